@@ -1,0 +1,67 @@
+"""diffusion-accel: make any diffusers pipeline faster, smaller and transparent, and see what that costs.
+
+    from diffusion_accel import accelerate, EncoderReuse
+
+    accelerate(pipe, EncoderReuse())
+    image = pipe("red apple, 3d style").images[0]
+    print(pipe.acceleration.report())
+
+Importing this package imports neither torch nor diffusers; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import (
+    AccelerationError,
+    CallStateError,
+    ConfigurationError,
+    FeatureConflictError,
+    ModelLoadError,
+    OutputError,
+    UnsupportedPipelineError,
+)
+
+if TYPE_CHECKING:
+    from .feature import Feature
+    from .pipelines import AcceleratedPipeline
+    from .report import Report
+    from .reuse import EncoderReuse
+    from .switchboard import accelerate
+
+_LAZY = {
+    "AcceleratedPipeline": ".pipelines",
+    "EncoderReuse": ".reuse",
+    "Feature": ".feature",
+    "Report": ".report",
+    "accelerate": ".switchboard",
+}
+
+__all__ = [
+    "AccelerationError",
+    "AcceleratedPipeline",
+    "CallStateError",
+    "ConfigurationError",
+    "EncoderReuse",
+    "Feature",
+    "FeatureConflictError",
+    "ModelLoadError",
+    "OutputError",
+    "Report",
+    "UnsupportedPipelineError",
+    "__version__",
+    "accelerate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The embedded models, as ordinary diffusers pipeline folders (package data)."""

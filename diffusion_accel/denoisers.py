@@ -1,0 +1,123 @@
+"""Denoiser families and their stages. Nothing else in this toolkit knows how diffusers names the blocks of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hooks import forward_parameters
+
+_UNET_PARTS = ("conv_in", "down_blocks", "mid_block", "up_blocks")
+
+# Arguments of an encoder block that have one row for each sample (or sample and frame) of the batch.
+BATCH_ARGUMENTS = frozenset(
+    {"temb", "encoder_hidden_states", "attention_mask", "encoder_attention_mask", "image_only_indicator", "skip_sample"}
+)
+# Arguments of a U-Net through which ControlNets and T2I-Adapters reach its encoder.
+RESIDUAL_ARGUMENTS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+# Attention processors that treat every row of the batch by itself. Others (cross-frame attention, perturbed-attention
+# guidance) read meaning into row numbers, so rows of several steps must not be stacked.
+_ROW_INDEPENDENT_PROCESSORS = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnAddedKVProcessor",
+        "AttnAddedKVProcessor2_0",
+        "FusedAttnProcessor2_0",
+        "XFormersAttnProcessor",
+        "XFormersAttnAddedKVProcessor",
+        "SlicedAttnProcessor",
+        "SlicedAttnAddedKVProcessor",
+        "IPAdapterAttnProcessor",
+        "IPAdapterAttnProcessor2_0",
+        "IPAdapterXFormersAttnProcessor",
+        "CustomDiffusionAttnProcessor",
+        "CustomDiffusionAttnProcessor2_0",
+    }
+)
+
+
+@dataclass(frozen=True)
+class UNetStages:
+    """The stages of a U-Net in the order in which a step runs them.
+
+    `head` (conv_in and, in video models, transformer_in), `down` and `mid` form the encoder; `up` is the decoder.
+    """
+
+    head: tuple[nn.Module, ...]
+    down: tuple[nn.Module, ...]
+    mid: nn.Module | None
+    up: tuple[nn.Module, ...]
+
+    @property
+    def encoder(self) -> tuple[nn.Module, ...]:
+        return (*self.head, *self.down, *((self.mid,) if self.mid is not None else ()))
+
+
+def find_denoiser(pipeline: Any) -> nn.Module | None:
+    """The model that the pipeline calls at every step: its `unet`, else its `transformer`, else None."""
+    for name in ("unet", "transformer"):
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None
+
+
+def find_controlnet(pipeline: Any) -> nn.Module | None:
+    """The ControlNet (or the wrapper around several) that the pipeline runs before its denoiser, or None."""
+    module = getattr(pipeline, "controlnet", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def unet_stages(module: nn.Module) -> UNetStages:
+    """The stages of a U-Net. Raises `ValueError` with the reason if `module` is not one (see `not_a_unet`)."""
+    reason = not_a_unet(module)
+    if reason:
+        raise ValueError(reason)
+    parts: Any = module
+    return UNetStages(
+        head=tuple(m for n in ("conv_in", "transformer_in") if isinstance(m := getattr(module, n, None), nn.Module)),
+        down=tuple(parts.down_blocks),
+        mid=parts.mid_block,
+        up=tuple(parts.up_blocks),
+    )
+
+
+def not_a_unet(module: nn.Module) -> str | None:
+    """Why `module` is not a U-Net with conv_in, down_blocks, mid_block and up_blocks; None if it is one."""
+    name = type(module).__name__
+    if name == "OptimizedModule":
+        return "the denoiser is compiled as a whole; compile its repeated blocks instead (compile_repeated_blocks)"
+    missing = [p for p in _UNET_PARTS if not hasattr(module, p)]
+    if missing:
+        return f"{name} has no {', '.join(missing)}: it is not a U-Net with an encoder and a decoder"
+    parameters = forward_parameters(module)
+    if "sample" not in parameters or "timestep" not in parameters:
+        return f"{name}.forward takes no sample and timestep"
+    up_blocks: Any = module.up_blocks
+    if not len(up_blocks) or "res_hidden_states_tuple" not in forward_parameters(up_blocks[0]):
+        return f"the up blocks of {name} do not take the skip connections as res_hidden_states_tuple"
+    return None
+
+
+def rows_are_independent(module: nn.Module) -> bool:
+    """Whether every attention layer of a U-Net treats each row of the batch by itself (see above)."""
+    processors = getattr(module, "attn_processors", {})
+    return all(type(p).__name__ in _ROW_INDEPENDENT_PROCESSORS for p in processors.values())
+
+
+def prediction(output: Any) -> torch.Tensor:
+    """The prediction tensor in what a denoiser returned (a tuple or an output dataclass)."""
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def with_prediction(output: Any, sample: torch.Tensor) -> Any:
+    """The same kind of output around another prediction."""
+    return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)

@@ -1,0 +1,178 @@
+"""The one contract: `Feature` is a configuration that can be attached to a pipeline, `Attachment` what it became there."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .steps import StepClock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """Base class of every feature: a frozen, keyword-only dataclass whose fields are its whole configuration.
+
+    A subclass validates its fields in `__post_init__` (raising `ConfigurationError`), gives every field a default
+    that is the recommended value and a `doc` in its metadata (see `option`), and states its facts as class
+    attributes. Fields are bool, int, float, str or tuples of them, so that a configuration survives JSON and the
+    `key=value,…` syntax of the CLI.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    order: ClassVar[int] = 100
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def neutral(cls) -> Self:
+        """The setting in which the feature runs but must not change a single bit of the output."""
+        raise NotImplementedError(f"{cls.__name__} names no neutral setting")
+
+    def supports(self, pipeline: Any) -> str | None:
+        """Why this feature cannot work on `pipeline` (one sentence), or None if it can. Changes nothing."""
+        raise NotImplementedError
+
+    def attach(self, pipeline: Any) -> Attachment:
+        """Attach to `pipeline` (already known to be supported) and return the attachment."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ configuration as data
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `ConfigurationError` for an unknown key or a value of the wrong type."""
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigurationError(
+                    f"{cls.flag()}: unknown key {key!r}; the keys are: {', '.join(sorted(known)) or 'none'}"
+                )
+        return cls(**{k: _from_json(cls, k, v, hints[k]) for k, v in values.items()})
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Build from the CLI's `key=value,key=value` (empty text: the defaults). Tuples are written `a+b+c`."""
+        values: dict[str, Any] = {}
+        hints = typing.get_type_hints(cls)
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            key, eq, value = part.partition("=")
+            if not eq:
+                raise ConfigurationError(f"{cls.flag()}: expected key=value, got {part!r}")
+            if key in values:
+                raise ConfigurationError(f"{cls.flag()}: {key!r} is given twice")
+            if key not in hints or key not in {f.name for f in dataclasses.fields(cls)}:
+                cls.from_dict({key: value})  # raises, naming the keys
+            values[key] = _from_text(cls, key, value, hints[key])
+        return cls.from_dict(values)
+
+    @classmethod
+    def flag(cls) -> str:
+        """The CLI flag, for example `--encoder-reuse`."""
+        return "--" + cls.name.replace("_", "-")
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}"
+            for f in dataclasses.fields(self)
+            if (v := getattr(self, f.name)) != f.default
+        ]
+        return f"{self.name}({', '.join(changed)})"
+
+
+def option(default: Any, doc: str) -> Any:
+    """A dataclass field with its documentation, which the CLI help and the docs print."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+class Attachment:
+    """What a feature became on one pipeline. The default implementation does nothing.
+
+    The switchboard calls `before_call`, runs the pipeline, then calls `after_call` in every case, also after an
+    exception or an interrupt. Between two calls no hook stays on any module, so that saving, copying, offloading
+    and sharing models see plain diffusers models.
+    """
+
+    def __init__(self, feature: Feature, pipeline: Any) -> None:
+        self.feature = feature
+        self.pipeline = pipeline
+
+    def before_call(self, clock: StepClock) -> None:
+        """Check that this call can work and install hooks. Called before the pipeline's own `__call__`."""
+
+    def after_call(self) -> None:
+        """Remove hooks and free buffers. Must be safe to call after a `before_call` that failed half-way."""
+
+    def process_output(self, output: Any) -> Any:
+        """Change what the pipeline returned. Called in reverse order of attachment, only after success."""
+        return output
+
+    def detach(self) -> None:
+        """Undo whatever `attach` changed on the pipeline."""
+
+    def counters(self) -> dict[str, float]:
+        """What the last call did, as numbers: work done, work skipped, bytes held or sent."""
+        return {}
+
+
+# ---------------------------------------------------------------------- values
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _from_text(cls: type[Feature], key: str, text: str, hint: Any) -> Any:
+    kinds = _alternatives(hint)
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            try:
+                return [inner(p) for p in text.split("+")]
+            except ValueError:
+                continue
+        if kind is bool:
+            if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+                return text.lower() in ("true", "yes", "on", "1")
+            continue
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        if kind is str:
+            return text
+    raise ConfigurationError(f"{cls.flag()}: {key}={text!r} is not {_describe(hint)}")
+
+
+def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:
+    kinds = _alternatives(hint)
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            if isinstance(value, (list, tuple)) and all(type(v) is inner for v in value):
+                return tuple(value)
+        elif kind is float and type(value) in (int, float):
+            return float(value)
+        elif type(value) is kind:
+            return value
+    raise ConfigurationError(f"{cls.flag()}: {key}={value!r} is not {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    kinds = _alternatives(hint)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return " or ".join(
+        f"a list of {words[typing.get_args(k)[0]].split(' ')[-1]}s (a+b+c)"
+        if typing.get_origin(k) is tuple
+        else words.get(k, str(k))
+        for k in kinds
+    )

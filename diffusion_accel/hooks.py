@@ -1,0 +1,86 @@
+"""Hooks on modules that live only as long as one pipeline call, and the small tree helpers that hooks need."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+
+class HookSet:
+    """Hooks installed together and removed together, leaving the modules exactly as they were found.
+
+    Hooks are chained by diffusers' `HookRegistry`: the one added last runs first.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._modules: list[torch.nn.Module] = []
+
+    def add(self, module: torch.nn.Module, hook: ModelHook) -> None:
+        """Install `hook` on `module` under this set's name."""
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, self.name)
+        self._modules.append(module)
+
+    def remove(self) -> None:
+        """Remove every hook of this set. Safe to call twice."""
+        while self._modules:
+            module = self._modules.pop()
+            registry = getattr(module, "_diffusers_hook", None)
+            if registry is None:
+                continue
+            registry.remove_hook(self.name, recurse=False)
+            if not registry.hooks:
+                del module._diffusers_hook
+            # The registry puts back the bound method it found as an instance attribute; drop that trace as well.
+            forward = module.__dict__.get("forward")
+            if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
+                del module.__dict__["forward"]
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+
+
+def bind_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module` by the parameter names of its class's `forward`."""
+    bound = _signature(type(module).forward).bind(*args, **kwargs)
+    named = dict(bound.arguments)
+    for parameter in _signature(type(module).forward).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
+def forward_parameters(module: torch.nn.Module) -> tuple[str, ...]:
+    """The parameter names of `module`'s own `forward`, in order."""
+    return tuple(_signature(type(module).forward).parameters)
+
+
+def map_tensors(fn: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """`value` with `fn` applied to every tensor in it (nested lists, tuples and dicts; other leaves stay)."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        return {k: map_tensors(fn, v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(fn, v) for v in value)
+    return value
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in a nested value, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
+def tensor_bytes(value: Any) -> int:
+    """The bytes of all tensors in a nested value, each tensor object counted once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors_in(value)}.values())

@@ -1,0 +1,47 @@
+"""What one call did: steps, seconds, FLOPs and each feature's counters, in a form for people and for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """The record of one call of an accelerated pipeline.
+
+    Attributes:
+        steps: denoising steps that ran.
+        seconds: wall-clock time of the whole call, text encoding and decoding included.
+        flops: floating-point operations (2 for a multiply-add) of the whole call; None unless they were counted.
+        features: configuration of each feature that was enabled, by name.
+        counters: what each feature did, by name (see the feature's documentation for the units).
+    """
+
+    steps: int
+    seconds: float
+    flops: float | None = None
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counters: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "steps": self.steps,
+            "seconds": round(self.seconds, 4),
+            "flops": self.flops,
+            "features": self.features,
+            "counters": self.counters,
+        }
+
+    def __str__(self) -> str:
+        head = f"{self.steps} steps in {self.seconds:.2f} s"
+        if self.flops is not None:
+            head += f", {self.flops / 1e9:.1f} GFLOP"
+        lines = [head]
+        for name, counters in self.counters.items():
+            numbers = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in counters.items())
+            lines.append(f"  {name}: {numbers}")
+        if not self.features:
+            lines.append("  no feature enabled: plain diffusers")
+        return "\n".join(lines)

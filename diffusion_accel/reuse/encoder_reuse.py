@@ -1,0 +1,126 @@
+"""The feature: encoder-feature reuse for U-Nets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ConfigurationError
+from ..feature import Attachment, Feature, option
+from .schedule import check_schedule
+
+if TYPE_CHECKING:
+    from ..steps import StepClock
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderReuse(Feature):
+    """Run the U-Net's encoder at key steps only and reuse its features in between.
+
+    At a key step the U-Net runs in full; the skip connections and the output of the mid block are kept (with what
+    ControlNets and adapters added to them). At the other steps only the decoder runs, on the kept features, with that
+    step's own time embedding and text. Such a prediction does not depend on that step's latents, so the decoder may
+    run once, as one batch, for all steps up to the next key step. ControlNets run at key steps only.
+
+    Source: Li et al., "Faster Diffusion: Rethinking the Role of UNet Encoder in Diffusion Models" (NeurIPS 2024),
+    section 3.2 (encoder propagation, parallel denoising) and 3.3 (key steps, prior noise injection).
+
+    Attributes:
+        schedule: the key steps; see `diffusion_accel.reuse.schedule.key_steps`.
+        batch_decoder: decode all steps of a group in one batch (faster where a device is under-filled) instead of one
+            by one. Both give the same prediction up to rounding.
+        max_group_mb: upper limit in MiB for the features of one decoder batch (≥ 1); larger groups are split.
+        prior_noise: α of prior noise injection, 0 (off) … 0.1; the paper uses 0.003. x ← x + α · x_T.
+        prior_noise_below: τ: inject where timestep / num_train_timesteps is below it, 0 … 1; the paper uses 0.5.
+
+    Counters: `encoder_runs`, `decoder_runs` (calls), `decoder_steps` (steps decoded), `full_steps`, `reused_steps`,
+    `controlnet_runs`, `controlnet_skipped`, `peak_cache_bytes`, `noise_injections`.
+    """
+
+    name: ClassVar[str] = "encoder_reuse"
+    summary: ClassVar[str] = "run the U-Net encoder at key steps only and reuse its features in between"
+    paper: ClassVar[str] = "Faster Diffusion (Li et al., NeurIPS 2024)"
+    order: ClassVar[int] = 50
+
+    schedule: tuple[int, ...] | str = option("paper", "key steps: paper, uniform:m, if-stage-1/2/3, all, or 0+1+5+…")
+    batch_decoder: bool = option(True, "decode all steps up to the next key step as one batch")
+    max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch")
+    prior_noise: float = option(0.0, "strength of prior noise injection (0: off; the paper: 0.003)")
+    prior_noise_below: float = option(0.5, "inject below this fraction of the training timesteps")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, list):
+            object.__setattr__(self, "schedule", tuple(self.schedule))
+        check_schedule(self.schedule)
+        if self.max_group_mb < 1:
+            raise ConfigurationError(f"max_group_mb must be at least 1 (MiB), got {self.max_group_mb}")
+        for name, upper in (("prior_noise", 0.1), ("prior_noise_below", 1.0)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= upper):
+                raise ConfigurationError(f"{name} must be between 0 and {upper:g}, got {value}")
+
+    @classmethod
+    def neutral(cls) -> Self:
+        return cls(schedule="all")
+
+    def supports(self, pipeline: Any) -> str | None:
+        from ..denoisers import find_denoiser, not_a_unet
+
+        denoiser = find_denoiser(pipeline)
+        if denoiser is None:
+            return "the pipeline has no unet"
+        return not_a_unet(denoiser) or _unsupported_call(pipeline)
+
+    def attach(self, pipeline: Any) -> Attachment:
+        return EncoderReuseAttachment(self, pipeline)
+
+
+# Pipelines that read attention maps or gradients from parts of the U-Net that reuse would skip.
+_READS_ENCODER = {
+    "StableDiffusionSAGPipeline": "self-attention guidance reads the mid block's attention maps at every step",
+    "StableDiffusionAttendAndExcitePipeline": "attend-and-excite optimises the latents through the encoder",
+    "StableDiffusionDiffEditPipeline": "the mask is computed from differences between single predictions",
+    "LEditsPPPipelineStableDiffusion": "the edit masks are computed from attention maps of every step",
+    "LEditsPPPipelineStableDiffusionXL": "the edit masks are computed from attention maps of every step",
+}
+
+
+def _unsupported_call(pipeline: Any) -> str | None:
+    for cls in type(pipeline).__mro__:
+        if cls.__name__ in _READS_ENCODER:
+            return _READS_ENCODER[cls.__name__]
+    if getattr(pipeline, "scheduler", None) is None:
+        return "the pipeline has no scheduler to take the steps from"
+    return None
+
+
+class EncoderReuseAttachment(Attachment):
+    """Encoder reuse on one pipeline; everything it holds lives for one call."""
+
+    def __init__(self, feature: EncoderReuse, pipeline: Any) -> None:
+        super().__init__(feature, pipeline)
+        self._run: Any = None
+        self._counters: dict[str, float] = {}
+
+    def before_call(self, clock: StepClock) -> None:
+        from .executor import ReuseRun
+        from .prior_noise import PriorNoise
+
+        feature: EncoderReuse = self.feature  # type: ignore[assignment]
+        reason = feature.supports(self.pipeline)  # the user may have replaced the U-Net since accelerate()
+        if reason:
+            raise ConfigurationError(f"encoder_reuse cannot be used on this pipeline any more: {reason}")
+        self._counters = {}
+        self._run = ReuseRun(feature, self.pipeline, clock, self._counters)
+        self._run.install()
+        if feature.prior_noise > 0:
+            PriorNoise(feature, clock, self._counters).install()
+
+    def after_call(self) -> None:
+        if self._run is not None:
+            self._run.uninstall()
+            self._run = None
+
+    def counters(self) -> dict[str, float]:
+        return dict(self._counters)

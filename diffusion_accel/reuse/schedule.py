@@ -1,0 +1,99 @@
+"""Key steps: at which positions of the trajectory the encoder runs.
+
+Positions count from 0 over the steps that are really run; a preset is written for a reference number of steps and
+carried over to any other number.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import ConfigurationError
+
+# Faster Diffusion's non-uniform set for 50 steps (Li et al. 2023, section 3.3 and the released "50ls" setting).
+PAPER = (0, 1, 2, 3, 5, 10, 15, 25, 35)
+PAPER_STEPS = 50
+
+
+def _if_stage_1(i: int) -> bool:
+    return i < 10 or i > 85 or i % 5 == 0
+
+
+def _if_stage_2(i: int) -> bool:
+    return i < 20 or i > 40 or i % 2 == 0
+
+
+def _if_stage_3(i: int) -> bool:
+    return math.isqrt(9 + 8 * i) ** 2 == 9 + 8 * i
+
+
+# name -> (reference number of steps, its key steps); DeepFloyd IF's three stages as released
+_SETS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "if-stage-1": (100, tuple(i for i in range(100) if _if_stage_1(i))),
+    "if-stage-2": (50, tuple(i for i in range(50) if _if_stage_2(i))),
+    "if-stage-3": (75, tuple(i for i in range(75) if _if_stage_3(i))),
+}
+PRESETS = ("paper", "all", *_SETS)
+
+
+def check_schedule(schedule: str | tuple[int, ...]) -> None:
+    """Raise `ConfigurationError` if `schedule` is neither a preset, `uniform:m` nor a valid list of steps."""
+    if isinstance(schedule, tuple):
+        if not schedule or schedule[0] != 0 or list(schedule) != sorted(set(schedule)):
+            raise ConfigurationError(
+                f"key steps must be increasing, without repeats, and begin with 0 (the first step), got {schedule}"
+            )
+        return
+    if schedule in PRESETS:
+        return
+    kind, colon, interval = schedule.partition(":")
+    if kind == "uniform" and colon and interval.isdigit() and int(interval) >= 1:
+        return
+    raise ConfigurationError(
+        f"unknown key-step schedule {schedule!r}; allowed: {', '.join(PRESETS)}, uniform:m with m >= 1, "
+        "or a list of steps such as 0+1+2+5+10"
+    )
+
+
+def key_steps(schedule: str | tuple[int, ...], total: int) -> frozenset[int]:
+    """The key steps of `schedule` for a run of `total` steps; step 0 is always one.
+
+    - `paper`: the published list. Up to 50 steps its prefix is used, as the released code does at 20 steps; above 50
+      it is scaled (see `scale`).
+    - `uniform:m`: every m-th step.
+    - `if-stage-1`, `if-stage-2`, `if-stage-3`: DeepFloyd IF's sets (written for 100, 50 and 75 steps), scaled.
+    - `all`: every step, which makes the method exact.
+    - a tuple of positions: as given.
+
+    Raises:
+        ConfigurationError: a listed position lies beyond the run.
+    """
+    if isinstance(schedule, tuple):
+        if schedule[-1] >= total:
+            raise ConfigurationError(
+                f"key step {schedule[-1]} lies beyond this run of {total} steps (0 … {total - 1}); "
+                "shorten the list or use a preset, which fits any number of steps"
+            )
+        return frozenset(schedule)
+    if schedule == "all":
+        return frozenset(range(total))
+    if schedule == "paper":
+        return frozenset(k for k in PAPER if k < total) if total <= PAPER_STEPS else scale(PAPER, PAPER_STEPS, total)
+    if schedule in _SETS:
+        reference, keys = _SETS[schedule]
+        return scale(keys, reference, total)
+    return frozenset(range(0, total, int(schedule.partition(":")[2])))
+
+
+def scale(keys: tuple[int, ...], reference: int, total: int) -> frozenset[int]:
+    """Carry key steps from `reference` steps over to `total`: position k goes to ⌊k · total / reference⌋.
+
+    Neighbouring key steps stay a run without holes, so that a dense start stays dense.
+    """
+    chosen = set(keys)
+    scaled: set[int] = set()
+    for k in keys:
+        at = k * total // reference
+        until = (k + 1) * total // reference if k + 1 in chosen else at + 1
+        scaled.update(range(at, max(until, at + 1)))
+    return frozenset(i for i in scaled if i < total)

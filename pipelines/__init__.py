@@ -1,0 +1,5 @@
+"""Wrapper pipelines: the mixin, the factory `AcceleratedPipeline` and named drop-ins."""
+
+from .mixin import AcceleratedMixin
+
+__all__ = ["AcceleratedMixin"]
