@@ -115,7 +115,7 @@ class ReuseRun:
         size = features.bytes()
         if not size:  # a first key step: decode it alone, then its features' size is known
             return 1
-        return max(1, min(end - index, self.feature.max_group_mb * 2**20 // size))
+        return max(1, min(end - index, int(self.feature.max_group_mb * 2**20 // size)))
 
 
 class DenoiserHook(ModelHook):

@@ -1,0 +1,33 @@
+# Two commands: `make demo` draws pictures with the embedded model, `make test` passes the tests.
+# Needs Python >= 3.11 and make. Everything is installed into .venv with the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py -o demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy -p diffusion_accel
+
+bench: $(STAMP)
+	$(BIN)/python scripts/measure_encoder_reuse.py
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "diffusion-accel needs Python 3.11 or newer; $(PYTHON) is" $$($(PYTHON) -V 2>&1) "- set PYTHON=…" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and pinned: without a pin another package would draw in a larger build of it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,421 @@
+"""Tiny pipelines with random weights: one for each kind of U-Net and of conditioning that diffusers has.
+
+Each builder returns a pipeline and the arguments of a call that ends in latents or a small tensor. Random weights prove
+exactness and skipped work; they say nothing about quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    ControlNetModel,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    IFPipeline,
+    MotionAdapter,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    StableDiffusionXLPipeline,
+    StableVideoDiffusionPipeline,
+    T2IAdapter,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+
+Built = tuple[Any, dict[str, Any]]
+DIM = 16  # width of text embeddings
+TOKENS = 6
+SIZE = 8  # latent height and width
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
+    """Build a model with reproducible random weights; zero-initialised layers are filled, so that nothing is inert."""
+    torch.manual_seed(seed)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
+def ddim(**changes: Any) -> DDIMScheduler:
+    return DDIMScheduler(num_train_timesteps=1000, clip_sample=False, steps_offset=1, **changes)
+
+
+def vae(channels: int = 4, image_channels: int = 3) -> AutoencoderKL:
+    return seeded(
+        lambda: AutoencoderKL(
+            in_channels=image_channels,
+            out_channels=image_channels,
+            latent_channels=channels,
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    )
+
+
+UNET = {
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "sample_size": SIZE,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": DIM,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    return seeded(lambda: UNet2DConditionModel(**{**UNET, "in_channels": 4, "out_channels": 4, **changes}))
+
+
+def text(batch: int = 1) -> dict[str, Any]:
+    return {
+        "prompt_embeds": rand(batch, TOKENS, DIM, seed=1),
+        "negative_prompt_embeds": rand(batch, TOKENS, DIM, seed=2),
+        "guidance_scale": 5.0,
+    }
+
+
+def _sd(cls: type, model: Any, **components: Any) -> Any:
+    return cls(
+        vae=vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=model,
+        scheduler=ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **components,
+    )
+
+
+def sd() -> Built:
+    return _sd(StableDiffusionPipeline, unet()), {**text(), "output_type": "latent"}
+
+
+def sd_batch() -> Built:
+    return _sd(StableDiffusionPipeline, unet()), {**text(2), "num_images_per_prompt": 2, "output_type": "latent"}
+
+
+def sd_without_guidance() -> Built:
+    call = {"prompt_embeds": text()["prompt_embeds"], "guidance_scale": 1.0, "output_type": "latent"}
+    return _sd(StableDiffusionPipeline, unet()), call
+
+
+def sd_odd_size() -> Built:
+    return _sd(StableDiffusionPipeline, unet()), {**text(), "height": 24, "width": 40, "output_type": "latent"}
+
+
+def img2img() -> Built:
+    call = {**text(), "image": rand(1, 3, 16, 16).clamp(-1, 1), "strength": 0.7, "output_type": "latent"}
+    return _sd(StableDiffusionImg2ImgPipeline, unet()), call
+
+
+def inpaint() -> Built:
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    call = {**text(), "image": rand(1, 3, 16, 16).clamp(-1, 1), "mask_image": mask, "height": 16, "width": 16}
+    return _sd(StableDiffusionInpaintPipeline, unet(in_channels=9)), {**call, "output_type": "latent"}
+
+
+def upscale() -> Built:
+    pipe = StableDiffusionUpscalePipeline(
+        vae=vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet(in_channels=7, num_class_embeds=1000),
+        low_res_scheduler=DDPMScheduler(),
+        scheduler=ddim(),
+        max_noise_level=350,
+    )
+    return pipe, {**text(), "image": rand(1, 3, 8, 8).clamp(-1, 1), "noise_level": 20, "output_type": "latent"}
+
+
+def sdxl() -> Built:
+    model = unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 * 6 + DIM,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=model,
+        scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    pooled = {"pooled_prompt_embeds": rand(1, DIM, seed=3), "negative_pooled_prompt_embeds": rand(1, DIM, seed=4)}
+    return pipe, {**text(), **pooled, "height": 16, "width": 16, "output_type": "latent"}
+
+
+def deepfloyd_if() -> Built:
+    model = unet(
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        encoder_hid_dim=DIM,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        resnet_time_scale_shift="scale_shift",
+        act_fn="gelu",
+        class_embed_type=None,
+    )
+    pipe = IFPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        unet=model,
+        scheduler=DDPMScheduler(variance_type="learned_range"),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+    return pipe, {**text(), "height": 8, "width": 8, "output_type": "pt"}
+
+
+def controlnet_model(seed: int = 0) -> ControlNetModel:
+    keys = ("block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim", "norm_num_groups")
+    return seeded(
+        lambda: ControlNetModel(
+            **{k: UNET[k] for k in keys},
+            in_channels=4,
+            attention_head_dim=4,
+            conditioning_embedding_out_channels=(8, 16),
+        ),
+        seed,
+    )
+
+
+def controlnet() -> Built:
+    pipe = _sd(StableDiffusionControlNetPipeline, unet(), controlnet=controlnet_model())
+    return pipe, {**text(), "image": rand(1, 3, 16, 16), "height": 16, "width": 16, "output_type": "latent"}
+
+
+def controlnets() -> Built:
+    nets = MultiControlNetModel([controlnet_model(0), controlnet_model(1)])
+    pipe = _sd(StableDiffusionControlNetPipeline, unet(), controlnet=nets)
+    images = [rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)]
+    call = {"image": images, "controlnet_conditioning_scale": [1.0, 0.5], "height": 16, "width": 16}
+    return pipe, {**text(), **call, "output_type": "latent"}
+
+
+def controlnet_guess_mode() -> Built:
+    pipe, call = controlnet()
+    return pipe, {**call, "guess_mode": True}
+
+
+def t2i_adapter() -> Built:
+    adapter = seeded(
+        lambda: T2IAdapter(channels=[16, 32], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
+    )
+    blocks = {"down_block_types": UNET["down_block_types"][::-1], "up_block_types": UNET["up_block_types"][::-1]}
+    pipe = _sd(StableDiffusionAdapterPipeline, unet(**blocks), adapter=adapter)
+    return pipe, {**text(), "image": rand(1, 3, 16, 16), "height": 16, "width": 16, "output_type": "latent"}
+
+
+def ip_adapter() -> Built:
+    pipe, call = sd()
+    heads: dict[str, torch.Tensor] = {}
+    for number, (name, _) in enumerate(n for n in pipe.unet.attn_processors.items() if n[0].endswith("attn2.processor")):
+        width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+        for key in ("to_k_ip", "to_v_ip"):
+            heads[f"{2 * number + 1}.{key}.weight"] = rand(width, DIM, seed=number)
+    projection = {
+        "proj.weight": rand(4 * DIM, 12, seed=5),
+        "proj.bias": rand(4 * DIM, seed=6),
+        "norm.weight": torch.ones(DIM),
+        "norm.bias": torch.zeros(DIM),
+    }
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": heads}])
+    return pipe, {**call, "ip_adapter_image_embeds": [rand(2, 1, 12, seed=7)]}
+
+
+def unet2d() -> Built:
+    model = seeded(
+        lambda: UNet2DModel(
+            sample_size=SIZE,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+    )
+    return DDPMPipeline(unet=model, scheduler=DDPMScheduler()), {"batch_size": 2, "output_type": "np"}
+
+
+def unet2d_skip() -> Built:
+    """NCSN++-like: skip_conv blocks that carry an image-space skip sample beside the features."""
+    model = seeded(
+        lambda: UNet2DModel(
+            sample_size=SIZE,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=8,
+            time_embedding_type="positional",
+            down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        )
+    )
+    return DDPMPipeline(unet=model, scheduler=DDPMScheduler()), {"batch_size": 2, "output_type": "np"}
+
+
+def unet3d() -> Built:
+    model = seeded(
+        lambda: UNet3DConditionModel(
+            sample_size=SIZE,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=DIM,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        )
+    )
+    pipe = TextToVideoSDPipeline(vae=vae(), text_encoder=None, tokenizer=None, unet=model, scheduler=ddim())
+    call = {"num_frames": 2, "height": 16, "width": 16, "output_type": "latent"}
+    return pipe, {**text(), **call}
+
+
+def animatediff() -> Built:
+    motion = seeded(
+        lambda: MotionAdapter(
+            block_out_channels=(16, 32),
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=8,
+            use_motion_mid_block=True,
+        )
+    )
+    model = seeded(lambda: UNetMotionModel.from_unet2d(unet(), motion)).eval()
+    pipe = AnimateDiffPipeline(
+        vae=vae(), text_encoder=None, tokenizer=None, unet=model, motion_adapter=motion, scheduler=ddim()
+    )
+    call = {"num_frames": 3, "height": 16, "width": 16, "output_type": "latent"}
+    return pipe, {**text(), **call}
+
+
+def svd() -> Built:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    model = seeded(
+        lambda: UNetSpatioTemporalConditionModel(
+            sample_size=SIZE,
+            in_channels=8,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            num_attention_heads=(2, 4),
+            cross_attention_dim=DIM,
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            num_frames=3,
+        )
+    )
+    temporal_vae = seeded(
+        lambda: AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+        )
+    )
+    vision = seeded(
+        lambda: CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=DIM,
+                projection_dim=DIM,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                image_size=16,
+                patch_size=8,
+            )
+        )
+    )
+    pipe = StableVideoDiffusionPipeline(
+        vae=temporal_vae,
+        image_encoder=vision,
+        unet=model,
+        scheduler=EulerDiscreteScheduler(
+            prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_max=700.0
+        ),
+        feature_extractor=CLIPImageProcessor(crop_size=16, size=16),
+    )
+    call = {"image": rand(1, 3, 16, 16).sigmoid(), "num_frames": 3, "height": 16, "width": 16, "output_type": "latent"}
+    return pipe, call
+
+
+ZOO: dict[str, Callable[[], Built]] = {
+    f.__name__: f
+    for f in (
+        sd,
+        sd_batch,
+        sd_without_guidance,
+        sd_odd_size,
+        img2img,
+        inpaint,
+        upscale,
+        sdxl,
+        deepfloyd_if,
+        controlnet,
+        controlnets,
+        controlnet_guess_mode,
+        t2i_adapter,
+        ip_adapter,
+        unet2d,
+        unet2d_skip,
+        unet3d,
+        animatediff,
+        svd,
+    )
+}
+
+
+def run(pipe: Any, call: dict[str, Any], steps: int = 6, seed: int = 0, **changes: Any) -> torch.Tensor:
+    """Call the pipeline with a fresh generator; the result as one float tensor."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    output = pipe(num_inference_steps=steps, generator=generator, **{**call, **changes})
+    result = next(iter(output.values())) if hasattr(output, "values") else output[0]
+    if isinstance(result, list):
+        result = result[0]
+    return torch.as_tensor(result).float()
