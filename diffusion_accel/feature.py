@@ -1,4 +1,4 @@
-"""The one contract: `Feature` is a configuration that can be attached to a pipeline, `Attachment` what it became there."""
+"""The one contract: a `Feature` is a configuration to attach, an `Attachment` what it became on a pipeline."""
 
 from __future__ import annotations
 

@@ -127,16 +127,16 @@ class StepClock:
         """The position of `timestep` in the scheduler's timesteps, without a device synchronisation where possible."""
         tensor = self._tensor
         assert tensor is not None
-        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+        if isinstance(timestep, torch.Tensor):
             # Pipelines iterate over the scheduler's tensor: the argument is a view, and its offset is the position.
             if (
                 timestep.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-                and tensor.stride() == (1,)
                 and timestep.dtype == tensor.dtype
+                and tensor.stride() == (1,)
             ):
                 self.exact = True
                 return timestep.storage_offset() - tensor.storage_offset()
-            if not fresh and self._position >= 0:
+            if timestep.device.type != "cpu" and not fresh:  # reading its value would wait for the device
                 self.exact = False
                 return min(self._position + int(self._stepped), len(self._all) - 1)
         value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)

@@ -19,6 +19,7 @@ from .registry import feature_class
 from .report import Report
 from .steps import StepClock
 
+_classes: dict[type, type] = {}  # pipeline class -> its accelerated subclass
 _busy: set[int] = set()  # ids of the models that a running call uses
 _busy_lock = threading.Lock()
 
@@ -47,7 +48,7 @@ def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         raise ConfigurationError(f"feature given twice: {', '.join(sorted(twice))}")
-    existing = pipeline.acceleration if isinstance(pipeline, _accelerated_mixin()) else None
+    existing: Acceleration | None = getattr(pipeline, "acceleration", None)
     kept = [f for f in existing.features.values() if f.name not in names] if existing else []
     for feature in wanted:
         reason = feature.supports(pipeline)
@@ -62,20 +63,16 @@ def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
     return pipeline
 
 
-def _accelerated_mixin() -> type:
-    from .pipelines.mixin import AcceleratedMixin
-
-    return AcceleratedMixin
-
-
-@functools.cache
-def accelerated_class(base: type) -> type:
+def accelerated_class(base: Any) -> type:
     """The subclass of the pipeline class `base` whose calls are bracketed by the switchboard.
 
     It keeps the name of `base`, because diffusers looks pipelines up by class name (`AutoPipeline…from_pipe`) and
     writes that name into `model_index.json`; its qualified name is `Accelerated<Base>`.
     """
     from .pipelines.mixin import AcceleratedMixin
+
+    if base in _classes:
+        return _classes[base]
 
     @functools.wraps(base.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +85,7 @@ def accelerated_class(base: type) -> type:
         "__qualname__": f"Accelerated{base.__name__}",
         "_accelerated_base": base,
     }
-    return type(base.__name__, (AcceleratedMixin, base), namespace)
+    return _classes.setdefault(base, type(base.__name__, (AcceleratedMixin, base), namespace))
 
 
 class Acceleration:
@@ -159,9 +156,7 @@ class Acceleration:
                 old.detach()
             self._attachments[attachment.feature.name] = attachment
             self._disabled.discard(attachment.feature.name)
-        self._attachments = dict(
-            sorted(self._attachments.items(), key=lambda item: (item[1].feature.order, item[0]))
-        )
+        self._attachments = dict(sorted(self._attachments.items(), key=lambda item: (item[1].feature.order, item[0])))
 
     # ------------------------------------------------------------------ one call
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -27,5 +27,5 @@ class AcceleratedMixin:
 def _rebuild(base: type) -> Any:
     from diffusion_accel.switchboard import accelerated_class
 
-    cls = accelerated_class(base)
+    cls: Any = accelerated_class(base)
     return cls.__new__(cls)

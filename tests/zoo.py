@@ -252,7 +252,9 @@ def t2i_adapter() -> Built:
 def ip_adapter() -> Built:
     pipe, call = sd()
     heads: dict[str, torch.Tensor] = {}
-    for number, (name, _) in enumerate(n for n in pipe.unet.attn_processors.items() if n[0].endswith("attn2.processor")):
+    for number, (name, _) in enumerate(
+        n for n in pipe.unet.attn_processors.items() if n[0].endswith("attn2.processor")
+    ):
         width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
         for key in ("to_k_ip", "to_v_ip"):
             heads[f"{2 * number + 1}.{key}.weight"] = rand(width, DIM, seed=number)

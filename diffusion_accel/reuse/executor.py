@@ -131,11 +131,11 @@ class DenoiserHook(ModelHook):
         slot, index = clock.call, clock.index
         sample = named["sample"]
         shape = (tuple(sample.shape), sample.dtype, sample.device)
-        conditions = tensors_in({k: v for k, v in named.items() if k not in ("sample", "timestep", *RESIDUAL_ARGUMENTS)})
-        features = run.cache.get(slot)
-        encode = (
-            run.is_key(index) or features is None or features.segment != clock.segment or features.shape != shape
+        conditions = tensors_in(
+            {k: v for k, v in named.items() if k not in ("sample", "timestep", *RESIDUAL_ARGUMENTS)}
         )
+        features = run.cache.get(slot)
+        encode = run.is_key(index) or features is None or features.segment != clock.segment or features.shape != shape
         if features is None or features.segment != clock.segment or features.shape != shape:
             features = run.cache[slot] = Features(clock.segment, shape)
         elif not encode and index in features.ready:
@@ -283,5 +283,3 @@ def _first(tensor: torch.Tensor, steps: int) -> torch.Tensor:
 
 def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-

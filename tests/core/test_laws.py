@@ -20,9 +20,7 @@ from diffusion_accel.registry import all_features
 
 FEATURES = all_features()
 PAIRS = [
-    (a, b)
-    for a, b in itertools.combinations(FEATURES, 2)
-    if a.name not in b.conflicts and b.name not in a.conflicts
+    (a, b) for a, b in itertools.combinations(FEATURES, 2) if a.name not in b.conflicts and b.name not in a.conflicts
 ]
 SETS = [(f,) for f in FEATURES] + PAIRS
 IDS = ["+".join(f.name for f in s) for s in SETS]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import encoder_oracle as oracle
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reuse import oracle
 from zoo import ZOO, Built, ddim, rand, run, sd, sdxl, text, unet
 
 from diffusion_accel import AccelerationError, CallStateError, EncoderReuse, accelerate
@@ -280,7 +280,10 @@ def test_guidance_switched_off_during_the_call() -> None:
     results = []
     for batched in (False, True):
         accelerate(pipe, EncoderReuse(schedule=(0, 2), batch_decoder=batched))
-        extra = {"callback_on_step_end": stop_guidance, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+        extra = {
+            "callback_on_step_end": stop_guidance,
+            "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+        }
         results.append(run(pipe, call, steps=8, **extra))
         assert counters(pipe)["encoder_runs"] == 3
     assert close(*results)
@@ -358,7 +361,9 @@ def test_free_init_passes_over_the_timesteps_again() -> None:
 
 
 def test_cross_frame_attention_is_never_stacked() -> None:
-    from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import CrossFrameAttnProcessor2_0
+    from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
+        CrossFrameAttnProcessor2_0,
+    )
 
     pipe, call = sd()
     pipe.unet.set_attn_processor(CrossFrameAttnProcessor2_0(batch_size=2))

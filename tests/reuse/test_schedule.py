@@ -49,7 +49,9 @@ def test_scaling_up_keeps_runs_without_holes_and_lone_steps_alone(factor: int) -
         assert factor == 1 or lone * factor + 1 not in scaled
 
 
-@pytest.mark.parametrize("schedule", ["papr", "uniform:0", "uniform:-2", "uniform:x", "uniform", "", (), (1, 2), (0, 2, 2), (0, 5, 3)])
+@pytest.mark.parametrize(
+    "schedule", ["papr", "uniform:0", "uniform:-2", "uniform:x", "uniform", "", (), (1, 2), (0, 2, 2), (0, 5, 3)]
+)
 def test_a_bad_schedule_is_refused(schedule: object) -> None:
     with pytest.raises(ConfigurationError):
         check_schedule(schedule)  # type: ignore[arg-type]
@@ -63,10 +65,19 @@ def test_a_listed_step_beyond_the_run_is_refused() -> None:
 
 
 def test_text_form() -> None:
-    assert EncoderReuse.parse("schedule=0+1+5,batch_decoder=false") == EncoderReuse(schedule=(0, 1, 5), batch_decoder=False)
+    assert EncoderReuse.parse("schedule=0+1+5,batch_decoder=false") == EncoderReuse(
+        schedule=(0, 1, 5), batch_decoder=False
+    )
     assert EncoderReuse.parse("schedule=uniform:4").schedule == "uniform:4"
     assert EncoderReuse.from_dict({"schedule": [0, 3]}).schedule == (0, 3)
     assert str(EncoderReuse(schedule=(0, 3))) == "encoder_reuse(schedule=0+3)"
-    for bad in ("prior_noise=nan", "prior_noise=-1", "prior_noise=5", "max_group_mb=0", "max_group_mb=x", "batch_decoder=7"):
+    for bad in (
+        "prior_noise=nan",
+        "prior_noise=-1",
+        "prior_noise=5",
+        "max_group_mb=0",
+        "max_group_mb=x",
+        "batch_decoder=7",
+    ):
         with pytest.raises(ConfigurationError):
             EncoderReuse.parse(bad)

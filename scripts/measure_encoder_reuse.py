@@ -1,0 +1,258 @@
+"""Measure encoder reuse on the embedded model: cost, fidelity and its anchors, as a Markdown table and JSON.
+
+    python scripts/measure_encoder_reuse.py                 # the table of docs/encoder-reuse.md
+    python scripts/measure_encoder_reuse.py --sd15          # step times of an SD 1.5-shaped U-Net (random weights)
+
+Fidelity is paired: the same prompts and seeds, everything equal but the setting. Times come from interleaved runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from diffusion_accel import EncoderReuse, accelerate
+from diffusion_accel.evaluation.fidelity import psnr, ssim
+from diffusion_accel.evaluation.flops import count_flops
+from diffusion_accel.pipelines.loading import load_pipeline
+
+SUBJECTS = (
+    "red apple, banana, strawberry, pizza, hamburger, birthday cake, cat face, dog face, tiger face, panda, penguin, "
+    "octopus, red heart, rocket, sunflower, rainbow"
+).split(", ")
+PROMPTS = [f"{subject}, {style} style" for style in ("3d", "noto") for subject in SUBJECTS]
+
+
+class Trajectory:
+    """A pipeline that samples all prompts and keeps the images and the latents of every step."""
+
+    def __init__(self, steps: int, guidance: float) -> None:
+        self.pipe = load_pipeline("sticker")
+        self.pipe.set_progress_bar_config(disable=True)
+        self.ddim = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        self.steps, self.guidance = steps, guidance
+
+    def call(self, prompts: list[str], seed: int, steps: int | None = None, **more: Any) -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
+        return self.pipe(
+            prompts,
+            num_inference_steps=steps or self.steps,
+            guidance_scale=self.guidance,
+            generator=generator,
+            output_type="pt",
+            **more,
+        ).images
+
+    def sample(self, seed: int = 0, steps: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (N, 3, H, W) in [0, 1] and latents (steps, N, C, h, w)."""
+        images, latents = [], []
+        for i in range(0, len(PROMPTS), 16):
+            path: list[torch.Tensor] = []
+
+            def keep(
+                pipe: Any, k: int, t: Any, values: dict[str, Any], path: list[torch.Tensor] = path
+            ) -> dict[str, Any]:
+                path.append(values["latents"].clone())
+                return values
+
+            images.append(self.call(PROMPTS[i : i + 16], seed + i, steps, callback_on_step_end=keep))
+            latents.append(torch.stack(path))
+        return torch.cat(images), torch.cat(latents, 1)
+
+
+def median_and_worst_decile(values: torch.Tensor) -> tuple[float, float]:
+    return float(values.median()), float(values.quantile(0.1))
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn so that a drift of the machine hits all alike."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Median over rounds of (base seconds / this call's seconds in the same round)."""
+    return {
+        name: statistics.median(b / s for b, s in zip(seconds[base], own, strict=True)) for name, own in seconds.items()
+    }
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, float32, torch {torch.__version__}"
+
+
+def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
+    run = Trajectory(steps, guidance)
+    pipe = run.pipe
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(run.ddim.config)
+    converged, _ = run.sample(steps=200)
+    pipe.scheduler = run.ddim
+    base, base_path = run.sample()
+    accelerate(pipe, EncoderReuse())
+    plans: dict[str, EncoderReuse] = {
+        "paper, sequential": EncoderReuse(batch_decoder=False),
+        "paper, batched": EncoderReuse(),
+        "paper, batched, prior noise 0.003": EncoderReuse(prior_noise=0.003),
+        "uniform:2, batched": EncoderReuse(schedule="uniform:2"),
+        "uniform:4, batched": EncoderReuse(schedule="uniform:4"),
+    }
+
+    def with_plan(feature: EncoderReuse | None, steps: int | None = None) -> Callable[[], Any]:
+        def call() -> Any:
+            if feature is None:
+                pipe.acceleration.disable()
+            else:
+                accelerate(pipe, feature)
+            return run.call(PROMPTS[:1], 0, steps)
+
+        return call
+
+    def flops(call: Callable[[], Any]) -> float:
+        with count_flops() as count:
+            call()
+        return count.total
+
+    base_call = with_plan(None)
+    calls = {"baseline": base_call, **{name: with_plan(plan) for name, plan in plans.items()}}
+    seconds = interleaved(calls, rounds)
+    speed = ratios(seconds, "baseline")
+    base_flops = flops(base_call)
+    rows: list[dict[str, Any]] = []
+
+    def row(name: str, images: torch.Tensor, path: torch.Tensor | None, **more: Any) -> None:
+        p, s, c = psnr(base, images), ssim(base, images), psnr(converged, images)
+        entry = {"setting": name, "psnr": median_and_worst_decile(p), "ssim": median_and_worst_decile(s)}
+        entry["converged_psnr"] = float(c.median())
+        if path is not None and path.shape == base_path.shape:
+            entry["latent_error"] = [
+                round(float((a - b).norm() / b.norm()), 5) for a, b in zip(path, base_path, strict=True)
+            ]
+        rows.append({**entry, **more})
+
+    row("baseline", base, None, time_ratio=1.0, flop_ratio=1.0)
+    for name, plan in plans.items():
+        accelerate(pipe, plan)
+        images, path = run.sample()
+        counters = pipe.acceleration.report().counters["encoder_reuse"]
+        work = {"time_ratio": speed[name], "flop_ratio": base_flops / flops(with_plan(plan)), "counters": counters}
+        row(name, images, path, **work)
+    pipe.acceleration.disable()
+    same_time = max(1, round(steps / speed["paper, batched"]))
+    same_flops = max(1, round(steps * rows[1]["flop_ratio"] ** -1))
+    for name, count in (("one step fewer", steps - 1), ("fewer steps, equal FLOPs", same_flops),
+                        ("fewer steps, equal time", same_time)):  # fmt: skip
+        row(f"{name} ({count})", run.sample(steps=count)[0], None, time_ratio=steps / count, flop_ratio=steps / count)
+    row("another seed", run.sample(seed=1000)[0], None, time_ratio=1.0, flop_ratio=1.0)
+    return {
+        "what": f"sticker, DDIM {steps} steps, guidance {guidance}, {len(PROMPTS)} prompts, batch 1 for times",
+        "machine": machine(),
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def measure_sd15(latent: int, rounds: int, steps: int = 10) -> dict[str, Any]:
+    """An SD 1.5-shaped U-Net with random weights: the same code at the real size, with guidance."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, layers_per_block=2,
+        attention_head_dim=8,
+    ).eval()  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": torch.randn(1, 77, 768), "negative_prompt_embeds": torch.randn(1, 77, 768)}
+    size = latent * pipe.vae_scale_factor
+    plans: dict[str, EncoderReuse | None] = {
+        "baseline": None,
+        "all key steps (hook overhead)": EncoderReuse.neutral(),
+        "uniform:5, sequential": EncoderReuse(schedule="uniform:5", batch_decoder=False),
+        "uniform:5, batched": EncoderReuse(schedule="uniform:5"),
+    }
+    accelerate(pipe, EncoderReuse())
+
+    def with_plan(feature: EncoderReuse | None) -> Callable[[], Any]:
+        def call() -> Any:
+            if feature is None:
+                pipe.acceleration.disable()
+            else:
+                accelerate(pipe, feature)
+            generator = torch.Generator().manual_seed(0)
+            more = {"height": size, "width": size, "generator": generator, "output_type": "latent"}
+            return pipe(num_inference_steps=steps, guidance_scale=7.5, **embeds, **more).images
+
+        return call
+
+    calls = {name: with_plan(plan) for name, plan in plans.items()}
+    speed = ratios(interleaved(calls, rounds), "baseline")
+    counted = {}
+    for name, call in calls.items():
+        with count_flops() as count:
+            call()
+        counted[name] = count.total
+    rows = [{"setting": n, "time_ratio": speed[n], "flop_ratio": counted["baseline"] / counted[n]} for n in plans]
+    what = f"SD 1.5-shaped U-Net, random weights, {latent}x{latent} latents, guidance, {steps} DDIM steps"
+    return {"what": what, "machine": machine(), "rounds": rounds, "rows": rows}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    fidelity = "psnr" in result["rows"][0]
+    head = ["setting", "time ratio", "FLOP ratio"]
+    if fidelity:
+        head += ["PSNR dB median (worst decile)", "SSIM median (worst decile)", "PSNR dB to converged"]
+    lines = [f"{result['what']}; {result['machine']}; {result['rounds']} interleaved rounds.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for r in result["rows"]:
+        cells = [r["setting"], f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}"]
+        if fidelity:
+            same = r["setting"] == "baseline"
+            cells += ["-"] * 2 if same else [f"{r['psnr'][0]:.1f} ({r['psnr'][1]:.1f})"]
+            cells += [] if same else [f"{r['ssim'][0]:.3f} ({r['ssim'][1]:.3f})"]
+            cells.append(f"{r['converged_psnr']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved timing rounds")
+    parser.add_argument("--sd15", action="store_true", help="the SD 1.5-shaped U-Net instead")
+    parser.add_argument("--latent", type=int, default=32, help="latent size for --sd15")
+    parser.add_argument("--json", type=Path, help="write the full result here as well")
+    args = parser.parse_args()
+    with torch.inference_mode():
+        if args.sd15:
+            result = measure_sd15(args.latent, args.rounds)
+        else:
+            result = measure_sticker(args.steps, args.guidance, args.rounds)
+    print(markdown(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
