@@ -14,7 +14,16 @@ _UNET_PARTS = ("conv_in", "down_blocks", "mid_block", "up_blocks")
 
 # Arguments of an encoder block that have one row for each sample (or sample and frame) of the batch.
 BATCH_ARGUMENTS = frozenset(
-    {"temb", "encoder_hidden_states", "attention_mask", "encoder_attention_mask", "image_only_indicator", "skip_sample"}
+    {
+        "temb",
+        "encoder_hidden_states",
+        "encoder_hidden_states_1",
+        "attention_mask",
+        "encoder_attention_mask",
+        "encoder_attention_mask_1",
+        "image_only_indicator",
+        "skip_sample",
+    }
 )
 # Arguments of a U-Net through which ControlNets and T2I-Adapters reach its encoder.
 RESIDUAL_ARGUMENTS = (

@@ -2,6 +2,7 @@
 
     python scripts/measure_encoder_reuse.py                 # the table of docs/encoder-reuse.md
     python scripts/measure_encoder_reuse.py --sd15          # step times of an SD 1.5-shaped U-Net (random weights)
+    python scripts/measure_encoder_reuse.py --schedulers    # every scheduler that fits the model
 
 Fidelity is paired: the same prompts and seeds, everything equal but the setting. Times come from interleaved runs.
 """
@@ -24,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from diffusion_accel import EncoderReuse, accelerate
+from diffusion_accel import AccelerationError, EncoderReuse, accelerate
 from diffusion_accel.evaluation.fidelity import psnr, ssim
 from diffusion_accel.evaluation.flops import count_flops
 from diffusion_accel.pipelines.loading import load_pipeline
@@ -217,6 +218,37 @@ def measure_sd15(latent: int, rounds: int, steps: int = 10) -> dict[str, Any]:
     return {"what": what, "machine": machine(), "rounds": rounds, "rows": rows}
 
 
+def measure_schedulers(steps: int, guidance: float) -> str:
+    """Every compatible scheduler, against its own baseline: a Markdown table."""
+    run = Trajectory(steps, guidance)
+    pipe, prompts = run.pipe, PROMPTS[:8]
+    head = ["scheduler", "encoder reuse", f"U-Net calls at {steps} steps", "encoder runs", "PSNR dB", "prior noise"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    accelerate(pipe, EncoderReuse())
+    for scheduler in sorted(pipe.scheduler.compatibles, key=lambda c: c.__name__):
+        name = scheduler.__name__
+        try:
+            images = []
+            for enabled in (False, True):
+                pipe.scheduler = scheduler.from_config(run.ddim.config)
+                pipe.acceleration.enable() if enabled else pipe.acceleration.disable()
+                images.append(run.call(prompts, 0))
+            report = pipe.acceleration.report()
+            runs = report.counters["encoder_reuse"]["encoder_runs"]
+            try:
+                accelerate(pipe, EncoderReuse(prior_noise=0.003))
+                run.call(prompts[:1], 0, 2)
+                noise = "yes"
+            except AccelerationError:
+                noise = "refused: latents scaled by sigma"
+            accelerate(pipe, EncoderReuse())
+            quality = float(psnr(*images).median())
+            lines.append(f"| {name} | yes | {report.steps} | {runs:g} | {quality:.1f} | {noise} |")
+        except ImportError as error:
+            lines.append(f"| {name} | not tried: {str(error).splitlines()[0].strip()} | | | | |")
+    return "\n".join(lines)
+
+
 def markdown(result: dict[str, Any]) -> str:
     fidelity = "psnr" in result["rows"][0]
     head = ["setting", "time ratio", "FLOP ratio"]
@@ -241,10 +273,14 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved timing rounds")
     parser.add_argument("--sd15", action="store_true", help="the SD 1.5-shaped U-Net instead")
+    parser.add_argument("--schedulers", action="store_true", help="every compatible scheduler instead")
     parser.add_argument("--latent", type=int, default=32, help="latent size for --sd15")
     parser.add_argument("--json", type=Path, help="write the full result here as well")
     args = parser.parse_args()
     with torch.inference_mode():
+        if args.schedulers:
+            print(measure_schedulers(args.steps, args.guidance))
+            return
         if args.sd15:
             result = measure_sd15(args.latent, args.rounds)
         else:

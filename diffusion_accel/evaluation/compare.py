@@ -1,0 +1,98 @@
+"""Baseline against accelerated, on one pipeline: interleaved times, counted FLOPs, paired fidelity."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import ConfigurationError
+from .fidelity import psnr, ssim
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a setting gained and lost.
+
+    Attributes:
+        time_ratio: median over rounds of baseline seconds / accelerated seconds (above 1: faster).
+        flop_ratio: baseline FLOPs / accelerated FLOPs of the whole call, decoding included.
+        psnr, ssim: of each image against the baseline's, dB (infinite if equal) and −1 … 1.
+        baseline, accelerated: the images.
+        report: the accelerated call's report, without the slow-down of counting.
+    """
+
+    time_ratio: float
+    flop_ratio: float
+    psnr: list[float]
+    ssim: list[float]
+    baseline: list[Image.Image]
+    accelerated: list[Image.Image]
+    report: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers as JSON values (infinite PSNR as None)."""
+        return {
+            "time_ratio": round(self.time_ratio, 3),
+            "flop_ratio": round(self.flop_ratio, 3),
+            "psnr": [None if p == float("inf") else round(p, 2) for p in self.psnr],
+            "ssim": [round(s, 4) for s in self.ssim],
+        }
+
+
+def compare(pipe: Any, call: Callable[[], list[Image.Image]], rounds: int = 1) -> Comparison:
+    """Run `call` with the enabled features of `pipe` off and on, and compare.
+
+    The first run of each warms up and counts FLOPs; then `rounds` timed pairs follow, in turn.
+
+    Raises:
+        ConfigurationError: no feature of the pipeline is enabled.
+    """
+    handle = pipe.acceleration
+    enabled = [name for name in handle.features if handle.enabled(name)]
+    if not enabled:
+        raise ConfigurationError("there is nothing to compare: no feature is enabled")
+    images: dict[bool, list[Image.Image]] = {}
+    flops: dict[bool, float] = {}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    report = None
+    try:
+        handle.count_flops = True
+        for on in (False, True):
+            handle.enable(*enabled) if on else handle.disable(*enabled)
+            images[on] = call()
+            flops[on] = handle.report().flops or 0.0
+        handle.count_flops = False
+        for _ in range(rounds):
+            for on in (False, True):
+                handle.enable(*enabled) if on else handle.disable(*enabled)
+                began = time.perf_counter()
+                call()
+                seconds[on].append(time.perf_counter() - began)
+        report = handle.report()
+    finally:
+        handle.count_flops = False
+        handle.enable(*enabled)
+    pairs = zip(seconds[False], seconds[True], strict=True)
+    a, b = as_tensor(images[False]), as_tensor(images[True])
+    return Comparison(
+        time_ratio=statistics.median(base / fast for base, fast in pairs),
+        flop_ratio=flops[False] / flops[True],
+        psnr=psnr(a, b).tolist(),
+        ssim=ssim(a, b).tolist(),
+        baseline=images[False],
+        accelerated=images[True],
+        report=report,
+    )
+
+
+def as_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """PIL images of one size as (N, 3, H, W) in [0, 1]."""
+    arrays = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2)

@@ -1,0 +1,87 @@
+"""`AcceleratedPipeline`: load any pipeline with features as keyword arguments; named drop-ins for diffusers' classes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.feature import Feature
+from diffusion_accel.registry import FEATURES, feature_class
+
+
+class AcceleratedPipeline:
+    """Loads diffusers pipelines with features switched on.
+
+    Every class method returns the diffusers pipeline itself, accelerated: it is an instance of its own diffusers class
+    and has the handle `pipe.acceleration`. Features are keyword arguments by name: True for the recommended settings,
+    a `Feature`, a dict of its fields, or the CLI's `key=value,…` text; False or None leaves a feature out.
+
+        pipe = AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=True)
+        pipe = AcceleratedPipeline.from_pretrained("owner/model", encoder_reuse={"schedule": "uniform:4"})
+    """
+
+    pipeline_class: ClassVar[Any] = None  # the diffusers class to load as; None: the model's own
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{cls.__name__} is not instantiated; use {cls.__name__}.from_pretrained(...) or .from_pipe(...)")
+
+    @classmethod
+    def from_pretrained(cls, model: str, **kwargs: Any) -> Any:
+        """Load an embedded model, a folder, a single `.safetensors` file or a hub id; see `loading.load_pipeline`."""
+        from .loading import load_pipeline
+
+        features, options = split_features(kwargs)
+        if "torch_dtype" in options:
+            options["dtype"] = options.pop("torch_dtype")
+        return _accelerated(load_pipeline(model, pipeline_class=cls.pipeline_class, **options), features)
+
+    from_single_file = from_pretrained
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, **kwargs: Any) -> Any:
+        """Accelerate a pipeline; with a named drop-in, convert it to that class first (its own `from_pipe`)."""
+        features, options = split_features(kwargs)
+        if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):
+            pipe = cls.pipeline_class.from_pipe(pipe, **options)
+        elif options:
+            raise ConfigurationError(f"unknown argument or feature: {', '.join(sorted(options))}")
+        return _accelerated(pipe, features)
+
+
+@functools.cache
+def named_drop_in(name: str) -> type[AcceleratedPipeline]:
+    """`AcceleratedFooPipeline` for diffusers' `FooPipeline`. Raises `AttributeError` if there is no such class."""
+    import diffusers
+
+    base = name.removeprefix("Accelerated")
+    if not name.startswith("Accelerated") or not base.endswith("Pipeline") or not hasattr(diffusers, base):
+        raise AttributeError(f"diffusers has no pipeline class {base!r}")
+    doc = f"`AcceleratedPipeline` for `diffusers.{base}`."
+    return type(name, (AcceleratedPipeline,), {"pipeline_class": getattr(diffusers, base), "__doc__": doc})
+
+
+def split_features(kwargs: dict[str, Any]) -> tuple[list[Feature], dict[str, Any]]:
+    """Separate feature keywords from the rest."""
+    features = [make_feature(k, v) for k, v in kwargs.items() if k in FEATURES and v is not None and v is not False]
+    return features, {k: v for k, v in kwargs.items() if k not in FEATURES}
+
+
+def make_feature(name: str, value: Any) -> Feature:
+    """A feature from True, a `Feature`, a dict of fields, or `key=value,…` text."""
+    cls = feature_class(name)
+    if value is True:
+        return cls()
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, dict):
+        return cls.from_dict(value)
+    if isinstance(value, str):
+        return cls.parse(value)
+    raise ConfigurationError(f"{name} must be True, False, a {cls.__name__}, a dict or key=value text, got {value!r}")
+
+
+def _accelerated(pipe: Any, features: list[Feature]) -> Any:
+    from diffusion_accel.switchboard import accelerate
+
+    return accelerate(pipe, *features)

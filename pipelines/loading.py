@@ -1,0 +1,138 @@
+"""Loading pipelines, ControlNets and LoRAs, with one clear line where something does not fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from diffusion_accel.errors import ModelLoadError
+
+from .models import ModelSource, check_weights, find_model, safetensors_header
+
+TASKS = ("text-to-image", "image-to-image", "inpainting")
+_AUTO = {
+    "text-to-image": AutoPipelineForText2Image,
+    "image-to-image": AutoPipelineForImage2Image,
+    "inpainting": AutoPipelineForInpainting,
+}
+
+
+def load_pipeline(
+    model: str | ModelSource,
+    *,
+    task: str | None = None,
+    controlnet: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+    pipeline_class: Any = None,
+    **options: Any,
+) -> Any:
+    """Load a pipeline: an embedded name, a folder, a single `.safetensors` file, or a hub id.
+
+    Args:
+        model: what to load; see `find_model`.
+        task: one of `TASKS`, to convert the pipeline to that task; None keeps the model's own.
+        controlnet: folder or hub id of a ControlNet to run beside the U-Net.
+        dtype: of the weights in memory.
+        allow_pickle: also load weights that are pickles.
+        pipeline_class: the diffusers class to load as; by default the model's own.
+        options: passed on to diffusers' `from_pretrained` or `from_single_file`.
+
+    Raises:
+        ConfigurationError, ModelLoadError: with one line that says what was wrong.
+    """
+    source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle)
+    options = {"torch_dtype": dtype, **options}
+    if source.kind == "file":
+        pipe = _load(source.location, lambda: _single_file(source, pipeline_class, options))
+    else:
+        cls = pipeline_class or DiffusionPipeline
+        if not allow_pickle:
+            options.setdefault("use_safetensors", True)
+        if source.kind != "hub":
+            options.setdefault("local_files_only", True)
+        pipe = _load(source.location, lambda: cls.from_pretrained(source.location, **options))
+    net = load_controlnet(controlnet, dtype, allow_pickle) if controlnet else None
+    if net is not None or (task is not None and task != "text-to-image"):
+        pipe = _convert(pipe, task or "text-to-image", net)
+    return pipe
+
+
+def _single_file(source: ModelSource, cls: Any, options: dict[str, Any]) -> Any:
+    if cls is None:
+        keys = safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
+        cls = StableDiffusionXLPipeline if any(k.startswith("conditioner.") for k in keys) else StableDiffusionPipeline
+    return cls.from_single_file(source.location, **options)
+
+
+def _convert(pipe: Any, task: str, net: Any) -> Any:
+    more = {} if net is None else {"controlnet": net}
+    try:
+        return _AUTO[task].from_pipe(pipe, **more)
+    except ValueError as error:
+        what = task if net is None else f"{task} with a ControlNet"
+        raise ModelLoadError(f"{type(pipe).__name__} cannot do {what}") from error
+
+
+def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
+    """Load a `ControlNetModel` from a folder or a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for file in path.glob("*.safetensors"):
+            check_weights(file)
+    elif path.suffix or name.startswith((".", "/", "~")):
+        raise ModelLoadError(f"no such ControlNet folder: {name}")
+    options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
+    return _load(name, lambda: ControlNetModel.from_pretrained(name, torch_dtype=dtype, **options))
+
+
+def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:
+    """Load one LoRA beside those already loaded; call `pipe.set_adapters` with all names and scales afterwards.
+
+    Raises:
+        ModelLoadError: the file is broken, a pickle, or does not fit the model.
+    """
+    check_weights(Path(file).expanduser())
+    loader = getattr(pipe, "load_lora_weights", None)
+    if loader is None:
+        raise ModelLoadError(f"{type(pipe).__name__} takes no LoRA")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loader(str(Path(file).expanduser()), adapter_name=name, use_safetensors=True)
+    except ImportError as error:
+        raise ModelLoadError("loading a LoRA needs peft: pip install 'diffusion-accel[lora]'") from error
+    except Exception as error:  # peft and diffusers raise many kinds for weights that do not fit
+        raise ModelLoadError(f"the LoRA {file} does not fit this model: {_first_line(error)}") from error
+    if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
+        raise ModelLoadError(f"the LoRA {file} does not fit this model: none of its layers has a counterpart there")
+
+
+def _load(name: str, loader: Callable[[], Any]) -> Any:
+    try:
+        return loader()
+    except (KeyboardInterrupt, ModelLoadError):
+        raise
+    except Exception as error:  # diffusers, transformers and the hub raise many kinds
+        raise ModelLoadError(f"{name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if lines and text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
+    return text if len(text) <= 300 else text[:297] + "…"

@@ -1,0 +1,63 @@
+"""Schedulers by short names."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from diffusion_accel.errors import ConfigurationError
+
+# short name -> (diffusers class, changes of its configuration)
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++-single": ("DPMSolverSinglestepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+def check_scheduler(name: str) -> None:
+    """Raise `ConfigurationError` if `name` is neither a short name nor a diffusers class name."""
+    if name in SCHEDULERS or (name.endswith("Scheduler") and name.isidentifier()):
+        return
+    near = difflib.get_close_matches(name, SCHEDULERS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigurationError(
+        f"unknown scheduler {name!r}; {hint}allowed: {', '.join(SCHEDULERS)}, or a diffusers class name"
+    )
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Give `pipe` the scheduler `name`, configured like the one it has.
+
+    Raises:
+        ConfigurationError: the name is unknown, or that scheduler does not fit the model.
+    """
+    import diffusers
+
+    check_scheduler(name)
+    class_name, changes = SCHEDULERS.get(name, (name, {}))
+    cls = getattr(diffusers, class_name, None)
+    fitting = {c.__name__ for c in pipe.scheduler.compatibles} | {type(pipe.scheduler).__name__}
+    if cls is None or (class_name not in fitting and name != "lcm"):
+        short = [n for n, (c, _) in SCHEDULERS.items() if c in fitting]
+        raise ConfigurationError(
+            f"scheduler {name!r} does not fit this model ({type(pipe.scheduler).__name__}); "
+            f"fitting: {', '.join(short or sorted(fitting))}"
+        )
+    try:
+        pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"scheduler {name!r} cannot be used: {str(error).strip().splitlines()[0]}") from error

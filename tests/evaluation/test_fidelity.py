@@ -1,0 +1,55 @@
+"""PSNR and SSIM against torchmetrics, and their properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from diffusion_accel import ConfigurationError
+from diffusion_accel.evaluation.fidelity import psnr, ssim
+
+
+def pictures(seed: int, n: int = 3, size: tuple[int, int] = (24, 31)) -> torch.Tensor:
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1000), sigma=st.floats(0.001, 0.5))
+def test_against_torchmetrics(seed: int, sigma: float) -> None:
+    a = pictures(seed)
+    b = (a + sigma * torch.randn(a.shape, generator=torch.Generator().manual_seed(seed + 1))).clamp(0, 1)
+    for i in range(len(a)):
+        x, y = a[i : i + 1].double(), b[i : i + 1].double()
+        assert math.isclose(psnr(a, b)[i], peak_signal_noise_ratio(y, x, data_range=1.0), abs_tol=1e-4)
+        full = structural_similarity_index_measure(y, x, data_range=1.0, return_full_image=True)[1]
+        whole_windows = full[..., 5:-5, 5:-5].mean()  # torchmetrics also averages over reflected borders
+        assert math.isclose(ssim(a, b)[i], whole_windows, abs_tol=1e-6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1000))
+def test_symmetric_and_perfect_for_equal_images(seed: int) -> None:
+    a, b = pictures(seed), pictures(seed + 1)
+    assert torch.allclose(psnr(a, b), psnr(b, a)) and torch.allclose(ssim(a, b), ssim(b, a))
+    assert torch.isinf(psnr(a, a)).all() and torch.allclose(ssim(a, a), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(psnr(a, b)[1:2], psnr(a[1:2], b[1:2])), "an image's value does not depend on its batch"
+
+
+def test_both_fall_with_noise() -> None:
+    a = torch.linspace(0, 1, 32).expand(1, 3, 32, 32).clone()
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(0))
+    values = [(float(psnr(a, a + s * noise)), float(ssim(a, a + s * noise))) for s in (0.005, 0.02, 0.1, 0.3)]
+    assert values == sorted(values, reverse=True)
+    assert math.isclose(values[1][0], -20 * math.log10(0.02), abs_tol=0.3)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="one shape"):
+        psnr(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 15))
+    with pytest.raises(ConfigurationError, match="11x11"):
+        ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
