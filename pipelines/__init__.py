@@ -1,8 +1,8 @@
 """Wrapper pipelines: `AcceleratedPipeline`, named drop-ins such as `AcceleratedStableDiffusionXLPipeline`, and loading.
 
-    from diffusion_accel.pipelines import AcceleratedPipeline
+from diffusion_accel.pipelines import AcceleratedPipeline
 
-    pipe = AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=True)
+pipe = AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=True)
 """
 
 from __future__ import annotations

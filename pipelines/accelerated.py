@@ -1,4 +1,4 @@
-"""`AcceleratedPipeline`: load any pipeline with features as keyword arguments; named drop-ins for diffusers' classes."""
+"""`AcceleratedPipeline`: any pipeline with features as keyword arguments; named drop-ins for diffusers' classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class AcceleratedPipeline:
     pipeline_class: ClassVar[Any] = None  # the diffusers class to load as; None: the model's own
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{cls.__name__} is not instantiated; use {cls.__name__}.from_pretrained(...) or .from_pipe(...)")
+        raise TypeError(
+            f"{cls.__name__} is not instantiated; use {cls.__name__}.from_pretrained(...) or .from_pipe(...)"
+        )
 
     @classmethod
     def from_pretrained(cls, model: str, **kwargs: Any) -> Any:

@@ -94,7 +94,7 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
     near = difflib.get_close_matches(model, EMBEDDED, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"embedded models: {', '.join(EMBEDDED)}"
     raise ConfigurationError(
-        f"unknown model {model!r}; {hint} Or give a hub id (owner/name), a pipeline folder or a .safetensors file"
+        f"unknown model {model!r}; {hint}; a hub id (owner/name), a pipeline folder or a .safetensors file work as well"
     )
 
 

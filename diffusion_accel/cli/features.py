@@ -1,0 +1,57 @@
+"""`features`: the registry as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+
+from ..registry import all_features
+
+
+def rows() -> list[dict[str, Any]]:
+    """Every feature with its keys, defaults and documentation."""
+    return [
+        {
+            "name": cls.name,
+            "flag": cls.flag(),
+            "summary": cls.summary,
+            "paper": cls.paper,
+            "conflicts": sorted(cls.conflicts),
+            "keys": [
+                {"key": f.name, "default": f.default, "meaning": f.metadata["doc"]} for f in dataclasses.fields(cls)
+            ],
+        }
+        for cls in all_features()
+    ]
+
+
+def markdown() -> str:
+    """The table for the documentation."""
+    lines = ["| flag | key | default | meaning |", "| --- | --- | --- | --- |"]
+    for row in rows():
+        lines.append(f"| `{row['flag']}` | | | {row['summary']}; {row['paper']} |")
+        lines += [f"| | `{k['key']}` | `{json.dumps(k['default'])}` | {k['meaning']} |" for k in row["keys"]]
+    return "\n".join(lines)
+
+
+def features(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """List what can be switched on, with all keys."""
+    if as_json:
+        typer.echo(json.dumps(rows()))
+    elif as_markdown:
+        typer.echo(markdown())
+    else:
+        for row in rows():
+            typer.echo(f"{row['flag']}  {row['summary']}")
+            typer.echo(f"  source: {row['paper']}")
+            for k in row["keys"]:
+                typer.echo(f"  {k['key']}={json.dumps(k['default']).strip(chr(34))}  {k['meaning']}")
+            if row["conflicts"]:
+                typer.echo(f"  cannot be combined with: {', '.join(row['conflicts'])}")

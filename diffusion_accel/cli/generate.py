@@ -1,0 +1,144 @@
+"""`generate`: images from prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+from typing import Annotated
+
+import typer
+
+from ..errors import AccelerationError
+from .options import with_feature_flags
+from .settings import ATTENTION, DTYPES, OFFLOAD, Job, Settings, merge, read_config, read_jobs
+
+
+class Interrupted(AccelerationError):
+    """Ctrl-C during generation."""
+
+    exit_code = 130
+
+
+_IMAGES = {"rich_help_panel": "Image and control inputs"}
+_MACHINE = {"rich_help_panel": "Machine"}
+_OUTPUT = {"rich_help_panel": "Output"}
+
+
+@with_feature_flags
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", show_default=False)] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A prompt a line, or .jsonl with overrides for each line.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Image k of a prompt uses seed + k; random if not given.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Images for each prompt.")] = None,
+    image: Annotated[str | None, typer.Option(metavar="FILE", help="Start from this image.", **_IMAGES)] = None,
+    mask_image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Inpaint where it is white.", **_IMAGES)
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --image is replaced, up to 1.", **_IMAGES)] = None,
+    controlnet: Annotated[str | None, typer.Option(help="Folder or hub id of a ControlNet.", **_IMAGES)] = None,
+    control_image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Input of the ControlNet.", **_IMAGES)
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="PATH[:SCALE]", help="LoRA weights; may be repeated.", **_IMAGES)
+    ] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.", **_MACHINE)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; the best one if not given.", **_MACHINE)
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".", **_MACHINE)] = None,
+    offload: Annotated[str | None, typer.Option(help=", ".join(OFFLOAD) + ".", **_MACHINE)] = None,
+    attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTION) + ".", **_MACHINE)] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="torch.compile the repeated blocks.", **_MACHINE)
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="File or folder (default: outputs).", **_OUTPUT)] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace existing files.", **_OUTPUT)] = None,
+    metadata: Annotated[
+        bool | None, typer.Option("--metadata/--no-metadata", help="Write settings into the image.", **_OUTPUT)
+    ] = None,
+    compare: Annotated[
+        bool | None, typer.Option("--compare", help="Run plain diffusers too; picture and table.", **_OUTPUT)
+    ] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON line an image on stdout.", **_OUTPUT)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.", **_OUTPUT)] = False,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML or JSON with flag names as keys.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")] = False,
+    **features: str | None,
+) -> None:
+    """Generate images, plain or accelerated."""
+    flags = {**locals(), **features}
+    own = ("features", "prompt", "prompts_file", "json_lines", "quiet", "config", "debug")
+    for key in own:
+        flags.pop(key)
+    if lora is not None:
+        flags["lora"] = tuple(lora)
+    values = read_config(config) if config else {}
+    more = values.pop("prompt", [])
+    file = prompts_file or values.pop("prompts_file", None)
+    jobs = read_jobs(prompt or ([more] if isinstance(more, str) else list(more)), file)
+    settings, source = merge(flags, values)
+    plans = [_resolve(settings, job) for job in jobs]
+
+    from .output import plan_outputs
+
+    paths = plan_outputs(settings.output, [_seeds(p) for p in plans], [j.output for j in jobs], settings.overwrite)
+    compared = [p[0].with_name(f"{p[0].stem}-compare.png") for p in paths] if settings.compare else []
+    if settings.compare:
+        from ..errors import OutputError
+
+        for path in compared:
+            if path.exists() and not settings.overwrite:
+                raise OutputError(f"{path} exists; choose another name or pass --overwrite")
+
+    from .run import Session, check_machine
+
+    device_name = check_machine(settings)
+    written = 0
+    total = sum(map(len, paths))
+    try:
+        session = Session(settings, source, device_name, quiet=quiet)
+        for job, plan, targets, k in zip(jobs, plans, paths, range(len(jobs)), strict=True):
+            result = session.generate(job.prompt, plan, _seeds(plan))
+            if settings.compare:
+                session.save_comparison(result, job.prompt, compared[k])
+            for image_, seed_, path in zip(result.images, _seeds(plan), targets, strict=True):
+                session.save(image_, path, job.prompt, plan, seed_, result)
+                written += 1
+                if json_lines:
+                    typer.echo(json.dumps(session.record(path, job.prompt, seed_, result)))
+                elif not quiet:
+                    typer.echo(f"{path}  (seed {seed_})")
+            if not json_lines and not quiet:
+                session.print_summary(result, compared[k] if compared else None)
+    except KeyboardInterrupt:
+        state = "nothing was written" if not written else f"{written} of {total} images were written"
+        raise Interrupted(f"interrupted; {state}") from None
+
+
+def _resolve(settings: Settings, job: Job) -> Settings:
+    """The settings of one prompt; without a seed anywhere, a random one is drawn (and printed and stored)."""
+    changes = {f.name: v for f in dataclasses.fields(Job) if (v := getattr(job, f.name)) is not None}
+    for key in ("prompt", "output"):
+        changes.pop(key, None)
+    plan = dataclasses.replace(settings, **changes)
+    return plan if plan.seed is not None else dataclasses.replace(plan, seed=secrets.randbelow(2**32))
+
+
+def _seeds(plan: Settings) -> list[int]:
+    assert plan.seed is not None
+    return [plan.seed + k for k in range(plan.num_images)]

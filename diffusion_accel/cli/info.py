@@ -1,0 +1,53 @@
+"""`info`: versions and devices."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata as packages
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "peft", "xformers")
+
+
+def collect() -> dict[str, Any]:
+    """Versions of the libraries (None: not installed) and what torch can compute on."""
+    import torch
+
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            found[name] = None
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return {
+        "diffusion-accel": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": found,
+        "devices": devices,
+    }
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Print versions and devices, for bug reports."""
+    facts = collect()
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    for name in ("diffusion-accel", "python", "platform"):
+        typer.echo(f"{name}: {facts[name]}")
+    for name, version in facts["packages"].items():
+        typer.echo(f"{name}: {version or 'not installed'}")
+    typer.echo("devices: " + ", ".join(facts["devices"]))

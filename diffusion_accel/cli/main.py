@@ -1,0 +1,90 @@
+"""The command `diffusion-accel`: the app, and the one place that turns errors into a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from .. import AccelerationError, __version__
+from . import features, generate, info, metadata, models
+from .options import join_bare_flags
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="diffusion-accel",
+    help="Generate images with any diffusers pipeline, faster, and see what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate.generate)
+app.command()(metadata.metadata)
+app.command()(models.models)
+app.command()(features.features)
+app.command()(info.info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"diffusion-accel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted. `--debug` shows tracebacks."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if not debug:
+        _quiet_libraries()
+    try:
+        code = typer.main.get_command(app).main(
+            args=join_bare_flags(arguments), prog_name="diffusion-accel", standalone_mode=False
+        )
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 2
+    except click.ClickException as error:
+        code = _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        code = _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except AccelerationError as error:
+        if debug:
+            raise
+        code = _fail(str(error), error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        code = _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own logging off the terminal; errors still arrive as exceptions."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    import warnings
+
+    warnings.simplefilter("ignore")

@@ -1,0 +1,30 @@
+"""`models`: what ships inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from ..pipelines.models import EMBEDDED
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """List the embedded models; any hub id, folder or .safetensors file works as well."""
+    if as_json:
+        typer.echo(
+            json.dumps([{**dataclasses.asdict(m), "path": str(m.path), "bytes": m.size} for m in EMBEDDED.values()])
+        )
+        return
+    for m in EMBEDDED.values():
+        settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in m.settings.items())
+        typer.echo(f"{m.name}  ({m.size / 1e6:.0f} MB)  {m.summary}")
+        typer.echo(f"  recommended: {settings}")
+        typer.echo(f"  try: diffusion-accel generate {json.dumps(m.example)} --model {m.name}")
+        typer.echo(f"  licence: {m.licence}")
+        typer.echo(f"  model card: {m.path / 'README.md'}")

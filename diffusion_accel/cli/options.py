@@ -1,0 +1,70 @@
+"""The feature flags, generated from the registry."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+from ..feature import Feature
+from ..registry import FEATURES, all_features, feature_class
+
+_VALUE = re.compile(r"on$|off$|[A-Za-z_]\w*=")
+
+
+def join_bare_flags(arguments: list[str]) -> list[str]:
+    """Let `--feature` stand alone: a following token is its value only if it is on, off or begins with `key=`."""
+    flags = {"--" + name.replace("_", "-") for name in FEATURES}
+    joined: list[str] = []
+    rest = iter(arguments)
+    waiting = None  # a feature flag whose value may follow
+    for token in rest:
+        if waiting is not None:
+            value = token if _VALUE.match(token) else "on"
+            joined.append(f"{waiting}={value}")
+            waiting = None
+            if value is token:
+                continue
+        if token == "--":
+            return [*joined, token, *rest]
+        if token in flags:
+            waiting = token
+        else:
+            joined.append(token)
+    return [*joined, f"{waiting}=on"] if waiting is not None else joined
+
+
+def with_feature_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command`, which takes `**features`, one option for each registered feature."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for feature in all_features():
+        option = typer.Option(
+            feature.flag(),
+            metavar="[KEY=VALUE,…|off]",
+            help=f"{feature.summary[0].upper()}{feature.summary[1:]}.",
+            rich_help_panel="Features",
+        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(feature.name, kind, default=None, annotation=Annotated[str | None, option]))
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def parse_feature(name: str, value: Any) -> Feature | None:
+    """A feature from a flag's text or a configuration file's value; None if it is switched off."""
+    cls = feature_class(name)
+    if value in (None, False, "off"):
+        return None
+    if value in (True, "on"):
+        return cls()
+    if isinstance(value, dict):
+        return cls.from_dict(value)
+    if isinstance(value, str):
+        return cls.parse(value)
+    raise ConfigurationError(f"{cls.flag()}: expected true, false, a table of keys or key=value text, got {value!r}")
