@@ -66,7 +66,9 @@ def generate(
     compile: Annotated[
         bool | None, typer.Option("--compile", help="torch.compile the repeated blocks.", **_MACHINE)
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="File or folder (default: outputs).", **_OUTPUT)] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File or folder (default: outputs).", **_OUTPUT)
+    ] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace existing files.", **_OUTPUT)] = None,
     metadata: Annotated[
         bool | None, typer.Option("--metadata/--no-metadata", help="Write settings into the image.", **_OUTPUT)

@@ -132,7 +132,7 @@ class Session:
         return Result(images, time.perf_counter() - began, self.pipe.acceleration.report())
 
     def _arguments(self, prompt: str, plan: Settings) -> dict[str, Any]:
-        wanted = {
+        wanted: dict[str, Any] = {
             "negative_prompt": plan.negative_prompt,
             "num_inference_steps": plan.steps,
             "guidance_scale": plan.guidance_scale,

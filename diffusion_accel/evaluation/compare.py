@@ -46,10 +46,13 @@ class Comparison:
         }
 
 
-def compare(pipe: Any, call: Callable[[], list[Image.Image]], rounds: int = 1) -> Comparison:
+def compare(
+    pipe: Any, call: Callable[[], list[Image.Image]], rounds: int = 1, flop_ratio: float | None = None
+) -> Comparison:
     """Run `call` with the enabled features of `pipe` off and on, and compare.
 
-    The first run of each warms up and counts FLOPs; then `rounds` timed pairs follow, in turn.
+    The first run of each warms up and counts FLOPs (slow; skipped if `flop_ratio` is known already, as for another
+    prompt with the same settings); then `rounds` timed pairs follow, in turn.
 
     Raises:
         ConfigurationError: no feature of the pipeline is enabled.
@@ -63,7 +66,7 @@ def compare(pipe: Any, call: Callable[[], list[Image.Image]], rounds: int = 1) -
     seconds: dict[bool, list[float]] = {False: [], True: []}
     report = None
     try:
-        handle.count_flops = True
+        handle.count_flops = flop_ratio is None
         for on in (False, True):
             handle.enable(*enabled) if on else handle.disable(*enabled)
             images[on] = call()
@@ -83,7 +86,7 @@ def compare(pipe: Any, call: Callable[[], list[Image.Image]], rounds: int = 1) -
     a, b = as_tensor(images[False]), as_tensor(images[True])
     return Comparison(
         time_ratio=statistics.median(base / fast for base, fast in pairs),
-        flop_ratio=flops[False] / flops[True],
+        flop_ratio=flops[False] / flops[True] if flop_ratio is None else flop_ratio,
         psnr=psnr(a, b).tolist(),
         ssim=ssim(a, b).tolist(),
         baseline=images[False],

@@ -1,0 +1,192 @@
+"""Loading for real: the embedded model, folders, conversions, ControlNets, LoRAs, and what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from safetensors.torch import save_file
+
+import diffusion_accel
+from diffusion_accel import (
+    AcceleratedPipeline,
+    ConfigurationError,
+    EncoderReuse,
+    ModelLoadError,
+    UnsupportedPipelineError,
+)
+from diffusion_accel.pipelines.loading import load_lora, load_pipeline
+from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.pipelines.schedulers import SCHEDULERS, check_scheduler, set_scheduler
+
+STICKER = EMBEDDED["sticker"].path
+
+
+@pytest.fixture(scope="module")
+def sticker() -> Any:
+    pipe = load_pipeline("sticker")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, **changes: Any) -> torch.Tensor:
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt", **changes}
+    return pipe("red apple, 3d style", generator=torch.Generator().manual_seed(0), **settings).images
+
+
+def test_plain_diffusers_loads_the_embedded_model(sticker: Any) -> None:
+    plain = StableDiffusionPipeline.from_pretrained(STICKER)
+    plain.set_progress_bar_config(disable=True)
+    assert {c.dtype for c in (plain.unet, plain.vae, plain.text_encoder)} == {torch.float32}
+    assert torch.equal(draw(plain), draw(sticker))
+    assert draw(plain).shape == (1, 3, 96, 96)
+
+
+def test_the_drop_in_is_an_accelerated_diffusers_pipeline(sticker: Any) -> None:
+    for value in (True, EncoderReuse(schedule="all"), {"schedule": "all"}, "schedule=all"):
+        pipe = AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=value)
+        assert isinstance(pipe, StableDiffusionPipeline)
+        assert pipe.acceleration.features["encoder_reuse"].schedule == ("paper" if value is True else "all")
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(pipe), draw(sticker))
+    for off in (False, None):
+        assert not AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=off).acceleration.features
+    with pytest.raises(ConfigurationError, match="encoder_reuse must be"):
+        AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=3)
+    with pytest.raises(TypeError, match="from_pretrained"):
+        AcceleratedPipeline()
+
+
+def test_named_drop_ins(sticker: Any) -> None:
+    from diffusion_accel.pipelines import AcceleratedStableDiffusionImg2ImgPipeline
+
+    pipe = AcceleratedStableDiffusionImg2ImgPipeline.from_pretrained("sticker", encoder_reuse=True)
+    assert isinstance(pipe, StableDiffusionImg2ImgPipeline)
+    again = AcceleratedStableDiffusionImg2ImgPipeline.from_pipe(sticker, encoder_reuse=True)
+    assert isinstance(again, StableDiffusionImg2ImgPipeline) and again.unet is sticker.unet
+    assert not hasattr(sticker, "acceleration")
+    with pytest.raises(ImportError):
+        from diffusion_accel.pipelines import AcceleratedNonsensePipeline  # noqa: F401
+    with pytest.raises(AttributeError):
+        _ = diffusion_accel.pipelines.AcceleratedTorchDevice
+
+
+def test_tasks(sticker: Any) -> None:
+    assert type(load_pipeline("sticker", task="image-to-image")) is StableDiffusionImg2ImgPipeline
+    assert type(load_pipeline("sticker", task="inpainting")) is StableDiffusionInpaintPipeline
+
+
+def test_a_folder_loads_and_features_survive_saving(sticker: Any, tmp_path: Path) -> None:
+    pipe = AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=True)
+    pipe.save_pretrained(tmp_path)
+    assert "StableDiffusionPipeline" in (tmp_path / "model_index.json").read_text()
+    loaded = load_pipeline(str(tmp_path))
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is StableDiffusionPipeline
+    assert torch.equal(draw(loaded), draw(sticker))
+
+
+def test_a_single_file_goes_through_from_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converting a real checkpoint needs its reference configuration; here: the right class gets the right file."""
+    from diffusers import StableDiffusionXLPipeline
+
+    seen: list[Any] = []
+    for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+        monkeypatch.setattr(
+            cls, "from_single_file", classmethod(lambda c, path, **options: seen.append((c, path, options)) or "loaded")
+        )
+    for name, key in (("sd", "model.diffusion_model.x"), ("xl", "conditioner.embedders.0.x")):
+        save_file({key: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+        assert load_pipeline(str(tmp_path / f"{name}.safetensors")) == "loaded"
+    assert [c for c, _, _ in seen] == [StableDiffusionPipeline, StableDiffusionXLPipeline]
+    assert all(options["torch_dtype"] is torch.float32 for _, _, options in seen)
+
+
+def test_failures_are_one_line(tmp_path: Path) -> None:
+    shutil.copytree(STICKER, tmp_path / "copy")
+    (tmp_path / "copy" / "unet" / "config.json").unlink()
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    for name in (str(tmp_path / "copy"), "nobody/there-is-no-such-model", str(tmp_path / "odd.safetensors")):
+        with pytest.raises(ModelLoadError) as error:
+            load_pipeline(name)
+        assert "\n" not in str(error.value) and "cannot be loaded" in str(error.value)
+    with pytest.raises(ModelLoadError, match="no such ControlNet"):
+        load_pipeline("sticker", controlnet="./missing")
+
+
+def test_a_controlnet_from_a_folder(sticker: Any, tmp_path: Path) -> None:
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    ControlNetModel.from_unet(sticker.unet, conditioning_channels=3).save_pretrained(tmp_path)
+    pipe = load_pipeline("sticker", controlnet=str(tmp_path))
+    assert type(pipe) is StableDiffusionControlNetPipeline
+
+
+def lora_file(folder: Path, width: int = 128, prefix: str = "unet.down_blocks.1.attentions.0") -> Path:
+    key = f"{prefix}.transformer_blocks.0.attn1.to_q"
+    path = folder / "lora.safetensors"
+    save_file({f"{key}.lora_A.weight": torch.randn(4, width), f"{key}.lora_B.weight": torch.randn(width, 4)}, path)
+    return path
+
+
+def test_lora(tmp_path: Path, sticker: Any) -> None:
+    pipe = load_pipeline("sticker")
+    pipe.set_progress_bar_config(disable=True)
+    load_lora(pipe, str(lora_file(tmp_path)), 1.0, "one")
+    pipe.set_adapters(["one"], [1.0])
+    assert not torch.equal(draw(pipe), draw(sticker))
+    pipe.set_adapters(["one"], [0.0])
+    assert torch.allclose(draw(pipe), draw(sticker), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["width", "names", "empty", "pickle", "broken"])
+def test_a_lora_that_does_not_fit(tmp_path: Path, case: str) -> None:
+    pipe = load_pipeline("sticker")
+    path = tmp_path / "lora.safetensors"
+    if case == "width":
+        path = lora_file(tmp_path, width=96)
+    elif case == "names":
+        path = lora_file(tmp_path, prefix="unet.down_blocks.9.attentions.7")
+    elif case == "empty":
+        save_file({"something.else": torch.zeros(2)}, path)
+    elif case == "pickle":
+        path = tmp_path / "lora.bin"
+        path.write_bytes(b"\x80\x04.")
+    else:
+        path.write_bytes(b"12345")
+    with pytest.raises(ModelLoadError) as error:
+        load_lora(pipe, str(path), 1.0, "one")
+    assert "\n" not in str(error.value)
+
+
+def test_schedulers(sticker: Any) -> None:
+    original = sticker.scheduler
+    try:
+        for name in SCHEDULERS:
+            set_scheduler(sticker, name)
+            assert type(sticker.scheduler).__name__ == SCHEDULERS[name][0]
+            assert sticker.scheduler.config.prediction_type == "v_prediction"
+            sticker.scheduler = original
+        set_scheduler(sticker, "EulerDiscreteScheduler")
+        with pytest.raises(ConfigurationError, match="does not fit"):
+            set_scheduler(sticker, "FlowMatchEulerDiscreteScheduler")
+        with pytest.raises(ConfigurationError, match="did you mean 'euler'"):
+            check_scheduler("eulr")
+    finally:
+        sticker.scheduler = original
+
+
+def test_a_transformer_pipeline_is_refused_with_the_reason() -> None:
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from zoo import vae
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=4, num_layers=1, sample_size=4
+    )
+    pipe = DiTPipeline(transformer=model, vae=vae(), scheduler=DDIMScheduler())
+    with pytest.raises(UnsupportedPipelineError, match="encoder and a decoder"):
+        AcceleratedPipeline.from_pipe(pipe, encoder_reuse=True)

@@ -1,0 +1,298 @@
+"""The sticker training programs on a tiny synthetic data set: exactness, resuming, export, and errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import os
+import signal
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusion_accel.training import sticker_data
+from diffusion_accel.training.denoising import add_noise, alphas_cumprod, draw_timesteps, nearest_noise
+from diffusion_accel.training.files import UsageError
+from diffusion_accel.training.latents import PatchCodec, write_encoder
+from diffusion_accel.training.loop import Settings, train
+from diffusion_accel.training.sticker_models import Shape, build_vae
+from diffusion_accel.training.sticker_tasks import DecoderTask, TextTask, UNetTask
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CONCEPTS = ("red disc", "blue disc", "green ring", "yellow square", "orange ring", "pink square")
+COLOURS = ((220, 40, 40), (40, 60, 220), (40, 180, 60), (230, 210, 40), (240, 140, 30), (240, 120, 180))
+SIZE = 48
+TINY = {
+    "size": SIZE,
+    "vocabulary": 560,
+    "unet_channels": [32, 64],
+    "unet_groups": 8,
+    "text_width": 32,
+    "text_layers": 1,
+}
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+trainer = load_script("train_sticker")
+builder = load_script("build_sticker_dataset")
+
+
+def draw_picture(index: int, soft: float) -> Image.Image:
+    """A disc, ring or square with soft edges and a shaded fill."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
+    distance = np.maximum(abs(x), abs(y)) if index in (3, 5) else np.hypot(x, y)
+    alpha = 1 / (1 + np.exp((distance - 0.3) * soft))
+    if index in (2, 4):
+        alpha *= 1 / (1 + np.exp((0.15 - distance) * soft))
+    shade = (0.8 + 0.4 * x + 0.2 * np.sin(9 * y + index))[..., None]
+    rgb = np.clip(np.array(COLOURS[index]) * shade, 0, 255)
+    return Image.fromarray(np.concatenate([rgb, alpha[..., None] * 255], -1).astype(np.uint8), "RGBA")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six concepts in two styles; one picture is held out."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for style, soft in (("flat", 120.0), ("3d", 30.0)):
+        with zipfile.ZipFile(folder / f"{style}.zip", "w") as archive:
+            for i, name in enumerate(CONCEPTS):
+                file = io.BytesIO()
+                draw_picture(i, soft).save(file, "WEBP", lossless=True)
+                archive.writestr(f"{i}.webp", file.getvalue())
+                rows.append(
+                    {"id": f"{style}/{i}", "style": style, "style_words": style, "slug": name.replace(" ", "-")}
+                    | {"name": name, "keywords": [name.split()[0], "shape"], "group": "objects", "subgroup": "toys"}
+                    | {"core": True, "starter": True, "file": f"{style}.zip:{i}.webp"}
+                    | {"split": "heldout" if (style, i) == ("3d", 2) else "train"}
+                )
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "concepts.txt").write_text("# all\n" + "\n".join(row["slug"] for row in rows[:6]) + "\n")
+    (folder / "shape.json").write_text(json.dumps(TINY))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder after all stages, with the exported pipeline in ``pipeline``."""
+    folder = tmp_path_factory.mktemp("work")
+    steps = [f"--{stage}-steps=3" for stage in ("decoder", "text", "unet")]
+    code = trainer.main(
+        ["all", "--data", str(data), "--work", str(folder), "--shape", str(data / "shape.json"), "--styles", "flat,3d"]
+        + ["--concepts", str(data / "concepts.txt"), "--sampling-steps", "2", "--count", "4", "--threads", "2"]
+        + ["--prompts", "red disc|blue disc", "--log-every", "1", "--grid-every", "2", *steps]
+    )
+    assert code == 0
+    return folder
+
+
+def settings(**changes: Any) -> Settings:
+    defaults: dict[str, Any] = {"steps": 6, "batch": 4, "lr": 1e-3, "log_every": 2, "eval_every": 3, "grid_every": 0}
+    return Settings(**(defaults | changes))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / json.loads((folder / "state.json").read_text())["tensors"])
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    lines = sticker_data.read_json_lines(folder / "log.jsonl")
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+# ------------------------------------------------------------------------------------------- latents, captions, noise
+def test_written_encoder_equals_the_convolution(work: Path) -> None:
+    codec = PatchCodec.load(work / "codec.safetensors")
+    pictures = sticker_data.composite(sticker_data.load_images(work))
+    vae = build_vae(Shape.of_work(work))
+    write_encoder(vae, codec, pictures)
+    with torch.no_grad():
+        expected, got = codec.encode(pictures), vae.encode(pictures).latent_dist.mean
+    assert (got - expected).norm() / expected.norm() < 1e-2
+    assert expected.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
+    linear = codec.decode(expected)
+    assert (linear - pictures).square().mean() < 0.05 * pictures.var()
+
+
+def test_tokenizer_round_trip(work: Path) -> None:
+    tokenizer = sticker_data.load_tokenizer(work)
+    ids = tokenizer("a red disc, 3d style").input_ids
+    assert ids[0] == tokenizer.bos_token_id == len(tokenizer) - 2
+    assert ids[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a red disc , 3d style"
+    assert tokenizer.decode(tokenizer("zebra Ünï 7").input_ids, skip_special_tokens=True) == "zebra ünï 7"
+    tokens = sticker_data.load_tokens(work)
+    first = sticker_data.caption_variants(sticker_data.load_rows(work)[0])[0]
+    padded = tokenizer(first, padding="max_length", max_length=24).input_ids
+    assert tokens["captions"][0, 0].tolist() == padded
+
+
+def test_noise_and_targets() -> None:
+    rng, alphas = np.random.default_rng(0), alphas_cumprod()
+    latents = torch.from_numpy(rng.standard_normal((8, 4, 3, 3), dtype=np.float32))
+    timesteps = draw_timesteps(rng, 8)
+    assert timesteps.min() >= 0 and timesteps.max() < 1000
+    near = nearest_noise(np.random.default_rng(1), latents, candidates=16)
+    plain = nearest_noise(np.random.default_rng(1), latents, candidates=1)
+    assert ((near - latents) ** 2).sum() < ((plain - latents) ** 2).sum()
+    noisy, target = add_noise(latents, near, timesteps, alphas)
+    alpha, sigma = (value.sqrt().view(-1, 1, 1, 1) for value in (alphas[timesteps], 1 - alphas[timesteps]))
+    torch.testing.assert_close(alpha * noisy - sigma * target, latents, atol=1e-5, rtol=1e-5)
+
+
+def test_learning_rate_depends_on_the_step_alone() -> None:
+    linear = settings(steps=100, warmup=10, cooldown=0.4, minutes=1)
+    assert linear.rate(0) == pytest.approx(1e-4) and linear.rate(30) == 1e-3
+    assert linear.rate(80) == pytest.approx(5e-4) and 0 < linear.rate(99) < 1e-4
+    cosine = settings(steps=100, warmup=10, cooldown=1.0, shape="cosine")
+    assert cosine.rate(50) == pytest.approx(1e-3 * 0.5 * (1 - math.cos(math.pi / 2)))
+
+
+# ------------------------------------------------------------------------------------------- the loop
+@pytest.mark.parametrize("make", [DecoderTask, TextTask, UNetTask])
+def test_resumed_run_equals_an_uninterrupted_one(make: Any, work: Path, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    assert train(make(work), tmp_path / "whole", settings(), accelerator).finished
+
+    task = make(work)
+    draw, calls = task.draw, []
+
+    def interrupted(rng: np.random.Generator, size: int) -> Any:
+        calls.append(size)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(rng, size)
+
+    task.draw = interrupted
+    outcome = train(task, tmp_path / "parts", settings(), accelerator)
+    assert (outcome.step, outcome.finished, outcome.signal) == (3, False, signal.SIGTERM)
+    with pytest.raises(UsageError, match="--resume"):
+        train(make(work), tmp_path / "parts", settings(), accelerator)
+    assert train(make(work), tmp_path / "parts", settings(), accelerator, resume=True).finished
+
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    whole, parts = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert {part.split(".")[0] for part in whole} == {"model", "average", "optimizer"}
+
+
+def test_accumulation_changes_only_rounding(work: Path, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    for parts in (1, 2):
+        train(TextTask(work), tmp_path / str(parts), settings(steps=2, log_every=1, accumulation=parts), accelerator)
+    losses = [[line["loss"] for line in log_of(tmp_path / part)] for part in "12"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_changed_seed_is_refused_on_resume(work: Path, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    train(TextTask(work), tmp_path, settings(steps=1), accelerator)
+    with pytest.raises(UsageError, match="seed 0"):
+        train(TextTask(work), tmp_path, settings(seed=1), accelerator, resume=True)
+    with pytest.raises(UsageError, match="cannot be divided"):
+        train(TextTask(work), tmp_path / "new", settings(batch=3, accumulation=2), accelerator)
+
+
+def test_work_folder_holds_no_pickles(work: Path) -> None:
+    suffixes = {file.suffix for file in work.rglob("*") if file.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".png", ".npy", ".txt"}
+    np.load(work / "images.npy", allow_pickle=False)
+    for stage in ("decoder", "text", "unet"):
+        names = {file.name for file in (work / stage).iterdir()}
+        assert {"state.json", "state-00000003.safetensors", "log.jsonl", "grid-000003.png"} <= names
+
+
+# ------------------------------------------------------------------------------------------- the command line
+def test_export_loads_and_draws(work: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(work / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == pipeline.vae.dtype == torch.float32
+    image = pipeline("red disc, 3d style", num_inference_steps=2).images[0]
+    assert image.size == (SIZE, SIZE)
+    stored = load_file(work / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    average = tensors_of(work / "unet")["average.unet.conv_in.weight"]
+    assert torch.equal(stored["conv_in.weight"], average.half())
+    result = json.loads((work / "evaluate.json").read_text())
+    assert result["train"]["retrieval"]["n"] == 4 and result["heldout"]["retrieval"]["n"] == 1
+    assert len(result["train"]["v_error"]["quarters"]) == 4
+    assert Image.open(work / "grid.png").size == (2 * SIZE, 2 * SIZE)
+
+
+def test_unusable_input_gives_one_line(
+    work: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def attempt(*arguments: object) -> tuple[int, str]:
+        code = trainer.main([str(argument) for argument in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in lines[0]
+        return code, lines[0]
+
+    new = tmp_path / "new"
+    assert attempt("cache", "--data", tmp_path / "nothing", "--work", new)[0] == 2
+    (tmp_path / "captions.jsonl").write_text("not json\n")
+    code, line = attempt("cache", "--data", tmp_path, "--work", new)
+    assert code == 1 and "captions.jsonl" in line
+    (tmp_path / "captions.jsonl").write_text('{"id": 1}\n')
+    assert "line 1: no style" in attempt("cache", "--data", tmp_path, "--work", new)[1]
+    (tmp_path / "captions.jsonl").write_text((data / "captions.jsonl").read_text())
+    code, line = attempt("cache", "--data", tmp_path, "--work", new)
+    assert code == 1 and "flat.zip" in line
+    code, line = attempt("text", "--work", new)
+    assert code == 2 and "'latents' stage" in line
+    code, line = attempt("text", "--work", work)
+    assert code == 2 and "--resume" in line
+    code, line = attempt("export", "--work", work)
+    assert code == 2 and "--overwrite" in line
+    code, line = attempt("latents", "--work", work, "--styles", "oil", "--concepts", data / "concepts.txt")
+    assert code == 2 and "oil" in line
+    with pytest.raises(SystemExit) as usage:
+        trainer.main(["text", "--steps", "0"])
+    assert usage.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------- the data set builder
+def test_builder_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    arguments = ["--out", str(out), "--npm-cache", str(cache)]
+    monkeypatch.setattr(builder.shutil, "which", lambda name: None)
+    assert builder.main(arguments) == 1
+    assert "npm is not on the PATH" in capsys.readouterr().err
+    (cache / builder.NAMES.filename).write_bytes(b"not a package")
+    assert builder.main(arguments) == 1
+    assert "pinned checksum" in capsys.readouterr().err
+    assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["cache"]
+    out.mkdir()
+    with pytest.raises(SystemExit) as usage:
+        builder.main(arguments)
+    assert usage.value.code == 2
+
+
+def test_builder_names_and_pixels() -> None:
+    assert builder.slug("Woman’s Hat & Piñata") == "womans-hat-and-pinata"
+    assert builder.clean_label("Flag: Côte-d’Or (old)") == "flag cote d'or old"
+    assert {"red heart", "rocket"} <= builder.read_starter_names()
+    edge = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 255, 0, 0]]], np.uint8).repeat(2, 0), "RGBA")
+    small = builder.resize_rgba(edge, 1)
+    assert small[0, 0, 0] == 255 and small[0, 0, 1] == 0 and 100 < small[0, 0, 3] < 155
