@@ -79,6 +79,12 @@ def _single_file(source: ModelSource, cls: Any, options: dict[str, Any]) -> Any:
 
 
 def _convert(pipe: Any, task: str, net: Any) -> Any:
+    channels = getattr(getattr(getattr(pipe, "unet", None), "config", None), "in_channels", 4)
+    if task == "inpainting" and channels not in (4, 9):
+        raise ModelLoadError(
+            f"this model cannot do inpainting: diffusers inpaints with 4 latent channels (or a 9-channel inpainting "
+            f"U-Net), and its U-Net takes {channels}"
+        )
     more = {} if net is None else {"controlnet": net}
     try:
         return _AUTO[task].from_pipe(pipe, **more)

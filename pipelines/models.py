@@ -81,7 +81,7 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
     if model in EMBEDDED:
         return ModelSource("embedded", model, str(EMBEDDED[model].path))
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model.strip() and path.is_dir():
         check_folder(path, allow_pickle)
         return ModelSource("folder", path.resolve().name, str(path))
     if path.is_file():

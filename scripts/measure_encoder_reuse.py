@@ -111,11 +111,12 @@ def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
     base, base_path = run.sample()
     accelerate(pipe, EncoderReuse())
     plans: dict[str, EncoderReuse] = {
-        "paper, sequential": EncoderReuse(batch_decoder=False),
-        "paper, batched": EncoderReuse(),
-        "paper, batched, prior noise 0.003": EncoderReuse(prior_noise=0.003),
+        "uniform:4, batched (default)": EncoderReuse(),
+        "uniform:4, sequential": EncoderReuse(batch_decoder=False),
         "uniform:2, batched": EncoderReuse(schedule="uniform:2"),
-        "uniform:4, batched": EncoderReuse(schedule="uniform:4"),
+        "paper, batched": EncoderReuse(schedule="paper"),
+        "paper, sequential": EncoderReuse(schedule="paper", batch_decoder=False),
+        "paper, batched, prior noise 0.003": EncoderReuse(schedule="paper", prior_noise=0.003),
     }
 
     def with_plan(feature: EncoderReuse | None, steps: int | None = None) -> Callable[[], Any]:
@@ -158,11 +159,15 @@ def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
         work = {"time_ratio": speed[name], "flop_ratio": base_flops / flops(with_plan(plan)), "counters": counters}
         row(name, images, path, **work)
     pipe.acceleration.disable()
-    same_time = max(1, round(steps / speed["paper, batched"]))
-    same_flops = max(1, round(steps * rows[1]["flop_ratio"] ** -1))
-    for name, count in (("one step fewer", steps - 1), ("fewer steps, equal FLOPs", same_flops),
-                        ("fewer steps, equal time", same_time)):  # fmt: skip
-        row(f"{name} ({count})", run.sample(steps=count)[0], None, time_ratio=steps / count, flop_ratio=steps / count)
+    fewer = {"one step fewer": steps - 1}
+    for name in ("paper, batched", "uniform:4, batched (default)"):
+        short = name.split(",")[0]
+        ratio = next(r["flop_ratio"] for r in rows if r["setting"] == name)
+        fewer[f"fewer steps, FLOPs of {short}"] = round(steps / ratio)
+        fewer[f"fewer steps, time of {short}"] = round(steps / speed[name])
+    for name, count in fewer.items():
+        images = run.sample(steps=max(1, count))[0]
+        row(f"{name} ({count})", images, None, time_ratio=steps / count, flop_ratio=steps / count)
     row("another seed", run.sample(seed=1000)[0], None, time_ratio=1.0, flop_ratio=1.0)
     return {
         "what": f"sticker, DDIM {steps} steps, guidance {guidance}, {len(PROMPTS)} prompts, batch 1 for times",
@@ -224,7 +229,8 @@ def measure_schedulers(steps: int, guidance: float) -> str:
     pipe, prompts = run.pipe, PROMPTS[:8]
     head = ["scheduler", "encoder reuse", f"U-Net calls at {steps} steps", "encoder runs", "PSNR dB", "prior noise"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    accelerate(pipe, EncoderReuse())
+    paper = EncoderReuse(schedule="paper")
+    accelerate(pipe, paper)
     for scheduler in sorted(pipe.scheduler.compatibles, key=lambda c: c.__name__):
         name = scheduler.__name__
         try:
@@ -236,12 +242,12 @@ def measure_schedulers(steps: int, guidance: float) -> str:
             report = pipe.acceleration.report()
             runs = report.counters["encoder_reuse"]["encoder_runs"]
             try:
-                accelerate(pipe, EncoderReuse(prior_noise=0.003))
-                run.call(prompts[:1], 0, 2)
+                accelerate(pipe, EncoderReuse(schedule="paper", prior_noise=0.003))
+                run.call(prompts[:1], 0, 5)
                 noise = "yes"
             except AccelerationError:
                 noise = "refused: latents scaled by sigma"
-            accelerate(pipe, EncoderReuse())
+            accelerate(pipe, paper)
             quality = float(psnr(*images).median())
             lines.append(f"| {name} | yes | {report.steps} | {runs:g} | {quality:.1f} | {noise} |")
         except ImportError as error:
@@ -264,6 +270,14 @@ def markdown(result: dict[str, Any]) -> str:
             cells += [] if same else [f"{r['ssim'][0]:.3f} ({r['ssim'][1]:.3f})"]
             cells.append(f"{r['converged_psnr']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
+    paths = {r["setting"]: r["latent_error"] for r in result["rows"] if any(r.get("latent_error", ()))}
+    if paths:
+        count = len(next(iter(paths.values())))
+        at = sorted({max(1, round(count * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
+        lines += ["", "Relative L2 error of the latents after step …", ""]
+        lines += ["| setting | " + " | ".join(map(str, at)) + " |", "|" + " --- |" * (len(at) + 1)]
+        for name, errors in paths.items():
+            lines.append(f"| {name} | " + " | ".join(f"{errors[i - 1]:.4f}" for i in at) + " |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ import os
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from .. import AccelerationError, __version__
@@ -54,12 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = typer.main.get_command(app).main(
             args=join_bare_flags(arguments), prog_name="diffusion-accel", standalone_mode=False
         )
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        code = 2
-    except click.ClickException as error:
-        code = _fail(error.format_message(), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,6 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _fail(str(error), error.exit_code)
     except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the argument parser
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.format_message())
+            else:
+                _fail(error.format_message(), 2)
+            sys.exit(2)
         if debug:
             raise
         code = _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo("error: " + " ".join(message.split()), err=True)
+    typer.echo("error: " + " ".join(message.split()), err=True)
     return code
 
 

@@ -27,7 +27,9 @@ class EncoderReuse(Feature):
     section 3.2 (encoder propagation, parallel denoising) and 3.3 (key steps, prior noise injection).
 
     Attributes:
-        schedule: the key steps; see `diffusion_accel.reuse.schedule.key_steps`.
+        schedule: the key steps; see `diffusion_accel.reuse.schedule.key_steps`. Every 4th step is recommended: it is
+            the authors' advice for models other than the base ones, and measured nearer to the baseline than the
+            published list (docs/encoder-reuse.md).
         batch_decoder: decode all steps of a group in one batch (faster where a device is under-filled) instead of one
             by one. Both give the same prediction up to rounding.
         max_group_mb: upper limit in MiB for the features of one decoder batch (≥ 1); larger groups are split.
@@ -43,7 +45,9 @@ class EncoderReuse(Feature):
     paper: ClassVar[str] = "Faster Diffusion (Li et al., NeurIPS 2024)"
     order: ClassVar[int] = 50
 
-    schedule: tuple[int, ...] | str = option("paper", "key steps: paper, uniform:m, if-stage-1/2/3, all, or 0+1+5+…")
+    schedule: tuple[int, ...] | str = option(
+        "uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5"
+    )
     batch_decoder: bool = option(True, "decode all steps up to the next key step as one batch")
     max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch")
     prior_noise: float = option(0.0, "strength of prior noise injection (0: off; the paper: 0.003)")

@@ -144,24 +144,47 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1 and "a-compare.png exists" in err
 
 
-def test_image_to_image_and_inpainting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def four_channel_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion-shaped folder with random weights and 4 latent channels, as diffusers' inpainting needs."""
+    from diffusers import StableDiffusionPipeline
+    from zoo import ddim, unet, vae
+
+    from diffusion_accel.pipelines.loading import load_pipeline
+
+    text = load_pipeline("sticker")
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=text.text_encoder,
+        tokenizer=text.tokenizer,
+        unet=unet(cross_attention_dim=192),
+        scheduler=ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_image_to_image_and_inpainting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], four_channel_model: Path
+) -> None:
     start, mask = tmp_path / "start.png", tmp_path / "mask.png"
     Image.new("RGBA", (120, 90), (255, 0, 0, 128)).save(start)
     Image.new("L", (96, 96), 255).save(mask)
-    common = ["--steps", "4", "--seed", "1", "-q", "--encoder-reuse"]
-    code, _, err = call(
-        capsys, "generate", PROMPT, "--image", start, "--strength", "0.5", *common, "-o", tmp_path / "a.png"
-    )
+    common = ["--steps", "4", "--seed", "1", "-q", "--encoder-reuse", "--image", start]
+    code, _, err = call(capsys, "generate", PROMPT, "--strength", "0.5", *common, "-o", tmp_path / "a.png")
     assert code == 0, err
-    code, _, err = call(
-        capsys, "generate", PROMPT, "--image", start, "--mask-image", mask, *common, "-o", tmp_path / "b.png"
-    )
+    assert Image.open(tmp_path / "a.png").size == (96, 96)
+    code, _, err = call(capsys, "generate", PROMPT, "--mask-image", mask, *common, "-o", tmp_path / "b.png")
+    assert code == 1 and "cannot do inpainting" in err and err.count("\n") == 1
+    tiny = ["--model", four_channel_model, "--width", "64", "--height", "64", "--mask-image", mask]
+    code, _, err = call(capsys, "generate", PROMPT, *tiny, *common, "-o", tmp_path / "b.png")
     assert code == 0, err
-    assert Image.open(tmp_path / "a.png").size == Image.open(tmp_path / "b.png").size == (96, 96)
+    assert Image.open(tmp_path / "b.png").size == (64, 64)
     mask.write_bytes(b"no image")
-    code, _, err = call(
-        capsys, "generate", PROMPT, "--image", start, "--mask-image", mask, *common, "-o", tmp_path / "c.png"
-    )
+    code, _, err = call(capsys, "generate", PROMPT, *tiny, *common, "-o", tmp_path / "c.png")
     assert code == 2 and "not an image" in err and not (tmp_path / "c.png").exists()
 
 
