@@ -45,9 +45,7 @@ class EncoderReuse(Feature):
     paper: ClassVar[str] = "Faster Diffusion (Li et al., NeurIPS 2024)"
     order: ClassVar[int] = 50
 
-    schedule: tuple[int, ...] | str = option(
-        "uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5"
-    )
+    schedule: tuple[int, ...] | str = option("uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5")
     batch_decoder: bool = option(True, "decode all steps up to the next key step as one batch")
     max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch")
     prior_noise: float = option(0.0, "strength of prior noise injection (0: off; the paper: 0.003)")

@@ -163,7 +163,7 @@ def test_learning_rate_depends_on_the_step_alone() -> None:
     linear = settings(steps=100, warmup=10, cooldown=0.4, minutes=1)
     assert linear.rate(0) == pytest.approx(1e-4) and linear.rate(30) == 1e-3
     assert linear.rate(80) == pytest.approx(5e-4) and 0 < linear.rate(99) < 1e-4
-    cosine = settings(steps=100, warmup=10, cooldown=1.0, shape="cosine")
+    cosine = settings(steps=100, warmup=10, cooldown=1.0, curve="cosine")
     assert cosine.rate(50) == pytest.approx(1e-3 * 0.5 * (1 - math.cos(math.pi / 2)))
 
 

@@ -1,0 +1,89 @@
+"""Errors of the training programs, and files that are either complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import AccelerationError
+
+
+class TrainingError(AccelerationError, RuntimeError):
+    """A training program cannot go on; the message is one line for the user."""
+
+
+class UsageError(TrainingError):
+    """What was asked for cannot be done: a missing folder, a stage that was not run, a state that would be lost."""
+
+    exit_code = 2
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; renamed to `path` at the end, removed after an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; takes the place of `path` at the end, removed after an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        old = path.with_name(f"{temporary.name}.old")
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} is not a file of JSON lines: {error}") from error
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def require(path: Path, stage: str) -> Path:
+    """`path`, or a one-line error that names the stage which writes it."""
+    if not path.exists():
+        raise UsageError(f"{path} is missing; run the {stage!r} stage first")
+    return path

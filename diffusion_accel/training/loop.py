@@ -1,0 +1,274 @@
+"""The training loop that every stage shares: accelerate, AdamW, averaged weights, logs, and exact resuming.
+
+Everything random in a step is a function of (seed, step): each step makes its own generator, draws the data of the
+*whole* batch from it on every process, and each process and micro-batch takes its slice. So a run that was interrupted
+and resumed gives the same losses as one that was not, and the number of processes or micro-batches changes a result
+only by rounding. The learning rate is a function of the step and of the budget in steps, never of the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from .files import UsageError, read_json_lines, write_json_lines
+from .state import STATE, load_state, read_counters, save_state
+
+Batch = dict[str, torch.Tensor]
+
+
+class Task(Protocol):
+    """What a stage adds to the loop. `model` holds the weights that are trained; all its parameters take part."""
+
+    model: nn.Module
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        """The data of one step: tensors whose first dimension is `size`, everything random taken from `rng`."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean loss over a slice of a batch; `model` is the (possibly wrapped) model to call."""
+
+    def evaluate(self) -> dict[str, Any]:
+        """Numbers for the log, from `self.model` as it is (the loop has put the averaged weights in)."""
+
+    def preview(self, path: Path) -> None:
+        """Write a picture that shows how far training is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of one run of the loop.
+
+    Attributes:
+        steps: budget in optimizer steps; the learning-rate schedule ends there.
+        batch: samples per optimizer step, over all processes and micro-batches together.
+        lr: peak learning rate of AdamW.
+        warmup: steps of linear warm-up.
+        cooldown: share of the budget at the end in which the rate falls to 0.
+        curve: "linear" or "cosine", how it falls.
+        beta2, weight_decay: of AdamW; beta1 is 0.9.
+        clip: largest gradient norm.
+        ema: decay of the averaged weights (an exponential moving average, as in Ho et al. 2020, appendix B), with the
+            warm-up min(ema, (1 + step) / (10 + step)).
+        seed: of data order, noise and timesteps.
+        save_every: seconds between saved states.
+        log_every, eval_every, grid_every: steps between log lines, evaluations and previews; 0 switches off.
+        minutes: stop after so long, with the state saved; does not change the schedule. None: no limit.
+        accumulation: micro-batches per step.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    cooldown: float = 0.4
+    curve: str = "linear"
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.998
+    seed: int = 0
+    save_every: float = 240.0
+    log_every: int = 50
+    eval_every: int = 250
+    grid_every: int = 500
+    minutes: float | None = None
+    accumulation: int = 1
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step` (from 0)."""
+        left = (self.steps - step) / max(1.0, self.cooldown * self.steps)
+        fall = min(1.0, left)
+        if self.curve == "cosine":
+            fall = 0.5 * (1 - math.cos(math.pi * fall))
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * fall
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stopped: after `step` steps, `finished` if that is the budget, `signal` if one stopped it."""
+
+    step: int
+    finished: bool
+    signal: int | None = None
+
+
+class _StopSignals:
+    """While active, SIGINT and SIGTERM only set `received`; a second one acts as usual."""
+
+    received: int | None = None
+
+    def __enter__(self) -> _StopSignals:
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+
+@contextmanager
+def averaged(parameters: list[nn.Parameter], average: list[torch.Tensor]) -> Iterator[None]:
+    """Within this context the parameters hold their averages."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, average, strict=True):
+            parameter.data.copy_(value)
+        yield
+    finally:
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.data.copy_(value)
+
+
+def _slices(batch: Batch, accelerator: Accelerator, accumulation: int) -> Iterator[Batch]:
+    """This process's micro-batches of a global batch."""
+    parts, rank = accumulation * accelerator.num_processes, accelerator.process_index
+    size = len(next(iter(batch.values()))) // parts
+    for micro in range(accumulation):
+        start = (micro * accelerator.num_processes + rank) * size
+        yield {key: value[start : start + size].to(accelerator.device) for key, value in batch.items()}
+
+
+def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator, resume: bool = False) -> Outcome:
+    """Train `task` up to `settings.steps`; state, log.jsonl and previews go to `folder`.
+
+    Raises:
+        UsageError: there is a state and `resume` is false, the batch cannot be divided, or the state was made with
+            another seed or batch.
+    """
+    parts = settings.accumulation * accelerator.num_processes
+    if settings.batch % parts:
+        raise UsageError(f"the batch of {settings.batch} cannot be divided by {parts} (processes x accumulation)")
+    exists = (folder / STATE).exists()
+    if exists and not resume:
+        raise UsageError(f"{folder} holds a run at step {read_counters(folder)['step']}; pass --resume or --overwrite")
+    if exists and read_counters(folder)["step"] >= settings.steps:
+        return Outcome(read_counters(folder)["step"], True)
+
+    model = task.model.to(accelerator.device).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    average = [parameter.detach().clone() for parameter in parameters]
+    fused = accelerator.device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay, fused=fused
+    )
+    counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
+    fixed = {"seed": settings.seed, "batch": settings.batch}
+    if exists:
+        counters |= load_state(folder, model, average, adamw)
+        changed = [f"{key} {counters[key]}" for key, value in fixed.items() if counters[key] != value]
+        if changed:
+            raise UsageError(f"the run in {folder} was made with {', '.join(changed)}; resume it with the same")
+    counters |= fixed | {"settings": asdict(settings)}
+    accelerator.gradient_accumulation_steps = settings.accumulation
+    wrapped, optimizer = accelerator.prepare(model, adamw)
+
+    main = accelerator.is_main_process
+    log_path = folder / "log.jsonl"
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = read_json_lines(log_path) if exists and log_path.exists() else []
+        write_json_lines(log_path, [line for line in lines if line["step"] <= counters["step"]])
+
+    start = saved = time.monotonic()
+    before, norm = counters["seconds"], torch.zeros(())
+    bar = tqdm(total=settings.steps, initial=counters["step"], desc=folder.name, unit="step", disable=not main or None)
+
+    def save() -> None:
+        if main:
+            counters["seconds"] = before + time.monotonic() - start
+            save_state(folder, model, average, adamw, counters)
+
+    def log(**values: Any) -> None:
+        step = counters["step"]
+        seconds = before + time.monotonic() - start
+        head = {"step": step, "samples": step * settings.batch, "seconds": round(seconds, 2)}
+        with log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(head | values) + "\n")
+
+    with _StopSignals() as signals, bar:
+        while counters["step"] < settings.steps:
+            step = counters["step"]
+            rng = np.random.default_rng([settings.seed, step])
+            torch.manual_seed(int(rng.integers(2**62)))  # for dropout inside a model
+            for group in adamw.param_groups:
+                group["lr"] = settings.rate(step)
+            losses = []
+            for part in _slices(task.draw(rng, settings.batch), accelerator, settings.accumulation):
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        loss = task.loss(wrapped, part)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, settings.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(loss.detach().float())
+            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            if main:
+                decay = min(settings.ema, (1 + step) / (10 + step))
+                torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
+            step = counters["step"] = step + 1
+            counters["loss_sum"] += mean
+            counters["loss_count"] += 1
+            bar.update()
+            if main:
+                last = step == settings.steps
+                values: dict[str, Any] = {}
+                if last or (settings.log_every and step % settings.log_every == 0):
+                    values["loss"] = counters["loss_sum"] / counters["loss_count"]
+                    values |= {"lr": settings.rate(step - 1), "gradient_norm": float(norm)}
+                    counters |= {"loss_sum": 0.0, "loss_count": 0}
+                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                if last or (settings.eval_every and step % settings.eval_every == 0):
+                    with averaged(parameters, average), torch.no_grad():
+                        model.eval()
+                        values |= task.evaluate()
+                        model.train()
+                if values:
+                    log(**values)
+                if settings.grid_every and (last or step % settings.grid_every == 0):
+                    with averaged(parameters, average), torch.no_grad():
+                        model.eval()
+                        task.preview(folder / f"grid-{step:06d}.png")
+                        model.train()
+            if time.monotonic() - saved >= settings.save_every:
+                save()
+                saved = time.monotonic()
+            late = settings.minutes is not None and time.monotonic() - start >= 60 * settings.minutes
+            if _agree(accelerator, signals.received is not None or late):
+                break
+    save()
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    finished = counters["step"] >= settings.steps
+    return Outcome(counters["step"], finished, None if finished else signals.received)
+
+
+def _agree(accelerator: Accelerator, stop: bool) -> bool:
+    """Whether any process wants to stop; every process gets the same answer."""
+    if accelerator.num_processes == 1:
+        return stop
+    if stop:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()

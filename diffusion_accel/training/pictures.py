@@ -1,0 +1,32 @@
+"""Grids of pictures, and the error between pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .files import replacing
+
+
+def save_grid(pictures: torch.Tensor, columns: int, path: Path, scale: int = 1) -> None:
+    """Write pictures (N, 3, H, W) in -1..1 as one PNG, row by row, each pixel `scale` pixels wide."""
+    n, _, height, width = pictures.shape
+    rows = -(-n // columns)
+    grid = torch.ones(3, rows * height, columns * width)
+    for i, picture in enumerate(pictures.float().clamp(-1, 1).cpu()):
+        y, x = i // columns * height, i % columns * width
+        grid[:, y : y + height, x : x + width] = picture
+    pixels = ((grid + 1) * 127.5 + 0.5).byte().permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels)
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    with replacing(path) as temporary:
+        image.save(temporary)
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB, for (N, 3, H, W) in -1..1 (peak 2)."""
+    error = ((first.float() - second.float()) ** 2).flatten(1).mean(1).clamp(min=1e-9)
+    return float((10 * torch.log10(4 / error)).mean())

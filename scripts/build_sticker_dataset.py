@@ -1,0 +1,532 @@
+#!/usr/bin/env python3
+"""Build the sticker data set: RGBA emoji artwork with text names, from pinned npm packages.
+
+    pip install resvg-py==0.5.0 pillow numpy
+    python scripts/build_sticker_dataset.py --out data/stickers
+
+Needs `npm` (about 45 MB of downloads, checked against the pinned SHA-512 sums) and about four minutes of one core.
+
+Writes into the output folder:
+    <style>.zip      stored zip; one lossless WebP per concept, RGBA with straight alpha, named <hexcode>.webp
+    captions.jsonl   one line per picture: id, style, name, keywords, caption, licence, author, source, file, split
+    split.json       ids of the held-out concept x style combinations
+    stats.json       counts per style
+
+Everything is built in a folder beside the output folder, which is renamed into place once it is complete.
+Exit codes: 0 done, 1 the build failed, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+STARTER_FILE = Path(__file__).parent / "data" / "starter_concepts.txt"
+MAX_MEMBER_BYTES = 256 * 1024 * 1024  # several times the largest member that is read
+
+
+class BuildError(RuntimeError):
+    """The data set cannot be built; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned npm package; `integrity` is npm's own checksum, base64 of the SHA-512 of the tarball."""
+
+    name: str
+    version: str
+    integrity: str
+
+    @property
+    def spec(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def filename(self) -> str:
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+@dataclass(frozen=True)
+class Style:
+    """One style of artwork: where it comes from, under which licence, and the word that names it in captions."""
+
+    package: Package
+    licence: str
+    author: str
+    word: str
+
+
+STYLES: dict[str, Style] = {
+    "noto": Style(
+        Package(
+            "@iconify-json/noto",
+            "1.2.9",
+            "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+        ),
+        "Apache-2.0",
+        "Google Inc",
+        "noto",
+    ),
+    "gradient": Style(
+        Package(
+            "@iconify-json/fluent-emoji",
+            "1.2.7",
+            "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
+        ),
+        "MIT",
+        "Microsoft Corporation",
+        "gradient",
+    ),
+    "flat": Style(
+        Package(
+            "@iconify-json/fluent-emoji-flat",
+            "1.2.6",
+            "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+        ),
+        "MIT",
+        "Microsoft Corporation",
+        "flat",
+    ),
+    "3d": Style(
+        Package(
+            "@lobehub/fluent-emoji-3d",
+            "1.1.0",
+            "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+        ),
+        "MIT",
+        "Microsoft Corporation / LobeHub",
+        "3d",
+    ),
+    "twemoji": Style(
+        Package(
+            "@iconify-json/twemoji",
+            "1.2.5",
+            "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+        ),
+        "CC-BY-4.0",
+        "Twitter / jdecked",
+        "twemoji",
+    ),
+    "blob": Style(
+        Package(
+            "@iconify-json/noto-v1",
+            "1.2.5",
+            "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+        ),
+        "Apache-2.0",
+        "Google Inc",
+        "blob",
+    ),
+    "emojitwo": Style(
+        Package(
+            "@iconify-json/emojione",
+            "1.2.3",
+            "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+        ),
+        "CC-BY-4.0",
+        "EmojiTwo (Emoji One)",
+        "emojitwo",
+    ),
+}
+NAMES = Package(  # MIT: names, keywords and groups of all concepts
+    "emojibase-data",
+    "17.0.0",
+    "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+)
+WEBP_STYLE = "3d"  # ships rendered WebP pictures; all other styles are Iconify SVG collections
+CORE_STYLES = ("noto", "gradient", "flat", "3d", "twemoji")
+PEOPLE, COMPONENTS = 1, 2  # emojibase group numbers; 2 holds skin tones and hair styles
+CORE_GROUPS = (0, 3, 4, 5, 6, 7)  # faces, animals, food, places, activities, objects
+STARTER_GROUPS = (3, 4)  # animals and nature, food and drink
+CORE_PEOPLE = (
+    "hand-fingers-open",
+    "hand-fingers-partial",
+    "hand-single-finger",
+    "hand-fingers-closed",
+    "hands",
+    "body-parts",
+    "person-fantasy",
+    "person-role",
+    "person",
+)
+
+
+# --------------------------------------------------------------------------------------------- packages
+def sha512(path: Path) -> str:
+    """Base64 SHA-512 of a file, as npm writes it."""
+    with path.open("rb") as file:
+        return base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+
+
+def fetch(package: Package, cache: Path) -> Path:
+    """Tarball of a pinned package, from the cache or through `npm pack`; its checksum is verified either way."""
+    path = cache / package.filename
+    if not path.exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise BuildError(f"npm is not on the PATH; install Node.js, or put {package.filename} into {cache}")
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            command = [npm, "pack", package.spec, "--pack-destination", folder, "--silent"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            fresh = Path(folder) / package.filename
+            if done.returncode or not fresh.exists():
+                reason = (done.stderr or done.stdout).strip().splitlines()
+                raise BuildError(f"npm pack {package.spec} failed: {reason[0] if reason else 'no output'}")
+            os.replace(fresh, path)
+    if sha512(path) != package.integrity:
+        raise BuildError(f"{path} does not have the pinned checksum of {package.spec}; delete it and run again")
+    return path
+
+
+def members(tarball: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the regular files of a tarball whose name ends in `suffix`; nothing is written to disk."""
+    try:
+        with tarfile.open(tarball) as archive:
+            for member in archive:
+                if not member.isfile() or not member.name.endswith(suffix):
+                    continue
+                if member.size > MAX_MEMBER_BYTES:
+                    raise BuildError(f"{tarball.name}: {member.name} is larger than {MAX_MEMBER_BYTES >> 20} MiB")
+                content = archive.extractfile(member)
+                if content is not None:
+                    yield member.name, content.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise BuildError(f"{tarball} is not a readable npm package: {error}") from error
+
+
+def read_json(tarball: Path, path: str) -> Any:
+    """One JSON file of an npm package; `path` is relative to the package's root."""
+    for name, content in members(tarball, "/" + path):
+        if name == "package/" + path:
+            try:
+                return json.loads(content)
+            except ValueError as error:
+                raise BuildError(f"{tarball.name}: {path} is not JSON: {error}") from error
+    raise BuildError(f"{tarball.name} has no {path}")
+
+
+# --------------------------------------------------------------------------------------------- names
+def to_ascii(text: str) -> str:
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+
+
+def slug(text: str) -> str:
+    """'Woman’s hat' -> 'womans-hat': the key that the Iconify collections use."""
+    text = to_ascii(text).replace("'", "").replace("&", "and")
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+def clean_label(text: str) -> str:
+    """Lower-case ASCII words without punctuation: what captions are made of."""
+    text = to_ascii(text.replace("’", "'"))
+    text = re.sub(r"[\"“”:,()]", " ", text).replace("-", " ")
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def plain_hexcode(hexcode: str) -> str:
+    """Code points without the variation selector, in lower case: the common key of file names."""
+    return hexcode.lower().replace("-fe0f", "")
+
+
+def read_starter_names(path: Path = STARTER_FILE) -> set[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise BuildError(f"cannot read the starter list: {error}") from error
+    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+
+
+def read_concepts(tarball: Path) -> dict[str, dict[str, Any]]:
+    """Concepts by slug: hexcode, name, group, subgroup, keywords, and whether they are core and starter concepts.
+
+    Core concepts are what a model is trained on: things, animals, food, faces, some hands and people, but no flags,
+    letters, clock faces or gendered people. Starter concepts are the core ones for a first, short training run.
+    """
+    messages = read_json(tarball, "en/messages.json")
+    groups = {entry["order"]: entry["key"] for entry in messages["groups"]}
+    subgroups = {entry["order"]: entry["key"] for entry in messages["subgroups"]}
+    starter_names = read_starter_names()
+    concepts: dict[str, dict[str, Any]] = {}
+    for entry in read_json(tarball, "en/data.json"):
+        group = entry.get("group")
+        if group is None or group == COMPONENTS:
+            continue
+        subgroup, name = subgroups[entry["subgroup"]], clean_label(entry["label"])
+        words = set(name.split())
+        gendered = group == PEOPLE and (entry.get("gender") is not None or words & {"man", "woman", "men", "women"})
+        core = group in CORE_GROUPS or (group == PEOPLE and not gendered and subgroup in CORE_PEOPLE)
+        if subgroup == "time" and ("o'clock" in name or "thirty" in name):
+            core = False
+        if group == PEOPLE and name.startswith("person "):
+            core = core and subgroup == "person-fantasy"
+        concepts[slug(entry["label"])] = {
+            "hexcode": entry["hexcode"],
+            "name": name,
+            "group": groups[group],
+            "subgroup": subgroup,
+            "keywords": [clean_label(tag) for tag in entry.get("tags", [])][:8],
+            "core": bool(core),
+            "starter": bool(core and (group in STARTER_GROUPS or name in starter_names)),
+        }
+    unknown = sorted(starter_names - {concept["name"] for concept in concepts.values()})
+    if unknown:
+        raise BuildError(f"{STARTER_FILE.name} names unknown concepts: {', '.join(unknown)}")
+    return concepts
+
+
+# --------------------------------------------------------------------------------------------- pictures
+def webp_pictures(tarball: Path, concepts: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
+    by_hexcode = {plain_hexcode(concept["hexcode"]): key for key, concept in concepts.items()}
+    pictures = {}
+    for name, content in members(tarball, ".webp"):
+        key = by_hexcode.get(plain_hexcode(Path(name).stem))
+        if key:
+            pictures[key] = Image.open(io.BytesIO(content)).convert("RGBA")
+    return pictures
+
+
+def iconify_svg(collection: dict[str, Any], name: str, size: int) -> str | None:
+    """SVG text of one icon; aliases are followed, but not those that rotate or flip their parent."""
+    icons, aliases = collection["icons"], collection.get("aliases", {})
+    while name not in icons and name in aliases and not set(aliases[name]) - {"parent"}:
+        name = aliases[name]["parent"]
+    if name not in icons:
+        return None
+    icon = icons[name]
+    width = icon.get("width", collection.get("width", 16))
+    height = icon.get("height", collection.get("height", 16))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{size}" height="{size}">'
+        f"{icon['body']}</svg>"
+    )
+
+
+def svg_pictures(tarball: Path, concepts: dict[str, Any], size: int) -> tuple[dict[str, Image.Image], int]:
+    """Pictures drawn by resvg, and how many SVGs it could not draw."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise BuildError("resvg-py is not installed; run: pip install resvg-py==0.5.0") from error
+    collection = read_json(tarball, "icons.json")
+    pictures, failed = {}, 0
+    for key in tqdm(concepts, desc=tarball.name, unit="svg", leave=False, disable=None):
+        svg = iconify_svg(collection, key, size)
+        if svg is None:
+            continue
+        try:
+            png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+        except ValueError as error:
+            failed += 1
+            tqdm.write(f"{tarball.name}: {key}: {error}", file=sys.stderr)
+            continue
+        pictures[key] = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return pictures, failed
+
+
+def resize_rgba(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 (size, size, 4), resized with premultiplied alpha, so that no colour bleeds in from invisible pixels."""
+    rgba = np.asarray(image.convert("RGBA"), np.float32) / 255
+    if image.size != (size, size):
+        planes = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
+        resized = [
+            np.asarray(Image.fromarray(planes[..., c]).resize((size, size), Image.Resampling.LANCZOS)) for c in range(4)
+        ]
+        planes = np.clip(np.stack(resized, -1), 0, 1)
+        alpha = planes[..., 3:]
+        colour = np.where(alpha > 1 / 255, planes[..., :3] / np.maximum(alpha, 1 / 255), 0)
+        rgba = np.concatenate([colour, alpha], -1)
+    result = np.clip(rgba * 255 + 0.5, 0, 255).astype(np.uint8)
+    result[result[..., 3] == 0] = 0
+    return result
+
+
+def write_style(
+    style: str, concepts: dict[str, dict[str, Any]], tarball: Path, folder: Path, size: int, seen: set[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Draw one style into `folder`/<style>.zip; returns its caption rows and its counts.
+
+    Pictures that are nearly empty, or equal byte for byte to one already in `seen`, are left out.
+    """
+    source = STYLES[style]
+    if style == WEBP_STYLE:
+        pictures, failed = webp_pictures(tarball, concepts), 0
+    else:
+        pictures, failed = svg_pictures(tarball, concepts, size)
+    rows, duplicates, empty = [], 0, 0
+    with zipfile.ZipFile(folder / f"{style}.zip", "w", zipfile.ZIP_STORED) as archive:
+        for key in tqdm(sorted(pictures), desc=f"{style}.zip", unit="picture", leave=False, disable=None):
+            concept, pixels = concepts[key], resize_rgba(pictures[key], size)
+            coverage = float((pixels[..., 3] > 127).mean())
+            if coverage < 0.02:
+                empty += 1
+                continue
+            digest = hashlib.sha1(pixels.tobytes()).hexdigest()
+            if digest in seen:
+                duplicates += 1
+                continue
+            seen.add(digest)
+            webp = io.BytesIO()
+            Image.fromarray(pixels).save(webp, "WEBP", lossless=True, quality=80, method=4, exact=False)
+            member = f"{concept['hexcode']}.webp"
+            archive.writestr(zipfile.ZipInfo(member, (2026, 1, 1, 0, 0, 0)), webp.getvalue())
+            rows.append(
+                {
+                    "id": f"{style}/{concept['hexcode']}",
+                    "style": style,
+                    "style_words": source.word,
+                    "slug": key,
+                    "name": concept["name"],
+                    "keywords": concept["keywords"],
+                    "group": concept["group"],
+                    "subgroup": concept["subgroup"],
+                    "core": concept["core"] and style in CORE_STYLES,
+                    "starter": concept["starter"] and style in CORE_STYLES,
+                    "coverage": round(coverage, 3),
+                    "caption": f"{concept['name']}, {source.word} style",
+                    "licence": source.licence,
+                    "author": source.author,
+                    "source": source.package.spec,
+                    "file": f"{style}.zip:{member}",
+                }
+            )
+    counts = {
+        "package": source.package.spec,
+        "licence": source.licence,
+        "author": source.author,
+        "matched": len(pictures),
+        "kept": len(rows),
+        "duplicates": duplicates,
+        "empty": empty,
+        "failed": failed,
+        "core": sum(row["core"] for row in rows),
+        "starter": sum(row["starter"] for row in rows),
+    }
+    return rows, counts
+
+
+# --------------------------------------------------------------------------------------------- the whole set
+def choose_heldout(rows: list[dict[str, Any]]) -> list[str]:
+    """Ids of the held-out pictures: a quarter of the core concepts loses one style, and keeps at least three.
+
+    The choice hashes the concept's slug, so it does not change when concepts are added.
+    """
+    by_concept = collections.defaultdict(list)
+    for row in rows:
+        if row["core"]:
+            by_concept[row["slug"]].append(row["id"])
+    heldout = []
+    for key, ids in sorted(by_concept.items()):
+        value = int(hashlib.sha1(f"split1:{key}".encode()).hexdigest(), 16)
+        if len(ids) >= 4 and value % 4 == 0:
+            heldout.append(ids[(value // 4) % len(ids)])
+    return heldout
+
+
+def build(folder: Path, cache: Path, size: int) -> dict[str, Any]:
+    """Write the data set into `folder`; returns the totals."""
+    concepts = read_concepts(fetch(NAMES, cache))
+    tarballs = {style: fetch(source.package, cache) for style, source in STYLES.items()}
+    rows: list[dict[str, Any]] = []
+    stats: dict[str, Any] = {}
+    seen: set[str] = set()
+    for style, tarball in tarballs.items():
+        style_rows, stats[style] = write_style(style, concepts, tarball, folder, size, seen)
+        rows += style_rows
+        print(f"{style}: {json.dumps(stats[style])}", flush=True)
+    heldout = choose_heldout(rows)
+    for row in rows:
+        row["split"] = "heldout" if row["id"] in set(heldout) else "train"
+    stats["total"] = {
+        "images": len(rows),
+        "concepts": len({row["slug"] for row in rows}),
+        "core_images": sum(row["core"] for row in rows),
+        "core_concepts": len({row["slug"] for row in rows if row["core"]}),
+        "starter_images": sum(row["starter"] for row in rows),
+        "heldout": len(heldout),
+        "groups": collections.Counter(row["group"] for row in rows if row["core"]),
+    }
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "split.json").write_text(json.dumps({"heldout": heldout}, indent=0), encoding="utf-8")
+    (folder / "stats.json").write_text(json.dumps(stats, indent=1), encoding="utf-8")
+    return stats["total"]
+
+
+def install(fresh: Path, out: Path) -> None:
+    """Rename the finished folder into place; a previous one is moved aside first and then removed."""
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    if out.exists():
+        os.rename(out, old)
+    try:
+        os.rename(fresh, out)
+    except OSError:
+        if old.exists():
+            os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/stickers"), help="output folder (default: %(default)s)")
+    parser.add_argument("--npm-cache", type=Path, help="folder for the tarballs (default: npm-cache beside --out)")
+    parser.add_argument("--size", type=int, default=128, help="picture side in pixels (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    options = parser.parse_args(arguments)
+    if not 8 <= options.size <= 1024:
+        parser.error(f"--size must be between 8 and 1024 pixels, got {options.size}")
+    if options.out.exists() and not options.overwrite:
+        parser.error(f"{options.out} exists; pass --overwrite to replace it")
+    if options.out.exists() and not (options.out / "captions.jsonl").exists():
+        parser.error(f"{options.out} is not a sticker data set; refusing to replace it")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    out = options.out.resolve()
+    cache = options.npm_cache or out.parent / "npm-cache"
+    fresh: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+        fresh.chmod(0o755)
+        totals = build(fresh, cache, options.size)
+        install(fresh, out)
+    except (BuildError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+    print(json.dumps(totals))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
