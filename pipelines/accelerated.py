@@ -45,7 +45,7 @@ class AcceleratedPipeline:
         """Accelerate a pipeline; with a named drop-in, convert it to that class first (its own `from_pipe`)."""
         features, options = split_features(kwargs)
         if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):
-            pipe = cls.pipeline_class.from_pipe(pipe, **options)
+            pipe = cls.pipeline_class.from_pipe(pipe, **{"dtype": pipe.dtype, **options})
         elif options:
             raise ConfigurationError(f"unknown argument or feature: {', '.join(sorted(options))}")
         return _accelerated(pipe, features)

@@ -55,7 +55,7 @@ def load_pipeline(
         ConfigurationError, ModelLoadError: with one line that says what was wrong.
     """
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle)
-    options = {"torch_dtype": dtype, **options}
+    options = {"dtype": dtype, **options}
     if source.kind == "file":
         pipe = _load(source.location, lambda: _single_file(source, pipeline_class, options))
     else:
@@ -102,7 +102,7 @@ def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -
     elif path.suffix or name.startswith((".", "/", "~")):
         raise ModelLoadError(f"no such ControlNet folder: {name}")
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
-    return _load(name, lambda: ControlNetModel.from_pretrained(name, torch_dtype=dtype, **options))
+    return _load(name, lambda: ControlNetModel.from_pretrained(name, dtype=dtype, **options))
 
 
 def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:

@@ -85,7 +85,7 @@ def load_pipeline(path: Path, device: torch.device | None = None) -> StableDiffu
     if not (path / "model_index.json").exists():
         raise UsageError(f"{path} is not a pipeline folder; run the 'export' stage first")
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)

@@ -104,7 +104,7 @@ def test_a_single_file_goes_through_from_single_file(tmp_path: Path, monkeypatch
         save_file({key: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
         assert load_pipeline(str(tmp_path / f"{name}.safetensors")) == "loaded"
     assert [c for c, _, _ in seen] == [StableDiffusionPipeline, StableDiffusionXLPipeline]
-    assert all(options["torch_dtype"] is torch.float32 for _, _, options in seen)
+    assert all(options["dtype"] is torch.float32 for _, _, options in seen)
 
 
 def test_failures_are_one_line(tmp_path: Path) -> None:
