@@ -41,8 +41,6 @@ PROMPTS = [
     ("rocket, flat style", 4),
     ("sunflower, twemoji style", 5),
     ("rainbow, 3d style", 0),
-    ("red heart, noto style", 0),
-    ("strawberry, 3d style", 0),
 ]
 
 
@@ -105,7 +103,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=3, help="timed pairs for each prompt")
+    parser.add_argument("--rounds", type=int, default=2, help="timed pairs for each prompt")
     args = parser.parse_args()
     try:
         run(args.output, args.steps, args.rounds)

@@ -16,7 +16,9 @@ Stages, each of which reads what the ones before it left in the work folder:
     all        all of them, in this order
 
 `decoder` and `text` may run at the same time. Ctrl-C saves the state; the same command with --resume goes on exactly
-where it stopped. Several processes: accelerate launch --num_processes 2 --cpu scripts/train_sticker.py unet ...
+where it stopped. Two processes on a CPU (`accelerate launch --cpu` starts a single one unless it has mpirun):
+
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 scripts/train_sticker.py unet --threads 1
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
@@ -49,7 +51,7 @@ GRID_CONCEPTS = "red apple|banana|strawberry|cherries|red heart|blue heart|tiger
 # Tuned settings: the budget is what one run of two and a half hours on two cores takes.
 DECODER = {"steps": 8000, "batch": 8, "lr": 1.5e-3, "warmup": 50, "cooldown": 0.7, "curve": "cosine"}
 DECODER |= {"weight_decay": 1e-3, "eval_every": 500, "grid_every": 2000}
-TEXT = {"steps": 10000, "batch": 32, "lr": 1e-3, "beta2": 0.98, "eval_every": 500, "grid_every": 2500}
+TEXT = {"steps": 2500, "batch": 32, "lr": 1e-3, "beta2": 0.98, "eval_every": 250, "grid_every": 1250}
 UNET = {"steps": 8400, "batch": 32, "lr": 1e-3, "warmup": 150, "eval_every": 270, "grid_every": 540}
 TUNED: dict[str, dict[str, Any]] = {"decoder": DECODER, "text": TEXT, "unet": UNET}
 
@@ -201,7 +203,8 @@ def run_training(stage: str, options: argparse.Namespace, accelerator: Accelerat
     accelerator.wait_for_everyone()
     outcome = train(task(options), folder, settings, accelerator, resume=options.resume)
     if accelerator.is_main_process:
-        report(stage, step=outcome.step, steps=settings.steps, finished=outcome.finished)
+        processes = accelerator.num_processes
+        report(stage, step=outcome.step, steps=settings.steps, finished=outcome.finished, processes=processes)
     if outcome.signal is not None:
         if accelerator.is_main_process:
             print(f"stopped at step {outcome.step}, state saved; --resume goes on from there", file=sys.stderr)
@@ -322,6 +325,9 @@ def run(options: argparse.Namespace) -> None:
         from accelerate import Accelerator
 
         accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+            text = "warning: the launcher asked for several processes but started one; use torchrun on a CPU"
+            print(text, file=sys.stderr)
     for name in names:
         if name in TUNED:
             assert accelerator is not None

@@ -40,8 +40,8 @@ def build_trained_vae(work: Path) -> tuple[AutoencoderKL, dict[str, float]]:
     core = np.array([i for i, row in enumerate(rows) if row["core"]])
     write_encoder(vae, codec, data.composite(images[core[:: max(1, len(core) // 140)]]))
     load_average(work / "decoder", vae.decoder, "decoder")
-    heldout = data.of_split(rows, "heldout")[:64]
-    pictures = data.composite(images[heldout if len(heldout) else core[:64]])
+    heldout = data.of_split(rows, "heldout")[:96]
+    pictures = data.composite(images[heldout if len(heldout) else core[:96]])
     with torch.no_grad():
         exact, written = codec.encode(pictures), vae.encode(pictures).latent_dist.mean
         check = {
