@@ -69,9 +69,7 @@ def run(folder: Path, steps: int, rounds: int) -> None:
     for left, right in zip(range(half), range(half, len(PROMPTS)), strict=False):
         rows.append([i for k in (left, right) for i in (results[k].baseline[0], results[k].accelerated[0])])
         captions.append(
-            "        ".join(
-                f"{PROMPTS[k][0]}: {results[k].time_ratio:.1f}x, {results[k].psnr[0]:.0f} dB" for k in (left, right)
-            )
+            [f"{PROMPTS[k][0]}: {results[k].time_ratio:.1f}x, {results[k].psnr[0]:.0f} dB" for k in (left, right)]
         )
     keys = len(key_steps(EncoderReuse().schedule, steps))
     title = f"sticker, DDIM {steps} steps: plain diffusers and encoder reuse, {keys} of {steps} encoder runs"

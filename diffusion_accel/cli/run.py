@@ -221,7 +221,7 @@ class Session:
         assert c is not None
         rows = [[a, b, difference(a, b)] for a, b in zip(c.baseline, c.accelerated, strict=True)]
         scale = max(1, 256 // rows[0][0].width)
-        captions = [f"{prompt}   PSNR {p:.1f} dB, SSIM {s:.3f}" for p, s in zip(c.psnr, c.ssim, strict=True)]
+        captions = [[f"{prompt}   PSNR {p:.1f} dB, SSIM {s:.3f}"] for p, s in zip(c.psnr, c.ssim, strict=True)]
         save_image(grid(rows, ["plain diffusers", "accelerated", "difference x4"], captions, scale), path)
 
     def print_summary(self, result: Result, compared: Path | None) -> None:

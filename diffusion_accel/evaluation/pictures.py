@@ -10,7 +10,7 @@ WHITE, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 def grid(
     rows: list[list[Image.Image]],
     columns: list[str],
-    captions: list[str] | None = None,
+    captions: list[list[str]] | None = None,
     scale: int = 1,
     title: str = "",
 ) -> Image.Image:
@@ -19,7 +19,7 @@ def grid(
     Args:
         rows: equally long rows of images of one size.
         columns: one label a column.
-        captions: one text a row, or None.
+        captions: for each row its texts, spread evenly over the columns; or None.
         scale: enlargement of the images, a whole number.
         title: a line above everything.
     """
@@ -43,7 +43,9 @@ def grid(
             shown = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             canvas.paste(shown, (gap + c * (width + gap), y))
         if captions:
-            draw.text((gap, y + height + 3), captions[r], fill=INK, font=small)
+            for k, text in enumerate(captions[r]):
+                column = k * len(columns) // len(captions[r])
+                draw.text((gap + column * (width + gap), y + height + 3), text, fill=INK, font=small)
     return canvas
 
 

@@ -54,7 +54,7 @@ def test_nothing_to_compare() -> None:
 
 def test_pictures() -> None:
     red, blue = Image.new("RGB", (20, 16), (255, 0, 0)), Image.new("RGB", (20, 16), (0, 0, 255))
-    sheet = grid([[red, blue], [blue, red]], ["left", "right"], ["one", "two"], scale=2, title="title")
+    sheet = grid([[red, blue], [blue, red]], ["left", "right"], [["one"], ["two", "three"]], scale=2, title="title")
     colours = {colour for _, colour in sheet.getcolors(100_000)}
     assert {(255, 0, 0), (0, 0, 255), (255, 255, 255)} <= colours
     assert difference(red, red).getcolors() == [(320, (255, 255, 255))]
