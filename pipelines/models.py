@@ -118,10 +118,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
             check_weights(file)
         pickles = sorted(f.name for f in part.iterdir() if f.suffix in PICKLE_SUFFIXES)
         if pickles and not weights and not allow_pickle:
-            raise ModelLoadError(
-                f"{part / pickles[0]} is a pickle, which can run code when loaded; convert it to safetensors, "
-                "or allow it with --allow-pickle (allow_pickle=True) if you trust its source"
-            )
+            check_weights(part / pickles[0])
 
 
 def check_weights(file: Path, allow_pickle: bool = False) -> None:

@@ -98,6 +98,25 @@ def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
     }
 
 
+def with_plan(pipe: Any, feature: EncoderReuse | None, call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` with encoder reuse set to `feature` first, or switched off."""
+
+    def switched() -> Any:
+        if feature is None:
+            pipe.acceleration.disable()
+        else:
+            accelerate(pipe, feature)
+        return call()
+
+    return switched
+
+
+def flops(call: Callable[[], Any]) -> float:
+    with count_flops() as count:
+        call()
+    return count.total
+
+
 def machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, float32, torch {torch.__version__}"
 
@@ -119,26 +138,13 @@ def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
         "paper, batched, prior noise 0.003": EncoderReuse(schedule="paper", prior_noise=0.003),
     }
 
-    def with_plan(feature: EncoderReuse | None, steps: int | None = None) -> Callable[[], Any]:
-        def call() -> Any:
-            if feature is None:
-                pipe.acceleration.disable()
-            else:
-                accelerate(pipe, feature)
-            return run.call(PROMPTS[:1], 0, steps)
+    def one_image() -> torch.Tensor:
+        return run.call(PROMPTS[:1], 0)
 
-        return call
-
-    def flops(call: Callable[[], Any]) -> float:
-        with count_flops() as count:
-            call()
-        return count.total
-
-    base_call = with_plan(None)
-    calls = {"baseline": base_call, **{name: with_plan(plan) for name, plan in plans.items()}}
-    seconds = interleaved(calls, rounds)
-    speed = ratios(seconds, "baseline")
-    base_flops = flops(base_call)
+    calls = {"baseline": with_plan(pipe, None, one_image)}
+    calls |= {name: with_plan(pipe, plan, one_image) for name, plan in plans.items()}
+    speed = ratios(interleaved(calls, rounds), "baseline")
+    base_flops = flops(calls["baseline"])
     rows: list[dict[str, Any]] = []
 
     def row(name: str, images: torch.Tensor, path: torch.Tensor | None, **more: Any) -> None:
@@ -156,7 +162,7 @@ def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
         accelerate(pipe, plan)
         images, path = run.sample()
         counters = pipe.acceleration.report().counters["encoder_reuse"]
-        work = {"time_ratio": speed[name], "flop_ratio": base_flops / flops(with_plan(plan)), "counters": counters}
+        work = {"time_ratio": speed[name], "flop_ratio": base_flops / flops(calls[name]), "counters": counters}
         row(name, images, path, **work)
     pipe.acceleration.disable()
     fewer = {"one step fewer": steps - 1}
@@ -199,25 +205,14 @@ def measure_sd15(latent: int, rounds: int, steps: int = 10) -> dict[str, Any]:
     }
     accelerate(pipe, EncoderReuse())
 
-    def with_plan(feature: EncoderReuse | None) -> Callable[[], Any]:
-        def call() -> Any:
-            if feature is None:
-                pipe.acceleration.disable()
-            else:
-                accelerate(pipe, feature)
-            generator = torch.Generator().manual_seed(0)
-            more = {"height": size, "width": size, "generator": generator, "output_type": "latent"}
-            return pipe(num_inference_steps=steps, guidance_scale=7.5, **embeds, **more).images
+    def sample() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        more = {"height": size, "width": size, "generator": generator, "output_type": "latent"}
+        return pipe(num_inference_steps=steps, guidance_scale=7.5, **embeds, **more).images
 
-        return call
-
-    calls = {name: with_plan(plan) for name, plan in plans.items()}
+    calls = {name: with_plan(pipe, plan, sample) for name, plan in plans.items()}
     speed = ratios(interleaved(calls, rounds), "baseline")
-    counted = {}
-    for name, call in calls.items():
-        with count_flops() as count:
-            call()
-        counted[name] = count.total
+    counted = {name: flops(call) for name, call in calls.items()}
     rows = [{"setting": n, "time_ratio": speed[n], "flop_ratio": counted["baseline"] / counted[n]} for n in plans]
     what = f"SD 1.5-shaped U-Net, random weights, {latent}x{latent} latents, guidance, {steps} DDIM steps"
     return {"what": what, "machine": machine(), "rounds": rounds, "rows": rows}

@@ -268,36 +268,27 @@ def ip_adapter() -> Built:
     return pipe, {**call, "ip_adapter_image_embeds": [rand(2, 1, 12, seed=7)]}
 
 
-def unet2d() -> Built:
-    model = seeded(
-        lambda: UNet2DModel(
-            sample_size=SIZE,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-            attention_head_dim=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        )
-    )
+def _ddpm(widths: tuple[int, int], **blocks: tuple[str, str]) -> Built:
+    shape = {"sample_size": SIZE, "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
+    model = seeded(lambda: UNet2DModel(block_out_channels=widths, **shape, **blocks))
     return DDPMPipeline(unet=model, scheduler=DDPMScheduler()), {"batch_size": 2, "output_type": "np"}
+
+
+def unet2d() -> Built:
+    return _ddpm(
+        (16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
 
 
 def unet2d_skip() -> Built:
     """NCSN++-like: skip_conv blocks that carry an image-space skip sample beside the features."""
-    model = seeded(
-        lambda: UNet2DModel(
-            sample_size=SIZE,
-            block_out_channels=(32, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-            attention_head_dim=8,
-            time_embedding_type="positional",
-            down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-            up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-        )
+    return _ddpm(
+        (32, 32),
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     )
-    return DDPMPipeline(unet=model, scheduler=DDPMScheduler()), {"batch_size": 2, "output_type": "np"}
 
 
 def unet3d() -> Built:

@@ -96,16 +96,12 @@ def generate(
     settings, source = merge(flags, values)
     plans = [_resolve(settings, job) for job in jobs]
 
-    from .output import plan_outputs
+    from .output import check_free, plan_outputs
 
-    paths = plan_outputs(settings.output, [_seeds(p) for p in plans], [j.output for j in jobs], settings.overwrite)
+    seeds = [_seeds(plan) for plan in plans]
+    paths = plan_outputs(settings.output, seeds, [j.output for j in jobs], settings.overwrite)
     compared = [p[0].with_name(f"{p[0].stem}-compare.png") for p in paths] if settings.compare else []
-    if settings.compare:
-        from ..errors import OutputError
-
-        for path in compared:
-            if path.exists() and not settings.overwrite:
-                raise OutputError(f"{path} exists; choose another name or pass --overwrite")
+    check_free(compared, settings.overwrite)
 
     from .run import Session, check_machine
 
@@ -114,11 +110,11 @@ def generate(
     total = sum(map(len, paths))
     try:
         session = Session(settings, source, device_name, quiet=quiet)
-        for job, plan, targets, k in zip(jobs, plans, paths, range(len(jobs)), strict=True):
-            result = session.generate(job.prompt, plan, _seeds(plan))
+        for k, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
+            result = session.generate(job.prompt, plan, seeds[k])
             if settings.compare:
                 session.save_comparison(result, job.prompt, compared[k])
-            for image_, seed_, path in zip(result.images, _seeds(plan), targets, strict=True):
+            for image_, seed_, path in zip(result.images, seeds[k], paths[k], strict=True):
                 session.save(image_, path, job.prompt, plan, seed_, result)
                 written += 1
                 if json_lines:

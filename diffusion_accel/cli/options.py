@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigurationError
 from ..feature import Feature
+from ..pipelines.accelerated import make_feature
 from ..registry import FEATURES, all_features, feature_class
 
 _VALUE = re.compile(r"on$|off$|[A-Za-z_]\w*=")
@@ -58,13 +59,9 @@ def with_feature_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 def parse_feature(name: str, value: Any) -> Feature | None:
     """A feature from a flag's text or a configuration file's value; None if it is switched off."""
-    cls = feature_class(name)
     if value in (None, False, "off"):
         return None
-    if value in (True, "on"):
-        return cls()
-    if isinstance(value, dict):
-        return cls.from_dict(value)
-    if isinstance(value, str):
-        return cls.parse(value)
-    raise ConfigurationError(f"{cls.flag()}: expected true, false, a table of keys or key=value text, got {value!r}")
+    if not isinstance(value, (bool, dict, str)):
+        flag = feature_class(name).flag()
+        raise ConfigurationError(f"{flag}: expected true, false, a table of keys or key=value text, got {value!r}")
+    return make_feature(name, True if value == "on" else value)

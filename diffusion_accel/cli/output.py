@@ -53,14 +53,19 @@ def plan_outputs(output: str, seeds: list[list[int]], names: list[str | None], o
     flat = [p for group in paths for p in group]
     if len(set(flat)) != len(flat):
         raise ConfigurationError("two images would be written to the same file; give the prompts different outputs")
-    for path in flat:
+    check_free(flat, overwrite)
+    for folder in {p.parent for p in flat}:
+        check_writable(folder)
+    return paths
+
+
+def check_free(paths: list[Path], overwrite: bool) -> None:
+    """Raise `OutputError` if a path is a folder, or exists and may not be replaced."""
+    for path in paths:
         if path.is_dir():
             raise OutputError(f"{path} is a folder")
         if path.exists() and not overwrite:
             raise OutputError(f"{path} exists; choose another name or pass --overwrite")
-    for folder in {p.parent for p in flat}:
-        check_writable(folder)
-    return paths
 
 
 def _highest(folder: Path) -> int:

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import platform
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,6 @@ class Result:
     """What one prompt gave."""
 
     images: list[Image.Image]
-    seconds: float
     report: Any
     comparison: Comparison | None = None
 
@@ -124,12 +122,10 @@ class Session:
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             return self.pipe(**arguments, generator=generators, num_images_per_prompt=len(seeds)).images
 
-        began = time.perf_counter()
         if plan.compare:
             comparison = compare(self.pipe, call)
-            return Result(comparison.accelerated, comparison.report.seconds, comparison.report, comparison)
-        images = call()
-        return Result(images, time.perf_counter() - began, self.pipe.acceleration.report())
+            return Result(comparison.accelerated, comparison.report, comparison)
+        return Result(call(), self.pipe.acceleration.report())
 
     def _arguments(self, prompt: str, plan: Settings) -> dict[str, Any]:
         wanted: dict[str, Any] = {
@@ -209,7 +205,12 @@ class Session:
 
     def record(self, path: Path, prompt: str, seed: int, result: Result) -> dict[str, Any]:
         """The JSON line of one image."""
-        line: dict[str, Any] = {"path": str(path), "prompt": prompt, "seed": seed, "seconds": round(result.seconds, 4)}
+        line: dict[str, Any] = {
+            "path": str(path),
+            "prompt": prompt,
+            "seed": seed,
+            "seconds": round(result.report.seconds, 4),
+        }
         line["report"] = result.report.to_dict()
         if result.comparison is not None:
             line["comparison"] = result.comparison.to_dict()

@@ -162,8 +162,9 @@ class DenoiserHook(ModelHook):
         run.counters["decoder_runs"] += 1
         run.counters["decoder_steps"] += steps
         run.counters["full_steps" if encode else "reused_steps"] += 1
-        held = sum(f.bytes() for f in run.cache.values())
-        run.counters["peak_cache_bytes"] = max(run.counters["peak_cache_bytes"], held)
+        if encode:  # the kept features change at key steps only
+            held = sum(f.bytes() for f in run.cache.values())
+            run.counters["peak_cache_bytes"] = max(run.counters["peak_cache_bytes"], held)
         if steps == 1:
             return output
         chunks = prediction(output).chunk(steps)
