@@ -170,15 +170,25 @@ def text_task(options: argparse.Namespace) -> Task:
 
 
 def unet_task(options: argparse.Namespace) -> Task:
-    from diffusion_accel.training.state import load_average
-    from diffusion_accel.training.sticker_tasks import TextTask, UNetTask
+    import torch
 
-    text = None
+    from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, Objective
+    from diffusion_accel.training.noise import NoiseChoice
+    from diffusion_accel.training.state import load_average
+    from diffusion_accel.training.sticker_data import load_tokenizer
+    from diffusion_accel.training.sticker_models import build_text_encoder, build_unet
+    from diffusion_accel.training.sticker_tasks import Captioned, TextTask
+
+    captioned = Captioned.load(options.work)
+    torch.manual_seed(0)
+    encoder = build_text_encoder(captioned.shape, load_tokenizer(options.work))
+    denoiser = Denoiser(build_unet(captioned.shape), encoder)
     if not options.fresh_text:
         pretrained = TextTask(options.work).model
         load_average(options.work / "text", pretrained, "text")
-        text = pretrained.text.state_dict()
-    return UNetTask(options.work, text, candidates=options.candidate_noises, t_mean=options.t_mean)
+        encoder.load_state_dict(pretrained.text.state_dict())
+    noise = NoiseChoice.parse(f"knn:{options.candidate_noises}")
+    return DenoisingTask(denoiser, captioned, Objective(noise=noise, uniform=0.4, t_mean=options.t_mean))
 
 
 def settings_for(stage: str, options: argparse.Namespace) -> Settings:

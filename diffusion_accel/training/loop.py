@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from .files import UsageError, read_json_lines, write_json_lines
+from .multitask import Weighting
 from .state import STATE, load_state, read_counters, save_state
 
 Batch = dict[str, torch.Tensor]
@@ -40,7 +41,10 @@ class Task(Protocol):
         """The data of one step: tensors whose first dimension is `size`, everything random taken from `rng`."""
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Mean loss over a slice of a batch; `model` is the (possibly wrapped) model to call."""
+        """Mean loss over a slice of a batch; `model` is the (possibly wrapped) model to call.
+
+        A task with a `weighting` (see `multitask`) returns one loss a task cluster, (k,).
+        """
 
     def evaluate(self) -> dict[str, Any]:
         """Numbers for the log, from `self.model` as it is (the loop has put the averaged weights in)."""
@@ -160,6 +164,22 @@ def _slices(batch: Batch, accelerator: Accelerator, accumulation: int) -> Iterat
         yield {key: value[start : start + size].to(accelerator.device) for key, value in batch.items()}
 
 
+def _gradients(losses: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Flat gradients of each of the losses (k,): (k, P)."""
+    rows = []
+    for i, loss in enumerate(losses):
+        found = torch.autograd.grad(loss, parameters, retain_graph=i + 1 < len(losses), allow_unused=True)
+        pairs = zip(found, parameters, strict=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs]))
+    return torch.stack(rows)
+
+
+def _set_gradient(parameters: list[nn.Parameter], flat: torch.Tensor) -> None:
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))
+
+
 def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator, resume: bool = False) -> Outcome:
     """Train `task` up to `settings.steps`; state, log.jsonl and previews go to `folder`.
 
@@ -179,14 +199,20 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
     model = task.model.to(accelerator.device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = [parameter.detach().clone() for parameter in parameters]
+    weighting: Weighting = getattr(task, "weighting", None) or Weighting()
+    weighting.to(accelerator.device)
+    if weighting.on_gradients and accelerator.mixed_precision == "fp16":
+        raise UsageError("task losses that combine gradients do not work with fp16 loss scaling; use bf16 or no")
     fused = accelerator.device.type in ("cpu", "cuda")
     adamw = torch.optim.AdamW(
         parameters, lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay, fused=fused
     )
+    if extra := list(weighting.parameters()):
+        adamw.add_param_group({"params": extra, "lr": weighting.lr, "weight_decay": 0.0})
     counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
     fixed = {"seed": settings.seed, "batch": settings.batch}
     if exists:
-        counters |= load_state(folder, model, average, adamw)
+        counters |= load_state(folder, model, average, adamw, weighting)
         changed = [f"{key} {counters[key]}" for key, value in fixed.items() if counters[key] != value]
         if changed:
             raise UsageError(f"the run in {folder} was made with {', '.join(changed)}; resume it with the same")
@@ -201,6 +227,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
         lines = read_json_lines(log_path) if exists and log_path.exists() else []
         write_json_lines(log_path, [line for line in lines if line["step"] <= counters["step"]])
 
+    board = _tensorboard(folder) if main else None
     start = saved = time.monotonic()
     before, norm = counters["seconds"], torch.zeros(())
     bar = tqdm(total=settings.steps, initial=counters["step"], desc=folder.name, unit="step", disable=not main or None)
@@ -208,7 +235,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
     def save() -> None:
         if main:
             counters["seconds"] = before + time.monotonic() - start
-            save_state(folder, model, average, adamw, counters)
+            save_state(folder, model, average, adamw, counters, weighting)
 
     def log(**values: Any) -> None:
         step = counters["step"]
@@ -216,25 +243,43 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
         head = {"step": step, "samples": step * settings.batch, "seconds": round(seconds, 2)}
         with log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(head | values) + "\n")
+        if board is not None:
+            for name, value in _scalars(values):
+                board.add_scalar(name, value, step)
 
     with _StopSignals() as signals, bar:
         while counters["step"] < settings.steps:
             step = counters["step"]
             rng = np.random.default_rng([settings.seed, step])
             torch.manual_seed(int(rng.integers(2**62)))  # for dropout inside a model
-            for group in adamw.param_groups:
-                group["lr"] = settings.rate(step)
-            losses = []
+            adamw.param_groups[0]["lr"] = settings.rate(step)
+            losses, pool = [], None
             for part in _slices(task.draw(rng, settings.batch), accelerator, settings.accumulation):
+                if weighting.on_gradients:
+                    with accelerator.no_sync(wrapped):
+                        with accelerator.autocast(), _attention(accelerator):
+                            each = task.loss(wrapped, part)
+                        rows = _gradients(each / settings.accumulation, parameters)
+                    pool = rows if pool is None else pool + rows
+                    losses.append(each.detach().float().mean())
+                    continue
                 with accelerator.accumulate(wrapped):
                     with accelerator.autocast(), _attention(accelerator):
-                        loss = task.loss(wrapped, part)
+                        each = task.loss(wrapped, part)
+                        loss = weighting.total(each)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
+                        for parameter in extra:
+                            parameter.grad = accelerator.reduce(parameter.grad, "mean")
                         norm = accelerator.clip_grad_norm_(parameters, settings.clip)
                     optimizer.step()
                     optimizer.zero_grad()
-                losses.append(loss.detach().float())
+                losses.append(each.detach().float().mean())
+            if pool is not None:
+                _set_gradient(parameters, weighting.combine(accelerator.reduce(pool, "mean"), rng, step))
+                norm = accelerator.clip_grad_norm_(parameters, settings.clip)
+                adamw.step()
+                adamw.zero_grad()
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             if main:
                 decay = min(settings.ema, (1 + step) / (10 + step))
@@ -270,10 +315,31 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
             if _agree(accelerator, signals.received is not None or late):
                 break
     save()
+    if board is not None:
+        board.close()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     finished = counters["step"] >= settings.steps
     return Outcome(counters["step"], finished, None if finished else signals.received)
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            yield from ((f"{prefix}{name}/{i}", float(item)) for i, item in enumerate(value))
+        else:
+            yield prefix + name, float(value)
 
 
 def _agree(accelerator: Accelerator, stop: bool) -> bool:

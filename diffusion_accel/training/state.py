@@ -25,9 +25,15 @@ def save_state(
     average: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     counters: dict[str, Any],
+    weighting: torch.nn.Module | None = None,
 ) -> None:
-    """Write a state; `average` belongs to the trainable parameters in their order, `counters` must hold "step"."""
+    """Write a state; `average` belongs to the trainable parameters in their order, `counters` must hold "step".
+
+    `weighting` is what the optimizer trains after the model's parameters.
+    """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if weighting is not None:
+        tensors |= {f"weighting.{name}": value for name, value in weighting.state_dict().items()}
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     tensors |= {f"average.{name}": value for name, value in zip(names, average, strict=True)}
     state = optimizer.state_dict()
@@ -59,14 +65,22 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 def load_state(
-    folder: Path, model: torch.nn.Module, average: list[torch.Tensor], optimizer: torch.optim.Optimizer
+    folder: Path,
+    model: torch.nn.Module,
+    average: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    weighting: torch.nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Read a state into the model, the averaged weights and the optimizer; returns the counters."""
+    """Read a state into the model, the averaged weights, the optimizer and the weighting; returns the counters."""
     counters, tensors = read_counters(folder), _tensors(folder)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     averaged = _part(tensors, "average.")
     try:
         model.load_state_dict(_part(tensors, "model."))
+        trained = list(parameters.values())
+        if weighting is not None:
+            weighting.load_state_dict(_part(tensors, "weighting."))
+            trained += weighting.parameters()
         with torch.no_grad():
             for name, value in zip(parameters, average, strict=True):
                 value.copy_(averaged[name])
@@ -74,7 +88,7 @@ def load_state(
         for name, value in _part(tensors, "optimizer.").items():
             index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
-        for moments, parameter in zip((state[i] for i in sorted(state)), parameters.values(), strict=True):
+        for moments, parameter in zip((state[i] for i in sorted(state)), trained, strict=True):
             for key, value in moments.items():
                 if value.shape == parameter.shape:  # the fused AdamW needs the moments in the parameter's memory format
                     moments[key] = torch.empty_like(parameter).copy_(value).detach()

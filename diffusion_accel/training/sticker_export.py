@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import sticker_data as data
+from .denoising import Process
+from .diffusion_task import Denoiser, prediction_error, sample_of
 from .files import TrainingError, UsageError, replacing_folder
 from .latents import PatchCodec, write_encoder
 from .pictures import psnr
 from .state import load_average
 from .sticker_models import (
-    ConditionalDenoiser,
     Shape,
     build_pipeline,
     build_text_encoder,
     build_unet,
     build_vae,
 )
-from .sticker_tasks import sample_of, v_error
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -62,10 +62,10 @@ def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
     if out.exists() and not (out / "model_index.json").exists():
         raise UsageError(f"{out} is not a pipeline folder; refusing to replace it")
     shape, tokenizer = Shape.of_work(work), data.load_tokenizer(work)
-    denoiser = ConditionalDenoiser(build_text_encoder(shape, tokenizer), build_unet(shape))
+    denoiser = Denoiser(build_unet(shape), build_text_encoder(shape, tokenizer))
     load_average(work / "unet", denoiser, "unet")
     vae, facts = build_trained_vae(work)
-    unet = denoiser.unet.to(memory_format=torch.contiguous_format)
+    unet = denoiser.core.to(memory_format=torch.contiguous_format)
     pipeline = build_pipeline(vae, denoiser.text, tokenizer, unet).to(dtype=torch.float16)
     with replacing_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -127,11 +127,11 @@ def evaluate(
         steps, guidance: of sampling.
 
     Returns:
-        Numbers per split: "v_error" (see `v_error`), and "retrieval" (see `retrieval`); and per split real pictures
+        Numbers per split: "v_error" (see `prediction_error`), and "retrieval" (see `retrieval`); and per split real pictures
         (first half) with the generated ones (second half).
     """
     rows, images = data.load_rows(work), data.load_images(work)
-    denoiser = ConditionalDenoiser(pipeline.text_encoder, pipeline.unet)
+    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder)
     result: dict[str, Any] = {"candidates": len(candidates), "steps": steps, "guidance": guidance}
     shown = {}
     for split in ("train", "heldout"):
@@ -143,7 +143,8 @@ def evaluate(
         with torch.no_grad():
             encoded = [pipeline.vae.encode(part).latent_dist.mean for part in pictures.split(32)]
             ids = _tokenize(pipeline, [data.caption_variants(rows[i])[0] for i in probes])
-            error = v_error(denoiser, torch.cat(encoded) * pipeline.vae.config.scaling_factor, ids)
+            clean = torch.cat(encoded) * pipeline.vae.config.scaling_factor
+            error = prediction_error(denoiser, clean, ids, Process())
         asked = sample_of(indices, count, seed=5)
         made = generate(pipeline, [data.caption_variants(rows[i])[0] for i in asked], steps, guidance, seed=100)
         result[split] = {"v_error": error, "retrieval": retrieval(made, rows, images, asked, candidates)}

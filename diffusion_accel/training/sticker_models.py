@@ -191,16 +191,3 @@ class TextToLatents(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.text(input_ids=ids).last_hidden_state)
-
-
-class ConditionalDenoiser(nn.Module):
-    """Text encoder and UNet as one module, so that both train together."""
-
-    def __init__(self, text: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.text, self.unet = text, unet.to(memory_format=torch.channels_last)
-
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        states = self.text(input_ids=ids).last_hidden_state
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        return self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False)[0]

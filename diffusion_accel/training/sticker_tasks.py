@@ -1,4 +1,4 @@
-"""The three trained stages of the sticker model: decoder, text encoder, UNet. Each is a `Task` of the shared loop."""
+"""What the sticker model is trained on, and its own two tasks: decoder and text encoder."""
 
 from __future__ import annotations
 
@@ -12,27 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from . import sticker_data as data
-from .denoising import TIMESTEPS, add_noise, alphas_cumprod, draw_timesteps, nearest_noise
+from .diffusion_task import PREVIEWS, sample_of
 from .files import TrainingError, require
 from .latents import PATCH, PatchCodec
 from .loop import Batch
 from .pictures import psnr, save_grid
-from .sticker_models import (
-    ConditionalDenoiser,
-    Shape,
-    TextToLatents,
-    build_pipeline,
-    build_text_encoder,
-    build_unet,
-    build_vae,
-)
-
-PREVIEWS = 24  # pictures in a preview
-
-
-def sample_of(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """A fixed random sample of the indices, for evaluation."""
-    return indices[np.random.default_rng(seed).permutation(len(indices))[:size]]
+from .sticker_models import Shape, TextToLatents, build_text_encoder, build_vae
 
 
 class DecoderTask:
@@ -101,7 +86,7 @@ class DecoderTask:
 
 @dataclass
 class Captioned:
-    """The pictures that the text encoder and the UNet are trained on: latents, token ids and rows."""
+    """The pictures that the text encoder and the UNet are trained on (`Examples`): latents, token ids and rows."""
 
     shape: Shape
     codec: PatchCodec
@@ -111,6 +96,7 @@ class Captioned:
     empty: torch.Tensor  # int32 (tokens), the empty text
     train: np.ndarray
     heldout: np.ndarray
+    variants: int = data.VARIANTS
 
     @classmethod
     def load(cls, work: Path) -> Captioned:
@@ -125,12 +111,16 @@ class Captioned:
         ids = tokens["captions"][indices]
         return cls(Shape.of_work(work), codec, rows, stored["latents"], ids, tokens["empty"], train, heldout)
 
-    def draw(self, rng: np.random.Generator, size: int, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and token ids of random training pictures; a share `dropout` gets the empty text."""
-        chosen = rng.choice(self.train, size)
-        ids = self.ids[chosen, rng.integers(0, data.VARIANTS, size)].long()
-        ids[torch.from_numpy(rng.random(size) < dropout)] = self.empty.long()
-        return self.latents[chosen], ids
+    def clean(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.latents[indices]
+
+    def condition(self, indices: torch.Tensor, variants: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+        ids = self.ids[indices, variants].long()
+        ids[dropped] = self.empty.long()
+        return ids
+
+    def decode(self, clean: torch.Tensor) -> torch.Tensor:
+        return self.codec.decode(clean)
 
     def preview_indices(self) -> np.ndarray:
         """Up to 18 trained and 6 held-out pictures."""
@@ -154,8 +144,13 @@ class TextTask:
         self.model = TextToLatents(build_text_encoder(shape, data.load_tokenizer(work)), shape)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        latents, ids = self.captioned.draw(rng, size, dropout=0.0)
-        return {"latents": latents, "ids": ids}
+        chosen = torch.from_numpy(rng.choice(self.captioned.train, size))
+        variants = torch.from_numpy(rng.integers(0, self.captioned.variants, size))
+        kept = torch.zeros(size, dtype=torch.bool)
+        return {
+            "latents": self.captioned.clean(chosen),
+            "ids": self.captioned.condition(chosen, variants, kept),
+        }
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return F.mse_loss(model(batch["ids"]).float(), batch["latents"])
@@ -177,84 +172,3 @@ class TextTask:
     def preview(self, path: Path) -> None:
         pictures = self.captioned.codec.decode(self.predict(self.captioned.preview_indices()))
         save_grid(pictures, 6, path)
-
-
-def v_error(denoise: ConditionalDenoiser, latents: torch.Tensor, ids: torch.Tensor, seed: int = 7) -> dict[str, Any]:
-    """Mean square error of the v prediction over all noise levels: {"quarters": [...], "mean": ...}.
-
-    The timesteps of the N samples are spread evenly over 0..999, in order; a quarter is a fourth of the samples, so the
-    first is t < 250. 1.0 is about the error of predicting zero.
-    """
-    n, device = len(latents), next(denoise.parameters()).device
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    timesteps = ((torch.arange(n) + 0.5) / n * TIMESTEPS).long()
-    noisy, target = add_noise(latents, noise, timesteps, alphas_cumprod())
-    parts = zip(noisy.split(32), timesteps.split(32), ids.long().split(32), strict=True)
-    predicted = [denoise(*(value.to(device) for value in part)).float().cpu() for part in parts]
-    errors = ((torch.cat(predicted) - target) ** 2).mean((1, 2, 3))
-    quarters = [float(part.mean()) for part in errors[: n // 4 * 4].view(4, -1)] if n >= 4 else []
-    return {"quarters": [round(value, 4) for value in quarters], "mean": round(float(errors.mean()), 4)}
-
-
-class UNetTask:
-    """Trains the UNet and the text encoder together, by the v-prediction error.
-
-    Args:
-        work: the work folder.
-        text: weights of the pre-trained text encoder; None starts from random ones.
-        dropout: share of empty captions (classifier-free guidance, Ho and Salimans 2022).
-        candidates: see `nearest_noise`.
-        t_mean: see `draw_timesteps`.
-    """
-
-    def __init__(
-        self,
-        work: Path,
-        text: dict[str, torch.Tensor] | None = None,
-        dropout: float = 0.1,
-        candidates: int = 4,
-        t_mean: float = 0.0,
-    ) -> None:
-        self.captioned, self.tokenizer = Captioned.load(work), data.load_tokenizer(work)
-        self.dropout, self.candidates, self.t_mean = dropout, candidates, t_mean
-        self.alphas = alphas_cumprod()
-        torch.manual_seed(0)
-        shape = self.captioned.shape
-        encoder = build_text_encoder(shape, self.tokenizer)
-        self.model = ConditionalDenoiser(encoder, build_unet(shape))
-        if text is not None:
-            encoder.load_state_dict(text)
-
-    def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        latents, ids = self.captioned.draw(rng, size, self.dropout)
-        timesteps = draw_timesteps(rng, size, mean=self.t_mean)
-        noise = nearest_noise(rng, latents, self.candidates)
-        noisy, target = add_noise(latents, noise, timesteps, self.alphas)
-        return {"noisy": noisy, "target": target, "timesteps": timesteps, "ids": ids}
-
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return F.mse_loss(model(batch["noisy"], batch["timesteps"], batch["ids"]).float(), batch["target"])
-
-    def evaluate(self) -> dict[str, Any]:
-        """`v_error` of up to 128 trained and 128 held-out pictures with their canonical captions."""
-        result = {}
-        for name, indices in (("v_train", self.captioned.train), ("v_heldout", self.captioned.heldout)):
-            chosen = sample_of(indices, 128, seed=3)
-            if len(chosen):
-                result[name] = v_error(self.model, self.captioned.latents[chosen], self.captioned.ids[chosen, 0])
-        return result
-
-    def preview(self, path: Path) -> None:
-        """Samples of trained and, at the end, held-out captions, decoded by the linear decoder of the codec."""
-        from diffusers import DPMSolverMultistepScheduler
-
-        captioned = self.captioned
-        vae = build_vae(captioned.shape).to(next(self.model.parameters()).device)  # only for its scale factor
-        pipeline = build_pipeline(vae, self.model.text, self.tokenizer, self.model.unet)
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
-        captions = [data.caption_variants(captioned.rows[i])[0] for i in captioned.preview_indices()]
-        generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
-        arguments = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "latent"}
-        latents = pipeline(captions, generator=generators, **arguments).images
-        save_grid(captioned.codec.decode(latents.float().cpu()), 6, path)
