@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .pipelines import AcceleratedPipeline
     from .report import Report
     from .reuse import EncoderReuse
+    from .routing import TaskRouting
     from .switchboard import accelerate
 
 _LAZY = {
@@ -37,6 +38,7 @@ _LAZY = {
     "EncoderReuse": ".reuse",
     "Feature": ".feature",
     "Report": ".report",
+    "TaskRouting": ".routing",
     "accelerate": ".switchboard",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "ModelLoadError",
     "OutputError",
     "Report",
+    "TaskRouting",
     "UnsupportedPipelineError",
     "__version__",
     "accelerate",

@@ -53,6 +53,16 @@ _ROW_INDEPENDENT_PROCESSORS = frozenset(
 )
 
 
+# Residual blocks of U-Nets (the branch begins with `norm1`), and transformer blocks that add to one stream of pictures:
+# they take it as `hidden_states` and return it, alone or behind the text's.
+_RESIDUAL_BLOCKS = frozenset({"ResnetBlock2D", "ResnetBlockCondNorm2D"})
+_STREAM_BLOCKS = frozenset(
+    {"BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
+)
+# Transformers that are told the noise level as a fraction, not in thousandths.
+_UNIT_TIME = frozenset({"FluxTransformer2DModel"})
+
+
 @dataclass(frozen=True)
 class UNetStages:
     """The stages of a U-Net in the order in which a step runs them.
@@ -114,6 +124,37 @@ def not_a_unet(module: nn.Module) -> str | None:
     if not len(up_blocks) or "res_hidden_states_tuple" not in forward_parameters(up_blocks[0]):
         return f"the up blocks of {name} do not take the skip connections as res_hidden_states_tuple"
     return None
+
+
+def residual_branches(module: nn.Module) -> list[nn.Module]:
+    """The first layer of the branch of every residual block of a U-Net, in order; empty if it is not one."""
+    if not_a_unet(module):
+        return []
+    blocks: list[Any] = [m for m in module.modules() if type(m).__name__ in _RESIDUAL_BLOCKS]
+    return [block.norm1 for block in blocks]
+
+
+def residual_stream_blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer that add to its stream of pictures, in order; empty if it is not one we know."""
+    if hasattr(module, "up_blocks"):
+        return []
+    lists = [getattr(module, name, ()) for name in ("transformer_blocks", "single_transformer_blocks")]
+    blocks = [block for part in lists for block in part]
+    return blocks if blocks and all(type(block).__name__ in _STREAM_BLOCKS for block in blocks) else []
+
+
+def frames_of(module: nn.Module, sample: torch.Tensor) -> int:
+    """How many rows of a U-Net's residual blocks belong to one sample: its frames, 1 for pictures."""
+    if sample.dim() != 5:
+        return 1
+    return sample.shape[1] if type(module).__name__ == "UNetSpatioTemporalConditionModel" else sample.shape[2]
+
+
+def timestep_kind(module: nn.Module, scheduler: Any) -> str:
+    """What the denoiser is told: "index" (0 ... 999), "flow" (0 ... 1000) or "unit" (0 ... 1)."""
+    if type(module).__name__ in _UNIT_TIME:
+        return "unit"
+    return "flow" if type(scheduler).__name__.startswith("FlowMatch") else "index"
 
 
 def rows_are_independent(module: nn.Module) -> bool:

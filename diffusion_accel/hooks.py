@@ -1,4 +1,4 @@
-"""Hooks on modules that live only as long as one pipeline call, and the small tree helpers that hooks need."""
+"""Hooks that are installed and removed together, and the small tree helpers that hooks need."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class HookSet:
         """Install `hook` on `module` under this set's name."""
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, self.name)
         self._modules.append(module)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def remove(self) -> None:
         """Remove every hook of this set. Safe to call twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,9 +16,11 @@ from .denoisers import find_controlnet, find_denoiser
 from .errors import CallStateError, ConfigurationError, FeatureConflictError, UnsupportedPipelineError
 from .evaluation.flops import count_flops
 from .feature import Attachment, Feature
-from .registry import feature_class
+from .registry import FEATURES, feature_class
 from .report import Report
 from .steps import StepClock
+
+logger = logging.getLogger(__name__)
 
 _classes: dict[type, type] = {}  # pipeline class -> its accelerated subclass
 _busy: set[int] = set()  # ids of the models that a running call uses
@@ -28,7 +31,8 @@ def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
     """Switch features on for a diffusers pipeline, in place, and return it.
 
     The pipeline's class becomes a generated subclass of its own class, so `isinstance` keeps its meaning. A feature
-    that is already there is replaced. Everything is checked before anything is changed.
+    that is already there is replaced, and one that the model was trained with (such as task routing) is added.
+    Everything is checked before anything is changed.
 
     Args:
         pipeline: a loaded `DiffusionPipeline`.
@@ -49,6 +53,8 @@ def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
     if twice:
         raise ConfigurationError(f"feature given twice: {', '.join(sorted(twice))}")
     existing: Acceleration | None = getattr(pipeline, "acceleration", None)
+    wanted += _trained_in(pipeline, {*names, *(existing.features if existing else ())})
+    names = [f.name for f in wanted]
     kept = [f for f in existing.features.values() if f.name not in names] if existing else []
     for feature in wanted:
         reason = feature.supports(pipeline)
@@ -219,6 +225,15 @@ def _as_feature(feature: Feature | type[Feature] | str) -> Feature:
     if not isinstance(feature, Feature):
         raise ConfigurationError(f"expected a Feature, a feature class or its name, got {feature!r}")
     return feature
+
+
+def _trained_in(pipeline: Any, there: set[str]) -> list[Feature]:
+    """Features without which the denoiser does not work as it was trained: its config has their name after a "_"."""
+    config = getattr(find_denoiser(pipeline), "config", {})
+    found = [feature_class(name)() for name in FEATURES if name not in there and f"_{name}" in config]
+    for feature in found:
+        logger.info("%s is on: the model was trained with it (%s)", feature.name, config[f"_{feature.name}"])
+    return found
 
 
 def _check_conflicts(features: list[Feature]) -> None:

@@ -26,22 +26,31 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 or 143 stopped by Ctrl-C or
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_accel.errors import AccelerationError
+from diffusion_accel.training.arguments import (
+    add_loop_options,
+    add_objective_options,
+    add_rate_options,
+    exit_if_stopped,
+    guarded,
+    make_accelerator,
+    number,
+    objective_from,
+    report,
+    routing_from,
+    settings_from,
+)
 from diffusion_accel.training.files import UsageError, write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from diffusion_accel.training.loop import Settings, Task
+    from diffusion_accel.training.loop import Task
     from diffusion_accel.training.sticker_models import Shape
 
 CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts.txt"
@@ -172,8 +181,8 @@ def text_task(options: argparse.Namespace) -> Task:
 def unet_task(options: argparse.Namespace) -> Task:
     import torch
 
-    from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, Objective
-    from diffusion_accel.training.noise import NoiseChoice
+    from diffusion_accel.training.denoising import Process
+    from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask
     from diffusion_accel.training.state import load_average
     from diffusion_accel.training.sticker_data import load_tokenizer
     from diffusion_accel.training.sticker_models import build_text_encoder, build_unet
@@ -187,27 +196,15 @@ def unet_task(options: argparse.Namespace) -> Task:
         pretrained = TextTask(options.work).model
         load_average(options.work / "text", pretrained, "text")
         encoder.load_state_dict(pretrained.text.state_dict())
-    noise = NoiseChoice.parse(f"knn:{options.candidate_noises}")
-    return DenoisingTask(denoiser, captioned, Objective(noise=noise, uniform=0.4, t_mean=options.t_mean))
-
-
-def settings_for(stage: str, options: argparse.Namespace) -> Settings:
-    """The tuned settings, with what the command line changes."""
-    from diffusion_accel.training.loop import Settings
-
-    values = dict(TUNED[stage])
-    for field in dataclasses.fields(Settings):
-        given = getattr(options, f"{stage}_steps" if field.name == "steps" else field.name, None)
-        if given is not None:
-            values[field.name] = given
-    return Settings(**values)
+    objective = objective_from(options, Process(), uniform=0.4, t_mean=options.t_mean)
+    return DenoisingTask(denoiser, captioned, objective, routing_from(options, Process()))
 
 
 def run_training(stage: str, options: argparse.Namespace, accelerator: Accelerator) -> None:
     from diffusion_accel.training.loop import train
 
     folder, task = options.work / stage, {"decoder": decoder_task, "text": text_task, "unet": unet_task}[stage]
-    settings = settings_for(stage, options)
+    settings = settings_from(TUNED[stage], options, getattr(options, f"{stage}_steps"))
     if options.overwrite and not options.resume and accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -215,10 +212,7 @@ def run_training(stage: str, options: argparse.Namespace, accelerator: Accelerat
     if accelerator.is_main_process:
         processes = accelerator.num_processes
         report(stage, step=outcome.step, steps=settings.steps, finished=outcome.finished, processes=processes)
-    if outcome.signal is not None:
-        if accelerator.is_main_process:
-            print(f"stopped at step {outcome.step}, state saved; --resume goes on from there", file=sys.stderr)
-        sys.exit(128 + outcome.signal)
+    exit_if_stopped(outcome, accelerator)
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -234,23 +228,6 @@ LEFT = {"cache": "shape.json", "tokenizer": "tokens.safetensors", "latents": "la
 ORDER = ("cache", "tokenizer", "latents", "decoder", "text", "unet", "export", "grid", "evaluate")
 
 
-def report(stage: str, **values: Any) -> None:
-    print(json.dumps({"stage": stage} | values), flush=True)
-
-
-def number(low: float, kind: type = int) -> Callable[[str], Any]:
-    """An argparse type: a number that is not below `low`."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> None:
     group = parser.add_argument_group("training")
     for stage in stages:
@@ -258,26 +235,14 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
         text = f"budget of the {stage} stage in steps (default: {TUNED[stage]['steps']})"
         group.add_argument(flag, dest=f"{stage}_steps", type=number(1), help=text)
     if len(stages) == 1:
-        tuned = TUNED[stages[0]]
-        group.add_argument("--batch", type=number(1), help=f"samples per step (default: {tuned['batch']})")
-        group.add_argument("--lr", type=number(0, float), help=f"peak learning rate (default: {tuned['lr']})")
-        group.add_argument("--cooldown", type=number(0, float), help="share of the budget with a falling rate")
-        group.add_argument("--ema", type=number(0, float), help="decay of the averaged weights (default: 0.998)")
-    group.add_argument("--minutes", type=number(0, float), help="stop after so long; does not change the schedule")
-    group.add_argument("--resume", action="store_true", help="go on from the saved state, if there is one")
-    group.add_argument("--save-every", type=number(0, float), help="seconds between saved states (default: 240)")
-    group.add_argument("--log-every", type=number(0), help="steps between log lines (default: 50)")
-    group.add_argument("--eval-every", type=number(0), help="steps between evaluations, 0 for none but the last")
-    group.add_argument("--grid-every", type=number(0), help="steps between preview pictures, 0 for none")
-    group.add_argument("--accumulation", type=number(1), default=1, help="micro-batches per step (default: 1)")
-    group.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+        add_rate_options(group, TUNED[stages[0]])
+    add_loop_options(group)
     if "decoder" in stages:
         group.add_argument("--crop", type=number(8), default=48, help="side of the decoder's crops (default: 48)")
         text = "largest latent noise of the decoder's input (default: 0.15)"
         group.add_argument("--latent-noise", type=number(0, float), default=0.15, help=text)
     if "unet" in stages:
-        text = "noises to choose the nearest from, 1 for plain noise (default: 4)"
-        group.add_argument("--candidate-noises", type=number(1), default=4, help=text)
+        add_objective_options(group, immiscible="knn:4")
         text = "centre of the logit-normal timesteps (default: 0)"
         group.add_argument("--t-mean", type=float, default=0.0, help=text)
         group.add_argument("--fresh-text", action="store_true", help="start from an untrained text encoder")
@@ -332,12 +297,7 @@ def run(options: argparse.Namespace) -> None:
     names = ORDER if options.stage == "all" else (options.stage,)
     accelerator = None
     if any(name in TUNED for name in names):
-        from accelerate import Accelerator
-
-        accelerator = Accelerator(mixed_precision=options.mixed_precision)
-        if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-            text = "warning: the launcher asked for several processes but started one; use torchrun on a CPU"
-            print(text, file=sys.stderr)
+        accelerator = make_accelerator(options)
     for name in names:
         if name in TUNED:
             assert accelerator is not None
@@ -356,19 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     if getattr(options, "out", 0) is None:
         options.out = options.work / "pipeline"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        run(options)
-    except AccelerationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (OSError, ValueError) as error:
-        print(f"error: {error}".splitlines()[0], file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

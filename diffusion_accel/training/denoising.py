@@ -37,13 +37,13 @@ def alphas_cumprod(schedule: str = "linear") -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Process:
-    """A noising process: x_t = signal(t) * x + noise(t) * eps, and what the model predicts of it.
+    """A noising process, x_t = signal(t) * x + noise(t) * eps, and what the model predicts of it.
 
-    `t` is always an index, 0 ... 999, from little noise to much; `model_timesteps` turns it into what the model is told.
+    `t` is always an index, 0 ... 999, from little noise to much; `model_timesteps` gives what the model is told.
 
     Attributes:
-        prediction: "epsilon" (the noise), "v_prediction" (signal * eps - noise * x; Salimans and Ho 2022, appendix D) or
-            "flow" (eps - x along the straight path x + s (eps - x), s = (t + 1) / 1000; Lipman et al. 2023).
+        prediction: "epsilon" (the noise), "v_prediction" (signal * eps - noise * x; Salimans and Ho 2022, appendix
+            D) or "flow" (eps - x along the straight path x + s (eps - x), s = (t + 1) / 1000; Lipman et al. 2023).
         schedule: of the betas, see `alphas_cumprod`; "flow" has none.
     """
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..routing.hooks import CONFIG_KEY, Recipe, route
 from .clusters import Interval, draw_clustered
 from .denoising import TIMESTEPS, Process, draw_timesteps
 from .files import UsageError
@@ -117,10 +118,16 @@ def sample_of(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 class DenoisingTask:
-    """Trains a `Denoiser` on `Examples` by the mean square error of its prediction."""
+    """Trains a `Denoiser` on `Examples` by the mean square error of its prediction, with routed channels or without."""
 
-    def __init__(self, denoiser: Denoiser, examples: Examples, objective: Objective) -> None:
+    def __init__(
+        self, denoiser: Denoiser, examples: Examples, objective: Objective, routing: Recipe | None = None
+    ) -> None:
         self.model, self.examples, self.objective = denoiser, examples, objective
+        if routing is not None:
+            route(denoiser.core, routing)
+            denoiser.core.register_to_config(**{CONFIG_KEY: routing.to_dict()})
+        self.facts = {} if routing is None else {"task_routing": routing.to_dict()}
         self.weighting: Weighting | None = None
         if objective.intervals:
             self.weighting = weighting(objective.task_loss, len(objective.intervals))

@@ -43,7 +43,8 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean loss over a slice of a batch; `model` is the (possibly wrapped) model to call.
 
-        A task with a `weighting` (see `multitask`) returns one loss a task cluster, (k,).
+        A task with a `weighting` (see `multitask`) returns one loss a task cluster, (k,). A task with `facts` has them
+        in its saved state.
         """
 
     def evaluate(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
         changed = [f"{key} {counters[key]}" for key, value in fixed.items() if counters[key] != value]
         if changed:
             raise UsageError(f"the run in {folder} was made with {', '.join(changed)}; resume it with the same")
-    counters |= fixed | {"settings": asdict(settings)}
+    counters |= fixed | {"settings": asdict(settings)} | getattr(task, "facts", {})
     accelerator.gradient_accumulation_steps = settings.accumulation
     wrapped, optimizer = accelerator.prepare(model, adamw)
 

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..routing.hooks import CONFIG_KEY
 from . import sticker_data as data
 from .denoising import Process
 from .diffusion_task import Denoiser, prediction_error, sample_of
 from .files import TrainingError, UsageError, replacing_folder
 from .latents import PatchCodec, write_encoder
 from .pictures import psnr
-from .state import load_average
+from .state import load_average, read_counters
 from .sticker_models import (
     Shape,
     build_pipeline,
@@ -64,6 +65,9 @@ def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
     shape, tokenizer = Shape.of_work(work), data.load_tokenizer(work)
     denoiser = Denoiser(build_unet(shape), build_text_encoder(shape, tokenizer))
     load_average(work / "unet", denoiser, "unet")
+    routing = read_counters(work / "unet").get("task_routing")
+    if routing:
+        denoiser.core.register_to_config(**{CONFIG_KEY: routing})
     vae, facts = build_trained_vae(work)
     unet = denoiser.core.to(memory_format=torch.contiguous_format)
     pipeline = build_pipeline(vae, denoiser.text, tokenizer, unet).to(dtype=torch.float16)
@@ -127,8 +131,8 @@ def evaluate(
         steps, guidance: of sampling.
 
     Returns:
-        Numbers per split: "v_error" (see `prediction_error`), and "retrieval" (see `retrieval`); and per split real pictures
-        (first half) with the generated ones (second half).
+        Numbers per split: "v_error" (see `prediction_error`), and "retrieval" (see `retrieval`); and per split real
+        pictures (first half) with the generated ones (second half).
     """
     rows, images = data.load_rows(work), data.load_images(work)
     denoiser = Denoiser(pipeline.unet, pipeline.text_encoder)

@@ -1,0 +1,134 @@
+"""Routing a denoiser: hooks that hide the inactive channels from the inputs of its blocks' branches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import nn
+
+from ..denoisers import frames_of, residual_branches, residual_stream_blocks
+from ..errors import UnsupportedPipelineError
+from ..hooks import HookSet, bind_forward
+from .masks import Recipe, channel_mask
+
+CONFIG_KEY = "_task_routing"  # diffusers keeps unknown config entries that begin with an underscore, silently
+
+
+def trained_recipe(denoiser: nn.Module) -> Recipe | None:
+    """The recipe that the denoiser was trained with, from its config; None if it was trained without routing."""
+    values = getattr(getattr(denoiser, "config", None), "get", lambda key: None)(CONFIG_KEY)
+    return None if values is None else Recipe.from_dict(dict(values))
+
+
+def not_routable(denoiser: nn.Module) -> str | None:
+    """Why the channels of `denoiser` cannot be routed; None if they can."""
+    if residual_branches(denoiser) or residual_stream_blocks(denoiser):
+        return None
+    return f"{type(denoiser).__name__} has no residual blocks or transformer blocks whose channels could be routed"
+
+
+def route(denoiser: nn.Module, recipe: Recipe) -> HookSet:
+    """Route a bare denoiser, in training or inference, until `remove()` of what is returned.
+
+    Nothing is added to its parameters or buffers. A sample's window follows its own timestep, so timesteps may be mixed
+    in a batch.
+
+    Raises:
+        UnsupportedPipelineError: the model has no blocks that can be routed.
+    """
+    reason = not_routable(denoiser)
+    if reason:
+        raise UnsupportedPipelineError(reason)
+    hooks, state = HookSet("diffusion_accel.task_routing"), RoutingState(recipe)
+    for block, module in enumerate(residual_branches(denoiser)):
+        hooks.add(module, BranchHook(state, block))
+    for block, module in enumerate(residual_stream_blocks(denoiser)):
+        hooks.add(module, StreamHook(state, block))
+    hooks.add(denoiser, TimestepHook(state))
+    return hooks
+
+
+class RoutingState:
+    """The masks of the forward pass that is running."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.positions = torch.zeros(1, dtype=torch.float64)
+        self.frames = 1
+        self._masks: dict[Any, torch.Tensor] = {}
+
+    def begin(self, timestep: Any, sample: torch.Tensor, frames: int) -> None:
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor(timestep)
+        timestep = timestep.reshape(-1)
+        if timestep.stride() == (0,):  # one timestep for the whole batch
+            timestep = timestep[:1]
+        self.positions = self.recipe.positions(timestep.to(sample.device))
+        self.frames = frames
+        self._masks.clear()
+
+    def mask(self, hidden: torch.Tensor, channels: int, block: int) -> torch.Tensor:
+        """(rows, channels) in the dtype of `hidden`, or (1, channels) if all rows have the same timestep."""
+        rows, key = hidden.shape[0], (channels, hidden.shape[0], hidden.dtype)
+        if self.recipe.kind == "random":
+            key = (*key, block)
+        if key not in self._masks:
+            positions = self.positions
+            if len(positions) > 1:
+                # reuse may run the encoder for the first rows of a batch only; video models have a row a frame
+                positions = positions[: rows // self.frames].repeat_interleave(self.frames)
+                if len(positions) != rows:
+                    positions = positions.repeat_interleave(rows // len(positions))
+            self._masks[key] = channel_mask(positions, channels, self.recipe, block).to(hidden.dtype)
+        return self._masks[key]
+
+
+class TimestepHook(ModelHook):
+    """On the denoiser: notes the timesteps of its rows."""
+
+    def __init__(self, state: RoutingState) -> None:
+        super().__init__()
+        self.state = state
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = bind_forward(module, args, kwargs)
+        sample = named["sample"] if "sample" in named else named["hidden_states"]
+        self.state.begin(named["timestep"], sample, frames_of(module, sample))
+        return args, kwargs
+
+
+class BranchHook(ModelHook):
+    """On the first layer of a residual branch: x + f(x * m). The shortcut sees every channel."""
+
+    def __init__(self, state: RoutingState, block: int) -> None:
+        super().__init__()
+        self.state = state
+        self.block = block
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0]
+        mask = self.state.mask(hidden, hidden.shape[1], self.block)
+        return (hidden * mask[..., None, None], *args[1:]), kwargs
+
+
+class StreamHook(ModelHook):
+    """On a transformer block, f(r) = r + attention + MLP: f(x * m) + x * (1 - m)."""
+
+    def __init__(self, state: RoutingState, block: int) -> None:
+        super().__init__()
+        self.state = state
+        self.block = block
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        named = bind_forward(module, args, kwargs)
+        hidden = named["hidden_states"]
+        mask = self.state.mask(hidden, hidden.shape[-1], self.block)[:, None]
+        routed = hidden * mask
+        named["hidden_states"] = routed
+        output = self.fn_ref.original_forward(**named)
+        hidden_part = hidden - routed  # exact: a channel is either kept or zero
+        if isinstance(output, tuple):  # (text, picture)
+            return (output[0], output[1] + hidden_part, *output[2:])
+        return output + hidden_part

@@ -1,0 +1,163 @@
+"""The command-line options that the training programs share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AccelerationError
+from .files import UsageError, read_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..routing import Recipe
+    from .denoising import Process
+    from .diffusion_task import Objective
+    from .loop import Outcome, Settings
+
+
+def number(low: float, kind: type = int) -> Callable[[str], Any]:
+    """An argparse type: a number that is not below `low`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+# ------------------------------------------------------------------------------------------- the loop
+def add_loop_options(group: Any) -> None:
+    """Options of the training loop that do not depend on what is trained."""
+    group.add_argument("--minutes", type=number(0, float), help="stop after so long; does not change the schedule")
+    group.add_argument("--resume", action="store_true", help="go on from the saved state, if there is one")
+    group.add_argument("--save-every", type=number(0, float), help="seconds between saved states (default: 240)")
+    group.add_argument("--log-every", type=number(0), help="steps between log lines (default: 50)")
+    group.add_argument("--eval-every", type=number(0), help="steps between evaluations, 0 for none but the last")
+    group.add_argument("--grid-every", type=number(0), help="steps between preview pictures, 0 for none")
+    group.add_argument("--accumulation", type=number(1), default=1, help="micro-batches per step (default: 1)")
+    group.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+
+
+def add_rate_options(group: Any, tuned: dict[str, Any]) -> None:
+    """Batch, learning rate and averaging, with `tuned` as the defaults."""
+    group.add_argument("--batch", type=number(1), help=f"samples per step (default: {tuned['batch']})")
+    group.add_argument("--lr", type=number(0, float), help=f"peak learning rate (default: {tuned['lr']})")
+    group.add_argument("--cooldown", type=number(0, float), help="share of the budget with a falling rate")
+    group.add_argument("--ema", type=number(0, float), help="decay of the averaged weights (default: 0.998)")
+
+
+def settings_from(tuned: dict[str, Any], options: argparse.Namespace, steps: int | None = None) -> Settings:
+    """The tuned settings of the loop, with what the command line changes."""
+    from .loop import Settings
+
+    values = dict(tuned)
+    for name in (field.name for field in dataclasses.fields(Settings)):
+        given = steps if name == "steps" else getattr(options, name, None)
+        if given is not None:
+            values[name] = given
+    return Settings(**values)
+
+
+# ------------------------------------------------------------------------------------------- what is minimised
+def add_objective_options(group: Any, immiscible: str = "none") -> None:
+    """The training accelerators, each a switch of its own."""
+    text = f"which noise a picture gets: none, knn:k (the nearest of k) or assign (default: {immiscible})"
+    group.add_argument("--immiscible", default=immiscible, metavar="none|knn:k|assign", help=text)
+    text = "route the channels by noise level; without a value beta=0.8,alpha=4"
+    group.add_argument("--task-routing", nargs="?", const="", metavar="KEY=VALUE,…", help=text)
+    group.add_argument("--task-clusters", type=number(1), metavar="K", help="train K groups of timesteps as tasks")
+    text = "how timesteps are grouped (default: snr)"
+    group.add_argument("--clustering", choices=("timestep", "snr", "gradient"), default="snr", help=text)
+    text = "task affinities for --clustering gradient, made by --measure-affinity"
+    group.add_argument("--affinity", type=Path, metavar="FILE", help=text)
+    text = "how the groups' losses become one update (default: none, their mean)"
+    group.add_argument("--task-loss", choices=("none", "uw", "pcgrad", "nash"), default="none", help=text)
+    text = "weight the loss by min(SNR, GAMMA); the paper's value is 5"
+    group.add_argument("--min-snr", type=float, metavar="GAMMA", help=text)
+
+
+def objective_from(options: argparse.Namespace, process: Process, **fixed: Any) -> Objective:
+    """The objective that the switches ask for."""
+    from . import clusters
+    from .diffusion_task import Objective
+    from .noise import NoiseChoice
+
+    intervals: tuple[clusters.Interval, ...] = ()
+    if options.task_clusters is not None:
+        if options.clustering == "timestep":
+            distance = clusters.timestep_distance()
+        elif options.clustering == "snr":
+            distance = clusters.snr_distance(process)
+        else:
+            if options.affinity is None:
+                raise UsageError("--clustering gradient needs --affinity FILE, which --measure-affinity writes")
+            distance = clusters.gradient_distance(read_json(options.affinity)["affinity"])
+        intervals = tuple(clusters.cluster(distance, options.task_clusters))
+    elif options.task_loss != "none":
+        raise UsageError(f"--task-loss {options.task_loss} needs --task-clusters")
+    noise = NoiseChoice.parse(options.immiscible)
+    switches = {"intervals": intervals, "task_loss": options.task_loss, "min_snr": options.min_snr}
+    return Objective(process=process, noise=noise, **switches, **fixed)
+
+
+def routing_from(options: argparse.Namespace, process: Process) -> Recipe | None:
+    """The routing that the switch asks for, or None."""
+    if options.task_routing is None:
+        return None
+    from ..routing import Recipe, TaskRouting
+
+    return TaskRouting.parse(options.task_routing).recipe(
+        Recipe(time="flow" if process.prediction == "flow" else "index")
+    )
+
+
+# ------------------------------------------------------------------------------------------- running
+def make_accelerator(options: argparse.Namespace) -> Accelerator:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        text = "warning: the launcher asked for several processes but started one; use torchrun on a CPU"
+        print(text, file=sys.stderr)
+    return accelerator
+
+
+def exit_if_stopped(outcome: Outcome, accelerator: Accelerator) -> None:
+    """End the program as a signal asked for, once the state is saved."""
+    if outcome.signal is not None:
+        if accelerator.is_main_process:
+            print(f"stopped at step {outcome.step}, state saved; --resume goes on from there", file=sys.stderr)
+        sys.exit(128 + outcome.signal)
+
+
+def report(stage: str, **values: Any) -> None:
+    """One JSON line on stdout."""
+    print(json.dumps({"stage": stage} | values), flush=True)
+
+
+def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Run a program and turn its errors into one line and an exit code: 0, 1 (failed), 2 (wrong usage), 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run(options)
+    except AccelerationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (OSError, ValueError) as error:
+        print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
