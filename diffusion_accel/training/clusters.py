@@ -6,11 +6,16 @@ bounds are those of the optimum (it reports them one step early) and intervals s
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from .denoising import TIMESTEPS, Process
 from .files import UsageError
+
+if TYPE_CHECKING:
+    from .diffusion_task import DenoisingTask
 
 CLUSTERINGS = ("timestep", "snr", "gradient")
 Interval = tuple[int, int]  # first timestep, last timestep + 1
@@ -77,3 +82,22 @@ def draw_clustered(rng: np.random.Generator, size: int, intervals: list[Interval
     first, last = np.array(intervals).T
     timesteps = first[clusters] + (rng.random(size) * (last - first)[clusters]).astype(np.int64)
     return torch.from_numpy(timesteps), torch.from_numpy(clusters)
+
+
+def measure_affinity(task: DenoisingTask, grid: int = 20, samples: int = 32, seed: int = 0) -> list[list[float]]:
+    """Cosines between the gradients of the loss at `grid` evenly spaced parts of the timesteps: (grid, grid).
+
+    ANT's task affinity score (section 3.2) at the weights that `task.model` has now; all parts see the same `samples`
+    pictures and noise. Holds `grid` gradients in memory.
+    """
+    rng, parameters = np.random.default_rng(seed), [p for p in task.model.parameters() if p.requires_grad]
+    batch = task.draw(rng, samples)
+    rows = []
+    for part in range(grid):
+        inside = (part + rng.random(samples)) / grid * TIMESTEPS
+        error = task.errors(task.model, batch | {"timesteps": torch.from_numpy(inside.astype(np.int64))}).mean()
+        found = torch.autograd.grad(error, parameters, allow_unused=True)
+        flat = torch.cat([g.flatten() for g in found if g is not None])
+        rows.append(flat / flat.norm().clamp(min=1e-12))
+    vectors = torch.stack(rows)
+    return (vectors @ vectors.T).tolist()

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 def find_rows(data: Path, kind: str | None = None) -> tuple[str, list[Row]]:
     """The kind of a data folder and a row a picture: {"file", "label" or "caption", "split" if it is given}.
 
-    - "captions": ``captions.jsonl`` or ``metadata.jsonl``, lines with "file" (or "file_name") and "caption" (or "text");
+    - "captions": ``captions.jsonl`` or ``metadata.jsonl``, a file ("file_name") and a caption ("text") in each line;
     - "classes": a folder of pictures for each class; its name is the label;
     - "folder": pictures, in any depth, without labels.
 
