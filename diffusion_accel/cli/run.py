@@ -127,6 +127,19 @@ class Session:
             return Result(comparison.accelerated, comparison.report, comparison)
         return Result(call(), self.pipe.acceleration.report())
 
+    def draw(self, prompts: list[str], plan: Settings, generators: list[torch.Generator]) -> torch.Tensor:
+        """One picture a prompt, (N, 3, H, W) in -1..1 on the CPU."""
+        arguments = self._arguments("", plan) | {"prompt": prompts, "output_type": "pt"}
+        return self.pipe(**arguments, generator=generators).images.float().cpu() * 2 - 1
+
+    def fitted(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, h, w) resized to what this pipeline draws by default."""
+        width = self.settings.width or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        size = (self.settings.height or width, width)
+        if tuple(pictures.shape[-2:]) == size:
+            return pictures
+        return torch.nn.functional.interpolate(pictures, size, mode="bilinear", antialias=True)
+
     def _arguments(self, prompt: str, plan: Settings) -> dict[str, Any]:
         wanted: dict[str, Any] = {
             "negative_prompt": plan.negative_prompt,

@@ -175,7 +175,7 @@ def check(settings: Settings) -> None:
         raise ConfigurationError(
             "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse"
         )
-    if s.compile and s.features and s.offload == "sequential":
+    if s.compile and s.offload == "sequential":
         raise ConfigurationError("--compile cannot be combined with --offload sequential")
 
 

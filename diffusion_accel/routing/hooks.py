@@ -71,9 +71,8 @@ class RoutingState:
 
     def mask(self, hidden: torch.Tensor, channels: int, block: int) -> torch.Tensor:
         """(rows, channels) in the dtype of `hidden`, or (1, channels) if all rows have the same timestep."""
-        rows, key = hidden.shape[0], (channels, hidden.shape[0], hidden.dtype)
-        if self.recipe.kind == "random":
-            key = (*key, block)
+        rows = hidden.shape[0]
+        key = (channels, rows, hidden.dtype, block if self.recipe.kind == "random" else 0)
         if key not in self._masks:
             positions = self.positions
             if len(positions) > 1:

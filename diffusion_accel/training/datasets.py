@@ -97,14 +97,19 @@ def prepare(data: Path, work: Path, size: int, kind: str | None = None, heldout:
             picture[:] = load_picture(data / row["file"], size)
         except (OSError, ValueError) as error:
             raise TrainingError(f"{data / row['file']} cannot be read: {error}") from error
-    if not all(row.get("split") in ("train", "heldout") for row in rows):
-        chosen = np.random.default_rng(0).permutation(len(rows))[: int(len(rows) * heldout)]
-        for i, row in enumerate(rows):
-            row["split"] = "heldout" if i in set(chosen.tolist()) else "train"
+    rows = with_splits(rows, heldout)
     with replacing(work / "pictures.npy") as temporary:
         np.save(temporary, pictures, allow_pickle=False)
     write_json_lines(work / "rows.jsonl", rows)
     return kind
+
+
+def with_splits(rows: list[Row], heldout: float = 0.05) -> list[Row]:
+    """The rows with a "split" each: their own, or `heldout` of them chosen at random, the same ones every time."""
+    if all(row.get("split") in ("train", "heldout") for row in rows):
+        return rows
+    chosen = set(np.random.default_rng(0).permutation(len(rows))[: int(len(rows) * heldout)].tolist())
+    return [row | {"split": "heldout" if i in chosen else "train"} for i, row in enumerate(rows)]
 
 
 def as_tensor(pictures: np.ndarray) -> torch.Tensor:

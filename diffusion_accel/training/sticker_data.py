@@ -55,13 +55,13 @@ def premultiplied(image: Image.Image, size: int) -> np.ndarray:
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
-def cache_images(data: Path, work: Path, size: int) -> tuple[int, ...]:
-    """Unpack every picture of the data set into ``images.npy`` and ``rows.jsonl``; returns the array's shape."""
-    rows = read_rows(data)
+def read_images(data: Path, rows: list[Row], size: int) -> np.ndarray:
+    """The pictures of some rows: uint8 (N, size, size, 4), premultiplied."""
     images = np.zeros((len(rows), size, size, 4), np.uint8)
     archives: dict[str, zipfile.ZipFile] = {}
+    row: Row = {"file": ""}
     try:
-        for image, row in zip(images, tqdm(rows, desc="cache", unit="picture"), strict=True):
+        for image, row in zip(images, rows, strict=True):
             archive, _, member = row["file"].partition(":")
             if archive not in archives:
                 archives[archive] = zipfile.ZipFile(data / archive)
@@ -71,6 +71,16 @@ def cache_images(data: Path, work: Path, size: int) -> tuple[int, ...]:
     finally:
         for file in archives.values():
             file.close()
+    return images
+
+
+def cache_images(data: Path, work: Path, size: int) -> tuple[int, ...]:
+    """Unpack every picture of the data set into ``images.npy`` and ``rows.jsonl``; returns the array's shape."""
+    rows = read_rows(data)
+    parts = [
+        read_images(data, rows[i : i + 256], size) for i in tqdm(range(0, len(rows), 256), desc="cache", disable=None)
+    ]
+    images = np.concatenate(parts)
     with replacing(work / "images.npy") as temporary:
         np.save(temporary, images, allow_pickle=False)
     write_json_lines(work / "rows.jsonl", rows)

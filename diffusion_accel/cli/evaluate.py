@@ -1,0 +1,156 @@
+"""`evaluate`: how well a model draws, plain or accelerated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+from .options import with_feature_flags
+from .settings import DTYPES, merge
+
+
+@with_feature_flags
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Captioned pictures; without it the embedded reference.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Pictures to draw of each part, trained and held out.")] = 64,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 100,
+    batch: Annotated[int, typer.Option(help="Pictures in a call.")] = 16,
+    grid: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the drawn pictures as one PNG.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; the best one if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".")] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    **features: str | None,
+) -> None:
+    """Measure how well a model draws: distances, retrieval and, with --data, the validation loss by timestep."""
+    for name, value, low in (("count", count, 4), ("batch", batch, 1)):
+        if value < low:
+            raise ConfigurationError(f"--{name} must be at least {low}, got {value}")
+    if data is not None and not Path(data).is_dir():
+        raise ConfigurationError(f"--data: no such folder: {data}")
+    if grid is not None and not overwrite:
+        from .output import check_free
+
+        check_free([Path(grid)], False)
+    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
+    given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
+    settings, source = merge({**given, **features}, {})
+
+    from .run import Session, check_machine
+
+    session = Session(settings, source, check_machine(settings), quiet=True)
+    result = measure(session, settings, data, count, batch, grid, quiet)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        show(result)
+
+
+def measure(
+    session: Any, settings: Any, data: str | None, count: int, batch: int, grid: str | None, quiet: bool
+) -> dict[str, Any]:
+    """Draw and measure; see `evaluation.quality`."""
+    import torch
+    from tqdm import tqdm
+
+    from ..evaluation import quality
+    from ..evaluation.classifier import extract, load_classifier
+
+    classifier = load_classifier()
+    pictures = None
+    if data is None:
+        asked, real = quality.embedded_reference()
+    else:
+        asked, real, pictures = quality.reference_of(Path(data), classifier)
+    result: dict[str, Any] = {"model": session.source.name, "data": data or "embedded reference", "real": len(real)}
+    result["features"] = {name: feature.to_dict() for name, feature in session.pipe.acceleration.features.items()}
+    shown = []
+    for split in quality.SPLITS:
+        chosen = asked.choose(split, count)
+        if len(chosen) < 4:
+            continue
+        made = []
+        for start in tqdm(range(0, len(chosen), batch), desc=split, unit="batch", disable=True if quiet else None):
+            part = chosen[start : start + batch]
+            generators = [torch.Generator("cpu").manual_seed(settings.seed + start + i) for i in range(len(part))]
+            prompts = [asked.captions[i] for i in part]
+            images = session.draw(prompts, settings, generators)
+            made.append(images)
+        drawn = torch.cat(made)
+        shown.append(drawn)
+        values = quality.drawing_quality(extract(classifier, drawn), chosen, asked, real)
+        if pictures is not None and quality.not_measurable(session.pipe) is None:
+            values["loss"] = quality.validation_loss(
+                session.pipe, session.fitted(pictures(chosen)), [asked.captions[i] for i in chosen]
+            )
+        result[split] = {"n": len(chosen), **values}
+    if pictures is not None and (reason := quality.not_measurable(session.pipe)):
+        result["no_loss"] = reason
+    if grid is not None:
+        from ..training.pictures import save_grid
+
+        save_grid(torch.cat(shown), 12, Path(grid))
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """The tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    title = f"{result['model']}, against {result['real']} real pictures ({result['data']})"
+    parts = [split for split in ("train", "heldout") if split in result]
+    table = Table("", *({"train": "trained", "heldout": "held out"}[part] for part in parts), title=title)
+    table.add_row("pictures drawn", *(str(result[part]["n"]) for part in parts))
+    table.add_row("Fréchet distance", *(f"{result[part]['frechet']:.2f}" for part in parts))
+    for name in ("precision", "recall"):
+        table.add_row(name, *(f"{result[part][name]:.1%}" for part in parts))
+    words = {
+        "style_top1": "right concept, same style",
+        "style_top5": "… among the first five",
+        "any_top1": "right concept, any style",
+        "any_top5": "… among the first five",
+        "nearest_style": "nearest has the asked style",
+    }
+    for key, text in words.items():
+        table.add_row(text, *(f"{result[part]['retrieval'][key]:.1%}" for part in parts))
+    console.print(table)
+    losses = [part for part in parts if "loss" in result[part]]
+    if losses:
+        bins = len(result[losses[0]]["loss"]["bins"])
+        curve = Table("timesteps", *({"train": "trained", "heldout": "held out"}[part] for part in losses))
+        for i in range(bins):
+            low, high = i * 1000 // bins, (i + 1) * 1000 // bins - 1
+            curve.add_row(f"{low}–{high}", *(f"{result[part]['loss']['bins'][i]:.4f}" for part in losses))
+        curve.add_row("mean", *(f"{result[part]['loss']['mean']:.4f}" for part in losses))
+        curve.title = "validation loss"
+        console.print(curve)
+    if "no_loss" in result:
+        console.print(f"no validation loss: {result['no_loss']}", markup=False, soft_wrap=True)
+    console.print(
+        "Fréchet distance, precision and recall are measured on the features of a small classifier of stickers; "
+        "they are no FID and compare only with numbers of the same count.",
+        soft_wrap=True,
+    )

@@ -1,0 +1,131 @@
+"""The small classifier of stickers whose features the distribution distances are measured on.
+
+It ships with the embedded model and knows emoji-like drawings and nothing else: its distances compare models of such
+drawings with each other. They are no FID, which is measured on another network's features of photographs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import ModelLoadError
+
+SIZE = 96  # pixels on a side of what the network sees
+WIDTHS = (48, 96, 192)
+FEATURES = 128
+HEADS = ("concept", "group", "style")
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class StickerClassifier(nn.Module):
+    """Pictures (N, 3, 96, 96) in -1..1 on white -> logits of concept, group and style.
+
+    A residual network of three levels (24, 12 and 6 pixels); its `features` (N, 128) lie before the heads.
+    """
+
+    def __init__(self, classes: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.classes, self.size = classes, SIZE
+        layers: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 4, stride=4)]
+        for i, width in enumerate(WIDTHS):
+            if i:
+                layers.append(nn.Conv2d(WIDTHS[i - 1], width, 3, stride=2, padding=1))
+            layers.append(ResidualBlock(width))
+        self.body = nn.Sequential(*layers, nn.GroupNorm(8, WIDTHS[-1]), nn.SiLU())
+        self.feature = nn.Linear(2 * WIDTHS[-1], FEATURES)
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(classes[name])) for name in HEADS})
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 128): mean and maximum over the picture, projected."""
+        hidden = self.body(pictures.contiguous(memory_format=torch.channels_last)).flatten(2)
+        return self.feature(torch.cat([hidden.mean(2), hidden.amax(2)], 1))
+
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = F.silu(self.features(pictures))
+        return {name: head(hidden) for name, head in self.heads.items()}
+
+
+def save_classifier(model: StickerClassifier, folder: Path) -> None:
+    """Write float16 weights and the class names."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "classes.json").write_text(json.dumps(model.classes, indent=0) + "\n", encoding="utf-8")
+
+
+def asset_folder() -> Path:
+    return Path(str(resources.files("diffusion_accel.assets"))) / "sticker-features"
+
+
+def load_classifier(folder: Path | None = None) -> StickerClassifier:
+    """The classifier of a folder; by default the one that ships. In float32, in evaluation mode."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = folder or asset_folder()
+    try:
+        classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+        model = StickerClassifier(classes)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelLoadError(f"{folder} holds no sticker classifier: {str(error).splitlines()[0]}") from error
+    return model.float().eval()
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of pictures: (N, 128), with what is known of each picture."""
+
+    values: torch.Tensor
+    concepts: list[str]
+    styles: list[str]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def only(self, keep: list[int]) -> Features:
+        return Features(self.values[keep], [self.concepts[i] for i in keep], [self.styles[i] for i in keep])
+
+
+@torch.no_grad()
+def extract(model: StickerClassifier, pictures: torch.Tensor, batch: int = 64) -> torch.Tensor:
+    """Features (N, 128) of pictures (N, 3, H, W) in -1..1 of any size."""
+    parts = []
+    for part in pictures.float().split(batch):
+        if part.shape[-2:] != (SIZE, SIZE):
+            part = F.interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        parts.append(model.features(part))
+    return torch.cat(parts) if parts else torch.zeros(0, FEATURES)
+
+
+def load_reference(folder: Path | None = None) -> Features:
+    """Features of the real stickers that ship with the classifier."""
+    from safetensors.torch import load_file
+
+    folder = folder or asset_folder()
+    try:
+        values = load_file(folder / "reference.safetensors")["features"].float()
+        rows: dict[str, Any] = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+        return Features(values, rows["concepts"], rows["styles"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"{folder} holds no reference features: {str(error).splitlines()[0]}") from error
