@@ -100,6 +100,9 @@ class Session:
             (getattr(pipe, "unet", None) or pipe.transformer).compile_repeated_blocks()
         pipe.set_progress_bar_config(disable=quiet or not sys.stderr.isatty(), leave=False)
         self.pipe = accelerate(pipe, *settings.features.values())
+        for name in self.pipe.acceleration.features:
+            if name not in settings.features and not quiet:
+                print(f"note: {name.replace('_', ' ')} is on: the model was trained with it", file=sys.stderr)
         self.hash = _model_hash(source)
 
     def _load_loras(self, pipe: Any) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from ..denoisers import frames_of, residual_branches, residual_stream_blocks
 from ..errors import UnsupportedPipelineError
 from ..hooks import HookSet, bind_forward
-from .masks import Recipe, channel_mask
+from .masks import channel_mask, positions
+from .recipe import Recipe
 
 CONFIG_KEY = "_task_routing"  # diffusers keeps unknown config entries that begin with an underscore, silently
 
@@ -65,7 +66,7 @@ class RoutingState:
         timestep = timestep.reshape(-1)
         if timestep.stride() == (0,):  # one timestep for the whole batch
             timestep = timestep[:1]
-        self.positions = self.recipe.positions(timestep.to(sample.device))
+        self.positions = positions(timestep.to(sample.device), self.recipe)
         self.frames = frames
         self._masks.clear()
 
@@ -74,13 +75,13 @@ class RoutingState:
         rows = hidden.shape[0]
         key = (channels, rows, hidden.dtype, block if self.recipe.kind == "random" else 0)
         if key not in self._masks:
-            positions = self.positions
-            if len(positions) > 1:
+            where = self.positions
+            if len(where) > 1:
                 # reuse may run the encoder for the first rows of a batch only; video models have a row a frame
-                positions = positions[: rows // self.frames].repeat_interleave(self.frames)
-                if len(positions) != rows:
-                    positions = positions.repeat_interleave(rows // len(positions))
-            self._masks[key] = channel_mask(positions, channels, self.recipe, block).to(hidden.dtype)
+                where = where[: rows // self.frames].repeat_interleave(self.frames)
+                if len(where) != rows:
+                    where = where.repeat_interleave(rows // len(where))
+            self._masks[key] = channel_mask(where, channels, self.recipe, block).to(hidden.dtype)
         return self._masks[key]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
-from .masks import KINDS, Recipe
+from .recipe import KINDS, Recipe
 
 if TYPE_CHECKING:
     from ..hooks import HookSet

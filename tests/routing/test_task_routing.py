@@ -21,13 +21,13 @@ from zoo import ddim, rand, run, sd, seeded, svd, unet, vae
 from diffusion_accel import ConfigurationError, EncoderReuse, TaskRouting, UnsupportedPipelineError, accelerate
 from diffusion_accel.routing import Recipe, route
 from diffusion_accel.routing.hooks import CONFIG_KEY, trained_recipe
-from diffusion_accel.routing.masks import active_channels, channel_mask, offsets
+from diffusion_accel.routing.masks import active_channels, channel_mask, offsets, positions
 
 EVERY = torch.arange(1000)
 
 
 def masks(channels: int, recipe: Recipe = Recipe(), timesteps: torch.Tensor = EVERY) -> torch.Tensor:  # noqa: B008
-    return channel_mask(recipe.positions(timesteps), channels, recipe)
+    return channel_mask(positions(timesteps, recipe), channels, recipe)
 
 
 def tiny_dit(layers: int = 2) -> Any:
@@ -47,13 +47,13 @@ def tiny_dit(layers: int = 2) -> Any:
 # ------------------------------------------------------------------------------------------- masks
 def test_published_numbers() -> None:
     recipe = Recipe()
-    first = offsets(recipe.positions(EVERY), 1024, recipe)
+    first = offsets(positions(EVERY, recipe), 1024, recipe)
     assert active_channels(1024, 0.8) == 819
     assert [int(first[t]) for t in (0, 250, 500, 750, 999)] == [0, 1, 13, 65, 205]
     table = masks(1024)
     assert len(torch.unique(table, dim=0)) == 206
     assert all(torch.equal(table[0], row) for row in table[:223]) and not torch.equal(table[0], table[223])
-    wide = offsets(recipe.positions(EVERY), 1152, recipe)
+    wide = offsets(positions(EVERY, recipe), 1152, recipe)
     assert active_channels(1152, 0.8) == 921 and int(wide[999]) == 231
     assert int((wide > 0).nonzero()[0]) == 216
 
@@ -64,7 +64,7 @@ def test_windows_are_whole_and_move_up(channels: int, beta: float, alpha: float,
     recipe = Recipe(beta=beta, alpha=alpha, time=time)
     top = {"index": 999, "flow": 1000, "unit": 1}[time]
     timesteps = torch.linspace(0, top, 101, dtype=torch.float64)
-    first, active = offsets(recipe.positions(timesteps), channels, recipe), active_channels(channels, beta)
+    first, active = offsets(positions(timesteps, recipe), channels, recipe), active_channels(channels, beta)
     assert first[0] == 0 and first[-1] == channels - active and (first.diff() >= 0).all()
     table = masks(channels, recipe, timesteps)
     assert (table.sum(1) == active).all()
@@ -78,7 +78,7 @@ def test_windows_are_whole_and_move_up(channels: int, beta: float, alpha: float,
 def test_all_channels_are_used_and_high_noise_moves_fast() -> None:
     recipe = Recipe()
     assert masks(64).any(0).all()
-    moved = offsets(recipe.positions(EVERY), 1024, recipe).diff()
+    moved = offsets(positions(EVERY, recipe), 1024, recipe).diff()
     assert moved[750:].sum() > moved[500:750].sum() > moved[250:500].sum() > moved[:250].sum()
 
 
@@ -88,7 +88,7 @@ def test_random_baseline() -> None:
     assert (table.sum(1) == active_channels(64, 0.8)).all()
     assert torch.equal(table, masks(64, recipe)), "not stored, and yet always the same"
     assert len(torch.unique(table, dim=0)) == 1000
-    assert not torch.equal(table, channel_mask(recipe.positions(EVERY), 64, recipe, block=1))
+    assert not torch.equal(table, channel_mask(positions(EVERY, recipe), 64, recipe, block=1))
     assert not torch.equal(table, masks(64, Recipe(kind="random", seed=1)))
     share = table.float().mean(0)
     assert share.min() > 0.7 and share.max() < 0.9
