@@ -110,7 +110,7 @@ def measure(
     if grid is not None:
         from ..training.pictures import save_grid
 
-        save_grid(torch.cat(shown), 12, Path(grid))
+        save_grid(torch.cat(shown), min(12, sum(map(len, shown))), Path(grid))
     return result
 
 
