@@ -22,7 +22,7 @@ from typing import Any
 from diffusion_accel.training.arguments import guarded, number
 from diffusion_accel.training.files import read_json, write_json
 
-CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts.txt"
+CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts_105.txt"
 STYLES = ("noto", "flat", "3d", "twemoji")
 ROUTING = {"task_routing": ""}
 CLUSTERS = {"task_clusters": 5, "clustering": "snr"}

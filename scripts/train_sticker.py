@@ -262,7 +262,7 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--data", type=Path, default=Path("data/stickers"), help=text)
             sub.add_argument("--shape", type=Path, help="JSON file with other model sizes than the default ones")
         if whole or stage in ("latents", "evaluate"):
-            text = "file with the concepts to train on (default: the 105 of the embedded model)"
+            text = "file with the concepts to train on (default: the 369 of the embedded model)"
             sub.add_argument("--concepts", type=Path, default=CONCEPTS, help=text)
         if whole or stage in ("latents", "evaluate", "grid"):
             sub.add_argument("--styles", default=STYLES, help="styles, separated by commas (default: %(default)s)")
