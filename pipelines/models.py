@@ -49,7 +49,7 @@ class EmbeddedModel:
 EMBEDDED: dict[str, EmbeddedModel] = {
     "sticker": EmbeddedModel(
         name="sticker",
-        summary="105 emoji-like concepts in the styles 3d, flat, noto and twemoji, 96x96 pixels on white",
+        summary="369 emoji-like concepts in the styles 3d, flat, noto and twemoji, 96x96 pixels on white",
         licence="Apache-2.0, MIT and CC-BY-4.0 artwork, see the model card",
         example="red apple, 3d style",
         settings={"width": 96, "height": 96, "steps": 20, "guidance_scale": 3.0, "scheduler": "dpm++"},

@@ -7,18 +7,20 @@
 
 Every arm trains the same model from the same weights (per seed) with the same pictures, steps and learning rate, in the
 latents of the embedded model's VAE. `unet` is text-conditional with the embedded model's frozen text encoder, `dit` is
-conditional on the concept. Runs that are done are not repeated. `table` prints Markdown.
+conditional on the concept. Runs that are done are not repeated. `table` measures the samples and prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from diffusion_accel.pipelines.models import EMBEDDED
 from diffusion_accel.training.arguments import guarded, number
 from diffusion_accel.training.files import read_json, write_json
 
@@ -49,10 +51,9 @@ def prepare(options: argparse.Namespace) -> Any:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from diffusion_accel.pipelines.models import EMBEDDED
     from diffusion_accel.training import datasets, models, sticker_data
 
-    work, path = options.work / "data", EMBEDDED["sticker"].path
+    work, path = options.work / "data", options.vae
     if not (work / "latents.safetensors").exists():
         size = 96
         sticker_data.cache_images(options.data, work, size)
@@ -65,7 +66,7 @@ def prepare(options: argparse.Namespace) -> Any:
     stored, rows = load_file(work / "latents.safetensors"), sticker_data.load_rows(work)
     rows = [rows[i] for i in stored["indices"].tolist()]
     if options.model == "unet":
-        encoder, tokenizer = models.load_text(path)
+        encoder, tokenizer = models.load_text(EMBEDDED["sticker"].path)
         padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         captions = [sticker_data.caption_variants(row)[0] for row in rows]
         conditions = torch.tensor(tokenizer(captions, **padding).input_ids)
@@ -77,8 +78,11 @@ def prepare(options: argparse.Namespace) -> Any:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.command == "table":
+    if options.command != "run":
+        measure(options)
         print(table(options.work))
+        if options.plot:
+            plot(options.work, options.plot)
         return
     import torch
     from accelerate import Accelerator
@@ -164,39 +168,104 @@ def one(
     return {"heldout": last["error_heldout"]["mean"], "train": last["error_train"]["mean"], "cpu_seconds": seconds}
 
 
+@functools.cache
+def real_features() -> tuple[Any, dict[tuple[str, str], int]]:
+    """Features of the real stickers, and where the one of a concept and style is."""
+    from diffusion_accel.evaluation.quality import embedded_reference
+
+    _, real = embedded_reference()
+    return real, {pair: i for i, pair in enumerate(zip(real.concepts, real.styles, strict=True))}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Add the distances of every run's samples to its result."""
+    import torch
+    from safetensors.torch import load_file
+
+    from diffusion_accel.evaluation.classifier import extract, load_classifier
+    from diffusion_accel.evaluation.distribution import frechet_distance, retrieval
+    from diffusion_accel.training import models, sticker_data
+
+    work, path = options.work / "data", options.vae
+    vae, classifier = models.load_vae(path), load_classifier()
+    rows = sticker_data.load_rows(work)
+    rows = [rows[i] for i in load_file(work / "latents.safetensors")["indices"].tolist()]
+    for file in sorted(options.work.glob("*/*/result.json")):
+        result = read_json(file)
+        if "frechet" in result:
+            continue
+        stored = load_file(file.parent / "samples.safetensors")
+        with torch.no_grad():
+            parts = [vae.decode(part).sample.clamp(-1, 1) for part in stored["latents"].float().split(32)]
+        asked = [rows[i] for i in stored["asked"].tolist()]
+        real, where = real_features()
+        same = real.values[[where[row["slug"], row["style"]] for row in asked]]
+        made = extract(classifier, torch.cat(parts))
+        styles = [row["style"] if file.parent.parent.name == "unet" else "" for row in asked]
+        concepts = [row["slug"] for row in asked]
+        found = retrieval(made, concepts, styles, real.values, real.concepts, real.styles)
+        result |= {"frechet": frechet_distance(same, made), "concept": found["any_top1"]}
+        write_json(file, result)
+
+
+def results(work: Path, model: str) -> dict[str, list[Any]]:
+    """The results of every arm, in the order of the seeds."""
+    found = {}
+    for arm in ARMS:
+        files = sorted((work / model).glob(f"{arm.replace(', ', '-').replace(' ', '-')}-[0-9]/result.json"))
+        if files:
+            found[arm] = [run for run in map(read_json, files) if "frechet" in run]
+    return found
+
+
 def table(work: Path) -> str:
-    """Mean and standard deviation over the seeds, an arm a row."""
+    """Mean and standard deviation over the seeds, an arm a row; the difference is paired, seed by seed."""
     import numpy as np
+
+    def spread(values: list[float], digits: int) -> str:
+        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}"
 
     lines = []
     for model in ("unet", "dit"):
-        lines += [
-            f"### {model}",
-            "",
-            "| arm | seeds | trained | held out | difference to baseline | CPU time |",
-            "|" + " --- |" * 6,
-        ]
-        rows: dict[str, list[Any]] = {}
-        for arm in ARMS:
-            files = sorted((work / model).glob(f"{arm.replace(', ', '-').replace(' ', '-')}-[0-9]*/result.json"))
-            rows[arm] = [read_json(file) for file in files]
-        for arm, results in rows.items():
-            if not results:
-                continue
-
-            def spread(name: str, results: list[Any] = results) -> str:
-                values = [result[name]["mean"] for result in results]
-                return f"{np.mean(values):.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
-
-            pairs = zip(results, rows["baseline"], strict=False)
-            change = [a["heldout"]["mean"] - b["heldout"]["mean"] for a, b in pairs]
-            cost = np.mean([r["cpu_seconds"] for r in results]) / np.mean([r["cpu_seconds"] for r in rows["baseline"]])
-            difference = f"{np.mean(change):+.4f} ({min(change):+.4f} … {max(change):+.4f})"
-            lines.append(
-                f"| {arm} | {len(results)} | {spread('train')} | {spread('heldout')} | {difference} | {cost:.2f} |"
-            )
+        rows = results(work, model)
+        if not rows:
+            continue
+        head = ["arm", "seeds", "loss, trained", "loss, held out", "paired difference, held out", "Fréchet"]
+        lines += [f"### {model}", "", f"| {' | '.join([*head, 'right concept', 'CPU time'])} |", "|" + " --- |" * 8]
+        base = rows["baseline"]
+        for arm, runs in rows.items():
+            change = [a["heldout"]["mean"] - b["heldout"]["mean"] for a, b in zip(runs, base, strict=False)]
+            cost = np.mean([run["cpu_seconds"] for run in runs]) / np.mean([run["cpu_seconds"] for run in base])
+            cells = [arm, str(len(runs)), spread([run["train"]["mean"] for run in runs], 4)]
+            cells += [spread([run["heldout"]["mean"] for run in runs], 4)]
+            cells += [f"{np.mean(change):+.4f} ({min(change):+.4f} … {max(change):+.4f})"]
+            cells += [spread([run["frechet"] for run in runs], 0), f"{np.mean([run['concept'] for run in runs]):.0%}"]
+            lines.append(f"| {' | '.join(cells)} | {cost:.2f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def plot(work: Path, out: Path) -> None:
+    """Held-out loss over the steps, mean and range over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, model in zip(axes, ("unet", "dit"), strict=True):
+        for arm, runs in results(work, model).items():
+            steps = sorted(map(int, runs[0]["curve"]))
+            curves = np.array([[run["curve"][str(step)] for step in steps] for run in runs])
+            axis.plot(steps, curves.mean(0), marker="o", markersize=3, label=arm)
+            axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.15)
+        axis.set_title({"unet": "U-Net, text-conditional", "dit": "DiT, conditional on the concept"}[model])
+        axis.set_xlabel("steps of 60 samples")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("prediction error, held-out pictures")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,6 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="work folder (default: %(default)s)")
     parser.add_argument("--concepts", type=Path, default=CONCEPTS, help="file with the concepts")
     parser.add_argument("--model", choices=("unet", "dit"), default="unet")
+    parser.add_argument("--vae", type=Path, default=EMBEDDED["sticker"].path, help="whose latents they are")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="table: also plot the losses (needs matplotlib)")
     parser.add_argument("--seeds", type=number(1), default=3)
     parser.add_argument("--steps", type=number(1), default=300, help="of 60 samples (default: 300)")
     parser.add_argument("--arms", nargs="*", help="only these arms")

@@ -56,7 +56,14 @@ def retrieval(
         Shares: "style_top1" and "style_top5" (among the real pictures of the asked style), "any_top1", "any_top5"
         (among all), "nearest_style" (the nearest picture has the asked style).
     """
-    order = (F.normalize(made, dim=1) @ F.normalize(real, dim=1).T).argsort(1, descending=True).tolist()
+    order = (F.normalize(made, dim=1) @ F.normalize(real, dim=1).T).argsort(1, descending=True)
+    return hit_shares(order.tolist(), concepts, styles, names, kinds)
+
+
+def hit_shares(
+    order: list[list[int]], concepts: list[str], styles: list[str], names: list[str], kinds: list[str]
+) -> dict[str, Any]:
+    """The shares of `retrieval` from the real pictures of each made one, the nearest first."""
     hits: dict[str, list[bool]] = {}
     for nearest, concept, style in zip(order, concepts, styles, strict=True):
         same = [i for i in nearest if not style or kinds[i] == style]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..evaluation.distribution import hit_shares
 from ..routing.hooks import CONFIG_KEY
 from . import sticker_data as data
 from .denoising import Process
@@ -167,9 +168,7 @@ def retrieval(
 ) -> dict[str, Any]:
     """Is the real sticker nearest to a generated one (24x24 RGB on white) of the asked concept?
 
-    Shares of the generated pictures: "style_top1/5", the asked concept is among the nearest 1 or 5 stickers of the
-    asked style; "any_top1/5", of all styles; "nearest_style", the nearest sticker has the asked style. "psnr24" is the
-    mean PSNR in dB to the asked sticker itself at 24x24.
+    The shares of `evaluation.distribution.retrieval`; "psnr24" is the mean PSNR in dB to the asked sticker at 24x24.
     """
     if made.shape[-1] % THUMBNAIL:
         raise UsageError(f"retrieval compares at {THUMBNAIL} px: the picture side must be a multiple of it")
@@ -179,16 +178,7 @@ def retrieval(
 
     real = torch.cat([small(data.composite(images[candidates[i : i + 256]])) for i in range(0, len(candidates), 256)])
     thumbnails = small(made)
-    order = torch.cdist(thumbnails.flatten(1), real.flatten(1)).argsort(1).numpy()
-    styles = np.array([rows[i]["style"] for i in candidates])
-    concepts = np.array([rows[i]["slug"] for i in candidates])
-    hits: dict[str, list[bool]] = {}
-    for row, nearest in zip((rows[i] for i in asked), order, strict=True):
-        same = nearest[styles[nearest] == row["style"]]
-        for kind, found in (("style", concepts[same]), ("any", concepts[nearest])):
-            hits.setdefault(f"{kind}_top1", []).append(found[0] == row["slug"])
-            hits.setdefault(f"{kind}_top5", []).append(row["slug"] in found[:5])
-        hits.setdefault("nearest_style", []).append(styles[nearest[0]] == row["style"])
-    shares = {name: round(float(np.mean(values)), 4) for name, values in hits.items()}
+    order = torch.cdist(thumbnails.flatten(1), real.flatten(1)).argsort(1).tolist()
+    wanted, found = ([[rows[i][key] for i in part] for key in ("slug", "style")] for part in (asked, candidates))
     target = small(data.composite(images[asked]))
-    return {"n": len(asked)} | shares | {"psnr24": round(psnr(thumbnails, target), 2)}
+    return hit_shares(order, *wanted, *found) | {"psnr24": round(psnr(thumbnails, target), 2)}

@@ -28,7 +28,7 @@ class DecoderTask:
     0..`noise` (they have unit RMS), since a denoiser's latents are not exact either.
     """
 
-    def __init__(self, work: Path, crop: int = 48, noise: float = 0.15, coloured: float = 0.4) -> None:
+    def __init__(self, work: Path, crop: int = 48, noise: float = 0.3, coloured: float = 0.4) -> None:
         shape = Shape.of_work(work)
         self.images, rows = data.load_images(work), data.load_rows(work)
         self.codec = PatchCodec.load(work / "codec.safetensors")

@@ -34,6 +34,7 @@ COLOURS = ((220, 40, 40), (40, 60, 220), (40, 180, 60), (230, 210, 40), (240, 14
 SIZE = 48
 TINY = {
     "size": SIZE,
+    "vae_channels": [16, 32, 64, 64],
     "vocabulary": 560,
     "unet_channels": [32, 64],
     "unet_groups": 8,
