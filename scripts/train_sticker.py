@@ -133,12 +133,31 @@ def run_grid(options: argparse.Namespace) -> None:
     from diffusion_accel.training.pictures import save_grid
     from diffusion_accel.training.sticker_export import generate, load_pipeline
 
-    names, styles = options.prompts.split("|"), options.styles.split(",")
+    styles = options.styles.split(",")
+    if options.every:
+        return run_every(options, styles)
+    names = options.prompts.split("|")
     prompts = [f"{name}, {style} style" for style in styles for name in names] if options.by_style else names
     pictures = generate(load_pipeline(options.out), prompts, options.sampling_steps, options.guidance, options.seed)
     path = options.grid or options.work / "grid.png"
     save_grid(pictures, min(len(names), options.columns), path)
     report("grid", out=str(path), pictures=len(prompts))
+
+
+def run_every(options: argparse.Namespace, styles: list[str]) -> None:
+    """Every concept of the list, a WebP file a style."""
+    from diffusion_accel.training import sticker_data
+    from diffusion_accel.training.pictures import save_grid
+    from diffusion_accel.training.sticker_export import generate, load_pipeline
+
+    names = {row["slug"]: row["name"] for row in sticker_data.load_rows(options.work)}
+    concepts = [names[slug] for slug in sticker_data.read_concepts(options.concepts)]
+    pipeline, folder = load_pipeline(options.out), options.grid or options.work
+    for style in styles:
+        prompts = [f"{name}, {style} style" for name in concepts]
+        pictures = generate(pipeline, prompts, options.sampling_steps, options.guidance, options.seed)
+        save_grid(pictures, options.columns, folder / f"sticker-{style}.webp")
+        report("grid", out=str(folder / f"sticker-{style}.webp"), pictures=len(prompts))
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -261,7 +280,7 @@ def make_parser() -> argparse.ArgumentParser:
             text = "data set folder (default: %(default)s)"
             sub.add_argument("--data", type=Path, default=Path("data/stickers"), help=text)
             sub.add_argument("--shape", type=Path, help="JSON file with other model sizes than the default ones")
-        if whole or stage in ("latents", "evaluate"):
+        if whole or stage in ("latents", "evaluate", "grid"):
             text = "file with the concepts to train on (default: the 369 of the embedded model)"
             sub.add_argument("--concepts", type=Path, default=CONCEPTS, help=text)
         if whole or stage in ("latents", "evaluate", "grid"):
@@ -280,6 +299,8 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--prompts", default=GRID_CONCEPTS, help="prompts or concepts, separated by |")
             text = "take the prompts as they are; otherwise each is drawn in every style"
             sub.add_argument("--plain", dest="by_style", action="store_false", help=text)
+            text = "draw every concept of the list instead: a WebP file a style, in the folder --grid"
+            sub.add_argument("--every", action="store_true", help=text)
             sub.add_argument("--columns", type=number(1), default=12, help="pictures in a row (default: 12)")
             sub.add_argument("--grid", type=Path, help="PNG file to write (default: WORK/grid.png)")
         if whole or stage == "evaluate":
