@@ -53,7 +53,7 @@ def prepare(options: argparse.Namespace) -> Any:
 
     from diffusion_accel.training import datasets, models, sticker_data
 
-    work, path = options.work / "data", options.vae
+    work, path = options.work / "data", options.base
     if not (work / "latents.safetensors").exists():
         size = 96
         sticker_data.cache_images(options.data, work, size)
@@ -66,7 +66,7 @@ def prepare(options: argparse.Namespace) -> Any:
     stored, rows = load_file(work / "latents.safetensors"), sticker_data.load_rows(work)
     rows = [rows[i] for i in stored["indices"].tolist()]
     if options.model == "unet":
-        encoder, tokenizer = models.load_text(EMBEDDED["sticker"].path)
+        encoder, tokenizer = models.load_text(path)
         padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         captions = [sticker_data.caption_variants(row)[0] for row in rows]
         conditions = torch.tensor(tokenizer(captions, **padding).input_ids)
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     examples, text = prepare(options)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    for seed in range(options.seeds):
+    for seed in range(options.seeds) if options.only_seed is None else (options.only_seed,):
         for arm in ARMS:
             folder = options.work / options.model / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
             if not (folder / "result.json").exists() and (not options.arms or arm in options.arms):
@@ -186,7 +186,7 @@ def measure(options: argparse.Namespace) -> None:
     from diffusion_accel.evaluation.distribution import frechet_distance, retrieval
     from diffusion_accel.training import models, sticker_data
 
-    work, path = options.work / "data", options.vae
+    work, path = options.work / "data", options.base
     vae, classifier = models.load_vae(path), load_classifier()
     rows = sticker_data.load_rows(work)
     rows = [rows[i] for i in load_file(work / "latents.safetensors")["indices"].tolist()]
@@ -275,7 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="work folder (default: %(default)s)")
     parser.add_argument("--concepts", type=Path, default=CONCEPTS, help="file with the concepts")
     parser.add_argument("--model", choices=("unet", "dit"), default="unet")
-    parser.add_argument("--vae", type=Path, default=EMBEDDED["sticker"].path, help="whose latents they are")
+    parser.add_argument("--base", type=Path, default=EMBEDDED["sticker"].path, help="pipeline of VAE and text encoder")
+    parser.add_argument("--only-seed", type=number(0), help="run this seed only")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="table: also plot the losses (needs matplotlib)")
     parser.add_argument("--seeds", type=number(1), default=3)
     parser.add_argument("--steps", type=number(1), default=300, help="of 60 samples (default: 300)")

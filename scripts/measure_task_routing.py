@@ -44,7 +44,7 @@ def models() -> dict[str, tuple[Any, dict[str, Any]]]:
 def measure(model: Any, call: dict[str, Any], runs: int) -> list[float]:
     """Routed / plain times of `runs` interleaved pairs, after a warm-up."""
     model.eval()
-    timestep = torch.tensor(700)
+    timestep = torch.tensor([700]).expand(2)
 
     def step() -> float:
         began = time.perf_counter()

@@ -11,7 +11,7 @@ from torch import nn
 from ..denoisers import frames_of, residual_branches, residual_stream_blocks
 from ..errors import UnsupportedPipelineError
 from ..hooks import HookSet, bind_forward
-from .masks import channel_mask, positions
+from .masks import channel_mask, positions, window
 from .recipe import Recipe
 
 CONFIG_KEY = "_task_routing"  # diffusers keeps unknown config entries that begin with an underscore, silently
@@ -57,6 +57,7 @@ class RoutingState:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.positions = torch.zeros(1, dtype=torch.float64)
+        self.position: float | None = None  # of the whole batch, where knowing it does not wait for a device
         self.frames = 1
         self._masks: dict[Any, torch.Tensor] = {}
 
@@ -67,21 +68,29 @@ class RoutingState:
         if timestep.stride() == (0,):  # one timestep for the whole batch
             timestep = timestep[:1]
         self.positions = positions(timestep.to(sample.device), self.recipe)
+        single = len(self.positions) == 1 and self.positions.device.type == "cpu" and self.recipe.kind == "window"
+        self.position = float(self.positions) if single else None
         self.frames = frames
         self._masks.clear()
 
-    def mask(self, hidden: torch.Tensor, channels: int, block: int) -> torch.Tensor:
-        """(rows, channels) in the dtype of `hidden`, or (1, channels) if all rows have the same timestep."""
+    def mask(self, hidden: torch.Tensor, channels: int, block: int, spatial: tuple[int, ...] = ()) -> torch.Tensor:
+        """(rows, channels, *spatial) in the dtype of `hidden`, or one row if all have the same timestep."""
         rows = hidden.shape[0]
         key = (channels, rows, hidden.dtype, block if self.recipe.kind == "random" else 0)
-        if key not in self._masks:
+        if key not in self._masks and self.position is not None:
+            first, end = window(self.position, channels, self.recipe)
+            mask = torch.zeros(1, channels, *spatial, dtype=hidden.dtype)
+            mask[:, first:end] = 1
+            self._masks[key] = mask
+        elif key not in self._masks:
             where = self.positions
             if len(where) > 1:
                 # reuse may run the encoder for the first rows of a batch only; video models have a row a frame
                 where = where[: rows // self.frames].repeat_interleave(self.frames)
                 if len(where) != rows:
                     where = where.repeat_interleave(rows // len(where))
-            self._masks[key] = channel_mask(where, channels, self.recipe, block).to(hidden.dtype)
+            mask = channel_mask(where, channels, self.recipe, block).to(hidden.dtype)
+            self._masks[key] = mask.view(*mask.shape, *spatial)
         return self._masks[key]
 
 
@@ -109,8 +118,7 @@ class BranchHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0]
-        mask = self.state.mask(hidden, hidden.shape[1], self.block)
-        return (hidden * mask[..., None, None], *args[1:]), kwargs
+        return (hidden * self.state.mask(hidden, hidden.shape[1], self.block, (1, 1)), *args[1:]), kwargs
 
 
 class StreamHook(ModelHook):

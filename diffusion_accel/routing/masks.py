@@ -40,6 +40,13 @@ def channel_mask(where: torch.Tensor, channels: int, recipe: Recipe, block: int 
     return (index >= first) & (index < first + active)
 
 
+def window(position: float, channels: int, recipe: Recipe) -> tuple[int, int]:
+    """The first active channel and the first one behind the window, for one position that is known on the host."""
+    active = active_channels(channels, recipe.beta)
+    first = round(position**recipe.alpha * (channels - active))
+    return first, first + active
+
+
 def _scores(where: torch.Tensor, index: torch.Tensor, recipe: Recipe, block: int) -> torch.Tensor:
     """A hash of (seed, block, timestep, channel), int64 (N, channels): the same on every machine and device."""
     task = (where * (recipe.tasks - 1)).round().long()

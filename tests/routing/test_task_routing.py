@@ -21,7 +21,7 @@ from zoo import ddim, rand, run, sd, seeded, svd, unet, vae
 from diffusion_accel import ConfigurationError, EncoderReuse, TaskRouting, UnsupportedPipelineError, accelerate
 from diffusion_accel.routing import Recipe, route
 from diffusion_accel.routing.hooks import CONFIG_KEY, trained_recipe
-from diffusion_accel.routing.masks import active_channels, channel_mask, offsets, positions
+from diffusion_accel.routing.masks import active_channels, channel_mask, offsets, positions, window
 
 EVERY = torch.arange(1000)
 
@@ -73,6 +73,14 @@ def test_windows_are_whole_and_move_up(channels: int, beta: float, alpha: float,
     assert table[0, 0] and table[-1, -1]
     if alpha >= 1 and active >= 2:
         assert table.any(0).all() or first.diff().max() > active
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(beta=0.37, alpha=1.3), Recipe(beta=1.0)])
+def test_one_position_on_the_host_gives_the_same_windows(recipe: Recipe) -> None:
+    for channels in (1, 7, 64, 320, 1152):
+        first = offsets(positions(EVERY, recipe), channels, recipe).long().tolist()
+        got = [window(float(p), channels, recipe) for p in positions(EVERY, recipe)]
+        assert got == [(s, s + active_channels(channels, recipe.beta)) for s in first]
 
 
 def test_all_channels_are_used_and_high_noise_moves_fast() -> None:
