@@ -113,7 +113,7 @@ def one(
     from safetensors.torch import save_file
 
     from diffusion_accel.training import models
-    from diffusion_accel.training.arguments import add_objective_options, objective_from, routing_from
+    from diffusion_accel.training.arguments import add_objective_options, exit_if_stopped, objective_from, routing_from
     from diffusion_accel.training.denoising import Process
     from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, prediction_error, sample_of
     from diffusion_accel.training.loop import Settings, train
@@ -147,7 +147,7 @@ def one(
     task.evaluate = evaluate  # type: ignore[method-assign]
     settings = Settings(**SETTINGS, seed=seed, steps=options.steps, eval_every=max(1, options.steps // 3))
     began = time.process_time()
-    train(task, folder, settings, accelerator, resume=(folder / "state.json").exists())
+    exit_if_stopped(train(task, folder, settings, accelerator, resume=(folder / "state.json").exists()), accelerator)
     seconds = time.process_time() - began
     load_average(folder, denoiser, "train")
     denoiser.eval()
