@@ -102,7 +102,7 @@ def save_trained(
             if half:
                 pipeline.to(dtype=torch.float16)
             pipeline.save_pretrained(folder, safe_serialization=True)
-            _float32_text(folder)
+            float32_text(folder)
             return type(pipeline).__name__
         part = "unet" if "UNet" in type(model).__name__ else "transformer"
         (model.half() if half else model).save_pretrained(folder / part, safe_serialization=True)
@@ -115,7 +115,7 @@ def save_trained(
         return f"{type(model).__name__} without a pipeline"
 
 
-def _float32_text(folder: Path) -> None:
+def float32_text(folder: Path) -> None:
     """Let the text encoder load as float32: transformers follows its config, diffusers' models are float32."""
     file = folder / "text_encoder" / "config.json"
     if file.exists():

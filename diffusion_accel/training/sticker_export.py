@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from .denoising import Process
 from .diffusion_task import Denoiser, prediction_error, sample_of
 from .files import TrainingError, UsageError, replacing_folder
 from .latents import PatchCodec, write_encoder
+from .models import float32_text
 from .pictures import psnr
 from .state import load_average, read_counters
 from .sticker_models import (
@@ -74,10 +74,7 @@ def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
     pipeline = build_pipeline(vae, denoiser.text, tokenizer, unet).to(dtype=torch.float16)
     with replacing_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
-        config = folder / "text_encoder" / "config.json"
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values.pop("torch_dtype", None)
-        config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+        float32_text(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return facts | {"megabytes": round(size / 1e6, 1)}
 
