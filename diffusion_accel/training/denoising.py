@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 
 
+@functools.cache  # read at every training step
 def alphas_cumprod(schedule: str = "linear") -> torch.Tensor:
     """Cumulative product of 1 - beta over the `TIMESTEPS`, float32 (1000,).
 
