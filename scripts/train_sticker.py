@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts.txt"
 STYLES = "noto,flat,3d,twemoji"
+AROUND = "blob,emojitwo"  # further styles to train on; gradient is left out, a near twin of 3d
 GRID_CONCEPTS = "red apple|banana|strawberry|cherries|red heart|blue heart|tiger face|panda|penguin|frog|rainbow|rocket"
 
 # Tuned settings: those of the shipped weights. About three hours of one core with AMX in bf16.
@@ -114,12 +115,19 @@ def run_latents(options: argparse.Namespace) -> None:
     fitted = np.sort(np.random.default_rng(0).permutation(fitted)[:1500])
     codec = fit_codec(sticker_data.composite(images[fitted]), shape.latent_channels)
     codec.save(options.work / "codec.safetensors")
-    latents = encode_images(codec, images, chosen)
-    with replacing(options.work / "latents.safetensors") as temporary:
-        save_file({"latents": latents, "indices": torch.from_numpy(chosen)}, temporary)
     heldout = len(sticker_data.of_split(rows, "heldout", chosen))
+    around = np.array([], int)
+    if options.around:
+        around = sticker_data.surroundings(rows, f"{options.styles},{options.around}".split(","))
+        around = np.setdiff1d(sticker_data.of_split(rows, "train", around), chosen)
+    indices = np.concatenate([chosen, around])
+    latents = encode_images(codec, images, indices)
+    stored = {"latents": latents, "indices": torch.from_numpy(indices), "listed": torch.tensor(len(chosen))}
+    with replacing(options.work / "latents.safetensors") as temporary:
+        save_file(stored, temporary)
     std = [round(value, 3) for value in codec.std.tolist()]
-    report("latents", shape=latents.shape, std=std, train=len(chosen) - heldout, heldout=heldout)
+    counts = {"train": len(chosen) - heldout, "heldout": heldout, "around": len(around)}
+    report("latents", shape=latents.shape, std=std, **counts)
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -285,6 +293,9 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--concepts", type=Path, default=CONCEPTS, help=text)
         if whole or stage in ("latents", "evaluate", "grid"):
             sub.add_argument("--styles", default=STYLES, help="styles, separated by commas (default: %(default)s)")
+        if whole or stage == "latents":
+            text = "train on every core concept, in these styles too, a third as often; '' for the list alone"
+            sub.add_argument("--around", default=AROUND, help=f"{text} (default: %(default)s)")
         if whole or stage in TUNED:
             add_training_options(sub, list(TUNED) if whole else [stage])
         if whole or stage in TUNED or stage == "export":

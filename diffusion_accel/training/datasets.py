@@ -152,6 +152,7 @@ class PictureExamples:
     def __post_init__(self) -> None:
         splits = np.array([row["split"] for row in self.rows])
         self.train, self.heldout = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "heldout")
+        self.watched = self.train
         if not len(self.train):
             raise TrainingError("every picture is held out: nothing to train on")
 

@@ -27,11 +27,13 @@ class Examples(Protocol):
     """The pictures to train on, as tensors in the space of the denoiser, and what they are conditioned on.
 
     Attributes:
-        train, heldout: indices of the pictures of either part.
+        train, heldout: indices of the pictures of either part; one that is to be drawn more often occurs several times.
+        watched: those of the trained ones that evaluations and previews look at.
         variants: conditions a picture has (captions); 1 if there is nothing to choose.
     """
 
     train: np.ndarray
+    watched: np.ndarray
     heldout: np.ndarray
     variants: int
 
@@ -175,7 +177,7 @@ class DenoisingTask:
     def evaluate(self) -> dict[str, Any]:
         """`prediction_error` of up to 128 trained and 128 held-out pictures, as "error_train" and "error_heldout"."""
         result = {}
-        for name, indices in (("error_train", self.examples.train), ("error_heldout", self.examples.heldout)):
+        for name, indices in (("error_train", self.examples.watched), ("error_heldout", self.examples.heldout)):
             chosen = sample_of(indices, 128, seed=3)
             if len(chosen):
                 clean, condition = self._fixed(chosen)
@@ -189,7 +191,7 @@ class DenoisingTask:
     def preview(self, path: Path) -> None:
         """Samples of up to 18 trained and, at the end, 6 held-out conditions."""
         heldout = sample_of(self.examples.heldout, PREVIEWS // 4, seed=2)
-        chosen = np.concatenate([sample_of(self.examples.train, PREVIEWS - len(heldout), seed=2), heldout])
+        chosen = np.concatenate([sample_of(self.examples.watched, PREVIEWS - len(heldout), seed=2), heldout])
         clean, condition = self._fixed(chosen)
         empty = self.empty(len(chosen))
         made = sample(self.model, self.objective.process, tuple(clean.shape), condition, empty, guidance=3.0)

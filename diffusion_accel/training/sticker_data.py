@@ -134,6 +134,14 @@ def select(rows: list[Row], styles: Iterable[str], concepts: Iterable[str] | Non
     return np.array(chosen)
 
 
+def surroundings(rows: list[Row], styles: Iterable[str]) -> np.ndarray:
+    """Indices of the pictures of every core concept in these styles, whether or not the style is a core one."""
+    styles, slugs = set(styles), {row["slug"] for row in rows if row["core"]}
+    if unknown := sorted(styles - {row["style"] for row in rows}):
+        raise UsageError(f"not in the data set: {', '.join(unknown)}")
+    return np.array([i for i, row in enumerate(rows) if row["slug"] in slugs and row["style"] in styles], int)
+
+
 def of_split(rows: list[Row], split: str, indices: Iterable[int] | None = None) -> np.ndarray:
     """Those of the indices (default: all) whose row is in a split, "train" or "heldout"."""
     return np.array([i for i in (range(len(rows)) if indices is None else indices) if rows[i]["split"] == split], int)

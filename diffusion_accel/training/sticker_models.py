@@ -30,6 +30,7 @@ class Shape:
         vae_channels: of the four levels of the VAE.
         unet_channels: of the UNet's levels; all but the first have cross-attention.
         unet_groups: groups of its GroupNorms.
+        unet_dropout: of its residual blocks, in training only.
         text_width, text_layers: of the text encoder; its heads are 32 wide.
     """
 
@@ -40,6 +41,7 @@ class Shape:
     vae_channels: tuple[int, ...] = (24, 48, 96, 96)
     unet_channels: tuple[int, ...] = (64, 128, 192)
     unet_groups: int = 16
+    unet_dropout: float = 0.1
     text_width: int = 192
     text_layers: int = 3
 
@@ -99,6 +101,7 @@ def build_unet(shape: Shape) -> UNet2DConditionModel:
         cross_attention_dim=shape.text_width,
         attention_head_dim=4,
         norm_num_groups=shape.unet_groups,
+        dropout=shape.unet_dropout,
         use_linear_projection=True,
     )
 

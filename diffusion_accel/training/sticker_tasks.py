@@ -19,6 +19,8 @@ from .loop import Batch
 from .pictures import psnr, save_grid
 from .sticker_models import Shape, TextToLatents, build_text_encoder, build_vae
 
+LISTED = 3  # times as often as another picture one of the concept list is drawn
+
 
 class DecoderTask:
     """Latents of the patch codec -> pictures: trains the decoder of the VAE on crops of all pictures.
@@ -94,7 +96,8 @@ class Captioned:
     latents: torch.Tensor  # (N, C, h, w)
     ids: torch.Tensor  # int32 (N, data.VARIANTS, tokens)
     empty: torch.Tensor  # int32 (tokens), the empty text
-    train: np.ndarray
+    train: np.ndarray  # pictures of the concept list occur `LISTED` times, those around them once
+    watched: np.ndarray
     heldout: np.ndarray
     variants: int = data.VARIANTS
 
@@ -104,12 +107,16 @@ class Captioned:
         tokens, indices = data.load_tokens(work), stored["indices"]
         rows = data.load_rows(work)
         rows = [rows[i] for i in indices.tolist()]
-        train, heldout = data.of_split(rows, "train"), data.of_split(rows, "heldout")
-        if not len(train):
+        listed = int(stored.get("listed", torch.tensor(len(rows))))
+        watched, heldout = data.of_split(rows, "train", range(listed)), data.of_split(rows, "heldout")
+        around = np.arange(listed, len(rows))
+        train = np.concatenate([watched] * LISTED + [around]) if len(around) else watched
+        if not len(watched):
             raise TrainingError("every picture of these styles and concepts is held out: nothing to train on")
         codec = PatchCodec.load(work / "codec.safetensors")
         ids = tokens["captions"][indices]
-        return cls(Shape.of_work(work), codec, rows, stored["latents"], ids, tokens["empty"], train, heldout)
+        shape, latents = Shape.of_work(work), stored["latents"]
+        return cls(shape, codec, rows, latents, ids, tokens["empty"], train, watched, heldout)
 
     def clean(self, indices: torch.Tensor) -> torch.Tensor:
         return self.latents[indices]
@@ -125,7 +132,7 @@ class Captioned:
     def preview_indices(self) -> np.ndarray:
         """Up to 18 trained and 6 held-out pictures."""
         heldout = sample_of(self.heldout, PREVIEWS // 4, seed=2)
-        return np.concatenate([sample_of(self.train, PREVIEWS - len(heldout), seed=2), heldout])
+        return np.concatenate([sample_of(self.watched, PREVIEWS - len(heldout), seed=2), heldout])
 
 
 class TextTask:
@@ -162,7 +169,7 @@ class TextTask:
 
     def evaluate(self) -> dict[str, Any]:
         """MSE of up to 256 trained and all held-out pictures with their canonical captions; 1.0 is the mean square."""
-        sets = {"mse_train": self.captioned.train[:256], "mse_heldout": self.captioned.heldout}
+        sets = {"mse_train": self.captioned.watched[:256], "mse_heldout": self.captioned.heldout}
         return {
             name: float(F.mse_loss(self.predict(indices), self.captioned.latents[indices]))
             for name, indices in sets.items()

@@ -26,7 +26,7 @@ from diffusion_accel.training.files import UsageError
 from diffusion_accel.training.latents import PatchCodec, write_encoder
 from diffusion_accel.training.loop import Settings, train
 from diffusion_accel.training.sticker_models import Shape, build_vae
-from diffusion_accel.training.sticker_tasks import DecoderTask, TextTask
+from diffusion_accel.training.sticker_tasks import Captioned, DecoderTask, TextTask
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONCEPTS = ("red disc", "blue disc", "green ring", "yellow square", "orange ring", "pink square")
@@ -70,10 +70,10 @@ def draw_picture(index: int, soft: float) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six concepts in two styles; one picture is held out."""
+    """Six concepts in two core styles and another one; one picture is held out."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
-    for style, soft in (("flat", 120.0), ("3d", 30.0)):
+    for style, soft in (("flat", 120.0), ("3d", 30.0), ("blob", 60.0)):
         with zipfile.ZipFile(folder / f"{style}.zip", "w") as archive:
             for i, name in enumerate(CONCEPTS):
                 file = io.BytesIO()
@@ -82,7 +82,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 rows.append(
                     {"id": f"{style}/{i}", "style": style, "style_words": style, "slug": name.replace(" ", "-")}
                     | {"name": name, "keywords": [name.split()[0], "shape"], "group": "objects", "subgroup": "toys"}
-                    | {"core": True, "starter": True, "file": f"{style}.zip:{i}.webp"}
+                    | {"core": style != "blob", "starter": True, "file": f"{style}.zip:{i}.webp"}
                     | {"split": "heldout" if (style, i) == ("3d", 2) else "train"}
                 )
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,7 +98,7 @@ def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = [f"--{stage}-steps=3" for stage in ("decoder", "text", "unet")]
     code = trainer.main(
         ["all", "--data", str(data), "--work", str(folder), "--shape", str(data / "shape.json"), "--styles", "flat,3d"]
-        + ["--concepts", str(data / "concepts.txt"), "--sampling-steps", "2", "--count", "4"]
+        + ["--concepts", str(data / "concepts.txt"), "--sampling-steps", "2", "--count", "4", "--around", "blob"]
         + ["--prompts", "red disc|blue disc", "--log-every", "1", "--grid-every", "3", *steps]
     )
     assert code == 0
@@ -124,6 +124,15 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------- latents, captions, noise
+def test_pictures_around_the_list_are_drawn_a_third_as_often_and_not_watched(work: Path) -> None:
+    captioned = Captioned.load(work)
+    styles = [row["style"] for row in captioned.rows]
+    assert len(captioned.watched) == 11 and len(captioned.heldout) == 1 and len(captioned.rows) == 18
+    counts = np.bincount(captioned.train, minlength=18)
+    assert [counts[i] for i in captioned.watched] == [3] * 11 and counts[captioned.heldout[0]] == 0
+    assert all(counts[i] == 1 for i in range(18) if styles[i] == "blob")
+
+
 def test_written_encoder_equals_the_convolution(work: Path) -> None:
     codec = PatchCodec.load(work / "codec.safetensors")
     pictures = sticker_data.composite(sticker_data.load_images(work))
