@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .feature import Feature
     from .pipelines import AcceleratedPipeline
     from .report import Report
-    from .reuse import EncoderReuse
+    from .reuse import EncoderReuse, Reuse
     from .routing import TaskRouting
     from .switchboard import accelerate
 
@@ -38,6 +38,7 @@ _LAZY = {
     "EncoderReuse": ".reuse",
     "Feature": ".feature",
     "Report": ".report",
+    "Reuse": ".reuse",
     "TaskRouting": ".routing",
     "accelerate": ".switchboard",
 }
@@ -53,6 +54,7 @@ __all__ = [
     "ModelLoadError",
     "OutputError",
     "Report",
+    "Reuse",
     "TaskRouting",
     "UnsupportedPipelineError",
     "__version__",

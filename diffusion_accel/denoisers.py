@@ -63,6 +63,16 @@ _STREAM_BLOCKS = frozenset(
 _UNIT_TIME = frozenset({"FluxTransformer2DModel"})
 
 
+# Pipelines that read attention maps or gradients from parts of the U-Net that reuse would skip.
+_READS_ENCODER = {
+    "StableDiffusionSAGPipeline": "self-attention guidance reads the mid block's attention maps at every step",
+    "StableDiffusionAttendAndExcitePipeline": "attend-and-excite optimises the latents through the encoder",
+    "StableDiffusionDiffEditPipeline": "the mask is computed from differences between single predictions",
+    "LEditsPPPipelineStableDiffusion": "the edit masks are computed from attention maps of every step",
+    "LEditsPPPipelineStableDiffusionXL": "the edit masks are computed from attention maps of every step",
+}
+
+
 @dataclass(frozen=True)
 class UNetStages:
     """The stages of a U-Net in the order in which a step runs them.
@@ -95,6 +105,19 @@ def find_controlnet(pipeline: Any) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
+def reads_every_step(pipeline: Any) -> str | None:
+    """Why no step of this pipeline's denoiser may be skipped; None if any may."""
+    return next((_READS_ENCODER[c.__name__] for c in type(pipeline).__mro__ if c.__name__ in _READS_ENCODER), None)
+
+
+def layers_per_block(pipeline: Any) -> int:
+    """Residual blocks in a down block of the pipeline's U-Net; 2, the usual number, for other denoisers."""
+    denoiser = find_denoiser(pipeline)
+    if denoiser is None or not_a_unet(denoiser):
+        return 2
+    return len(_list(unet_stages(denoiser).down[0], "resnets")) or 2
+
+
 def unet_stages(module: nn.Module) -> UNetStages:
     """The stages of a U-Net. Raises `ValueError` with the reason if `module` is not one (see `not_a_unet`)."""
     reason = not_a_unet(module)
@@ -124,6 +147,72 @@ def not_a_unet(module: nn.Module) -> str | None:
     if not len(up_blocks) or "res_hidden_states_tuple" not in forward_parameters(up_blocks[0]):
         return f"the up blocks of {name} do not take the skip connections as res_hidden_states_tuple"
     return None
+
+
+# What the blocks of a U-Net may consist of for its skip connections to be told apart.
+_BLOCK_PARTS = frozenset(
+    {"resnets", "attentions", "temp_convs", "temp_attentions", "motion_modules", "downsamplers", "upsamplers"}
+)
+
+
+@dataclass(frozen=True)
+class UNetLayers:
+    """The skip connections of a U-Net, from the outside in: 0 is conv_in's output.
+
+    Attributes:
+        down: for each block, the modules by the skip connection that they produce, [(skip, modules), …]; the modules of
+            one skip connection run in this order.
+        up: the same by the skip connection that they take in, its residual block first.
+        count: how many skip connections there are.
+        per_block: residual blocks in a down block.
+    """
+
+    down: tuple[tuple[tuple[int, tuple[nn.Module, ...]], ...], ...]
+    up: tuple[tuple[tuple[int, tuple[nn.Module, ...]], ...], ...]
+    count: int
+    per_block: int
+
+
+def unet_layers(module: nn.Module) -> UNetLayers:
+    """The skip connections of a U-Net. Raises `ValueError` with the reason if they cannot be told apart."""
+    stages = unet_stages(module)
+    for block in (*stages.down, *stages.up):
+        strange = {name for name, _ in block.named_children()} - _BLOCK_PARTS
+        if strange or not hasattr(block, "resnets") or type(block).__name__.startswith("K"):
+            raise ValueError(f"the skip connections of {type(block).__name__} are not known to this toolkit")
+    down, skip = [], 1
+    for block in stages.down:
+        units = []
+        for i in range(len(_list(block, "resnets"))):
+            units.append((skip, _of_layer(block, i)))
+            skip += 1
+        if len(ends := _list(block, "downsamplers")):
+            units.append((skip, tuple(ends)))
+            skip += 1
+        down.append(tuple(units))
+    up, taken = [], skip
+    for block in stages.up:
+        units = []
+        for i in range(len(_list(block, "resnets"))):
+            taken -= 1
+            units.append((taken, _of_layer(block, i)))
+        if len(ends := _list(block, "upsamplers")):
+            units[-1] = (taken, (*units[-1][1], *ends))
+        up.append(tuple(units))
+    if taken != 0:
+        raise ValueError(f"the up blocks of {type(module).__name__} take {skip - taken} of its {skip} skip connections")
+    return UNetLayers(tuple(down), tuple(up), skip, len(_list(stages.down[0], "resnets")))
+
+
+def _list(block: nn.Module, name: str) -> Any:
+    return getattr(block, name, None) or ()
+
+
+def _of_layer(block: nn.Module, i: int) -> tuple[nn.Module, ...]:
+    lists = [part for name, part in block.named_children() if name not in ("downsamplers", "upsamplers")]
+    found = [part[i] for part in lists if isinstance(part, nn.ModuleList) and i < len(part)]
+    first = _list(block, "resnets")[i]
+    return (first, *(m for m in found if m is not first and m is not None))
 
 
 def residual_branches(module: nn.Module) -> list[nn.Module]:

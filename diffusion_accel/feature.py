@@ -29,11 +29,17 @@ class Feature:
     paper: ClassVar[str]
     order: ClassVar[int] = 100
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    shorthand: ClassVar[str | None] = None
 
     @classmethod
     def neutral(cls) -> Self:
         """The setting in which the feature runs but must not change a single bit of the output."""
         raise NotImplementedError(f"{cls.__name__} names no neutral setting")
+
+    @classmethod
+    def takes(cls, text: str) -> bool:
+        """Whether `text` looks like a value for the field that `shorthand` names (the CLI asks)."""
+        return False
 
     def supports(self, pipeline: Any) -> str | None:
         """Why this feature cannot work on `pipeline` (one sentence), or None if it can. Changes nothing."""
@@ -62,10 +68,20 @@ class Feature:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Build from the CLI's `key=value,key=value` (empty text: the defaults). Tuples are written `a+b+c`."""
+        """Build from the CLI's `key=value,key=value` (empty text: the defaults). Tuples are written `a+b+c`.
+
+        A text without a key belongs to the field that `shorthand` names, with the commas that follow it.
+        """
         values: dict[str, Any] = {}
         hints = typing.get_type_hints(cls)
-        for part in filter(None, (p.strip() for p in text.split(","))):
+        parts = [p.strip() for p in text.split(",") if p.strip()]
+        if cls.shorthand and parts:
+            bare = next((i for i, p in enumerate(parts) if i and "=" in p), len(parts))
+            first = ",".join(parts[:bare])
+            if "=" not in first or first.startswith(f"{cls.shorthand}="):
+                values[cls.shorthand] = first.removeprefix(f"{cls.shorthand}=")
+                parts = parts[bare:]
+        for part in parts:
             key, eq, value = part.partition("=")
             if not eq:
                 raise ConfigurationError(f"{cls.flag()}: expected key=value, got {part!r}")

@@ -66,14 +66,14 @@ def forward_parameters(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(_signature(type(module).forward).parameters)
 
 
-def map_tensors(fn: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """`value` with `fn` applied to every tensor in it (nested lists, tuples and dicts; other leaves stay)."""
-    if isinstance(value, torch.Tensor):
+def map_tensors(fn: Callable[[Any], Any], value: Any, kind: type = torch.Tensor) -> Any:
+    """`value` with `fn` applied to every tensor (or `kind`) in it: nested lists, tuples and dicts; the rest stays."""
+    if isinstance(value, kind):
         return fn(value)
     if isinstance(value, dict):
-        return {k: map_tensors(fn, v) for k, v in value.items()}
+        return {k: map_tensors(fn, v, kind) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map_tensors(fn, v) for v in value)
+        return type(value)(map_tensors(fn, v, kind) for v in value)
     return value
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # name -> "module:class"; a string, so that listing features imports none of them
 FEATURES: dict[str, str] = {
     "task_routing": "diffusion_accel.routing.task_routing:TaskRouting",
+    "reuse": "diffusion_accel.reuse.reuse:Reuse",
     "encoder_reuse": "diffusion_accel.reuse.encoder_reuse:EncoderReuse",
 }
 

@@ -274,6 +274,20 @@ def _ddpm(widths: tuple[int, int], **blocks: tuple[str, str]) -> Built:
     return DDPMPipeline(unet=model, scheduler=DDPMScheduler()), {"batch_size": 2, "output_type": "np"}
 
 
+def dit() -> Built:
+    """DiT, whose pipeline has its two guidance branches the other way round; returns latents through a VAE."""
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    transformer = seeded(
+        lambda: DiTTransformer2DModel(
+            num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+            sample_size=8, norm_num_groups=4, num_embeds_ada_norm=1000,
+        )
+    )  # fmt: skip
+    pipe = DiTPipeline(transformer=transformer, vae=vae(), scheduler=ddim())
+    return pipe, {"class_labels": [3], "guidance_scale": 4.0, "output_type": "np"}
+
+
 def unet2d() -> Built:
     return _ddpm(
         (16, 32),

@@ -18,14 +18,16 @@ _VALUE = re.compile(r"on$|off$|[A-Za-z_]\w*=")
 
 
 def join_bare_flags(arguments: list[str]) -> list[str]:
-    """Let `--feature` stand alone: a following token is its value only if it is on, off or begins with `key=`."""
+    """Let `--feature` stand alone: a following token is its value only if it is on, off, begins with `key=`, or is a
+    text that the feature takes without a key."""
     flags = {"--" + name.replace("_", "-") for name in FEATURES}
     joined: list[str] = []
     rest = iter(arguments)
     waiting = None  # a feature flag whose value may follow
     for token in rest:
         if waiting is not None:
-            value = token if _VALUE.match(token) else "on"
+            taken = _VALUE.match(token) or feature_class(waiting.removeprefix("--")).takes(token)
+            value = token if taken else "on"
             joined.append(f"{waiting}={value}")
             waiting = None
             if value is token:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
-from .schedule import check_schedule
+from .schedule import check_schedule, key_steps
 
 if TYPE_CHECKING:
     from ..steps import StepClock
@@ -44,6 +44,7 @@ class EncoderReuse(Feature):
     summary: ClassVar[str] = "run the U-Net encoder at key steps only and reuse its features in between"
     paper: ClassVar[str] = "Faster Diffusion (Li et al., NeurIPS 2024)"
     order: ClassVar[int] = 50
+    conflicts: ClassVar[frozenset[str]] = frozenset({"reuse"})
 
     schedule: tuple[int, ...] | str = option("uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5")
     batch_decoder: bool = option(True, "decode all steps up to the next key step as one batch")
@@ -67,34 +68,17 @@ class EncoderReuse(Feature):
         return cls(schedule="all")
 
     def supports(self, pipeline: Any) -> str | None:
-        from ..denoisers import find_denoiser, not_a_unet
+        from ..denoisers import find_denoiser, not_a_unet, reads_every_step
 
         denoiser = find_denoiser(pipeline)
         if denoiser is None:
             return "the pipeline has no unet"
-        return not_a_unet(denoiser) or _unsupported_call(pipeline)
+        if getattr(pipeline, "scheduler", None) is None:
+            return "the pipeline has no scheduler to take the steps from"
+        return not_a_unet(denoiser) or reads_every_step(pipeline)
 
     def attach(self, pipeline: Any) -> Attachment:
         return EncoderReuseAttachment(self, pipeline)
-
-
-# Pipelines that read attention maps or gradients from parts of the U-Net that reuse would skip.
-_READS_ENCODER = {
-    "StableDiffusionSAGPipeline": "self-attention guidance reads the mid block's attention maps at every step",
-    "StableDiffusionAttendAndExcitePipeline": "attend-and-excite optimises the latents through the encoder",
-    "StableDiffusionDiffEditPipeline": "the mask is computed from differences between single predictions",
-    "LEditsPPPipelineStableDiffusion": "the edit masks are computed from attention maps of every step",
-    "LEditsPPPipelineStableDiffusionXL": "the edit masks are computed from attention maps of every step",
-}
-
-
-def _unsupported_call(pipeline: Any) -> str | None:
-    for cls in type(pipeline).__mro__:
-        if cls.__name__ in _READS_ENCODER:
-            return _READS_ENCODER[cls.__name__]
-    if getattr(pipeline, "scheduler", None) is None:
-        return "the pipeline has no scheduler to take the steps from"
-    return None
 
 
 class EncoderReuseAttachment(Attachment):
@@ -107,6 +91,7 @@ class EncoderReuseAttachment(Attachment):
 
     def before_call(self, clock: StepClock) -> None:
         from .executor import ReuseRun
+        from .plan import FULL, Plan, Step
         from .prior_noise import PriorNoise
 
         feature: EncoderReuse = self.feature  # type: ignore[assignment]
@@ -114,7 +99,22 @@ class EncoderReuseAttachment(Attachment):
         if reason:
             raise ConfigurationError(f"encoder_reuse cannot be used on this pipeline any more: {reason}")
         self._counters = {}
-        self._run = ReuseRun(feature, self.pipeline, clock, self._counters)
+        decoder = Step("decoder")
+
+        def plan(total: int) -> Plan:
+            keys = key_steps(feature.schedule, total)
+            return Plan(tuple(FULL if i in keys else decoder for i in range(total)))
+
+        self._run = ReuseRun(
+            feature.name,
+            self.pipeline,
+            clock,
+            self._counters,
+            Plan((FULL, decoder)),
+            plan,
+            feature.batch_decoder,
+            feature.max_group_mb,
+        )
         self._run.install()
         if feature.prior_noise > 0:
             PriorNoise(feature, clock, self._counters).install()

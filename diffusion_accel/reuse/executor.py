@@ -1,7 +1,12 @@
-"""The executor of encoder reuse: hooks that run, skip or batch the stages of a U-Net for one pipeline call."""
+"""The executor of reuse plans: hooks that run, skip, batch or forecast the parts of a denoiser for one pipeline call.
+
+This module holds what every kind of denoiser shares: which step does what, the kept values, held predictions and the
+reused guidance. `unet_hooks` and `block_hooks` skip the parts of U-Nets and of transformers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,116 +15,210 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from ..denoisers import (
-    BATCH_ARGUMENTS,
     RESIDUAL_ARGUMENTS,
     find_controlnet,
     find_denoiser,
+    not_a_unet,
     prediction,
     rows_are_independent,
-    unet_stages,
     with_prediction,
 )
+from ..errors import ConfigurationError
 from ..hooks import HookSet, bind_forward, map_tensors, tensor_bytes, tensors_in
 from ..steps import StepClock
-from .schedule import key_steps
+from .history import History
+from .plan import FULL, Plan, Step
 
 
 @dataclass
 class Features:
-    """What one key step left for the steps after it.
+    """What the last full steps left for the steps after them.
 
     Attributes:
         segment, shape: for which pass over the timesteps and which input shape the features are valid.
-        hidden: the input of the first up block (mid block output and what ControlNets added), (B, C, h, w).
-        skips: the skip connections of each up block, in the order of the up blocks.
-        placeholders: memory-less stand-ins with the shapes of the encoder stages' outputs.
+        histories: by what they are of: "prediction", "guidance" (unconditional minus conditional prediction), and the
+            keys that the hooks on parts of the denoiser use.
+        outlines: shapes of the outputs of parts that may be skipped, with the number of rows they were made with.
+        output: what the denoiser returned last, to return the same kind.
         ready: predictions decoded ahead, by step index.
         conditions: the tensors other than latents and timestep with which `ready` was decoded.
+        guided: whether the values kept have both branches of the guidance.
     """
 
     segment: int
     shape: tuple[Any, ...]
-    hidden: torch.Tensor | None = None
-    skips: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-    placeholders: dict[int, Any] = field(default_factory=dict)
+    histories: dict[Any, History] = field(default_factory=dict)
+    outlines: dict[Any, tuple[int, Any]] = field(default_factory=dict)
+    output: Any = None
     ready: dict[int, Any] = field(default_factory=dict)
     conditions: list[torch.Tensor] = field(default_factory=list)
+    guided: bool = True
 
     def bytes(self) -> int:
-        return tensor_bytes([self.hidden, *self.skips.values()])
+        return tensor_bytes([value for history in self.histories.values() for value in history.values])
 
 
 @dataclass
 class Pass:
-    """One call of the U-Net: whether its encoder runs, and how many steps its decoder serves."""
+    """One call of the denoiser.
+
+    Attributes:
+        step: what it does.
+        times, orders: of the steps whose predictions it makes: its own, and those that a decoder decodes ahead.
+        rows: rows of one step's batch.
+        half: whether it has the conditional half of the rows only.
+    """
 
     features: Features
-    encode: bool
-    steps: int
+    step: Step
+    times: list[float]
+    orders: list[int]
+    rows: int
+    half: bool
+    widths: dict[int, int] = field(default_factory=dict)  # channels of a U-Net's skip connections
+    inputs: dict[int, Any] = field(default_factory=dict)  # of a transformer's inner blocks, by depth
+
+    @property
+    def full(self) -> bool:
+        return self.step.mode == "full"
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def keep(self, key: Any, size: int, value: Any) -> None:
+        """Keep a value of a full step, with rows for both branches, for forecasts from `size` values."""
+        history = self.features.histories.setdefault(key, History(size))
+        if self.half:
+            value = _both(value, history.at(self.times[0], self.step.order) if len(history) else value, self.step)
+        history.push(self.times[0], value)
+
+    def recall(self, key: Any) -> Any:
+        """The kept value at the times of this pass, for its rows, one step after the other."""
+        history = self.features.histories[key]
+        values = [history.at(time, order) for time, order in zip(self.times, self.orders, strict=True)]
+        if self.half:
+            values = [map_tensors(_conditional, value) for value in values]
+        if len(values) == 1:
+            return values[0]
+        parts = [iter(tensors_in(value)) for value in values]
+        return map_tensors(lambda _: torch.cat([next(part) for part in parts]), values[0])
 
 
 class ReuseRun:
-    """Encoder reuse during one call of a pipeline."""
+    """A plan during one call of a pipeline.
 
-    def __init__(self, feature: Any, pipeline: Any, clock: StepClock, counters: dict[str, float]) -> None:
-        self.feature = feature
+    `kinds` has a step of every kind that the plans of `plan_for(number of steps)` may have: the hooks and the sizes of
+    the histories follow from it before the number of steps is known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pipeline: Any,
+        clock: StepClock,
+        counters: dict[str, float],
+        kinds: Plan,
+        plan_for: Callable[[int], Plan],
+        batch_decoder: bool = True,
+        max_group_mb: int = 1024,
+    ) -> None:
+        self.pipeline = pipeline
         self.clock = clock
         self.counters = counters
+        self.kinds = kinds
+        self.plan_for = plan_for
+        self.max_group_mb = max_group_mb
         denoiser = find_denoiser(pipeline)
         assert denoiser is not None
         self.denoiser = denoiser
         self.controlnet = find_controlnet(pipeline)
-        self.stages = unet_stages(denoiser)
-        self.batching = feature.batch_decoder and rows_are_independent(denoiser)
+        self.unet = not_a_unet(denoiser) is None
+        self.batching = batch_decoder and self.unet and rows_are_independent(denoiser)
         self.current: Pass | None = None
         self.cache: dict[int, Features] = {}  # by the number of the call within a step
-        self._keys: frozenset[int] = frozenset()
-        self._keys_segment = -1
-        self._hooks = HookSet("diffusion_accel.encoder_reuse")
+        self.plan = Plan((FULL,))
+        self._segment = -1
+        self._mirrored: bool | None = None
+        self.hooks = HookSet(f"diffusion_accel.{name}")
         names = ("encoder_runs", "decoder_runs", "decoder_steps", "full_steps", "reused_steps", "peak_cache_bytes")
         counters.update(dict.fromkeys(names, 0))
         if self.controlnet is not None:
             counters.update(controlnet_runs=0, controlnet_skipped=0)
 
     def install(self) -> None:
-        """Put the hooks on the U-Net's stages, the U-Net itself and the ControlNet."""
-        for i, stage in enumerate(self.stages.encoder):
-            self._hooks.add(stage, EncoderStageHook(self, i))
-        for i, stage in enumerate(self.stages.up):
-            self._hooks.add(stage, DecoderStageHook(self, i))
-        self._hooks.add(self.denoiser, DenoiserHook(self))
+        """Put the hooks on the denoiser, on those of its parts that the plan skips or keeps, and on the ControlNet."""
+        if self.unet:
+            from .unet_hooks import install_parts
+        else:
+            from .block_hooks import install_parts
+        install_parts(self)
+        self.hooks.add(self.denoiser, DenoiserHook(self))
         if self.controlnet is not None:
-            self._hooks.add(self.controlnet, ControlNetHook(self))
+            self.hooks.add(self.controlnet, ControlNetHook(self))
 
     def uninstall(self) -> None:
-        """Remove the hooks and free every cached tensor."""
-        self._hooks.remove()
+        """Remove the hooks and free every kept tensor."""
+        self.hooks.remove()
         self.cache.clear()
         self.current = None
 
     # ------------------------------------------------------------------ the plan
-    def is_key(self, index: int) -> bool:
-        """Whether the encoder runs at step `index` of the current segment."""
-        if self._keys_segment != self.clock.segment:
-            self._keys_segment = self.clock.segment
-            self._keys = key_steps(self.feature.schedule, self.clock.total)
-        return index in self._keys or index >= self.clock.total
+    def follow(self) -> Plan:
+        """The plan of the current segment."""
+        if self._segment != self.clock.segment:
+            self._segment = self.clock.segment
+            self.plan = self.plan_for(self.clock.total)
+            for step in self.plan.steps:
+                if step.mode in ("shallow", "hold"):
+                    self.counters.setdefault(f"{step.mode}_steps", 0)
+                if step.guidance != "both":
+                    self.counters.setdefault("unguided_steps", 0)
+        return self.plan
 
-    def group(self, index: int, features: Features) -> int:
+    def step_at(self, index: int) -> Step:
+        plan = self.follow()
+        return plan.steps[index] if index < len(plan) else FULL
+
+    def time(self, index: int) -> float:
+        return self.clock.timesteps[index] if index < len(self.clock.timesteps) else float(index)
+
+    def group(self, index: int, step: Step, features: Features) -> int:
         """How many steps the decoder serves in one batch from step `index` on."""
-        if not self.batching or not self.clock.exact:
+        if not self.batching or not self.clock.exact or step.mode not in ("full", "decoder"):
             return 1
-        end = index + 1
-        while end < self.clock.total and not self.is_key(end):
+        steps, end = self.plan.steps, index + 1
+        while end < min(self.clock.total, len(steps)) and steps[end].mode == "decoder":
+            if steps[end].guidance != step.guidance:
+                break
             end += 1
-        size = features.bytes()
+        size = tensor_bytes([h.values[0] for key, h in features.histories.items() if isinstance(key, int) and len(h)])
         if not size:  # a first key step: decode it alone, then its features' size is known
             return 1
-        return max(1, min(end - index, int(self.feature.max_group_mb * 2**20 // size)))
+        return max(1, min(end - index, int(self.max_group_mb * 2**20 // size)))
+
+    def halved(self, named: dict[str, Any]) -> bool:
+        """Whether the rows of this call are an unconditional and a conditional half, of which one may be left out.
+
+        Raises:
+            ConfigurationError: there is guidance, but its branches are not the two halves of a batch.
+        """
+        if not getattr(self.pipeline, "do_classifier_free_guidance", False):
+            return False
+        if self._mirrored is None:
+            sample = _sample(named)
+            parts = sample.chunk(2)
+            self._mirrored = sample.shape[0] % 2 == 0 and torch.equal(*parts)
+        if not self._mirrored:
+            raise ConfigurationError(
+                f"guidance cannot be left out at some steps: {type(self.pipeline).__name__} does not call its denoiser "
+                "with an unconditional and a conditional half of a batch; use guidance=both"
+            )
+        return True
 
 
 class DenoiserHook(ModelHook):
-    """On the U-Net: decides what this call does, serves predictions decoded ahead, stacks the steps of a group."""
+    """On the denoiser: decides what this call does; serves held predictions and those decoded ahead."""
 
     def __init__(self, run: ReuseRun) -> None:
         super().__init__()
@@ -129,16 +228,21 @@ class DenoiserHook(ModelHook):
         run, clock = self.run, self.run.clock
         named = bind_forward(module, args, kwargs)
         slot, index = clock.call, clock.index
-        sample = named["sample"]
+        sample = _sample(named)
         shape = (tuple(sample.shape), sample.dtype, sample.device)
-        conditions = tensors_in(
-            {k: v for k, v in named.items() if k not in ("sample", "timestep", *RESIDUAL_ARGUMENTS)}
-        )
+        step = run.step_at(index)
         features = run.cache.get(slot)
-        encode = run.is_key(index) or features is None or features.segment != clock.segment or features.shape != shape
         if features is None or features.segment != clock.segment or features.shape != shape:
             features = run.cache[slot] = Features(clock.segment, shape)
-        elif not encode and index in features.ready:
+            step = Step(guidance="none" if step.guidance == "none" else "both")
+        elif not features.guided and step.guidance != "none":
+            step = FULL  # the unconditional branch was never computed: there is nothing to reuse
+        if step.mode == "hold":
+            return self._hold(features, step, run.time(index), named)
+        conditions = tensors_in(
+            {k: v for k, v in named.items() if k not in ("sample", "hidden_states", "timestep", *RESIDUAL_ARGUMENTS)}
+        )
+        if step.mode == "decoder" and index in features.ready:
             output = features.ready.pop(index)
             if len(conditions) == len(features.conditions) and all(
                 a is b for a, b in zip(conditions, features.conditions, strict=True)
@@ -146,93 +250,76 @@ class DenoiserHook(ModelHook):
                 run.counters["reused_steps"] += 1
                 return output
             features.ready.clear()  # text or conditions were changed during the call: decode with the new ones
-        steps = run.group(index, features) if _can_stack(named) else 1
-        if encode:
-            features.hidden, features.skips, features.ready = None, {}, {}
-        else:
+        half = step.guidance != "both" and run.halved(named)
+        if half:
+            run.counters["unguided_steps"] += 1
+            named = _conditional_rows(named, sample.shape[0])
+        if step.mode == "full" and not half and not features.guided:
+            features.histories.clear()  # there was no guidance before: nothing to forecast its branch from
+        steps = run.group(index, step, features) if _can_stack(named) else 1
+        if step.mode == "full":
+            features.ready, features.guided = {}, not half or step.guidance == "reuse"
+        elif step.mode == "decoder":
             named.update({k: None for k in RESIDUAL_ARGUMENTS if k in named})
+        times = [run.time(index + j) for j in range(steps)]
+        orders = [run.step_at(index + j).order for j in range(steps)]
+        run.current = current = Pass(features, step, times, orders, _sample(named).shape[0], half)
         if steps > 1:
             named = _stacked(named, steps, clock.upcoming(steps))
-        run.current = Pass(features, encode, steps)
         try:
             output = self.fn_ref.original_forward(**named)
         finally:
             run.current = None
-        run.counters["encoder_runs"] += encode
-        run.counters["decoder_runs"] += 1
-        run.counters["decoder_steps"] += steps
-        run.counters["full_steps" if encode else "reused_steps"] += 1
-        if encode:  # the kept features change at key steps only
+        self._count(features, step, steps)
+        chunks = list(prediction(output).chunk(steps)) if steps > 1 else [prediction(output)]
+        if half or run.plan.reuses_guidance:
+            chunks = [self._with_guidance(current, chunk, time) for chunk, time in zip(chunks, times, strict=True)]
+        if step.mode == "full":
+            if (order := run.kinds.orders("hold")) >= 0:
+                features.histories.setdefault("prediction", History(order + 1)).push(times[0], chunks[0])
+            features.output = output
             held = sum(f.bytes() for f in run.cache.values())
             run.counters["peak_cache_bytes"] = max(run.counters["peak_cache_bytes"], held)
         if steps == 1:
-            return output
-        chunks = prediction(output).chunk(steps)
+            return output if not half else with_prediction(output, chunks[0])
         features.conditions = conditions
         features.ready = {index + j: with_prediction(output, chunk) for j, chunk in enumerate(chunks)}
         return features.ready.pop(index)
 
+    def _hold(self, features: Features, step: Step, time: float, named: dict[str, Any]) -> Any:
+        value = features.histories["prediction"].at(time, step.order)
+        if step.guidance == "none" and self.run.halved(named):
+            value = torch.cat([_conditional(value)] * 2)
+        self.run.counters["reused_steps"] += 1
+        self.run.counters["hold_steps"] += 1
+        return with_prediction(features.output, value)
 
-class EncoderStageHook(ModelHook):
-    """On conv_in, each down block and the mid block: runs the stage at key steps, else only pretends to."""
+    def _with_guidance(self, current: Pass, value: torch.Tensor, time: float) -> torch.Tensor:
+        """Both branches of a prediction: keeps their difference where both were computed, or adds it again."""
+        order = self.run.plan.highest_order
+        history = current.features.histories.setdefault("guidance", History(order + 1))
+        if not current.half:
+            if value.shape[0] % 2 == 0:
+                unconditional, conditional = value.chunk(2)
+                history.push(time, unconditional - conditional)
+            return value
+        if current.step.guidance == "none" or not len(history):
+            return torch.cat([value, value])
+        return torch.cat([value + history.at(time, current.step.order), value])
 
-    def __init__(self, run: ReuseRun, stage: int) -> None:
-        super().__init__()
-        self.run = run
-        self.stage = stage
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        current = self.run.current
-        if current is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        if not current.encode:
-            return current.features.placeholders[self.stage]
-        if current.steps > 1:
-            # The batch was stacked for the decoder; the encoder needs its first rows only.
-            if self.stage == 0:
-                args, kwargs = map_tensors(lambda t: _first(t, current.steps), (args, kwargs))
-            else:
-                named = bind_forward(module, args, kwargs)
-                for key in BATCH_ARGUMENTS & named.keys():
-                    named[key] = map_tensors(lambda t: _first(t, current.steps), named[key])
-                args, kwargs = (), named
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        current.features.placeholders[self.stage] = map_tensors(_placeholder, output)
-        return output
-
-
-class DecoderStageHook(ModelHook):
-    """On each up block: keeps its inputs at key steps, puts them in at the others, repeats them for a group."""
-
-    def __init__(self, run: ReuseRun, stage: int) -> None:
-        super().__init__()
-        self.run = run
-        self.stage = stage
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        current = self.run.current
-        if current is None:
-            return args, kwargs
-        named = bind_forward(module, args, kwargs)
-        features = current.features
-        if current.encode:
-            features.skips[self.stage] = named["res_hidden_states_tuple"]
-            if self.stage == 0:
-                features.hidden = named["hidden_states"].clone()  # FreeU scales the original in place
+    def _count(self, features: Features, step: Step, steps: int) -> None:
+        counters = self.run.counters
+        if step.mode in ("full", "decoder"):
+            counters["encoder_runs"] += step.mode == "full"
+            counters["decoder_runs"] += 1
+            counters["decoder_steps"] += steps
         else:
-            named["res_hidden_states_tuple"] = features.skips[self.stage]
-            if self.stage == 0:
-                assert features.hidden is not None
-                named["hidden_states"] = features.hidden.clone()
-        if current.steps > 1:
-            keys = ("res_hidden_states_tuple", "hidden_states") if self.stage == 0 else ("res_hidden_states_tuple",)
-            for key in keys:
-                named[key] = map_tensors(lambda t: _repeat(t, current.steps), named[key])
-        return (), named
+            counters[f"{step.mode}_steps"] += 1
+        counters["full_steps" if step.mode == "full" else "reused_steps"] += 1
 
 
 class ControlNetHook(ModelHook):
-    """On the ControlNet: runs it at key steps and hands out its last residuals at the others."""
+    """On the ControlNet: runs it at full steps and hands out its last residuals at the others."""
 
     def __init__(self, run: ReuseRun) -> None:
         super().__init__()
@@ -244,7 +331,7 @@ class ControlNetHook(ModelHook):
         sample = bind_forward(module, args, kwargs)["sample"]
         state = (clock.segment, tuple(sample.shape), sample.dtype, sample.device)
         kept = self._kept.get(clock.call)
-        if not run.is_key(clock.index) and kept is not None and kept[0] == state:
+        if not run.follow().is_full(clock.index) and kept is not None and kept[0] == state:
             run.counters["controlnet_skipped"] += 1
             return kept[1]
         self._kept.pop(clock.call, None)
@@ -255,10 +342,14 @@ class ControlNetHook(ModelHook):
 
 
 # ---------------------------------------------------------------------- rows
+def _sample(named: dict[str, Any]) -> torch.Tensor:
+    return named["sample"] if "sample" in named else named["hidden_states"]
+
+
 def _can_stack(named: dict[str, Any]) -> bool:
     """Whether the rows of several steps can share a batch (per-call attention inputs may refer to row numbers)."""
     attention = named.get("cross_attention_kwargs") or {}
-    return set(attention) <= {"scale", "ip_adapter_masks"} and named["sample"].shape[0] > 0
+    return set(attention) <= {"scale", "ip_adapter_masks"} and _sample(named).shape[0] > 0
 
 
 def _stacked(named: dict[str, Any], steps: int, timesteps: torch.Tensor) -> dict[str, Any]:
@@ -266,7 +357,9 @@ def _stacked(named: dict[str, Any], steps: int, timesteps: torch.Tensor) -> dict
     batch = named["sample"].shape[0]
 
     def repeat(tensor: torch.Tensor) -> torch.Tensor:
-        return _repeat(tensor, steps) if tensor.dim() and tensor.shape[0] % batch == 0 else tensor
+        if not tensor.dim() or tensor.shape[0] % batch:
+            return tensor
+        return tensor.repeat(steps, *([1] * (tensor.dim() - 1)))
 
     kept = {"timestep", "cross_attention_kwargs", *RESIDUAL_ARGUMENTS}
     stacked = {k: v if k in kept else map_tensors(repeat, v) for k, v in named.items()}
@@ -274,13 +367,27 @@ def _stacked(named: dict[str, Any], steps: int, timesteps: torch.Tensor) -> dict
     return stacked
 
 
-def _repeat(tensor: torch.Tensor, steps: int) -> torch.Tensor:
-    return tensor.repeat(steps, *([1] * (tensor.dim() - 1)))
+def _conditional_rows(named: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The denoiser's arguments for the second half of its rows."""
+
+    def half(tensor: torch.Tensor) -> torch.Tensor:
+        return _conditional(tensor) if tensor.dim() and tensor.shape[0] % rows == 0 else tensor
+
+    return {k: v if k == "cross_attention_kwargs" else map_tensors(half, v) for k, v in named.items()}
 
 
-def _first(tensor: torch.Tensor, steps: int) -> torch.Tensor:
-    return tensor[: tensor.shape[0] // steps]
+def _conditional(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[tensor.shape[0] // 2 :]
 
 
-def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+def _both(value: Any, before: Any, step: Step) -> Any:
+    """Both halves of a value of which the conditional one is known: the difference is that of the value `before`."""
+    if step.guidance == "none" or before is value:
+        return map_tensors(lambda t: torch.cat([t, t]), value)
+    halves = iter([t.chunk(2) for t in tensors_in(before)])
+
+    def join(tensor: torch.Tensor) -> torch.Tensor:
+        unconditional, conditional = next(halves)
+        return torch.cat([tensor + (unconditional - conditional), tensor])
+
+    return map_tensors(join, value)

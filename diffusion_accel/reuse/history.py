@@ -1,0 +1,65 @@
+"""What the last full steps left, and what it will be at another time: finite differences in the scheduler's time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..hooks import map_tensors, tensor_bytes, tensors_in
+
+
+def weights(times: list[float], at: float) -> list[float]:
+    """Lagrange weights: f(at) ≈ Σ wᵢ f(timesᵢ), exact for polynomials of degree len(times) − 1.
+
+    The same as Newton's divided differences; the times must differ.
+    """
+    result = []
+    for i, own in enumerate(times):
+        weight = 1.0
+        for j, other in enumerate(times):
+            if j != i:
+                weight *= (at - other) / (own - other)
+        result.append(weight)
+    return result
+
+
+class History:
+    """Values (a tensor, or tuples of tensors) of the last `size` full steps, the newest first."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.times: list[float] = []
+        self.values: list[Any] = []
+
+    def push(self, time: float, value: Any) -> None:
+        """Keep a value. One of the same time replaces the older one (solvers that repeat a timestep)."""
+        if time in self.times:
+            i = self.times.index(time)
+            del self.times[i], self.values[i]
+        self.times.insert(0, time)
+        self.values.insert(0, value)
+        del self.times[self.size :], self.values[self.size :]
+
+    def at(self, time: float, order: int) -> Any:
+        """The value at `time`, of degree `order` or of as many values as there are. Order 0 is the newest itself."""
+        count = min(order + 1, len(self.values))
+        if count == 1:
+            return self.values[0]
+        shares = weights(self.times[:count], time)
+        parts = [tensors_in(value) for value in self.values[:count]]
+        mixed = iter([_mix(shares, tensors) for tensors in zip(*parts, strict=True)])
+        return map_tensors(lambda _: next(mixed), self.values[0])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def bytes(self) -> int:
+        return tensor_bytes(self.values)
+
+
+def _mix(shares: list[float], tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    result = tensors[0] * shares[0]
+    for share, tensor in zip(shares[1:], tensors[1:], strict=True):
+        result.add_(tensor, alpha=share)
+    return result

@@ -1,0 +1,242 @@
+"""Plans: what each denoising step of a call computes, reuses or forecasts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from ..errors import ConfigurationError
+from .schedule import key_steps
+
+MODES = ("full", "decoder", "shallow", "hold")
+GUIDANCE = ("both", "reuse", "none")
+MAX_ORDER = 3
+_TOKEN = re.compile(r"(full|decoder|hold|shallow:([1-9]\d*))(?:@([0-3]))?(?:/(reuse|none))?")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan.
+
+    Attributes:
+        mode: "full": the whole denoiser; "decoder": a U-Net's decoder on reused encoder features (Faster Diffusion);
+            "shallow": only the `depth` outermost levels, on a reused deep feature (DeepCache); "hold": nothing is
+            computed, the prediction is reused.
+        depth: of "shallow": how many skip connections of a U-Net are computed, from the outside (DeepCache's branch
+            + 1), or how many blocks of a transformer, half of them at its beginning and half at its end.
+        order: what is reused is taken as it was (0), or forecast in time by a polynomial of this degree through the
+            last full steps (at most 3).
+        guidance: "both": with and without the prompt; "reuse": only with it, and the difference between the two is
+            the forecast one; "none": only with it, and no guidance (limited-interval guidance, Kynkäänniemi 2024).
+    """
+
+    mode: str = "full"
+    depth: int = 0
+    order: int = 0
+    guidance: str = "both"
+
+    def __str__(self) -> str:
+        text = self.mode + (f":{self.depth}" if self.mode == "shallow" else "")
+        return (
+            text + (f"@{self.order}" if self.order else "") + (f"/{self.guidance}" if self.guidance != "both" else "")
+        )
+
+    @classmethod
+    def parse(cls, token: str) -> Step:
+        """The inverse of `str`, such as "full", "hold@2", "shallow:1@1/reuse"."""
+        match = _TOKEN.fullmatch(token)
+        if match is None:
+            raise ConfigurationError(
+                "a step of a plan is full, decoder, shallow:DEPTH or hold, then @ORDER and /reuse or /none if wanted, "
+                f"such as hold@2 (the order is at most {MAX_ORDER}); got {token!r}"
+            )
+        mode, depth, order, guidance = match.groups()
+        return cls(mode.partition(":")[0], int(depth or 0), int(order or 0), guidance or "both")
+
+
+FULL = Step()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one call. The first is always computed in full, with both branches of the guidance."""
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ConfigurationError("a plan needs at least one step")
+        first = self.steps[0]
+        if first.mode != "full" or first.guidance == "reuse":
+            raise ConfigurationError(f"the first step of a plan must be full: there is nothing to reuse; got {first}")
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.steps))
+
+    @classmethod
+    def parse(cls, tokens: list[str] | str) -> Plan:
+        """From the tokens of `Step`, as a list or separated by spaces."""
+        return cls(tuple(Step.parse(t) for t in (tokens.split() if isinstance(tokens, str) else tokens)))
+
+    @property
+    def depths(self) -> frozenset[int]:
+        """The depths of its shallow steps."""
+        return frozenset(step.depth for step in self.steps if step.mode == "shallow")
+
+    def orders(self, mode: str, depth: int = 0) -> int:
+        """The highest order of its steps of this mode (and depth); −1 if it has none."""
+        return max((s.order for s in self.steps if s.mode == mode and s.depth == depth), default=-1)
+
+    @property
+    def highest_order(self) -> int:
+        return max(step.order for step in self.steps)
+
+    @property
+    def reuses_guidance(self) -> bool:
+        return any(step.guidance == "reuse" for step in self.steps)
+
+    def is_full(self, index: int) -> bool:
+        """Whether step `index` is computed in full; steps behind the plan's end are."""
+        return index >= len(self.steps) or self.steps[index].mode == "full"
+
+    def stretched(self, total: int) -> Plan:
+        """This plan for another number of steps: the full steps keep their places along the trajectory."""
+        if total == len(self):
+            return self
+        ratio = len(self) / total
+        # the first new step whose span covers a full step of the old plan takes it over
+        owners: dict[int, Step] = {}
+        for i, step in enumerate(self.steps):
+            if step.mode == "full":
+                owners.setdefault(min(total - 1, int(i / ratio + 0.5)), step)
+        rest = [step for step in self.steps if step.mode != "full"]
+        steps = []
+        for j in range(total):
+            old = self.steps[min(len(self) - 1, int(j * ratio))]
+            near = old if old.mode != "full" or not rest else rest[min(len(rest) - 1, int(j * len(rest) / total))]
+            steps.append(owners.get(j, near))
+        return Plan(tuple(steps))
+
+
+# ---------------------------------------------------------------------- presets
+PRESETS = (
+    "full",
+    "faster-diffusion",
+    "uniform:m",
+    "deepcache:n[,branch]",
+    "shallow:n,depth",
+    "hold:n",
+)
+_PRESET = re.compile(r"([a-z-]+)(?::(\d+)(?:,(\d+))?)?(?:@([0-3]))?")
+# name -> how many numbers it takes: (at least, at most), default order
+_ARGUMENTS = {
+    "full": (0, 0, 0),
+    "faster-diffusion": (0, 0, 0),
+    "uniform": (1, 1, 0),
+    "deepcache": (1, 2, 0),
+    "shallow": (2, 2, 1),
+    "hold": (1, 1, 2),
+}
+
+
+def looks_like_a_preset(text: str) -> bool:
+    """Whether `text` begins like a preset or a list of steps, right or wrong."""
+    return re.split(r"[:@,]", text, maxsplit=1)[0] in (*_ARGUMENTS, "steps")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A plan by name, for any number of steps; see `parse`."""
+
+    name: str
+    interval: int = 1
+    argument: int = 0
+    order: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Preset:
+        """One of `PRESETS`, with @ORDER (0 … 3) behind it if wanted.
+
+        - `full`: every step, which is exact.
+        - `faster-diffusion`: Faster Diffusion's published key steps, the decoder at the others.
+        - `uniform:m`: the encoder at every m-th step, the decoder at the others.
+        - `deepcache:n[,branch]`: DeepCache with interval n and its branch index (0).
+        - `shallow:n,depth`: the same by depth, forecast (order 1 if none is given).
+        - `hold:n`: every n-th step, the prediction is forecast at the others (order 2 if none is given).
+
+        Raises:
+            ConfigurationError: it is none of these.
+        """
+        match = _PRESET.fullmatch(text)
+        if match is not None and match[1] in _ARGUMENTS:
+            name, numbers = match[1], [int(n) for n in match.groups()[1:3] if n is not None]
+            least, most, order = _ARGUMENTS[name]
+            depth_is_right = name != "shallow" or (len(numbers) == 2 and numbers[1] >= 1)
+            if least <= len(numbers) <= most and (not numbers or numbers[0] >= 1) and depth_is_right:
+                interval, argument = (*numbers, 1, 0)[:2] if not numbers else (*numbers, 0)[:2]
+                return cls(name, interval, argument, order if match[4] is None else int(match[4]))
+        raise ConfigurationError(
+            f"unknown reuse plan {text!r}; allowed: {', '.join(PRESETS)}, each with @ORDER (0 to {MAX_ORDER}) if "
+            "wanted; tuned:quality, tuned:balanced, tuned:fast; or a tuned plan's JSON file"
+        )
+
+    def plan(self, total: int, layers: int = 2) -> Plan:
+        """The plan for `total` steps; `layers`: layers per block of the U-Net, for DeepCache's branch."""
+        if self.name == "full":
+            return Plan((FULL,) * total)
+        if self.name == "faster-diffusion":
+            full, other = key_steps("paper", total), Step("decoder", order=self.order)
+        else:
+            full, other = frozenset(range(0, total, self.interval)), self._other(layers)
+        return Plan(tuple(FULL if i in full else other for i in range(total)))
+
+    def _other(self, layers: int) -> Step:
+        if self.name == "uniform":
+            return Step("decoder", order=self.order)
+        if self.name == "hold":
+            return Step("hold", order=self.order)
+        depth = self.argument if self.name == "shallow" else branch_depth(self.argument, layers)
+        return Step("shallow", depth, self.order)
+
+
+def branch_depth(branch: int, layers: int) -> int:
+    """How many skip connections DeepCache 0.1.1 computes for a branch index.
+
+    It divides the index by 3 for the block and the place in it, whatever the block has; a block of a U-Net has
+    `layers` + 1 skip connections.
+    """
+    block, place = divmod(branch, 3)
+    return block * (layers + 1) + min(place, layers) + 1
+
+
+def with_guidance(plan: Plan, text: str, timesteps: list[float], train_timesteps: float = 1000.0) -> Plan:
+    """The plan with a guidance rule over its steps.
+
+    - `both`: unchanged.
+    - `reuse:n`: the unconditional branch is computed at every n-th step only.
+    - `interval:low-high`: guidance only while timestep / `train_timesteps` is within low … high.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    if text == "both":
+        return plan
+    kind, _, value = text.partition(":")
+    if kind == "reuse" and value.isdigit() and int(value) >= 1:
+        n = int(value)
+        changed = [s if i % n == 0 else replace(s, guidance="reuse") for i, s in enumerate(plan.steps)]
+        return Plan(tuple(changed))
+    match = re.fullmatch(r"(0?\.\d+|0|1(?:\.0)?)-(0?\.\d+|0|1(?:\.0)?)", value) if kind == "interval" else None
+    if match is None or float(match[1]) > float(match[2]):
+        raise ConfigurationError(
+            f"guidance must be both, reuse:n with n >= 1, or interval:low-high within 0-1, got {text!r}"
+        )
+    low, high = float(match[1]), float(match[2])
+    changed = [
+        s if low <= timesteps[i] / train_timesteps <= high else replace(s, guidance="none")
+        for i, s in enumerate(plan.steps)
+    ]
+    return Plan(tuple(changed))

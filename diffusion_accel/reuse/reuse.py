@@ -1,0 +1,147 @@
+"""The feature: the reuse engine, which runs any plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ConfigurationError
+from ..feature import Attachment, Feature, option
+from .plan import Plan, Preset, looks_like_a_preset, with_guidance
+from .tuned import TunedPlan, is_tuned
+
+if TYPE_CHECKING:
+    from ..steps import StepClock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse(Feature):
+    """Compute the denoiser in full at some steps only; reuse or forecast what it would say at the others.
+
+    A plan gives every step what it computes: all; a U-Net's decoder (Faster Diffusion); the outer levels (DeepCache);
+    or nothing, the prediction itself is held. What is reused may be forecast in time by the polynomial through the
+    last full steps, in the scheduler's own time variable. A step may also leave out the unconditional branch.
+
+    Sources: Li et al., "Faster Diffusion" (NeurIPS 2024); Ma et al., "DeepCache" (CVPR 2024); Liu et al., "From
+    Reusing to Forecasting" (TaylorSeer, ICCV 2025) for forecasts; Kynkäänniemi et al., "Applying Guidance in a Limited
+    Interval" (NeurIPS 2024).
+
+    Attributes:
+        plan: a preset by name, a tuned plan's file, or the steps themselves behind "steps:"; see
+            `diffusion_accel.reuse.plan.Preset.parse` and `diffusion_accel.reuse.tuned.TunedPlan`.
+        guidance: "both" branches at every step; "reuse:n": the unconditional one at every n-th step, its difference
+            reused between them; "interval:low-high": guidance only in this part of the noise range.
+        stretch: use a plan for another number of steps too, its full steps at the same places of the trajectory.
+        batch_decoder, max_group_mb: of decoder steps, as in `EncoderReuse`.
+
+    Counters: `full_steps`, `reused_steps`, of which `hold_steps` and `shallow_steps`; `unguided_steps`; and those of
+    `EncoderReuse`. `peak_cache_bytes` is what the kept values hold at most.
+    """
+
+    name: ClassVar[str] = "reuse"
+    summary: ClassVar[str] = "compute some steps only and forecast the others, by a plan"
+    paper: ClassVar[str] = "Faster Diffusion, DeepCache, TaylorSeer; plans tuned by this project"
+    order: ClassVar[int] = 50
+    conflicts: ClassVar[frozenset[str]] = frozenset({"encoder_reuse"})
+    shorthand: ClassVar[str] = "plan"
+
+    plan: str = option(
+        "hold:2", "full, hold:n, deepcache:n[,branch], shallow:n,depth, uniform:m, faster-diffusion, FILE"
+    )
+    guidance: str = option("both", "both, reuse:n, or interval:low-high")
+    stretch: bool = option(False, "use a tuned plan for another number of steps as well")
+    batch_decoder: bool = option(True, "decode all steps up to the next full step as one batch")
+    max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch")
+
+    def __post_init__(self) -> None:
+        if self.max_group_mb < 1:
+            raise ConfigurationError(f"max_group_mb must be at least 1 (MiB), got {self.max_group_mb}")
+        if self.plan.startswith("steps:"):
+            Plan.parse(self.plan[6:])
+        elif not is_tuned(self.plan):
+            Preset.parse(self.plan)
+        with_guidance(Plan.parse("full"), self.guidance, [0.0])
+
+    @classmethod
+    def neutral(cls) -> Self:
+        return cls(plan="full")
+
+    @classmethod
+    def takes(cls, text: str) -> bool:
+        return is_tuned(text) or looks_like_a_preset(text)
+
+    def supports(self, pipeline: Any) -> str | None:
+        from ..denoisers import find_denoiser, reads_every_step
+
+        if find_denoiser(pipeline) is None:
+            return "the pipeline has no unet or transformer"
+        if getattr(pipeline, "scheduler", None) is None:
+            return "the pipeline has no scheduler to take the steps from"
+        if self.guidance != "both" and not hasattr(type(pipeline), "do_classifier_free_guidance"):
+            return "it does not say whether it uses guidance, so guidance=both is the only choice"
+        return reads_every_step(pipeline)
+
+    def attach(self, pipeline: Any) -> Attachment:
+        return ReuseAttachment(self, pipeline)
+
+
+class ReuseAttachment(Attachment):
+    """The reuse engine on one pipeline; everything it holds lives for one call."""
+
+    def __init__(self, feature: Reuse, pipeline: Any) -> None:
+        super().__init__(feature, pipeline)
+        self._run: Any = None
+        self._counters: dict[str, float] = {}
+        self._tuned = TunedPlan.load(feature.plan) if is_tuned(feature.plan) else None
+
+    def before_call(self, clock: StepClock) -> None:
+        from .executor import ReuseRun
+
+        feature: Reuse = self.feature  # type: ignore[assignment]
+        reason = feature.supports(self.pipeline)  # the user may have replaced the denoiser since accelerate()
+        if reason:
+            raise ConfigurationError(f"reuse cannot be used on this pipeline any more: {reason}")
+        if self._tuned is not None:
+            self._tuned.check(self.pipeline)
+        self._counters = {}
+        self._run = ReuseRun(
+            feature.name,
+            self.pipeline,
+            clock,
+            self._counters,
+            self._plan(2),
+            lambda total: self._guided(self._plan(total, exactly=True), clock),
+            feature.batch_decoder,
+            feature.max_group_mb,
+        )
+        self._run.install()
+
+    def _plan(self, total: int, exactly: bool = False) -> Plan:
+        """The plan for `total` steps; unless `exactly`, one that has its kinds of steps."""
+        feature: Reuse = self.feature  # type: ignore[assignment]
+        if self._tuned is None and not feature.plan.startswith("steps:"):
+            from ..denoisers import layers_per_block
+
+            preset = Preset.parse(feature.plan)
+            return preset.plan(total if exactly else preset.interval + 6, layers_per_block(self.pipeline))
+        plan = self._tuned.plan if self._tuned is not None else Plan.parse(feature.plan[6:])
+        if not exactly or len(plan) == total:
+            return plan
+        if not feature.stretch:
+            raise ConfigurationError(
+                f"the plan is for {len(plan)} steps, this call has {total}; use {len(plan)} steps, or stretch=true"
+            )
+        return plan.stretched(total)
+
+    def _guided(self, plan: Plan, clock: StepClock) -> Plan:
+        feature: Reuse = self.feature  # type: ignore[assignment]
+        training = float(getattr(clock.scheduler.config, "num_train_timesteps", 1000))
+        return with_guidance(plan, feature.guidance, clock.timesteps, training)
+
+    def after_call(self) -> None:
+        if self._run is not None:
+            self._run.uninstall()
+            self._run = None
+
+    def counters(self) -> dict[str, float]:
+        return dict(self._counters)
