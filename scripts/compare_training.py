@@ -41,6 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "clusters, nash": CLUSTERS | {"task_loss": "nash"},
     "together": ROUTING | CLUSTERS | {"task_loss": "uw", "immiscible": "knn:4"},
 }
+COLOURS = {"baseline": "black", "together": "tab:red", "immiscible knn:4": "tab:cyan", "clusters, nash": "tab:olive"}
 UNET = {"block_out_channels": [32, 64, 96], "norm_num_groups": 16}
 DIT = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32}
 SETTINGS = {"batch": 60, "lr": 1e-3, "warmup": 50, "cooldown": 0.3, "ema": 0.99, "log_every": 25, "grid_every": 0}
@@ -258,8 +259,9 @@ def plot(work: Path, out: Path) -> None:
         for arm, runs in results(work, model).items():
             steps = sorted(map(int, runs[0]["curve"]))
             curves = np.array([[run["curve"][str(step)] for step in steps] for run in runs])
-            axis.plot(steps, curves.mean(0), marker="o", markersize=3, label=arm)
-            axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.15)
+            look = {"color": COLOURS[arm]} if arm in COLOURS else {}
+            axis.plot(steps, curves.mean(0), marker="o", markersize=3, label=arm, **look)
+            axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.15, **look)
         axis.set_title({"unet": "U-Net, text-conditional", "dit": "DiT, conditional on the concept"}[model])
         axis.set_xlabel("steps of 60 samples")
         axis.legend(fontsize=7)
