@@ -41,7 +41,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "clusters, nash": CLUSTERS | {"task_loss": "nash"},
     "together": ROUTING | CLUSTERS | {"task_loss": "uw", "immiscible": "knn:4"},
 }
-COLOURS = {"baseline": "black", "together": "tab:red", "immiscible knn:4": "tab:cyan", "clusters, nash": "tab:olive"}
+COLOURS = {
+    "baseline": "black",
+    "min-snr 5": "gray",
+    "together": "tab:red",
+    "immiscible knn:4": "tab:cyan",
+    "clusters, nash": "tab:olive",
+}
 UNET = {"block_out_channels": [32, 64, 96], "norm_num_groups": 16}
 DIT = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32}
 SETTINGS = {"batch": 60, "lr": 1e-3, "warmup": 50, "cooldown": 0.3, "ema": 0.99, "log_every": 25, "grid_every": 0}

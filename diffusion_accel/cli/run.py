@@ -73,7 +73,9 @@ class Result:
 class Session:
     """A loaded pipeline with its features, and how to call it."""
 
-    def __init__(self, settings: Settings, source: ModelSource, device: str, quiet: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, source: ModelSource, device: str, quiet: bool = False, promptless: bool = False
+    ) -> None:
         self.settings, self.source = settings, source
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
@@ -85,7 +87,7 @@ class Session:
             allow_pickle=settings.allow_pickle,
         )
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        if "prompt" not in self.parameters:
+        if "prompt" not in self.parameters and not promptless:
             raise ModelLoadError(f"{type(pipe).__name__} takes no prompt; generate needs a text-to-image pipeline")
         if settings.scheduler is not None:
             set_scheduler(pipe, settings.scheduler)

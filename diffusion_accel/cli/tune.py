@@ -1,0 +1,144 @@
+"""`tune`: search the reuse plan of a pipeline and write it as a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+from .output import check_free
+from .settings import DTYPES, merge, read_jobs
+
+
+def tune(
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The plan to write, a .json file.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Target: the best fidelity at this speed-up.")] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="Target: the highest speed-up at this median PSNR (dB).")
+    ] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A prompt a line, 24 or more; the embedded model needs none.")
+    ] = None,
+    prompts: Annotated[int, typer.Option("--count", help="How many prompts to use, or pictures to draw.")] = 24,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps that the plan is for.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures in a call.")] = 8,
+    budget: Annotated[float, typer.Option(help="Seconds for the search.")] = 300.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; the best one if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".")] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Find out which steps a pipeline must compute: writes a plan for --reuse.
+
+    Give either --speedup or --min-psnr. The plan is valid for this model, scheduler and number of steps.
+    """
+    if not output.endswith(".json"):
+        raise ConfigurationError(f"--output must end in .json, got {output}")
+    for name, value, low in (("count", prompts, 6), ("batch", batch, 1), ("budget", budget, 1)):
+        if value < low:
+            raise ConfigurationError(f"--{name} must be at least {low}, got {value}")
+    check_free([Path(output)], overwrite)
+    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
+    given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
+    settings, source = merge(given, {})
+    if prompts_file is not None:
+        texts = [job.prompt for job in read_jobs([], prompts_file)][:prompts]
+    elif source.kind == "embedded":
+        texts = embedded_prompts(prompts)
+    else:
+        texts = []
+
+    from ..reuse.tune import Target
+    from ..reuse.tune import tune as search
+    from .run import Session, check_machine
+
+    Target(speedup, min_psnr)
+    session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
+    if not texts:
+        if "prompt" in session.parameters:
+            raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
+        texts = [""] * prompts
+    state = Path(f"{output}.search")
+    if not resume:
+        state.unlink(missing_ok=True)
+    options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
+    bar = Bar(quiet)
+    try:
+        plan = search(
+            session.pipe,
+            texts,
+            steps=settings.steps or 50,
+            speedup=speedup,
+            min_psnr=min_psnr,
+            seconds=budget,
+            seed=seed,
+            batch=batch,
+            state=state,
+            progress=bar,
+            **options,
+        )
+    finally:
+        bar.close()
+    plan.save(Path(output), overwrite)
+    state.unlink(missing_ok=True)
+    if as_json:
+        typer.echo(json.dumps({"file": output, "measured": plan.measured, "search": plan.search}))
+    else:
+        show(output, plan)
+
+
+def embedded_prompts(count: int) -> list[str]:
+    """Captions of the embedded model's training pictures, the same ones every time."""
+    from ..evaluation.quality import embedded_reference
+
+    asked, _ = embedded_reference()
+    return [asked.captions[i] for i in asked.choose("train", count)]
+
+
+class Bar:
+    """A progress bar over the time budget, with the best plan so far."""
+
+    def __init__(self, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        form = "{desc} |{bar}| {percentage:3.0f}%"
+        self.bar: Any = tqdm(total=100, bar_format=form, disable=True if quiet else None, leave=False)
+
+    def __call__(self, text: str, share: float) -> None:
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update(max(0, round(100 * share) - self.bar.n))
+        self.bar.refresh()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def show(output: str, plan: Any) -> None:
+    measured, steps = plan.measured, plan.plan.steps
+    words = {"full": "full", "hold": "held", "shallow": "shallow", "decoder": "decoder only"}
+    counts = {m: sum(step.mode == m for step in steps) for m in words}
+    parts = [f"{n} {words[m]}" for m, n in counts.items() if n]
+    alone = sum(step.guidance == "reuse" for step in steps)
+    typer.echo(f"{output}: {len(steps)} steps, {', '.join(parts)}" + (f", {alone} without guidance" if alone else ""))
+    typer.echo(
+        f"on {measured['pictures']} prompts the search did not see: {measured['time_ratio']:.2f}x as fast "
+        f"(FLOPs {measured['flop_ratio']:.2f}x), PSNR {measured['psnr_median']:.1f} dB, worst decile "
+        f"{measured['psnr_worst_decile']:.1f} dB"
+    )

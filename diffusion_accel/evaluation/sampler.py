@@ -1,0 +1,57 @@
+"""The same pictures again and again: one pipeline, fixed prompts and seeds, whatever is switched on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Calls a pipeline for fixed prompts (or, without prompts, for as many pictures) with fixed seeds.
+
+    Attributes:
+        pipe: any text-to-image or unconditional diffusers pipeline.
+        prompts: one a picture; what they say does not matter to an unconditional pipeline.
+        steps: denoising steps.
+        seed: picture i starts from the noise of seed + i.
+        batch: pictures in a call.
+        options: further arguments of the pipeline, such as guidance_scale, height and width.
+    """
+
+    pipe: Any
+    prompts: tuple[str, ...]
+    steps: int
+    seed: int = 0
+    batch: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, len(self.prompts), self.batch):
+            yield start, min(start + self.batch, len(self.prompts))
+
+    def call(self, start: int, end: int, **changes: Any) -> torch.Tensor:
+        """Pictures `start` to `end`, (N, 3, H, W) in 0..1 on the CPU."""
+        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        given = {k: v for k, v in self.options.items() if k in parameters and v is not None}
+        generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in range(start, end)]
+        if "prompt" in parameters:
+            given["prompt"] = list(self.prompts[start:end])
+        else:
+            given["batch_size"] = end - start
+        given |= {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"} | changes
+        images = np.asarray(self.pipe(**given).images, np.float32)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).clamp(0, 1)
+
+    def images(self, **changes: Any) -> torch.Tensor:
+        """All pictures, (N, 3, H, W) in 0..1."""
+        return torch.cat([self.call(start, end, **changes) for start, end in self.chunks()])
+
+    def part(self, start: int, end: int) -> Sampler:
+        """A sampler of some of the pictures, with the same seeds."""
+        return replace(self, prompts=self.prompts[start:end], seed=self.seed + start)

@@ -1,0 +1,252 @@
+"""The tuner: its search against brute force, its files, and the command from end to end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from zoo import ZOO, ddim, sd
+
+from diffusion_accel import ConfigurationError, Reuse, accelerate
+from diffusion_accel.cli.main import main
+from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.reuse.plan import Plan, Step
+from diffusion_accel.reuse.search import Forecasts, held_plan, sensitivities
+from diffusion_accel.reuse.tune import Costs, Target, Tuner, mutated, tune
+from diffusion_accel.reuse.tuned import TunedPlan, fingerprint
+
+
+def random_forecasts(n: int, seed: int) -> Forecasts:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((n, 12)).cumsum(0)
+    return Forecasts([float(900 - 100 * i) for i in range(n)], values @ values.T, rng.standard_normal(n))
+
+
+def brute_force(forecasts: Forecasts, count: int, highest: int) -> float:
+    """The smallest error over all sets of `count` full steps and all orders, from the definition."""
+    n, best = len(forecasts.times), np.inf
+    for rest in itertools.combinations(range(1, n), count - 1):
+        nodes, total = (0, *rest), 0.0
+        for k, node in enumerate(nodes):
+            end = nodes[k + 1] if k + 1 < count else n
+            past = nodes[max(0, k - highest) : k + 1]
+            errors = []
+            for order in range(len(past)):
+                used = past[len(past) - 1 - order :]
+                vector = np.zeros(n)
+                for i in range(node + 1, end):
+                    fit = [
+                        np.polyfit([forecasts.times[u] for u in used], row, len(used) - 1) for row in np.eye(len(used))
+                    ]
+                    for u, powers in zip(used, fit, strict=True):
+                        vector[u] += forecasts.influence[i] * np.polyval(powers, forecasts.times[i])
+                    vector[i] -= forecasts.influence[i]
+                errors.append(vector @ forecasts.gram @ vector)
+            total += min(errors)
+        best = min(best, total)
+    return float(best)
+
+
+def predicted(forecasts: Forecasts, plan: Plan) -> float:
+    nodes = [i for i, step in enumerate(plan.steps) if step.mode == "full"]
+    total = 0.0
+    for k, node in enumerate(nodes):
+        end = nodes[k + 1] if k + 1 < len(nodes) else len(plan)
+        if end > node + 1:
+            order = plan.steps[node + 1].order
+            rows = list(reversed(nodes[: k + 1]))[: order + 1]
+            total += Forecasts.errors(forecasts, tuple(rows), order)[end - node - 1][0]
+    return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("highest", [1, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_the_dynamic_programme_equals_brute_force(seed: int, highest: int) -> None:
+    forecasts = random_forecasts(8, seed)
+    plans = forecasts.plans(8, highest)
+    for count in range(1, 8):
+        assert sum(step.mode == "full" for step in plans[count].steps) == count
+        want = brute_force(forecasts, count, highest)
+        assert predicted(forecasts, plans[count]) == pytest.approx(want, rel=1e-6, abs=1e-9)
+    assert str(plans[8]) == " ".join(["full"] * 8)
+
+
+@pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_influence_is_what_a_prediction_moves(solver: Any) -> None:
+    scheduler = solver.from_config(ddim(prediction_type="v_prediction").config)
+    influence = sensitivities(scheduler, 6)
+    generator = torch.Generator().manual_seed(3)
+    start, *predictions = torch.randn(7, 1, 4, 5, 5, generator=generator)
+
+    def final(values: list[torch.Tensor]) -> torch.Tensor:
+        run, x = solver.from_config(scheduler.config), start
+        run.set_timesteps(6)
+        for t, value in zip(run.timesteps, values, strict=True):
+            x = run.step(value, t, x).prev_sample
+        return x
+
+    base = final(predictions)
+    for i in range(6):
+        moved = [p + (0.1 if j == i else 0.0) for j, p in enumerate(predictions)]
+        assert torch.allclose(final(moved) - base, torch.tensor(0.1 * influence[i], dtype=torch.float32), atol=2e-4)
+
+
+def test_held_plans_and_their_neighbours() -> None:
+    import random
+
+    plan = held_plan(8, ((0, 0), (3, 1), (6, 2)))
+    assert str(plan) == "full hold hold full hold@1 hold@1 full hold@2"
+    rng = random.Random(0)
+    seen = {mutated(plan, rng, guided=True) for _ in range(300)}
+    assert len(seen) > 50
+    assert all(len(p) == 8 and p.steps[0].mode == "full" for p in seen)
+    costs = Costs(1.0, {"full": 2.0, "hold": 0.0, "full/reuse": 1.0})
+    assert costs.seconds(plan) == 7.0
+    assert costs.seconds(Plan((Step(), Step("full", order=1, guidance="reuse"), Step("hold", order=3)))) == 4.0
+
+
+# ---------------------------------------------------------------------- files
+def tuned(pipe: Any, tokens: str) -> TunedPlan:
+    from diffusion_accel.reuse.tuned import conditions
+
+    plan = Plan.parse(tokens)
+    return TunedPlan(plan, conditions(pipe, len(plan)))
+
+
+def test_a_plan_file_survives_and_says_where_it_does_not_hold(tmp_path: Path, caplog: Any) -> None:
+    pipe, _ = sd()
+    file = tmp_path / "plan.json"
+    made = tuned(pipe, "full hold full hold@1")
+    made.save(file)
+    assert TunedPlan.load(str(file)) == made
+    with pytest.raises(ConfigurationError, match="exists"):
+        made.save(file)
+    assert list(tmp_path.iterdir()) == [file]
+    accelerate(pipe, Reuse(plan=str(file)))
+    with caplog.at_level(logging.WARNING, "diffusion_accel"):
+        made.check(pipe)
+        assert not caplog.records
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        made.check(pipe)
+        assert "another scheduler" in caplog.text
+        caplog.clear()
+        next(iter(pipe.unet.parameters())).data.mul_(2)
+        made.check(pipe)
+        assert "other weights" in caplog.text
+    with pytest.raises(ConfigurationError, match="tuned for UNet2DConditionModel, this pipeline has UNet2DModel"):
+        made.check(ZOO["unet2d"]()[0])
+
+
+def test_the_fingerprint_follows_the_weights_not_the_dtype() -> None:
+    pipe, _ = sd()
+    first = fingerprint(pipe.unet)
+    assert fingerprint(pipe.unet.to(torch.bfloat16)) == first
+    pipe.unet.conv_out.weight.data[0, 0, 0, 0] += 1
+    assert fingerprint(pipe.unet) != first
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a reuse plan"),
+        ('{"format": "diffusion-accel reuse plan", "version": 99}', "version 99"),
+        ('{"format": "diffusion-accel reuse plan", "version": 1, "plan": "full"}', "list of steps"),
+        ('{"format": "diffusion-accel reuse plan", "version": 1, "plan": ["hold"], "conditions": {}}', "first step"),
+    ],
+)
+def test_broken_plan_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=words):
+        accelerate(sd()[0], Reuse(plan=str(file)))
+
+
+# ---------------------------------------------------------------------- end to end
+@pytest.fixture(scope="module")
+def sticker() -> Any:
+    pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED["sticker"].path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PROMPTS = [f"{name}, {style} style" for name in ("red apple", "panda", "rocket") for style in ("3d", "flat")]
+CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
+
+
+def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any) -> None:
+    from diffusion_accel.evaluation.fidelity import psnr
+    from diffusion_accel.evaluation.sampler import Sampler
+
+    sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
+    tuner = Tuner(Sampler(sticker, tuple(PROMPTS), 12, 0, 6, CALL), None, Target(speedup=2))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        tuner.measure()
+        best = tuner.forecasts.plans(12, 2)[6]
+        uniform = Plan(tuple(Step() if i % 2 == 0 else Step("hold", order=1) for i in range(12)))
+        assert np.median(tuner.scores(best)) > np.median(tuner.scores(uniform)) + 3
+        assert getattr(sticker, "acceleration", None) is None, "tuning leaves the pipeline as it was"
+        again = Sampler(sticker, tuple(PROMPTS), 12, 0, 6, CALL).images()
+    assert torch.isinf(psnr(again, tuner.pictures)).all()
+
+
+def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    state, seconds = tmp_path / "search", 3.0
+    options = {"steps": 6, "speedup": 1.2, "seconds": seconds, "batch": 6, "state": state, **CALL}
+    tune(sticker, PROMPTS, **options)
+    first = [json.loads(line) for line in state.read_text().splitlines()]
+    drawn: list[str] = []
+    scores = Tuner.scores
+
+    def noted(self: Tuner, plan: Plan, at_least: float | None = None) -> list[float]:
+        if str(plan) not in self.known:
+            drawn.append(str(plan))
+        return scores(self, plan, at_least)
+
+    monkeypatch.setattr(Tuner, "scores", noted)
+    tune(sticker, PROMPTS, **options)
+    assert first[0]["prompts"] == PROMPTS[:4]
+    assert not {line["plan"] for line in first[1:]} & set(drawn), "nothing is evaluated twice"
+    tune(sticker, list(reversed(PROMPTS)), **options)
+    assert json.loads(state.read_text().splitlines()[0])["prompts"] == PROMPTS[:1:-1], "other prompts begin again"
+
+
+def test_impossible_targets_are_refused(sticker: Any) -> None:
+    with pytest.raises(ConfigurationError, match="no plan is 900 times as fast"):
+        tune(sticker, PROMPTS, steps=4, speedup=900, seconds=1, **CALL)
+    for options, words in (({}, "either"), ({"speedup": 0.5}, "above 1"), ({"min_psnr": 200}, "5 to 80")):
+        with pytest.raises(ConfigurationError, match=words):
+            tune(sticker, PROMPTS, steps=4, **options)
+    with pytest.raises(ConfigurationError, match="at least 6 prompts"):
+        tune(sticker, PROMPTS[:3], steps=4, speedup=2)
+
+
+def test_the_command_tunes_and_generate_takes_the_plan(tmp_path: Path, capsys: Any) -> None:
+    def cli(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        return int(stop.value.code or 0)
+
+    plan = tmp_path / "fast.json"
+    common = ["tune", "-o", str(plan), "--count", "6", "--steps", "6", "--budget", "2", "--device", "cpu", "--quiet"]
+    assert cli(*common, "--speedup", "1.3", "--json") == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["pictures"] == 2 and measured["full_steps"] < 6
+    assert [path.name for path in tmp_path.iterdir()] == ["fast.json"]
+    assert cli(*common, "--speedup", "1.3") == 1
+    assert "exists" in capsys.readouterr().err
+    generate = ["generate", "red apple, 3d style", "--device", "cpu", "--quiet", "--seed", "1", "--reuse", str(plan)]
+    assert cli(*generate, "--steps", "6", "-o", str(tmp_path / "a.png")) == 0
+    assert cli(*generate, "--steps", "9", "-o", str(tmp_path / "b.png")) == 2
+    assert "for 6 steps, this call has 9" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
+    assert cli("tune", "-o", str(tmp_path / "x.json"), "--speedup", "2", "--min-psnr", "40") == 2
+    assert "either" in capsys.readouterr().err
