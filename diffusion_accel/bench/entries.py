@@ -1,0 +1,81 @@
+"""What can be compared: our features, fewer steps, and other accelerators."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..pipelines.schedulers import check_scheduler
+from ..registry import FEATURES, feature_class
+
+PEERS = ("deepcache", "tomesd", "tgate", "pab")
+KINDS = (*(name.replace("_", "-") for name in FEATURES), "fewer-steps", *PEERS)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the benchmark.
+
+    Attributes:
+        kind: "baseline", a feature's name with dashes, "fewer-steps", or one of `PEERS`.
+        settings: a feature's settings as on the command line; "STEPS[,SCHEDULER]" of fewer steps; a peer's numbers.
+    """
+
+    kind: str
+    settings: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.settings}".strip()
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it runs in a process of its own, since it may leave something patched."""
+        return self.kind in PEERS
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """`KIND` or `KIND:SETTINGS`, such as "reuse:hold:3", "fewer-steps:25,dpm++", "deepcache:3,0".
+
+        Raises:
+            ConfigurationError: an unknown kind or settings that it does not take.
+        """
+        kind, _, settings = text.partition(":")
+        if kind not in KINDS:
+            raise ConfigurationError(f"unknown entry {text!r}; the kinds are: {', '.join(KINDS)}")
+        entry = cls(kind, settings)
+        if kind == "fewer-steps":
+            entry.fewer_steps()
+        elif entry.is_peer:
+            entry.numbers()
+        else:
+            entry.feature()
+        return entry
+
+    def feature(self) -> Any:
+        return feature_class(self.kind).parse(self.settings)
+
+    def fewer_steps(self) -> tuple[int, str | None]:
+        """The number of steps, and the scheduler if it is another one."""
+        steps, _, scheduler = self.settings.partition(",")
+        if not steps.isdigit() or int(steps) < 1:
+            raise ConfigurationError(
+                f"fewer-steps takes STEPS[,SCHEDULER], such as fewer-steps:25,dpm++; got {self.settings!r}"
+            )
+        if scheduler:
+            check_scheduler(scheduler)
+        return int(steps), scheduler or None
+
+    def numbers(self) -> tuple[float, ...]:
+        """A peer's settings; its recommended ones if none are given."""
+        usual = {"deepcache": (3, 0), "tomesd": (0.5,), "tgate": (10,), "pab": (2,)}[self.kind]
+        if self.settings and not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", self.settings):
+            raise ConfigurationError(
+                f"{self.kind} takes numbers, such as {self.kind}:{usual[0]:g}; got {self.settings!r}"
+            )
+        given = tuple(float(v) for v in self.settings.split(",")) if self.settings else usual
+        if len(given) > len(usual):
+            raise ConfigurationError(f"{self.kind} takes at most {len(usual)} numbers, got {self.settings!r}")
+        return (*given, *usual[len(given) :])

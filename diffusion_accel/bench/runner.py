@@ -1,0 +1,252 @@
+"""Runs entries on one loaded pipeline: in this process, or, for accelerators that patch things, in one of its own.
+
+`python -m diffusion_accel.bench.runner` reads a job and commands as JSON lines and answers with JSON lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .entries import Entry
+
+MARK = "@bench "
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every entry does: the pictures of these prompts.
+
+    Attributes:
+        model: embedded name, folder, file or hub id.
+        steps, scheduler: of the baseline; None: the model's own scheduler.
+        options: further arguments of the pipeline.
+        threads: CPU threads.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    steps: int
+    scheduler: str | None = None
+    seed: int = 0
+    batch: int = 8
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner:
+    """One loaded pipeline."""
+
+    def __init__(self, job: Job) -> None:
+        import diffusers
+        import torch
+        import transformers
+
+        from ..evaluation.sampler import Sampler
+        from ..pipelines.loading import load_pipeline
+        from ..pipelines.schedulers import set_scheduler
+
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+        torch.set_num_threads(job.threads)
+        self.job = job
+        self.pipe = load_pipeline(job.model, dtype=getattr(torch, job.dtype)).to(job.device)
+        if job.scheduler:
+            set_scheduler(self.pipe, job.scheduler)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.sampler = Sampler(self.pipe, job.prompts, job.steps, job.seed, job.batch, job.options)
+
+    @contextlib.contextmanager
+    def active(self, entry: Entry, seed: int | None = None, sampler: Any = None) -> Iterator[Any]:
+        """A sampler with the entry switched on."""
+        import torch
+
+        from ..pipelines.schedulers import set_scheduler
+        from ..switchboard import accelerate
+
+        sampler = self.sampler if sampler is None else sampler
+        if seed is not None:
+            sampler = replace(sampler, seed=seed)
+        scheduler, handle = self.pipe.scheduler, getattr(self.pipe, "acceleration", None)
+        try:
+            if entry.kind == "fewer-steps":
+                steps, name = entry.fewer_steps()
+                sampler = replace(sampler, steps=steps)
+                if name:
+                    set_scheduler(self.pipe, name)
+            elif entry.kind != "baseline":
+                accelerate(self.pipe, entry.feature())
+            with torch.inference_mode():
+                yield sampler
+        finally:
+            self.pipe.scheduler = scheduler
+            if handle is None and getattr(self.pipe, "acceleration", None) is not None:
+                self.pipe.acceleration.remove()
+
+    def images(self, entry: Entry, seed: int | None = None) -> Any:
+        """All pictures, (N, 3, H, W) in 0..1."""
+        with self.active(entry, seed) as sampler:
+            return sampler.images()
+
+    def seconds(self, entry: Entry) -> float:
+        """Of one picture."""
+        with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
+            self._synchronise()
+            began = time.perf_counter()
+            sampler.images()
+            self._synchronise()
+            return time.perf_counter() - began
+
+    def facts(self, entry: Entry) -> dict[str, float]:
+        """FLOPs of one picture's call, and the peak memory in MiB while it runs (None where it cannot be measured)."""
+        from ..evaluation.flops import count_flops
+
+        with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
+            with count_flops() as count:
+                sampler.images()
+            reset_peak(self.job.device)
+            sampler.images()
+            return {"flops": count.total, "peak_mib": peak_mib(self.job.device)}
+
+    def _synchronise(self) -> None:
+        if self.job.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        pass
+
+
+class Isolated:
+    """A `Runner` for one peer in its own process. Raises `RuntimeError` with the reason if that one fails."""
+
+    def __init__(self, job: Job, entry: Entry) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="diffusion-accel-bench-")
+        self.log = (Path(self.folder.name) / "log").open("w+")
+        command = [sys.executable, "-m", "diffusion_accel.bench.runner"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        try:
+            self.ask({"job": asdict(job), "entry": asdict(entry)})
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, command: dict[str, Any]) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith(MARK):
+                    answer = json.loads(line[len(MARK) :])
+                    if "error" in answer:
+                        raise RuntimeError(answer["error"])
+                    return answer["value"]
+        except BrokenPipeError:
+            pass
+        self.process.wait(timeout=30)
+        self.log.seek(0)
+        last = [line.strip() for line in self.log.read().splitlines() if line.strip()][-1:]
+        raise RuntimeError(f"its process ended with code {self.process.returncode}: {' '.join(last)}")
+
+    def images(self, entry: Entry, seed: int | None = None) -> Any:
+        import numpy as np
+        import torch
+
+        path = Path(self.folder.name) / "images.npy"
+        self.ask({"do": "images", "to": str(path)})
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+
+    def seconds(self, entry: Entry) -> float:
+        return float(self.ask({"do": "seconds"}))
+
+    def facts(self, entry: Entry) -> dict[str, float]:
+        return dict(self.ask({"do": "facts"}))
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            assert self.process.stdin is not None
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.close()
+        self.folder.cleanup()
+
+
+# ---------------------------------------------------------------------- memory
+def reset_peak(device: str) -> None:
+    """Begin a new measurement of the highest memory use."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib(device: str) -> float:
+    """The highest memory use since `reset_peak`: the device's, or the process's resident memory."""
+    if device.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.max_memory_allocated() / 2**20)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# ---------------------------------------------------------------------- the other end
+def serve() -> None:
+    """Answer one `Isolated`."""
+    import numpy as np
+
+    from .peers import apply_peer
+
+    out = sys.stdout
+    sys.stdout = sys.stderr  # whatever a package prints
+    runner, entry = None, Entry("baseline")
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            value: Any = None
+            if "job" in command:
+                given = command["job"]
+                job = Job(**given | {"prompts": tuple(given["prompts"])})
+                peer = Entry(**command["entry"])
+                runner = Runner(job)
+                call = apply_peer(peer.kind, peer.numbers(), runner.pipe, job.steps)
+                runner.sampler = replace(runner.sampler, caller=call)
+            assert runner is not None
+            if command.get("do") == "images":
+                np.save(command["to"], runner.images(entry).numpy())
+            elif command.get("do"):
+                value = getattr(runner, command["do"])(entry)
+            answer = {"value": value}
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            answer = {"error": f"{type(error).__name__}: {text[0] if text else 'no message'}"}
+        print(MARK + json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

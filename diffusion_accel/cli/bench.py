@@ -1,0 +1,134 @@
+"""`bench`: compare settings, fewer steps and other accelerators on one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.entries import Entry
+from ..errors import ConfigurationError
+from .output import check_free
+from .settings import DTYPES, merge, read_jobs
+from .tune import embedded_prompts
+
+USUAL = "reuse:hold:2 reuse:hold:3 reuse:deepcache:3 reuse:faster-diffusion encoder-reuse fewer-steps:25 fewer-steps:17"
+
+
+def bench(
+    entries: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ENTRY]...", help="KIND or KIND:SETTINGS, such as reuse:hold:3, deepcache:3,0, fewer-steps:25."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
+    ] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many prompts to use.")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the baseline.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures in a call, except for times.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; every entry has its turn in each.")] = 5,
+    converged: Annotated[bool, typer.Option(help="Also measure the distance to many steps of a good solver.")] = True,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with pictures and plots.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the numbers.")] = None,
+    markdown_file: Annotated[str | None, typer.Option("--markdown", metavar="FILE", help="Write the table.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; the best one if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Measure speed and fidelity of any set of settings against the plain model, times in turn.
+
+    Entries: any feature with its settings (reuse:tuned:fast, encoder-reuse:schedule=paper), fewer steps
+    (fewer-steps:STEPS[,SCHEDULER]), and other packages if they are installed: deepcache:n[,branch], tomesd:ratio,
+    tgate:step, pab:range.
+    """
+    parsed = [Entry.parse(text) for text in entries or USUAL.split()]
+    if len(set(parsed)) < len(parsed):
+        raise ConfigurationError("an entry is given twice")
+    for name, value, low in (("count", count, 1), ("batch", batch, 1), ("rounds", rounds, 1)):
+        if value < low:
+            raise ConfigurationError(f"--{name} must be at least {low}, got {value}")
+    files = {"html": html, "json": json_file, "markdown": markdown_file}
+    check_free([Path(file) for file in files.values() if file is not None], overwrite)
+    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
+    given |= {"width": width, "height": height, "device": device, "dtype": dtype}
+    settings, source = merge(given, {})
+    if prompts_file is not None:
+        prompts = [job.prompt for job in read_jobs([], prompts_file)][:count]
+    else:
+        prompts = embedded_prompts(count) if source.kind == "embedded" else [""] * count
+
+    import torch
+
+    from ..bench import report, run
+    from ..bench.runner import Job
+    from .run import check_machine
+
+    options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
+    job = Job(
+        model=settings.model,
+        prompts=tuple(prompts),
+        steps=settings.steps or 50,
+        scheduler=settings.scheduler,
+        seed=seed,
+        batch=batch,
+        device=check_machine(settings),
+        dtype=settings.dtype,
+        threads=torch.get_num_threads(),
+        options=options,
+    )
+    with Status(quiet) as status:
+        result = run.bench(job, parsed, rounds, converged, status)
+    texts = {
+        "html": lambda: report.page(result),
+        "json": lambda: json.dumps(result.to_dict(), indent=1) + "\n",
+        "markdown": lambda: report.markdown(result),
+    }
+    for name, file in files.items():
+        if file is not None:
+            write(Path(file), texts[name]())
+    typer.echo(report.markdown(result))
+
+
+class Status:
+    """The line that says what is being done."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, quiet=quiet)
+        self.status = self.console.status("")
+
+    def __enter__(self) -> Status:
+        if self.console.is_terminal:
+            self.status.start()
+        return self
+
+    def __call__(self, text: str) -> None:
+        self.status.update(text)
+
+    def __exit__(self, *exception: object) -> None:
+        self.status.stop()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""The benchmark: what can be compared, peers in their own process, and the reports."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion_accel import ConfigurationError
+from diffusion_accel.bench import run
+from diffusion_accel.bench.entries import Entry
+from diffusion_accel.bench.report import markdown, page, pareto, plot
+from diffusion_accel.bench.run import Result, Row, bench
+from diffusion_accel.bench.runner import Job
+from diffusion_accel.cli.main import main
+
+CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
+JOB = Job("sticker", ("red apple, 3d style", "panda, noto style"), 6, "ddim", threads=1, options=CALL)
+
+
+@pytest.mark.parametrize(
+    "text", ["reuse:hold:3", "encoder-reuse", "fewer-steps:5,dpm++", "deepcache:3,1", "tomesd", "pab:4"]
+)
+def test_entries_are_read(text: str) -> None:
+    entry = Entry.parse(text)
+    assert entry.kind == text.partition(":")[0]
+    assert entry.is_peer == (entry.kind in ("deepcache", "tomesd", "pab"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nothing", "the kinds are"),
+        ("fewer-steps", "STEPS"),
+        ("fewer-steps:5,nothing", "unknown scheduler"),
+        ("deepcache:a", "takes numbers"),
+        ("tomesd:0.5,1", "at most 1"),
+        ("reuse:hold:0", "hold:n"),
+    ],
+)
+def test_bad_entries_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        Entry.parse(text)
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    entries = [Entry.parse(t) for t in ("reuse:full", "reuse:deepcache:2", "deepcache:2", "tgate:2", "fewer-steps:3")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "CONVERGED_STEPS", 8)
+        return bench(JOB, entries, rounds=1)
+
+
+def test_a_benchmark_measures_what_it_says(result: Result) -> None:
+    rows = {row.name: row for row in result.rows}
+    assert rows["baseline"].psnr == [200.0, 200.0] and rows["baseline"].time_ratio == 1
+    assert rows["reuse full"].psnr == [200.0, 200.0], "the same picture in the same process"
+    assert rows["reuse full"].flop_ratio == 1
+    pytest.importorskip("DeepCache")
+    ours, theirs = rows["reuse deepcache:2"], rows["deepcache 2"]
+    assert theirs.failed is None
+    assert torch.allclose(ours.pictures, theirs.pictures, atol=1e-4), "the package, in its own process"
+    assert ours.flop_ratio == theirs.flop_ratio and ours.flop_ratio > 1.2
+    assert rows["fewer-steps 3"].flop_ratio > 1.2 and rows["fewer-steps 3"].psnr[0] < 60
+    assert rows["another seed"].psnr[0] < 60
+    assert all(row.psnr_converged for row in result.rows if row.failed is None)
+
+
+def test_a_peer_that_fails_is_a_row_that_says_why(result: Result) -> None:
+    row = next(row for row in result.rows if row.kind == "tgate")
+    if row.failed is not None:  # not installed
+        assert "tgate" in row.failed and row.psnr is None
+    made = bench(JOB, [Entry("tomesd", "7,7,7")], rounds=1, converged=False)
+    failed = next(row for row in made.rows if row.kind == "tomesd")
+    assert "at most 1" in str(failed.failed)
+    assert "failed:" in markdown(made) and "tomesd" in page(made)
+
+
+def test_reports_hold_everything_and_need_no_other_file(result: Result) -> None:
+    table = markdown(result)
+    assert table.count("\n") == len(result.rows) + 4
+    text = page(result)
+    assert "http://" not in text and "https://" not in text and text.count("data:image/webp") >= 8
+    for key in ("psnr", "psnr_converged"):
+        ET.fromstring(plot(result, key, "label").removeprefix("<figure>").removesuffix("</figure>"))
+    json.dumps(result.to_dict())
+
+
+def test_the_pareto_front() -> None:
+    points = {"a": (1.0, 60.0), "b": (2.0, 50.0), "c": (2.0, 40.0), "d": (3.0, 55.0), "e": (4.0, 20.0)}
+    rows = [Row(name, "x", time_ratio=t, psnr=[p, p]) for name, (t, p) in points.items()]
+    assert [row.name for row in pareto(rows)] == ["a", "d", "e"]
+
+
+def test_the_command(tmp_path: Path, capsys: Any) -> None:
+    files = {name: tmp_path / f"bench.{name}" for name in ("html", "json", "markdown")}
+    arguments = ["bench", "reuse:hold:2", "--steps", "4", "--count", "2", "--rounds", "1", "--device", "cpu", "-q"]
+    arguments += ["--no-converged", *(part for name, file in files.items() for part in (f"--{name}", str(file)))]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code
+    assert files["markdown"].read_text().strip() in capsys.readouterr().out
+    assert json.loads(files["json"].read_text())["rows"][1]["name"] == "reuse hold:2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.html", "bench.json", "bench.markdown"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 1 and "exists" in capsys.readouterr().err
