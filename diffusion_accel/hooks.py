@@ -37,12 +37,18 @@ class HookSet:
             if registry is None:
                 continue
             registry.remove_hook(self.name, recurse=False)
-            if not registry.hooks:
-                del module._diffusers_hook
-            # The registry puts back the bound method it found as an instance attribute; drop that trace as well.
-            forward = module.__dict__.get("forward")
-            if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
-                del module.__dict__["forward"]
+            tidy(module)
+
+
+def tidy(module: torch.nn.Module) -> None:
+    """Remove what an empty `HookRegistry` leaves on a module."""
+    registry = module.__dict__.get("_diffusers_hook")
+    if registry is not None and not registry.hooks:
+        del module._diffusers_hook
+    # The registry puts back the bound method it found as an instance attribute; drop that trace as well.
+    forward: Any = module.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
+        del module.__dict__["forward"]
 
 
 @functools.lru_cache(maxsize=256)

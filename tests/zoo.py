@@ -288,6 +288,24 @@ def dit() -> Built:
     return pipe, {"class_labels": [3], "guidance_scale": 4.0, "output_type": "np"}
 
 
+def flux() -> Built:
+    """Flux: a transformer with diffusers' own caches; returns packed latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = seeded(
+        lambda: FluxTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=DIM, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+        )
+    )  # fmt: skip
+    pipe = FluxPipeline(
+        transformer=transformer, vae=vae(4), scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+    embeds = {"prompt_embeds": rand(1, TOKENS, DIM, seed=1), "pooled_prompt_embeds": rand(1, 8, seed=2)}
+    return pipe, {**embeds, "height": 16, "width": 16, "output_type": "latent"}
+
+
 def unet2d() -> Built:
     return _ddpm(
         (16, 32),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
+from .cache_settings import CACHES, CacheSettings
 from .plan import Plan, Preset, looks_like_a_preset, with_guidance
 from .tuned import TunedPlan, is_tuned
 
@@ -28,7 +29,9 @@ class Reuse(Feature):
 
     Attributes:
         plan: a preset by name, a tuned plan's file, or the steps themselves behind "steps:"; see
-            `diffusion_accel.reuse.plan.Preset.parse` and `diffusion_accel.reuse.tuned.TunedPlan`.
+            `diffusion_accel.reuse.plan.Preset.parse` and `diffusion_accel.reuse.tuned.TunedPlan`. On transformers
+            that have diffusers' own caches also one of those: first-block:threshold, taylorseer:interval,order,
+            mag:threshold,skips, pab:range, faster-cache:range,unconditional range.
         guidance: "both" branches at every step; "reuse:n": the unconditional one at every n-th step, its difference
             reused between them; "interval:low-high": guidance only in this part of the noise range.
         stretch: use a plan for another number of steps too, its full steps at the same places of the trajectory.
@@ -58,7 +61,7 @@ class Reuse(Feature):
             raise ConfigurationError(f"max_group_mb must be at least 1 (MiB), got {self.max_group_mb}")
         if self.plan.startswith("steps:"):
             Plan.parse(self.plan[6:])
-        elif not is_tuned(self.plan):
+        elif not is_tuned(self.plan) and CacheSettings.parse(self.plan) is None:
             Preset.parse(self.plan)
         with_guidance(Plan.parse("full"), self.guidance, [0.0])
 
@@ -68,18 +71,22 @@ class Reuse(Feature):
 
     @classmethod
     def takes(cls, text: str) -> bool:
-        return is_tuned(text) or looks_like_a_preset(text)
+        return is_tuned(text) or looks_like_a_preset(text) or text.partition(":")[0] in CACHES
 
     def supports(self, pipeline: Any) -> str | None:
         from ..denoisers import find_denoiser, reads_every_step
 
-        if find_denoiser(pipeline) is None:
+        denoiser = find_denoiser(pipeline)
+        if denoiser is None:
             return "the pipeline has no unet or transformer"
         if getattr(pipeline, "scheduler", None) is None:
             return "the pipeline has no scheduler to take the steps from"
         if self.guidance != "both" and not hasattr(type(pipeline), "do_classifier_free_guidance"):
             return "it does not say whether it uses guidance, so guidance=both is the only choice"
-        return reads_every_step(pipeline)
+        cache = CacheSettings.parse(self.plan)
+        if cache is not None and self.guidance != "both":
+            return "diffusers' own caches do not combine with a guidance rule"
+        return reads_every_step(pipeline) or (cache.supports(pipeline, denoiser) if cache else None)
 
     def attach(self, pipeline: Any) -> Attachment:
         return ReuseAttachment(self, pipeline)
@@ -95,6 +102,7 @@ class ReuseAttachment(Attachment):
         self._tuned = TunedPlan.load(feature.plan) if is_tuned(feature.plan) else None
 
     def before_call(self, clock: StepClock) -> None:
+        from .diffusers_caches import CacheRun
         from .executor import ReuseRun
 
         feature: Reuse = self.feature  # type: ignore[assignment]
@@ -104,6 +112,10 @@ class ReuseAttachment(Attachment):
         if self._tuned is not None:
             self._tuned.check(self.pipeline)
         self._counters = {}
+        if (cache := CacheSettings.parse(feature.plan)) is not None:
+            self._run = CacheRun(cache, self.pipeline, self._counters)
+            self._run.install()
+            return
         self._run = ReuseRun(
             feature.name,
             self.pipeline,

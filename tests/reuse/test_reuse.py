@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from zoo import ZOO, ddim, dit, rand, run, sd, sdxl
+from zoo import ZOO, ddim, dit, flux, rand, run, sd, sdxl
 
 from diffusion_accel import AccelerationError, ConfigurationError, EncoderReuse, Reuse, accelerate
 from diffusion_accel.hooks import tensors_in
@@ -148,6 +148,52 @@ def test_shallow_steps_of_a_transformer_equal_a_loop_over_its_blocks(depth: int)
         [*blocks[:first], Inner(blocks[first:end]), *blocks[end:]]
     )
     assert torch.allclose(run(pipe, call, steps=4), got, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- diffusers' own caches
+@pytest.mark.parametrize("name", ["first-block:0.5", "taylorseer:3,1", "mag:0.5", "pab:2"])
+def test_diffusers_caches_equal_enable_cache_and_leave_no_trace(name: str) -> None:
+    from diffusion_accel.reuse.cache_settings import CacheSettings
+
+    pipe, call = flux()
+
+    def left() -> list[tuple[str, str]]:
+        modules = pipe.transformer.named_modules()
+        return [
+            (path, key) for path, module in modules for key in ("_diffusers_hook", "forward") if key in vars(module)
+        ]
+
+    plain = run(pipe, call, steps=8)
+    before = left()  # the pipeline itself gives its transformer a registry, for the cache's context
+    accelerate(pipe, Reuse(plan=name))
+    got = run(pipe, call, steps=8)
+    counted = counters(pipe)
+    assert torch.equal(run(pipe, call, steps=8), got), "the second call begins with an empty cache"
+    assert left() == before and "set_timesteps" not in vars(pipe.scheduler)
+    pipe.acceleration.remove()
+    assert torch.equal(run(pipe, call, steps=8), plain)
+    settings = CacheSettings.parse(name)
+    assert settings is not None
+    pipe.transformer.enable_cache(settings.config(8, pipe))
+    assert torch.equal(run(pipe, call, steps=8), got)
+    if name != "taylorseer:3,1":
+        assert counted["blocks_run"] < 32 or counted["attentions_run"] < 32, "something was skipped"
+    with pytest.raises(AccelerationError, match="enabled on its transformer already"):
+        accelerate(pipe, Reuse(plan=name))
+
+
+def test_transformers_with_caches_take_our_plans_too() -> None:
+    pipe, call = flux()
+    plain = run(pipe, call, steps=6)
+    assert torch.equal(reused(pipe, call, "full"), plain)
+    for plan in ("hold:2", "shallow:2,2@1", "shallow:2,1@0"):
+        assert not torch.equal(reused(pipe, call, plan), plain)
+        assert counters(pipe)["full_steps"] == 3
+    for options, words in (({"plan": "first-block:0"}, "first-block:threshold"), ({"plan": "pab:1.5"}, "pab:range")):
+        with pytest.raises(ConfigurationError, match=words):
+            accelerate(pipe, Reuse(**options))
+    with pytest.raises(AccelerationError, match="none of diffusers' caches"):
+        accelerate(sd()[0], Reuse(plan="first-block"))
 
 
 # ---------------------------------------------------------------------- work
