@@ -11,7 +11,7 @@ from torch import nn
 from ..denoisers import frames_of, residual_branches, residual_stream_blocks
 from ..errors import UnsupportedPipelineError
 from ..hooks import HookSet, bind_forward
-from .masks import channel_mask, positions, window
+from .masks import channel_mask, position, positions, window
 from .recipe import Recipe
 
 CONFIG_KEY = "_task_routing"  # diffusers keeps unknown config entries that begin with an underscore, silently
@@ -67,20 +67,21 @@ class RoutingState:
         timestep = timestep.reshape(-1)
         if timestep.stride() == (0,):  # one timestep for the whole batch
             timestep = timestep[:1]
-        self.positions = positions(timestep.to(sample.device), self.recipe)
-        single = len(self.positions) == 1 and self.positions.device.type == "cpu" and self.recipe.kind == "window"
-        self.position = float(self.positions) if single else None
-        self.frames = frames
+        self.frames, self.position = frames, None
         self._masks.clear()
+        if len(timestep) == 1 and timestep.device.type == "cpu" and self.recipe.kind == "window":
+            self.position = position(timestep.item(), self.recipe)
+        else:
+            self.positions = positions(timestep.to(sample.device), self.recipe)
 
     def mask(self, hidden: torch.Tensor, channels: int, block: int, spatial: tuple[int, ...] = ()) -> torch.Tensor:
         """(rows, channels, *spatial) in the dtype of `hidden`, or one row if all have the same timestep."""
         rows = hidden.shape[0]
-        key = (channels, rows, hidden.dtype, block if self.recipe.kind == "random" else 0)
+        key = (channels, rows, hidden.dtype, spatial, block if self.recipe.kind == "random" else 0)
         if key not in self._masks and self.position is not None:
             first, end = window(self.position, channels, self.recipe)
-            mask = torch.zeros(1, channels, *spatial, dtype=hidden.dtype)
-            mask[:, first:end] = 1
+            mask = torch.zeros(1, channels, *spatial, dtype=hidden.dtype, device=hidden.device)
+            mask.narrow(1, first, end - first).fill_(1)
             self._masks[key] = mask
         elif key not in self._masks:
             where = self.positions

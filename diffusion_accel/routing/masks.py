@@ -12,8 +12,16 @@ from .recipe import Recipe
 
 def positions(timesteps: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Timesteps as the denoiser gets them -> 0 (no noise) ... 1, float64, same shape."""
-    top = {"index": recipe.tasks - 1, "flow": 1000, "unit": 1}[recipe.time]
-    return (timesteps.double() / top).clamp(0, 1)
+    return (timesteps.double() / _top(recipe)).clamp(0, 1)
+
+
+def position(timestep: float, recipe: Recipe) -> float:
+    """The same for one timestep that is known on the host."""
+    return min(1.0, max(0.0, timestep / _top(recipe)))
+
+
+def _top(recipe: Recipe) -> int:
+    return {"index": recipe.tasks - 1, "flow": 1000, "unit": 1}[recipe.time]
 
 
 def active_channels(channels: int, beta: float) -> int:
