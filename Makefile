@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "diffusion-accel needs Python 3.11 or newer; $(PYTHON) is" $$($(PYTHON) -V 2>&1) "- set PYTHON=…" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: without a pin another package would draw in a larger build of it
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
 	touch $(STAMP)
 
 clean:

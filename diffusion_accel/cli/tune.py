@@ -31,6 +31,12 @@ def tune(
     scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    try_steps: Annotated[
+        list[int] | None, typer.Option(help="A number of steps that the plan may use instead; repeatable.")
+    ] = None,
+    try_scheduler: Annotated[
+        list[str] | None, typer.Option(help="A scheduler that the plan may use instead; repeatable.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 0,
     batch: Annotated[int, typer.Option(help="Pictures in a call.")] = 8,
     budget: Annotated[float, typer.Option(help="Seconds for the search.")] = 300.0,
@@ -75,9 +81,16 @@ def tune(
         if "prompt" in session.parameters:
             raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
         texts = [""] * prompts
+    from ..pipelines.schedulers import set_scheduler
+
+    own, others = session.pipe.scheduler, []
+    for name in try_scheduler or []:
+        set_scheduler(session.pipe, name)
+        others.append(session.pipe.scheduler)
+        session.pipe.scheduler = own
     state = Path(f"{output}.search")
     if not resume:
-        state.unlink(missing_ok=True)
+        forget(state)
     options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
     bar = Bar(quiet)
     try:
@@ -92,16 +105,24 @@ def tune(
             batch=batch,
             state=state,
             progress=bar,
+            try_steps=tuple(try_steps or ()),
+            try_schedulers=tuple(others),
             **options,
         )
     finally:
         bar.close()
     plan.save(Path(output), overwrite)
-    state.unlink(missing_ok=True)
+    forget(state)
     if as_json:
         typer.echo(json.dumps({"file": output, "measured": plan.measured, "search": plan.search}))
     else:
         show(output, plan)
+
+
+def forget(state: Path) -> None:
+    """Remove the files of a search."""
+    for file in state.parent.glob(f"{state.name}*"):
+        file.unlink()
 
 
 def embedded_prompts(count: int) -> list[str]:
@@ -136,7 +157,11 @@ def show(output: str, plan: Any) -> None:
     counts = {m: sum(step.mode == m for step in steps) for m in words}
     parts = [f"{n} {words[m]}" for m, n in counts.items() if n]
     alone = sum(step.guidance == "reuse" for step in steps)
-    typer.echo(f"{output}: {len(steps)} steps, {', '.join(parts)}" + (f", {alone} without guidance" if alone else ""))
+    scheduler = plan.conditions["scheduler"]
+    typer.echo(
+        f"{output}: {scheduler}, {len(steps)} steps, {', '.join(parts)}"
+        + (f", {alone} without guidance" if alone else "")
+    )
     typer.echo(
         f"on {measured['pictures']} prompts the search did not see: {measured['time_ratio']:.2f}x as fast "
         f"(FLOPs {measured['flop_ratio']:.2f}x), PSNR {measured['psnr_median']:.1f} dB, worst decile "

@@ -7,7 +7,8 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,41 @@ def kind(step: Step) -> str:
     return str(replace(step, order=0, guidance="both" if step.guidance == "both" or step.mode == "hold" else "reuse"))
 
 
-@dataclass
-class Tuner:
-    """One search. `tune` is the simple way to use it.
+@dataclass(frozen=True)
+class Reference:
+    """The baseline that everything is compared with.
 
     Attributes:
-        sampler: the pipeline with its calibration prompts.
+        sampler: calls it, for the calibration prompts.
         heldout: the same with prompts that the search does not see.
+        scheduler: its scheduler.
+        pictures: of the calibration prompts, (N, 3, H, W) in 0..1.
+        seconds: of one picture.
+    """
+
+    sampler: Sampler
+    heldout: Sampler
+    scheduler: Any
+    pictures: torch.Tensor
+    seconds: float
+
+    @classmethod
+    def measure(cls, sampler: Sampler, heldout: Sampler) -> Reference:
+        took = []
+        for _ in range(4):
+            began = time.perf_counter()
+            sampler.part(0, 1).images()
+            took.append(time.perf_counter() - began)
+        return cls(sampler, heldout, sampler.pipe.scheduler, sampler.images(), statistics.median(took[1:]))
+
+
+@dataclass
+class Tuner:
+    """One search, for one scheduler and number of steps. `tune` is the simple way to use it.
+
+    Attributes:
+        sampler: the pipeline with the calibration prompts, and the number of steps that the plan is for.
+        reference: the baseline, which may have more steps or another scheduler.
         target: what to reach.
         seconds: time budget of the search.
         state: file that keeps every evaluated plan, so that a search that was stopped goes on; None: none.
@@ -84,7 +113,7 @@ class Tuner:
     """
 
     sampler: Sampler
-    heldout: Sampler
+    reference: Reference
     target: Target
     seconds: float = 600.0
     state: Path | None = None
@@ -94,10 +123,9 @@ class Tuner:
 
     # ------------------------------------------------------------------ measuring
     def measure(self) -> None:
-        """The baseline: its pictures, its predictions, and what a step of each kind costs."""
+        """The predictions at every step, and what a step of each kind costs."""
         pipe = self.sampler.pipe
-        self.progress("baseline", 0.0)
-        self.pictures = self.sampler.images()
+        self.progress("predictions", 0.0)
         predictions, times = record(self.sampler)
         self.total = len(times)
         gram = torch.einsum("ibd,jbd->ij", predictions, predictions).double().numpy() / predictions.shape[1]
@@ -144,7 +172,7 @@ class Tuner:
         with self.running(plan):
             for start, end in self.sampler.chunks():
                 drawn = self.sampler.call(start, end)
-                values += psnr(self.pictures[start:end], drawn).clamp(max=CEILING).tolist()
+                values += psnr(self.reference.pictures[start:end], drawn).clamp(max=CEILING).tolist()
                 if at_least is not None and statistics.fmean(values) < at_least - 3.0:
                     break
         self.known[name] = values
@@ -166,12 +194,10 @@ class Tuner:
         self.resume()
         by_count = {order: self.forecasts.plans(self.total, order) for order in (1, 2)}
         if self.target.speedup is not None:
-            limit = self.costs.seconds(Plan((FULL,) * self.total)) / self.target.speedup
+            limit = self.reference.seconds / self.target.speedup
             starts = [p for p in self.starts(by_count) if self.costs.seconds(p) <= limit]
             if not starts:
-                fastest = self.costs.seconds(Plan((FULL,) * self.total)) / self.costs.seconds(
-                    Plan((FULL, *(Step("hold"),) * (self.total - 1)))
-                )
+                fastest = self.reference.seconds / self.costs.seconds(Plan((FULL, *(Step("hold"),) * (self.total - 1))))
                 raise ConfigurationError(
                     f"no plan is {self.target.speedup:g} times as fast: what a plan cannot save limits it to "
                     f"{fastest:.1f} here (decoding, the scheduler's own steps)"
@@ -258,7 +284,7 @@ class Tuner:
         return time.monotonic() + part * max(0.0, self.left())
 
     def tell(self, plan: Plan, score: float) -> None:
-        speed = self.costs.seconds(Plan((FULL,) * self.total)) / self.costs.seconds(plan)
+        speed = self.reference.seconds / self.costs.seconds(plan)
         text = f"{self.evaluated} plans, best {score:.1f} dB at {speed:.2f}x"
         self.progress(text, 1 - max(0.0, self.left()) / self.seconds)
 
@@ -281,37 +307,42 @@ class Tuner:
     # ------------------------------------------------------------------ the result
     def result(self, plan: Plan, rounds: int = 5) -> TunedPlan:
         """The plan with its measurements on the held-out prompts: times of single pictures, in turn."""
-        pipe, one = self.sampler.pipe, self.heldout.part(0, 1)
+        pipe, base = self.sampler.pipe, self.reference
+        mine = replace(base.heldout, steps=self.sampler.steps)
+        one, plain = mine.part(0, 1), base.heldout.part(0, 1)
         self.progress("held-out prompts", 1.0)
-        pictures = self.heldout.images()
+        with scheduling(pipe, base.scheduler):
+            pictures = base.heldout.images()
+            with count_flops() as whole:
+                plain.images()
         with self.running(plan):
-            values = psnr(pictures, self.heldout.images()).clamp(max=CEILING)
+            values = psnr(pictures, mine.images()).clamp(max=CEILING)
             counters = pipe.acceleration.report().counters["reuse"]
             with count_flops() as fast:
                 one.images()
-        with count_flops() as plain:
-            one.images()
         ratios = []
         for _ in range(rounds):
-            began = time.perf_counter()
-            one.images()
-            middle = time.perf_counter()
+            with scheduling(pipe, base.scheduler):
+                began = time.perf_counter()
+                plain.images()
+                took = time.perf_counter() - began
             with self.running(plan):
-                start = time.perf_counter()
+                began = time.perf_counter()
                 one.images()
-                ratios.append((middle - began) / (time.perf_counter() - start))
+                ratios.append(took / (time.perf_counter() - began))
         measured = {
             "pictures": len(values),
             "psnr_median": round(float(values.quantile(0.5)), 2),
             "psnr_worst_decile": round(float(values.quantile(0.1)), 2),
             "time_ratio": round(statistics.median(ratios), 3),
-            "flop_ratio": round(plain.total / max(1.0, fast.total), 3),
+            "flop_ratio": round(whole.total / max(1.0, fast.total), 3),
             "full_steps": counters["full_steps"],
             "peak_cache_bytes": counters["peak_cache_bytes"],
         }
         search = {
             "target": {k: v for k, v in vars(self.target).items() if v is not None},
-            "predicted_time_ratio": round(self.costs.seconds(Plan((FULL,) * self.total)) / self.costs.seconds(plan), 3),
+            "predicted_time_ratio": round(base.seconds / self.costs.seconds(plan), 3),
+            "baseline": {"steps": base.sampler.steps, "scheduler": type(base.scheduler).__name__},
             "calibration_psnr_median": round(self.median(plan), 2),
             "calibration_pictures": len(self.sampler.prompts),
             "plans_evaluated": self.evaluated,
@@ -333,6 +364,8 @@ def tune(
     batch: int = 8,
     state: Path | None = None,
     progress: Progress = lambda text, share: None,
+    try_steps: tuple[int, ...] = (),
+    try_schedulers: tuple[Any, ...] = (),
     **options: Any,
 ) -> TunedPlan:
     """Search the reuse plan of a pipeline: the best fidelity at a speed-up, or the highest speed-up at a fidelity.
@@ -349,6 +382,8 @@ def tune(
         seed, batch: see `Sampler`.
         state: see `Tuner`.
         progress: see `Tuner`.
+        try_steps, try_schedulers: fewer steps and other schedulers that the plan may use to come near the baseline; the
+            time budget is shared among all combinations. The plan's conditions say which were chosen.
         options: further arguments of the pipeline, such as guidance_scale, height and width.
 
     Returns:
@@ -362,17 +397,31 @@ def tune(
     if reason:
         raise UnsupportedPipelineError(f"reuse cannot be used on {type(pipe).__name__}: {reason}")
     calibration = 2 * len(prompts) // 3
-    whole = Sampler(pipe, tuple(prompts), steps, seed, batch, options)
-    tuner = Tuner(
-        whole.part(0, calibration),
-        whole.part(calibration, len(prompts)),
-        Target(speedup, min_psnr),
-        seconds,
-        state,
-        progress,
-    )
+    whole, target = Sampler(pipe, tuple(prompts), steps, seed, batch, options), Target(speedup, min_psnr)
+    variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
+    best: tuple[float, Tuner, Plan, Any] | None = None
+    failure: ConfigurationError | None = None
     with torch.inference_mode():
-        return tuner.result(tuner.search())
+        reference = Reference.measure(whole.part(0, calibration), whole.part(calibration, len(prompts)))
+        for i, (count, scheduler) in enumerate(variants):
+            file = state.with_name(f"{state.name}.{i}") if state is not None and i else state
+            sampler = replace(reference.sampler, steps=count)
+            tuner = Tuner(sampler, reference, target, seconds / len(variants), file, progress)
+            with scheduling(pipe, scheduler):
+                try:
+                    plan = tuner.search()
+                except ConfigurationError as error:
+                    failure = error
+                    continue
+            value = tuner.mean(plan) if speedup is not None else -tuner.costs.seconds(plan)
+            if best is None or value > best[0]:
+                best = value, tuner, plan, scheduler
+        if best is None:
+            assert failure is not None
+            raise failure
+        _, tuner, plan, scheduler = best
+        with scheduling(pipe, scheduler):
+            return tuner.result(plan)
 
 
 # ---------------------------------------------------------------------- helpers
@@ -395,6 +444,17 @@ class reusing:
             accelerate(self.pipe, self.before)
         else:
             self.pipe.acceleration.remove("reuse")
+
+
+@contextmanager
+def scheduling(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """Within this context the pipeline has another scheduler."""
+    before = pipe.scheduler
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
 
 
 def record(sampler: Sampler) -> tuple[torch.Tensor, list[float]]:

@@ -19,7 +19,7 @@ from diffusion_accel.cli.main import main
 from diffusion_accel.pipelines.models import EMBEDDED
 from diffusion_accel.reuse.plan import Plan, Step
 from diffusion_accel.reuse.search import Forecasts, held_plan, sensitivities
-from diffusion_accel.reuse.tune import Costs, Target, Tuner, mutated, tune
+from diffusion_accel.reuse.tune import Costs, Reference, Target, Tuner, mutated, tune
 from diffusion_accel.reuse.tuned import TunedPlan, fingerprint
 
 
@@ -187,15 +187,16 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
     from diffusion_accel.evaluation.sampler import Sampler
 
     sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
-    tuner = Tuner(Sampler(sticker, tuple(PROMPTS), 12, 0, 6, CALL), None, Target(speedup=2))  # type: ignore[arg-type]
+    sampler = Sampler(sticker, tuple(PROMPTS), 12, 0, 6, CALL)
     with torch.inference_mode():
+        tuner = Tuner(sampler, Reference.measure(sampler, sampler), Target(speedup=2))
         tuner.measure()
         best = tuner.forecasts.plans(12, 2)[6]
         uniform = Plan(tuple(Step() if i % 2 == 0 else Step("hold", order=1) for i in range(12)))
         assert np.median(tuner.scores(best)) > np.median(tuner.scores(uniform)) + 3
         assert getattr(sticker, "acceleration", None) is None, "tuning leaves the pipeline as it was"
         again = Sampler(sticker, tuple(PROMPTS), 12, 0, 6, CALL).images()
-    assert torch.isinf(psnr(again, tuner.pictures)).all()
+    assert torch.isinf(psnr(again, tuner.reference.pictures)).all()
 
 
 def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -250,3 +251,14 @@ def test_the_command_tunes_and_generate_takes_the_plan(tmp_path: Path, capsys: A
     assert not (tmp_path / "b.png").exists()
     assert cli("tune", "-o", str(tmp_path / "x.json"), "--speedup", "2", "--min-psnr", "40") == 2
     assert "either" in capsys.readouterr().err
+
+
+def test_fewer_steps_and_another_scheduler_may_be_tried(sticker: Any) -> None:
+    own = sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
+    other = DPMSolverMultistepScheduler.from_config(own.config)
+    options = {"steps": 8, "seconds": 4.0, "try_steps": (5,), "try_schedulers": (other,), **CALL}
+    plan = tune(sticker, PROMPTS, speedup=1.5, **options)
+    assert sticker.scheduler is own and len(plan.plan) == plan.conditions["steps"] in (5, 8)
+    assert plan.conditions["scheduler"] in ("DDIMScheduler", "DPMSolverMultistepScheduler")
+    assert plan.search["baseline"] == {"steps": 8, "scheduler": "DDIMScheduler"}
+    assert plan.measured["flop_ratio"] > 1.2
