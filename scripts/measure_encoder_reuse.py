@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from diffusion_accel import AccelerationError, EncoderReuse, accelerate
+from diffusion_accel import AccelerationError, EncoderReuse, Feature, Reuse, accelerate
 from diffusion_accel.evaluation.fidelity import psnr, ssim
 from diffusion_accel.evaluation.flops import count_flops
 from diffusion_accel.pipelines.loading import load_pipeline
@@ -98,13 +98,13 @@ def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
     }
 
 
-def with_plan(pipe: Any, feature: EncoderReuse | None, call: Callable[[], Any]) -> Callable[[], Any]:
-    """`call` with encoder reuse set to `feature` first, or switched off."""
+def with_plan(pipe: Any, feature: Feature | None, call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` with `feature` and nothing else switched on first."""
 
     def switched() -> Any:
-        if feature is None:
-            pipe.acceleration.disable()
-        else:
+        if getattr(pipe, "acceleration", None) is not None:
+            pipe.acceleration.remove()
+        if feature is not None:
             accelerate(pipe, feature)
         return call()
 
@@ -197,13 +197,17 @@ def measure_sd15(latent: int, rounds: int, steps: int = 10) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     embeds = {"prompt_embeds": torch.randn(1, 77, 768), "negative_prompt_embeds": torch.randn(1, 77, 768)}
     size = latent * pipe.vae_scale_factor
-    plans: dict[str, EncoderReuse | None] = {
+    plans: dict[str, Feature | None] = {
         "baseline": None,
         "all key steps (hook overhead)": EncoderReuse.neutral(),
+        "reuse full (hook overhead)": Reuse(plan="full"),
+        "reuse deepcache:3": Reuse(plan="deepcache:3"),
+        "reuse hold:2": Reuse(plan="hold:2"),
+        "reuse hold:2, every other full step without guidance": Reuse(plan="hold:2", guidance="reuse:4"),
+        "reuse hold:3": Reuse(plan="hold:3"),
         "uniform:5, sequential": EncoderReuse(schedule="uniform:5", batch_decoder=False),
         "uniform:5, batched": EncoderReuse(schedule="uniform:5"),
     }
-    accelerate(pipe, EncoderReuse())
 
     def sample() -> Any:
         generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,10 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Row:
-    """What one entry gained and lost. Fidelity is [median, worst decile]; `failed` says why there is none."""
+    """What one entry gained and lost.
+
+    Fidelity is [median, worst decile], and `psnr_each` that of every picture; `failed` says why there is none.
+    """
 
     name: str
     kind: str
@@ -30,6 +33,7 @@ class Row:
     flop_ratio: float | None = None
     peak_mib: float | None = None
     psnr: list[float] | None = None
+    psnr_each: list[float] | None = None
     ssim: list[float] | None = None
     ms_ssim: list[float] | None = None
     psnr_converged: float | None = None
@@ -180,7 +184,8 @@ def compare(row: Row, base: Any, converged: Any) -> None:
     """The fidelity of a row's pictures."""
     if row.failed is not None or row.pictures is None:
         return
-    row.psnr = _spread(psnr(base, row.pictures))
+    each = psnr(base, row.pictures)
+    row.psnr, row.psnr_each = _spread(each), [round(v, 2) for v in each.clamp(max=200.0).tolist()]
     side = min(base.shape[-2:])
     if side >= 11:
         row.ssim = _spread(ssim(base, row.pictures), 4)

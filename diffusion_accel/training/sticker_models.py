@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .denoising import BETA_END, BETA_START, TIMESTEPS
+from .denoising import Process
 from .files import UsageError, read_json, require
 from .latents import PATCH
+from .sampling import scheduler_for
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -41,7 +42,7 @@ class Shape:
     vae_channels: tuple[int, ...] = (24, 48, 96, 96)
     unet_channels: tuple[int, ...] = (64, 128, 192)
     unet_groups: int = 16
-    unet_dropout: float = 0.1
+    unet_dropout: float = 0.0
     text_width: int = 192
     text_layers: int = 3
 
@@ -126,22 +127,6 @@ def build_text_encoder(shape: Shape, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_scheduler() -> DDIMScheduler:
-    """DDIM with linear betas and v-prediction; other samplers can be made from its config."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        num_train_timesteps=TIMESTEPS,
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        beta_schedule="linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
-
-
 def build_pipeline(
     vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
@@ -152,7 +137,7 @@ def build_pipeline(
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=scheduler_for(Process()),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
