@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import resource
 import subprocess
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigurationError
 from .entries import Entry
 
 MARK = "@bench "
@@ -62,6 +64,8 @@ class Runner:
         torch.set_num_threads(job.threads)
         self.job = job
         self.pipe = load_pipeline(job.model, dtype=getattr(torch, job.dtype)).to(job.device)
+        if not any(job.prompts) and "prompt" in inspect.signature(type(self.pipe).__call__).parameters:
+            raise ConfigurationError("prompts are needed (--prompts-file): fidelity depends on what is drawn")
         if job.scheduler:
             set_scheduler(self.pipe, job.scheduler)
         self.pipe.set_progress_bar_config(disable=True)

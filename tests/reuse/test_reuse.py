@@ -9,7 +9,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from zoo import ZOO, ddim, dit, flux, rand, run, sd, sdxl
@@ -231,6 +233,59 @@ def test_every_mode_runs_everywhere_and_skips_what_it_says(kind: str, plan: str)
     assert len(calls["conv_out"]) == counted["decoder_runs"] + shallow
     assert counted["peak_cache_bytes"] > 0
     assert torch.equal(run(pipe, call, steps=7), first)
+
+
+@pytest.mark.parametrize("scheduler", sorted(ddim().compatibles, key=lambda c: c.__name__), ids=lambda c: c.__name__)
+def test_every_compatible_scheduler_with_every_mode(scheduler: Any) -> None:
+    if scheduler.__name__ == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde", reason="DPMSolverSDEScheduler itself needs torchsde")
+    pipe, call = sd()
+    plan = "steps:full full hold@1 full/reuse hold@2 shallow:2@1 full decoder@1"
+
+    def eight_steps(plan: str) -> torch.Tensor:
+        seed = {"noise_sampler_seed": 0} if scheduler.__name__ == "DPMSolverSDEScheduler" else {}
+        pipe.scheduler = scheduler.from_config(ddim().config, **seed)
+        return reused(pipe, call, plan, steps=8, stretch=True)
+
+    base, first = eight_steps("full"), eight_steps(plan)
+    counted = counters(pipe)
+    assert torch.isfinite(first).all() and not torch.equal(first, base)
+    assert counted["full_steps"] + counted["reused_steps"] == pipe.acceleration.report().steps
+    assert counted["hold_steps"] and counted["shallow_steps"] and counted["unguided_steps"]
+    assert torch.equal(eight_steps(plan), first)
+
+
+class Still(DDIMScheduler):
+    """Stands still: the same timestep and the same latents at every step, so whatever is kept is exact."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        super().set_timesteps(num_inference_steps, device)
+        self.timesteps = torch.full_like(self.timesteps, 500)
+        self.seen: list[torch.Tensor] = []
+
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **more: Any) -> Any:
+        self.seen.append(model_output)
+        return DDIMSchedulerOutput(prev_sample=sample, pred_original_sample=sample)
+
+
+@pytest.mark.parametrize("freeu", [False, True], ids=["", "freeu"])
+@pytest.mark.parametrize(
+    "kind", ["sd", "sd_batch", "sdxl", "controlnet", "t2i_adapter", "ip_adapter", "img2img", "unet3d"]
+)
+def test_what_is_kept_is_exact_where_nothing_moves(kind: str, freeu: bool) -> None:
+    pipe, call = ZOO[kind]()
+    if freeu:
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    pipe.scheduler = Still.from_config(pipe.scheduler.config)
+    tokens = (
+        "full shallow:1 decoder@1 hold@2 shallow:3@1 full decoder shallow:2 shallow:2/reuse full/reuse decoder/reuse"
+    )
+    accelerate(pipe, Reuse(plan=f"steps:{tokens}", stretch=True))
+    run(pipe, call, steps=11)
+    first, *others = pipe.scheduler.seen
+    assert len(others) >= 4
+    for other in others:
+        assert (other - first).abs().max() <= 2e-5 * first.abs().max()
 
 
 def test_the_unconditional_branch_is_really_left_out() -> None:
