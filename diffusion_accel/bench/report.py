@@ -88,7 +88,7 @@ def page(result: Result) -> str:
     return PAGE.format(
         title=escape(f"diffusion-accel: {result.job.model}"),
         heading=escape(heading(result)),
-        plots="".join(plots),
+        plots="".join(f"<figure>{svg}</figure>" for svg in plots),
         head=head,
         body="".join(body),
         pictures=pictures(result),
@@ -123,7 +123,8 @@ def plot(result: Result, key: str, label: str) -> str:
         across = (math.log(x) - x0) / max(1e-9, x1 - x0)
         return edge + across * (width - edge - 20), height - edge - (y - y0) / (y1 - y0) * (height - edge - 20)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">']
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
+    parts.append(f"<style>{SVG_STYLE}</style>")
     for tick in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20):
         if x0 <= math.log(tick) <= x1:
             x, _ = at(tick, y0)
@@ -143,11 +144,17 @@ def plot(result: Result, key: str, label: str) -> str:
         parts.append(
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{colour_of(row, result)}"><title>{tip}</title></circle>'
         )
+        if row.kind not in ("anchor", "baseline"):
+            side, anchor = (8, "start") if px < width * 0.75 else (-8, "end")
+            name = html.escape(row.name.replace("fewer-steps", "steps"))
+            parts.append(
+                f'<text x="{px + side:.1f}" y="{py + 4:.1f}" text-anchor="{anchor}" class="name">{name}</text>'
+            )
     parts.append(f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">times as fast</text>')
     parts.append(
         f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">{label}</text>'
     )
-    return f"<figure>{''.join(parts)}</svg></figure>"
+    return f"{''.join(parts)}</svg>"
 
 
 def pictures(result: Result, count: int = 6) -> str:
@@ -170,13 +177,16 @@ def data_url(picture: Any, side: int = 192) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+SVG_STYLE = (
+    "text { font: 12px sans-serif; fill: #333 } .name { font-size: 10px } .grid { stroke: #e5e5e5 } "
+    ".front { fill: none; stroke: #999; stroke-dasharray: 4 }"
+)
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1320px; padding: 0 1em; color: #222; }}
 figure {{ display: inline-block; width: min(640px, 100%); margin: 0; }}
-svg {{ width: 100%; font-size: 12px; }}
-.grid {{ stroke: #e5e5e5; }} .front {{ fill: none; stroke: #999; stroke-dasharray: 4; }}
+svg {{ width: 100%; }}
 table {{ border-collapse: collapse; margin: 1em 0; }} td, th {{ padding: .25em .7em; text-align: right; }}
 td:first-child, th:first-child {{ text-align: left; }} tr:nth-child(even) {{ background: #f6f6f6; }}
 img {{ height: 96px; margin: 1px; }} .pictures td {{ text-align: left; }}

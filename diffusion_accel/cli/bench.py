@@ -41,6 +41,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Timed rounds; every entry has its turn in each.")] = 5,
     converged: Annotated[bool, typer.Option(help="Also measure the distance to many steps of a good solver.")] = True,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with pictures and plots.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Write the plot as SVG.")] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the numbers.")] = None,
     markdown_file: Annotated[str | None, typer.Option("--markdown", metavar="FILE", help="Write the table.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
@@ -61,7 +62,7 @@ def bench(
     for name, value, low in (("count", count, 1), ("batch", batch, 1), ("rounds", rounds, 1)):
         if value < low:
             raise ConfigurationError(f"--{name} must be at least {low}, got {value}")
-    files = {"html": html, "json": json_file, "markdown": markdown_file}
+    files = {"html": html, "plot": plot, "json": json_file, "markdown": markdown_file}
     check_free([Path(file) for file in files.values() if file is not None], overwrite)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype}
@@ -94,6 +95,7 @@ def bench(
         result = run.bench(job, parsed, rounds, converged, status)
     texts = {
         "html": lambda: report.page(result),
+        "plot": lambda: report.plot(result, "psnr", "PSNR to the baseline, dB"),
         "json": lambda: json.dumps(result.to_dict(), indent=1) + "\n",
         "markdown": lambda: report.markdown(result),
     }
