@@ -1,4 +1,4 @@
-"""Contact sheet of the embedded model: plain diffusers and encoder reuse side by side, and what that gained and lost.
+"""Contact sheet of the embedded model: plain diffusers and a tuned plan side by side, and what that gained and lost.
 
     python scripts/demo.py -o demo
 
@@ -24,14 +24,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from diffusion_accel import AccelerationError, EncoderReuse, accelerate
+from diffusion_accel import AccelerationError, Reuse, accelerate
 from diffusion_accel.cli.output import check_writable, save_image
 from diffusion_accel.evaluation.compare import Comparison, compare
 from diffusion_accel.evaluation.pictures import grid
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
-from diffusion_accel.reuse.schedule import key_steps
+from diffusion_accel.reuse.tuned import TunedPlan
 
+PLAN = "tuned:ddim-balanced"
 PROMPTS = [
     ("red apple, 3d style", 0),
     ("pizza, 3d style", 0),
@@ -51,7 +52,7 @@ def run(folder: Path, steps: int, rounds: int) -> None:
     pipe = load_pipeline("sticker")
     set_scheduler(pipe, "ddim")
     pipe.set_progress_bar_config(disable=True)
-    accelerate(pipe, EncoderReuse())
+    accelerate(pipe, Reuse(plan=PLAN, stretch=True))
     results: list[Comparison] = []
     for prompt, seed in track(PROMPTS, description="drawing", console=Console(stderr=True), transient=True):
 
@@ -71,8 +72,8 @@ def run(folder: Path, steps: int, rounds: int) -> None:
         captions.append(
             [f"{PROMPTS[k][0]}: {results[k].time_ratio:.1f}x, {results[k].psnr[0]:.0f} dB" for k in (left, right)]
         )
-    keys = len(key_steps(EncoderReuse().schedule, steps))
-    title = f"sticker, DDIM {steps} steps: plain diffusers and encoder reuse, {keys} of {steps} encoder runs"
+    full = sum(step.mode == "full" for step in TunedPlan.load(PLAN).plan.stretched(steps).steps)
+    title = f"sticker, DDIM {steps} steps: plain diffusers and --reuse {PLAN}, {full} of {steps} steps computed"
     sheet = grid(rows, ["plain", "accelerated"] * 2, captions, scale=2, title=title)
     save_image(sheet, folder / "contact-sheet.png")
     print_table(results)
@@ -81,7 +82,7 @@ def run(folder: Path, steps: int, rounds: int) -> None:
 
 def print_table(results: list[Comparison]) -> None:
     table = Table(
-        "prompt", "time ratio", "FLOP ratio", "PSNR dB", "SSIM", title="encoder reuse against plain diffusers"
+        "prompt", "time ratio", "FLOP ratio", "PSNR dB", "SSIM", title=f"--reuse {PLAN} against plain diffusers"
     )
     numbers = [(r.time_ratio, r.flop_ratio, r.psnr[0], r.ssim[0]) for r in results]
     for (prompt, _), row in zip(PROMPTS, numbers, strict=True):
