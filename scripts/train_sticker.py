@@ -9,7 +9,8 @@ Stages, each of which reads what the ones before it left in the work folder:
     latents    principal components of 8x8 patches: the latents of the chosen pictures
     decoder    trains the VAE's decoder
     text       pre-trains the text encoder
-    unet       trains the UNet with the text encoder
+    unet       trains the UNet with the text encoder, on the concept list and the pictures around it
+    finish     goes on from its averaged weights, on the concept list alone
     export     writes the diffusers folder
     grid       writes a grid of samples
     evaluate   prediction error by noise level, and retrieval
@@ -63,7 +64,8 @@ DECODER = {"steps": 17000, "batch": 16, "lr": 1.5e-3, "warmup": 50, "cooldown": 
 DECODER |= {"weight_decay": 1e-3, "eval_every": 500, "grid_every": 2000}
 TEXT = {"steps": 6000, "batch": 64, "lr": 1e-3, "beta2": 0.98, "eval_every": 200, "grid_every": 1000}
 UNET = {"steps": 10000, "batch": 64, "lr": 1e-3, "warmup": 150, "eval_every": 250, "grid_every": 1000}
-TUNED: dict[str, dict[str, Any]] = {"decoder": DECODER, "text": TEXT, "unet": UNET}
+FINISH = UNET | {"steps": 3500, "lr": 6e-4, "warmup": 50, "cooldown": 1.0}
+TUNED: dict[str, dict[str, Any]] = {"decoder": DECODER, "text": TEXT, "unet": UNET, "finish": FINISH}
 
 Stage = Callable[[argparse.Namespace], None]
 
@@ -205,7 +207,7 @@ def text_task(options: argparse.Namespace) -> Task:
     return TextTask(options.work)
 
 
-def unet_task(options: argparse.Namespace) -> Task:
+def unet_task(options: argparse.Namespace, finishing: bool = False) -> Task:
     import torch
 
     from diffusion_accel.training.denoising import Process
@@ -219,18 +221,28 @@ def unet_task(options: argparse.Namespace) -> Task:
     torch.manual_seed(0)
     encoder = build_text_encoder(captioned.shape, load_tokenizer(options.work))
     denoiser = Denoiser(build_unet(captioned.shape), encoder)
-    if not options.fresh_text:
+    if not finishing and not options.fresh_text:
         pretrained = TextTask(options.work).model
         load_average(options.work / "text", pretrained, "text")
         encoder.load_state_dict(pretrained.text.state_dict())
+    if finishing:
+        load_average(options.work / "unet", denoiser, "unet")
+        captioned = captioned.listed()
     objective = objective_from(options, Process(), uniform=0.4, t_mean=options.t_mean)
     return DenoisingTask(denoiser, captioned, objective, routing_from(options, Process()))
+
+
+def finish_task(options: argparse.Namespace) -> Task:
+    return unet_task(options, finishing=True)
+
+
+TASKS = {"decoder": decoder_task, "text": text_task, "unet": unet_task, "finish": finish_task}
 
 
 def run_training(stage: str, options: argparse.Namespace, accelerator: Accelerator) -> None:
     from diffusion_accel.training.loop import train
 
-    folder, task = options.work / stage, {"decoder": decoder_task, "text": text_task, "unet": unet_task}[stage]
+    folder, task = options.work / stage, TASKS[stage]
     settings = settings_from(TUNED[stage], options, getattr(options, f"{stage}_steps"))
     if options.overwrite and not options.resume and accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -252,7 +264,7 @@ ALONE: dict[str, Stage] = {
     "evaluate": run_evaluate,
 }
 LEFT = {"cache": "shape.json", "tokenizer": "tokens.safetensors", "latents": "latents.safetensors"}  # last file of each
-ORDER = ("cache", "tokenizer", "latents", "decoder", "text", "unet", "export", "grid", "evaluate")
+ORDER = ("cache", "tokenizer", "latents", "decoder", "text", "unet", "finish", "export", "grid", "evaluate")
 
 
 def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> None:
@@ -268,7 +280,7 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
         group.add_argument("--crop", type=number(8), default=48, help="side of the decoder's crops (default: 48)")
         text = "largest latent noise of the decoder's input (default: 0.3)"
         group.add_argument("--latent-noise", type=number(0, float), default=0.3, help=text)
-    if "unet" in stages:
+    if {"unet", "finish"} & set(stages):
         add_objective_options(group, immiscible="knn:4")
         text = "centre of the logit-normal timesteps (default: 0)"
         group.add_argument("--t-mean", type=float, default=0.0, help=text)

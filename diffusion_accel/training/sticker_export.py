@@ -19,7 +19,7 @@ from .files import TrainingError, UsageError, replacing_folder
 from .latents import PatchCodec, write_encoder
 from .models import float32_text
 from .pictures import psnr
-from .state import load_average, read_counters
+from .state import STATE, load_average, read_counters
 from .sticker_models import (
     Shape,
     build_pipeline,
@@ -65,8 +65,9 @@ def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
         raise UsageError(f"{out} is not a pipeline folder; refusing to replace it")
     shape, tokenizer = Shape.of_work(work), data.load_tokenizer(work)
     denoiser = Denoiser(build_unet(shape), build_text_encoder(shape, tokenizer))
-    load_average(work / "unet", denoiser, "unet")
-    routing = read_counters(work / "unet").get("task_routing")
+    last = work / ("finish" if (work / "finish" / STATE).exists() else "unet")
+    load_average(last, denoiser, last.name)
+    routing = read_counters(last).get("task_routing")
     if routing:
         denoiser.core.register_to_config(**{CONFIG_KEY: routing})
     vae, facts = build_trained_vae(work)

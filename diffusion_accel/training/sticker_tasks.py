@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,10 @@ class Captioned:
         ids = tokens["captions"][indices]
         shape, latents = Shape.of_work(work), stored["latents"]
         return cls(shape, codec, rows, latents, ids, tokens["empty"], train, watched, heldout)
+
+    def listed(self) -> Captioned:
+        """The pictures of the concept list alone."""
+        return replace(self, train=self.watched)
 
     def clean(self, indices: torch.Tensor) -> torch.Tensor:
         return self.latents[indices]

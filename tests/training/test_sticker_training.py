@@ -32,6 +32,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONCEPTS = ("red disc", "blue disc", "green ring", "yellow square", "orange ring", "pink square")
 COLOURS = ((220, 40, 40), (40, 60, 220), (40, 180, 60), (230, 210, 40), (240, 140, 30), (240, 120, 180))
 SIZE = 48
+STAGES = ("decoder", "text", "unet", "finish")
 TINY = {
     "size": SIZE,
     "vae_channels": [16, 32, 64, 64],
@@ -95,7 +96,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder after all stages, with the exported pipeline in ``pipeline``."""
     folder = tmp_path_factory.mktemp("work")
-    steps = [f"--{stage}-steps=3" for stage in ("decoder", "text", "unet")]
+    steps = [f"--{stage}-steps=3" for stage in STAGES]
     code = trainer.main(
         ["all", "--data", str(data), "--work", str(folder), "--shape", str(data / "shape.json"), "--styles", "flat,3d"]
         + ["--concepts", str(data / "concepts.txt"), "--sampling-steps", "2", "--count", "4", "--around", "blob"]
@@ -217,7 +218,7 @@ def test_work_folder_holds_no_pickles(work: Path) -> None:
     suffixes = {file.suffix for file in work.rglob("*") if file.is_file()}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".png", ".npy", ".txt"}
     np.load(work / "images.npy", allow_pickle=False)
-    for stage in ("decoder", "text", "unet"):
+    for stage in STAGES:
         names = {file.name for file in (work / stage).iterdir()}
         assert {"state.json", "state-00000003.safetensors", "log.jsonl", "grid-000003.png"} <= names
 
@@ -232,7 +233,7 @@ def test_export_loads_and_draws(work: Path) -> None:
     image = pipeline("red disc, 3d style", num_inference_steps=2).images[0]
     assert image.size == (SIZE, SIZE)
     stored = load_file(work / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
-    average = tensors_of(work / "unet")["average.unet.conv_in.weight"]
+    average = tensors_of(work / "finish")["average.unet.conv_in.weight"]
     assert torch.equal(stored["conv_in.weight"], average.half())
     result = json.loads((work / "evaluate.json").read_text())
     assert result["train"]["retrieval"]["n"] == 4 and result["heldout"]["retrieval"]["n"] == 1
