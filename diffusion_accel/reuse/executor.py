@@ -23,8 +23,9 @@ from ..denoisers import (
     rows_are_independent,
     with_prediction,
 )
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedPipelineError
 from ..hooks import HookSet, bind_forward, map_tensors, tensor_bytes, tensors_in
+from ..prediction import Conversion
 from ..steps import StepClock
 from .history import History
 from .plan import FULL, Plan, Step
@@ -36,8 +37,8 @@ class Features:
 
     Attributes:
         segment, shape: for which pass over the timesteps and which input shape the features are valid.
-        histories: by what they are of: "prediction", "guidance" (unconditional minus conditional prediction), and the
-            keys that the hooks on parts of the denoiser use.
+        histories: by what they are of: ("prediction", space), "guidance" (unconditional minus conditional prediction),
+            and the keys that the hooks on parts of the denoiser use.
         outlines: shapes of the outputs of parts that may be skipped, with the number of rows they were made with.
         output: what the denoiser returned last, to return the same kind.
         ready: predictions decoded ahead, by step index.
@@ -140,6 +141,12 @@ class ReuseRun:
         self.plan = Plan((FULL,))
         self._segment = -1
         self._mirrored: bool | None = None
+        self.conversion = Conversion(clock.scheduler)
+        if any(kinds.spaces) and not self.conversion.possible:
+            raise UnsupportedPipelineError(
+                f"with {type(clock.scheduler).__name__} a prediction cannot be turned into noise or clean sample; "
+                "use hold without epsilon or sample"
+            )
         self.hooks = HookSet(f"diffusion_accel.{name}")
         names = ("encoder_runs", "decoder_runs", "decoder_steps", "full_steps", "reused_steps", "peak_cache_bytes")
         counters.update(dict.fromkeys(names, 0))
@@ -239,6 +246,7 @@ class DenoiserHook(ModelHook):
             step = FULL  # the unconditional branch was never computed: there is nothing to reuse
         if step.mode == "hold":
             return self._hold(features, step, run.time(index), named)
+        given = _sample(named)
         conditions = tensors_in(
             {k: v for k, v in named.items() if k not in ("sample", "hidden_states", "timestep", *RESIDUAL_ARGUMENTS)}
         )
@@ -275,8 +283,9 @@ class DenoiserHook(ModelHook):
         if half or run.plan.reuses_guidance:
             chunks = [self._with_guidance(current, chunk, time) for chunk, time in zip(chunks, times, strict=True)]
         if step.mode == "full":
-            if (order := run.kinds.orders("hold")) >= 0:
-                features.histories.setdefault("prediction", History(order + 1)).push(times[0], chunks[0])
+            for space, order in run.kinds.spaces.items():
+                value = run.conversion.to(space, chunks[0], given, times[0]) if space else chunks[0]
+                features.histories.setdefault(("prediction", space), History(order + 1)).push(times[0], value)
             features.output = output
             held = sum(f.bytes() for f in run.cache.values())
             run.counters["peak_cache_bytes"] = max(run.counters["peak_cache_bytes"], held)
@@ -287,7 +296,9 @@ class DenoiserHook(ModelHook):
         return features.ready.pop(index)
 
     def _hold(self, features: Features, step: Step, time: float, named: dict[str, Any]) -> Any:
-        value = features.histories["prediction"].at(time, step.order)
+        value = features.histories["prediction", step.space].at(time, step.order)
+        if step.space:
+            value = self.run.conversion.back(step.space, value, _sample(named), time)
         if step.guidance == "none" and self.run.halved(named):
             value = torch.cat([_conditional(value)] * 2)
         self.run.counters["reused_steps"] += 1

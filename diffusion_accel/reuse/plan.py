@@ -11,7 +11,7 @@ from .schedule import key_steps
 MODES = ("full", "decoder", "shallow", "hold")
 GUIDANCE = ("both", "reuse", "none")
 MAX_ORDER = 3
-_TOKEN = re.compile(r"(full|decoder|hold|shallow:([1-9]\d*))(?:@([0-3]))?(?:/(reuse|none))?")
+_TOKEN = re.compile(r"(full|decoder|hold(?::(epsilon|sample))?|shallow:([1-9]\d*))(?:@([0-3]))?(?:/(reuse|none))?")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Step:
             computed, the prediction is reused.
         depth: of "shallow": how many skip connections of a U-Net are computed, from the outside (DeepCache's branch
             + 1), or how many blocks of a transformer, half of them at its beginning and half at its end.
+        space: of "hold": what is forecast: "" the prediction as it is, "epsilon" the noise that it means, "sample" the
+            clean sample. The last two become a prediction with the latents of their own step.
         order: what is reused is taken as it was (0), or forecast in time by a polynomial of this degree through the
             last full steps (at most 3).
         guidance: "both": with and without the prompt; "reuse": only with it, and the difference between the two is
@@ -34,9 +36,12 @@ class Step:
     depth: int = 0
     order: int = 0
     guidance: str = "both"
+    space: str = ""
 
     def __str__(self) -> str:
-        text = self.mode + (f":{self.depth}" if self.mode == "shallow" else "")
+        text = (
+            self.mode + (f":{self.depth}" if self.mode == "shallow" else "") + (f":{self.space}" if self.space else "")
+        )
         return (
             text + (f"@{self.order}" if self.order else "") + (f"/{self.guidance}" if self.guidance != "both" else "")
         )
@@ -47,11 +52,11 @@ class Step:
         match = _TOKEN.fullmatch(token)
         if match is None:
             raise ConfigurationError(
-                "a step of a plan is full, decoder, shallow:DEPTH or hold, then @ORDER and /reuse or /none if wanted, "
-                f"such as hold@2 (the order is at most {MAX_ORDER}); got {token!r}"
+                "a step of a plan is full, decoder, shallow:DEPTH, hold, hold:epsilon or hold:sample, then @ORDER and "
+                f"/reuse or /none if wanted, such as hold@2 (the order is at most {MAX_ORDER}); got {token!r}"
             )
-        mode, depth, order, guidance = match.groups()
-        return cls(mode.partition(":")[0], int(depth or 0), int(order or 0), guidance or "both")
+        mode, space, depth, order, guidance = match.groups()
+        return cls(mode.partition(":")[0], int(depth or 0), int(order or 0), guidance or "both", space or "")
 
 
 FULL = Step()
@@ -91,6 +96,12 @@ class Plan:
         return max((s.order for s in self.steps if s.mode == mode and s.depth == depth), default=-1)
 
     @property
+    def spaces(self) -> dict[str, int]:
+        """The spaces of its held steps, with the highest order in each."""
+        held = [step for step in self.steps if step.mode == "hold"]
+        return {s: max(step.order for step in held if step.space == s) for s in {step.space for step in held}}
+
+    @property
     def highest_order(self) -> int:
         return max(step.order for step in self.steps)
 
@@ -128,9 +139,9 @@ PRESETS = (
     "uniform:m",
     "deepcache:n[,branch]",
     "shallow:n,depth",
-    "hold:n",
+    "hold:n[,epsilon|sample]",
 )
-_PRESET = re.compile(r"([a-z-]+)(?::(\d+)(?:,(\d+))?)?(?:@([0-3]))?")
+_PRESET = re.compile(r"([a-z-]+)(?::(\d+)(?:,(\d+))?(?:,(epsilon|sample))?)?(?:@([0-3]))?")
 # name -> how many numbers it takes: (at least, at most), default order
 _ARGUMENTS = {
     "full": (0, 0, 0),
@@ -155,6 +166,7 @@ class Preset:
     interval: int = 1
     argument: int = 0
     order: int = 0
+    space: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Preset:
@@ -165,7 +177,8 @@ class Preset:
         - `uniform:m`: the encoder at every m-th step, the decoder at the others.
         - `deepcache:n[,branch]`: DeepCache with interval n and its branch index (0).
         - `shallow:n,depth`: the same by depth, forecast (order 1 if none is given).
-        - `hold:n`: every n-th step, the prediction is forecast at the others (order 2 if none is given).
+        - `hold:n`: every n-th step, the prediction is forecast at the others (order 2 if none is given), or the noise
+          or the clean sample that it means.
 
         Raises:
             ConfigurationError: it is none of these.
@@ -175,9 +188,10 @@ class Preset:
             name, numbers = match[1], [int(n) for n in match.groups()[1:3] if n is not None]
             least, most, order = _ARGUMENTS[name]
             depth_is_right = name != "shallow" or (len(numbers) == 2 and numbers[1] >= 1)
+            depth_is_right &= match[4] is None or name == "hold"
             if least <= len(numbers) <= most and (not numbers or numbers[0] >= 1) and depth_is_right:
                 interval, argument = (*numbers, 1, 0)[:2] if not numbers else (*numbers, 0)[:2]
-                return cls(name, interval, argument, order if match[4] is None else int(match[4]))
+                return cls(name, interval, argument, order if match[5] is None else int(match[5]), match[4] or "")
         raise ConfigurationError(
             f"unknown reuse plan {text!r}; allowed: {', '.join(PRESETS)}, each with @ORDER (0 to {MAX_ORDER}) if "
             "wanted; tuned:quality, tuned:balanced, tuned:fast; or a tuned plan's JSON file"
@@ -197,7 +211,7 @@ class Preset:
         if self.name == "uniform":
             return Step("decoder", order=self.order)
         if self.name == "hold":
-            return Step("hold", order=self.order)
+            return Step("hold", order=self.order, space=self.space)
         depth = self.argument if self.name == "shallow" else branch_depth(self.argument, layers)
         return Step("shallow", depth, self.order)
 

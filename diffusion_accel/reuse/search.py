@@ -8,6 +8,7 @@ predictions, and its square a quadratic form in their Gram matrix: plans can be 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,39 +16,39 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..prediction import Conversion
 from .history import weights
 from .plan import FULL, Plan, Step
 
+DELTA = 0.01
 SPAN = 16  # longest run of held steps that is considered
 
 
-def sensitivities(scheduler: Any, steps: int) -> np.ndarray:
+def sensitivities(scheduler: Any, steps: int, space: str = "") -> np.ndarray:
     """How much the final sample moves if the prediction at one step moves, everything else being equal: (steps,).
 
-    Measured on the scheduler alone, with random numbers for predictions.
+    Measured on the scheduler alone, with random numbers for predictions, or for what they mean in a `space`.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, conversion = torch.Generator(), Conversion(scheduler)
 
     def final(changed: int | None) -> torch.Tensor:
         solver = type(scheduler).from_config(scheduler.config)
         solver.set_timesteps(steps)
         draw = torch.Generator().manual_seed(1)
-        sample = torch.randn(1, 1, 1, 16, generator=draw)
+        sample = torch.randn(1, 1, 1, 16, generator=draw, dtype=torch.float64).float() * solver.init_noise_sigma
+        takes_noise = "generator" in inspect.signature(solver.step).parameters
         for i, t in enumerate(solver.timesteps):
-            prediction = torch.randn(1, 1, 1, 16, generator=draw) * 0.1
-            noise = generator.manual_seed(2)
-            more = {"generator": noise} if "generator" in solver.step.__code__.co_varnames else {}
-            sample = solver.step(prediction + (0.01 if i == changed else 0), t, sample, **more).prev_sample
+            value = torch.randn(1, 1, 1, 16, generator=draw) * 0.1 + (DELTA if i == changed else 0)
+            given = solver.scale_model_input(sample, t)
+            prediction = conversion.back(space, value, given, float(t)) if space else value
+            more = {"generator": generator.manual_seed(2)} if takes_noise else {}
+            sample = solver.step(prediction, t, sample, **more).prev_sample
         return sample
 
     base = final(None)
-    return np.array([float((final(i) - base).mean()) / 0.01 for i in range(len(_timesteps(scheduler, steps)))])
-
-
-def _timesteps(scheduler: Any, steps: int) -> list[float]:
     solver = type(scheduler).from_config(scheduler.config)
     solver.set_timesteps(steps)
-    return [float(t) for t in solver.timesteps]
+    return np.array([float((final(i) - base).mean()) / DELTA for i in range(len(solver.timesteps))])
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ class Forecasts:
         times: timesteps, (N,).
         gram: mean over the calibration pictures of the inner products of the predictions, (N, N).
         influence: see `sensitivities`, (N,).
+        space: of the predictions, see `Step`.
     """
 
     times: list[float]
     gram: np.ndarray
     influence: np.ndarray
+    space: str = ""
 
     def errors(self, nodes: tuple[int, ...], highest: int) -> list[tuple[float, int]]:
         """What holding the steps behind nodes[0] up to each possible end costs, and the best order for it.
@@ -108,7 +111,7 @@ class Forecasts:
                     if total < following.get(state, (math.inf, ()))[0]:
                         following[state] = (total, (*path, (nodes[0], order)))
             if best[1] is not None:
-                found[count] = held_plan(n, best[1])
+                found[count] = held_plan(n, best[1], self.space)
             # keep the promising states only: the search is exact up to this beam
             costs = dict(sorted(following.items(), key=lambda item: item[1][0])[:BEAM])
         return found
@@ -117,7 +120,7 @@ class Forecasts:
 BEAM = 4000
 
 
-def held_plan(total: int, runs: tuple[tuple[int, int], ...]) -> Plan:
+def held_plan(total: int, runs: tuple[tuple[int, int], ...], space: str = "") -> Plan:
     """A plan from (full step, order of the held steps behind it)."""
     steps: list[Step] = []
     starts = [start for start, _ in runs]
@@ -126,5 +129,5 @@ def held_plan(total: int, runs: tuple[tuple[int, int], ...]) -> Plan:
             steps.append(FULL)
         else:
             order = next(order for start, order in reversed(runs) if start < i)
-            steps.append(Step("hold", order=order))
+            steps.append(Step("hold", order=order, space=space))
     return Plan(tuple(steps))

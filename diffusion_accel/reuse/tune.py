@@ -20,6 +20,7 @@ from ..errors import ConfigurationError, UnsupportedPipelineError
 from ..evaluation.fidelity import psnr
 from ..evaluation.flops import count_flops
 from ..evaluation.sampler import Sampler
+from ..prediction import SPACES, Conversion
 from ..steps import StepClock
 from ..switchboard import accelerate
 from .plan import FULL, Plan, Preset, Step
@@ -68,7 +69,8 @@ class Costs:
 
 def kind(step: Step) -> str:
     """The kind of a step by what it costs; the order of a forecast costs next to nothing."""
-    return str(replace(step, order=0, guidance="both" if step.guidance == "both" or step.mode == "hold" else "reuse"))
+    half = step.guidance != "both" and step.mode != "hold"
+    return str(replace(step, order=0, space="", guidance="reuse" if half else "both"))
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,26 @@ class Tuner:
         """The predictions at every step, and what a step of each kind costs."""
         pipe = self.sampler.pipe
         self.progress("predictions", 0.0)
-        predictions, times = record(self.sampler)
+        predictions, inputs, times = record(self.sampler)
         self.total = len(times)
-        gram = torch.einsum("ibd,jbd->ij", predictions, predictions).double().numpy() / predictions.shape[1]
-        try:
-            influence = sensitivities(pipe.scheduler, self.sampler.steps)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            logger.info("the scheduler cannot be probed (%s): every step counts the same", error)
-            influence = np.ones(self.total)
-        if len(influence) != self.total:
-            influence = np.ones(self.total)
-        self.forecasts = Forecasts(times, gram, influence)
+        conversion = Conversion(pipe.scheduler)
+        self.forecasts = []
+        for space in ("", *SPACES) if conversion.possible else ("",):
+            if space == conversion.kind:
+                continue  # the prediction itself
+            values = predictions
+            if space:
+                pairs = zip(predictions, inputs, times, strict=True)
+                values = torch.stack([conversion.to(space, p, x, t) for p, x, t in pairs])
+            gram = torch.einsum("ibd,jbd->ij", values, values).double().numpy() / values.shape[1]
+            try:
+                influence = sensitivities(pipe.scheduler, self.sampler.steps, space)
+            except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+                logger.info("the scheduler cannot be probed (%s): every step counts the same", error)
+                influence = np.ones(self.total)
+            if len(influence) != self.total:
+                influence = np.ones(self.total)
+            self.forecasts.append(Forecasts(times, gram, influence, space))
         self.guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
         self.costs = self.measure_costs()
 
@@ -192,41 +203,47 @@ class Tuner:
         self.began = time.monotonic()
         self.measure()
         self.resume()
-        by_count = {order: self.forecasts.plans(self.total, order) for order in (1, 2)}
+        families = self.families()
         if self.target.speedup is not None:
             limit = self.reference.seconds / self.target.speedup
-            starts = [p for p in self.starts(by_count) if self.costs.seconds(p) <= limit]
+            affordable = [[p for p in plans if self.costs.seconds(p) <= limit] for plans in families]
+            starts = [max(plans, key=self.costs.seconds) for plans in affordable if plans]
             if not starts:
                 fastest = self.reference.seconds / self.costs.seconds(Plan((FULL, *(Step("hold"),) * (self.total - 1))))
                 raise ConfigurationError(
                     f"no plan is {self.target.speedup:g} times as fast: what a plan cannot save limits it to "
                     f"{fastest:.1f} here (decoding, the scheduler's own steps)"
                 )
-            near = sorted(starts, key=self.costs.seconds)[-16:]
-            return self.climb(near, limit, self.share(1.0))
+            return self.climb(starts, limit, self.share(1.0))
         floor = float(self.target.min_psnr or 0.0)
-        return self.cheapest(by_count, floor)
+        return self.cheapest(families, floor)
 
-    def starts(self, by_count: dict[int, dict[int, Plan]]) -> list[Plan]:
-        """Plans to begin with: those of the dynamic programme, with some of their steps without guidance's branch."""
-        found = [plan for plans in by_count.values() for plan in plans.values()]
-        found += [Preset("hold", interval, order=2).plan(self.total) for interval in (2, 3, 4)]
+    def families(self) -> list[list[Plan]]:
+        """Plans to begin with, by family: those of the dynamic programme in each space and up to each order, for every
+        number of full steps, also with some of them without guidance's unconditional branch."""
+        found = [list(f.plans(self.total, order).values()) for f in self.forecasts for order in (0, 1, 2)]
+        found.append([Preset("hold", interval, order=2).plan(self.total) for interval in (2, 3, 4)])
         if self.guided:
-            found += [halved(plan, every) for plan in found for every in (2, 3)]
-        return list(dict.fromkeys(found))
+            found += [[halved(plan, every) for plan in plans] for plans in found for every in (2, 3)]
+        return found
 
-    def cheapest(self, by_count: dict[int, dict[int, Plan]], floor: float) -> Plan:
+    def cheapest(self, families: list[list[Plan]], floor: float) -> Plan:
         """The fastest plan whose median reaches the floor: first without, then with a search around the candidates."""
-        starts = sorted(self.starts(by_count), key=self.costs.seconds)
+        starts = sorted({plan for plans in families for plan in plans}, key=lambda p: (self.costs.seconds(p), str(p)))
         reached: list[Plan] = []
-        low, high = 0, len(starts)
-        while low < high and self.left() > 0:  # fidelity grows with cost, nearly always
-            middle = (low + high) // 2
-            if self.median(starts[middle], floor) >= floor:
-                reached.append(starts[middle])
-                high = middle
-            else:
-                low = middle + 1
+        for plans in families:
+            ordered = sorted(set(plans), key=lambda p: (self.costs.seconds(p), str(p)))
+            if reached:  # only what would be faster
+                limit = min(map(self.costs.seconds, reached))
+                ordered = [plan for plan in ordered if self.costs.seconds(plan) < limit]
+            low, high = 0, len(ordered)
+            while low < high and self.left() > 0:  # within a family fidelity grows with cost, nearly always
+                middle = (low + high) // 2
+                if self.median(ordered[middle], floor) >= floor:
+                    reached.append(ordered[middle])
+                    high = middle
+                else:
+                    low = middle + 1
         best = min(reached, key=self.costs.seconds, default=None)
         if best is None:
             raise ConfigurationError(f"no plan reaches {floor:g} dB on these prompts within the time budget")
@@ -256,7 +273,7 @@ class Tuner:
         while time.monotonic() < until and failures < 80:
             if stop_at is not None and self.median(best, stop_at) >= stop_at:
                 break
-            other = mutated(best, rng, self.guided)
+            other = mutated(best, rng, self.guided, tuple(f.space for f in self.forecasts))
             if other == best or self.costs.seconds(other) > limit or other in seen:
                 failures += 1
                 continue
@@ -457,13 +474,20 @@ def scheduling(pipe: Any, scheduler: Any) -> Iterator[None]:
         pipe.scheduler = before
 
 
-def record(sampler: Sampler) -> tuple[torch.Tensor, list[float]]:
-    """What the scheduler is given at every step, (steps, pictures, values) in float32, and the timesteps."""
+def record(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """What the scheduler is given at every step, prediction and latents as the denoiser sees them, and the timesteps.
+
+    Both are (steps, pictures, values) in float32.
+    """
     clock = StepClock(sampler.pipe)
     seen: list[torch.Tensor] = []
 
     def note(named: dict[str, Any]) -> None:
-        seen.append(named["model_output"].detach().float().cpu().flatten(1).clone())
+        x = clock.scheduler.scale_model_input(named["sample"], named["timestep"])
+        predicted = named["model_output"]
+        if predicted.shape[1] > x.shape[1]:
+            predicted = predicted[:, : x.shape[1]]  # a learned variance behind it
+        seen.append(torch.stack([v.detach().float().cpu().flatten(1) for v in (predicted, x)]))
 
     parts = []
     clock.on_step(before=note)
@@ -474,14 +498,14 @@ def record(sampler: Sampler) -> tuple[torch.Tensor, list[float]]:
             sampler.call(start, end)
         finally:
             clock.stop()
-        parts.append(torch.stack(seen))
+        parts.append(torch.stack(seen, 1))
     times = [float(t) for t in sampler.pipe.scheduler.timesteps]
-    predictions = torch.cat(parts, 1)
+    predictions, inputs = torch.cat(parts, 2)
     if len(predictions) != len(times):
         raise UnsupportedPipelineError(
             f"{type(sampler.pipe).__name__} calls its scheduler {len(predictions)} times for {len(times)} timesteps"
         )
-    return predictions, times
+    return predictions, inputs, times
 
 
 def halved(plan: Plan, every: int) -> Plan:
@@ -494,7 +518,7 @@ def halved(plan: Plan, every: int) -> Plan:
     return Plan(tuple(steps))
 
 
-def mutated(plan: Plan, rng: random.Random, guided: bool) -> Plan:
+def mutated(plan: Plan, rng: random.Random, guided: bool, spaces: tuple[str, ...] = ("",)) -> Plan:
     """A neighbour: full steps moved, exchanged or traded, another order behind one of them, another branch kept."""
     steps = list(plan.steps)
     for _ in range(rng.choice((1, 1, 2))):
@@ -508,11 +532,11 @@ def mutated(plan: Plan, rng: random.Random, guided: bool) -> Plan:
             to = node + rng.choice((-2, -1, -1, 1, 1, 2))
             if 0 < to < len(steps) and steps[to].mode == "hold":
                 steps[node], steps[to] = steps[to], steps[node]
-        elif move < 0.75:  # another order of the run behind a full step, or of the guidance's forecast
+        elif move < 0.75:  # another order and space of the run behind a full step
             start = rng.choice([0, *nodes])
-            order = rng.choice((0, 1, 2, 3))
+            order, space = rng.choice((0, 1, 2, 3)), rng.choice(spaces)
             end = next((i for i in nodes if i > start), len(steps))
-            steps[start + 1 : end] = [replace(step, order=order) for step in steps[start + 1 : end]]
+            steps[start + 1 : end] = [replace(step, order=order, space=space) for step in steps[start + 1 : end]]
         elif move < 0.85 or not guided:  # take a full step away here, put it in there
             to = rng.choice(held)
             steps[node], steps[to] = steps[to], steps[node]
@@ -523,5 +547,5 @@ def mutated(plan: Plan, rng: random.Random, guided: bool) -> Plan:
             steps[node] = FULL
             others = [i for i in nodes if steps[i].guidance == "reuse" and i != node]
             if others:
-                steps[rng.choice(others)] = Step("hold", order=1)
+                steps[rng.choice(others)] = Step("hold", space=rng.choice(spaces))
     return Plan(tuple(steps))

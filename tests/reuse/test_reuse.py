@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from hypothesis import HealthCheck, Phase, given, settings
@@ -18,6 +18,7 @@ from zoo import ZOO, ddim, dit, flux, rand, run, sd, sdxl
 
 from diffusion_accel import AccelerationError, ConfigurationError, EncoderReuse, Reuse, accelerate
 from diffusion_accel.hooks import tensors_in
+from diffusion_accel.prediction import Conversion
 from diffusion_accel.reuse.history import History, weights
 from diffusion_accel.reuse.plan import Plan, Preset, Step, branch_depth, with_guidance
 
@@ -109,6 +110,51 @@ def test_held_predictions_and_reused_guidance_equal_a_loop_by_hand(plan: str) ->
     got = reused(pipe, call, f"steps:{tokens}", steps=8, latents=latents.clone(), height=16, width=16)
     want = by_hand(pipe, call, latents, Plan.parse(tokens))
     assert (got - want).abs().max() <= 3e-4 * want.abs().max()
+
+
+KINDS = ("epsilon", "v_prediction", "sample")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "flow"])
+@pytest.mark.parametrize("space", ["epsilon", "sample"])
+def test_noise_and_clean_sample_are_what_the_schedule_says(kind: str, space: str) -> None:
+    x0, noise = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    if kind == "flow":
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        x = 0.7 * x0 + 0.3 * noise
+        prediction, time = noise - x0, 300.0
+    else:
+        scheduler, time = ddim(prediction_type=kind), 300.0
+        x = scheduler.add_noise(x0, noise, torch.tensor([300]))
+        velocity = scheduler.get_velocity(x0, noise, torch.tensor([300]))
+        prediction = {"epsilon": noise, "v_prediction": velocity, "sample": x0}[kind]
+    conversion = Conversion(scheduler)
+    assert conversion.possible
+    there = conversion.to(space, prediction, x, time)
+    assert torch.allclose(there, noise if space == "epsilon" else x0, atol=1e-4)
+    assert torch.allclose(conversion.back(space, there, x, time), prediction, atol=1e-4)
+    doubled = torch.cat([prediction, noise], 1)  # a learned variance stays as it is
+    assert torch.equal(conversion.to(space, doubled, x, time)[:, 4:], noise)
+    wide = torch.cat([x, noise], 1)  # a mask beside the latents does not matter
+    assert torch.equal(conversion.to(space, prediction, wide, time), there)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", ["epsilon", "sample"])
+def test_holding_noise_or_clean_sample_is_a_longer_step_of_ddim(kind: str, space: str) -> None:
+    pipe, call = sd()
+    pipe.scheduler = ddim(prediction_type=kind, timestep_spacing="trailing")  # every other of 8 steps is one of 4
+    few = run(pipe, call, steps=4)
+    held = reused(pipe, call, "steps:" + " ".join([f"full hold:{space}"] * 4), steps=8)
+    assert (held - few).abs().max() <= 1e-3 * few.abs().max()
+
+
+def test_spaces_need_a_scheduler_that_says_how_noise_was_added() -> None:
+    pipe, call = ZOO["svd"]()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.register_to_config(prediction_type="unknown")
+    with pytest.raises(AccelerationError, match="cannot be turned into noise"):
+        reused(pipe, call, "hold:2,epsilon")
 
 
 def test_guidance_over_an_interval_equals_calls_without_it() -> None:
@@ -280,8 +326,8 @@ def test_what_is_kept_is_exact_where_nothing_moves(kind: str, freeu: bool) -> No
     tokens = (
         "full shallow:1 decoder@1 hold@2 shallow:3@1 full decoder shallow:2 shallow:2/reuse full/reuse decoder/reuse"
     )
-    accelerate(pipe, Reuse(plan=f"steps:{tokens}", stretch=True))
-    run(pipe, call, steps=11)
+    accelerate(pipe, Reuse(plan=f"steps:{tokens} hold:epsilon hold:sample@1", stretch=True))
+    run(pipe, call, steps=13)
     first, *others = pipe.scheduler.seen
     assert len(others) >= 4
     for other in others:
@@ -369,7 +415,8 @@ STEPS = st.builds(
     mode=st.sampled_from(["full", "decoder", "hold"]),
     order=st.integers(0, 3),
     guidance=st.sampled_from(["both", "reuse", "none"]),
-) | st.builds(Step, mode=st.just("shallow"), depth=st.integers(1, 3), order=st.integers(0, 3))
+) | st.builds(Step, mode=st.just("hold"), order=st.integers(0, 2), space=st.sampled_from(["epsilon", "sample"]))
+STEPS |= st.builds(Step, mode=st.just("shallow"), depth=st.integers(1, 3), order=st.integers(0, 3))
 PLANS = st.lists(STEPS, min_size=0, max_size=12).map(lambda rest: Plan((Step(), *rest)))
 
 
@@ -409,6 +456,7 @@ def test_forecasts_are_exact_for_polynomials(times: list[int], at: int, powers: 
 
 def test_presets_and_guidance_make_the_plans_that_they_name() -> None:
     assert str(Preset.parse("hold:3").plan(7)) == "full hold@2 hold@2 full hold@2 hold@2 full"
+    assert str(Preset.parse("hold:2,epsilon@0").plan(3)) == "full hold:epsilon full"
     assert str(Preset.parse("deepcache:2,4@1").plan(3)) == "full shallow:5@1 full"
     assert [branch_depth(b, 2) for b in range(6)] == [1, 2, 3, 4, 5, 6]
     assert [branch_depth(b, 1) for b in range(6)] == [1, 2, 2, 3, 4, 4]

@@ -191,7 +191,7 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
     with torch.inference_mode():
         tuner = Tuner(sampler, Reference.measure(sampler, sampler), Target(speedup=2))
         tuner.measure()
-        best = tuner.forecasts.plans(12, 2)[6]
+        best = tuner.forecasts[0].plans(12, 2)[6]
         uniform = Plan(tuple(Step() if i % 2 == 0 else Step("hold", order=1) for i in range(12)))
         assert np.median(tuner.scores(best)) > np.median(tuner.scores(uniform)) + 3
         assert getattr(sticker, "acceleration", None) is None, "tuning leaves the pipeline as it was"

@@ -1,0 +1,81 @@
+"""What a denoiser predicts, and the same said in other words: noise, clean sample, velocity.
+
+x = α·x0 + σ·ε, with α and σ from the noise schedule at a timestep. A forecast of ε or x0 becomes a prediction with the
+latents as they are now, so it corrects itself where a forecast of the velocity cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+SPACES = ("epsilon", "sample")
+_LEAST = 1e-4
+
+
+class Conversion:
+    """Between the prediction type of a scheduler and noise ("epsilon") or clean sample ("sample")."""
+
+    def __init__(self, scheduler: Any) -> None:
+        config = getattr(scheduler, "config", {})
+        self.flow = type(scheduler).__name__.startswith("FlowMatch")
+        self.kind = "flow" if self.flow else config.get("prediction_type", "epsilon")
+        self.training = float(config.get("num_train_timesteps", 1000))
+        table = getattr(scheduler, "alphas_cumprod", None)
+        self.table: list[float] = [] if table is None or self.flow else [float(value) for value in table]
+
+    @property
+    def possible(self) -> bool:
+        """Whether α and σ are known and the prediction is one of epsilon, sample, v_prediction and flow."""
+        return self.flow or (bool(self.table) and self.kind in ("epsilon", "sample", "v_prediction"))
+
+    def coefficients(self, timestep: float) -> tuple[float, float]:
+        """α and σ at a timestep, which need not be a whole number."""
+        if self.flow:
+            sigma = min(1.0, max(0.0, timestep / self.training))
+            return max(_LEAST, 1 - sigma), max(_LEAST, sigma)
+        low = min(len(self.table) - 1, max(0, math.floor(timestep)))
+        high, share = min(len(self.table) - 1, low + 1), max(0.0, timestep - low)
+        ratios = [math.sqrt((1 - self.table[i]) / max(self.table[i], 1e-12)) for i in (low, high)]
+        ratio = ratios[0] + share * (ratios[1] - ratios[0])  # σ/α, interpolated as sigma schedulers do
+        alpha = 1 / math.sqrt(1 + ratio**2)
+        return max(_LEAST, alpha), max(_LEAST, ratio * alpha)
+
+    def to(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        """A prediction in another space; `x` is what the denoiser was given, in at least as many channels."""
+        return self._map(value, x, timestep, lambda v, x, a, s: _into(space, self.kind, v, x, a, s))
+
+    def back(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        """The inverse of `to`, with the latents as they are now."""
+        return self._map(value, x, timestep, lambda v, x, a, s: _from(space, self.kind, v, x, a, s))
+
+    def _map(self, value: torch.Tensor, x: torch.Tensor, timestep: float, fn: Any) -> torch.Tensor:
+        alpha, sigma = self.coefficients(timestep)
+        if value.shape == x.shape:
+            return fn(value, x, alpha, sigma)
+        if value.dim() == x.dim() and value.shape[1] < x.shape[1]:  # inpainting: latents, mask, masked latents
+            return fn(value, x[:, : value.shape[1]], alpha, sigma)
+        own, rest = value.split([x.shape[1], value.shape[1] - x.shape[1]], 1)  # a learned variance behind it
+        return torch.cat([fn(own, x, alpha, sigma), rest], 1)
+
+
+def _into(space: str, kind: str, v: torch.Tensor, x: torch.Tensor, a: float, s: float) -> torch.Tensor:
+    if kind == space:
+        return v
+    if kind == "v_prediction":
+        return a * v + s * x if space == "epsilon" else a * x - s * v
+    if kind == "flow":
+        return x + a * v if space == "epsilon" else x - s * v
+    return (x - a * v) / s if space == "epsilon" else (x - s * v) / a
+
+
+def _from(space: str, kind: str, value: torch.Tensor, x: torch.Tensor, a: float, s: float) -> torch.Tensor:
+    if kind == space:
+        return value
+    if kind == "v_prediction":
+        return (value - s * x) / a if space == "epsilon" else (a * x - value) / s
+    if kind == "flow":
+        return (value - x) / a if space == "epsilon" else (x - value) / s
+    return (x - s * value) / a if space == "epsilon" else (x - a * value) / s
