@@ -164,13 +164,11 @@ class UNetLayers:
             one skip connection run in this order.
         up: the same by the skip connection that they take in, its residual block first.
         count: how many skip connections there are.
-        per_block: residual blocks in a down block.
     """
 
     down: tuple[tuple[tuple[int, tuple[nn.Module, ...]], ...], ...]
     up: tuple[tuple[tuple[int, tuple[nn.Module, ...]], ...], ...]
     count: int
-    per_block: int
 
 
 def unet_layers(module: nn.Module) -> UNetLayers:
@@ -201,7 +199,7 @@ def unet_layers(module: nn.Module) -> UNetLayers:
         up.append(tuple(units))
     if taken != 0:
         raise ValueError(f"the up blocks of {type(module).__name__} take {skip - taken} of its {skip} skip connections")
-    return UNetLayers(tuple(down), tuple(up), skip, len(_list(stages.down[0], "resnets")))
+    return UNetLayers(tuple(down), tuple(up), skip)
 
 
 def _list(block: nn.Module, name: str) -> Any:

@@ -52,7 +52,6 @@ class Result:
     rounds: int
     machine: dict[str, Any]
     rows: list[Row]
-    pictures: Any = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         job = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.job).items()}
@@ -76,18 +75,14 @@ def bench(
     """
     progress("loading the model")
     local = Runner(job)
-    try:
-        rows = measure(local, job, entries, rounds, progress)
-        base = rows[0].pictures
-        rows += anchors(local, job, rows, progress)
-        goal = None
-        if converged:
-            progress("many steps")
-            goal = _converged(local, job)
-        for row in rows:
-            compare(row, base, goal)
-    finally:
-        local.close()
+    rows = measure(local, job, entries, rounds, progress)
+    rows += anchors(local, job, rows, progress)
+    goal = None
+    if converged:
+        progress("many steps")
+        goal = _converged(local, job)
+    for row in rows:
+        compare(row, rows[0].pictures, goal)
     machine = {
         "cpu": _processor(),
         "device": job.device,
@@ -95,7 +90,7 @@ def bench(
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    return Result(job, rounds, machine, rows, base)
+    return Result(job, rounds, machine, rows)
 
 
 def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress: Progress) -> list[Row]:
@@ -111,8 +106,8 @@ def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress
         except Exception as error:
             text = str(error).strip().splitlines()
             rows[entry].failed = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-            if entry in places and places[entry] is not local:
-                places[entry].close()
+            if isinstance(place := places.get(entry), Isolated):
+                place.close()
 
     try:
         for entry in rows:
@@ -139,7 +134,7 @@ def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress
                     attempt(entry, once)
     finally:
         for place in places.values():
-            if place is not local:
+            if isinstance(place, Isolated):
                 place.close()
     for entry, row in rows.items():
         if row.failed is None:

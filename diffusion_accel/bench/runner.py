@@ -129,9 +129,6 @@ class Runner:
 
             torch.cuda.synchronize()
 
-    def close(self) -> None:
-        pass
-
 
 class Isolated:
     """A `Runner` for one peer in its own process. Raises `RuntimeError` with the reason if that one fails."""

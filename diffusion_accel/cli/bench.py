@@ -10,6 +10,7 @@ import typer
 
 from ..bench.entries import Entry
 from ..errors import ConfigurationError
+from ..files import replacing
 from .output import check_free
 from .settings import DTYPES, merge, read_jobs
 from .tune import embedded_prompts
@@ -101,7 +102,8 @@ def bench(
     }
     for name, file in files.items():
         if file is not None:
-            write(Path(file), texts[name]())
+            with replacing(Path(file)) as temporary:
+                temporary.write_text(texts[name](), encoding="utf-8")
     typer.echo(report.markdown(result))
 
 
@@ -124,13 +126,3 @@ class Status:
 
     def __exit__(self, *exception: object) -> None:
         self.status.stop()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..files import replacing
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -89,12 +89,8 @@ class TunedPlan:
             "search": self.search,
             "made_by": f"diffusion-accel {__version__}",
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, text: str) -> TunedPlan:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AccelerationError
+from ..files import replacing
 
 
 class TrainingError(AccelerationError, RuntimeError):
@@ -22,18 +23,6 @@ class UsageError(TrainingError):
     """What was asked for cannot be done: a missing folder, a stage that was not run, a state that would be lost."""
 
     exit_code = 2
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; renamed to `path` at the end, removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
