@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
+from .attachment import RunAttachment
 from .schedule import check_schedule, key_steps
 
 if TYPE_CHECKING:
@@ -81,13 +82,8 @@ class EncoderReuse(Feature):
         return EncoderReuseAttachment(self, pipeline)
 
 
-class EncoderReuseAttachment(Attachment):
+class EncoderReuseAttachment(RunAttachment):
     """Encoder reuse on one pipeline; everything it holds lives for one call."""
-
-    def __init__(self, feature: EncoderReuse, pipeline: Any) -> None:
-        super().__init__(feature, pipeline)
-        self._run: Any = None
-        self._counters: dict[str, float] = {}
 
     def before_call(self, clock: StepClock) -> None:
         from .executor import ReuseRun
@@ -95,10 +91,7 @@ class EncoderReuseAttachment(Attachment):
         from .prior_noise import PriorNoise
 
         feature: EncoderReuse = self.feature  # type: ignore[assignment]
-        reason = feature.supports(self.pipeline)  # the user may have replaced the U-Net since accelerate()
-        if reason:
-            raise ConfigurationError(f"encoder_reuse cannot be used on this pipeline any more: {reason}")
-        self._counters = {}
+        self.begin()
         decoder = Step("decoder")
 
         def plan(total: int) -> Plan:
@@ -118,11 +111,3 @@ class EncoderReuseAttachment(Attachment):
         self._run.install()
         if feature.prior_noise > 0:
             PriorNoise(feature, clock, self._counters).install()
-
-    def after_call(self) -> None:
-        if self._run is not None:
-            self._run.uninstall()
-            self._run = None
-
-    def counters(self) -> dict[str, float]:
-        return dict(self._counters)

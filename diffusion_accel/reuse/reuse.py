@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
+from .attachment import RunAttachment
 from .cache_settings import CACHES, CacheSettings
 from .plan import Plan, Preset, looks_like_a_preset, with_guidance
 from .tuned import TunedPlan, is_tuned
@@ -92,13 +93,11 @@ class Reuse(Feature):
         return ReuseAttachment(self, pipeline)
 
 
-class ReuseAttachment(Attachment):
+class ReuseAttachment(RunAttachment):
     """The reuse engine on one pipeline; everything it holds lives for one call."""
 
     def __init__(self, feature: Reuse, pipeline: Any) -> None:
         super().__init__(feature, pipeline)
-        self._run: Any = None
-        self._counters: dict[str, float] = {}
         self._tuned = TunedPlan.load(feature.plan) if is_tuned(feature.plan) else None
 
     def before_call(self, clock: StepClock) -> None:
@@ -106,12 +105,9 @@ class ReuseAttachment(Attachment):
         from .executor import ReuseRun
 
         feature: Reuse = self.feature  # type: ignore[assignment]
-        reason = feature.supports(self.pipeline)  # the user may have replaced the denoiser since accelerate()
-        if reason:
-            raise ConfigurationError(f"reuse cannot be used on this pipeline any more: {reason}")
+        self.begin()
         if self._tuned is not None:
             self._tuned.check(self.pipeline)
-        self._counters = {}
         if (cache := CacheSettings.parse(feature.plan)) is not None:
             self._run = CacheRun(cache, self.pipeline, self._counters)
             self._run.install()
@@ -149,11 +145,3 @@ class ReuseAttachment(Attachment):
         feature: Reuse = self.feature  # type: ignore[assignment]
         training = float(getattr(clock.scheduler.config, "num_train_timesteps", 1000))
         return with_guidance(plan, feature.guidance, clock.timesteps, training)
-
-    def after_call(self) -> None:
-        if self._run is not None:
-            self._run.uninstall()
-            self._run = None
-
-    def counters(self) -> dict[str, float]:
-        return dict(self._counters)
