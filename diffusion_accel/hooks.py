@@ -36,14 +36,32 @@ class HookSet:
             registry = getattr(module, "_diffusers_hook", None)
             if registry is None:
                 continue
-            registry.remove_hook(self.name, recurse=False)
+            _unchain(registry, self.name)
             tidy(module)
 
 
-def tidy(module: torch.nn.Module) -> None:
-    """Remove what an empty `HookRegistry` leaves on a module."""
+def _unchain(registry: Any, name: str) -> None:
+    """Remove a hook, also from between others.
+
+    diffusers' `remove_hook` connects the hook that was added next to the function below the removed one, but for a
+    hook with a `new_forward` of its own in the wrong place: it would no longer run, and its removal would bring the
+    removed hook back.
+    """
+    if name not in registry.hooks:
+        return
+    place = registry._hook_order.index(name)
+    removed, following = registry._fn_refs[place], registry._fn_refs[place + 1 : place + 2]
+    below = removed.forward if removed.original_forward is None else removed.original_forward
+    kept = [(ref, ref.forward) for ref in following if ref.original_forward is not None]
+    registry.remove_hook(name, recurse=False)
+    for ref, forward in kept:
+        ref.forward, ref.original_forward = forward, below
+
+
+def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
+    """Remove what an empty `HookRegistry` leaves on a module; not the registry itself if it was there before."""
     registry = module.__dict__.get("_diffusers_hook")
-    if registry is not None and not registry.hooks:
+    if registry is not None and not registry.hooks and not keep_registry:
         del module._diffusers_hook
     # The registry puts back the bound method it found as an instance attribute; drop that trace as well.
     forward: Any = module.__dict__.get("forward")

@@ -61,8 +61,7 @@ class CacheRun:
             self.denoiser.disable_cache()
         self._counting.remove()
         for module in self.denoiser.modules():
-            if id(module) not in self._before:
-                tidy(module)
+            tidy(module, keep_registry=id(module) in self._before)
 
 
 class CountHook(ModelHook):

@@ -1,0 +1,49 @@
+"""Hooks come and go in any order and leave no trace."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import ModelHook
+
+from diffusion_accel.hooks import HookSet
+
+
+class Times(ModelHook):
+    """Multiplies the output, around the forward or after it."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def post_forward(self, module: Any, output: Any) -> Any:
+        return output * self.factor
+
+
+class Around(ModelHook):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.fn_ref.original_forward(*args, **kwargs) * self.factor
+
+
+@pytest.mark.parametrize("kinds", itertools.product((Times, Around), repeat=3))
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_hooks_are_removed_in_any_order(kinds: Any, order: tuple[int, ...]) -> None:
+    module, x = torch.nn.Identity(), torch.ones(1)
+    sets = [HookSet(f"test.{i}") for i in range(3)]
+    factors = [2.0, 3.0, 5.0]
+    for hooks, kind, factor in zip(sets, kinds, factors, strict=True):
+        hooks.add(module, kind(factor))
+    left = set(range(3))
+    for i in order:
+        sets[i].remove()
+        sets[i].remove()
+        left -= {i}
+        assert float(module(x)) == float(torch.tensor([factors[k] for k in left]).prod() if left else 1)
+    assert "_diffusers_hook" not in vars(module) and "forward" not in vars(module)

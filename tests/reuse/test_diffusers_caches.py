@@ -1,0 +1,94 @@
+"""The caches that diffusers itself has for transformers, driven by the same switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from zoo import Built, flux, rand, run, sd, seeded
+
+from diffusion_accel import AccelerationError, ConfigurationError, Reuse, accelerate
+from diffusion_accel.reuse.cache_settings import CacheSettings
+
+
+def counters(pipe: Any) -> dict[str, float]:
+    return pipe.acceleration.report().counters["reuse"]
+
+
+def reused(pipe: Any, call: dict[str, Any], plan: str) -> torch.Tensor:
+    accelerate(pipe, Reuse(plan=plan))
+    return run(pipe, call)
+
+
+def cogvideox() -> Built:
+    """A video transformer with both branches of guidance in a batch, which FasterCache needs."""
+    transformer = seeded(
+        lambda: CogVideoXTransformer3DModel(
+            num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2,
+            text_embed_dim=16, num_layers=2, sample_width=4, sample_height=4, sample_frames=9, patch_size=2,
+            temporal_compression_ratio=4, max_text_seq_length=6,
+        )
+    )  # fmt: skip
+    vae = seeded(
+        lambda: AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        )
+    )  # fmt: skip
+    pipe = CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=CogVideoXDDIMScheduler()
+    )
+    embeds = {"prompt_embeds": rand(1, 6, 16, seed=1), "negative_prompt_embeds": rand(1, 6, 16, seed=2)}
+    size = {"height": 32, "width": 32, "num_frames": 9}
+    return pipe, {**embeds, **size, "guidance_scale": 4.0, "output_type": "latent"}
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(flux, name) for name in ("first-block:0.5", "taylorseer:3,1", "mag:0.5", "pab:2")]
+    + [(cogvideox, name) for name in ("faster-cache:2,3", "pab:2")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_caches_equal_enable_cache_and_leave_no_trace(build: Any, name: str) -> None:
+    pipe, call = build()
+
+    def left() -> list[tuple[str, str]]:
+        modules = pipe.transformer.named_modules()
+        return [
+            (path, key) for path, module in modules for key in ("_diffusers_hook", "forward") if key in vars(module)
+        ]
+
+    plain = run(pipe, call, steps=8)
+    before = left()  # the pipeline itself gives its transformer a registry, for the cache's context
+    accelerate(pipe, Reuse(plan=name))
+    got = run(pipe, call, steps=8)
+    counted = counters(pipe)
+    assert torch.equal(run(pipe, call, steps=8), got), "the second call begins with an empty cache"
+    assert left() == before and "set_timesteps" not in vars(pipe.scheduler)
+    pipe.acceleration.remove()
+    assert torch.equal(run(pipe, call, steps=8), plain)
+    settings = CacheSettings.parse(name)
+    assert settings is not None
+    pipe.transformer.enable_cache(settings.config(8, pipe))
+    assert torch.equal(run(pipe, call, steps=8), got)
+    if name != "taylorseer:3,1":
+        blocks = 2 if build is cogvideox else 4
+        assert min(n for n in counted.values() if n) < 8 * blocks, "something was skipped"
+    with pytest.raises(AccelerationError, match="enabled on its transformer already"):
+        accelerate(pipe, Reuse(plan=name))
+
+
+def test_transformers_with_caches_take_our_plans_too() -> None:
+    pipe, call = flux()
+    plain = run(pipe, call)
+    assert torch.equal(reused(pipe, call, "full"), plain)
+    for plan in ("hold:2", "shallow:2,2@1", "shallow:2,1@0"):
+        assert not torch.equal(reused(pipe, call, plan), plain)
+        assert counters(pipe)["full_steps"] == 3
+    for options, words in (({"plan": "first-block:0"}, "first-block:threshold"), ({"plan": "pab:1.5"}, "pab:range")):
+        with pytest.raises(ConfigurationError, match=words):
+            accelerate(pipe, Reuse(**options))
+    with pytest.raises(AccelerationError, match="none of diffusers' caches"):
+        accelerate(sd()[0], Reuse(plan="first-block"))
