@@ -17,8 +17,13 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy diffusion_accel pipelines quant parallel
 
+# the table of docs/reuse.md; other packages are a part of it once they are installed: make bench PEERS=1
+BENCH ?= $(addprefix reuse:,tuned:ddim-quality tuned:ddim-balanced tuned:ddim-fast hold:2 hold:3 deepcache:3 faster-diffusion) \
+  $(if $(PEERS),deepcache:3 deepcache:5 tomesd tgate:25 pab:2) $(addprefix fewer-steps:,25 17 12 10 15,dpm++ 12,dpm++ 10,dpm++)
 bench: $(STAMP)
-	$(BIN)/python scripts/measure_encoder_reuse.py
+	$(if $(PEERS),$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps tomesd tgate)
+	mkdir -p runs
+	$(BIN)/diffusion-accel bench $(BENCH) --scheduler ddim --steps 50 --count 24 --seed 1000 --html runs/bench.html --overwrite
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

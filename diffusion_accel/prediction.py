@@ -51,6 +51,14 @@ class Conversion:
         """The inverse of `to`, with the latents as they are now."""
         return self._map(value, x, timestep, lambda v, x, a, s: _from(space, self.kind, v, x, a, s))
 
+    def slope(self, space: str, timestep: float) -> float:
+        """How much the value in another space changes with the prediction, at given latents."""
+        alpha, sigma = self.coefficients(timestep)
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return float(
+            _into(space, self.kind, one, zero, alpha, sigma) - _into(space, self.kind, zero, zero, alpha, sigma)
+        )
+
     def _map(self, value: torch.Tensor, x: torch.Tensor, timestep: float, fn: Any) -> torch.Tensor:
         alpha, sigma = self.coefficients(timestep)
         if value.shape == x.shape:

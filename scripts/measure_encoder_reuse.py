@@ -29,6 +29,7 @@ from diffusion_accel import AccelerationError, EncoderReuse, Feature, Reuse, acc
 from diffusion_accel.evaluation.fidelity import psnr, ssim
 from diffusion_accel.evaluation.flops import count_flops
 from diffusion_accel.pipelines.loading import load_pipeline
+from diffusion_accel.reuse.tuned import LEVELS
 
 SUBJECTS = (
     "red apple, banana, strawberry, pizza, hamburger, birthday cake, cat face, dog face, tiger face, panda, penguin, "
@@ -205,6 +206,7 @@ def measure_sd15(latent: int, rounds: int, steps: int = 10) -> dict[str, Any]:
         "reuse hold:2": Reuse(plan="hold:2"),
         "reuse hold:2, every other full step without guidance": Reuse(plan="hold:2", guidance="reuse:4"),
         "reuse hold:3": Reuse(plan="hold:3"),
+        **{f"reuse tuned:{level}, stretched": Reuse(plan=f"tuned:{level}", stretch=True) for level in LEVELS},
         "uniform:5, sequential": EncoderReuse(schedule="uniform:5", batch_decoder=False),
         "uniform:5, batched": EncoderReuse(schedule="uniform:5"),
     }

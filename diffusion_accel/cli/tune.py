@@ -125,12 +125,12 @@ def forget(state: Path) -> None:
         file.unlink()
 
 
-def embedded_prompts(count: int) -> list[str]:
-    """Captions of the embedded model's training pictures, the same ones every time."""
+def embedded_prompts(count: int, skip: int = 0) -> list[str]:
+    """Captions of the embedded model's training pictures, the same ones every time, behind the `skip` first."""
     from ..evaluation.quality import embedded_reference
 
     asked, _ = embedded_reference()
-    return [asked.captions[i] for i in asked.choose("train", count)]
+    return [asked.captions[i] for i in asked.choose("train", count, skip)]
 
 
 class Bar:

@@ -27,11 +27,11 @@ class Asked:
     styles: list[str]
     splits: list[str]
 
-    def choose(self, split: str, count: int) -> list[int]:
-        """Up to `count` indices of a split, the same ones every time."""
+    def choose(self, split: str, count: int, skip: int = 0) -> list[int]:
+        """Up to `count` indices of a split, the same ones every time; behind the `skip` first choices."""
         inside = [i for i, name in enumerate(self.splits) if name == split]
         order = torch.randperm(len(inside), generator=torch.Generator().manual_seed(5)).tolist()
-        return sorted(inside[i] for i in order[:count])
+        return sorted(inside[i] for i in order[skip : skip + count])
 
 
 def embedded_reference() -> tuple[Asked, Features]:

@@ -296,7 +296,7 @@ class DenoiserHook(ModelHook):
         return features.ready.pop(index)
 
     def _hold(self, features: Features, step: Step, time: float, named: dict[str, Any]) -> Any:
-        value = features.histories["prediction", step.space].at(time, step.order)
+        value = features.histories["prediction", step.space].at(time, step.order, step.weights)
         if step.space:
             value = self.run.conversion.back(step.space, value, _sample(named), time)
         if step.guidance == "none" and self.run.halved(named):

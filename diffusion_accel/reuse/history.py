@@ -41,12 +41,16 @@ class History:
         self.values.insert(0, value)
         del self.times[self.size :], self.values[self.size :]
 
-    def at(self, time: float, order: int) -> Any:
-        """The value at `time`, of degree `order` or of as many values as there are. Order 0 is the newest itself."""
+    def at(self, time: float, order: int, given: tuple[float, ...] = ()) -> Any:
+        """The value at `time`, of degree `order` or of as many values as there are. Order 0 is the newest itself.
+
+        With weights `given` their sum of the values instead, as long as there are so many.
+        """
         count = min(order + 1, len(self.values))
-        if count == 1:
+        fitted = bool(given) and len(given) <= len(self.values)
+        if count == 1 and not fitted:
             return self.values[0]
-        shares = weights(self.times[:count], time)
+        shares = list(given) if fitted else weights(self.times[:count], time)
         parts = [tensors_in(value) for value in self.values[:count]]
         mixed = iter([_mix(shares, tensors) for tensors in zip(*parts, strict=True)])
         return map_tensors(lambda _: next(mixed), self.values[0])

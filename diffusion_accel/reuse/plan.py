@@ -11,7 +11,11 @@ from .schedule import key_steps
 MODES = ("full", "decoder", "shallow", "hold")
 GUIDANCE = ("both", "reuse", "none")
 MAX_ORDER = 3
-_TOKEN = re.compile(r"(full|decoder|hold(?::(epsilon|sample))?|shallow:([1-9]\d*))(?:@([0-3]))?(?:/(reuse|none))?")
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_TOKEN = re.compile(
+    r"(full|decoder|hold(?::(epsilon|sample))?|shallow:([1-9]\d*))"
+    rf"(?:@([0-3])|=({_NUMBER}(?:,{_NUMBER}){{0,3}}))?(?:/(reuse|none))?"
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Step:
             clean sample. The last two become a prediction with the latents of their own step.
         order: what is reused is taken as it was (0), or forecast in time by a polynomial of this degree through the
             last full steps (at most 3).
+        weights: of "hold", instead of an order: what the last computed predictions count in the forecast, the newest
+            first (at most 4). Fitted by the tuner.
         guidance: "both": with and without the prompt; "reuse": only with it, and the difference between the two is
             the forecast one; "none": only with it, and no guidance (limited-interval guidance, Kynkäänniemi 2024).
     """
@@ -37,14 +43,17 @@ class Step:
     order: int = 0
     guidance: str = "both"
     space: str = ""
+    weights: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        text = (
-            self.mode + (f":{self.depth}" if self.mode == "shallow" else "") + (f":{self.space}" if self.space else "")
-        )
-        return (
-            text + (f"@{self.order}" if self.order else "") + (f"/{self.guidance}" if self.guidance != "both" else "")
-        )
+        text = self.mode
+        text += f":{self.depth}" if self.mode == "shallow" else ""
+        text += f":{self.space}" if self.space else ""
+        if self.weights:
+            text += "=" + ",".join(f"{weight:.4f}" for weight in self.weights)
+        elif self.order:
+            text += f"@{self.order}"
+        return text + (f"/{self.guidance}" if self.guidance != "both" else "")
 
     @classmethod
     def parse(cls, token: str) -> Step:
@@ -53,10 +62,15 @@ class Step:
         if match is None:
             raise ConfigurationError(
                 "a step of a plan is full, decoder, shallow:DEPTH, hold, hold:epsilon or hold:sample, then @ORDER and "
-                f"/reuse or /none if wanted, such as hold@2 (the order is at most {MAX_ORDER}); got {token!r}"
+                f"/reuse or /none if wanted, such as hold@2 (the order is at most {MAX_ORDER}), hold also =WEIGHTS, "
+                f"such as hold=1.5,-0.5; got {token!r}"
             )
-        mode, space, depth, order, guidance = match.groups()
-        return cls(mode.partition(":")[0], int(depth or 0), int(order or 0), guidance or "both", space or "")
+        mode, space, depth, order, numbers, guidance = match.groups()
+        mode, given = mode.partition(":")[0], tuple(float(n) for n in (numbers or "").split(",") if n)
+        if given and mode != "hold":
+            raise ConfigurationError(f"only hold takes weights, got {token!r}")
+        degree = len(given) - 1 if given else int(order or 0)
+        return cls(mode, int(depth or 0), degree, guidance or "both", space or "", given)
 
 
 FULL = Step()
@@ -114,7 +128,10 @@ class Plan:
         return index >= len(self.steps) or self.steps[index].mode == "full"
 
     def stretched(self, total: int) -> Plan:
-        """This plan for another number of steps: the full steps keep their places along the trajectory."""
+        """This plan for another number of steps: the full steps keep their places along the trajectory.
+
+        Weights are for the steps they were fitted to: a polynomial through as many full steps takes their place.
+        """
         if total == len(self):
             return self
         ratio = len(self) / total
@@ -123,11 +140,15 @@ class Plan:
         for i, step in enumerate(self.steps):
             if step.mode == "full":
                 owners.setdefault(min(total - 1, int(i / ratio + 0.5)), step)
-        rest = [step for step in self.steps if step.mode != "full"]
+        rest = [replace(step, weights=()) for step in self.steps if step.mode != "full"]
         steps = []
         for j in range(total):
             old = self.steps[min(len(self) - 1, int(j * ratio))]
-            near = old if old.mode != "full" or not rest else rest[min(len(rest) - 1, int(j * len(rest) / total))]
+            near = (
+                replace(old, weights=())
+                if old.mode != "full" or not rest
+                else rest[min(len(rest) - 1, int(j * len(rest) / total))]
+            )
             steps.append(owners.get(j, near))
         return Plan(tuple(steps))
 
@@ -142,15 +163,16 @@ PRESETS = (
     "hold:n[,epsilon|sample]",
 )
 _PRESET = re.compile(r"([a-z-]+)(?::(\d+)(?:,(\d+))?(?:,(epsilon|sample))?)?(?:@([0-3]))?")
-# name -> how many numbers it takes: (at least, at most), default order
-_ARGUMENTS = {
+# name -> how many numbers it takes: (at least, at most), default order (None: by the number of steps)
+_ARGUMENTS: dict[str, tuple[int, int, int | None]] = {
     "full": (0, 0, 0),
     "faster-diffusion": (0, 0, 0),
     "uniform": (1, 1, 0),
     "deepcache": (1, 2, 0),
-    "shallow": (2, 2, 1),
-    "hold": (1, 1, 2),
+    "shallow": (2, 2, None),
+    "hold": (1, 1, None),
 }
+FINE = 12  # a forecast is better than plain reuse where full steps divide the trajectory into so many parts (measured)
 
 
 def looks_like_a_preset(text: str) -> bool:
@@ -165,7 +187,7 @@ class Preset:
     name: str
     interval: int = 1
     argument: int = 0
-    order: int = 0
+    order: int | None = 0
     space: str = ""
 
     @classmethod
@@ -176,9 +198,11 @@ class Preset:
         - `faster-diffusion`: Faster Diffusion's published key steps, the decoder at the others.
         - `uniform:m`: the encoder at every m-th step, the decoder at the others.
         - `deepcache:n[,branch]`: DeepCache with interval n and its branch index (0).
-        - `shallow:n,depth`: the same by depth, forecast (order 1 if none is given).
-        - `hold:n`: every n-th step, the prediction is forecast at the others (order 2 if none is given), or the noise
-          or the clean sample that it means.
+        - `shallow:n,depth`: the same by depth.
+        - `hold:n`: every n-th step, the prediction is reused at the others, or the noise or the clean sample that it
+          means.
+
+        If `shallow` and `hold` are given no order, it is 1 where n is at most a 12th of the steps, and 0 elsewhere.
 
         Raises:
             ConfigurationError: it is none of these.
@@ -201,19 +225,24 @@ class Preset:
         """The plan for `total` steps; `layers`: layers per block of the U-Net, for DeepCache's branch."""
         if self.name == "full":
             return Plan((FULL,) * total)
+        order = int(self.interval * FINE <= total) if self.order is None else self.order
         if self.name == "faster-diffusion":
-            full, other = key_steps("paper", total), Step("decoder", order=self.order)
+            full, other = key_steps("paper", total), Step("decoder", order=order)
         else:
-            full, other = frozenset(range(0, total, self.interval)), self._other(layers)
+            full, other = frozenset(range(0, total, self.interval)), self._other(order, layers)
         return Plan(tuple(FULL if i in full else other for i in range(total)))
 
-    def _other(self, layers: int) -> Step:
+    def kinds(self, layers: int = 2) -> Plan:
+        """A plan that has every kind of step, of the highest order, that plans of any length have."""
+        return self.plan(FINE * self.interval + 6, layers)
+
+    def _other(self, order: int, layers: int) -> Step:
         if self.name == "uniform":
-            return Step("decoder", order=self.order)
+            return Step("decoder", order=order)
         if self.name == "hold":
-            return Step("hold", order=self.order, space=self.space)
+            return Step("hold", order=order, space=self.space)
         depth = self.argument if self.name == "shallow" else branch_depth(self.argument, layers)
-        return Step("shallow", depth, self.order)
+        return Step("shallow", depth, order)
 
 
 def branch_depth(branch: int, layers: int) -> int:

@@ -10,7 +10,7 @@ from ..feature import Attachment, Feature, option
 from .attachment import RunAttachment
 from .cache_settings import CACHES, CacheSettings
 from .plan import Plan, Preset, looks_like_a_preset, with_guidance
-from .tuned import TunedPlan, is_tuned
+from .tuned import TunedPlan, fingerprint, is_tuned
 
 if TYPE_CHECKING:
     from ..steps import StepClock
@@ -22,7 +22,8 @@ class Reuse(Feature):
 
     A plan gives every step what it computes: all; a U-Net's decoder (Faster Diffusion); the outer levels (DeepCache);
     or nothing, the prediction itself is held. What is reused may be forecast in time by the polynomial through the
-    last full steps, in the scheduler's own time variable. A step may also leave out the unconditional branch.
+    last full steps, in the scheduler's own time variable; a held prediction also by weights that the tuner fitted. A
+    step may also leave out the unconditional branch.
 
     Sources: Li et al., "Faster Diffusion" (NeurIPS 2024); Ma et al., "DeepCache" (CVPR 2024); Liu et al., "From
     Reusing to Forecasting" (TaylorSeer, ICCV 2025) for forecasts; Kynkäänniemi et al., "Applying Guidance in a Limited
@@ -99,6 +100,7 @@ class ReuseAttachment(RunAttachment):
     def __init__(self, feature: Reuse, pipeline: Any) -> None:
         super().__init__(feature, pipeline)
         self._tuned = TunedPlan.load(feature.plan) if is_tuned(feature.plan) else None
+        self._fingerprint: tuple[Any, str] | None = None
 
     def before_call(self, clock: StepClock) -> None:
         from .diffusers_caches import CacheRun
@@ -107,7 +109,7 @@ class ReuseAttachment(RunAttachment):
         feature: Reuse = self.feature  # type: ignore[assignment]
         self.begin()
         if self._tuned is not None:
-            self._tuned.check(self.pipeline)
+            self._tuned.check(self.pipeline, self._weights())
         if (cache := CacheSettings.parse(feature.plan)) is not None:
             self._run = CacheRun(cache, self.pipeline, self._counters)
             self._run.install()
@@ -117,29 +119,53 @@ class ReuseAttachment(RunAttachment):
             self.pipeline,
             clock,
             self._counters,
-            self._plan(2),
-            lambda total: self._guided(self._plan(total, exactly=True), clock),
+            self._kinds(),
+            lambda total: self._guided(self._plan(total), clock),
             feature.batch_decoder,
             feature.max_group_mb,
         )
         self._run.install()
 
-    def _plan(self, total: int, exactly: bool = False) -> Plan:
-        """The plan for `total` steps; unless `exactly`, one that has its kinds of steps."""
-        feature: Reuse = self.feature  # type: ignore[assignment]
-        if self._tuned is None and not feature.plan.startswith("steps:"):
+    def _weights(self) -> str:
+        """The denoiser's fingerprint, computed again only for another denoiser or other names (such as a LoRA's)."""
+        from ..denoisers import find_denoiser
+
+        denoiser: Any = find_denoiser(self.pipeline)
+        state = (id(denoiser), [name for name, _ in denoiser.named_parameters()])
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, fingerprint(denoiser))
+        return self._fingerprint[1]
+
+    def _kinds(self) -> Plan:
+        """A plan that has the kinds of steps of the plans for any number of steps."""
+        if (preset := self._preset()) is not None:
             from ..denoisers import layers_per_block
 
-            preset = Preset.parse(feature.plan)
-            return preset.plan(total if exactly else preset.interval + 6, layers_per_block(self.pipeline))
-        plan = self._tuned.plan if self._tuned is not None else Plan.parse(feature.plan[6:])
-        if not exactly or len(plan) == total:
-            return plan
-        if not feature.stretch:
+            return preset.kinds(layers_per_block(self.pipeline))
+        return self._steps()
+
+    def _plan(self, total: int) -> Plan:
+        """The plan for `total` steps."""
+        feature: Reuse = self.feature  # type: ignore[assignment]
+        if (preset := self._preset()) is not None:
+            from ..denoisers import layers_per_block
+
+            return preset.plan(total, layers_per_block(self.pipeline))
+        plan = self._steps()
+        if len(plan) != total and not feature.stretch:
             raise ConfigurationError(
                 f"the plan is for {len(plan)} steps, this call has {total}; use {len(plan)} steps, or stretch=true"
             )
         return plan.stretched(total)
+
+    def _preset(self) -> Preset | None:
+        feature: Reuse = self.feature  # type: ignore[assignment]
+        own = self._tuned is not None or feature.plan.startswith("steps:")
+        return None if own else Preset.parse(feature.plan)
+
+    def _steps(self) -> Plan:
+        feature: Reuse = self.feature  # type: ignore[assignment]
+        return Plan.parse(feature.plan[6:]) if self._tuned is None else self._tuned.plan
 
     def _guided(self, plan: Plan, clock: StepClock) -> Plan:
         feature: Reuse = self.feature  # type: ignore[assignment]

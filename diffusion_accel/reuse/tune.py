@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import ConfigurationError, UnsupportedPipelineError
 from ..evaluation.fidelity import psnr
 from ..evaluation.flops import count_flops
 from ..evaluation.sampler import Sampler
-from ..prediction import SPACES, Conversion
-from ..steps import StepClock
-from ..switchboard import accelerate
+from .calibration import Reference, measure_costs, measure_forecasts, reusing, scheduling
+from .moves import halved, mutated
 from .plan import FULL, Plan, Preset, Step
+from .polish import polish, weighted
 from .reuse import Reuse
-from .search import Forecasts, sensitivities
+from .search import Rule, best_plans, predicted_error, refitted
 from .tuned import TunedPlan, conditions
 
-logger = logging.getLogger(__name__)
-
+MANY, FEW = 20, 6  # families of plans that are tried: for a speed-up, and for each step towards a fidelity
 CEILING = 80.0  # dB; a picture nearer than that counts as equal
-CONDITIONAL = Step(order=1, guidance="reuse")
 Progress = Callable[[str, float], None]
 
 
@@ -54,51 +49,6 @@ class Target:
             raise ConfigurationError(f"the speed-up must be above 1, got {self.speedup}")
         if self.min_psnr is not None and not 5 <= self.min_psnr <= CEILING:
             raise ConfigurationError(f"the lowest PSNR must be 5 to {CEILING:g} dB, got {self.min_psnr}")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of a call: `fixed` for everything that no plan saves, and what each kind of step adds."""
-
-    fixed: float
-    steps: dict[str, float]
-
-    def seconds(self, plan: Plan) -> float:
-        return self.fixed + sum(self.steps[kind(step)] for step in plan.steps)
-
-
-def kind(step: Step) -> str:
-    """The kind of a step by what it costs; the order of a forecast costs next to nothing."""
-    half = step.guidance != "both" and step.mode != "hold"
-    return str(replace(step, order=0, space="", guidance="reuse" if half else "both"))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The baseline that everything is compared with.
-
-    Attributes:
-        sampler: calls it, for the calibration prompts.
-        heldout: the same with prompts that the search does not see.
-        scheduler: its scheduler.
-        pictures: of the calibration prompts, (N, 3, H, W) in 0..1.
-        seconds: of one picture.
-    """
-
-    sampler: Sampler
-    heldout: Sampler
-    scheduler: Any
-    pictures: torch.Tensor
-    seconds: float
-
-    @classmethod
-    def measure(cls, sampler: Sampler, heldout: Sampler) -> Reference:
-        took = []
-        for _ in range(4):
-            began = time.perf_counter()
-            sampler.part(0, 1).images()
-            took.append(time.perf_counter() - began)
-        return cls(sampler, heldout, sampler.pipe.scheduler, sampler.images(), statistics.median(took[1:]))
 
 
 @dataclass
@@ -126,53 +76,11 @@ class Tuner:
     # ------------------------------------------------------------------ measuring
     def measure(self) -> None:
         """The predictions at every step, and what a step of each kind costs."""
-        pipe = self.sampler.pipe
         self.progress("predictions", 0.0)
-        predictions, inputs, times = record(self.sampler)
-        self.total = len(times)
-        conversion = Conversion(pipe.scheduler)
-        self.forecasts = []
-        for space in ("", *SPACES) if conversion.possible else ("",):
-            if space == conversion.kind:
-                continue  # the prediction itself
-            values = predictions
-            if space:
-                pairs = zip(predictions, inputs, times, strict=True)
-                values = torch.stack([conversion.to(space, p, x, t) for p, x, t in pairs])
-            gram = torch.einsum("ibd,jbd->ij", values, values).double().numpy() / values.shape[1]
-            try:
-                influence = sensitivities(pipe.scheduler, self.sampler.steps, space)
-            except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-                logger.info("the scheduler cannot be probed (%s): every step counts the same", error)
-                influence = np.ones(self.total)
-            if len(influence) != self.total:
-                influence = np.ones(self.total)
-            self.forecasts.append(Forecasts(times, gram, influence, space))
-        self.guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
-        self.costs = self.measure_costs()
-
-    def measure_costs(self) -> Costs:
-        """From whole calls of one picture: all steps full, all but the first held, all but the first half."""
-        rest = self.total - 1
-        plans = {"full": Plan((FULL,) * self.total), "hold": Plan((FULL, *(Step("hold"),) * rest))}
-        if self.guided:
-            plans["full/reuse"] = Plan((FULL, *(CONDITIONAL,) * rest))
-        one = self.sampler.part(0, 1)
-        seconds: dict[str, list[float]] = {name: [] for name in plans}
-        for turn in range(4):
-            for name, plan in plans.items():
-                self.progress("costs", 0.0)
-                with self.running(plan):
-                    began = time.perf_counter()
-                    one.images()
-                    if turn:  # the first warms up
-                        seconds[name].append(time.perf_counter() - began)
-        took = {name: statistics.median(values) for name, values in seconds.items()}
-        each = {name: max(0.0, (took[name] - took["hold"]) / rest) for name in plans}
-        return Costs(took["hold"] - each["full"], each)
-
-    def running(self, plan: Plan) -> Any:
-        return reusing(self.sampler.pipe, Reuse(plan=f"steps:{plan}"))
+        self.forecasts = measure_forecasts(self.sampler, lambda: self.progress("influence of the steps", 0.0))
+        self.total = len(self.forecasts[0].times)
+        self.guided = bool(getattr(self.sampler.pipe, "do_classifier_free_guidance", False))
+        self.costs = measure_costs(self.sampler, self.total, self.guided, lambda: self.progress("costs", 0.0))
 
     def scores(self, plan: Plan, at_least: float | None = None) -> list[float]:
         """PSNR of every calibration picture, at most `CEILING`; of fewer if a mean `at_least` so high is hopeless."""
@@ -180,18 +88,28 @@ class Tuner:
         if name in self.known:
             return self.known[name]
         values: list[float] = []
-        with self.running(plan):
+        with reusing(self.sampler.pipe, plan):
             for start, end in self.sampler.chunks():
                 drawn = self.sampler.call(start, end)
                 values += psnr(self.reference.pictures[start:end], drawn).clamp(max=CEILING).tolist()
                 if at_least is not None and statistics.fmean(values) < at_least - 3.0:
                     break
+        self.keep(name, values)
+        return values
+
+    def draw(self, plan: Plan) -> torch.Tensor:
+        """The calibration pictures with a plan."""
+        with reusing(self.sampler.pipe, plan):
+            pictures = self.sampler.images()
+        self.keep(str(plan), psnr(self.reference.pictures, pictures).clamp(max=CEILING).tolist())
+        return pictures
+
+    def keep(self, name: str, values: list[float]) -> None:
         self.known[name] = values
         self.evaluated += 1
         if self.state is not None:
             with self.state.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"plan": name, "psnr": [round(v, 3) for v in values]}) + "\n")
-        return values
 
     # ------------------------------------------------------------------ searching
     def search(self) -> Plan:
@@ -200,59 +118,66 @@ class Tuner:
         Raises:
             ConfigurationError: no plan of the family reaches the target.
         """
-        self.began = time.monotonic()
         self.measure()
         self.resume()
-        families = self.families()
-        if self.target.speedup is not None:
-            limit = self.reference.seconds / self.target.speedup
-            affordable = [[p for p in plans if self.costs.seconds(p) <= limit] for plans in families]
-            starts = [max(plans, key=self.costs.seconds) for plans in affordable if plans]
-            if not starts:
-                fastest = self.reference.seconds / self.costs.seconds(Plan((FULL, *(Step("hold"),) * (self.total - 1))))
-                raise ConfigurationError(
-                    f"no plan is {self.target.speedup:g} times as fast: what a plan cannot save limits it to "
-                    f"{fastest:.1f} here (decoding, the scheduler's own steps)"
-                )
-            return self.climb(starts, limit, self.share(1.0))
-        floor = float(self.target.min_psnr or 0.0)
-        return self.cheapest(families, floor)
+        self.began = time.monotonic()
+        self.families = self.find_families()
+        if self.target.speedup is None:
+            return self.polished(self.cheapest(float(self.target.min_psnr or 0.0)), self.share(1.0))
+        limit = self.reference.seconds / self.target.speedup
+        starts = self.starts(limit)
+        if not starts:
+            fastest = self.reference.seconds / self.costs.seconds(Plan((FULL, *(Step("hold"),) * (self.total - 1))))
+            raise ConfigurationError(
+                f"no plan is {self.target.speedup:g} times as fast: what a plan cannot save limits it to "
+                f"{fastest:.1f} here (decoding, the scheduler's own steps)"
+            )
+        return self.polished(self.climb(starts[:MANY], limit, self.share(0.6)), self.share(1.0))
 
-    def families(self) -> list[list[Plan]]:
-        """Plans to begin with, by family: those of the dynamic programme in each space and up to each order, for every
-        number of full steps, also with some of them without guidance's unconditional branch."""
-        found = [list(f.plans(self.total, order).values()) for f in self.forecasts for order in (0, 1, 2)]
+    def find_families(self) -> list[list[Plan]]:
+        """Plans to begin with, by family: those of the dynamic programme for every number of full steps, in all spaces
+        together and in each, with fewer or more rules; also with guidance's unconditional branch left out at some."""
+        found = []
+        for chosen in (self.forecasts, *([f] for f in self.forecasts if len(self.forecasts) > 1)):
+            for rules in ([Rule(1, True)], [Rule(1, True), Rule(2, True)], [Rule(1), Rule(2), Rule(3)]):
+                for careful in (True, False)[: len(rules)]:
+                    found.append(list(best_plans(chosen, self.total, rules, careful).values()))
         found.append([Preset("hold", interval, order=2).plan(self.total) for interval in (2, 3, 4)])
         if self.guided:
             found += [[halved(plan, every) for plan in plans] for plans in found for every in (2, 3)]
         return found
 
-    def cheapest(self, families: list[list[Plan]], floor: float) -> Plan:
-        """The fastest plan whose median reaches the floor: first without, then with a search around the candidates."""
-        starts = sorted({plan for plans in families for plan in plans}, key=lambda p: (self.costs.seconds(p), str(p)))
-        reached: list[Plan] = []
-        for plans in families:
-            ordered = sorted(set(plans), key=lambda p: (self.costs.seconds(p), str(p)))
-            if reached:  # only what would be faster
-                limit = min(map(self.costs.seconds, reached))
-                ordered = [plan for plan in ordered if self.costs.seconds(plan) < limit]
-            low, high = 0, len(ordered)
-            while low < high and self.left() > 0:  # within a family fidelity grows with cost, nearly always
-                middle = (low + high) // 2
-                if self.median(ordered[middle], floor) >= floor:
-                    reached.append(ordered[middle])
-                    high = middle
-                else:
-                    low = middle + 1
-        best = min(reached, key=self.costs.seconds, default=None)
+    def starts(self, limit: float) -> list[Plan]:
+        """The best plan of each family within `limit` seconds, the one of smallest predicted error first.
+
+        Plans that reuse guidance come last: what that costs is not predicted.
+        """
+        affordable = [[plan for plan in plans if self.costs.seconds(plan) <= limit] for plans in self.families]
+        chosen = dict.fromkeys(max(plans, key=self.costs.seconds) for plans in affordable if plans)
+        return sorted(chosen, key=lambda plan: (plan.reuses_guidance, predicted_error(plan, self.forecasts)))
+
+    def cheapest(self, floor: float) -> Plan:
+        """The fastest plan whose median reaches the floor: first among the families, then with a search around them."""
+        limits = sorted({self.costs.seconds(plan) for plans in self.families for plan in plans})
+        best: Plan | None = None
+        low, high = 0, len(limits)
+        while low < high and (best is None or self.left() > 0):  # what is dearer is nearer, nearly always
+            middle = (low + high) // 2
+            plans = (plan for plan in self.starts(limits[middle])[:FEW] if self.median(plan, floor) >= floor)
+            if (found := next(plans, None)) is not None:
+                best, high = found, middle
+            else:
+                low = middle + 1
         if best is None:
             raise ConfigurationError(f"no plan reaches {floor:g} dB on these prompts within the time budget")
         while self.left() > 0:
             limit = self.costs.seconds(best) * 0.999
-            cheaper = [p for p in starts if limit * 0.8 <= self.costs.seconds(p) <= limit][-12:]
+            cheaper = self.starts(limit)[:FEW]
             if not cheaper:
                 break
-            found = self.climb(cheaper, limit, self.share(0.34), stop_at=floor)
+            found = self.climb(cheaper, limit, self.share(0.3), stop_at=floor)
+            if self.median(found, floor) < floor:
+                found = self.polished(found, self.share(0.3))
             if self.median(found, floor) < floor:
                 break
             best = found
@@ -269,13 +194,15 @@ class Tuner:
             if mean > score:
                 best, score = plan, mean
             self.tell(best, score)
-        failures, seen = 0, set()
-        while time.monotonic() < until and failures < 80:
+        failures, rejected, seen = 0, 0, set()
+        while time.monotonic() < until and failures < 80 and rejected < 5000:
             if stop_at is not None and self.median(best, stop_at) >= stop_at:
                 break
-            other = mutated(best, rng, self.guided, tuple(f.space for f in self.forecasts))
-            if other == best or self.costs.seconds(other) > limit or other in seen:
-                failures += 1
+            other = refitted(mutated(best, rng, self.guided, tuple(f.space for f in self.forecasts)), self.forecasts)
+            error, before = (predicted_error(plan, self.forecasts, careful=False) for plan in (other, best))
+            hopeless = error > 1.5 * before
+            if hopeless or other == best or self.costs.seconds(other) > limit or other in seen:
+                rejected += 1
                 continue
             seen.add(other)
             mean = self.mean(other, score)
@@ -283,6 +210,18 @@ class Tuner:
             if mean > score:
                 best, score = other, mean
             self.tell(best, score)
+        return best
+
+    def polished(self, plan: Plan, until: float) -> Plan:
+        """The plan with better weights, as long as there is time and they become better."""
+        best = plan
+        while time.monotonic() < until:
+            weights = weighted(best, self.forecasts[0].times)
+            better = polish(weights, self.draw, self.reference.pictures, lambda: time.monotonic() < until)
+            if better is None or self.mean(better) <= self.mean(best) + 0.05:
+                break
+            best = better
+            self.tell(best, self.mean(best))
         return best
 
     def mean(self, plan: Plan, at_least: float | None = None) -> float:
@@ -332,7 +271,7 @@ class Tuner:
             pictures = base.heldout.images()
             with count_flops() as whole:
                 plain.images()
-        with self.running(plan):
+        with reusing(self.sampler.pipe, plan):
             values = psnr(pictures, mine.images()).clamp(max=CEILING)
             counters = pipe.acceleration.report().counters["reuse"]
             with count_flops() as fast:
@@ -343,7 +282,7 @@ class Tuner:
                 began = time.perf_counter()
                 plain.images()
                 took = time.perf_counter() - began
-            with self.running(plan):
+            with reusing(self.sampler.pipe, plan):
                 began = time.perf_counter()
                 one.images()
                 ratios.append(took / (time.perf_counter() - began))
@@ -439,113 +378,3 @@ def tune(
         _, tuner, plan, scheduler = best
         with scheduling(pipe, scheduler):
             return tuner.result(plan)
-
-
-# ---------------------------------------------------------------------- helpers
-class reusing:
-    """Within this context the pipeline reuses by one plan; after it everything is as it was before."""
-
-    def __init__(self, pipe: Any, feature: Reuse) -> None:
-        self.pipe, self.feature = pipe, feature
-
-    def __enter__(self) -> None:
-        handle = getattr(self.pipe, "acceleration", None)
-        self.before = None if handle is None else handle.features.get("reuse")
-        self.accelerated = handle is not None
-        accelerate(self.pipe, self.feature)
-
-    def __exit__(self, *exception: object) -> None:
-        if not self.accelerated:
-            self.pipe.acceleration.remove()
-        elif self.before is not None:
-            accelerate(self.pipe, self.before)
-        else:
-            self.pipe.acceleration.remove("reuse")
-
-
-@contextmanager
-def scheduling(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Within this context the pipeline has another scheduler."""
-    before = pipe.scheduler
-    pipe.scheduler = scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
-
-
-def record(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """What the scheduler is given at every step, prediction and latents as the denoiser sees them, and the timesteps.
-
-    Both are (steps, pictures, values) in float32.
-    """
-    clock = StepClock(sampler.pipe)
-    seen: list[torch.Tensor] = []
-
-    def note(named: dict[str, Any]) -> None:
-        x = clock.scheduler.scale_model_input(named["sample"], named["timestep"])
-        predicted = named["model_output"]
-        if predicted.shape[1] > x.shape[1]:
-            predicted = predicted[:, : x.shape[1]]  # a learned variance behind it
-        seen.append(torch.stack([v.detach().float().cpu().flatten(1) for v in (predicted, x)]))
-
-    parts = []
-    clock.on_step(before=note)
-    for start, end in sampler.chunks():
-        seen.clear()
-        clock.start([])
-        try:
-            sampler.call(start, end)
-        finally:
-            clock.stop()
-        parts.append(torch.stack(seen, 1))
-    times = [float(t) for t in sampler.pipe.scheduler.timesteps]
-    predictions, inputs = torch.cat(parts, 2)
-    if len(predictions) != len(times):
-        raise UnsupportedPipelineError(
-            f"{type(sampler.pipe).__name__} calls its scheduler {len(predictions)} times for {len(times)} timesteps"
-        )
-    return predictions, inputs, times
-
-
-def halved(plan: Plan, every: int) -> Plan:
-    """The plan with guidance's unconditional branch at each `every`-th of its full steps only."""
-    number = -1
-    steps = []
-    for step in plan.steps:
-        number += step.mode == "full"
-        steps.append(CONDITIONAL if step.mode == "full" and number % every else step)
-    return Plan(tuple(steps))
-
-
-def mutated(plan: Plan, rng: random.Random, guided: bool, spaces: tuple[str, ...] = ("",)) -> Plan:
-    """A neighbour: full steps moved, exchanged or traded, another order behind one of them, another branch kept."""
-    steps = list(plan.steps)
-    for _ in range(rng.choice((1, 1, 2))):
-        nodes = [i for i, step in enumerate(steps) if step.mode == "full" and i]
-        held = [i for i, step in enumerate(steps) if step.mode == "hold"]
-        if not nodes or not held:
-            return plan
-        move = rng.random()
-        node = rng.choice(nodes)
-        if move < 0.55:  # move a full step a little
-            to = node + rng.choice((-2, -1, -1, 1, 1, 2))
-            if 0 < to < len(steps) and steps[to].mode == "hold":
-                steps[node], steps[to] = steps[to], steps[node]
-        elif move < 0.75:  # another order and space of the run behind a full step
-            start = rng.choice([0, *nodes])
-            order, space = rng.choice((0, 1, 2, 3)), rng.choice(spaces)
-            end = next((i for i in nodes if i > start), len(steps))
-            steps[start + 1 : end] = [replace(step, order=order, space=space) for step in steps[start + 1 : end]]
-        elif move < 0.85 or not guided:  # take a full step away here, put it in there
-            to = rng.choice(held)
-            steps[node], steps[to] = steps[to], steps[node]
-        elif steps[node].guidance == "both":  # give a branch away, and gain a step without it
-            steps[node] = CONDITIONAL
-            steps[rng.choice(held)] = CONDITIONAL
-        else:
-            steps[node] = FULL
-            others = [i for i in nodes if steps[i].guidance == "reuse" and i != node]
-            if others:
-                steps[rng.choice(others)] = Step("hold", space=rng.choice(spaces))
-    return Plan(tuple(steps))

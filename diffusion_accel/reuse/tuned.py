@@ -42,8 +42,11 @@ def fingerprint(denoiser: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def conditions(pipeline: Any, steps: int) -> dict[str, Any]:
-    """What a plan depends on: the denoiser, the scheduler and the number of steps."""
+def conditions(pipeline: Any, steps: int, weights: str | None = None) -> dict[str, Any]:
+    """What a plan depends on: the denoiser, the scheduler and the number of steps.
+
+    `weights`: the denoiser's `fingerprint`, if it is known.
+    """
     from ..denoisers import find_denoiser
 
     denoiser, scheduler = find_denoiser(pipeline), pipeline.scheduler
@@ -51,7 +54,7 @@ def conditions(pipeline: Any, steps: int) -> dict[str, Any]:
     kept = ("prediction_type", "timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas")
     return {
         "denoiser": type(denoiser).__name__,
-        "weights": fingerprint(denoiser),
+        "weights": weights or fingerprint(denoiser),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": {key: config[key] for key in kept if key in config},
         "steps": steps,
@@ -124,13 +127,15 @@ class TunedPlan:
             raise ConfigurationError(f"{path}: plan must be a list of steps and conditions an object")
         return cls(Plan.parse(tokens), valid_for, values.get("measured", {}), values.get("search", {}))
 
-    def check(self, pipeline: Any) -> None:
+    def check(self, pipeline: Any, weights: str | None = None) -> None:
         """Compare the conditions with a pipeline: another kind of denoiser is refused, other differences are logged.
+
+        `weights`: the denoiser's `fingerprint`, if it is known.
 
         Raises:
             ConfigurationError: the plan is for another class of denoiser.
         """
-        here = conditions(pipeline, len(self.plan))
+        here = conditions(pipeline, len(self.plan), weights)
         if here["denoiser"] != self.conditions.get("denoiser"):
             raise ConfigurationError(
                 f"the plan was tuned for {self.conditions.get('denoiser')}, this pipeline has {here['denoiser']}"

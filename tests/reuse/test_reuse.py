@@ -14,7 +14,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from zoo import ZOO, ddim, dit, flux, rand, run, sd, sdxl
+from zoo import ZOO, ddim, dit, rand, run, sd, sdxl
 
 from diffusion_accel import AccelerationError, ConfigurationError, EncoderReuse, Reuse, accelerate
 from diffusion_accel.hooks import tensors_in
@@ -77,7 +77,11 @@ def by_hand(pipe: Any, call: dict[str, Any], latents: torch.Tensor, plan: Plan) 
         time = float(t)
 
         if step.mode == "hold":
-            without, given = (fit([(k, v[i]) for k, v in known], step.order, time) for i in (0, 1))
+            if step.weights and len(step.weights) <= len(known):
+                newest = [v for _, v in reversed(known)]
+                without, given = (sum(w * v[i] for w, v in zip(step.weights, newest, strict=False)) for i in (0, 1))
+            else:
+                without, given = (fit([(k, v[i]) for k, v in known], step.order, time) for i in (0, 1))
         else:
             given = pipe.unet(x, t, encoder_hidden_states=call["prompt_embeds"]).sample
             if step.guidance == "both":
@@ -98,6 +102,7 @@ def by_hand(pipe: Any, call: dict[str, Any], latents: torch.Tensor, plan: Plan) 
     [
         "full hold full hold@1 hold@1 full hold@2 hold@2",
         "full full full full hold@3 hold@3 full hold@2",
+        "full hold=0.9 full hold=1.5,-0.4 hold=0.8 full hold=1.2,-0.1,-0.1 hold=0.5,0.5,0.2,-0.2",
         "full full/reuse full/reuse full full/reuse@1 hold@1 full hold",
         "full/none full/none full hold full/reuse hold@2 full/none full/none",
     ],
@@ -196,52 +201,6 @@ def test_shallow_steps_of_a_transformer_equal_a_loop_over_its_blocks(depth: int)
         [*blocks[:first], Inner(blocks[first:end]), *blocks[end:]]
     )
     assert torch.allclose(run(pipe, call, steps=4), got, atol=1e-5)
-
-
-# ---------------------------------------------------------------------- diffusers' own caches
-@pytest.mark.parametrize("name", ["first-block:0.5", "taylorseer:3,1", "mag:0.5", "pab:2"])
-def test_diffusers_caches_equal_enable_cache_and_leave_no_trace(name: str) -> None:
-    from diffusion_accel.reuse.cache_settings import CacheSettings
-
-    pipe, call = flux()
-
-    def left() -> list[tuple[str, str]]:
-        modules = pipe.transformer.named_modules()
-        return [
-            (path, key) for path, module in modules for key in ("_diffusers_hook", "forward") if key in vars(module)
-        ]
-
-    plain = run(pipe, call, steps=8)
-    before = left()  # the pipeline itself gives its transformer a registry, for the cache's context
-    accelerate(pipe, Reuse(plan=name))
-    got = run(pipe, call, steps=8)
-    counted = counters(pipe)
-    assert torch.equal(run(pipe, call, steps=8), got), "the second call begins with an empty cache"
-    assert left() == before and "set_timesteps" not in vars(pipe.scheduler)
-    pipe.acceleration.remove()
-    assert torch.equal(run(pipe, call, steps=8), plain)
-    settings = CacheSettings.parse(name)
-    assert settings is not None
-    pipe.transformer.enable_cache(settings.config(8, pipe))
-    assert torch.equal(run(pipe, call, steps=8), got)
-    if name != "taylorseer:3,1":
-        assert counted["blocks_run"] < 32 or counted["attentions_run"] < 32, "something was skipped"
-    with pytest.raises(AccelerationError, match="enabled on its transformer already"):
-        accelerate(pipe, Reuse(plan=name))
-
-
-def test_transformers_with_caches_take_our_plans_too() -> None:
-    pipe, call = flux()
-    plain = run(pipe, call, steps=6)
-    assert torch.equal(reused(pipe, call, "full"), plain)
-    for plan in ("hold:2", "shallow:2,2@1", "shallow:2,1@0"):
-        assert not torch.equal(reused(pipe, call, plan), plain)
-        assert counters(pipe)["full_steps"] == 3
-    for options, words in (({"plan": "first-block:0"}, "first-block:threshold"), ({"plan": "pab:1.5"}, "pab:range")):
-        with pytest.raises(ConfigurationError, match=words):
-            accelerate(pipe, Reuse(**options))
-    with pytest.raises(AccelerationError, match="none of diffusers' caches"):
-        accelerate(sd()[0], Reuse(plan="first-block"))
 
 
 # ---------------------------------------------------------------------- work
@@ -378,6 +337,9 @@ def test_repeated_blocks_are_compiled_once_for_all_modes() -> None:
         ({"plan": "steps:hold full"}, "first step"),
         ({"plan": "steps:full fuller"}, "fuller"),
         ({"plan": "steps:"}, "at least one"),
+        ({"plan": "steps:full full=1"}, "only hold takes weights"),
+        ({"plan": "steps:full hold=1,2,3,4,5"}, "hold=1,2,3,4,5"),
+        ({"plan": "steps:full hold=1e9"}, "hold=1e9"),
         ({"guidance": "reuse:0"}, "reuse:n"),
         ({"guidance": "interval:0.8-0.2"}, "interval:low-high"),
         ({"max_group_mb": 0}, "max_group_mb"),
@@ -416,6 +378,9 @@ STEPS = st.builds(
     order=st.integers(0, 3),
     guidance=st.sampled_from(["both", "reuse", "none"]),
 ) | st.builds(Step, mode=st.just("hold"), order=st.integers(0, 2), space=st.sampled_from(["epsilon", "sample"]))
+STEPS |= st.lists(st.integers(-99999, 99999), min_size=1, max_size=4).map(
+    lambda w: Step("hold", order=len(w) - 1, weights=tuple(n / 10000 for n in w))
+)
 STEPS |= st.builds(Step, mode=st.just("shallow"), depth=st.integers(1, 3), order=st.integers(0, 3))
 PLANS = st.lists(STEPS, min_size=0, max_size=12).map(lambda rest: Plan((Step(), *rest)))
 
@@ -455,7 +420,10 @@ def test_forecasts_are_exact_for_polynomials(times: list[int], at: int, powers: 
 
 
 def test_presets_and_guidance_make_the_plans_that_they_name() -> None:
-    assert str(Preset.parse("hold:3").plan(7)) == "full hold@2 hold@2 full hold@2 hold@2 full"
+    assert str(Preset.parse("hold:3@2").plan(7)) == "full hold@2 hold@2 full hold@2 hold@2 full"
+    assert str(Preset.parse("hold:3").plan(35)).startswith("full hold hold full")
+    assert str(Preset.parse("hold:3").plan(36)).startswith("full hold@1 hold@1 full")
+    assert Preset.parse("shallow:2,1").kinds().highest_order == 1
     assert str(Preset.parse("hold:2,epsilon@0").plan(3)) == "full hold:epsilon full"
     assert str(Preset.parse("deepcache:2,4@1").plan(3)) == "full shallow:5@1 full"
     assert [branch_depth(b, 2) for b in range(6)] == [1, 2, 3, 4, 5, 6]

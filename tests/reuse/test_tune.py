@@ -1,10 +1,10 @@
-"""The tuner: its search against brute force, its files, and the command from end to end."""
+"""The tuner: its files, its searches on the embedded model, and the command from end to end."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,105 +12,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
-from zoo import ZOO, ddim, sd
+from zoo import ZOO, sd
 
 from diffusion_accel import ConfigurationError, Reuse, accelerate
 from diffusion_accel.cli.main import main
 from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.reuse.calibration import Reference
 from diffusion_accel.reuse.plan import Plan, Step
-from diffusion_accel.reuse.search import Forecasts, held_plan, sensitivities
-from diffusion_accel.reuse.tune import Costs, Reference, Target, Tuner, mutated, tune
+from diffusion_accel.reuse.polish import polish, weighted
+from diffusion_accel.reuse.search import Rule, best_plans
+from diffusion_accel.reuse.tune import Target, Tuner, tune
 from diffusion_accel.reuse.tuned import TunedPlan, fingerprint
-
-
-def random_forecasts(n: int, seed: int) -> Forecasts:
-    rng = np.random.default_rng(seed)
-    values = rng.standard_normal((n, 12)).cumsum(0)
-    return Forecasts([float(900 - 100 * i) for i in range(n)], values @ values.T, rng.standard_normal(n))
-
-
-def brute_force(forecasts: Forecasts, count: int, highest: int) -> float:
-    """The smallest error over all sets of `count` full steps and all orders, from the definition."""
-    n, best = len(forecasts.times), np.inf
-    for rest in itertools.combinations(range(1, n), count - 1):
-        nodes, total = (0, *rest), 0.0
-        for k, node in enumerate(nodes):
-            end = nodes[k + 1] if k + 1 < count else n
-            past = nodes[max(0, k - highest) : k + 1]
-            errors = []
-            for order in range(len(past)):
-                used = past[len(past) - 1 - order :]
-                vector = np.zeros(n)
-                for i in range(node + 1, end):
-                    fit = [
-                        np.polyfit([forecasts.times[u] for u in used], row, len(used) - 1) for row in np.eye(len(used))
-                    ]
-                    for u, powers in zip(used, fit, strict=True):
-                        vector[u] += forecasts.influence[i] * np.polyval(powers, forecasts.times[i])
-                    vector[i] -= forecasts.influence[i]
-                errors.append(vector @ forecasts.gram @ vector)
-            total += min(errors)
-        best = min(best, total)
-    return float(best)
-
-
-def predicted(forecasts: Forecasts, plan: Plan) -> float:
-    nodes = [i for i, step in enumerate(plan.steps) if step.mode == "full"]
-    total = 0.0
-    for k, node in enumerate(nodes):
-        end = nodes[k + 1] if k + 1 < len(nodes) else len(plan)
-        if end > node + 1:
-            order = plan.steps[node + 1].order
-            rows = list(reversed(nodes[: k + 1]))[: order + 1]
-            total += Forecasts.errors(forecasts, tuple(rows), order)[end - node - 1][0]
-    return total
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("highest", [1, 2])
-@pytest.mark.filterwarnings("ignore")
-def test_the_dynamic_programme_equals_brute_force(seed: int, highest: int) -> None:
-    forecasts = random_forecasts(8, seed)
-    plans = forecasts.plans(8, highest)
-    for count in range(1, 8):
-        assert sum(step.mode == "full" for step in plans[count].steps) == count
-        want = brute_force(forecasts, count, highest)
-        assert predicted(forecasts, plans[count]) == pytest.approx(want, rel=1e-6, abs=1e-9)
-    assert str(plans[8]) == " ".join(["full"] * 8)
-
-
-@pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
-def test_influence_is_what_a_prediction_moves(solver: Any) -> None:
-    scheduler = solver.from_config(ddim(prediction_type="v_prediction").config)
-    influence = sensitivities(scheduler, 6)
-    generator = torch.Generator().manual_seed(3)
-    start, *predictions = torch.randn(7, 1, 4, 5, 5, generator=generator)
-
-    def final(values: list[torch.Tensor]) -> torch.Tensor:
-        run, x = solver.from_config(scheduler.config), start
-        run.set_timesteps(6)
-        for t, value in zip(run.timesteps, values, strict=True):
-            x = run.step(value, t, x).prev_sample
-        return x
-
-    base = final(predictions)
-    for i in range(6):
-        moved = [p + (0.1 if j == i else 0.0) for j, p in enumerate(predictions)]
-        assert torch.allclose(final(moved) - base, torch.tensor(0.1 * influence[i], dtype=torch.float32), atol=2e-4)
-
-
-def test_held_plans_and_their_neighbours() -> None:
-    import random
-
-    plan = held_plan(8, ((0, 0), (3, 1), (6, 2)))
-    assert str(plan) == "full hold hold full hold@1 hold@1 full hold@2"
-    rng = random.Random(0)
-    seen = {mutated(plan, rng, guided=True) for _ in range(300)}
-    assert len(seen) > 50
-    assert all(len(p) == 8 and p.steps[0].mode == "full" for p in seen)
-    costs = Costs(1.0, {"full": 2.0, "hold": 0.0, "full/reuse": 1.0})
-    assert costs.seconds(plan) == 7.0
-    assert costs.seconds(Plan((Step(), Step("full", order=1, guidance="reuse"), Step("hold", order=3)))) == 4.0
 
 
 # ---------------------------------------------------------------------- files
@@ -191,9 +103,14 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
     with torch.inference_mode():
         tuner = Tuner(sampler, Reference.measure(sampler, sampler), Target(speedup=2))
         tuner.measure()
-        best = tuner.forecasts[0].plans(12, 2)[6]
         uniform = Plan(tuple(Step() if i % 2 == 0 else Step("hold", order=1) for i in range(12)))
-        assert np.median(tuner.scores(best)) > np.median(tuner.scores(uniform)) + 3
+        plain = best_plans(tuner.forecasts, 12, [Rule(1), Rule(2)])[6]
+        fitted = best_plans(tuner.forecasts, 12, [Rule(1, True), Rule(2, True)])[6]
+        assert np.median(tuner.scores(plain)) > np.median(tuner.scores(uniform)) + 3
+        assert np.median(tuner.scores(fitted)) > np.median(tuner.scores(uniform)) + 5
+        tuner.began, tuner.seconds = time.monotonic(), 600
+        better = polish(weighted(plain, tuner.forecasts[0].times), tuner.draw, tuner.reference.pictures, lambda: True)
+        assert better is not None and tuner.mean(better) > tuner.mean(plain) + 0.5
         assert getattr(sticker, "acceleration", None) is None, "tuning leaves the pipeline as it was"
         again = Sampler(sticker, tuple(PROMPTS), 12, 0, 6, CALL).images()
     assert torch.isinf(psnr(again, tuner.reference.pictures)).all()
