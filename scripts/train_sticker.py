@@ -59,12 +59,12 @@ STYLES = "noto,flat,3d,twemoji"
 AROUND = "blob,emojitwo"  # further styles to train on; gradient is left out, a near twin of 3d
 GRID_CONCEPTS = "red apple|banana|strawberry|cherries|red heart|blue heart|tiger face|panda|penguin|frog|rainbow|rocket"
 
-# Tuned settings: those of the shipped weights. About four hours of one core with AMX in bf16.
+# Tuned settings: those of the shipped weights. About eight hours of one core with AMX in bf16.
 DECODER = {"steps": 17000, "batch": 16, "lr": 1.5e-3, "warmup": 50, "cooldown": 0.7, "curve": "cosine"}
 DECODER |= {"weight_decay": 1e-3, "eval_every": 500, "grid_every": 2000}
 TEXT = {"steps": 6000, "batch": 64, "lr": 1e-3, "beta2": 0.98, "eval_every": 200, "grid_every": 1000}
 UNET = {"steps": 10000, "batch": 64, "lr": 1e-3, "warmup": 150, "eval_every": 250, "grid_every": 1000}
-FINISH = UNET | {"steps": 3500, "lr": 6e-4, "warmup": 50, "cooldown": 1.0}
+FINISH = UNET | {"steps": 7000, "lr": 6e-4, "warmup": 50, "cooldown": 1.0, "cycles": 2}
 TUNED: dict[str, dict[str, Any]] = {"decoder": DECODER, "text": TEXT, "unet": UNET, "finish": FINISH}
 
 Stage = Callable[[argparse.Namespace], None]

@@ -65,6 +65,7 @@ class Settings:
         warmup: steps of linear warm-up.
         cooldown: share of the budget at the end in which the rate falls to 0.
         curve: "linear" or "cosine", how it falls.
+        cycles: how often warm-up and fall are gone through within the budget (warm restarts).
         beta2, weight_decay: of AdamW; beta1 is 0.9.
         clip: largest gradient norm.
         ema: decay of the averaged weights (an exponential moving average, as in Ho et al. 2020, appendix B), with the
@@ -82,6 +83,7 @@ class Settings:
     warmup: int = 100
     cooldown: float = 0.4
     curve: str = "linear"
+    cycles: int = 1
     beta2: float = 0.99
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -96,11 +98,13 @@ class Settings:
 
     def rate(self, step: int) -> float:
         """Learning rate of step `step` (from 0)."""
-        left = (self.steps - step) / max(1.0, self.cooldown * self.steps)
+        length = self.steps / self.cycles
+        place = step - length * min(self.cycles - 1, int(step / length))
+        left = (length - place) / max(1.0, self.cooldown * length)
         fall = min(1.0, left)
         if self.curve == "cosine":
             fall = 0.5 * (1 - math.cos(math.pi * fall))
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * fall
+        return self.lr * min(1.0, (place + 1) / max(1, self.warmup)) * fall
 
 
 @dataclass(frozen=True)
