@@ -76,9 +76,10 @@ class Feature:
         hints = typing.get_type_hints(cls)
         parts = [p.strip() for p in text.split(",") if p.strip()]
         if cls.shorthand and parts:
-            bare = next((i for i, p in enumerate(parts) if i and "=" in p), len(parts))
+            keyed = [p.partition("=")[0].isidentifier() and "=" in p for p in parts]  # "full hold=0.9" is not
+            bare = next((i for i, pair in enumerate(keyed) if i and pair), len(parts))
             first = ",".join(parts[:bare])
-            if "=" not in first or first.startswith(f"{cls.shorthand}="):
+            if not keyed[0] or first.startswith(f"{cls.shorthand}="):
                 values[cls.shorthand] = first.removeprefix(f"{cls.shorthand}=")
                 parts = parts[bare:]
         for part in parts:

@@ -432,6 +432,8 @@ def test_presets_and_guidance_make_the_plans_that_they_name() -> None:
     assert str(plan) == "full/none full full full/none"
     assert Reuse.parse("deepcache:3,1,guidance=reuse:2") == Reuse(plan="deepcache:3,1", guidance="reuse:2")
     assert Reuse.parse("plan=hold:3@1") == Reuse(plan="hold:3@1")
+    weighted = "steps:full hold=0.9 full hold:sample=1.2,-0.1 hold=0.5"
+    assert Reuse.parse(f"{weighted},stretch=true") == Reuse(plan=weighted, stretch=True)
 
 
 # ---------------------------------------------------------------------- stale state
