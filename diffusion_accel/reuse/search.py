@@ -32,10 +32,6 @@ class Rule:
     count: int = 1
     fitted: bool = False
 
-    @classmethod
-    def of(cls, step: Step) -> Rule:
-        return cls(len(step.weights), True) if step.weights else cls(step.order + 1)
-
     def hold(self, space: str, weights: tuple[float, ...]) -> Step:
         return Step("hold", order=self.count - 1, space=space, weights=weights if self.fitted else ())
 

@@ -195,12 +195,12 @@ class Tuner:
                 best, score = plan, mean
             self.tell(best, score)
         failures, rejected, seen = 0, 0, set()
+        before = predicted_error(best, self.forecasts, careful=False)
         while time.monotonic() < until and failures < 80 and rejected < 5000:
             if stop_at is not None and self.median(best, stop_at) >= stop_at:
                 break
             other = refitted(mutated(best, rng, self.guided, tuple(f.space for f in self.forecasts)), self.forecasts)
-            error, before = (predicted_error(plan, self.forecasts, careful=False) for plan in (other, best))
-            hopeless = error > 1.5 * before
+            hopeless = predicted_error(other, self.forecasts, careful=False) > 1.5 * before
             if hopeless or other == best or self.costs.seconds(other) > limit or other in seen:
                 rejected += 1
                 continue
@@ -209,6 +209,7 @@ class Tuner:
             failures = failures + 1 if mean <= score else 0
             if mean > score:
                 best, score = other, mean
+                before = predicted_error(best, self.forecasts, careful=False)
             self.tell(best, score)
         return best
 
