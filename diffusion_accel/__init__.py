@@ -6,7 +6,8 @@
     image = pipe("red apple, 3d style").images[0]
     print(pipe.acceleration.report())
 
-Importing this package imports neither torch nor diffusers; names are loaded when they are first used.
+Importing this package imports neither torch nor diffusers; names are loaded when they are first used. diffusers then
+loads quantized checkpoints (docs/quantization.md) with its own `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .errors import (
     OutputError,
     UnsupportedPipelineError,
 )
+from .quant.register import register as _register_checkpoints
 
 if TYPE_CHECKING:
     from .feature import Feature
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from .reuse import EncoderReuse, Reuse
     from .routing import TaskRouting
     from .switchboard import accelerate
+
+_register_checkpoints()  # from now on diffusers loads quantized checkpoints
 
 _LAZY = {
     "AcceleratedPipeline": ".pipelines",

@@ -258,3 +258,42 @@ def prediction(output: Any) -> torch.Tensor:
 def with_prediction(output: Any, sample: torch.Tensor) -> Any:
     """The same kind of output around another prediction."""
     return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+
+
+def edge_layers(module: nn.Module) -> list[str]:
+    """The names of the first and the last layer of a denoiser, which see its input and make its output."""
+    known = ("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out", "proj_out_2", "proj_in")
+    return [name for name in known if isinstance(getattr_path(module, name), (nn.Linear, nn.Conv2d))]
+
+
+def getattr_path(module: nn.Module, name: str) -> Any:
+    """The submodule or attribute at a dotted name, or None."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def concatenated_inputs(module: nn.Module) -> dict[str, int]:
+    """Layers of a U-Net whose input is [what comes from below, skip connection], with the channels of the first
+    part."""
+    if not_a_unet(module) is not None:
+        return {}
+    found: dict[str, int] = {}
+    stages = unet_stages(module)
+    below = _output_channels(stages.mid) if stages.mid is not None else None
+    for number, block in enumerate(stages.up):
+        for i, resnet in enumerate(getattr(block, "resnets", ())):
+            for name in ("conv1", "conv_shortcut"):
+                layer = getattr(resnet, name, None)
+                if isinstance(layer, nn.Conv2d) and below is not None and below < layer.in_channels:
+                    found[f"up_blocks.{number}.resnets.{i}.{name}"] = below
+            below = _output_channels(resnet)
+    return found
+
+
+def _output_channels(block: nn.Module) -> int | None:
+    """The channels that the last convolution of a block makes."""
+    resnets = getattr(block, "resnets", None)
+    last = resnets[-1] if resnets is not None and len(resnets) else block
+    return getattr(getattr(last, "conv2", None), "out_channels", None)

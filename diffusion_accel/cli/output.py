@@ -151,3 +151,15 @@ def read_metadata(file: str) -> tuple[str | None, dict[str, Any] | None]:
         return texts.get("parameters"), json.loads(texts[CHUNK]) if CHUNK in texts else None
     except (ValueError, AttributeError) as error:
         raise OutputError(f"the metadata of {file} is damaged") from error
+
+
+def check_free_folder(folder: Path, overwrite: bool) -> None:
+    """Raise `OutputError` unless a folder of this name can be written (and, with `overwrite`, replaced)."""
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{folder} exists; choose another name or pass --overwrite")
+        if not (folder / "model_index.json").is_file():
+            raise OutputError(f"{folder} is not a pipeline folder, so --overwrite does not replace it")
+    check_writable(folder.absolute().parent)

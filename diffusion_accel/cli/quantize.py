@@ -1,0 +1,171 @@
+"""`quantize`: a pipeline with a low-bit denoiser, as a folder that diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import AccelerationError, ConfigurationError
+from .output import check_free_folder
+from .settings import merge, read_jobs
+from .tune import Bar, embedded_prompts
+
+
+class Interrupted(AccelerationError):
+    """Ctrl-C while quantizing."""
+
+    exit_code = 130
+
+
+_METHOD = {"rich_help_panel": "Method"}
+_SAMPLING = {"rich_help_panel": "Calibration"}
+
+
+def quantize(
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The pipeline folder to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
+    ] = None,
+    bits: Annotated[str, typer.Option(help="w8a8, w4a8, w4a4, … or w8, w4 for weights only.")] = "w8a8",
+    bits_budget: Annotated[
+        float | None, typer.Option(help="Average bits a weight: sensitive layers get more, others fewer.", **_METHOD)
+    ] = None,
+    finetune: Annotated[str, typer.Option(help="quest or none.", **_METHOD)] = "quest",
+    rounding: Annotated[str, typer.Option(help="adaround or nearest.", **_METHOD)] = "adaround",
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="About how long it may take; without it, the published numbers of steps.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help="What is finetuned: preset, sd, sdxl, lsun, dit, measured or all.", **_METHOD)
+    ] = "preset",
+    sensitive: Annotated[
+        float, typer.Option(help="Share of the layers, the most sensitive ones, finetuned as well.", **_METHOD)
+    ] = 0.25,
+    rate: Annotated[float | None, typer.Option(help="Learning rate of weights in finetuning.", **_METHOD)] = None,
+    scale_rate: Annotated[float | None, typer.Option(help="Of activation scales in stage 2.", **_METHOD)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of finetuning's stage 2.", **_METHOD)] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps of AdaRound a block.", **_METHOD)] = None,
+    softmax_bits: Annotated[int | None, typer.Option(help="Also round attention probabilities.", **_METHOD)] = None,
+    attention_bits: Annotated[int, typer.Option(help="Of queries, keys and values; 0: as they are.", **_METHOD)] = 8,
+    split: Annotated[
+        bool, typer.Option("--split/--no-split", help="Own grids for skip connections.", **_METHOD)
+    ] = True,
+    calibration_prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.", **_SAMPLING)
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many prompts to use, or pictures to draw.", **_SAMPLING)] = 64,
+    buckets: Annotated[int, typer.Option(help="Timesteps with grids of their own.", **_SAMPLING)] = 25,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of the trajectories.", **_SAMPLING)] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.", **_SAMPLING)
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, …", **_SAMPLING)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.", **_SAMPLING)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.", **_SAMPLING)] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.", **_SAMPLING)] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures in a call.", **_SAMPLING)] = 8,
+    report: Annotated[int, typer.Option(help="Pictures that the report compares; 0: no pictures.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best one if not given.")] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Quantize a pipeline's U-Net or transformer: fewer bits, calibrated and finetuned (QuEST).
+
+    Writes a pipeline folder that `generate --model DIR` and diffusers' from_pretrained load, with report.html in it. An
+    interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work.
+    """
+    from ..quant.settings import QuantizeSettings, parse_bits
+
+    for name, value, allowed in (
+        ("finetune", finetune, ("quest", "none")),
+        ("rounding", rounding, ("adaround", "nearest")),
+    ):
+        if value not in allowed:
+            raise ConfigurationError(f"--{name} must be {' or '.join(allowed)}, got {value!r}")
+    for name, amount, low in (("count", count, 2), ("batch", batch, 1), ("report", report, 0), ("buckets", buckets, 1)):
+        if amount < low:
+            raise ConfigurationError(f"--{name} must be at least {low}, got {amount}")
+    for name, number in (("epochs", epochs), ("iterations", iterations)):
+        if number is not None and number < 0:
+            raise ConfigurationError(f"--{name} must be at least 0, got {number}")
+    for name, real in (("budget-minutes", budget_minutes), ("rate", rate), ("scale-rate", scale_rate)):
+        if real is not None and not 0 < real < float("inf"):
+            raise ConfigurationError(f"--{name} must be a number above 0, got {real}")
+    weights, inputs = parse_bits(bits)
+    folder = Path(output)
+    check_free_folder(folder, overwrite)
+    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
+    given |= {"width": width, "height": height, "device": device, "allow_pickle": allow_pickle}
+    settings, source = merge(given, {})
+    choice = QuantizeSettings(
+        weight_bits=weights,
+        activation_bits=inputs,
+        bits_budget=bits_budget,
+        attention_bits=attention_bits or None,
+        softmax_bits=softmax_bits,
+        split=split,
+        buckets=buckets,
+        layers=layers,
+        sensitive=sensitive,
+        seed=seed,
+        rounding=rounding_settings(iterations) if rounding == "adaround" else None,
+        finetune=finetune_settings(rate, scale_rate, epochs) if finetune == "quest" else None,
+    )
+    if calibration_prompts is not None:
+        texts = [job.prompt for job in read_jobs([], calibration_prompts)][:count]
+    else:
+        texts = embedded_prompts(count) if source.kind == "embedded" else []
+
+    from ..quant.command import run
+    from .run import Session, check_machine
+
+    session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
+    if not texts:
+        if "prompt" in session.parameters:
+            raise ConfigurationError(
+                "--calibration-prompts is needed: grids are measured on the kind of prompts the model is used with"
+            )
+        texts = [""] * count
+    bar = Bar(quiet)
+
+    def tell(what: str, share: float, left: float) -> None:
+        bar(what if left != left else f"{what}, {_clock(left)} left", share)
+
+    try:
+        result = run(
+            session.pipe, source, texts, choice, folder, tell, overwrite=overwrite, restart=restart,
+            minutes=budget_minutes, pictures=report, batch=batch, steps=settings.steps or 50,
+            options={k: getattr(settings, k) for k in ("guidance_scale", "height", "width")},
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; call it again to go on from here ({folder}.work)") from None
+    finally:
+        bar.close()
+    typer.echo(json.dumps(result.to_dict()) if as_json else result.text())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def rounding_settings(iterations: int | None) -> Any:
+    from ..quant.reconstruct import RoundingSettings
+
+    return RoundingSettings() if iterations is None else RoundingSettings(iterations=iterations)
+
+
+def finetune_settings(rate: float | None, scale_rate: float | None, epochs: int | None) -> Any:
+    from ..quant.finetune import FinetuneSettings
+
+    given = {"rate": rate, "scale_rate": scale_rate, "epochs": epochs}
+    return FinetuneSettings(**{k: v for k, v in given.items() if v is not None})

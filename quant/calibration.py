@@ -1,0 +1,165 @@
+"""The calibration set: what the denoiser is given, and answers, along its own sampling trajectories; kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from diffusion_accel.denoisers import find_denoiser, prediction
+from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.files import replacing
+from diffusion_accel.hooks import bind_forward
+
+_OUTPUT = "output"
+
+
+@dataclass
+class Rows:
+    """Some rows of one bucket: nested arguments of the denoiser, and what it answered in full precision."""
+
+    arguments: dict[str, Any]
+    output: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def pick(self, index: torch.Tensor) -> Rows:
+        """The rows `index`."""
+        count = len(self)
+
+        def some(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: some(v) for k, v in value.items()}
+            if isinstance(value, torch.Tensor) and value.dim() and len(value) == count:
+                return value[index]
+            return value
+
+        return Rows(some(self.arguments), self.output[index])
+
+    def run(self, model: nn.Module) -> torch.Tensor:
+        """What `model` answers to these arguments."""
+        return prediction(model(**self.arguments))
+
+
+class CalibrationSet:
+    """A folder with one safetensors file for every recorded bucket and chunk of prompts; read a bucket at a time.
+
+    Attributes:
+        timesteps: the recorded timesteps, one a bucket, noisiest first.
+        rows: recorded rows of every bucket (both branches of guidance count).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.timesteps = tuple(float(t) for t in index["timesteps"])
+        self.rows = int(index["rows"])
+        self.plain: dict[str, Any] = index["plain"]
+
+    def bucket(self, number: int) -> Rows:
+        """Everything recorded at one timestep."""
+        parts: list[dict[str, torch.Tensor]] = []
+        for file in sorted(self.folder.glob(f"b{number:03d}-*.safetensors")):
+            with safe_open(str(file), framework="pt") as stored:
+                parts.append({key: stored.get_tensor(key) for key in stored.keys()})
+        flat = {k: parts[0][k] if not parts[0][k].dim() else torch.cat([p[k] for p in parts]) for k in parts[0]}
+        output = flat.pop(_OUTPUT)
+        arguments: dict[str, Any] = dict(self.plain)
+        for key, tensor in flat.items():
+            *path, last = key.split("/")
+            place = arguments
+            for name in path:
+                place = place.setdefault(name, {})
+            place[last] = tensor
+        return Rows(arguments, output)
+
+    def sample(self, number: int, count: int, seed: int) -> Rows:
+        """`count` rows of a bucket (or all it has), the same ones for the same seed."""
+        rows = self.bucket(number)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        return rows.pick(order[:count].sort().values)
+
+    def chunks(self, number: int, size: int) -> Iterator[Rows]:
+        """All rows of a bucket, `size` at a time."""
+        rows = self.bucket(number)
+        for start in range(0, len(rows), size):
+            yield rows.pick(torch.arange(start, min(start + size, len(rows))))
+
+
+def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, int], None]) -> CalibrationSet:
+    """Draw the sampler's pictures and keep what its denoiser saw at `buckets` evenly spaced steps.
+
+    Files that an interrupted recording left are used again; a recording counts once its index is written.
+
+    Args:
+        sampler: pipeline, prompts, steps and seeds.
+        buckets: how many timesteps to keep, at most the number of steps; taken by stride from the trajectory.
+        folder: where to.
+        tell: called with pictures done and pictures in all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = find_denoiser(sampler.pipe)
+    if model is None:
+        raise UnsupportedPipelineError(f"{type(sampler.pipe).__name__} has no unet or transformer to quantize")
+    device = next(model.parameters()).device
+    calls: list[tuple[float, dict[str, torch.Tensor]]] = []
+    plain: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        named = bind_forward(module, args, kwargs)
+        found = prediction(output)
+        flat: dict[str, torch.Tensor] = {_OUTPUT: found.detach().cpu()}
+        for key, value in named.items():
+            if key == "timestep":
+                value = torch.as_tensor(value).float()
+                value = value.expand(len(found)) if value.dim() == 0 or len(value) == 1 else value
+            if isinstance(value, (bool, int, float, str)) and key != "return_dict":
+                plain[key] = value
+            _flatten(key, value, flat)
+        calls.append((float(flat["timestep"][0]), flat))
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    times: list[float] = []
+    total = 0
+    try:
+        for number, (start, end) in enumerate(sampler.chunks()):
+            files = sorted(folder.glob(f"b*-{number:04d}.safetensors"))
+            if files and len(files) == buckets and times:
+                tell(end, len(sampler.prompts))
+                continue
+            calls.clear()
+            sampler.call(start, end)
+            found = list(dict.fromkeys(t for t, _ in calls))
+            if not times:
+                buckets = min(buckets, len(found))
+                times = [found[round(i * (len(found) - 1) / max(1, buckets - 1))] for i in range(buckets)]
+            for bucket, time in enumerate(times):
+                same = [flat for t, flat in calls if t == time]
+                tensors = {k: same[0][k] if not same[0][k].dim() else torch.cat([s[k] for s in same]) for k in same[0]}
+                with replacing(folder / f"b{bucket:03d}-{number:04d}.safetensors") as file:
+                    save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+            total += sum(len(flat[_OUTPUT]) for t, flat in calls if t == times[0])
+            tell(end, len(sampler.prompts))
+    finally:
+        handle.remove()
+    with replacing(folder / "index.json") as file:
+        file.write_text(json.dumps({"timesteps": times, "rows": total, "plain": plain, "device": str(device)}))
+    return CalibrationSet(folder)
+
+
+def _flatten(name: str, value: Any, into: dict[str, torch.Tensor]) -> None:
+    """Tensors of a nested argument by path."""
+    if isinstance(value, torch.Tensor):
+        into[name] = value.detach().cpu()
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _flatten(f"{name}/{key}", part, into)

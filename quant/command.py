@@ -1,0 +1,120 @@
+"""Quantize a loaded pipeline, write it as a folder, load that again and measure it: what the command and the script
+do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.pipelines.loading import load_pipeline
+from diffusion_accel.pipelines.models import PICKLE_SUFFIXES, ModelSource
+
+from .process import Progress, peak_memory, quantize
+from .report import QuantizationReport, measure, write
+from .settings import QuantizeSettings
+
+
+def run(
+    pipe: Any,
+    source: ModelSource,
+    prompts: list[str],
+    settings: QuantizeSettings,
+    folder: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    minutes: float | None = None,
+    pictures: int = 16,
+    batch: int = 8,
+    steps: int = 50,
+    options: dict[str, Any] | None = None,
+) -> QuantizationReport:
+    """Quantize `pipe`, write the pipeline to `folder` with a report, and return the report. `pipe` is as before
+    after it.
+
+    What lies between is kept in `<folder>.work` until the folder is complete. See `process.quantize` for the rest.
+    """
+    work = folder.with_name(f"{folder.name}.work")
+    if restart and work.is_dir():
+        shutil.rmtree(work)
+    sampler = Sampler(pipe, tuple(prompts), steps, settings.seed, batch, options or {})
+    done = quantize(sampler, settings, work, minutes, progress)
+    made = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        progress("writing", 1.0, 0.0)
+        save(pipe, source, made)
+        parameters = sum(p.numel() for p in done.model.parameters()) + sum(
+            layer.weight_shape.numel() for layer in done.layers().values()
+        )
+        done.restore()
+        twin = load_pipeline(ModelSource("folder", folder.name, str(made)))
+        twin.set_progress_bar_config(disable=True)
+        twin.scheduler = pipe.scheduler
+        device = next(find_denoiser(pipe).parameters()).device  # type: ignore[union-attr]
+        twin.to(device)
+        report = QuantizationReport(settings.name, str(folder), {}, validation=done.validation, losses=done.losses)
+        progress("measuring", 1.0, 0.0)
+        seen = shown(source, prompts, pictures, settings)
+        other = settings.seed + 100_000
+        measure(
+            Sampler(pipe, seen, steps, other, batch, options or {}),
+            Sampler(twin, seen, steps, other, batch, options or {}),
+            done.heldout,
+            report,
+        )
+        part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+        files = sorted((made / part).glob("*.safetensors"))
+        report.bytes = {"checkpoint": sum(f.stat().st_size for f in files), "float32": 4 * parameters}
+        report.seconds, report.peak = done.seconds, peak_memory()
+        write(report, made)
+        shutil.copy(work / "log.jsonl", made / "log.jsonl")
+        put(made, folder, overwrite)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(work)
+    return report
+
+
+def shown(source: ModelSource, prompts: list[str], count: int, settings: QuantizeSettings) -> tuple[str, ...]:
+    """Prompts for the pictures of the report: never those that were calibrated on."""
+    if source.kind == "embedded":
+        from diffusion_accel.evaluation.quality import embedded_reference
+
+        asked, _ = embedded_reference()
+        return tuple(asked.captions[i] for i in asked.choose("train", count, max(200, len(prompts))))
+    kept = settings.validation or max(1, len(prompts) // 8)
+    return tuple(prompts[-kept:])[:count]
+
+
+def save(pipe: Any, source: ModelSource, folder: Path) -> None:
+    """Write a pipeline with a quantized denoiser; parts that did not change are copied as they are where that works."""
+    part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    root = Path(source.location)
+    local = source.kind in ("embedded", "folder") and (root / part).is_dir()
+    if local and not any(f.suffix in PICKLE_SUFFIXES for f in root.rglob("*")):
+        parts = {name for name in pipe.components if (root / name).is_dir()} - {part}
+        folder.mkdir(parents=True)
+        shutil.copy(root / "model_index.json", folder)
+        for name in sorted(parts):
+            shutil.copytree(root / name, folder / name)
+        getattr(pipe, part).save_pretrained(folder / part)
+    else:
+        pipe.save_pretrained(folder)
+
+
+def put(made: Path, folder: Path, overwrite: bool) -> None:
+    """Rename a finished folder to its name; an older one of that name goes only then."""
+    if folder.is_dir():
+        if overwrite:
+            aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.replace(folder, aside)
+            os.replace(made, folder)
+            shutil.rmtree(aside)
+            return
+        folder.rmdir()  # empty, or this fails
+    os.replace(made, folder)

@@ -1,0 +1,222 @@
+"""Integer arithmetic for quantized layers: 8-bit products through oneDNN on CPUs, 8-bit matrix products elsewhere.
+
+Codes x of the input (scale a, zero point z) and signed weights w = code - zero_point (scale s of each output channel)
+give the exact sum  y = a s (Σ x w - z Σ w) + bias,  where Σ runs in 32-bit integers; only the last step rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simulated
+from .uniform import quantize
+
+_ROUNDS = 5  # timed calls of each way in a micro-benchmark, in turn
+
+
+def make_runtime(name: str, layer: QuantizedLayer) -> Runtime:
+    """The runtime `name` for one layer; see `model.set_runtime`."""
+    if name == "dequantize":
+        return Dequantize()
+    if name == "simulated":
+        return Simulated()
+    if why_not_integer(layer) is not None:
+        return Simulated() if name == "integer" else Dequantize()
+    return Integer(layer) if name == "integer" else Auto(layer)
+
+
+def why_not_integer(layer: QuantizedLayer) -> str | None:
+    """Why a layer cannot be computed with 8-bit integers, or None if it can."""
+    spec = layer.spec
+    if spec.activation_bits is None:
+        return "its input is not quantized"
+    if spec.activation_bits > 8:
+        return "its input has more than 8 bits"
+    if spec.per_channel:
+        return "its input has a grid for each channel, which a product cannot sum over"
+    if spec.weight_bits == 8 and bool((layer.weight_zero_point != 128).any()):
+        return "its 8-bit weights are not symmetric, so they do not fit signed bytes"
+    if isinstance(layer, QuantizedConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return "its padding is not with zeros"
+    return None
+
+
+def signed_weights(layer: QuantizedLayer) -> list[torch.Tensor]:
+    """code - zero_point as int8, a tensor for each part of the input channels."""
+    sizes = [layer.spec.split, layer.weight_shape[1] - layer.spec.split] if layer.spec.split else layer.weight_shape[1]
+    ones = [1] * (len(layer.weight_shape) - 1)
+    parts = layer.codes().short().split(sizes, 1)
+    zeros = layer.weight_zero_point.short()
+    return [(part - zero.view(-1, *ones)).to(torch.int8) for part, zero in zip(parts, zeros, strict=True)]
+
+
+def to_bytes(x: torch.Tensor, scale: float, zero_point: int, bits: int) -> torch.Tensor:
+    """Codes of `x` as uint8, in one pass over memory where torch still has the operator for it."""
+    if bits == 8 and hasattr(torch, "quantize_per_tensor"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.quantize_per_tensor(x.float(), scale, zero_point, torch.quint8).int_repr()
+    return (x.float() / scale).round_().add_(zero_point).clamp_(0, (1 << bits) - 1).to(torch.uint8)
+
+
+class OneDnn:
+    """8-bit products of oneDNN (VNNI, AMX) on a CPU, with weights packed once."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.weights: list[torch.Tensor] | None = None
+        self.scales = [[float(v) for v in row] for row in layer.input_scale.tolist()]
+        self.zeros = [[int(v) for v in row] for row in layer.input_zero_point.tolist()]
+
+    @staticmethod
+    def usable(x: torch.Tensor, layer: QuantizedLayer) -> bool:
+        return (
+            x.device.type == "cpu" and layer.buckets.number is not None and hasattr(torch.ops.onednn, "qlinear_prepack")
+        )
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        number = layer.buckets.number
+        assert number is not None and layer.spec.activation_bits is not None
+        if self.weights is None:
+            self.weights = [self._pack(layer, w) for w in signed_weights(layer)]
+            self.no_zeros = torch.zeros(len(layer.weight_codes), dtype=torch.int64)
+        dim = layer.channel_dim
+        sizes = [layer.spec.split, x.shape[dim] - layer.spec.split] if layer.spec.split else [x.shape[dim]]
+        total = None
+        for part, weight, scale, zero, weight_scale in zip(
+            x.split(sizes, dim), self.weights, self.scales[number], self.zeros[number], layer.weight_scale, strict=True
+        ):
+            codes = to_bytes(part, scale, zero, layer.spec.activation_bits)
+            bias = layer.bias.float() if layer.bias is not None and total is None else None
+            y = self._product(layer, codes, scale, zero, weight, weight_scale, bias)
+            total = y if total is None else total.add_(y)
+        assert total is not None
+        return total.to(x.dtype)
+
+    def _pack(self, layer: QuantizedLayer, weight: torch.Tensor) -> torch.Tensor:
+        if isinstance(layer, nn.Conv2d):
+            # a zero point other than 0 makes oneDNN keep the sums that any zero point needs
+            return torch.ops.onednn.qconv_prepack(
+                weight, layer.weight_scale[0], 1.0, 1, layer.stride, layer.padding, layer.dilation, 1, None
+            )
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+
+    def _product(self, layer: Any, codes: torch.Tensor, scale: float, zero: int, *more: Any) -> torch.Tensor:
+        weight, weight_scale, bias = more
+        head = (scale, zero, weight, weight_scale, self.no_zeros, bias)
+        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+        if isinstance(layer, nn.Conv2d):
+            codes = codes.contiguous(memory_format=torch.channels_last)
+            shape = (layer.stride, layer.padding, layer.dilation, 1)
+            return torch.ops.onednn.qconv2d_pointwise(codes, *head, *shape, *tail)
+        flat = codes.reshape(-1, codes.shape[-1])
+        return torch.ops.onednn.qlinear_pointwise(flat, *head, *tail).view(*codes.shape[:-1], -1)
+
+
+class IntMatmul:
+    """`torch._int_mm`, for CUDA and everything else; a convolution becomes a product with its windows side by side."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.weights: list[torch.Tensor] | None = None
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        bits = layer.spec.activation_bits
+        assert bits is not None
+        if self.weights is None or self.weights[0].device != x.device:
+            self.weights = [w.flatten(1).t().contiguous() for w in signed_weights(layer)]
+            self.sums = [w.sum(0, dtype=torch.int32) for w in self.weights]
+        scale, zero = layer.grid_at(layer.input_scale, x), layer.grid_at(layer.input_zero_point, x).float()
+        codes = quantize(x.float(), scale, zero, bits)
+        shifted = (codes - 128).to(torch.int8)  # _int_mm multiplies signed bytes
+        padding = (zero - 128).to(torch.int8)
+        dim, total, begin = layer.channel_dim, None, 0
+        sizes = [layer.spec.split, x.shape[dim] - layer.spec.split] if layer.spec.split else [x.shape[dim]]
+        for size, weight, sums, weight_scale in zip(sizes, self.weights, self.sums, layer.weight_scale, strict=True):
+            piece = shifted.narrow(dim, begin, size)
+            each = [p if p.shape[dim] == 1 else p.narrow(dim, begin, 1) for p in (scale, zero, padding)]
+            begin += size
+            y = self._part(layer, piece, each, weight, sums)
+            y = y * weight_scale.view([-1 if d == dim % y.dim() else 1 for d in range(y.dim())])
+            total = y if total is None else total + y
+        assert total is not None
+        if layer.bias is not None:
+            total = total + layer.bias.float().view([-1 if d == dim % total.dim() else 1 for d in range(total.dim())])
+        return total.to(x.dtype)
+
+    def _part(
+        self, layer: Any, x: torch.Tensor, grid: list[torch.Tensor], weight: torch.Tensor, sums: torch.Tensor
+    ) -> torch.Tensor:
+        scale, zero, padding = grid
+        if not isinstance(layer, nn.Conv2d):
+            y = int_mm(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+            return (y + (128 - zero) * sums) * scale
+        top, left = layer.padding  # type: ignore[misc]
+        n, c, h, w = x.shape
+        padded = padding.expand(n, c, 1, 1).repeat(1, 1, h + 2 * top, w + 2 * left)
+        padded[:, :, top : top + h, left : left + w] = x
+        (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+        rows = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
+        columns = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        a, b, p, q = padded.stride()
+        windows = padded.as_strided((n, rows, columns, c, kh, kw), (a, p * sh, q * sw, b, p * dh, q * dw))
+        y = int_mm(windows.reshape(n * rows * columns, -1), weight).view(n, rows, columns, -1)
+        return ((y + (128 - zero.permute(0, 2, 3, 1)) * sums) * scale.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Product (M, K) x (K, N) of int8 as int32; CUDA wants more than 16 rows and multiples of 8, so zeros fill up."""
+    rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
+    more = (max(0, 17 - rows), -inner % 8, -columns % 8)
+    if any(more):
+        a = nn.functional.pad(a, (0, more[1], 0, more[0]))
+        b = nn.functional.pad(b, (0, more[2], 0, more[1]))
+    return torch._int_mm(a, b)[:rows, :columns]
+
+
+class Integer:
+    """8-bit integer products, with what this machine has for them."""
+
+    name = "integer"
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.onednn, self.matmul = OneDnn(layer), IntMatmul(layer)
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        way = self.onednn if self.onednn.usable(x, layer) else self.matmul
+        return layer.round_output(way(layer, x))
+
+
+class Auto:
+    """The faster one of `Integer` and `Dequantize`, found out at the first call with a shape of input."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.ways: tuple[Runtime, Runtime] = (Integer(layer), Dequantize())
+        self.picked: dict[tuple[Any, ...], Runtime] = {}
+
+    @property
+    def name(self) -> str:
+        names = {way.name for way in self.picked.values()}
+        return "auto" if not names else "+".join(sorted(names))
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape, x.dtype, x.device)
+        if shape not in self.picked:
+            self.picked[shape] = self._faster(layer, x)
+        return self.picked[shape](layer, x)
+
+    def _faster(self, layer: QuantizedLayer, x: torch.Tensor) -> Runtime:
+        took: dict[Runtime, list[float]] = {way: [] for way in self.ways}
+        for turn in range(_ROUNDS + 1):
+            for way in self.ways:
+                began = time.perf_counter()
+                way(layer, x)
+                if x.device.type == "cuda":
+                    torch.cuda.synchronize(x.device)
+                if turn:  # the first packs weights
+                    took[way].append(time.perf_counter() - began)
+        return min(self.ways, key=lambda way: statistics.median(took[way]))

@@ -1,0 +1,270 @@
+"""Quantized linear layers and convolutions: packed weights, grids for each bucket of timesteps, a runtime that
+computes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import nn
+
+from .packing import pack, packed_bytes, unpack
+from .spec import LayerSpec
+from .uniform import dequantize, fake_quantize
+
+
+class Buckets:
+    """Which bucket of calibrated timesteps the running call of the denoiser is in; all layers of a model share one.
+
+    A timestep belongs to the nearest calibrated one, to the noisier of two equally near ones. A batch may hold rows of
+    several timesteps.
+
+    Attributes:
+        timesteps: the calibrated timesteps, noisiest first.
+        index: (1,) or (N,), the bucket of each row, on the device of the model.
+        number: the bucket, where it is one for all rows and known without waiting for a device.
+    """
+
+    def __init__(self, timesteps: tuple[float, ...]) -> None:
+        self.timesteps = timesteps
+        self.index = torch.zeros(1, dtype=torch.long)
+        self.number: int | None = 0
+        self._table = torch.tensor(timesteps, dtype=torch.float32)
+
+    def select(self, timestep: torch.Tensor | float) -> None:
+        """Go to the bucket of `timestep`, a number or (N,)."""
+        times = torch.as_tensor(timestep).float().reshape(-1)
+        if self._table.device != times.device:
+            self._table = self._table.to(times.device)
+        index = (times[:, None] - self._table).abs().argmin(1)
+        if times.device.type == "cpu" and len({*index.tolist()}) == 1:
+            index = index[:1]
+        self.index = index
+        self.number = int(index) if len(index) == 1 and times.device.type == "cpu" else None
+
+    def rows(self, count: int) -> torch.Tensor:
+        """The bucket of each of `count` rows, (1,) or (count,): a module may see the first rows only, or several
+        (frames) for each row of the denoiser."""
+        index = self.index
+        if len(index) in (1, count):
+            return index
+        return index[:count] if count < len(index) else index.repeat_interleave(count // len(index))
+
+
+class SelectBucket:
+    """The forward pre-hook of a denoiser that tells its quantized layers the timestep of the call."""
+
+    def __init__(self, buckets: Buckets) -> None:
+        self.buckets = buckets
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from diffusion_accel.hooks import bind_forward
+
+        self.buckets.select(bind_forward(module, args, kwargs)["timestep"])
+
+
+class Runtime(Protocol):
+    """How a quantized layer computes."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class Dequantize:
+    """Weights as floating-point numbers, inputs as they are."""
+
+    name = "dequantize"
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        return layer.compute(x, layer.floats(x.dtype))
+
+
+class Simulated(Dequantize):
+    """Weights, inputs and outputs rounded to their grids, computed in floating point."""
+
+    name = "simulated"
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        return layer.round_output(super().__call__(layer, layer.round_input(x)))
+
+
+class QuantizedLayer(nn.Module):
+    """What quantized linear layers and convolutions have in common.
+
+    Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), and where the
+    spec asks for them `input_scale`, `input_zero_point` (buckets, 1 | parts | C) and `output_scale`,
+    `output_zero_point` (buckets, 1).
+    """
+
+    weight_codes: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor
+    input_scale: torch.Tensor
+    input_zero_point: torch.Tensor
+    output_scale: torch.Tensor
+    output_zero_point: torch.Tensor
+    bias: nn.Parameter | None
+    channel_dim: ClassVar[int]
+    weight_shape: torch.Size
+
+    def _prepare(self, layer: nn.Module, spec: LayerSpec, buckets: Buckets) -> None:
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
+        self.spec, self.buckets, self.weight_shape = spec, buckets, weight.shape
+        self.runtime: Runtime = Simulated()
+        self.keep_floats = True
+        rows, device = len(weight), weight.device
+        columns = weight.numel() // rows
+        steps = len(buckets.timesteps)
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+
+        buffer("weight_codes", (rows, packed_bytes(columns, spec.weight_bits)), torch.uint8)
+        buffer("weight_scale", (spec.parts, rows), torch.float32)
+        buffer("weight_zero_point", (spec.parts, rows), torch.uint8)
+        if spec.activation_bits:
+            grids = (steps, weight.shape[1] if spec.per_channel else spec.parts)
+            buffer("input_scale", grids, torch.float32)
+            buffer("input_zero_point", grids, torch.uint8 if spec.activation_bits <= 8 else torch.int32)
+        if spec.output_bits:
+            buffer("output_scale", (steps, 1), torch.float32)
+            buffer("output_zero_point", (steps, 1), torch.uint8 if spec.output_bits <= 8 else torch.int32)
+        self.register_buffer("_floats", None, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    # ------------------------------------------------------------------ weights
+    def store(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        """Take weights: codes of the shape of the weight, scale and zero point (parts, O)."""
+        self.weight_codes.copy_(pack(codes.flatten(1), self.spec.weight_bits))
+        self.weight_scale.copy_(scale)
+        self.weight_zero_point.copy_(zero_point)
+        self._floats = None
+
+    def codes(self) -> torch.Tensor:
+        """The codes of the weights, uint8 in the shape of the weight."""
+        count = self.weight_shape[1:].numel()
+        return unpack(self.weight_codes, self.spec.weight_bits, count).reshape(self.weight_shape)
+
+    def floats(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weights as numbers; kept for the next call unless memory matters more (`keep_floats`)."""
+        if self._floats is not None and self._floats.dtype == dtype:
+            return self._floats
+        sizes = [self.spec.split, self.weight_shape[1] - self.spec.split] if self.spec.split else [self.weight_shape[1]]
+        ones = [1] * (len(self.weight_shape) - 1)
+        parts = [
+            dequantize(part, scale.view(-1, *ones), zero.float().view(-1, *ones))
+            for part, scale, zero in zip(
+                self.codes().float().split(sizes, 1), self.weight_scale, self.weight_zero_point, strict=True
+            )
+        ]
+        floats = (torch.cat(parts, 1) if self.spec.split else parts[0]).to(dtype)
+        if self.keep_floats:
+            self._floats = floats
+        return floats
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights as numbers, for code that looks at them; changing them changes nothing."""
+        return self.floats(torch.float32 if self.bias is None else self.bias.dtype)
+
+    # ------------------------------------------------------------------ inputs
+    def grid_at(self, table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Scales or zero points of the running call from a table (buckets, K), shaped to broadcast over `x`."""
+        number = self.buckets.number
+        found = table[number : number + 1] if number is not None else table[self.buckets.rows(len(x))]
+        if 1 < found.shape[1] == self.spec.parts != x.shape[self.channel_dim]:
+            sizes = torch.tensor([self.spec.split, x.shape[self.channel_dim] - self.spec.split], device=found.device)
+            found = found.repeat_interleave(sizes, 1)
+        shape = [1] * x.dim()
+        shape[0], shape[self.channel_dim] = len(found), found.shape[1]
+        return found.view(shape)
+
+    def round_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input rounded to its grid."""
+        if self.spec.activation_bits is None:
+            return x
+        return self._rounded(x, "input", self.spec.activation_bits)
+
+    def round_output(self, y: torch.Tensor) -> torch.Tensor:
+        """The output rounded to its grid."""
+        return y if self.spec.output_bits is None else self._rounded(y, "output", self.spec.output_bits)
+
+    def _rounded(self, x: torch.Tensor, what: str, bits: int) -> torch.Tensor:
+        scale, zero = getattr(self, f"{what}_scale"), getattr(self, f"{what}_zero_point")
+        return fake_quantize(x, self.grid_at(scale, x), self.grid_at(zero, x), bits)
+
+    # ------------------------------------------------------------------ computing
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The layer's own arithmetic with other weights."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.runtime(self, x)
+
+    def extra_repr(self) -> str:
+        a = self.spec.activation_bits
+        return f"{tuple(self.weight_shape)}, W{self.spec.weight_bits}{f'A{a}' if a else ''}, {self.runtime.name}"
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """A quantized `nn.Linear`; it stays an instance of it, so that LoRA finds it."""
+
+    channel_dim = -1
+
+    @classmethod
+    def like(cls, layer: nn.Linear, spec: LayerSpec, buckets: Buckets) -> Self:
+        """An empty quantized layer of the shape of `layer`."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.in_features, made.out_features = layer.in_features, layer.out_features
+        made._prepare(layer, spec, buckets)
+        return made
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """A quantized `nn.Conv2d`."""
+
+    channel_dim = 1
+    _KEPT = (
+        "in_channels out_channels kernel_size stride padding dilation transposed output_padding groups padding_mode "
+        "_reversed_padding_repeated_twice"
+    ).split()
+
+    @classmethod
+    def like(cls, layer: nn.Conv2d, spec: LayerSpec, buckets: Buckets) -> Self:
+        """An empty quantized convolution of the shape of `layer`."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        for name in cls._KEPT:
+            setattr(made, name, getattr(layer, name))
+        made._prepare(layer, spec, buckets)
+        return made
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+
+def quantizable(module: nn.Module) -> bool:
+    """Whether a module can be replaced by a quantized layer: a plain `nn.Linear`, or an `nn.Conv2d` without groups."""
+    if type(module).__name__ == "LoRACompatibleLinear":
+        return False
+    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
+
+
+def quantized_like(layer: nn.Module, spec: LayerSpec, buckets: Buckets) -> QuantizedLayer:
+    """An empty quantized layer of the kind and shape of `layer`."""
+    if isinstance(layer, nn.Conv2d):
+        return QuantizedConv2d.like(layer, spec, buckets)
+    assert isinstance(layer, nn.Linear)
+    return QuantizedLinear.like(layer, spec, buckets)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}

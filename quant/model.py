@@ -1,0 +1,125 @@
+"""A whole model made of quantized layers: putting them in, choosing how they compute, checking that they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.hooks import forward_parameters
+
+from .attention import QuantizedSoftmax, quantizable_attention
+from .layers import Buckets, QuantizedLayer, SelectBucket, quantizable, quantized_layers, quantized_like
+from .spec import ModelSpec
+
+RUNTIMES = ("auto", "integer", "dequantize", "simulated")
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that can be quantized, by name in the order of the model."""
+    return {name: module for name, module in model.named_modules() if quantizable(module)}
+
+
+def install(model: nn.Module, spec: ModelSpec) -> Buckets:
+    """Replace the layers that `spec` names by empty quantized ones (also on the meta device).
+
+    Raises:
+        ModelLoadError: the model has no such layer, or one that cannot be quantized.
+    """
+    buckets = Buckets(spec.timesteps)
+    modules = dict(model.named_modules())
+    for name, layer in spec.layers.items():
+        module = modules.get(name)
+        if module is None or not quantizable(module):
+            what = "has no layer" if module is None else f"has a {type(module).__name__}, not a quantizable layer, at"
+            raise ModelLoadError(f"the checkpoint does not fit the model: {type(model).__name__} {what} {name}")
+        model.set_submodule(name, quantized_like(module, layer, buckets))
+    for name, bits in (spec.softmax or {}).items():
+        module = modules.get(name)
+        if module is None or not quantizable_attention(module):
+            raise ModelLoadError(f"the checkpoint does not fit the model: {name} is no attention that can be quantized")
+        QuantizedSoftmax.install(module, bits, buckets)
+    if spec.timesteps:
+        if "timestep" not in forward_parameters(model):
+            raise ConfigurationError(f"{type(model).__name__} takes no timestep, so inputs cannot be quantized by it")
+        model.register_forward_pre_hook(SelectBucket(buckets), with_kwargs=True)
+    return buckets
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take off what `install` put on a model besides its layers."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, SelectBucket):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, QuantizedSoftmax):
+            del module.softmax_scale
+            module.set_processor(processor.before)  # type: ignore[operator]
+
+
+def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = False) -> None:
+    """Choose how the quantized layers of a model (or pipeline) compute.
+
+    Args:
+        model: a quantized model, or a pipeline with one.
+        runtime: "dequantize": weights as floating-point numbers, inputs left as they are; "simulated": inputs
+            rounded to their grids as well, in floating point; "integer": 8-bit integer products, where the layer and
+            the machine can, "simulated" elsewhere; "auto": each layer times integer against dequantize at its first
+            call with a shape of input and keeps the faster one.
+        low_memory: unpack weights at every call instead of keeping them as numbers.
+
+    Raises:
+        ConfigurationError: no such runtime, or nothing is quantized.
+    """
+    from .kernels import make_runtime
+
+    if runtime not in RUNTIMES:
+        raise ConfigurationError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    layers = quantized_layers(_model(model))
+    if not layers:
+        raise ConfigurationError(f"{type(model).__name__} has no quantized layers")
+    for layer in layers.values():
+        layer.keep_floats = not low_memory
+        layer._floats = None
+        layer.runtime = make_runtime(runtime, layer)
+
+
+def runtime_report(model: nn.Module) -> dict[str, str]:
+    """What every quantized layer computes with, by name; of "auto" what it picked."""
+    return {name: layer.runtime.name for name, layer in quantized_layers(_model(model)).items()}
+
+
+def _model(model: Any) -> nn.Module:
+    from diffusion_accel.denoisers import find_denoiser
+
+    if isinstance(model, nn.Module):
+        return model
+    found = find_denoiser(model)
+    if found is None:
+        raise ConfigurationError(f"expected a model or a pipeline with one, got {type(model).__name__}")
+    return found
+
+
+# ---------------------------------------------------------------------- integrity
+def quantized_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the quantized layers and attentions that a checkpoint stores, by name in order."""
+    for name, module in sorted(model.named_modules()):
+        if isinstance(module, QuantizedLayer) or hasattr(module, "softmax_scale"):
+            for key, tensor in sorted(module.named_buffers(recurse=False)):
+                if not key.startswith("_"):
+                    yield f"{name}.{key}", tensor
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of the quantized tensors."""
+    found = hashlib.sha256()
+    for name, tensor in quantized_tensors(model):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

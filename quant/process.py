@@ -1,0 +1,607 @@
+"""From a pipeline to a quantized one, in stages that can be interrupted at any point and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffusion_accel._version import __version__
+from diffusion_accel.denoisers import concatenated_inputs, edge_layers, find_denoiser, getattr_path
+from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.files import replacing
+from diffusion_accel.hooks import forward_parameters
+
+from .calibration import CalibrationSet, Rows, record
+from .draft import Draft, Drafts, drafts_in, rounding
+from .finetune import (
+    PRESETS,
+    QUERIES,
+    TIME_LAYERS,
+    Tuner,
+    batches,
+    matching,
+    preset_for,
+    relative_error,
+    stage_one_epochs,
+)
+from .layers import QuantizedLayer, quantized_layers
+from .loader import LowBitConfig, LowBitQuantizer
+from .model import candidates, digest, install, set_runtime, uninstall
+from .ranges import observe
+from .reconstruct import capture, reconstruct, units
+from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivities
+from .settings import QuantizeSettings
+from .spec import LayerSpec, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
+_SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
+_PROBE_ROWS = 16  # rows on which sensitivities and the validation error are measured, of each of some buckets
+_KEYS_VALUES = r".*\.(to_k|to_v|add_k_proj|add_v_proj)"
+
+
+def quantize(
+    sampler: Sampler,
+    settings: QuantizeSettings,
+    work: Path,
+    minutes: float | None = None,
+    progress: Progress | None = None,
+) -> Quantization:
+    """Quantize the denoiser of `sampler.pipe`; the pipeline then has the quantized one.
+
+    Stages: record the calibration set; measure which layers suffer; choose bits (with a budget); find the grids of
+    the weights and learn their rounding; find the grids of the inputs; finetune the layers of the time embedding;
+    finetune the layers that matter most.
+
+    Args:
+        sampler: the pipeline with prompts, steps and guidance; the calibration set is its own sampling trajectories.
+        settings: how.
+        work: a folder for what lies between; a second call with the same settings goes on from there.
+        minutes: how long it may take about; iterations of rounding and finetuning are cut down to fit.
+        progress: told what is being done.
+
+    Raises:
+        ConfigurationError: the folder belongs to other settings, or the budget of bits cannot be kept.
+        UnsupportedPipelineError: there is nothing to quantize.
+    """
+    run = Quantization(sampler, settings, work, progress or (lambda what, share, left: None))
+    run.run(minutes)
+    return run
+
+
+class Quantization:
+    """One run of `quantize`, and what came out.
+
+    Attributes:
+        model: the quantized denoiser.
+        spec: how it is quantized.
+        losses: by stage, what the log has: loss with rounding to nearest and learnt by block, and so on.
+        seconds: by stage.
+    """
+
+    model: Any
+    spec: ModelSpec
+
+    def __init__(self, sampler: Sampler, settings: QuantizeSettings, work: Path, progress: Progress) -> None:
+        self.sampler, self.settings, self.work, self.progress = sampler, settings, work, progress
+        denoiser = find_denoiser(sampler.pipe)
+        if denoiser is None or not candidates(denoiser):
+            what = type(sampler.pipe).__name__
+            raise UnsupportedPipelineError(f"{what} has no unet or transformer with layers that can be quantized")
+        if getattr(denoiser, "is_quantized", False):
+            raise UnsupportedPipelineError(f"the {type(denoiser).__name__} is quantized already")
+        if "timestep" not in forward_parameters(denoiser):
+            raise UnsupportedPipelineError(f"{type(denoiser).__name__} takes no timestep")
+        self.denoiser: Any = denoiser
+        self.losses: dict[str, list[Any]] = {}
+        self.seconds: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
+        self.plan: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ the whole
+    def run(self, minutes: float | None) -> None:
+        """All stages, from where an earlier run stopped."""
+        self.began = time.monotonic()
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._check_folder()
+        with self._stage("calibration"):
+            self._record()
+        with self._stage("sensitivity"):
+            found = self._sensitivities()
+        specs = self._specs(found)
+        self.drafts = Drafts(self.denoiser, specs, self.calibration.timesteps)
+        self._decide(minutes)
+        self._note_error("nearest, weights only", True, False)
+        if self.plan["iterations"]:
+            with self._stage("rounding"):
+                self._round()
+            self._note_error("learnt rounding, weights only", True, False)
+        peaks: dict[str, torch.Tensor] = {}
+        if self.settings.activation_bits:
+            with self._stage("ranges"):
+                peaks = self._ranges()
+            self._note_error("quantized", True, True)
+        if self.settings.finetune is not None and self.plan["epochs"] + max(self.plan["time_epochs"]) > 0:
+            with self._stage("finetuning"):
+                self._finetune()
+            self._note_error("finetuned", True, True)
+        self._assemble(found, peaks)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+
+    def _check_folder(self) -> None:
+        file = self.work / "settings.json"
+        s = self.sampler
+        wanted = json.loads(
+            json.dumps(
+                {
+                    "settings": self.settings.to_dict(),
+                    "sampler": [list(s.prompts), s.steps, s.seed, s.options, type(s.pipe.scheduler).__name__],
+                    "model": [type(self.denoiser).__name__, _fingerprint(self.denoiser)],
+                    "version": __version__,
+                }
+            )
+        )
+        if file.is_file():
+            if json.loads(file.read_text(encoding="utf-8")) != wanted:
+                raise ConfigurationError(
+                    f"{self.work} holds a run with other settings or another model; remove it, or name another output"
+                )
+            return
+        self._write(file, wanted)
+
+    def _write(self, file: Path, values: Any) -> None:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+    def _log(self, stage: str, **values: Any) -> None:
+        self.losses.setdefault(stage, []).append(values)
+        with (self.work / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, **values}) + "\n")
+
+    def _note_error(self, what: str, weights: bool, inputs: bool) -> None:
+        rounding(self.drafts, weights, inputs)
+        self.validation[what] = relative_error(self.denoiser, self._probe_rows())
+        self._log("validation", what=what, error=round(self.validation[what], 6))
+
+    # ------------------------------------------------------------------ calibration
+    def _record(self) -> None:
+        s, prompts = self.sampler, self.sampler.prompts
+        kept = self.settings.validation or max(1, len(prompts) // 8)
+        if len(prompts) < kept + 1:
+            raise ConfigurationError(f"{len(prompts)} prompts are too few: {kept} of them are kept for validation")
+        parts = {"calibration": s.part(0, len(prompts) - kept), "validation": s.part(len(prompts) - kept, len(prompts))}
+        for name, part in parts.items():
+            folder = self.work / name
+            if not (folder / "index.json").is_file():
+
+                def tell(done: int, total: int, name: str = name) -> None:
+                    self.progress(f"{name}: {done} of {total} prompts", 0.0, float("nan"))
+
+                with torch.inference_mode():
+                    record(part, self.settings.buckets, folder, tell)
+        self.calibration = CalibrationSet(self.work / "calibration")
+        self.heldout = CalibrationSet(self.work / "validation")
+
+    def _probe_rows(self) -> list[Rows]:
+        count = len(self.heldout.timesteps)
+        return [self.heldout.sample(b, _PROBE_ROWS, self.settings.seed) for b in range(0, count, max(1, count // 5))]
+
+    # ------------------------------------------------------------------ bits
+    def _sensitivities(self) -> dict[str, float]:
+        wanted = self.settings.bits_budget is not None or self.settings.finetune is not None
+        if not wanted:
+            return {}
+        file = self.work / "sensitivity.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        layers = candidates(self.denoiser)
+        if len(known) == len(layers):
+            return known
+        specs = {name: LayerSpec(weight_bits=PROBE_BITS) for name in layers}
+        drafts = Drafts(self.denoiser, specs, ())
+        found = dict(known)
+        saved = time.monotonic()
+        done = 0
+        try:
+            rows = self._probe_rows()
+            for name, draft in drafts.items():
+                found |= sensitivities(self.denoiser, {name: draft}, rows, lambda n: None, found)
+                done += 1
+                self.progress(f"sensitivity: {done} of {len(layers)} layers", 0.0, float("nan"))
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    self._write(file, found)
+                    saved = time.monotonic()
+        finally:
+            drafts.restore()
+        self._write(file, found)
+        return found
+
+    def _specs(self, sensitivity: dict[str, float]) -> dict[str, LayerSpec]:
+        s, layers = self.settings, candidates(self.denoiser)
+        edges = edge_layers(self.denoiser)
+        split = concatenated_inputs(self.denoiser) if s.split else {}
+        bits = {name: s.edge_bits if name in edges else s.weight_bits for name in layers}
+        if s.bits_budget is not None:
+            sizes = {name: _weight(layer).numel() for name, layer in layers.items()}
+            errors = {}
+            for name, layer in layers.items():
+                table = rounding_errors(_weight(layer), CHOICES)
+                errors[name] = {b: sensitivity[name] * e / max(table[PROBE_BITS], 1e-30) for b, e in table.items()}
+            bits = allocate(errors, sizes, s.bits_budget, {n: s.edge_bits for n in edges if n in layers})
+        queries = matching(layers, (QUERIES, _KEYS_VALUES)) if s.activation_bits and s.attention_bits else []
+        specs = {}
+        for name in layers:
+            inputs = s.activation_bits if name not in edges else max(s.edge_bits, s.activation_bits or 0)
+            specs[name] = LayerSpec(
+                weight_bits=bits[name],
+                activation_bits=inputs if s.activation_bits else None,
+                per_channel=s.by_channel and name not in edges,
+                split=split.get(name, 0),
+                output_bits=s.attention_bits if name in queries else None,
+                sensitivity=float(f"{sensitivity[name]:.4g}") if name in sensitivity else None,
+            )
+        return specs
+
+    # ------------------------------------------------------------------ how much work
+    def _decide(self, minutes: float | None) -> None:
+        """Iterations of every stage: as asked, or cut down to the time; written down, so that a resumed run repeats
+        them."""
+        file = self.work / "plan.json"
+        r, f = self.settings.rounding, self.settings.finetune
+        plan: dict[str, Any] = {"iterations": r.iterations if r else 0, "epochs": f.epochs if f else 0}
+        plan["time_epochs"] = list(f.time_epochs) if f else [0, 0, 0]
+        plan["rate"] = r.rate if r else 0.0
+        if file.is_file():
+            self.plan = json.loads(file.read_text(encoding="utf-8"))
+            return
+        costs = self._costs(plan)
+        if minutes is not None:
+            left = minutes * 60 - (time.monotonic() - self.began) - costs["fixed"]
+            wanted = {k: costs[k] for k in ("rounding", "time", "stage two")}
+            share = _shares(wanted, max(0.0, left))
+            plan["iterations"] = int(plan["iterations"] * share["rounding"])
+            plan["time_epochs"] = [int(n * share["time"]) for n in plan["time_epochs"]]
+            plan["epochs"] = int(plan["epochs"] * share["stage two"])
+            if r is not None and plan["iterations"]:  # fewer steps must go further; Adam's way is rate x steps
+                plan["rate"] = min(1e-2, r.rate * max(1.0, 0.1 * r.iterations / plan["iterations"]))
+        plan["seconds"] = {
+            "fixed": costs["fixed"],
+            "rounding": costs["rounding"] * plan["iterations"] / max(1, r.iterations if r else 0),
+            "finetuning": (costs["time"] * sum(plan["time_epochs"]) / max(1, sum(f.time_epochs)) if f else 0.0)
+            + (costs["stage two"] * plan["epochs"] / max(1, f.epochs) if f else 0.0),
+        }
+        self.plan = plan
+        self._write(file, plan)
+
+    def _costs(self, plan: dict[str, Any]) -> dict[str, float]:
+        """Seconds of every stage as asked for, from the measured time of the denoiser."""
+        rows = self.calibration.sample(0, 8, 0)
+        rounding(self.drafts, False, False)
+        took = []
+        with torch.no_grad():
+            for _ in range(3):
+                began = time.monotonic()
+                rows.run(self.denoiser)
+                took.append(time.monotonic() - began)
+        row, buckets = min(took) / len(rows), len(self.calibration.timesteps)
+        r, f, watch = self.settings.rounding, self.settings.finetune, self.settings.observation
+        fixed = buckets * watch.rows * row * 4 if self.settings.activation_bits else 0.0
+        costs = {"fixed": fixed, "rounding": 0.0, "time": 0.0, "stage two": 0.0}
+        if r is not None:
+            kinds = len(units(self.denoiser, rows))
+            costs["fixed"] += kinds * r.rows * row * 1.2
+            costs["rounding"] = r.iterations * (min(r.batch, r.rows) * row * 4 + 0.001 * kinds)
+        if f is not None:
+            step = row * (6 if f.layer_loss else 5)
+            times = enumerate(self.calibration.timesteps)
+            costs["time"] = sum(stage_one_epochs(f, i, t) for i, t in times) * f.time_rows * step
+            costs["stage two"] = f.epochs * buckets * f.rows * step
+        return costs
+
+    def _share(self, stage: str, within: float) -> tuple[float, float]:
+        """Share of everything done and seconds left when `within` (0 … 1) of a stage is done."""
+        planned = self.plan["seconds"]
+        before = {"rounding": 0.0, "ranges": planned["rounding"], "finetuning": planned["rounding"] + planned["fixed"]}
+        length = {"rounding": planned["rounding"], "ranges": planned["fixed"], "finetuning": planned["finetuning"]}
+        total = max(1e-9, sum(length.values()))
+        done = before[stage] + within * length[stage]
+        return min(1.0, done / total), max(0.0, total - done)
+
+    # ------------------------------------------------------------------ weights
+    def _round(self) -> None:
+        r = self.settings.rounding
+        assert r is not None
+        settings = dataclasses.replace(r, iterations=self.plan["iterations"], rate=self.plan["rate"])
+        buckets = len(self.calibration.timesteps)
+        each = max(1, r.rows // buckets)
+        parts = units(self.denoiser, self.calibration.sample(0, 1, 0))
+        rows: list[Rows] | None = None
+        done: dict[str, Draft] = {}
+
+        def switch(full: bool) -> None:
+            rounding(self.drafts, False, False)
+            if not full:
+                rounding(done, True, False)
+
+        for number, (name, unit) in enumerate(parts.items()):
+            mine = {name: unit} if isinstance(unit, Draft) else {f"{name}.{k}": d for k, d in drafts_in(unit).items()}
+            file = self.work / f"rounding-{number:04d}.safetensors"
+            if file.is_file():
+                stored = load_file(file)
+                for key, draft in mine.items():
+                    draft.up = stored[key].bool()
+            else:
+                share, left = self._share("rounding", number / len(parts))
+                self.progress(f"rounding: {name}", share, left)
+                if rows is None:
+                    rows = [self.calibration.sample(b, each, self.settings.seed + 1) for b in range(buckets)]
+                data = capture(self.denoiser, unit, rows, switch)
+                rounding(self.drafts, False, False)
+                before, after = reconstruct(unit, data, settings, self.settings.seed + number)
+                with replacing(file) as temporary:
+                    save_file({key: draft.up.to(torch.uint8) for key, draft in mine.items()}, temporary)
+                self._log("rounding", block=name, nearest=round(before, 6), learnt=round(after, 6))
+            done |= mine
+
+    # ------------------------------------------------------------------ inputs
+    def _ranges(self) -> dict[str, torch.Tensor]:
+        count = len(self.calibration.timesteps)
+        softmax = self._attentions()
+        peaks = {name: torch.zeros(count) for name in softmax}
+        rounding(self.drafts, True, False)
+        for number in range(count):
+            file = self.work / f"ranges-{number:04d}.safetensors"
+            if file.is_file():
+                stored = load_file(file)
+                for name, draft in self.drafts.items():
+                    for key in _grids(draft):
+                        getattr(draft, key).data[number] = stored[f"{name}.{key}"]
+                for name in softmax:
+                    peaks[name][number] = stored[f"{name}.peak"]
+                continue
+            self.progress(f"ranges: timestep {number + 1} of {count}", *self._share("ranges", number / count))
+            watch = self.settings.observation
+            found = observe(self.denoiser, self.drafts, self.calibration, watch, [number], softmax, lambda n: None)
+            tensors = {
+                f"{n}.{k}": getattr(d, k).data[number].clone() for n, d in self.drafts.items() for k in _grids(d)
+            }
+            for name, peak in found.items():
+                peaks[name][number] = peak[number]
+                tensors[f"{name}.peak"] = peak[number].clone()
+            with replacing(file) as temporary:
+                save_file(tensors, temporary)
+        return peaks
+
+    def _attentions(self) -> dict[str, int]:
+        from .attention import quantizable_attention
+
+        bits = self.settings.softmax_bits
+        if bits is None or not self.settings.activation_bits:
+            return {}
+        return {n: bits for n, m in self.denoiser.named_modules() if quantizable_attention(m)}
+
+    # ------------------------------------------------------------------ finetuning
+    def chosen_layers(self) -> list[str]:
+        """The layers whose weights stage 2 finetunes."""
+        s, names = self.settings, list(self.drafts)
+        if s.layers == "all":
+            return names
+        found = set()
+        if s.layers != "measured":
+            found.update(matching(names, PRESETS[preset_for(self.denoiser) if s.layers == "preset" else s.layers]))
+        by_need = sorted(names, key=lambda n: -(self.drafts[n].spec.sensitivity or 0.0))
+        found.update(by_need[: round(s.sensitive * len(names))])
+        return [n for n in names if n in found]
+
+    def _finetune(self) -> None:
+        f, count = self.settings.finetune, len(self.calibration.timesteps)
+        assert f is not None
+        times = matching(self.drafts, (TIME_LAYERS,))
+        chosen = self.chosen_layers()
+        others = [n for n in self.drafts if n not in times]
+        file = self.work / "finetune.safetensors"
+        stage, at, moments = self._restore(file, {*times, *chosen})
+        saved = time.monotonic()
+        epochs = [self._time_epochs(i) for i in range(count)]
+        if stage == 1:
+            for number in range(at, count):
+                self.progress(f"time embedding: timestep {number + 1} of {count}", *self._share("finetuning", 0.0))
+                tuner = Tuner(self.denoiser, self.drafts, times, times, f.rate, f.scale_rate, f.layer_loss)
+                losses = []
+                for epoch in range(epochs[number]):
+                    for rows in batches(self.calibration, number, f.time_rows, f.batch, epoch):
+                        losses.append(tuner.step(rows))
+                tuner.close()
+                if losses:
+                    self._log("time embedding", timestep=self.calibration.timesteps[number], **_ends(losses))
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    self._save(file, 1, number + 1, None)
+                    saved = time.monotonic()
+            stage, at, moments = 2, 0, None
+            self._save(file, stage, at, None)
+        tuner = Tuner(self.denoiser, self.drafts, chosen, others, f.rate, f.scale_rate, f.layer_loss)
+        if moments:
+            _set_moments(tuner.optimizer, moments)
+        total = self.plan["epochs"] * count
+        losses = []
+        for place in range(at, total):
+            epoch, turn = divmod(place, count)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + epoch)).tolist()
+            what = f"finetuning: epoch {epoch + 1} of {self.plan['epochs']}"
+            self.progress(what, *self._share("finetuning", place / total))
+            for rows in batches(self.calibration, order[turn], f.rows, f.batch, place):
+                losses.append(tuner.step(rows))
+            if turn == count - 1:
+                self._log("finetuning", epoch=epoch + 1, loss=sum(losses) / len(losses))
+                losses = []
+            if time.monotonic() - saved > _SAVE_EVERY:
+                self._save(file, 2, place + 1, tuner.optimizer)
+                saved = time.monotonic()
+        tuner.close()
+        self._save(file, 2, total, None)
+
+    def _time_epochs(self, number: int) -> int:
+        f = self.settings.finetune
+        assert f is not None
+        asked = dataclasses.replace(f, time_epochs=tuple(self.plan["time_epochs"]))
+        return stage_one_epochs(asked, number, self.calibration.timesteps[number])
+
+    def _save(self, file: Path, stage: int, at: int, optimizer: torch.optim.Optimizer | None) -> None:
+        tensors = {"position": torch.tensor([stage, at])}
+        for name, draft in self.drafts.items():
+            for key in (*_grids(draft), "weight", "bias"):
+                value = getattr(draft, key, None)
+                if value is not None and (key not in ("weight", "bias") or getattr(value, "own", False)):
+                    tensors[f"{name}.{key}"] = value.detach().contiguous()
+        if optimizer is not None:
+            for i, state in enumerate(_states(optimizer)):
+                tensors |= {f"moments/{i}/{k}": torch.as_tensor(v).contiguous() for k, v in state.items()}
+        with replacing(file) as temporary:
+            save_file(tensors, temporary)
+
+    def _restore(self, file: Path, learning: set[str]) -> tuple[int, int, dict[str, torch.Tensor] | None]:
+        if not file.is_file():
+            return 1, 0, None
+        stored = load_file(file)
+        stage, at = stored.pop("position").tolist()
+        moments = {k.removeprefix("moments/"): stored.pop(k) for k in list(stored) if k.startswith("moments/")}
+        for name in learning:
+            if f"{name}.weight" in stored:
+                self.drafts[name].own()
+        for key, value in stored.items():
+            name, _, what = key.rpartition(".")
+            place = getattr(self.drafts[name], what)
+            place.data.copy_(value)
+        return stage, at, moments or None
+
+    # ------------------------------------------------------------------ result
+    def _assemble(self, sensitivity: dict[str, float], peaks: dict[str, torch.Tensor]) -> None:
+        s = self.settings
+        recipe = {
+            "bits": s.name,
+            "rounding": "nearest" if not self.plan["iterations"] else "adaround",
+            "iterations": self.plan["iterations"],
+            "finetune": "none" if "finetuned" not in self.validation else "quest",
+            "time_epochs": self.plan["time_epochs"],
+            "epochs": self.plan["epochs"],
+            "layers": s.layers,
+            "sensitive": s.sensitive,
+            "prompts": len(self.sampler.prompts),
+            "steps": self.sampler.steps,
+            "scheduler": type(self.sampler.pipe.scheduler).__name__,
+            "error": {k: float(f"{v:.4g}") for k, v in self.validation.items()},
+            "versions": {"diffusion-accel": __version__, "torch": torch.__version__},
+        }
+        timesteps = self.calibration.timesteps if s.activation_bits else ()
+        made = {name: draft.finished(self.drafts.buckets) for name, draft in self.drafts.items()}
+        softmax = {n: s.softmax_bits for n in peaks} if s.softmax_bits else None
+        spec = ModelSpec({n: m.spec for n, m in made.items()}, timesteps, softmax, recipe)
+        self.drafts.restore()
+        self._originals = {name: draft.layer for name, draft in self.drafts.items()}
+        self._config = dict(self.denoiser.config)
+        buckets = install(self.denoiser, spec)
+        for name, layer in made.items():
+            layer.buckets = buckets
+            self.denoiser.set_submodule(name, layer)
+        for name, peak in peaks.items():
+            assert s.softmax_bits is not None
+            scale = (peak / ((1 << s.softmax_bits) - 1)).clamp(min=1e-8)
+            getattr_path(self.denoiser, name).softmax_scale.copy_(scale[:, None])
+        self.spec = dataclasses.replace(spec, digest=digest(self.denoiser))
+        config = LowBitConfig(self.spec)
+        self.denoiser.hf_quantizer = LowBitQuantizer(config)
+        self.denoiser.is_quantized = True
+        self.denoiser.quantization_method = config.quant_method
+        self.denoiser.register_to_config(quantization_config=config.to_dict())
+        set_runtime(self.denoiser, "simulated")
+        self.denoiser.eval()
+        self.model = self.denoiser
+
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers by name."""
+        return quantized_layers(self.model)
+
+    def restore(self) -> None:
+        """Give the pipeline its full-precision denoiser back."""
+        for name, layer in self._originals.items():
+            self.denoiser.set_submodule(name, layer)
+        uninstall(self.denoiser)
+        del self.denoiser.hf_quantizer, self.denoiser.quantization_method
+        self.denoiser.is_quantized = False
+        self.denoiser._internal_dict = type(self.denoiser.config)(self._config)
+
+
+# ---------------------------------------------------------------------- helpers
+def _weight(layer: nn.Module) -> torch.Tensor:
+    return layer.weight  # type: ignore[return-value]
+
+
+def _grids(draft: Draft) -> list[str]:
+    """The names of a draft's grids of activations."""
+    return [f"{n}_{k}" for n in ("input", "output") if hasattr(draft, f"{n}_scale") for k in ("scale", "zero_point")]
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _set_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        state = {k.partition("/")[2]: v for k, v in moments.items() if k.startswith(f"{i}/")}
+        if state:
+            optimizer.state[p] = state
+
+
+def _ends(losses: list[float]) -> dict[str, float]:
+    return {"first": losses[0], "last": losses[-1]}
+
+
+def _shares(wanted: dict[str, float], seconds: float) -> dict[str, float]:
+    """How much of each stage fits: half of the time is for rounding, a tenth for stage 1, the rest for stage 2, and
+    what one does not need the others get."""
+    weights = {"rounding": 0.5, "time": 0.1, "stage two": 0.4}
+    share = {k: 1.0 for k in wanted}
+    open_, left = {k for k in wanted if wanted[k] > 0}, seconds
+    while open_:
+        whole = sum(weights[k] for k in open_)
+        fits = {k for k in open_ if wanted[k] <= left * weights[k] / whole}
+        if not fits:
+            for k in open_:
+                share[k] = left * weights[k] / whole / wanted[k]
+            break
+        left -= sum(wanted[k] for k in fits)
+        open_ -= fits
+    return share
+
+
+def _fingerprint(model: nn.Module) -> str:
+    import hashlib
+
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        found.update(f"{name} {tuple(p.shape)} {p.dtype} {float(p.detach().flatten()[:64].double().sum())!r}".encode())
+    return found.hexdigest()[:16]
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,130 @@
+"""How the layers of a model are quantized, as plain values: what `config.json` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
+
+VERSION = 1  # of the checkpoint layout
+WEIGHT_BITS = range(2, 9)
+ACTIVATION_BITS = range(2, 17)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one linear layer or convolution is quantized.
+
+    Attributes:
+        weight_bits: of its weights, 2 … 8; one grid for each output channel (and part of the input channels, see
+            `split`).
+        activation_bits: of its input, 2 … 16, with a grid for each bucket of timesteps; None leaves it as it is.
+        per_channel: a grid for each input channel instead of one for the whole input.
+        split: the first `split` input channels have grids of their own, because the input is a concatenation with a
+            skip connection; 0: not split.
+        output_bits: of its output (queries, keys and values of attention); None leaves it as it is.
+        sqnr: of the weights, 10 log10(signal / rounding error), dB.
+        sensitivity: relative squared error of the model's output when this layer's weights alone are quantized.
+    """
+
+    weight_bits: int
+    activation_bits: int | None = None
+    per_channel: bool = False
+    split: int = 0
+    output_bits: int | None = None
+    sqnr: float | None = None
+    sensitivity: float | None = None
+
+    def __post_init__(self) -> None:
+        checked(self.weight_bits, WEIGHT_BITS, "weight_bits")
+        for name in ("activation_bits", "output_bits"):
+            if getattr(self, name) is not None:
+                checked(getattr(self, name), ACTIVATION_BITS, name)
+        if type(self.split) is not int or self.split < 0:
+            raise ConfigurationError(f"split must be a number of channels, got {self.split!r}")
+
+    @property
+    def parts(self) -> int:
+        """Groups of input channels with weight grids of their own."""
+        return 2 if self.split else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, as JSON values."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in asdict(self).items() if v != defaults[k]}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How a model is quantized.
+
+    Attributes:
+        layers: by module name.
+        timesteps: the calibrated timesteps, one a bucket, noisiest first; empty: activations are not quantized.
+        softmax: bits of the attention probabilities by name of the attention module.
+        recipe: how it was made, for the reader: settings and versions.
+        digest: SHA-256 of the quantized layers' tensors, or None.
+    """
+
+    layers: dict[str, LayerSpec]
+    timesteps: tuple[float, ...] = ()
+    softmax: dict[str, int] | None = None
+    recipe: dict[str, Any] | None = None
+    digest: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, in the order in which they are written."""
+        values: dict[str, Any] = {"version": VERSION, "timesteps": list(self.timesteps)}
+        values["layers"] = {name: spec.to_dict() for name, spec in sorted(self.layers.items())}
+        for name in ("softmax", "recipe", "digest"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `ModelLoadError` for another version or values that are not allowed."""
+        version = values.get("version")
+        if type(version) is not int or version < 1:
+            raise ModelLoadError(f"quantization_config has no version this package knows (got {version!r})")
+        if version > VERSION:
+            raise ModelLoadError(
+                f"the checkpoint has layout version {version}, this package reads up to {VERSION}; "
+                "upgrade it: pip install -U diffusion-accel"
+            )
+        known = {f.name for f in fields(LayerSpec)}
+        layers = values.get("layers")
+        if not isinstance(layers, Mapping) or not layers:
+            raise ModelLoadError("quantization_config names no layers")
+        found = {}
+        for name, spec in layers.items():
+            extra = set(spec) - known if isinstance(spec, Mapping) else {"not a table"}
+            if extra:
+                raise ModelLoadError(f"quantization_config, layer {name}: unknown {', '.join(sorted(extra))}")
+            try:
+                found[name] = LayerSpec(**spec)
+            except (ConfigurationError, TypeError) as error:
+                raise ModelLoadError(f"quantization_config, layer {name}: {error}") from error
+        steps = values.get("timesteps", ())
+        if not isinstance(steps, (list, tuple)) or not all(isinstance(t, (int, float)) for t in steps):
+            raise ModelLoadError("quantization_config: timesteps must be a list of numbers")
+        if not steps and any(s.activation_bits or s.output_bits for s in found.values()):
+            raise ModelLoadError("quantization_config has activation bits but no timesteps")
+        return cls(found, tuple(steps), values.get("softmax"), values.get("recipe"), values.get("digest"))
+
+
+def checked(bits: Any, allowed: range, name: str) -> int:
+    """`bits`, or a `ConfigurationError` that says what is allowed."""
+    if type(bits) is not int or bits not in allowed:
+        raise ConfigurationError(f"{name} must be {allowed.start} to {allowed.stop - 1}, got {bits!r}")
+    return bits
+
+
+def average_bits(
+    layers: Mapping[str, LayerSpec], sizes: Mapping[str, int], names: Iterable[str] | None = None
+) -> float:
+    """Bits a weight on average, over the layers `names` (all)."""
+    chosen = list(layers) if names is None else list(names)
+    return sum(layers[n].weight_bits * sizes[n] for n in chosen) / sum(sizes[n] for n in chosen)

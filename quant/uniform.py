@@ -1,0 +1,109 @@
+"""Uniform quantization: integer codes on a grid of scale and zero point, and how the range of a grid is chosen.
+
+A value x has the code clamp(round(x / scale) + zero_point, 0, 2^bits - 1) and is read back as
+(code - zero_point) * scale. Zero is always a grid point, so padding and ReLU-like zeros stay exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+SEARCH_NORM = 2.4  # of the error that the range search minimises (QuEST's code, as Q-Diffusion's)
+SEARCH_CANDIDATES = 80  # shrunk ranges that it tries, each 1% of the widest smaller
+PERCENTILES = (99.9, 99.99, 99.999)
+_SAMPLE = 1 << 20  # values of which percentiles and their errors are taken; of more, evenly spaced ones
+
+
+def top(bits: int) -> int:
+    """The largest code."""
+    return (1 << bits) - 1
+
+
+def grid(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of the grid with 2^bits levels over [low, high], widened to hold zero.
+
+    Asymmetric: scale = (high - low) / (2^bits - 1), zero_point = round(-low / scale). Symmetric: scale =
+    max(|low|, |high|) / (2^(bits-1) - 1), zero_point = 2^(bits-1). Both are float32 (zero points are whole numbers); an
+    empty range gets scale 1.
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / ((1 << (bits - 1)) - 1 or 1)
+        zero = torch.full_like(scale, 1 << (bits - 1))
+    else:
+        scale = (high - low) / top(bits)
+        zero = -low
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, zero if symmetric else (zero / scale).round().clamp(0, top(bits))
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes of `x`, as whole float32 numbers in 0 … 2^bits - 1; scale and zero point broadcast."""
+    return (x / scale).round_().add_(zero_point).clamp_(0, top(bits))
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """The values of codes."""
+    return (codes - zero_point) * scale
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """`x` rounded to the grid, in its own dtype; no gradient flows (see `finetune` for that)."""
+    return dequantize(quantize(x.float(), scale, zero_point, bits), scale, zero_point).to(x.dtype)
+
+
+def search_grid(
+    rows: torch.Tensor, bits: int, symmetric: bool = False, norm: float = SEARCH_NORM, shrink: Iterable[float] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of every row of `rows` (R, N) whose rounding error is least: scale and zero point, (R, 1) each.
+
+    Tries the range of the row shrunk to 1, 0.99, 0.98 … of itself (or by the factors `shrink`) and takes the least
+    sum of
+    |error|^norm, so it is never worse than the whole range in that norm.
+
+    Source: range initialisation of Q-Diffusion and QuEST, 80 candidates, norm 2.4.
+    """
+    rows = rows.float()
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    best = scale = zero = None
+    for factor in shrink or (1 - 0.01 * j for j in range(SEARCH_CANDIDATES)):
+        tried = grid(low * factor, high * factor, bits, symmetric)
+        error = (fake_quantize(rows, *tried, bits) - rows).abs_().pow_(norm).sum(1, keepdim=True)
+        if best is None or scale is None or zero is None:
+            best, (scale, zero) = error, tried
+            continue
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+    assert scale is not None and zero is not None
+    return scale, zero
+
+
+def value_range(values: torch.Tensor, bits: int, percentiles: Iterable[float] = PERCENTILES) -> torch.Tensor:
+    """Low and high end (R, 2) of a grid for each row of `values` (R, N): the percentile with the least squared error.
+
+    Percentile p stands for the range between the (100 - p)-th and the p-th percentile of the row; 100 is its minimum
+    and maximum.
+    """
+    values = values.float()
+    if values.shape[1] > _SAMPLE:
+        values = values[:, :: values.shape[1] // _SAMPLE]
+    ordered = values.sort(1).values
+    last = ordered.shape[1] - 1
+    best = found = None
+    for percentile in percentiles:
+        place = min(last, round(percentile / 100 * last))
+        ends = torch.stack([ordered[:, last - place], ordered[:, place]], 1)
+        tried = grid(ends[:, :1], ends[:, 1:], bits)
+        error = (fake_quantize(values, *tried, bits) - values).square_().sum(1, keepdim=True)
+        if best is None or found is None:
+            best, found = error, ends
+            continue
+        better = error < best
+        best, found = torch.where(better, error, best), torch.where(better, ends, found)
+    assert found is not None
+    return found
