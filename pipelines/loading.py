@@ -18,9 +18,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from diffusion_accel.errors import ModelLoadError
+from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 
 from .models import ModelSource, check_weights, find_model, safetensors_header
+from .quantizers import check_quantize, foreign_config, load_quantized
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
 _AUTO = {
@@ -38,6 +39,9 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
     pipeline_class: Any = None,
+    quantize: str | None = None,
+    runtime: str | None = None,
+    low_memory: bool = False,
     **options: Any,
 ) -> Any:
     """Load a pipeline: an embedded name, a folder, a single `.safetensors` file, or a hub id.
@@ -49,13 +53,22 @@ def load_pipeline(
         dtype: of the weights in memory.
         allow_pickle: also load weights that are pickles.
         pipeline_class: the diffusers class to load as; by default the model's own.
+        quantize: a checkpoint of `diffusion-accel quantize` to take the denoiser from, or a quantizer that diffusers
+            drives, such as `torchao:int8wo`.
+        runtime: how a quantized denoiser computes; see `quant.model.set_runtime`.
+        low_memory: keep its weights packed in memory.
         options: passed on to diffusers' `from_pretrained` or `from_single_file`.
 
     Raises:
         ConfigurationError, ModelLoadError: with one line that says what was wrong.
     """
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle)
+    kind = check_quantize(quantize) if quantize else None
     options = {"dtype": dtype, **options}
+    if quantize and kind != "checkpoint":
+        if source.kind == "file":
+            raise ConfigurationError(f"--quantize {quantize} needs a pipeline folder or a hub id, not a single file")
+        options["quantization_config"] = foreign_config(quantize, _denoiser_part(source))
     if source.kind == "file":
         pipe = _load(source.location, lambda: _single_file(source, pipeline_class, options))
     else:
@@ -65,6 +78,12 @@ def load_pipeline(
         if source.kind != "hub":
             options.setdefault("local_files_only", True)
         pipe = _load(source.location, lambda: cls.from_pretrained(source.location, **options))
+    if quantize and kind == "checkpoint":
+        _load(quantize, lambda: load_quantized(pipe, quantize, dtype))
+    if runtime is not None or low_memory:
+        from diffusion_accel.quant.model import set_runtime
+
+        set_runtime(pipe, runtime or "auto", low_memory)
     net = load_controlnet(controlnet, dtype, allow_pickle) if controlnet else None
     if net is not None or (task is not None and task != "text-to-image"):
         pipe = _convert(pipe, task or "text-to-image", net)
@@ -76,6 +95,15 @@ def _single_file(source: ModelSource, cls: Any, options: dict[str, Any]) -> Any:
         keys = safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
         cls = StableDiffusionXLPipeline if any(k.startswith("conditioner.") for k in keys) else StableDiffusionPipeline
     return cls.from_single_file(source.location, **options)
+
+
+def _denoiser_part(source: ModelSource) -> str:
+    """The component that is the denoiser: what a local pipeline folder has; "unet" of a hub id unless it says
+    otherwise."""
+    if source.kind == "hub":
+        index = DiffusionPipeline.load_config(source.location)
+        return "unet" if "unet" in index else "transformer"
+    return "unet" if (Path(source.location) / "unet").is_dir() else "transformer"
 
 
 def _convert(pipe: Any, task: str, net: Any) -> Any:
@@ -130,7 +158,7 @@ def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:
 def _load(name: str, loader: Callable[[], Any]) -> Any:
     try:
         return loader()
-    except (KeyboardInterrupt, ModelLoadError):
+    except (KeyboardInterrupt, AccelerationError):
         raise
     except Exception as error:  # diffusers, transformers and the hub raise many kinds
         raise ModelLoadError(f"{name} cannot be loaded: {_first_line(error)}") from error

@@ -159,7 +159,7 @@ class Draft(nn.Module):
         made = quantized_like(self.layer, dataclasses.replace(self.spec, sqnr=sqnr), buckets)
         made.store(self.codes().detach(), self.scale, self.zero_point)
         if made.bias is not None and self.bias is not None:
-            made.bias.data.copy_(self.bias)
+            made.bias.data = self.bias.detach().clone()
         for name in ("input", "output"):
             if hasattr(self, f"{name}_scale"):
                 getattr(made, f"{name}_scale").copy_(getattr(self, f"{name}_scale").detach())
@@ -178,16 +178,14 @@ class Drafts(dict[str, Draft]):
         for name, made in self.items():
             model.set_submodule(name, made)
         model.requires_grad_(False)
-        self._hook = None
         if timesteps:
-            self._hook = model.register_forward_pre_hook(SelectBucket(self.buckets), with_kwargs=True)
+            SelectBucket.install(model, self.buckets)
 
     def restore(self) -> None:
         """Put the original layers back."""
         for name, draft in self.items():
             self.model.set_submodule(name, draft.layer)
-        if self._hook is not None:
-            self._hook.remove()
+        SelectBucket.uninstall(self.model)
 
 
 def drafts_in(module: nn.Module) -> dict[str, Draft]:

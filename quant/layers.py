@@ -3,10 +3,13 @@ computes."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
+
+from diffusion_accel.hooks import bind_forward
 
 from .packing import pack, packed_bytes, unpack
 from .spec import LayerSpec
@@ -52,15 +55,30 @@ class Buckets:
 
 
 class SelectBucket:
-    """The forward pre-hook of a denoiser that tells its quantized layers the timestep of the call."""
+    """The `forward` of a denoiser with quantized layers: tells them the timestep, then runs the model's own.
 
-    def __init__(self, buckets: Buckets) -> None:
-        self.buckets = buckets
+    It stands where diffusers' hooks wrap it, so that it sees the arguments that reach the model (which a hook may have
+    stacked from several steps), and is copied together with the model.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from diffusion_accel.hooks import bind_forward
+    def __init__(self, module: nn.Module, buckets: Buckets) -> None:
+        self.module, self.buckets = module, buckets
+        self.__signature__ = inspect.signature(module.forward)
 
-        self.buckets.select(bind_forward(module, args, kwargs)["timestep"])
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.buckets.select(bind_forward(self.module, args, kwargs)["timestep"])
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @classmethod
+    def install(cls, module: nn.Module, buckets: Buckets) -> None:
+        """Put it on `module`."""
+        module.forward = cls(module, buckets)
+
+    @staticmethod
+    def uninstall(module: nn.Module) -> None:
+        """Take it off again."""
+        if isinstance(module.__dict__.get("forward"), SelectBucket):
+            del module.__dict__["forward"]
 
 
 class Runtime(Protocol):

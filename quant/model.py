@@ -16,7 +16,7 @@ from .attention import QuantizedSoftmax, quantizable_attention
 from .layers import Buckets, QuantizedLayer, SelectBucket, quantizable, quantized_layers, quantized_like
 from .spec import ModelSpec
 
-RUNTIMES = ("auto", "integer", "dequantize", "simulated")
+RUNTIMES = ("auto", "integer", "dequantize", "simulated")  # cli/settings.py has them too, to import no torch
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,16 +46,13 @@ def install(model: nn.Module, spec: ModelSpec) -> Buckets:
     if spec.timesteps:
         if "timestep" not in forward_parameters(model):
             raise ConfigurationError(f"{type(model).__name__} takes no timestep, so inputs cannot be quantized by it")
-        model.register_forward_pre_hook(SelectBucket(buckets), with_kwargs=True)
+        SelectBucket.install(model, buckets)
     return buckets
 
 
 def uninstall(model: nn.Module) -> None:
     """Take off what `install` put on a model besides its layers."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, SelectBucket):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    SelectBucket.uninstall(model)
     for module in model.modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedSoftmax):

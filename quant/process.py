@@ -99,11 +99,11 @@ class Quantization:
     def __init__(self, sampler: Sampler, settings: QuantizeSettings, work: Path, progress: Progress) -> None:
         self.sampler, self.settings, self.work, self.progress = sampler, settings, work, progress
         denoiser = find_denoiser(sampler.pipe)
+        if getattr(denoiser, "is_quantized", False):
+            raise UnsupportedPipelineError(f"the {type(denoiser).__name__} is quantized already")
         if denoiser is None or not candidates(denoiser):
             what = type(sampler.pipe).__name__
             raise UnsupportedPipelineError(f"{what} has no unet or transformer with layers that can be quantized")
-        if getattr(denoiser, "is_quantized", False):
-            raise UnsupportedPipelineError(f"the {type(denoiser).__name__} is quantized already")
         if "timestep" not in forward_parameters(denoiser):
             raise UnsupportedPipelineError(f"{type(denoiser).__name__} takes no timestep")
         self.denoiser: Any = denoiser

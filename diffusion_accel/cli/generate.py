@@ -11,7 +11,7 @@ import typer
 
 from ..errors import AccelerationError
 from .options import with_feature_flags
-from .settings import ATTENTION, DTYPES, OFFLOAD, Job, Settings, merge, read_config, read_jobs
+from .settings import ATTENTION, DTYPES, OFFLOAD, RUNTIMES, Job, Settings, merge, read_config, read_jobs
 
 
 class Interrupted(AccelerationError):
@@ -65,6 +65,16 @@ def generate(
     attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTION) + ".", **_MACHINE)] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="torch.compile the repeated blocks.", **_MACHINE)
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|PACKAGE:KIND", help="A quantized checkpoint, or torchao:int8wo, …", **_MACHINE),
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="How a quantized model computes: " + ", ".join(RUNTIMES) + ".", **_MACHINE)
+    ] = None,
+    low_memory: Annotated[
+        bool | None, typer.Option("--low-memory", help="Keep quantized weights packed in memory.", **_MACHINE)
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="File or folder (default: outputs).", **_OUTPUT)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import AccelerationError, __version__
-from . import bench, evaluate, features, generate, info, metadata, models, quantize, tune
+from . import bench, evaluate, features, generate, info, inspect, metadata, models, quantize, tune
 from .options import join_bare_flags
 
 INTERRUPTED = 130
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(tune.tune)
 app.command()(quantize.quantize)
+app.command()(inspect.inspect)
 app.command()(bench.bench)
 app.command()(evaluate.evaluate)
 app.command()(metadata.metadata)

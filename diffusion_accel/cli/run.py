@@ -85,6 +85,9 @@ class Session:
             controlnet=settings.controlnet,
             dtype=getattr(torch, settings.dtype),
             allow_pickle=settings.allow_pickle,
+            quantize=settings.quantize,
+            runtime=settings.runtime,
+            low_memory=settings.low_memory,
         )
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         if "prompt" not in self.parameters and not promptless:

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Feature
 from ..pipelines.models import ModelSource, check_weights, find_model
+from ..pipelines.quantizers import check_quantize
 from ..pipelines.schedulers import check_scheduler
 from ..registry import FEATURES
 from .options import parse_feature
@@ -24,6 +25,7 @@ MAX_SEED = 2**63 - 1
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOAD = ("none", "model", "sequential")
 ATTENTION = ("sdpa", "xformers")
+RUNTIMES = ("auto", "integer", "dequantize", "simulated")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Settings:
     offload: str = "none"
     attention: str = "sdpa"
     compile: bool = False
+    quantize: str | None = None
+    runtime: str | None = None
+    low_memory: bool = False
     output: str = "outputs"
     overwrite: bool = False
     metadata: bool = True
@@ -124,7 +129,7 @@ def merge(flags: dict[str, Any], config: dict[str, Any]) -> tuple[Settings, Mode
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("steps", "width", "height", "seed", "num_images"), int),
     **dict.fromkeys(("guidance_scale", "strength"), float),
-    **dict.fromkeys(("compile", "overwrite", "metadata", "compare", "allow_pickle"), bool),
+    **dict.fromkeys(("compile", "overwrite", "metadata", "compare", "allow_pickle", "low_memory"), bool),
 }
 
 
@@ -171,6 +176,10 @@ def check(settings: Settings) -> None:
         if not Path(file).is_file():
             raise ModelLoadError(f"--lora: no such file: {file}")
         check_weights(Path(file))
+    if s.quantize is not None:
+        check_quantize(s.quantize)
+    if s.runtime is not None and s.runtime not in RUNTIMES:
+        raise ConfigurationError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {s.runtime!r}")
     if s.compare and not s.features:
         raise ConfigurationError(
             "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse"

@@ -1,0 +1,81 @@
+"""`inspect`: what a quantized checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ModelLoadError
+from ..pipelines.models import safetensors_header
+from ..pipelines.quantizers import checkpoint_folder
+from ..quant.spec import LayerSpec, ModelSpec
+
+
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A folder that `quantize` wrote, or its unet or transformer.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Show the layers of a quantized checkpoint: bits, sizes, rounding error, sensitivity."""
+    if not Path(folder).is_dir():
+        raise ModelLoadError(f"no such folder: {folder}")
+    place = checkpoint_folder(folder)
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    spec = ModelSpec.from_dict(config["quantization_config"])
+    tensors: dict[str, Any] = {}
+    for file in sorted(place.glob("*.safetensors")):
+        tensors |= {k: v for k, v in safetensors_header(file).items() if k != "__metadata__"}
+    layers = {name: describe(name, layer, tensors) for name, layer in spec.layers.items()}
+    size = sum(v["data_offsets"][1] - v["data_offsets"][0] for v in tensors.values())
+    packed = sum(layer["bytes"] for layer in layers.values())
+    weights = sum(layer["weights"] for layer in layers.values())
+    total = {
+        "model": config.get("_class_name"),
+        "bytes": size,
+        "quantized_layers": len(layers),
+        "bytes_of_quantized_layers": packed,
+        "average_bits": round(sum(v["weights"] * v["weight_bits"] for v in layers.values()) / max(1, weights), 3),
+        "timesteps": list(spec.timesteps),
+        "recipe": spec.recipe,
+    }
+    if as_json:
+        typer.echo(json.dumps({**total, "layers": layers}, indent=1))
+        return
+    console = Console(highlight=False)
+    table = Table("layer", "weights", "W bits", "A bits", "KB", "SQNR dB", "sensitivity")
+    for name, row in layers.items():
+        inputs = "–" if row["activation_bits"] is None else f"{row['activation_bits']}{row['grids']}"
+        kilobytes = f"{row['bytes'] / 1e3:.1f}"
+        cells = (row["weights"], row["weight_bits"], inputs, kilobytes, row["sqnr"], row["sensitivity"])
+        table.add_row(name, *("–" if c is None else str(c) for c in cells))
+    console.print(table)
+    console.print(
+        f"{total['model']}: {size / 1e6:.2f} MB, {len(layers)} quantized layers with {total['average_bits']:.2f} bits "
+        f"a weight, {len(spec.timesteps)} buckets of timesteps",
+        soft_wrap=True,
+    )
+    for key, value in (spec.recipe or {}).items():
+        console.print(f"  {key}: {value}", markup=False, soft_wrap=True)
+
+
+def describe(name: str, layer: LayerSpec, tensors: dict[str, Any]) -> dict[str, Any]:
+    """One layer, from its spec and the headers of the files. Raises `ModelLoadError` if it has no weights there."""
+    codes = tensors.get(f"{name}.weight_codes")
+    if codes is None:
+        raise ModelLoadError(f"the checkpoint is damaged: it has no {name}.weight_codes")
+    own = {k: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+    rows, width = codes["shape"]
+    return {
+        "weights": rows * (width * 8 // layer.weight_bits),
+        "weight_bits": layer.weight_bits,
+        "activation_bits": layer.activation_bits,
+        "grids": " by channel" if layer.per_channel else " split" if layer.split else "",
+        "bytes": sum(v["data_offsets"][1] - v["data_offsets"][0] for v in own.values()),
+        "sqnr": layer.sqnr,
+        "sensitivity": layer.sensitivity,
+    }

@@ -1,0 +1,250 @@
+"""Checkpoints: loaded and written by diffusers, bit for bit; refused in one line when they are damaged."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from diffusion_accel import ModelLoadError, accelerate
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
+from diffusion_accel.quant.model import RUNTIMES, runtime_report, set_runtime
+from diffusion_accel.quant.process import quantize
+from diffusion_accel.quant.settings import QuantizeSettings
+from diffusion_accel.reuse import Reuse
+from tests import zoo
+
+TINY = QuantizeSettings(weight_bits=4, buckets=3, rounding=None, finetune=None)
+
+
+def tiny_pipeline() -> Any:
+    pipe, _ = zoo.unet2d()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized DDPM pipeline folder."""
+    folder = tmp_path_factory.mktemp("quantized")
+    pipe = tiny_pipeline()
+    quantize(Sampler(pipe, ("",) * 4, 4, batch=2), TINY, folder / "work")
+    pipe.save_pretrained(folder / "pipe")
+    return folder / "pipe"
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return Sampler(pipe, ("",) * 2, 4).images()
+
+
+def test_loads_with_plain_from_pretrained_and_writes_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(checkpoint)
+    assert len(quantized_layers(pipe.unet)) > 10
+    pipe.save_pretrained(tmp_path / "again")
+    name = "diffusion_pytorch_model.safetensors"
+    assert filecmp.cmp(checkpoint / "unet" / name, tmp_path / "again" / "unet" / name, shallow=False)
+    configs = [json.loads((p / "unet" / "config.json").read_text()) for p in (checkpoint, tmp_path / "again")]
+    for config in configs:  # diffusers itself notes where a model was loaded from, whatever it is
+        config.pop("_name_or_path", None)
+    assert json.dumps(configs[0]) == json.dumps(configs[1])
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    for one in (pipe, again):
+        set_runtime(one, "simulated")
+    assert torch.equal(draw(pipe), draw(again))
+
+
+def test_a_new_process_needs_one_import(checkpoint: Path) -> None:
+    code = (
+        "import sys, diffusion_accel\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+        "from diffusers import UNet2DModel\n"
+        "model = UNet2DModel.from_pretrained(sys.argv[1])\n"
+        "print(type(model.conv_in).__name__)"
+    )
+    for order in (code, "import diffusers, diffusers.quantizers.auto\n" + code.replace("assert", "assert True or")):
+        run = subprocess.run([sys.executable, "-c", order, str(checkpoint / "unet")], capture_output=True, text=True)
+        assert run.stdout.strip() == "QuantizedConv2d", run.stderr
+
+
+def test_another_dtype_leaves_grids_alone(checkpoint: Path) -> None:
+    model = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16).unet
+    assert model.dtype == torch.bfloat16
+    for layer in quantized_layers(model).values():
+        assert layer.weight_scale.dtype == torch.float32 and layer.input_scale.dtype == torch.float32
+    x = torch.randn(1, 3, 8, 8).bfloat16()
+    for runtime in RUNTIMES:
+        set_runtime(model, runtime)
+        assert model(x, 10).sample.dtype == torch.bfloat16
+
+
+def damaged(checkpoint: Path, tmp_path: Path) -> Path:
+    shutil.copytree(checkpoint, tmp_path / "pipe")
+    return tmp_path / "pipe" / "unet"
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def flip(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["conv_in.weight_codes"][0, 0] ^= 1
+
+
+def test_a_newer_version_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = damaged(checkpoint, tmp_path)
+    change_config(folder, version=2)
+    with pytest.raises(ModelLoadError, match="layout version 2, this package reads up to 1"):
+        DiffusionPipeline.from_pretrained(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (flip, "its weights are not the ones it was saved with"),
+        (lambda t: t.pop("conv_in.weight_scale"), "it has no conv_in.weight_scale"),
+        (lambda t: t.update({"conv_in.weight_codes": t["conv_in.weight_codes"][:, :-1].clone()}), "has shape"),
+        (lambda t: t.update({"conv_in.weight_scale": t["conv_in.weight_scale"].half()}), "is torch.float16 instead"),
+    ],
+)
+def test_damaged_weights_are_refused(checkpoint: Path, tmp_path: Path, change: Any, says: str) -> None:
+    folder = damaged(checkpoint, tmp_path)
+    change_weights(folder, change)
+    with pytest.raises(ModelLoadError, match=says):
+        DiffusionPipeline.from_pretrained(folder.parent)
+
+
+def test_a_truncated_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = damaged(checkpoint, tmp_path)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    from diffusion_accel.pipelines.loading import load_pipeline
+
+    with pytest.raises(ModelLoadError, match="cut off"):
+        load_pipeline(str(folder.parent))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"layers": {}}, "names no layers"),
+        ({"layers": {"conv_in": {"weight_bits": 40}}}, "weight_bits must be 2 to 8, got 40"),
+        ({"layers": {"conv_in": {"weight_bits": 4, "colour": 3}}}, "unknown colour"),
+        ({"layers": {"nowhere": {"weight_bits": 4}}}, "has no layer nowhere"),
+        ({"layers": {"conv_act": {"weight_bits": 4}}}, "not a quantizable layer"),
+        ({"timesteps": "often"}, "timesteps must be a list"),
+        ({"timesteps": []}, "activation bits but no timesteps"),
+        ({"version": None}, "no version"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(
+    checkpoint: Path, tmp_path: Path, values: dict[str, Any], says: str
+) -> None:
+    folder = damaged(checkpoint, tmp_path)
+    change_config(folder, **values)
+    with pytest.raises((ModelLoadError, ConfigurationError), match=says):
+        DiffusionPipeline.from_pretrained(folder.parent)
+
+
+def test_no_pickle_is_written(checkpoint: Path) -> None:
+    assert {f.suffix for f in checkpoint.rglob("*") if f.is_file()} <= {".json", ".safetensors"}
+
+
+def test_reuse_works_on_a_quantized_model(checkpoint: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(checkpoint)
+    set_runtime(pipe, "integer")
+    plain = draw(pipe)
+    accelerate(pipe, Reuse(plan="full"))
+    assert torch.equal(draw(pipe), plain)
+    accelerate(pipe, Reuse(plan="deepcache:2"))
+    assert not torch.equal(draw(pipe), plain)
+    pipe.acceleration.remove()
+    assert torch.equal(draw(pipe), plain)
+    assert set(runtime_report(pipe.unet).values()) == {"integer"}
+
+
+def test_encoder_reuse_with_batched_steps_uses_the_grids_of_each_step(tmp_path: Path) -> None:
+    pipe, call = zoo.sd()
+    # 16 bits: with fewer, what is equal but for float rounding lands on other levels
+    quantize(Prompted(pipe, call), replace(TINY, activation_bits=16, attention_bits=16), tmp_path / "work")
+    set_runtime(pipe, "simulated")
+    from diffusion_accel import EncoderReuse
+
+    pictures = []
+    for batched in (False, True):
+        accelerate(pipe, EncoderReuse(schedule="uniform:3", batch_decoder=batched))
+        pictures.append(zoo.run(pipe, call))
+    assert (pictures[0] - pictures[1]).norm() < 1e-3 * pictures[0].norm()
+
+
+class Prompted(Sampler):
+    """A sampler for pipelines of the zoo, which have embeddings instead of prompts."""
+
+    def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
+        super().__init__(pipe, ("",) * 4, 4, batch=1)
+        object.__setattr__(self, "given", call)
+        pipe.set_progress_bar_config(disable=True)
+
+    def call(self, start: int, end: int, **changes: Any) -> torch.Tensor:
+        return torch.stack([zoo.run(self.pipe, self.given, self.steps, seed) for seed in range(start, end)])  # type: ignore[attr-defined]
+
+    def part(self, start: int, end: int) -> Prompted:
+        made = Prompted(self.pipe, self.given)  # type: ignore[attr-defined]
+        object.__setattr__(made, "prompts", self.prompts[start:end])
+        return made
+
+
+def test_lora_stays_in_full_precision_beside_a_quantized_base(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipe, call = zoo.sd()
+    quantize(Prompted(pipe, call), TINY, tmp_path / "work")
+    set_runtime(pipe, "simulated")
+    before = zoo.run(pipe, call)
+    model: UNet2DConditionModel = pipe.unet
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "one")
+    name, lora = next((n, m) for n, m in model.named_modules() if n.endswith("attn1.to_q"))
+    assert isinstance(lora.base_layer, QuantizedLayer)
+    x = torch.randn(1, 4, lora.base_layer.in_features)
+    added = lora.lora_B["one"](lora.lora_A["one"](x)) * lora.scaling["one"]
+    assert torch.allclose(lora(x), lora.base_layer(x) + added, atol=1e-6)
+    assert lora.lora_A["one"].weight.dtype == torch.float32
+    assert not torch.equal(zoo.run(pipe, call), before)
+    model.disable_adapters()
+    assert torch.equal(zoo.run(pipe, call), before)
+    model.enable_adapters()
+    model.delete_adapters("one")
+    assert torch.equal(zoo.run(pipe, call), before)
+
+
+def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Path) -> None:
+    from diffusion_accel import UnsupportedPipelineError
+
+    pipe = DiffusionPipeline.from_pretrained(checkpoint)
+    with pytest.raises(UnsupportedPipelineError, match="quantized already"):
+        quantize(Sampler(pipe, ("",) * 4, 4), TINY, tmp_path)
+    with pytest.raises(ConfigurationError, match="runtime must be one of"):
+        set_runtime(pipe, "fast")
+    with pytest.raises(ConfigurationError, match="no quantized layers"):
+        set_runtime(tiny_pipeline(), "integer")

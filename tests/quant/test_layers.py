@@ -1,0 +1,214 @@
+"""Quantized layers: what they compute, by which runtime, for which timestep."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.quant.draft import Draft
+from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, why_not_integer
+from diffusion_accel.quant.layers import Buckets, QuantizedLayer, Simulated
+from diffusion_accel.quant.spec import LayerSpec
+from diffusion_accel.quant.uniform import fake_quantize
+
+TIMES = (900.0, 500.0, 100.0)
+
+
+def conv(**changes: Any) -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(**{"in_channels": 12, "out_channels": 9, "kernel_size": 3, "padding": 1, **changes})
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(12, 10)
+
+
+LAYERS = {
+    "linear": linear,
+    "conv": conv,
+    "conv 1x1": lambda: conv(kernel_size=1, padding=0),
+    "conv with stride, dilation and uneven padding": lambda: conv(
+        stride=2, dilation=(1, 2), padding=(2, 1), bias=False
+    ),
+}
+
+
+def made(layer: nn.Module, **spec: Any) -> QuantizedLayer:
+    """A quantized layer with grids that fit inputs of about -3 … 3, others in each bucket."""
+    values = LayerSpec(**{"weight_bits": 4, "activation_bits": 8, **spec})
+    draft = Draft(layer, values, Buckets(TIMES))
+    if values.activation_bits:
+        top = 2**values.activation_bits - 1
+        ranges = torch.tensor([5.0, 6.0, 8.0])[:, None]
+        channels = 1 + 0.1 * torch.arange(draft.input_scale.shape[1])
+        draft.input_scale.data.copy_(ranges * channels / top)
+        draft.input_zero_point.copy_((torch.tensor([0.4, 0.5, 0.6])[:, None] * top).round().expand(-1, len(channels)))
+    if values.output_bits:
+        draft.output_scale.data.fill_(8 / (2**values.output_bits - 1))
+        draft.output_zero_point.fill_(2 ** (values.output_bits - 1))
+    return draft.finished(draft.buckets)
+
+
+def inputs(layer: nn.Module, count: int = 2, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 12, 7, 6) if isinstance(layer, nn.Conv2d) else (count, 5, 12)
+    return torch.randn(*shape, generator=generator)
+
+
+def on_grid(layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+    return layer.round_input(x)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("weight_bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("split", [0, 5])
+def test_integers_compute_what_the_simulation_computes(kind: str, weight_bits: int, split: int) -> None:
+    layer = made(LAYERS[kind](), weight_bits=weight_bits, split=split)
+    assert why_not_integer(layer) is None
+    for number, time in enumerate(TIMES):
+        layer.buckets.select(time)
+        assert layer.buckets.number == number
+        x = on_grid(layer, inputs(layer))  # then no code depends on how a tie is rounded, and only float sums differ
+        expected = Simulated()(layer, x)
+        for way in (OneDnn(layer), IntMatmul(layer)):
+            assert torch.allclose(way(layer, x), expected, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_integers_differ_by_no_more_than_ties_of_rounding(kind: str) -> None:
+    layer = made(LAYERS[kind]())
+    layer.buckets.select(500)
+    x = inputs(layer, 4)
+    scale = float(layer.input_scale[1])
+    # one code apart where x / scale is a tie in one arithmetic and not in the other: scale x |weights| of that window
+    near_tie = ((x / scale - (x / scale).floor() - 0.5).abs() < 1e-3).float()
+    weight = layer.floats().abs()
+    with torch.no_grad():
+        bound = layer.compute(near_tie * scale, weight)
+        if layer.bias is not None:
+            bound = bound - (layer.bias.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else layer.bias)
+        wrong = (Integer(layer)(layer, x) - Simulated()(layer, x)).abs()
+    assert (wrong <= bound + 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_simulation_is_the_plain_layer_with_rounded_parts(kind: str) -> None:
+    plain = LAYERS[kind]()
+    layer = made(plain, output_bits=8)
+    layer.buckets.select(100)
+    x = inputs(plain)
+    scale, zero = layer.input_scale[2, 0], layer.input_zero_point[2, 0].float()
+    twin = copy.deepcopy(plain)
+    twin.weight.data = (
+        layer.codes().float() - layer.weight_zero_point[0].view(-1, *[1] * (plain.weight.dim() - 1))
+    ) * (layer.weight_scale[0].view(-1, *[1] * (plain.weight.dim() - 1)))
+    y = twin(fake_quantize(x, scale, zero, 8))
+    y = fake_quantize(y, layer.output_scale[2, 0], layer.output_zero_point[2, 0].float(), 8)
+    assert torch.equal(layer(x), y)
+
+
+def test_split_with_equal_grids_is_not_split() -> None:
+    whole, parts = made(conv()), made(conv(), split=5)
+    parts.store(whole.codes(), whole.weight_scale.expand(2, -1), whole.weight_zero_point.expand(2, -1))
+    parts.input_scale.copy_(whole.input_scale.expand(-1, 2))
+    parts.input_zero_point.copy_(whole.input_zero_point.expand(-1, 2))
+    for layer in (whole, parts):
+        layer.buckets.select(900)
+    x = inputs(whole)
+    assert torch.equal(whole(x), parts(x))
+
+
+def test_rows_of_several_timesteps_use_their_own_grids() -> None:
+    for kind in ("linear", "conv"):
+        layer = made(LAYERS[kind]())
+        x = inputs(layer, 4)
+        layer.buckets.select(torch.tensor([100.0, 900.0, 500.0, 900.0]))
+        together = layer(x)
+        product = IntMatmul(layer)(layer, on_grid(layer, x))
+        for i, time in enumerate((100, 900, 500, 900)):
+            layer.buckets.select(time)
+            assert torch.allclose(layer(x[i : i + 1]), together[i : i + 1], atol=1e-6)
+        layer.buckets.select(torch.tensor([100.0, 900.0, 500.0, 900.0]))
+        assert torch.allclose(product, layer(on_grid(layer, x)), atol=1e-4)
+
+
+def test_the_bucket_is_the_nearest_timestep_and_the_noisier_of_two() -> None:
+    buckets = Buckets(TIMES)
+    for time, number in ((999, 0), (900, 0), (701, 0), (700, 0), (699, 1), (300, 1), (299.5, 2), (0, 2)):
+        buckets.select(time)
+        assert buckets.number == number, time
+    buckets.select(torch.tensor([900, 100]))
+    assert buckets.number is None
+    assert buckets.rows(2).tolist() == [0, 2]
+    assert buckets.rows(6).tolist() == [0, 0, 0, 2, 2, 2]  # frames of each row
+    assert buckets.rows(1).tolist() == [0]  # the first rows only
+
+
+def test_one_bucket_is_no_bucket() -> None:
+    layer = made(linear())
+    for table in (layer.input_scale, layer.input_zero_point):
+        table.copy_(table[:1].expand_as(table))
+    x = inputs(layer)
+    results = []
+    for time in TIMES:
+        layer.buckets.select(time)
+        results.append(layer(x))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_what_integers_cannot_do_is_simulated() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"activation_bits": None}, "not quantized"),
+        ({"activation_bits": 12}, "more than 8 bits"),
+        ({"activation_bits": 4, "per_channel": True}, "each channel"),
+    ]
+    for spec, reason in cases:
+        layer = made(linear(), **spec)
+        assert reason in (why_not_integer(layer) or "")
+        assert make_runtime("integer", layer).name == "simulated" and make_runtime("auto", layer).name == "dequantize"
+    layer = made(linear(), weight_bits=8)
+    layer.weight_zero_point.fill_(100)
+    assert "symmetric" in (why_not_integer(layer) or "")
+
+
+def test_auto_picks_one_of_two_and_keeps_it() -> None:
+    layer = made(conv())
+    layer.runtime = Auto(layer)
+    assert layer.runtime.name == "auto"
+    layer.buckets.select(900)
+    x = inputs(layer)
+    first = layer(x)
+    assert layer.runtime.name in ("integer", "dequantize")
+    assert torch.equal(layer(x), first)
+
+
+def test_low_memory_unpacks_again_and_computes_the_same() -> None:
+    layer = made(conv(), weight_bits=3)
+    x = inputs(layer)
+    kept = layer(x)
+    assert layer._floats is not None
+    layer.keep_floats, layer._floats = False, None
+    assert torch.equal(layer(x), kept) and layer._floats is None
+
+
+def test_state_copies_and_devices() -> None:
+    layer = made(linear())
+    assert set(layer.state_dict()) == {
+        "bias", "weight_codes", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point",
+    }  # fmt: skip
+    x = inputs(layer)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x)) and isinstance(layer, nn.Linear)
+    assert layer.weight.shape == (10, 12) and layer.weight_codes.shape == (10, 6)
+
+
+def test_bits_out_of_range_are_refused() -> None:
+    for bad in ({"weight_bits": 1}, {"weight_bits": 9}, {"weight_bits": 4, "activation_bits": 17}):
+        with pytest.raises(ConfigurationError, match="must be"):
+            LayerSpec(**bad)

@@ -1,0 +1,305 @@
+"""The stages of quantizing: what each changes, what each brings, and that an interrupted run ends as an
+uninterrupted one."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.quant import process
+from diffusion_accel.quant.calibration import CalibrationSet, record
+from diffusion_accel.quant.draft import Drafts, rounding
+from diffusion_accel.quant.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching
+from diffusion_accel.quant.layers import quantized_layers
+from diffusion_accel.quant.model import set_runtime
+from diffusion_accel.quant.process import quantize
+from diffusion_accel.quant.reconstruct import RoundingSettings, capture, reconstruct, units
+from diffusion_accel.quant.sensitivity import allocate
+from diffusion_accel.quant.settings import QuantizeSettings, parse_bits
+from diffusion_accel.quant.spec import LayerSpec
+from tests import zoo
+
+WHOLE = QuantizeSettings(
+    weight_bits=3,
+    buckets=3,
+    rounding=RoundingSettings(iterations=60, rows=12, batch=6, rate=5e-3),
+    finetune=FinetuneSettings(time_epochs=(4, 2, 3), time_rows=4, epochs=4, rows=8, batch=4, rate=1e-4),
+)
+
+
+def sampler(count: int = 8) -> Sampler:
+    pipe, _ = zoo.unet2d()
+    pipe.set_progress_bar_config(disable=True)
+    return Sampler(pipe, ("",) * count, 4, batch=4)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
+    return record(sampler(), 3, tmp_path_factory.mktemp("calibration"), lambda done, total: None)
+
+
+def drafted(calibration: CalibrationSet, bits: int = 3) -> tuple[Any, Drafts]:
+    model = copy.deepcopy(sampler().pipe.unet)
+    names = list(process.candidates(model))
+    return model, Drafts(
+        model, {n: LayerSpec(weight_bits=bits, activation_bits=8) for n in names}, calibration.timesteps
+    )
+
+
+# ---------------------------------------------------------------------- calibration
+def test_the_calibration_set_is_the_models_own_trajectory(calibration: CalibrationSet) -> None:
+    s = sampler()
+    assert calibration.timesteps == (750.0, 250.0, 0.0) and calibration.rows == 8
+    for number in range(3):
+        rows = calibration.bucket(number)
+        assert len(rows) == 8 and set(rows.arguments["timestep"].tolist()) == {calibration.timesteps[number]}
+        assert torch.allclose(rows.run(s.pipe.unet), rows.output, atol=1e-5)
+    assert [len(part) for part in calibration.chunks(0, 3)] == [3, 3, 2]
+    assert torch.equal(calibration.sample(1, 4, 7).output, calibration.sample(1, 4, 7).output)
+
+
+def test_both_branches_of_guidance_are_recorded(tmp_path: Path) -> None:
+    from tests.quant.test_checkpoint import Prompted
+
+    pipe, call = zoo.sd()
+    found = record(Prompted(pipe, call), 2, tmp_path, lambda done, total: None)
+    rows = found.bucket(0)
+    assert len(rows) == 2 * 4  # four pictures, with and without the prompt
+    text = rows.arguments["encoder_hidden_states"]
+    assert not torch.equal(text[0], text[1]) and torch.equal(text[0], text[2])
+    assert torch.allclose(rows.run(pipe.unet), rows.output, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- drafts
+def test_a_draft_that_rounds_nothing_is_the_model(calibration: CalibrationSet) -> None:
+    model, drafts = drafted(calibration)
+    plain = sampler().pipe.unet
+    rows = calibration.bucket(1)
+    assert torch.equal(rows.run(model), rows.run(plain))
+    drafts.restore()
+    assert "forward" not in model.__dict__ and torch.equal(rows.run(model), rows.run(plain))
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_learnt_rounding_is_nearer_than_rounding_to_nearest(calibration: CalibrationSet) -> None:
+    model, drafts = drafted(calibration)
+    rows = [calibration.bucket(b) for b in range(3)]
+    name, unit = next((n, u) for n, u in units(model, rows[0]).items() if n.endswith("resnets.0"))
+
+    def switch(full: bool) -> None:
+        rounding(drafts, False, False)
+
+    data = capture(model, unit, rows, switch)
+    assert len(data.target) == 24
+    rounding(drafts, False, False)
+    mine = [d for n, d in drafts.items() if n.startswith(name)]
+    before = [(d.up.clone(), d.codes().detach().clone()) for d in mine]
+    nearest, learnt = reconstruct(unit, data, RoundingSettings(iterations=150, batch=12, rate=1e-2), seed=0)
+    assert learnt < 0.8 * nearest
+    for draft, (up, codes) in zip(mine, before, strict=True):
+        assert draft.logits is None and not torch.equal(draft.up, up)
+        assert (draft.codes() - codes).abs().max() <= 1  # up or down, nothing else
+        assert draft.codes().min() >= 0 and draft.codes().max() <= 7
+
+
+def test_units_are_in_the_order_in_which_the_model_runs() -> None:
+    from tests.quant.test_checkpoint import Prompted
+
+    pipe, call = zoo.sd()
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = record(Prompted(pipe, call), 1, Path(folder), lambda done, total: None)
+        model = pipe.unet
+        Drafts(model, {n: LayerSpec(weight_bits=4) for n in process.candidates(model)}, ())
+        names = list(units(model, found.bucket(0)))
+    assert names[0].startswith("time_embedding") and names[-1] == "conv_out"
+    first = names.index("down_blocks.1.resnets.0")
+    assert names.index("down_blocks.1.attentions.0.transformer_blocks.0") > first
+    assert not any(".attn1" in n or ".conv1" in n for n in names)  # inside of blocks
+
+
+# ---------------------------------------------------------------------- finetuning
+@pytest.mark.parametrize("stage", ["time", "attention"])
+def test_only_what_is_chosen_learns(calibration: CalibrationSet, stage: str) -> None:
+    model, drafts = drafted(calibration)
+    rounding(drafts, True, False)
+    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
+    times = matching(drafts, (TIME_LAYERS,))
+    assert times and all("time_emb" in n for n in times)
+    chosen = times if stage == "time" else matching(drafts, (r".*\.(to_q|to_k|to_v)",))
+    scales = times if stage == "time" else [n for n in drafts if n not in times]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuner = Tuner(model, drafts, chosen, scales, rate=1e-3, scale_rate=1e-2, layer_loss=True)
+    rows = next(iter(batches(calibration, 1, 8, 8, 0)))
+    for _ in range(2):  # Adam's first step may leave what has no gradient yet
+        tuner.step(rows)
+    tuner.close()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {n for n in changed if n.endswith((".weight", ".bias"))} <= {
+        f"{c}.{k}" for c in chosen for k in ("weight", "bias")
+    }
+    assert {f"{c}.weight" for c in chosen} <= changed
+    moved = {n.removesuffix(".input_scale") for n in changed if n.endswith("input_scale")}
+    assert moved and moved <= set(scales)
+    for name in moved:  # only at the timestep of the rows
+        now, was = drafts[name].input_scale, before[f"{name}.input_scale"]
+        assert torch.equal(now[[0, 2]], was[[0, 2]]) and not torch.equal(now[1], was[1])
+    assert all(not p.requires_grad for p in model.parameters())
+    assert all(torch.equal(d.layer.weight, before[f"{n}.layer.weight"]) for n, d in drafts.items())
+
+
+def test_finetuning_begins_at_the_error_and_reduces_it(calibration: CalibrationSet) -> None:
+    model, drafts = drafted(calibration)
+    rounding(drafts, True, False)
+    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
+    tuner = Tuner(model, drafts, list(drafts), list(drafts), rate=1e-4, scale_rate=1e-3, layer_loss=False)
+    rows = calibration.bucket(2)
+    rounding(drafts, True, True)
+    with torch.no_grad():
+        expected = float((rows.run(model) - rows.output).square().mean())
+    losses = [tuner.step(rows) for _ in range(30)]
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# ---------------------------------------------------------------------- bits
+def test_allocation_against_brute_force() -> None:
+    torch.manual_seed(0)
+    choices = (2, 3, 4, 6)
+    for _ in range(20):
+        need = torch.rand(5).tolist()
+        errors = {f"l{i}": {b: need[i] * 4.0**-b for b in choices} for i in range(5)}
+        sizes = {name: 100 for name in errors}
+        found = allocate(errors, sizes, 3.4)
+        assert sum(found.values()) / 5 <= 3.4
+        cost = sum(errors[n][b] for n, b in found.items())
+        every = (dict(zip(errors, bits, strict=True)) for bits in itertools.product(choices, repeat=5))
+        best = min(sum(errors[n][b] for n, b in e.items()) for e in every if sum(e.values()) / 5 <= 3.4)
+        assert cost <= best * 1.5  # greedy: at most one step of one layer is lost
+    ordered = sorted(range(5), key=lambda i: need[i])
+    assert [found[f"l{i}"] for i in ordered] == sorted(found.values())  # more need, more bits
+
+
+def test_a_budget_that_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="not enough"):
+        allocate({"a": {2: 1.0, 4: 0.1}}, {"a": 10, "first": 10}, 3.0, {"first": 8})
+
+
+def test_a_budget_of_bits_ends_in_layers_of_several_widths(tmp_path: Path) -> None:
+    run = quantize(sampler(), replace(WHOLE, bits_budget=3.5, rounding=None, finetune=None), tmp_path)
+    layers = run.layers()
+    sizes = {n: m.weight_shape.numel() for n, m in layers.items()}
+    bits = {n: m.spec.weight_bits for n, m in layers.items()}
+    assert sum(bits[n] * sizes[n] for n in bits) / sum(sizes.values()) <= 3.5
+    assert len(set(bits.values())) > 2 and bits["conv_in"] == bits["conv_out"] == 8
+    assert all(m.spec.sensitivity is not None for m in layers.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"), [("w8a8", (8, 8)), ("W4A4", (4, 4)), ("w4", (4, None)), ("w8a16", (8, None)), ("w3a6", (3, 6))]
+)
+def test_bits_as_text(text: str, bits: tuple[int, int | None]) -> None:
+    assert parse_bits(text) == bits
+
+
+@pytest.mark.parametrize("text", ["", "8", "w", "w9a8", "w1", "w4a1", "w4a40", "a8w4", "w4 a8"])
+def test_bits_that_are_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError):
+        parse_bits(text)
+
+
+# ---------------------------------------------------------------------- the whole
+def test_every_stage_brings_the_model_nearer(tmp_path: Path) -> None:
+    run = quantize(sampler(16), WHOLE, tmp_path)
+    error = run.validation
+    assert error["learnt rounding, weights only"] < error["nearest, weights only"]
+    assert error["finetuned"] < error["quantized"]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {entry["stage"] for entry in log} == {"validation", "rounding", "time embedding", "finetuning"}
+    model = run.model
+    rows = run.heldout.bucket(0)
+    quantized = rows.run(model)
+    run.restore()
+    assert torch.allclose(rows.run(run.denoiser), rows.output, atol=1e-5)
+    assert not quantized_layers(model) and "quantization_config" not in model.config
+    assert not torch.allclose(quantized, rows.output, atol=1e-3)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], int]:
+    """An uninterrupted run: the tensors of the quantized model, and how often it told what it does."""
+    steps: list[str] = []
+    work = tmp_path_factory.mktemp("whole")
+    run = quantize(sampler(), WHOLE, work, progress=lambda what, *rest: steps.append(what))
+    return run.model.state_dict(), len(steps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    whole: tuple[dict[str, torch.Tensor], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(process, "_SAVE_EVERY", 0.0)  # so that finetuning is interrupted in its middle, too
+    expected, steps = whole
+    for place in torch.randint(1, steps, (3,), generator=torch.Generator().manual_seed(seed)).tolist():
+        left = [place]
+
+        def stop(what: str, *rest: float, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        try:
+            quantize(sampler(), WHOLE, tmp_path, progress=stop)
+        except Killed:
+            continue
+    found = quantize(sampler(), WHOLE, tmp_path).model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
+    quick = replace(WHOLE, rounding=None, finetune=None)
+    quantize(sampler(), quick, tmp_path)
+    with pytest.raises(ConfigurationError, match="other settings"):
+        quantize(sampler(), replace(quick, weight_bits=4), tmp_path)
+
+
+def test_softmax_and_attention_grids(tmp_path: Path) -> None:
+    from tests.quant.test_checkpoint import TINY, Prompted
+
+    answers: dict[int | None, torch.Tensor] = {}
+    for bits in (None, 16, 4):
+        pipe, call = zoo.sd()
+        settings = replace(TINY, weight_bits=8, activation_bits=16, attention_bits=None, softmax_bits=bits)
+        run = quantize(Prompted(pipe, call), settings, tmp_path / str(bits))
+        set_runtime(pipe, "simulated")
+        rows = run.heldout.bucket(0)
+        answers[bits] = rows.run(pipe.unet)
+        if bits is not None:
+            assert len(run.spec.softmax or {}) == sum(n.endswith("to_q") for n in run.layers())
+            pipe.unet.save_pretrained(tmp_path / f"saved{bits}")
+            again = type(pipe.unet).from_pretrained(tmp_path / f"saved{bits}")
+            set_runtime(again, "simulated")
+            assert torch.equal(rows.run(again), answers[bits])
+    assert (answers[4] - answers[None]).norm() > 20 * (answers[16] - answers[None]).norm()
+    assert (answers[4] - answers[None]).norm() < 0.1 * answers[None].norm()
+
+
+def test_minutes_cut_the_work_down(tmp_path: Path) -> None:
+    huge = QuantizeSettings(weight_bits=4, buckets=3)  # the published numbers of steps
+    run = quantize(sampler(), huge, tmp_path, minutes=0.1)
+    assert run.plan["iterations"] < 20_000 and run.plan["epochs"] < 20
