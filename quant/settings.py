@@ -32,6 +32,7 @@ class QuantizeSettings:
         softmax_bits: of attention probabilities; None: not rounded.
         split: skip connections that enter by concatenation get grids of their own.
         buckets: timesteps of the trajectory with grids of their own.
+        search: look for the range of each weight grid with the least error; else from minimum to maximum.
         rounding: AdaRound's settings; None: to nearest.
         finetune: QuEST's finetuning; None: none.
         layers: which layers stage 2 finetunes besides the sensitive ones: a preset's name, "preset" (the one that
@@ -51,6 +52,7 @@ class QuantizeSettings:
     softmax_bits: int | None = None
     split: bool = True
     buckets: int = 25
+    search: bool = True
     rounding: RoundingSettings | None = field(default_factory=RoundingSettings)
     finetune: FinetuneSettings | None = field(default_factory=FinetuneSettings)
     layers: str = "preset"

@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -56,7 +57,7 @@ def run(folder: Path, steps: int, rounds: int) -> None:
     results: list[Comparison] = []
     for prompt, seed in track(PROMPTS, description="drawing", console=Console(stderr=True), transient=True):
 
-        def call(prompt: str = prompt, seed: int = seed) -> list[Image.Image]:
+        def call(pipe: Any, prompt: str = prompt, seed: int = seed) -> list[Image.Image]:
             generator = torch.Generator().manual_seed(seed)
             return pipe(prompt, num_inference_steps=steps, guidance_scale=3.0, generator=generator).images
 

@@ -46,7 +46,14 @@ def quantize(
     ] = 0.25,
     rate: Annotated[float | None, typer.Option(help="Learning rate of weights in finetuning.", **_METHOD)] = None,
     scale_rate: Annotated[float | None, typer.Option(help="Of activation scales in stage 2.", **_METHOD)] = None,
+    layer_loss: Annotated[
+        bool | None,
+        typer.Option("--layer-loss/--output-loss", help="Finetune on layers' outputs, too (SD), or not.", **_METHOD),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of finetuning's stage 2.", **_METHOD)] = None,
+    time_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of stage 1 at the first timestep (200 published).", **_METHOD)
+    ] = None,
     iterations: Annotated[int | None, typer.Option(help="Steps of AdaRound a block.", **_METHOD)] = None,
     softmax_bits: Annotated[int | None, typer.Option(help="Also round attention probabilities.", **_METHOD)] = None,
     attention_bits: Annotated[int, typer.Option(help="Of queries, keys and values; 0: as they are.", **_METHOD)] = 8,
@@ -94,7 +101,7 @@ def quantize(
     for name, amount, low in (("count", count, 2), ("batch", batch, 1), ("report", report, 0), ("buckets", buckets, 1)):
         if amount < low:
             raise ConfigurationError(f"--{name} must be at least {low}, got {amount}")
-    for name, number in (("epochs", epochs), ("iterations", iterations)):
+    for name, number in (("epochs", epochs), ("time-epochs", time_epochs), ("iterations", iterations)):
         if number is not None and number < 0:
             raise ConfigurationError(f"--{name} must be at least 0, got {number}")
     for name, real in (("budget-minutes", budget_minutes), ("rate", rate), ("scale-rate", scale_rate)):
@@ -118,7 +125,7 @@ def quantize(
         sensitive=sensitive,
         seed=seed,
         rounding=rounding_settings(iterations) if rounding == "adaround" else None,
-        finetune=finetune_settings(rate, scale_rate, epochs) if finetune == "quest" else None,
+        finetune=finetune_settings(rate, scale_rate, epochs, time_epochs, layer_loss) if finetune == "quest" else None,
     )
     if calibration_prompts is not None:
         texts = [job.prompt for job in read_jobs([], calibration_prompts)][:count]
@@ -164,8 +171,13 @@ def rounding_settings(iterations: int | None) -> Any:
     return RoundingSettings() if iterations is None else RoundingSettings(iterations=iterations)
 
 
-def finetune_settings(rate: float | None, scale_rate: float | None, epochs: int | None) -> Any:
+def finetune_settings(
+    rate: float | None, scale_rate: float | None, epochs: int | None, time_epochs: int | None, layer_loss: bool | None
+) -> Any:
     from ..quant.finetune import FinetuneSettings
 
-    given = {"rate": rate, "scale_rate": scale_rate, "epochs": epochs}
+    given: dict[str, Any] = {"rate": rate, "scale_rate": scale_rate, "epochs": epochs, "layer_loss": layer_loss}
+    if time_epochs is not None:  # the later ones in proportion
+        first = FinetuneSettings().time_epochs
+        given["time_epochs"] = tuple(round(n * time_epochs / first[0]) for n in first)
     return FinetuneSettings(**{k: v for k, v in given.items() if v is not None})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import platform
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..denoisers import find_denoiser
 from ..errors import ConfigurationError, ModelLoadError
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.pictures import difference, grid
@@ -79,8 +82,26 @@ class Session:
         self.settings, self.source = settings, source
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
+        pipe = self._load(settings, device)
+        self.parameters = inspect.signature(type(pipe).__call__).parameters
+        if "prompt" not in self.parameters and not promptless:
+            raise ModelLoadError(f"{type(pipe).__name__} takes no prompt; generate needs a text-to-image pipeline")
+        pipe.set_progress_bar_config(disable=quiet or not sys.stderr.isatty(), leave=False)
+        self.plain: Any = None  # what --compare compares a quantized model with
+        if settings.compare and settings.quantize is not None:
+            whole = dataclasses.replace(settings, quantize=None, runtime=None, low_memory=False)
+            self.plain = accelerate(self._load(whole, device))
+            self.plain.set_progress_bar_config(disable=True)
+        self.pipe = accelerate(pipe, *settings.features.values())
+        for name in self.pipe.acceleration.features:
+            if name not in settings.features and not quiet:
+                print(f"note: {name.replace('_', ' ')} is on: the model was trained with it", file=sys.stderr)
+        self.hash = _model_hash(source)
+
+    def _load(self, settings: Settings, device: str) -> Any:
+        """The pipeline, where and how it runs, without features."""
         pipe = load_pipeline(
-            source,
+            self.source,
             task=settings.task,
             controlnet=settings.controlnet,
             dtype=getattr(torch, settings.dtype),
@@ -89,9 +110,6 @@ class Session:
             runtime=settings.runtime,
             low_memory=settings.low_memory,
         )
-        self.parameters = inspect.signature(type(pipe).__call__).parameters
-        if "prompt" not in self.parameters and not promptless:
-            raise ModelLoadError(f"{type(pipe).__name__} takes no prompt; generate needs a text-to-image pipeline")
         if settings.scheduler is not None:
             set_scheduler(pipe, settings.scheduler)
         self._load_loras(pipe)
@@ -103,12 +121,7 @@ class Session:
             pipe.enable_xformers_memory_efficient_attention()
         if settings.compile:
             (getattr(pipe, "unet", None) or pipe.transformer).compile_repeated_blocks()
-        pipe.set_progress_bar_config(disable=quiet or not sys.stderr.isatty(), leave=False)
-        self.pipe = accelerate(pipe, *settings.features.values())
-        for name in self.pipe.acceleration.features:
-            if name not in settings.features and not quiet:
-                print(f"note: {name.replace('_', ' ')} is on: the model was trained with it", file=sys.stderr)
-        self.hash = _model_hash(source)
+        return pipe
 
     def _load_loras(self, pipe: Any) -> None:
         names, scales = [], []
@@ -126,14 +139,14 @@ class Session:
         arguments = self._arguments(prompt, plan)
         self._note_long_prompt(prompt)
 
-        def call() -> list[Image.Image]:
+        def call(pipe: Any) -> list[Image.Image]:
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            return self.pipe(**arguments, generator=generators, num_images_per_prompt=len(seeds)).images
+            return pipe(**arguments, generator=generators, num_images_per_prompt=len(seeds)).images
 
         if plan.compare:
-            comparison = compare(self.pipe, call)
+            comparison = compare(self.pipe, call, plain=self.plain)
             return Result(comparison.accelerated, comparison.report, comparison)
-        return Result(call(), self.pipe.acceleration.report())
+        return Result(call(self.pipe), self.pipe.acceleration.report())
 
     def draw(self, prompts: list[str], plan: Settings, generators: list[torch.Generator]) -> torch.Tensor:
         """One picture a prompt, (N, 3, H, W) in -1..1 on the CPU."""
@@ -201,6 +214,7 @@ class Session:
             "Model": self.source.name,
             "Denoising strength": plan.strength,
             "Accelerated by": "; ".join(map(str, plan.features.values())) or None,
+            "Quantized": how_quantized(self.pipe),
             "Version": f"diffusion-accel {__version__}",
         }
         lines = [prompt]
@@ -211,6 +225,7 @@ class Session:
 
     def _data(self, prompt: str, plan: Settings, seed: int, result: Result) -> dict[str, Any]:
         keys = ("negative_prompt", "steps", "guidance_scale", "width", "height", "strength", "dtype", "lora")
+        keys += ("quantize", "runtime")
         settings = {k: v for k in keys if (v := getattr(plan, k)) not in (None, ())}
         return {
             "prompt": prompt,
@@ -250,6 +265,9 @@ class Session:
         """The report, and with --compare the table of what was gained and lost."""
         console = Console(highlight=False)
         console.print(str(result.report), markup=False, soft_wrap=True)
+        quantized = how_quantized(self.pipe)
+        if quantized:
+            console.print(f"  {quantized}", markup=False, soft_wrap=True)
         c = result.comparison
         if c is None:
             return
@@ -258,6 +276,19 @@ class Session:
         table.add_row(f"{c.time_ratio:.2f}", f"{c.flop_ratio:.2f}", f"{psnr:.1f}", f"{ssim:.3f}")
         console.print(table)
         console.print(f"side by side: {compared}", markup=False, soft_wrap=True)
+
+
+def how_quantized(pipe: Any) -> str | None:
+    """How many layers of the denoiser are quantized and what they compute with; None if it is not one of ours."""
+    denoiser = find_denoiser(pipe)
+    if denoiser is None or not getattr(denoiser, "is_quantized", False):
+        return None
+    from ..quant.model import runtime_report
+
+    ways = Counter(runtime_report(denoiser).values())
+    if not ways:
+        return f"quantized with {denoiser.hf_quantizer.quantization_config.quant_method.value}"
+    return f"quantized layers: {', '.join(f'{n} {way}' for way, n in ways.items())}"
 
 
 def versions() -> dict[str, str]:

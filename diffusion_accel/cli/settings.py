@@ -180,9 +180,9 @@ def check(settings: Settings) -> None:
         check_quantize(s.quantize)
     if s.runtime is not None and s.runtime not in RUNTIMES:
         raise ConfigurationError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {s.runtime!r}")
-    if s.compare and not s.features:
+    if s.compare and not s.features and s.quantize is None:
         raise ConfigurationError(
-            "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse"
+            "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse, or --quantize"
         )
     if s.compile and s.offload == "sequential":
         raise ConfigurationError("--compile cannot be combined with --offload sequential")

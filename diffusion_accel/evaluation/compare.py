@@ -47,41 +47,56 @@ class Comparison:
 
 
 def compare(
-    pipe: Any, call: Callable[[], list[Image.Image]], rounds: int = 1, flop_ratio: float | None = None
+    pipe: Any,
+    call: Callable[[Any], list[Image.Image]],
+    rounds: int = 1,
+    flop_ratio: float | None = None,
+    plain: Any = None,
 ) -> Comparison:
-    """Run `call` with the enabled features of `pipe` off and on, and compare.
+    """Run `call(pipe)` with the enabled features of `pipe` off and on, and compare.
 
     The first run of each warms up and counts FLOPs (slow; skipped if `flop_ratio` is known already, as for another
     prompt with the same settings); then `rounds` timed pairs follow, in turn.
 
+    Args:
+        plain: another pipeline to be the baseline (the same model before it was quantized); both are accelerated ones.
+
     Raises:
-        ConfigurationError: no feature of the pipeline is enabled.
+        ConfigurationError: no feature of the pipeline is enabled, and there is no other baseline.
     """
     handle = pipe.acceleration
     enabled = [name for name in handle.features if handle.enabled(name)]
-    if not enabled:
+    if not enabled and plain is None:
         raise ConfigurationError("there is nothing to compare: no feature is enabled")
     images: dict[bool, list[Image.Image]] = {}
     flops: dict[bool, float] = {}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     report = None
-    try:
-        handle.count_flops = flop_ratio is None
-        for on in (False, True):
+
+    def side(on: bool) -> Any:
+        if enabled:
             handle.enable(*enabled) if on else handle.disable(*enabled)
-            images[on] = call()
-            flops[on] = handle.report().flops or 0.0
-        handle.count_flops = False
+        return pipe if on or plain is None else plain
+
+    try:
+        for on in (False, True):
+            current = side(on)
+            current.acceleration.count_flops = flop_ratio is None
+            images[on] = call(current)
+            flops[on] = current.acceleration.report().flops or 0.0
+            current.acceleration.count_flops = False
         for _ in range(rounds):
             for on in (False, True):
-                handle.enable(*enabled) if on else handle.disable(*enabled)
+                current = side(on)
                 began = time.perf_counter()
-                call()
+                call(current)
                 seconds[on].append(time.perf_counter() - began)
         report = handle.report()
     finally:
-        handle.count_flops = False
-        handle.enable(*enabled)
+        for one in (pipe, plain):
+            if one is not None:
+                one.acceleration.count_flops = False
+        side(True)
     pairs = zip(seconds[False], seconds[True], strict=True)
     a, b = as_tensor(images[False]), as_tensor(images[True])
     return Comparison(

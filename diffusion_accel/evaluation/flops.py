@@ -16,26 +16,64 @@ class FlopCount:
     """The result of `count_flops`; `total` is valid once the block has ended."""
 
     total: float = 0.0
+    excluded: float = 0.0
+
+
+_running: list[tuple[FlopCount, FlopCounterMode]] = []
 
 
 @contextmanager
 def count_flops() -> Iterator[FlopCount]:
     """Count the operations of everything run inside (2 for a multiply-add), scaled-dot-product attention included.
 
-    torch's own counter knows the CUDA attention kernels but not the CPU one, which is added here. Counting slows the
-    run down: take times from another run.
+    torch's own counter knows the CUDA attention kernels but not the CPU one, and no 8-bit products; they are added
+    here. Counting slows the run down: take times from another run.
     """
     result = FlopCount()
     counter = FlopCounterMode(
         display=False,
-        custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops},
+        custom_mapping={
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+            torch.ops.aten._int_mm: _product_flops,
+            **{getattr(torch.ops.onednn, n): f for n, f in _INTEGER.items() if hasattr(torch.ops.onednn, n)},
+        },
     )
     with counter:
-        yield result
-    result.total = float(counter.get_total_flops())
+        _running.append((result, counter))
+        try:
+            yield result
+        finally:
+            _running.remove((result, counter))
+    result.total = float(counter.get_total_flops()) - result.excluded
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs inside is left out of every count around it (trials that decide how to compute)."""
+    before = [counter.get_total_flops() for _, counter in _running]
+    yield
+    for (result, counter), count in zip(_running, before, strict=True):
+        result.excluded += counter.get_total_flops() - count
 
 
 def _cpu_attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     return sdpa_flop_count(query, key, value)
+
+
+def _product_flops(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _linear_flops(x: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * x.numel() * out_shape[-1]
+
+
+def _convolution_flops(
+    x: torch.Size, scale: float, zero_point: int, weight: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 2 * out_shape.numel() * weight[1:].numel()
+
+
+_INTEGER = {"qlinear_pointwise": _linear_flops, "qconv2d_pointwise": _convolution_flops}

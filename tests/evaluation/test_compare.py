@@ -17,7 +17,7 @@ from diffusion_accel.evaluation.pictures import difference, grid
 def drawing(pipe: Any, call: dict[str, Any]) -> Any:
     pipe.set_progress_bar_config(disable=True)
 
-    def draw() -> list[Image.Image]:
+    def draw(pipe: Any) -> list[Image.Image]:
         generator = torch.Generator().manual_seed(0)
         return pipe(**{**call, "output_type": "pil"}, num_inference_steps=6, generator=generator).images
 

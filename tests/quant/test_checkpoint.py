@@ -248,3 +248,17 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
         set_runtime(pipe, "fast")
     with pytest.raises(ConfigurationError, match="no quantized layers"):
         set_runtime(tiny_pipeline(), "integer")
+
+
+def test_every_runtime_counts_the_same_work(checkpoint: Path) -> None:
+    from diffusion_accel.evaluation.flops import count_flops
+
+    model = DiffusionPipeline.from_pretrained(checkpoint).unet
+    x = torch.randn(2, 3, 8, 8)
+    counts = {}
+    for runtime in RUNTIMES:  # auto first: what it tries out is not counted
+        set_runtime(model, runtime)
+        with torch.no_grad(), count_flops() as count:
+            model(x, 10)
+        counts[runtime] = count.total
+    assert len(set(counts.values())) == 1 and counts["integer"] > 1e5

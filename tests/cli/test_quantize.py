@@ -1,0 +1,196 @@
+"""`quantize`, `inspect` and `generate --quantize` end to end."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_accel.cli import main as cli
+from tests import zoo
+
+QUICK = ["--rounding", "nearest", "--finetune", "none", "--count", "4", "--buckets", "2", "--report", "1"]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return int(exit_.value.code or 0), out.out, out.err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "pipe"
+    zoo.unet2d()[0].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sticker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with 4-bit weights and 8-bit inputs."""
+    folder = tmp_path_factory.mktemp("sticker") / "w4a8"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["quantize", "--bits", "w4a8", *QUICK, "--steps", "4", "-o", str(folder), "--quiet"])
+    assert not exit_.value.code
+    return folder
+
+
+def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(p.name for p in sticker.parent.iterdir()) == ["w4a8"]  # nothing is left beside it
+    report = json.loads((sticker / "report.json").read_text())
+    assert report["name"] == "w4a8" and len(report["psnr"]) == 1 and report["psnr"][0] > 15
+    assert set(report["ratio"]) == {"integer", "dequantize", "simulated", "auto"} and report["peak"] > 2**26
+    assert report["bytes"]["checkpoint"] < 0.16 * report["bytes"]["float32"]
+    assert "<img" in (sticker / "report.html").read_text() and (sticker / "log.jsonl").is_file()
+
+    code, out, _ = call(capsys, "inspect", sticker, "--json")
+    held = json.loads(out)
+    assert code == 0 and held["quantized_layers"] == 133 and 4 <= held["average_bits"] < 4.2
+    assert held["layers"]["conv_in"]["weight_bits"] == 8 and len(held["timesteps"]) == 2
+    assert all(layer["sqnr"] > 5 for layer in held["layers"].values())
+    code, out, _ = call(capsys, "inspect", sticker)
+    assert code == 0 and "133 quantized layers" in out
+
+    pictures = {}
+    common = ["red apple, 3d style", "--steps", "4", "--seed", "1", "-q"]
+    for name, more in {
+        "folder": ["-m", sticker, "--guidance-scale", "3", "--width", "96", "--height", "96", "--scheduler", "dpm++"],
+        "flag": ["--quantize", sticker],
+        "low memory": ["--quantize", sticker, "--low-memory"],
+        "integer": ["--quantize", sticker, "--runtime", "integer"],
+        "plain": [],
+    }.items():
+        runtime = [] if "--runtime" in more or name == "plain" else ["--runtime", "simulated"]
+        code, _, err = call(capsys, "generate", *common, *more, *runtime, "-o", tmp_path / f"{name}.png")
+        assert code == 0, err
+        pictures[name] = Image.open(tmp_path / f"{name}.png").tobytes()
+    assert pictures["folder"] == pictures["flag"] == pictures["low memory"] != pictures["plain"]
+    near = torch.frombuffer(bytearray(pictures["integer"]), dtype=torch.uint8).float()
+    assert (near - torch.frombuffer(bytearray(pictures["flag"]), dtype=torch.uint8)).abs().mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--bits", "w9a8"], "--bits: the bits of weights must be 2 to 8, got 9"),
+        (["--bits", "int8"], "--bits must look like w8a8"),
+        (["--bits-budget", "1"], "--bits-budget must be between 2 and 8"),
+        (["--finetune", "lora"], "--finetune must be quest or none"),
+        (["--rounding", "up"], "--rounding must be adaround or nearest"),
+        (["--layers", "some"], "layers must be one of preset"),
+        (["--count", "1"], "--count must be at least 2"),
+        (["--iterations", "-1"], "--iterations must be at least 0"),
+        (["--rate", "nan"], "--rate must be a number above 0"),
+        (["--budget-minutes", "0"], "--budget-minutes must be a number above 0"),
+        (["--calibration-prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--softmax-bits", "1"], "softmax bits must be 2 to 16"),
+        (["-m", "stiker"], "did you mean 'sticker'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    code, out, err = call(capsys, "quantize", "-o", tmp_path / "new", *arguments)
+    assert code == 2 and not out and says in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_may_not_be_written(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for output, more, says in (
+        ("notes", [], "exists"),
+        ("notes", ["--overwrite"], "is not a pipeline folder"),
+        ("file", ["--overwrite"], "is a file"),
+    ):
+        code, _, err = call(capsys, "quantize", "-m", tiny, "-o", tmp_path / output, *more)
+        assert code == 1 and says in err
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "says"),
+    [
+        ("nowhere", 2, "no such folder"),
+        ("torchao:int9", 2, "torchao has torchao:int8wo"),
+        ("quanto:", 2, "quanto has quanto:int8"),
+    ],
+)
+def test_quantize_values_that_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str, code: int, says: str
+) -> None:
+    found, _, err = call(capsys, "generate", "red apple", "--quantize", value, "-o", tmp_path / "a.png")
+    assert found == code and says in err and len(err.splitlines()) == 1
+
+
+def test_other_refusals(tiny: Path, sticker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, says in (
+        (["generate", "red apple", "--quantize", tiny], "holds no checkpoint"),
+        (["generate", "red apple", "--runtime", "integer"], "no quantized layers"),
+        (["generate", "red apple", "--runtime", "fast"], "--runtime must be one of auto"),
+        (["inspect", tiny], "holds no checkpoint"),
+        (["inspect", tmp_path / "nowhere"], "no such folder"),
+        (["quantize", "-m", sticker, "-o", tmp_path / "twice", "--calibration-prompts", __file__], "quantized already"),
+        (["quantize", "-m", tiny, "-o", tmp_path / "one", "--count", "2", "--scheduler", "nothing"], "scheduler"),
+    ):
+        code, _, err = call(capsys, *command)
+        assert code in (1, 2) and says in err and len(err.splitlines()) == 1, err
+
+
+WHOLE = [
+    "--bits",
+    "w4a8",
+    "--count",
+    "8",
+    "--buckets",
+    "3",
+    "--steps",
+    "6",
+    "--iterations",
+    "60",
+    "--epochs",
+    "2",
+    "--time-epochs",
+    "8",
+]
+
+
+def test_killed_at_any_point_it_goes_on_and_ends_the_same(tiny: Path, tmp_path: Path) -> None:
+    """SIGKILL at moments that depend on how fast the machine is; the result may not."""
+    command = [sys.executable, "-m", "diffusion_accel", "quantize", "-m", str(tiny), *WHOLE, "--report", "1", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(name: str, seconds: float | None) -> bool:
+        process = subprocess.Popen([*command, "-o", str(tmp_path / name)], env=environment, stdout=subprocess.DEVNULL)
+        work = tmp_path / f"{name}.work"
+        while seconds is not None and process.poll() is None and not work.is_dir():
+            time.sleep(0.05)
+        try:
+            assert process.wait(seconds) == 0
+            return True
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return False
+
+    assert run("whole", None)
+    for seconds in (0.3, 1.5, 4.0):
+        if run("broken", seconds):
+            break
+    else:
+        assert run("broken", None)
+    assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob(".*"))
+    for name in ("diffusion_pytorch_model.safetensors", "config.json"):
+        assert filecmp.cmp(tmp_path / "whole" / "unet" / name, tmp_path / "broken" / "unet" / name, shallow=False), name
