@@ -38,7 +38,7 @@ class FinetuneSettings:
         batch: rows in a step.
         rate: learning rate of weights and biases.
         scale_rate: of the scales of activations, as a share of their size (published: 1e-4 absolute in stage 2,
-            which is this share for scales around 0.05).
+            which is this share for scales around 0.1).
         layer_loss: also compare the outputs of the finetuned layers.
     """
 
@@ -48,7 +48,7 @@ class FinetuneSettings:
     rows: int = 64
     batch: int = 32
     rate: float = 1e-5
-    scale_rate: float = 2e-3
+    scale_rate: float = 1e-3
     layer_loss: bool = True
 
 
@@ -102,6 +102,7 @@ class Tuner:
         groups: list[dict[str, Any]] = [{"params": weights, "lr": rate}] if weights else []
         groups += [{"params": [p], "lr": scale_rate * float(p.detach().mean())} for p in steps]
         self.optimizer = torch.optim.Adam(groups)
+        self.rates = [group["lr"] for group in groups]
 
     def step(self, rows: Rows) -> float:
         """One step of Adam on some rows; returns the loss."""
@@ -123,6 +124,11 @@ class Tuner:
             for parameter, floor in self.floors:
                 parameter.clamp_(min=floor)
         return float(loss.detach())
+
+    def pace(self, share: float) -> None:
+        """Learn at this share of the rates from now on."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = share * rate
 
     def close(self) -> None:
         """Nothing learns any more."""

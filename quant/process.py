@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
-_PROBE_ROWS = 16  # rows on which sensitivities and the validation error are measured, of each of some buckets
+_PROBE_ROWS = 16  # of a bucket, on which sensitivities (in some buckets) and validation errors (in all) are measured
 _KEYS_VALUES = r".*\.(to_k|to_v|add_k_proj|add_v_proj)"
 
 
@@ -179,7 +180,9 @@ class Quantization:
 
     def _note_error(self, what: str, weights: bool, inputs: bool) -> None:
         rounding(self.drafts, weights, inputs)
-        self.validation[what] = relative_error(self.denoiser, self._probe_rows())
+        count = len(self.heldout.timesteps)
+        rows = (self.heldout.sample(b, _PROBE_ROWS, self.settings.seed) for b in range(count))
+        self.validation[what] = relative_error(self.denoiser, rows)
         self._log("validation", what=what, error=round(self.validation[what], 6))
 
     # ------------------------------------------------------------------ calibration
@@ -447,6 +450,7 @@ class Quantization:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + epoch)).tolist()
             what = f"finetuning: epoch {epoch + 1} of {self.plan['epochs']}"
             self.progress(what, *self._share("finetuning", place / total))
+            tuner.pace(0.5 * (1 + math.cos(math.pi * place / total)))
             for rows in batches(self.calibration, order[turn], f.rows, f.batch, place):
                 losses.append(tuner.step(rows))
             if turn == count - 1:

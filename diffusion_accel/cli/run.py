@@ -224,8 +224,7 @@ class Session:
         return "\n".join(lines)
 
     def _data(self, prompt: str, plan: Settings, seed: int, result: Result) -> dict[str, Any]:
-        keys = ("negative_prompt", "steps", "guidance_scale", "width", "height", "strength", "dtype", "lora")
-        keys += ("quantize", "runtime")
+        keys = "negative_prompt steps guidance_scale width height strength dtype lora quantize runtime".split()
         settings = {k: v for k in keys if (v := getattr(plan, k)) not in (None, ())}
         return {
             "prompt": prompt,
