@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -73,7 +74,10 @@ class Reuse(Feature):
 
     @classmethod
     def takes(cls, text: str) -> bool:
-        return is_tuned(text) or looks_like_a_preset(text) or text.partition(":")[0] in CACHES
+        """Whether `text` behind a bare --reuse is a plan; also one that is mistyped (name:value), which no prompt looks
+        like."""
+        known = is_tuned(text) or looks_like_a_preset(text) or text.partition(":")[0] in CACHES
+        return known or re.fullmatch(r"[\w-]+:\S+", text) is not None
 
     def supports(self, pipeline: Any) -> str | None:
         from ..denoisers import find_denoiser, reads_every_step
