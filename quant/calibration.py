@@ -20,6 +20,9 @@ from diffusion_accel.files import replacing
 from diffusion_accel.hooks import bind_forward
 
 _OUTPUT = "output"
+_SHARED = frozenset(
+    {"txt_ids", "img_ids"}
+)  # arguments that have no row for each row of the batch, whatever their length
 
 
 @dataclass
@@ -39,11 +42,14 @@ class Rows:
         def some(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: some(v) for k, v in value.items()}
+            if isinstance(value, list):
+                return [some(v) for v in value]
             if isinstance(value, torch.Tensor) and value.dim() and len(value) == count:
                 return value[index]
             return value
 
-        return Rows(some(self.arguments), self.output[index])
+        picked = {k: v if k in _SHARED else some(v) for k, v in self.arguments.items()}
+        return Rows(picked, self.output[index])
 
     def run(self, model: nn.Module) -> torch.Tensor:
         """What `model` answers to these arguments."""
@@ -71,7 +77,7 @@ class CalibrationSet:
         for file in sorted(self.folder.glob(f"b{number:03d}-*.safetensors")):
             with safe_open(str(file), framework="pt") as stored:
                 parts.append({key: stored.get_tensor(key) for key in stored.keys()})
-        flat = {k: parts[0][k] if not parts[0][k].dim() else torch.cat([p[k] for p in parts]) for k in parts[0]}
+        flat = {key: _joined(key, parts) for key in parts[0]}
         output = flat.pop(_OUTPUT)
         arguments: dict[str, Any] = dict(self.plain)
         for key, tensor in flat.items():
@@ -80,7 +86,7 @@ class CalibrationSet:
             for name in path:
                 place = place.setdefault(name, {})
             place[last] = tensor
-        return Rows(arguments, output)
+        return Rows(_lists(arguments), output)
 
     def sample(self, number: int, count: int, seed: int) -> Rows:
         """`count` rows of a bucket (or all it has), the same ones for the same seed."""
@@ -144,7 +150,7 @@ def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, in
                 times = [found[round(i * (len(found) - 1) / max(1, buckets - 1))] for i in range(buckets)]
             for bucket, time in enumerate(times):
                 same = [flat for t, flat in calls if t == time]
-                tensors = {k: same[0][k] if not same[0][k].dim() else torch.cat([s[k] for s in same]) for k in same[0]}
+                tensors = {key: _joined(key, same) for key in same[0]}
                 with replacing(folder / f"b{bucket:03d}-{number:04d}.safetensors") as file:
                     save_file({k: v.contiguous() for k, v in tensors.items()}, file)
             total += sum(len(flat[_OUTPUT]) for t, flat in calls if t == times[0])
@@ -156,6 +162,13 @@ def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, in
     return CalibrationSet(folder)
 
 
+def _joined(key: str, parts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """A tensor of several calls, rows behind each other; what is not by row is the same in all of them."""
+    first = parts[0][key]
+    by_row = first.dim() > 0 and key not in _SHARED and len(first) == len(parts[0][_OUTPUT])
+    return torch.cat([part[key] for part in parts]) if by_row else first
+
+
 def _flatten(name: str, value: Any, into: dict[str, torch.Tensor]) -> None:
     """Tensors of a nested argument by path."""
     if isinstance(value, torch.Tensor):
@@ -163,3 +176,16 @@ def _flatten(name: str, value: Any, into: dict[str, torch.Tensor]) -> None:
     elif isinstance(value, dict):
         for key, part in value.items():
             _flatten(f"{name}/{key}", part, into)
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            _flatten(f"{name}/[{number}]", part, into)
+
+
+def _lists(value: Any) -> Any:
+    """Tables whose keys are all [0], [1], … as lists again."""
+    if not isinstance(value, dict):
+        return value
+    made = {key: _lists(part) for key, part in value.items()}
+    if made and all(key == f"[{number}]" for number, key in enumerate(sorted(made, key=lambda k: (len(k), k)))):
+        return [made[f"[{number}]"] for number in range(len(made))]
+    return made

@@ -48,6 +48,7 @@ class Draft(nn.Module):
         bias: Any = layer.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
         self.logits: nn.Parameter | None = None
+        self._kept: tuple[Any, torch.Tensor] | None = None
         self.channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
         steps = len(buckets.timesteps)
         for name, bits, width in (
@@ -120,8 +121,15 @@ class Draft(nn.Module):
         )
 
     def rounded(self) -> torch.Tensor:
-        """The weights on their grid."""
-        return (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
+        """The weights on their grid; kept for the next call while nothing learns and nothing has changed."""
+        if torch.is_grad_enabled() or self.logits is not None:
+            self._kept = None
+            return (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
+        state = (self.weight._version, id(self.up), self.up._version, self.scale._version)
+        if self._kept is None or self._kept[0] != state:
+            values = (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
+            self._kept = (state, values)
+        return self._kept[1]
 
     def sqnr(self) -> float:
         """Signal to quantization noise of the weights, dB, against the original layer's."""

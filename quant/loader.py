@@ -84,7 +84,7 @@ class LowBitQuantizer(DiffusersQuantizer):
             raise ModelLoadError(
                 f"the checkpoint is damaged: {param_name} is {stored.dtype} instead of {expected.dtype}"
             )
-        model.get_submodule(module)._buffers[key] = stored.to(target_device, copy=True)
+        model.get_submodule(module)._buffers[key] = stored.to(target_device)  # on a CPU, the mapped file itself
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         if missing_keys:

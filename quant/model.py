@@ -20,8 +20,13 @@ RUNTIMES = ("auto", "integer", "dequantize", "simulated")  # cli/settings.py has
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that can be quantized, by name in the order of the model."""
-    return {name: module for name, module in model.named_modules() if quantizable(module)}
+    """The layers of a model that can be quantized, by name in the order of the model.
+
+    Those of an IP-Adapter are left out: they are no part of the model's own folder.
+    """
+    added = (".processor.", "encoder_hid_proj.image_projection_layers.")
+    modules = {name: module for name, module in model.named_modules() if quantizable(module)}
+    return {name: module for name, module in modules.items() if not any(part in name for part in added)}
 
 
 def install(model: nn.Module, spec: ModelSpec) -> Buckets:
@@ -118,5 +123,5 @@ def digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in quantized_tensors(model):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()

@@ -492,8 +492,8 @@ class Quantization:
                 self.drafts[name].own()
         for key, value in stored.items():
             name, _, what = key.rpartition(".")
-            place = getattr(self.drafts[name], what)
-            place.data.copy_(value)
+            with torch.no_grad():
+                getattr(self.drafts[name], what).copy_(value)
         return stage, at, moments or None
 
     # ------------------------------------------------------------------ result
@@ -520,7 +520,6 @@ class Quantization:
         spec = ModelSpec({n: m.spec for n, m in made.items()}, timesteps, softmax, recipe)
         self.drafts.restore()
         self._originals = {name: draft.layer for name, draft in self.drafts.items()}
-        self._config = dict(self.denoiser.config)
         buckets = install(self.denoiser, spec)
         for name, layer in made.items():
             layer.buckets = buckets
@@ -534,7 +533,8 @@ class Quantization:
         self.denoiser.hf_quantizer = LowBitQuantizer(config)
         self.denoiser.is_quantized = True
         self.denoiser.quantization_method = config.quant_method
-        self.denoiser.register_to_config(quantization_config=config.to_dict())
+        known = self.denoiser.config  # changed in place: IP-Adapter keeps attributes on it
+        known["quantization_config"] = known.quantization_config = config.to_dict()
         set_runtime(self.denoiser, "simulated")
         self.denoiser.eval()
         self.model = self.denoiser
@@ -550,7 +550,8 @@ class Quantization:
         uninstall(self.denoiser)
         del self.denoiser.hf_quantizer, self.denoiser.quantization_method
         self.denoiser.is_quantized = False
-        self.denoiser._internal_dict = type(self.denoiser.config)(self._config)
+        dict.pop(self.denoiser.config, "quantization_config")
+        del self.denoiser.config.quantization_config
 
 
 # ---------------------------------------------------------------------- helpers

@@ -100,6 +100,8 @@ def observe(
             for handle in handles:
                 handle.remove()
         for (draft, what), watcher in watchers.items():
+            if watcher.ends is None:  # a layer that did not run keeps what it has, a step of 1
+                continue
             scale, zero = watcher.grid()
             getattr(draft, f"{what}_scale").data[number] = scale
             getattr(draft, f"{what}_zero_point")[number] = zero

@@ -33,18 +33,16 @@ from diffusion_accel.quant.ranges import RangeSettings
 from diffusion_accel.quant.settings import QuantizeSettings
 
 LOAD = """
-import json, os, resource, sys
-import torch, diffusers, diffusion_accel
+import json, sys
+import diffusion_accel
 from diffusers import UNet2DConditionModel
-from diffusion_accel.quant import layers, loader, model as m
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def now():
-    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-before = now()
-unet = UNet2DConditionModel.from_pretrained(sys.argv[1], disable_mmap=False)
-m.set_runtime(unet, 'dequantize', low_memory=True)
-loaded = peak()
-print(json.dumps({'before': before, 'peak': loaded, 'after': now()}))
+from diffusion_accel.quant import loader, model
+def memory(key):  # of this process alone, in bytes
+    return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key))
+before = memory('VmRSS')
+unet = UNet2DConditionModel.from_pretrained(sys.argv[1])
+model.set_runtime(unet, 'dequantize', low_memory=True)
+print(json.dumps({'before': before, 'peak': memory('VmHWM'), 'after': memory('VmRSS')}))
 """
 
 

@@ -215,6 +215,29 @@ class Prompted(Sampler):
         return made
 
 
+KINDS = ("sd", "sdxl", "deepfloyd_if", "controlnet", "ip_adapter", "unet2d_skip", "unet3d", "svd", "dit", "flux")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_denoiser(kind: str, tmp_path: Path) -> None:
+    pipe, call = getattr(zoo, kind)()
+    plain = zoo.run(pipe, call, 4)
+    run = quantize(Prompted(pipe, call), replace(TINY, weight_bits=8, softmax_bits=8), tmp_path / "work")
+    assert len(run.layers()) > 5 and run.validation["quantized"] < 0.2
+    set_runtime(pipe, "simulated")
+    ours = zoo.run(pipe, call, 4)
+    assert torch.isfinite(ours).all() and not torch.equal(ours, plain)
+    run.model.save_pretrained(tmp_path / "model")
+    run.restore()
+    assert torch.equal(zoo.run(pipe, call, 4), plain)
+    part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    again = type(getattr(pipe, part)).from_pretrained(tmp_path / "model")
+    set_runtime(again, "simulated")
+    setattr(pipe, part, again)
+    if kind != "ip_adapter":  # its own weights are part of no model folder
+        assert torch.equal(zoo.run(pipe, call, 4), ours)
+
+
 def test_lora_stays_in_full_precision_beside_a_quantized_base(tmp_path: Path) -> None:
     from peft import LoraConfig
 
