@@ -109,6 +109,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", help="folders that `diffusion-accel quantize` wrote")
+    parser.add_argument("--only", action="store_true", help="nothing but the checkpoints")
     parser.add_argument("--count", type=int, default=32, help="pictures")
     parser.add_argument("--json", type=Path, help="write the full result here as well")
     parser.add_argument("--grid", type=Path, help="write the first pictures of every row here")
@@ -150,7 +151,7 @@ def main() -> None:
             set_runtime(pipe.unet, "simulated")
             recipe = pipe.unet.config["quantization_config"]["recipe"]
             note(f"ours {bits}, {recipe['rounding']}, finetune {recipe['finetune']}", pipe.unet)
-        for bits in dict.fromkeys(wanted):
+        for bits in dict.fromkeys([] if args.only else wanted):
             try:
                 weights, inputs = parse_bits(bits)
             except ValueError:
@@ -164,8 +165,9 @@ def main() -> None:
                 pipe.unet = copy.deepcopy(full)
                 run = quantize(replace(fit, pipe=pipe), settings, folder / f"{bits} {name}")
                 note(f"{bits}, {name}", run.model)
-        calibration = CalibrationSet(next(folder.glob("*without learning")) / "calibration") if wanted else heldout
-        for name, change in OTHERS.items():
+        done = next(folder.glob("*without learning"), None)
+        calibration = CalibrationSet(done / "calibration") if done else heldout
+        for name, change in ({} if args.only else OTHERS).items():
             unet = copy.deepcopy(full)
             try:
                 takes = change.__code__.co_argcount
