@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import ModelLoadError
 from ..pipelines.models import safetensors_header
@@ -47,11 +48,11 @@ def inspect(
         typer.echo(json.dumps({**total, "layers": layers}, indent=1))
         return
     console = Console(highlight=False)
-    table = Table("layer", "weights", "W bits", "A bits", "KB", "SQNR dB", "sensitivity")
+    table = Table(Column("layer", overflow="fold"), "W bits", "A bits", "KB", "SQNR dB", "sensitivity", box=SIMPLE)
     for name, row in layers.items():
         inputs = "–" if row["activation_bits"] is None else f"{row['activation_bits']}{row['grids']}"
         kilobytes = f"{row['bytes'] / 1e3:.1f}"
-        cells = (row["weights"], row["weight_bits"], inputs, kilobytes, row["sqnr"], row["sensitivity"])
+        cells = (row["weight_bits"], inputs, kilobytes, row["sqnr"], row["sensitivity"])
         table.add_row(name, *("–" if c is None else str(c) for c in cells))
     console.print(table)
     console.print(
