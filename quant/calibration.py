@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,6 @@ class CalibrationSet:
         rows = self.bucket(number)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         return rows.pick(order[:count].sort().values)
-
-    def chunks(self, number: int, size: int) -> Iterator[Rows]:
-        """All rows of a bucket, `size` at a time."""
-        rows = self.bucket(number)
-        for start in range(0, len(rows), size):
-            yield rows.pick(torch.arange(start, min(start + size, len(rows))))
 
 
 def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, int], None]) -> CalibrationSet:

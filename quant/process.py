@@ -164,7 +164,8 @@ class Quantization:
         if file.is_file():
             if json.loads(file.read_text(encoding="utf-8")) != wanted:
                 raise ConfigurationError(
-                    f"{self.work} holds a run with other settings or another model; forget it (--restart), or name another output"
+                    f"{self.work} holds a run with other settings or another model; forget it (--restart), or name "
+                    "another output"
                 )
             return
         self._write(file, wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -120,11 +120,3 @@ def checked(bits: Any, allowed: range, name: str) -> int:
     if type(bits) is not int or bits not in allowed:
         raise ConfigurationError(f"{name} must be {allowed.start} to {allowed.stop - 1}, got {bits!r}")
     return bits
-
-
-def average_bits(
-    layers: Mapping[str, LayerSpec], sizes: Mapping[str, int], names: Iterable[str] | None = None
-) -> float:
-    """Bits a weight on average, over the layers `names` (all)."""
-    chosen = list(layers) if names is None else list(names)
-    return sum(layers[n].weight_bits * sizes[n] for n in chosen) / sum(sizes[n] for n in chosen)
