@@ -90,13 +90,15 @@ class UNetStages:
         return (*self.head, *self.down, *((self.mid,) if self.mid is not None else ()))
 
 
+def denoiser_name(pipeline: Any) -> str | None:
+    """The component that the pipeline calls at every step: "unet", else "transformer", else None."""
+    return next((n for n in ("unet", "transformer") if isinstance(getattr(pipeline, n, None), nn.Module)), None)
+
+
 def find_denoiser(pipeline: Any) -> nn.Module | None:
     """The model that the pipeline calls at every step: its `unet`, else its `transformer`, else None."""
-    for name in ("unet", "transformer"):
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    return None
+    name = denoiser_name(pipeline)
+    return None if name is None else getattr(pipeline, name)
 
 
 def find_controlnet(pipeline: Any) -> nn.Module | None:

@@ -97,7 +97,11 @@ def load_quantized(pipe: Any, text: str, dtype: Any) -> None:
     Raises:
         ModelLoadError: the checkpoint is damaged, or of another kind of model.
     """
-    part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    from diffusion_accel.denoisers import denoiser_name
+
+    part = denoiser_name(pipe)
+    if part is None:
+        raise ModelLoadError(f"{type(pipe).__name__} has no unet or transformer to take from {text}")
     own = getattr(pipe, part)
     folder = checkpoint_folder(text)
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.denoisers import denoiser_name, find_denoiser
+from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.models import PICKLE_SUFFIXES, ModelSource
@@ -67,8 +68,7 @@ def run(
             done.heldout,
             report,
         )
-        part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
-        files = sorted((made / part).glob("*.safetensors"))
+        files = sorted((made / str(denoiser_name(pipe))).glob("*.safetensors"))
         report.bytes = {"checkpoint": sum(f.stat().st_size for f in files), "float32": 4 * parameters}
         report.seconds, report.peak = done.seconds, peak_memory()
         write(report, made)
@@ -83,17 +83,14 @@ def run(
 def shown(source: ModelSource, prompts: list[str], count: int, settings: QuantizeSettings) -> tuple[str, ...]:
     """Prompts for the pictures of the report: never those that were calibrated on."""
     if source.kind == "embedded":
-        from diffusion_accel.evaluation.quality import embedded_reference
-
-        asked, _ = embedded_reference()
-        return tuple(asked.captions[i] for i in asked.choose("train", count, max(200, len(prompts))))
+        return tuple(embedded_prompts(count, max(200, len(prompts))))
     kept = settings.validation or max(1, len(prompts) // 8)
     return tuple(prompts[-kept:])[:count]
 
 
 def save(pipe: Any, source: ModelSource, folder: Path) -> None:
     """Write a pipeline with a quantized denoiser; parts that did not change are copied as they are where that works."""
-    part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    part = str(denoiser_name(pipe))
     root = Path(source.location)
     local = source.kind in ("embedded", "folder") and (root / part).is_dir()
     if local and not any(f.suffix in PICKLE_SUFFIXES for f in root.rglob("*")):

@@ -65,7 +65,7 @@ class Draft(nn.Module):
     def find_grid(self, search: bool = True) -> None:
         """Grids of the weights by range search (or over their whole range), and rounding to nearest."""
         bits, scales, zeros = self.spec.weight_bits, [], []
-        for part in self.weight.detach().split(self._sizes(), 1):
+        for part in self.weight.detach().split(self.spec.part_sizes(self.weight.shape[1]), 1):
             shrink = () if search else (1.0,)
             scale, zero = search_grid(part.flatten(1), bits, symmetric=bits == 8, shrink=shrink)
             scales.append(scale[:, 0])
@@ -83,14 +83,13 @@ class Draft(nn.Module):
                 p.own = True  # type: ignore[attr-defined]
         return [p for p in (self.weight, self.bias) if p is not None]
 
-    def _sizes(self) -> list[int]:
-        width = self.weight.shape[1]
-        return [self.spec.split, width - self.spec.split] if self.spec.split else [width]
-
     def _spread(self, grid: torch.Tensor) -> torch.Tensor:
         """(parts, O) to the shape of the weight, broadcastable."""
         ones = [1] * (self.weight.dim() - 2)
-        columns = [g.view(-1, 1, *ones).expand(-1, size, *ones) for g, size in zip(grid, self._sizes(), strict=True)]
+        columns = [
+            g.view(-1, 1, *ones).expand(-1, size, *ones)
+            for g, size in zip(grid, self.spec.part_sizes(self.weight.shape[1]), strict=True)
+        ]
         return columns[0][:, :1] if len(columns) == 1 else torch.cat(columns, 1)
 
     def start_rounding(self) -> nn.Parameter:
@@ -122,14 +121,13 @@ class Draft(nn.Module):
 
     def rounded(self) -> torch.Tensor:
         """The weights on their grid; kept for the next call while nothing learns and nothing has changed."""
-        if torch.is_grad_enabled() or self.logits is not None:
-            self._kept = None
-            return (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
+        fixed = not torch.is_grad_enabled() and self.logits is None
         state = (self.weight._version, id(self.up), self.up._version, self.scale._version)
-        if self._kept is None or self._kept[0] != state:
-            values = (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
-            self._kept = (state, values)
-        return self._kept[1]
+        if fixed and self._kept is not None and self._kept[0] == state:
+            return self._kept[1]
+        values = (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
+        self._kept = (state, values) if fixed else None
+        return values
 
     def sqnr(self) -> float:
         """Signal to quantization noise of the weights, dB, against the original layer's."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,22 +137,20 @@ class Tuner:
             p.requires_grad_(False)
             p.grad = None
 
-    def _listening(self, into: dict[str, torch.Tensor]):  # type: ignore[no-untyped-def]
-        tuner = self
+    @contextmanager
+    def _listening(self, into: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Collect the outputs of the chosen layers, where the loss wants them."""
 
-        class Listening:
-            def __enter__(self) -> None:
-                def note(name: str) -> Callable[..., None]:
-                    return lambda module, args, output: into.__setitem__(name, output)
+        def note(name: str) -> Callable[..., None]:
+            return lambda module, args, output: into.__setitem__(name, output)
 
-                names = tuner.chosen if tuner.layer_loss else []
-                self.handles = [tuner.drafts[n].register_forward_hook(note(n)) for n in names]
-
-            def __exit__(self, *exception: object) -> None:
-                for handle in self.handles:
-                    handle.remove()
-
-        return Listening()
+        names = self.chosen if self.layer_loss else []
+        handles = [self.drafts[n].register_forward_hook(note(n)) for n in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _scales(draft: Draft) -> list[nn.Parameter]:

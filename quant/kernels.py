@@ -51,7 +51,7 @@ def why_not_integer(layer: QuantizedLayer) -> str | None:
 
 def signed_weights(layer: QuantizedLayer) -> list[torch.Tensor]:
     """code - zero_point as int8, a tensor for each part of the input channels."""
-    sizes = [layer.spec.split, layer.weight_shape[1] - layer.spec.split] if layer.spec.split else layer.weight_shape[1]
+    sizes = layer.spec.part_sizes(layer.weight_shape[1])
     ones = [1] * (len(layer.weight_shape) - 1)
     parts = layer.codes().short().split(sizes, 1)
     zeros = layer.weight_zero_point.short()
@@ -88,7 +88,7 @@ class OneDnn:
             self.weights = [self._pack(layer, w) for w in signed_weights(layer)]
             self.no_zeros = torch.zeros(len(layer.weight_codes), dtype=torch.int64)
         dim = layer.channel_dim
-        sizes = [layer.spec.split, x.shape[dim] - layer.spec.split] if layer.spec.split else [x.shape[dim]]
+        sizes = layer.spec.part_sizes(x.shape[dim])
         total = None
         for part, weight, scale, zero, weight_scale in zip(
             x.split(sizes, dim), self.weights, self.scales[number], self.zeros[number], layer.weight_scale, strict=True
@@ -137,7 +137,7 @@ class IntMatmul:
         shifted = (codes - 128).to(torch.int8)  # _int_mm multiplies signed bytes
         padding = (zero - 128).to(torch.int8)
         dim, total, begin = layer.channel_dim, None, 0
-        sizes = [layer.spec.split, x.shape[dim] - layer.spec.split] if layer.spec.split else [x.shape[dim]]
+        sizes = layer.spec.part_sizes(x.shape[dim])
         for size, weight, sums, weight_scale in zip(sizes, self.weights, self.sums, layer.weight_scale, strict=True):
             piece = shifted.narrow(dim, begin, size)
             each = [p if p.shape[dim] == 1 else p.narrow(dim, begin, 1) for p in (scale, zero, padding)]

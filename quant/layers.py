@@ -170,7 +170,7 @@ class QuantizedLayer(nn.Module):
         """The weights as numbers; kept for the next call unless memory matters more (`keep_floats`)."""
         if self._floats is not None and self._floats.dtype == dtype:
             return self._floats
-        sizes = [self.spec.split, self.weight_shape[1] - self.spec.split] if self.spec.split else [self.weight_shape[1]]
+        sizes = self.spec.part_sizes(self.weight_shape[1])
         ones = [1] * (len(self.weight_shape) - 1)
         parts = [
             dequantize(part, scale.view(-1, *ones), zero.float().view(-1, *ones))
@@ -194,7 +194,7 @@ class QuantizedLayer(nn.Module):
         number = self.buckets.number
         found = table[number : number + 1] if number is not None else table[self.buckets.rows(len(x))]
         if 1 < found.shape[1] == self.spec.parts != x.shape[self.channel_dim]:
-            sizes = torch.tensor([self.spec.split, x.shape[self.channel_dim] - self.spec.split], device=found.device)
+            sizes = torch.tensor(self.spec.part_sizes(x.shape[self.channel_dim]), device=found.device)
             found = found.repeat_interleave(sizes, 1)
         shape = [1] * x.dim()
         shape[0], shape[self.channel_dim] = len(found), found.shape[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import resource
 import sys
@@ -43,11 +42,9 @@ from .loader import LowBitConfig, LowBitQuantizer
 from .model import candidates, digest, install, set_runtime, uninstall
 from .ranges import observe
 from .reconstruct import RoundingSettings, capture, reconstruct, units
-from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivities
+from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivity
 from .settings import QuantizeSettings
 from .spec import LayerSpec, ModelSpec
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
@@ -140,7 +137,7 @@ class Quantization:
             with self._stage("finetuning"):
                 self._finetune()
             self._note_error("finetuned", True, True)
-        self._assemble(found, peaks)
+        self._assemble(peaks)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -223,13 +220,11 @@ class Quantization:
         drafts = Drafts(self.denoiser, specs, ())
         found = dict(known)
         saved = time.monotonic()
-        done = 0
         try:
             rows = self._probe_rows()
-            for name, draft in drafts.items():
-                found |= sensitivities(self.denoiser, {name: draft}, rows, lambda n: None, found)
-                done += 1
-                self.progress(f"sensitivity: {done} of {len(layers)} layers", 0.0, float("nan"))
+            for name in [n for n in drafts if n not in known]:
+                found[name] = sensitivity(self.denoiser, drafts[name], rows)
+                self.progress(f"sensitivity: {len(found)} of {len(layers)} layers", 0.0, float("nan"))
                 if time.monotonic() - saved > _SAVE_EVERY:
                     self._write(file, found)
                     saved = time.monotonic()
@@ -238,7 +233,7 @@ class Quantization:
         self._write(file, found)
         return found
 
-    def _specs(self, sensitivity: dict[str, float]) -> dict[str, LayerSpec]:
+    def _specs(self, needs: dict[str, float]) -> dict[str, LayerSpec]:
         s, layers = self.settings, candidates(self.denoiser)
         edges = edge_layers(self.denoiser)
         split = concatenated_inputs(self.denoiser) if s.split else {}
@@ -248,7 +243,7 @@ class Quantization:
             errors = {}
             for name, layer in layers.items():
                 table = rounding_errors(_weight(layer), CHOICES)
-                errors[name] = {b: sensitivity[name] * e / max(table[PROBE_BITS], 1e-30) for b, e in table.items()}
+                errors[name] = {b: needs[name] * e / max(table[PROBE_BITS], 1e-30) for b, e in table.items()}
             bits = allocate(errors, sizes, s.bits_budget, {n: s.edge_bits for n in edges if n in layers})
         queries = matching(layers, (QUERIES, _KEYS_VALUES)) if s.activation_bits and s.attention_bits else []
         specs = {}
@@ -260,7 +255,7 @@ class Quantization:
                 per_channel=s.by_channel and name not in edges,
                 split=split.get(name, 0),
                 output_bits=s.attention_bits if name in queries else None,
-                sensitivity=float(f"{sensitivity[name]:.4g}") if name in sensitivity else None,
+                sensitivity=float(f"{needs[name]:.4g}") if name in needs else None,
             )
         return specs
 
@@ -443,6 +438,8 @@ class Quantization:
             self._save(file, stage, at, None)
         tuner = Tuner(self.denoiser, self.drafts, chosen, others, f.rate, f.scale_rate, f.layer_loss)
         if moments:
+            tuner.rates = moments.pop("rates").tolist()  # shares of the scales as they were when the stage began
+            tuner.floors = [(p, v) for (p, _), v in zip(tuner.floors, moments.pop("floors").tolist(), strict=True)]
             _set_moments(tuner.optimizer, moments)
         total = self.plan["epochs"] * count
         losses = []
@@ -458,7 +455,7 @@ class Quantization:
                 self._log("finetuning", epoch=epoch + 1, loss=sum(losses) / len(losses))
                 losses = []
             if time.monotonic() - saved > _SAVE_EVERY:
-                self._save(file, 2, place + 1, tuner.optimizer)
+                self._save(file, 2, place + 1, tuner)
                 saved = time.monotonic()
         tuner.close()
         self._save(file, 2, total, None)
@@ -469,15 +466,17 @@ class Quantization:
         asked = dataclasses.replace(f, time_epochs=tuple(self.plan["time_epochs"]))
         return stage_one_epochs(asked, number, self.calibration.timesteps[number])
 
-    def _save(self, file: Path, stage: int, at: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def _save(self, file: Path, stage: int, at: int, tuner: Tuner | None) -> None:
         tensors = {"position": torch.tensor([stage, at])}
         for name, draft in self.drafts.items():
             for key in (*_grids(draft), "weight", "bias"):
                 value = getattr(draft, key, None)
                 if value is not None and (key not in ("weight", "bias") or getattr(value, "own", False)):
                     tensors[f"{name}.{key}"] = value.detach().contiguous()
-        if optimizer is not None:
-            for i, state in enumerate(_states(optimizer)):
+        if tuner is not None:
+            tensors["moments/rates"] = torch.tensor(tuner.rates, dtype=torch.float64)
+            tensors["moments/floors"] = torch.tensor([v for _, v in tuner.floors], dtype=torch.float64)
+            for i, state in enumerate(_states(tuner.optimizer)):
                 tensors |= {f"moments/{i}/{k}": torch.as_tensor(v).contiguous() for k, v in state.items()}
         with replacing(file) as temporary:
             save_file(tensors, temporary)
@@ -498,7 +497,7 @@ class Quantization:
         return stage, at, moments or None
 
     # ------------------------------------------------------------------ result
-    def _assemble(self, sensitivity: dict[str, float], peaks: dict[str, torch.Tensor]) -> None:
+    def _assemble(self, peaks: dict[str, torch.Tensor]) -> None:
         s = self.settings
         recipe = {
             "bits": s.name,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from .attention import WithScores
 from .calibration import CalibrationSet
 from .draft import Draft
 from .uniform import PERCENTILES, grid, value_range
@@ -71,15 +74,13 @@ def observe(
 
     The model runs as it is switched: with rounded weights, what they do to the ranges is in them.
     """
-    from .attention import WithScores
-
     peaks: dict[str, torch.Tensor] = {name: torch.zeros(len(calibration.timesteps)) for name in attentions}
     for number in buckets:
         watchers: dict[tuple[Draft, str], Observer] = {}
         for draft in drafts.values():
             width = draft.weight.shape[1]
             if draft.spec.activation_bits:
-                parts = None if draft.spec.per_channel else draft._sizes() if draft.spec.split else [width]
+                parts = None if draft.spec.per_channel else draft.spec.part_sizes(width)
                 watchers[draft, "input"] = Observer(draft.spec.activation_bits, parts, draft.channel_dim, settings)
             if draft.spec.output_bits:
                 watchers[draft, "output"] = Observer(draft.spec.output_bits, [draft.weight.shape[0]], -1, settings)
@@ -92,7 +93,7 @@ def observe(
                 look = lambda m, args, out, w=watcher: w.see(out)  # noqa: E731
                 handles.append(draft.register_forward_hook(look))
         for name, peak in peaks.items():
-            handles.append(_watch_scores(model.get_submodule(name), WithScores, peak, number))
+            handles.append(_watch_scores(model.get_submodule(name), peak, number))
         try:
             for rows in _some(calibration, number, settings):
                 rows.run(model)
@@ -118,9 +119,7 @@ def _some(calibration: CalibrationSet, number: int, settings: RangeSettings):  #
 class _watch_scores:
     """Notes the largest probability that an attention module computes, until it is removed."""
 
-    def __init__(self, attention, proxy, peak, number) -> None:  # type: ignore[no-untyped-def]
-        from diffusers.models.attention_processor import AttnProcessor
-
+    def __init__(self, attention: Any, peak: torch.Tensor, number: int) -> None:
         self.attention, self.before = attention, attention.processor
 
         def note(probabilities: torch.Tensor) -> torch.Tensor:
@@ -129,7 +128,7 @@ class _watch_scores:
 
         class Watching(AttnProcessor):
             def __call__(self, attn, *args, **kwargs):  # type: ignore[no-untyped-def]
-                return super().__call__(proxy(attn, note), *args, **kwargs)
+                return super().__call__(WithScores(attn, note), *args, **kwargs)
 
         attention.set_processor(Watching())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -18,25 +18,12 @@ PROBE_BITS = 4  # at which sensitivity is measured
 CHOICES = (2, 3, 4, 5, 6, 8)  # bits that an allocation chooses from
 
 
-@torch.no_grad()
-def sensitivities(
-    model: nn.Module,
-    drafts: Mapping[str, Draft],
-    rows: list[Rows],
-    tell: Callable[[str], None],
-    known: Mapping[str, float] | None = None,
-) -> dict[str, float]:
-    """For each layer, the relative squared error of the model's output when its weights alone are rounded (to
-    nearest)."""
-    found = dict(known or {})
-    rounding(dict(drafts), False, False)
-    for name, draft in drafts.items():
-        if name not in found:
-            draft.plain, draft.round_weights, draft.round_inputs = False, True, False
-            found[name] = relative_error(model, rows)
-            draft.plain = True
-        tell(name)
-    return found
+def sensitivity(model: nn.Module, draft: Draft, rows: list[Rows]) -> float:
+    """The relative squared error of the model's output when the weights of `draft` alone are rounded (to nearest)."""
+    rounding({"": draft}, True, False)
+    error = relative_error(model, rows)
+    rounding({"": draft}, False, False)
+    return error
 
 
 @torch.no_grad()

@@ -50,6 +50,10 @@ class LayerSpec:
         """Groups of input channels with weight grids of their own."""
         return 2 if self.split else 1
 
+    def part_sizes(self, channels: int) -> list[int]:
+        """How many of `channels` input channels each part has."""
+        return [self.split, channels - self.split] if self.split else [channels]
+
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON values."""
         defaults = {f.name: f.default for f in fields(self)}

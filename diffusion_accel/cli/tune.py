@@ -127,10 +127,9 @@ def forget(state: Path) -> None:
 
 def embedded_prompts(count: int, skip: int = 0) -> list[str]:
     """Captions of the embedded model's training pictures, the same ones every time, behind the `skip` first."""
-    from ..evaluation.quality import embedded_reference
+    from ..evaluation import quality
 
-    asked, _ = embedded_reference()
-    return [asked.captions[i] for i in asked.choose("train", count, skip)]
+    return quality.embedded_prompts(count, skip)
 
 
 class Bar:

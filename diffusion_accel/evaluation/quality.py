@@ -137,3 +137,9 @@ def not_measurable(pipe: Any) -> str | None:
     if config.get("beta_schedule") not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         return f"the validation loss does not know the beta schedule {config.get('beta_schedule')!r}"
     return None
+
+
+def embedded_prompts(count: int, skip: int = 0) -> list[str]:
+    """Captions of the embedded model's training pictures, the same ones every time, behind the `skip` first."""
+    asked, _ = embedded_reference()
+    return [asked.captions[i] for i in asked.choose("train", count, skip)]
