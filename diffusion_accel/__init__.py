@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .reuse import EncoderReuse, Reuse
     from .routing import TaskRouting
     from .switchboard import accelerate
+    from .transparency import LatentTransparency
 
 _register_checkpoints()  # from now on diffusers loads quantized checkpoints
 
@@ -41,6 +42,7 @@ _LAZY = {
     "AcceleratedPipeline": ".pipelines",
     "EncoderReuse": ".reuse",
     "Feature": ".feature",
+    "LatentTransparency": ".transparency",
     "Report": ".report",
     "Reuse": ".reuse",
     "TaskRouting": ".routing",
@@ -55,6 +57,7 @@ __all__ = [
     "EncoderReuse",
     "Feature",
     "FeatureConflictError",
+    "LatentTransparency",
     "ModelLoadError",
     "OutputError",
     "Report",

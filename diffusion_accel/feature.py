@@ -124,6 +124,10 @@ class Attachment:
         self.feature = feature
         self.pipeline = pipeline
 
+    def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Change what the pipeline is called with, by name. Called before `before_call`, in order of attachment."""
+        return arguments
+
     def before_call(self, clock: StepClock) -> None:
         """Check that this call can work and install hooks. Called before the pipeline's own `__call__`."""
 

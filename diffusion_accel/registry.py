@@ -18,6 +18,7 @@ FEATURES: dict[str, str] = {
     "task_routing": "diffusion_accel.routing.task_routing:TaskRouting",
     "reuse": "diffusion_accel.reuse.reuse:Reuse",
     "encoder_reuse": "diffusion_accel.reuse.encoder_reuse:EncoderReuse",
+    "transparent": "diffusion_accel.transparency.latent_transparency:LatentTransparency",
 }
 
 

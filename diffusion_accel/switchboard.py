@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 import time
@@ -174,6 +175,10 @@ class Acceleration:
         if not active or clock is None:
             output, flops = self._counted(call, args, kwargs)
         else:
+            arguments = _named(self._pipeline, args, kwargs)
+            for attachment in active:
+                arguments = attachment.process_input(arguments)
+            args, kwargs = (), arguments
             _claim(modules)
             entered: list[Attachment] = []
             try:
@@ -217,6 +222,17 @@ class Acceleration:
 
 
 # ---------------------------------------------------------------------- helpers
+def _named(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; raises `TypeError` as the call itself would."""
+    signature = inspect.signature(type(pipeline)._accelerated_base.__call__)
+    bound = signature.bind(pipeline, *args, **kwargs)
+    named: dict[str, Any] = dict(list(bound.arguments.items())[1:])
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
 def _as_feature(feature: Feature | type[Feature] | str) -> Feature:
     if isinstance(feature, str):
         feature = feature_class(feature)

@@ -1,0 +1,307 @@
+"""Training latent transparency for the sticker model: encoder and decoder, then a low-rank update of the UNet."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
+from ..transparency.rgba import checkerboard, composite, on_grey, padded_rgb, straight
+from ..transparency.weights import ADAPTER
+from . import sticker_data as data
+from .diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
+from .files import UsageError, replacing_folder, require
+from .latents import PATCH
+from .loop import Batch
+from .pictures import save_grid
+from .state import load_average
+from .sticker_tasks import Captioned
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+ENCODER: dict[str, Any] = {"latent_channels": 12, "block_out_channels": (16, 32, 64, 128), "offset_scale": 25.0}
+DECODER: dict[str, Any] = {
+    "latent_channels": 12,
+    "block_out_channels": (16, 16, 32, 64, 96),
+    "attention_levels": 2,
+    "layers_per_block": 1,
+}
+
+CODE = 0.6  # amplitude of the alpha code in latents, which have unit RMS
+
+
+class Pair(nn.Module):
+    """Encoder and decoder, with the frozen VAE between them (whose weights are not part of the state)."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.encoder = LatentTransparencyEncoder(**ENCODER)
+        self.decoder = LatentTransparencyDecoder(**DECODER).to(memory_format=torch.channels_last)
+        self._vae = [vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)]
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self._vae[0]
+
+    def encode(self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The VAE's latents of the picture over grey, and what the encoder adds to them."""
+        with torch.no_grad():
+            known = self.vae.encode(on_grey(rgb, alpha)).latent_dist
+        return known.mean, known.std * self.encoder(torch.cat([alpha, padded], 1))
+
+    def forward(
+        self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Straight colours, alpha, padded colours, latent noise -> (the VAE's RGB, -1..1; [alpha, colours]; offset)."""
+        mean, offset = self.encode(rgb, alpha, padded)
+        z = mean + offset + noise
+        with torch.set_grad_enabled(torch.is_grad_enabled() and offset.requires_grad):
+            decoded = self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        return decoded, self.decoder((decoded / 2 + 0.5).clamp(0, 1), z), offset
+
+
+def rgba_of(images: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Straight colours and alpha, in 0..1, of some of the cached pictures."""
+    pixels = torch.from_numpy(images[indices]).permute(0, 3, 1, 2).float() / 255
+    alpha = pixels[:, 3:].contiguous()
+    return straight(pixels[:, :3], alpha), alpha
+
+
+class PairTask:
+    """Trains `Pair` on crops of RGBA stickers, with the VAE frozen.
+
+    Loss: reconstruction of [alpha, padded colours] + identity (what the frozen VAE makes of the changed latents against
+    the picture over grey), each MSE + 0.25 L1 + 0.25 L1 of the gradients, as the VAE's own decoder was trained; alpha
+    counts twice, colours by 0.1 + 0.9 alpha. Half of the latents get Gaussian noise of a deviation drawn from
+    0..`noise`, because a denoiser's latents are not exact; identity is asked of the other half.
+
+    `guide` times the mean square distance of what the encoder adds from a simple code: `CODE` (2 mean alpha - 1) in the
+    direction of the latents to which the VAE's decoder is least sensitive. Without it the encoder adds next to nothing
+    (identity costs at once, while the decoder has not learnt to read), and alpha has holes where a picture is grey.
+    """
+
+    def __init__(self, work: Path, vae: AutoencoderKL, crop: int = 64, noise: float = 0.4, guide: float = 0.5) -> None:
+        self.images, rows = data.load_images(work), data.load_rows(work)
+        self.crop, self.noise, self.guide = min(crop, self.images.shape[1]), noise, guide
+        self.train = data.of_split(rows, "train")
+        self.heldout = data.of_split(rows, "heldout")[:96]
+        weights = np.array([2.0 if rows[i]["core"] else 1.0 for i in self.train])
+        self.weights = weights / weights.sum()
+        torch.manual_seed(0)
+        self.model = Pair(vae)
+        if self.crop % self.model.decoder.multiple:
+            raise UsageError(f"crops must be a multiple of {self.model.decoder.multiple} pixels, got {crop}")
+
+        rgb, alpha, _ = self.pictures(self.train[:: max(1, len(self.train) // 24)])
+        self.direction = insensitive_direction(vae, on_grey(rgb, alpha))
+
+    def pictures(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Straight colours, alpha and padded colours of whole pictures."""
+        rgb, alpha = rgba_of(self.images, indices)
+        return rgb, alpha, padded_rgb(rgb, alpha)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        chosen = rng.choice(self.train, size, p=self.weights)
+        whole = torch.cat(self.pictures(chosen), 1)
+        flips = rng.random(size) < 0.5
+        corners = rng.integers(0, whole.shape[-1] - self.crop + 1, (size, 2))
+        crops = []
+        for picture, flip, (y, x) in zip(whole, flips, corners, strict=True):
+            crop = picture[:, y : y + self.crop, x : x + self.crop]
+            crops.append(crop.flip(-1) if flip else crop)
+        side = self.crop // PATCH
+        channels = self.model.vae.config.latent_channels
+        noise = torch.from_numpy(rng.standard_normal((size, channels, side, side), dtype=np.float32))
+        noisy = torch.from_numpy(rng.random(size) < 0.5)
+        deviation = self.noise * torch.from_numpy(rng.random(size, dtype=np.float32)) * noisy
+        return {"pictures": torch.stack(crops), "noise": noise * deviation[:, None, None, None], "noisy": noisy}
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        decoded, made, offset = model(rgb, alpha, padded, batch["noise"])
+        identity = _distance((decoded.float() - on_grey(rgb, alpha)) * ~batch["noisy"][:, None, None, None])
+        code = CODE * (2 * F.avg_pool2d(alpha, PATCH) - 1) * self.direction.to(alpha)
+        return self.reconstruction(made, alpha, padded) + identity + self.guide * F.mse_loss(offset.float(), code)
+
+    @staticmethod
+    def reconstruction(made: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
+        """The loss of what the decoder made of a picture."""
+        weight = torch.cat([2 * torch.ones_like(alpha), (0.1 + 0.9 * alpha).expand(-1, 3, -1, -1)], 1)
+        return _distance((made.float() - torch.cat([alpha, padded], 1)) * weight)
+
+    # ------------------------------------------------------------------ watching
+    def round_trip(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """Whole pictures through encoder, VAE and decoder (one view): what went in and what came out."""
+        found: dict[str, list[torch.Tensor]] = {k: [] for k in ("rgb", "alpha", "made", "plain", "changed", "offset")}
+        for part in np.array_split(np.sort(indices), math.ceil(len(indices) / 16)):
+            rgb, alpha, padded = self.pictures(part)
+            mean, offset = self.model.encode(rgb, alpha, padded)
+            plain, changed = (self.model.vae.decode(z).sample for z in (mean, mean + offset))
+            made = self.model.decoder((changed / 2 + 0.5).clamp(0, 1), mean + offset).clamp(0, 1)
+            for name, value in zip(found, (rgb, alpha, made, plain, changed, offset), strict=True):
+                found[name].append(value.float())
+        return {name: torch.cat(values) for name, values in found.items()}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Medians over 96 held-out pictures, in dB: alpha, the worst of three backgrounds, and the VAE's own RGB."""
+        shown = self.heldout if len(self.heldout) else sample_of(self.train, 96, seed=0)
+        result = self.round_trip(shown)
+        rgb, alpha, made = result["rgb"], result["alpha"], result["made"]
+        height, width = alpha.shape[-2:]
+        backgrounds = (0.0, 1.0, checkerboard(height, width, 8, 0.25, 0.75))
+        composites = [
+            _psnr(composite(made[:, 1:], made[:, :1], ground), composite(rgb, alpha, ground)) for ground in backgrounds
+        ]
+        target = on_grey(rgb, alpha) / 2 + 0.5
+        plain, changed = (_psnr((result[k] / 2 + 0.5).clamp(0, 1), target) for k in ("plain", "changed"))
+        values = {
+            "alpha": _psnr(made[:, :1], alpha).median(),
+            "composite": torch.stack(composites).amin(0).median(),
+            "vae": plain.median(),
+            "moved": (changed - plain).median(),
+            "offset": (result["offset"] ** 2).mean().sqrt(),
+        }
+        return {name: round(float(value), 3) for name, value in values.items()}
+
+    def preview(self, path: Path) -> None:
+        """Rows: on a checkerboard, what came back, alpha, what came back."""
+        shown = self.heldout if len(self.heldout) else self.train
+        result = self.round_trip(shown[:12])
+        height, width = result["alpha"].shape[-2:]
+        ground = checkerboard(height, width, 8, 0.25, 0.75)
+        made = result["made"]
+        rows = [composite(result["rgb"], result["alpha"], ground), composite(made[:, 1:], made[:, :1], ground)]
+        rows += [part.expand(-1, 3, -1, -1) for part in (result["alpha"], made[:, :1])]
+        save_grid(torch.cat(rows) * 2 - 1, len(made), path)
+
+
+class DecoderTask(PairTask):
+    """Trains the decoder alone, the encoder fixed: about twice as fast, since nothing flows back through the VAE."""
+
+    def __init__(self, work: Path, vae: AutoencoderKL, **options: Any) -> None:
+        super().__init__(work, vae, **options)
+        load_average(work / "transparency" / "pair", self.model, "pair")
+        self.model.encoder.requires_grad_(False)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        _, made, _ = model(rgb, alpha, padded, batch["noise"])
+        return self.reconstruction(made, alpha, padded)
+
+
+@torch.no_grad()
+def insensitive_direction(vae: AutoencoderKL, pictures: torch.Tensor, step: float = 0.2) -> torch.Tensor:
+    """The unit vector (C, 1, 1) along which moving all latents of `pictures` changes the decoded pictures least."""
+    z = vae.encode(pictures).latent_dist.mean
+    moves = torch.eye(z.shape[1]).to(z)[:, None, :, None, None] * step
+    slopes = torch.stack([(vae.decode(z + move).sample - vae.decode(z - move).sample).flatten() for move in moves])
+    return torch.linalg.eigh(slopes @ slopes.T).eigenvectors[:, 0].view(-1, 1, 1)
+
+
+def _distance(error: torch.Tensor) -> torch.Tensor:
+    """MSE + 0.25 L1 + 0.25 L1 of the gradients."""
+    gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return (error**2).mean() + 0.25 * error.abs().mean() + 0.25 * gradients
+
+
+def _psnr(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of each picture in 0..1, (N,)."""
+    return -10 * ((made - target) ** 2).flatten(1).mean(1).clamp(min=1e-10).log10()
+
+
+# ------------------------------------------------------------------------------------------- the base model
+class LowRank(nn.Module):
+    """A weight plus the product of two factors (Hu et al. 2022), as a parametrization: up begins at zero."""
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        rows, columns = weight.flatten(1).shape
+        rank = min(rank, rows, columns)
+        self.down = nn.Parameter(torch.randn(rank, *weight.shape[1:]) / math.sqrt(columns))
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (self.up @ self.down.flatten(1)).view_as(weight)
+
+
+def add_low_rank(model: nn.Module, rank: int) -> None:
+    """Freeze `model` and give every linear layer and convolution a low-rank update; their biases are trained whole."""
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+            if module.bias is not None:
+                module.bias.requires_grad_(True)
+
+
+def low_rank_changes(model: nn.Module, plain: nn.Module) -> dict[str, torch.Tensor]:
+    """What `add_low_rank` trained, as an adapter file holds it: factors of weights, differences of biases."""
+    biases, changes = dict(plain.named_parameters()), {}
+    for name, module in model.named_modules():
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        update: Any = module.parametrizations.weight[0]
+        changes[f"{name}.lora_A.weight"] = update.down
+        changes[f"{name}.lora_B.weight"] = update.up if module.weight.dim() == 2 else update.up[..., None, None]
+        if module.bias is not None:
+            changes[f"{name}.bias"] = module.bias - biases[f"{name}.bias"]
+    return {name: value.detach().half().contiguous() for name, value in changes.items()}
+
+
+@torch.no_grad()
+def adjusted_latents(work: Path, vae: AutoencoderKL, batch: int = 64) -> torch.Tensor:
+    """The latents of the chosen pictures as the trained encoder changes them, in the order of `latents.safetensors`."""
+    stored = load_file(require(work / "latents.safetensors", "latents"))
+    images, listed = data.load_images(work), int(stored["listed"])
+    pair = Pair(vae)
+    load_average(work / "transparency" / "pair", pair, "pair")
+    made = []
+    for part in stored["indices"][:listed].split(batch):
+        rgb, alpha = rgba_of(images, part.numpy())
+        mean, offset = pair.encode(rgb, alpha, padded_rgb(rgb, alpha))
+        made.append(mean + offset)
+    return torch.cat(made)
+
+
+def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective) -> DenoisingTask:
+    """Trains the low-rank update on the concept list with changed latents; text encoder and base weights stay."""
+    latents = load_file(require(work / "transparency" / "latents.safetensors", "latents"))["latents"]
+    captioned = replace(Captioned.load(work).listed(), latents=latents)
+    torch.manual_seed(0)
+    denoiser = Denoiser(pipeline.unet.float(), pipeline.text_encoder.float().requires_grad_(False))
+    add_low_rank(denoiser.core, rank)
+    return DenoisingTask(denoiser, captioned, objective)
+
+
+# ------------------------------------------------------------------------------------------- export
+def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwrite: bool = False) -> dict[str, Any]:
+    """Write encoder, decoder and, if the UNet was trained, its update as float16; returns sizes and final numbers."""
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; choose another folder or pass --overwrite")
+    task = DecoderTask(work, pipeline.vae)
+    if (work / "transparency" / "decoder").exists():
+        load_average(work / "transparency" / "decoder", task.model, "decoder")
+    pair = task.model.half().float().eval()
+    with torch.no_grad():
+        facts = task.evaluate()
+    with replacing_folder(out) as temporary:
+        pair.encoder.half().save_pretrained(temporary / "encoder")
+        pair.decoder.half().to(memory_format=torch.contiguous_format).save_pretrained(temporary / "decoder")
+        if (work / "transparency" / "unet").exists():
+            trained = copy.deepcopy(pipeline.unet)
+            add_low_rank(trained, rank)
+            denoiser = Denoiser(trained, pipeline.text_encoder)
+            load_average(work / "transparency" / "unet", denoiser, "unet")
+            save_file(low_rank_changes(trained, pipeline.unet), temporary / ADAPTER)
+    return facts | {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}

@@ -1,0 +1,255 @@
+"""What makes a base model draw transparent latents: changes of its weights, in place while a call runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.hooks import ModelHook
+from safetensors.torch import load_file
+from torch import nn
+
+from ..denoisers import getattr_path
+from ..errors import ConfigurationError, ModelLoadError
+from ..hooks import HookSet
+from .keys import from_ldm
+
+_LOW_RANK = {  # suffix of a file's key -> (which factor, what follows the module's name)
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+}
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
+_FORGE = re.compile(r"(.+)::(lora|diff)::(\d+)")
+
+
+@dataclass
+class Change:
+    """A change of one parameter: a whole difference, or two factors whose product it is."""
+
+    full: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    alpha: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, 1 without an alpha."""
+        return 1.0 if self.alpha is None or self.down is None else self.alpha / self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter that it changes."""
+        if self.full is not None:
+            return tuple(self.full.shape)
+        assert self.up is not None and self.down is not None
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def difference(self, device: torch.device) -> torch.Tensor:
+        """What is added to the parameter, float32."""
+        if self.full is not None:
+            return self.full.to(device, torch.float32)
+        assert self.up is not None and self.down is not None
+        up, down = (x.to(device, torch.float32) for x in (self.up.flatten(1), self.down.flatten(1)))
+        return (up @ down).view(self.shape) * self.scale
+
+
+Changes = dict[str, Change]
+
+
+def read_changes(file: Path) -> Changes:
+    """The changes in an adapter file, by the parameter's name in diffusers' layout.
+
+    Understood are: differences under the parameters' own names, low-rank factors (`lora_A`/`lora_B`, `lora.down`/
+    `lora.up`, with `alpha`), and the web UI's `<LDM name>::diff::0`, `::lora::0` (up) and `::lora::1` (down).
+
+    Raises:
+        ModelLoadError: a key is none of these, or a factor is missing.
+    """
+    found: Changes = {}
+    for key, value in load_file(file).items():
+        name = next((key[len(p) :] for p in _PREFIXES if key.startswith(p)), key)
+        forge = _FORGE.fullmatch(name)
+        if forge:
+            plain = from_ldm(forge[1]) or forge[1]
+            part = "full" if forge[2] == "diff" else ("up", "down")[int(forge[3])] if int(forge[3]) < 2 else None
+        else:
+            suffix = next((s for s in _LOW_RANK if name.endswith(s)), None)
+            plain, part = (f"{name.removesuffix(suffix)}.weight", _LOW_RANK[suffix]) if suffix else (name, "full")
+            if name.endswith(".alpha"):
+                plain, part = f"{name.removesuffix('.alpha')}.weight", "alpha"
+            elif not suffix:
+                plain = from_ldm(name) or name
+        if part is None:
+            raise ModelLoadError(f"{file}: {key} is nothing an adapter of latent transparency can hold")
+        change = found.setdefault(plain, Change())
+        setattr(change, part, float(value) if part == "alpha" else value)
+    for name, change in found.items():
+        if change.full is None and (change.up is None or change.down is None):
+            raise ModelLoadError(f"{file}: {name} has only one of its two low-rank factors")
+    return found
+
+
+def _base(module: Any) -> Any:
+    """The layer itself where peft has put a LoRA around it."""
+    return getattr(module, "base_layer", module)
+
+
+def _owner(unet: nn.Module, name: str) -> tuple[Any, str]:
+    path, _, leaf = name.rpartition(".")
+    return _base(getattr_path(unet, path)), leaf
+
+
+def check_changes(changes: Iterable[tuple[str, tuple[int, ...]]], unet: nn.Module, file: Path) -> None:
+    """Raise `ModelLoadError` unless every change fits a parameter of `unet`; `conv_in` may take more or fewer
+    channels."""
+    shapes = {n.replace(".base_layer.", "."): tuple(p.shape) for n, p in unet.named_parameters()}
+    for name, shape in changes:
+        known = shapes.get(name)
+        if known is None:
+            try:
+                module, leaf = _owner(unet, name)
+            except AttributeError:
+                module, leaf = None, ""
+            known = _shape_of(module, leaf)
+            if known is None:
+                raise ModelLoadError(
+                    f"{file.name} changes {name}, which this {type(unet).__name__} does not have: "
+                    "it is for another family of models"
+                )
+        wider = name == "conv_in.weight" and shape[0] == known[0] and shape[2:] == known[2:]
+        if shape != known and not wider:
+            raise ModelLoadError(
+                f"{file.name} changes {name} of shape {shape}, this {type(unet).__name__} has {known}: "
+                "it is for another family of models"
+            )
+
+
+def _shape_of(module: Any, leaf: str) -> tuple[int, ...] | None:
+    """The shape that a layer's parameter stands for, also where it is packed; None if that is not known."""
+    if leaf == "weight" and hasattr(module, "in_features"):
+        return (module.out_features, module.in_features)
+    if leaf == "weight" and hasattr(module, "in_channels"):
+        return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    return None
+
+
+class Adapter:
+    """Changes in force on a U-Net between `apply` and `restore`.
+
+    A plain floating-point parameter is replaced by a changed copy, which costs nothing at a step; afterwards the very
+    same parameter object is back. Layers without one (quantized, or offloaded layer by layer) get a hook that adds what
+    the change makes of their input.
+    """
+
+    def __init__(self, changes: Changes) -> None:
+        self.changes = changes
+        self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._hooks = HookSet("diffusion_accel.transparency.adapter")
+
+    @property
+    def active(self) -> bool:
+        """Whether the changes are in force."""
+        return bool(self._kept or len(self._hooks))
+
+    @torch.no_grad()
+    def apply(self, unet: nn.Module, strength: float = 1.0) -> None:
+        """Put the changes in force, times `strength`."""
+        hooked: dict[int, tuple[Any, dict[str, torch.Tensor | Change]]] = {}
+        try:
+            for name, change in self.changes.items():
+                module, leaf = _owner(unet, name)
+                parameter = module._parameters.get(leaf)
+                if _is_plain(module, parameter):
+                    assert parameter is not None
+                    merged = change.difference(parameter.device) * strength
+                    base, merged = _equally_wide(parameter.data.float(), merged)
+                    changed = (base + merged).to(parameter.dtype)
+                    if changed.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+                        changed = changed.contiguous(memory_format=torch.channels_last)
+                    self._kept.append((module, leaf, parameter))
+                    module._parameters[leaf] = nn.Parameter(changed, requires_grad=False)
+                elif leaf in ("weight", "bias") and _shape_of(module, "weight") is not None:
+                    hooked.setdefault(id(module), (module, {}))[1][leaf] = change
+                else:
+                    raise ConfigurationError(
+                        f"transparent: {name} cannot be changed where it is ({type(module).__name__}); "
+                        "use model offload instead of sequential offload"
+                    )
+            for module, changes in hooked.values():
+                self._hooks.add(module, _Added(module, changes, strength))
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Give the U-Net its own parameters back. Safe to call twice."""
+        while self._kept:
+            module, leaf, parameter = self._kept.pop()
+            module._parameters[leaf] = parameter
+        self._hooks.remove()
+
+
+def _equally_wide(base: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with the larger number of input channels, further ones zero: given layers widen the first convolution, and
+    inpainting models have a wider one."""
+    missing = change.shape[1] - base.shape[1] if change.dim() == 4 else 0
+    if missing > 0:
+        base = F.pad(base, (0, 0, 0, 0, 0, missing))
+    elif missing < 0:
+        change = F.pad(change, (0, 0, 0, 0, 0, -missing))
+    return base, change
+
+
+def _is_plain(module: Any, parameter: Any) -> bool:
+    """Whether a parameter is an ordinary tensor that stays where it is."""
+    return (
+        type(parameter) is nn.Parameter
+        and type(parameter.data) is torch.Tensor
+        and parameter.is_floating_point()
+        and parameter.device.type != "meta"
+        and not getattr(getattr(module, "_hf_hook", None), "offload", False)
+    )
+
+
+class _Added(ModelHook):
+    """Adds what a change of weight and bias makes of a layer's input."""
+
+    def __init__(self, module: Any, changes: dict[str, Any], strength: float) -> None:
+        super().__init__()
+        self.weight: Change | None = changes.get("weight")
+        self.bias: Change | None = changes.get("bias")
+        self.strength = strength
+        kernel = getattr(module, "kernel_size", None)
+        self.geometry = (
+            None
+            if kernel is None
+            else {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        )
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        made = self.fn_ref.original_forward(*args, **kwargs)
+        bias = None if self.bias is None else (self.bias.difference(made.device) * self.strength).to(made.dtype)
+        if self.weight is not None:
+            return made + self._of(self.weight, x.to(made.dtype), bias)
+        assert bias is not None
+        return made + bias.view(-1, *(1,) * (made.dim() - 2)) if self.geometry else made + bias
+
+    def _of(self, change: Change, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The change of the layer's output."""
+        if change.down is None or change.up is None:
+            weight = change.difference(x.device).to(x.dtype) * self.strength
+            return F.linear(x, weight, bias) if self.geometry is None else F.conv2d(x, weight, bias, **self.geometry)
+        down, up = change.down.to(x), change.up.to(x) * (change.scale * self.strength)
+        if self.geometry is None:
+            return F.linear(F.linear(x, down.flatten(1)), up.flatten(1), bias)
+        return F.conv2d(F.conv2d(x, down, **self.geometry), up.flatten(1)[..., None, None], bias)

@@ -1,0 +1,240 @@
+"""Latent transparency on one pipeline: what is in force while a call runs, and what becomes of its pictures."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..denoisers import find_denoiser
+from ..errors import ConfigurationError, ModelLoadError
+from ..feature import Attachment
+from ..hooks import HookSet
+from ..pipelines.models import safetensors_header
+from .adapter import Adapter, check_changes, read_changes
+from .codec import decode_rgba, offset_of
+from .conditions import Concatenated, Until, condition_latents, open_picture
+from .latent_transparency import CONDITIONS
+from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
+from .pictures import flattened, rgba_tensor, to_type
+from .sharing import Sharing, is_sharing
+from .weights import find_parts, load_part
+
+if TYPE_CHECKING:
+    from ..steps import StepClock
+    from .latent_transparency import LatentTransparency
+
+FRAMES = {"joint": 3, "fg2bg": 2, "bg2fg": 2}  # pictures that SD 1.5's variants draw together
+TRANSPARENT = {"joint": (0,), "fg2bg": (), "bg2fg": (0,), "fg2blend": (), "bg2blend": (), "fgblend2bg": ()}
+"""Of the pictures drawn together, those with alpha; of variants that are not named, all."""
+
+
+@dataclass
+class Loaded:
+    """Everything that a setting needs: networks on the CPU, changes of the base model."""
+
+    encoder: LatentTransparencyEncoder | None
+    decoder: LatentTransparencyDecoder | None
+    adapter: Adapter | None
+    sharing: Sharing | None
+
+
+def load(feature: LatentTransparency, pipeline: Any) -> Loaded:
+    """Read and check the weights of `feature` for `pipeline`.
+
+    Raises:
+        ModelLoadError, ConfigurationError: they do not exist or do not fit; in one sentence.
+    """
+    vae, unet = getattr(pipeline, "vae", None), find_denoiser(pipeline)
+    if vae is None or "latent_channels" not in getattr(vae, "config", {}):
+        raise ConfigurationError("the pipeline has no VAE with latents")
+    if unet is None:
+        raise ConfigurationError("the pipeline has no unet or transformer")
+    parts = find_parts(pipeline, feature.weights, feature.variant, feature.adapter)
+    channels, factor = vae.config.latent_channels, 1 << (len(vae.config.block_out_channels) - 1)
+    encoder: Any = None
+    decoder: Any = None
+    if feature.views and parts.decoder is not None:
+        decoder = load_part(parts.decoder, LatentTransparencyDecoder)
+    if parts.encoder is not None:
+        scale = {} if parts.offset_scale is None else {"offset_scale": parts.offset_scale}
+        encoder = load_part(parts.encoder, LatentTransparencyEncoder, **scale)
+    for part in (encoder, decoder):
+        if part is not None and (part.config.latent_channels, part.factor) != (channels, factor):
+            raise ModelLoadError(
+                f"{parts.decoder} is for latents of {part.config.latent_channels} channels and 1/{part.factor} of the "
+                f"pictures' sides, this VAE has {channels} and 1/{factor}"
+            )
+    adapter, sharing = None, None
+    if feature.strength and parts.adapter is not None:
+        header = safetensors_header(parts.adapter)
+        if is_sharing(header):
+            sharing = Sharing(parts.adapter, unet, FRAMES.get(feature.variant, 1))
+        else:
+            changes = read_changes(parts.adapter)
+            check_changes(((name, change.shape) for name, change in changes.items()), unet, parts.adapter)
+            adapter = Adapter(changes)
+    return Loaded(encoder, decoder, adapter, sharing)
+
+
+class TransparencyAttachment(Attachment):
+    """Between `before_call` and `after_call` the base model is adapted, and what the VAE decodes is kept."""
+
+    def __init__(self, feature: LatentTransparency, pipeline: Any) -> None:
+        super().__init__(feature, pipeline)
+        self._loaded = Loaded(None, None, None, None) if feature.idle else load(feature, pipeline)
+        self._hooks = HookSet("diffusion_accel.transparency")
+        self._wrapped: list[tuple[Any, str]] = []
+        self._decoded: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._concatenated: Concatenated | None = None
+        self._size = (0, 0)
+        self._unet: Any = None
+        self._counters: dict[str, float] = {}
+
+    @property
+    def _feature(self) -> LatentTransparency:
+        return self.feature  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------ the call
+    def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Pictures with alpha that the call starts from: grey behind them, their alpha kept for the encoder."""
+        self._given, image = None, arguments.get("image")
+        self._size = self._picture_size(arguments)
+        if image is None or not self._starts_from_picture() or self._loaded.encoder is None:
+            return arguments
+        rgba = rgba_tensor(image)
+        if rgba is None:
+            return arguments
+        self._given = (rgba[:, :3], rgba[:, 3:])
+        return {**arguments, "image": flattened(image)}
+
+    def _starts_from_picture(self) -> bool:
+        """Whether `image` is what the call starts from (and not, for example, a ControlNet's)."""
+        return "strength" in inspect.signature(type(self.pipeline).__call__).parameters
+
+    def _picture_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
+        """Height and width of what the call draws, in pixels."""
+        pipe, image = self.pipeline, rgba_tensor(arguments.get("image")) if self._starts_from_picture() else None
+        side = getattr(find_denoiser(pipe), "config", {}).get("sample_size") or 64
+        sides = image.shape[-2:] if image is not None else (side,) * 2 if isinstance(side, int) else tuple(side)
+        scale = 1 if image is not None else getattr(pipe, "vae_scale_factor", 8)
+        given = (arguments.get("height"), arguments.get("width"))
+        height, width = (int(one or known * scale) for one, known in zip(given, sides, strict=True))
+        return height // 8 * 8, width // 8 * 8
+
+    def before_call(self, clock: StepClock) -> None:
+        self._decoded, self._unet = [], find_denoiser(self.pipeline)
+        vae, loaded, feature = getattr(self.pipeline, "vae", None), self._loaded, self._feature
+        self._counters = {"views": float(feature.views)}
+        if loaded.adapter is not None:
+            loaded.adapter.apply(self._unet, feature.strength)
+            self._counters["changed"] = float(len(loaded.adapter.changes))
+        pictures = [open_picture(name, getattr(feature, name)) for name in CONDITIONS[feature.variant]]
+        if loaded.sharing is not None:
+            control = pictures[0] if loaded.sharing.needs_control else None
+            loaded.sharing.install(self._unet, self._hooks, feature.strength, control)
+        elif pictures and loaded.adapter is not None:
+            self._concatenated = Concatenated(condition_latents(vae, pictures, *self._size))
+            self._hooks.add(self._unet.conv_in, self._concatenated)
+        if feature.until < 1:
+            self._hooks.add(self._unet, Until(clock, feature.until, self._unadapted))
+        if loaded.decoder is not None:
+            self._wrap(vae, "decode", self._decode)
+        if self._given is not None:
+            self._wrap(vae, "encode", self._encode)
+
+    def _unadapted(self) -> None:
+        """From here on the base model is what it was."""
+        if self._loaded.adapter is not None:
+            self._loaded.adapter.restore()
+        if self._loaded.sharing is not None:
+            self._loaded.sharing.pause()
+        if self._concatenated is not None:
+            self._concatenated.paused = True
+
+    def after_call(self) -> None:
+        if self._loaded.adapter is not None:
+            self._loaded.adapter.restore()
+        self._hooks.remove()
+        self._concatenated = None
+        while self._wrapped:
+            owner, name = self._wrapped.pop()
+            owner.__dict__.pop(name, None)
+        self._given = None
+
+    def _wrap(self, owner: Any, name: str, around: Any) -> None:
+        """Put `around(original, …)` in place of a method of one object, until the call ends."""
+        original = getattr(owner, name)
+        owner.__dict__[name] = lambda *args, **kwargs: around(original, *args, **kwargs)
+        self._wrapped.append((owner, name))
+
+    def _decode(self, original: Any, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        made = original(z, *args, **kwargs)
+        self._decoded.append((z.detach(), (made[0] if isinstance(made, tuple) else made.sample).detach()))
+        return made
+
+    def _encode(self, original: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The VAE's encoding of a picture over grey, moved by the encoder's offset; nothing is drawn at random."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        assert self._given is not None and self._loaded.encoder is not None
+        made = original(x, *args, **kwargs)
+        known = made[0] if isinstance(made, tuple) else made.latent_dist
+        rgb, alpha = (
+            torch.nn.functional.interpolate(part, x.shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
+            for part in self._given
+        )
+        encoder = self._loaded.encoder.to(x.device)
+        offset = offset_of(encoder, rgb, alpha).to(known.mean)
+        offset = offset.repeat(math.ceil(len(x) / len(offset)), 1, 1, 1)[: len(x)]
+        moved = known.mean + known.std * offset
+        certain = DiagonalGaussianDistribution(torch.cat([moved, torch.full_like(moved, -30)], 1), deterministic=True)
+        if isinstance(made, tuple):
+            return (certain, *made[1:])
+        return type(made)(latent_dist=certain)
+
+    # ------------------------------------------------------------------ what comes out
+    @torch.no_grad()
+    def process_output(self, output: Any) -> Any:
+        """The same output with RGBA pictures in the place of RGB ones."""
+        decoder, decoded = self._loaded.decoder, self._decoded
+        self._decoded = []
+        if decoder is None or not decoded:
+            return output
+        images = output[0] if isinstance(output, tuple) else getattr(output, "images", None)
+        if images is None:
+            return output
+        count = len(images)
+        z, sample = (torch.cat([pair[k] for pair in decoded])[-count:] for k in (0, 1))
+        if len(z) != count:
+            return output
+        on_gpu = z.device.type != "cpu"
+        decoder.to(z.device)
+        dtype = torch.bfloat16 if on_gpu and z.dtype == torch.bfloat16 else torch.float32
+        if decoder.dtype != dtype:
+            decoder.to(dtype)
+        frames = FRAMES.get(self._feature.variant, 1)
+        wanted = TRANSPARENT.get(self._feature.variant, tuple(range(frames)))
+        rows = [i for i in range(count) if i % frames in wanted]
+        if not rows:
+            return output
+        rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._feature.views)
+        if on_gpu and getattr(self.pipeline, "_all_hooks", None):
+            decoder.to("cpu")  # the pipeline's models are offloaded, so is this one
+        blocked = output[1] if isinstance(output, tuple) else getattr(output, "nsfw_content_detected", None)
+        for place, i in enumerate(rows):
+            if isinstance(blocked, (list, tuple)) and i < len(blocked) and blocked[i]:
+                rgb[place], alpha[place] = 0, 0
+        self._counters["decoded"] = float(len(rows))
+        made = to_type(images, rows, torch.cat([rgb, alpha], 1))
+        if isinstance(output, tuple):
+            return (made, *output[1:])
+        output.images = made
+        return output
+
+    def counters(self) -> dict[str, float]:
+        return dict(self._counters)

@@ -1,0 +1,88 @@
+"""Given layers as conditions of SDXL's variants, and adapters that are in force for a part of the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.hooks import ModelHook
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import ConfigurationError
+from .pictures import rgba_tensor
+from .rgba import on_grey
+
+if TYPE_CHECKING:
+    from ..steps import StepClock
+
+
+def open_picture(name: str, file: str) -> torch.Tensor:
+    """A picture file as (1, 4, H, W) in 0..1. Raises `ConfigurationError` if it is not one."""
+    try:
+        with Image.open(file) as image:
+            made = rgba_tensor(image.convert("RGBA"))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise ConfigurationError(f"transparent: {name}={file} is not a picture that can be read") from error
+    assert made is not None
+    return made
+
+
+def resized(rgba: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(N, 4, height, width): cut to the shape from the middle, then resized."""
+    h, w = rgba.shape[-2:]
+    if h * width > w * height:
+        keep = max(1, round(w * height / width))
+        rgba = rgba[..., (h - keep) // 2 : (h - keep) // 2 + keep, :]
+    else:
+        keep = max(1, round(h * width / height))
+        rgba = rgba[..., (w - keep) // 2 : (w - keep) // 2 + keep]
+    return F.interpolate(rgba, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+@torch.no_grad()
+def condition_latents(vae: Any, pictures: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """The latents of given layers, one behind the other: (1, channels x layers, height / 8, width / 8), scaled.
+
+    Each is the VAE's mean of the layer over mid-grey, times the scaling factor, as the published code has it.
+    """
+    made = []
+    for rgba in pictures:
+        fitted = resized(rgba, height, width)
+        known = vae.encode(on_grey(fitted[:, :3], fitted[:, 3:]).to(vae.device, vae.dtype)).latent_dist.mean
+        made.append((known - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor)
+    return torch.cat(made, 1)
+
+
+class Concatenated(ModelHook):
+    """Appends the conditions' channels to what enters the widened first convolution of a U-Net."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__()
+        self.latents = latents
+        self.paused = False
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.paused:
+            return args, kwargs
+        x, *rest = args
+        latents = self.latents.to(x)
+        if latents.shape[-2:] != x.shape[-2:]:
+            latents = F.interpolate(latents, x.shape[-2:], mode="bilinear", align_corners=False)
+        return (torch.cat([x, latents.expand(len(x), -1, -1, -1)], 1), *rest), kwargs
+
+
+class Until(ModelHook):
+    """Calls `stop` once, at the first step of the share of steps that is to run without the adapter."""
+
+    def __init__(self, clock: StepClock, share: float, stop: Callable[[], None]) -> None:
+        super().__init__()
+        self.clock, self.share, self.stop = clock, share, stop
+        self.stopped = False
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.stopped and self.clock.index >= self.share * self.clock.total:
+            self.stopped = True
+            self.stop()
+        return args, kwargs

@@ -1,0 +1,109 @@
+"""The feature: pictures with alpha from any base pipeline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from ..errors import AccelerationError, ConfigurationError
+from ..feature import Attachment, Feature, option
+
+VIEWS = (8, 4, 1, 0)
+CONDITIONS = {  # variant -> the pictures it needs, in the order in which their latents are given
+    "fg": (),
+    "fg-conv": (),
+    "joint": (),
+    "fg2blend": ("foreground",),
+    "bg2blend": ("background",),
+    "fgblend2bg": ("foreground", "blend"),
+    "bgblend2fg": ("background", "blend"),
+    "fg2bg": ("foreground",),
+    "bg2fg": ("background",),
+}
+PICTURES = ("foreground", "background", "blend")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentTransparency(Feature):
+    """Let the pipeline return RGBA pictures with real, soft alpha.
+
+    The base model is adapted to latents that carry transparency, and a decoder beside the frozen VAE reads colours and
+    alpha from them; `output.images` are then RGBA (PIL), or have four channels (np, pt), with straight colours. With
+    image-to-image and inpainting pipelines an RGBA picture goes in through the matching encoder. Published LayerDiffuse
+    weights for SD 1.5 and SDXL load from a folder or the hub; the embedded model has its own.
+
+    Source: Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Transparency" (2024).
+
+    Attributes:
+        weights: an embedded model's name, a folder, or a hub id; empty: what lies beside the pipeline's own model.
+        variant: what is drawn: "fg" (a picture with alpha), "fg-conv" (SDXL's other adapter), for SDXL
+            "fg2blend", "bg2blend", "fgblend2bg", "bgblend2fg", for SD 1.5 "joint" (foreground, background and blend
+            in turn, from 3, 6, … pictures), "fg2bg" and "bg2fg" (two in turn).
+        adapter: another adapter file than the one in `weights`.
+        views: 8, 4 or 1 sides from which the decoder looks, the median counts; 0 leaves the pictures as they are.
+        strength: of the adapter; 0 leaves the base model as it is.
+        until: share of the steps in which the adapter is in force, the rest are the base model's; above 0 to 1.
+        foreground, background, blend: picture files that the variant needs.
+
+    Counters: `views`, `decoded` (pictures), `changed` (parameters of the base model).
+    """
+
+    name: ClassVar[str] = "transparent"
+    summary: ClassVar[str] = "RGBA pictures with real alpha, also in layers"
+    paper: ClassVar[str] = "LayerDiffuse (Zhang and Agrawala, 2024)"
+    order: ClassVar[int] = 80
+
+    weights: str = option("", "embedded name, folder or hub id (default: beside the model)")
+    variant: str = option("fg", f"what is drawn: {', '.join(CONDITIONS)}")
+    adapter: str = option("", "another adapter file than the one in weights")
+    views: int = option(8, "sides from which the decoder looks: 8, 4 or 1; 0 leaves RGB as it is")
+    strength: float = option(1.0, "of the adapter; 0 leaves the base model as it is")
+    until: float = option(1.0, "share of the steps with the adapter, above 0, at most 1")
+    foreground: str = option("", "picture file, where the variant needs one")
+    background: str = option("", "picture file, where the variant needs one")
+    blend: str = option("", "picture file, where the variant needs one")
+
+    def __post_init__(self) -> None:
+        def refuse(key: str, allowed: str) -> None:
+            raise ConfigurationError(f"transparent: {key} must be {allowed}, got {getattr(self, key)!r}")
+
+        if self.variant not in CONDITIONS:
+            refuse("variant", f"one of {', '.join(CONDITIONS)}")
+        if self.views not in VIEWS:
+            refuse("views", "8, 4, 1 or 0")
+        if not (math.isfinite(self.strength) and self.strength >= 0):
+            refuse("strength", "a finite number of at least 0")
+        if not 0 < self.until <= 1:
+            refuse("until", "above 0 and at most 1")
+        for name in PICTURES:
+            needed, given = name in CONDITIONS[self.variant], getattr(self, name)
+            if needed and not given:
+                raise ConfigurationError(f"transparent: the variant {self.variant} needs a picture {name}=FILE")
+            if given and not needed:
+                raise ConfigurationError(f"transparent: the variant {self.variant} takes no picture {name}")
+
+    @classmethod
+    def neutral(cls) -> Self:
+        return cls(views=0, strength=0.0)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is adapted and nothing decoded."""
+        return not self.views and not self.strength
+
+    def supports(self, pipeline: Any) -> str | None:
+        from .attachment import load
+
+        if self.idle:
+            return None
+        try:
+            load(self, pipeline)
+        except AccelerationError as error:
+            return str(error)
+        return None
+
+    def attach(self, pipeline: Any) -> Attachment:
+        from .attachment import TransparencyAttachment
+
+        return TransparencyAttachment(self, pipeline)

@@ -1,0 +1,215 @@
+"""Where the weights of latent transparency are, for which model, and what the published files are called."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..denoisers import find_denoiser
+from ..errors import ModelLoadError
+from ..pipelines.models import EMBEDDED, safetensors_header
+
+FOLDER = "transparency"  # beside a model's own parts
+ADAPTER = "adapter.safetensors"
+
+# Published files: family -> part -> names. Encoders: with the factor of their output.
+ENCODERS: dict[str, dict[str, float]] = {
+    "sdxl": {
+        "ld_diffusers_sdxl_vae_transparent_encoder.safetensors": 300.0,
+        "vae_transparent_encoder.safetensors": 1.0,
+    },
+    "sd15": {"layer_sd15_vae_transparent_encoder.safetensors": 1.0},
+}
+DECODERS: dict[str, tuple[str, ...]] = {
+    "sdxl": ("ld_diffusers_sdxl_vae_transparent_decoder.safetensors", "vae_transparent_decoder.safetensors"),
+    "sd15": ("layer_sd15_vae_transparent_decoder.safetensors",),
+}
+ADAPTERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "sdxl": {
+        "fg": ("ld_diffusers_sdxl_attn.safetensors", "layer_xl_transparent_attn.safetensors"),
+        "fg-conv": ("layer_xl_transparent_conv.safetensors",),
+        "fg2blend": ("layer_xl_fg2ble.safetensors",),
+        "bg2blend": ("layer_xl_bg2ble.safetensors",),
+        "fgblend2bg": ("layer_xl_fgble2bg.safetensors",),
+        "bgblend2fg": ("layer_xl_bgble2fg.safetensors",),
+    },
+    "sd15": {
+        "fg": ("layer_sd15_transparent_attn.safetensors",),
+        "joint": ("layer_sd15_joint.safetensors",),
+        "fg2bg": ("layer_sd15_fg2bg.safetensors",),
+        "bg2fg": ("layer_sd15_bg2fg.safetensors",),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The files of one setting.
+
+    Attributes:
+        encoder, decoder: a folder with a config.json, or a published file; None: not there.
+        offset_scale: factor of a published encoder's output; None where its config.json says it.
+        adapter: the file that changes the base model; None: not there.
+    """
+
+    encoder: Path | None
+    decoder: Path | None
+    offset_scale: float | None
+    adapter: Path | None
+
+
+def family_of(unet: Any) -> str | None:
+    """ "sdxl" or "sd15", by the width of the text and whether sizes are an input; None for others."""
+    config = getattr(unet, "config", {})
+    width, extra = config.get("cross_attention_dim"), config.get("addition_embed_type")
+    if width == 2048 and extra == "text_time":
+        return "sdxl"
+    return "sd15" if width == 768 and extra is None else None
+
+
+def find_parts(pipeline: Any, weights: str, variant: str, adapter: str) -> Parts:
+    """The files for `pipeline`: beside its own model, in the folder or hub repository `weights`, or in that `adapter`.
+
+    Raises:
+        ModelLoadError: nothing is there, or not for this family of models; with what was looked for.
+    """
+    unet = find_denoiser(pipeline)
+    family = family_of(unet)
+    own = Path(adapter) if adapter else None
+    if own is not None and not own.is_file():
+        raise ModelLoadError(f"transparent: no such adapter file: {adapter}")
+    folder = _folder(pipeline, weights)
+    if folder is not None and (folder / "decoder" / "config.json").is_file():
+        encoder = folder / "encoder"
+        beside = folder / ADAPTER if variant == "fg" else folder / f"{variant}.safetensors"
+        if own is None and not beside.is_file() and variant != "fg":
+            raise ModelLoadError(f"{folder} has no weights for the variant {variant!r} ({beside.name})")
+        has_encoder = (encoder / "config.json").is_file()
+        found = own or (beside if beside.is_file() else None)
+        return Parts(encoder if has_encoder else None, folder / "decoder", None, found)
+    if folder is None and not weights:
+        raise ModelLoadError(
+            f"no weights for transparency are beside this model (a folder {FOLDER}/); name a folder or a hub id with "
+            "them, for example weights=LayerDiffusion/layerdiffusion-v1 for SD 1.5 and SDXL"
+        )
+    where = folder if folder is not None else weights
+    if family is None:
+        raise ModelLoadError(
+            f"{where} has no {FOLDER} weights made for this model, and published ones exist for SD 1.5 and SDXL only, "
+            f"which this {type(unet).__name__} is not"
+        )
+    if variant not in ADAPTERS[family]:
+        raise ModelLoadError(
+            f"the variant {variant!r} does not exist for {family}; there are: {', '.join(ADAPTERS[family])}"
+        )
+
+    def get(names: Any, needed: str | None) -> Path | None:
+        for name in names:
+            path = folder / name if folder is not None else _from_hub(weights, name)
+            if path is not None and path.is_file():
+                return path
+        if needed:
+            others = [f for f in DECODERS if f != family and _any(folder, DECODERS[f])]
+            hint = f"; it has the files of {others[0]}, this model is {family}" if others else ""
+            raise ModelLoadError(f"{where} has no {needed} for {family} ({' or '.join(names)}){hint}")
+        return None
+
+    encoder_file = get(ENCODERS[family], None)
+    return Parts(
+        encoder_file,
+        get(DECODERS[family], "transparent decoder"),
+        ENCODERS[family][encoder_file.name] if encoder_file else None,
+        own or get(ADAPTERS[family][variant], f"adapter for {variant!r}"),
+    )
+
+
+def _any(folder: Path | None, names: tuple[str, ...]) -> bool:
+    return folder is not None and any((folder / name).is_file() for name in names)
+
+
+def _folder(pipeline: Any, weights: str) -> Path | None:
+    """The local folder to look in; None: a hub id, or nothing."""
+    if weights in EMBEDDED:
+        return EMBEDDED[weights].path / FOLDER
+    if weights:
+        path = Path(weights).expanduser()
+        if path.is_dir():
+            return path / FOLDER if (path / FOLDER).is_dir() else path
+        if path.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
+            raise ModelLoadError(f"transparent: no such folder of weights: {weights}")
+        return None
+    for owner in (pipeline, find_denoiser(pipeline), getattr(pipeline, "vae", None)):
+        name = getattr(owner, "config", {}).get("_name_or_path")
+        for folder in (Path(name), Path(name).parent) if name else ():
+            if (folder / FOLDER).is_dir():
+                return folder / FOLDER
+    return None
+
+
+def _from_hub(repository: str, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except LocalEntryNotFoundError as error:
+        raise ModelLoadError(
+            f"{repository}/{name} is not on this machine and cannot be downloaded; "
+            "check the connection, or name a local folder"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelLoadError(f"{repository} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+# ------------------------------------------------------------------------------------------- reading
+def kind_of(header: dict[str, Any]) -> str:
+    """What a safetensors file holds, by its keys, in words."""
+    names = [name for name in header if name != "__metadata__"]
+    if "latent_conv_in.weight" in names:
+        return "a transparent decoder"
+    if any(name.startswith("hookers.layers.") for name in names):
+        return "attention-sharing modules for SD 1.5"
+    if "blocks.0.weight" in names:
+        return "a transparency encoder"
+    if any("::" in name or "lora" in name or name.startswith(("down_blocks.", "conv_in.")) for name in names):
+        return "an adapter of a base model"
+    return "something else"
+
+
+def load_part(path: Path, cls: Any, **config: Any) -> Any:
+    """An encoder or decoder from a folder with config.json, or from a published file (its sizes are the defaults).
+
+    Raises:
+        ModelLoadError: the file is broken, or is something else; what it is is named.
+    """
+    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ModelLoadError(f"no such file: {file}")
+    header = safetensors_header(file)
+    import torch
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelLoadError(f"{path / 'config.json'} is not valid JSON: {error}") from error
+    with torch.device("meta"):
+        try:
+            model = cls.from_config(config)
+        except (TypeError, ValueError) as error:
+            raise ModelLoadError(f"{path / 'config.json'} describes no {cls.__name__}: {error}") from error
+    wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: value["shape"] for name, value in header.items() if name != "__metadata__"}
+    if wanted != found:
+        role = "a transparency encoder" if "Encoder" in cls.__name__ else "a transparent decoder"
+        kind = kind_of(header)
+        other = "of other sizes" if kind == role else f"but {kind}"
+        raise ModelLoadError(f"{file} is not {role} as this model needs it, {other}")
+    tensors = {name: value.float() for name, value in load_file(file).items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)

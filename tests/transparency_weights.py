@@ -1,0 +1,59 @@
+"""Transparency weights with random numbers for the tiny models of the zoo."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from zoo import sd, seeded
+
+from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
+from diffusion_accel.transparency.weights import ADAPTER
+
+
+def tiny_encoder(**changes: Any) -> LatentTransparencyEncoder:
+    """For latents of 4 channels and half the sides, as the zoo's VAE has them."""
+    sizes = {"latent_channels": 4, "block_out_channels": (4, 8), "offset_scale": 3.0}
+    return seeded(lambda: LatentTransparencyEncoder(**{**sizes, **changes}))
+
+
+def tiny_decoder(**changes: Any) -> LatentTransparencyDecoder:
+    sizes = {"block_out_channels": (8, 8, 16), "latent_level": 1, "attention_levels": 1, "layers_per_block": 1}
+    return seeded(lambda: LatentTransparencyDecoder(**{**sizes, **changes}))
+
+
+def tiny_changes(unet: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A whole difference of a convolution, one of a norm, and low-rank factors of a projection."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def small(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.05
+
+    name = next(n for n, _ in unet.named_modules() if n.endswith("attn1.to_q"))
+    projection = unet.get_submodule(name)
+    return {
+        "conv_in.weight": small(*unet.conv_in.weight.shape),
+        "conv_in.bias": small(*unet.conv_in.bias.shape),
+        "conv_norm_out.weight": small(*unet.conv_norm_out.weight.shape),
+        f"{name}.lora_A.weight": small(2, projection.in_features),
+        f"{name}.lora_B.weight": small(projection.out_features, 2) * 4,
+    }
+
+
+def write_weights(folder: Path, unet: Any) -> str:
+    tiny_encoder().save_pretrained(folder / "encoder")
+    tiny_decoder().save_pretrained(folder / "decoder")
+    save_file(tiny_changes(unet), folder / ADAPTER)
+    return str(folder)
+
+
+def tiny_weights() -> str:
+    """A folder with weights for `zoo.sd()`, removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="transparency-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_weights(folder, sd()[0].unet)
