@@ -30,6 +30,8 @@ class Feature:
     order: ClassVar[int] = 100
     conflicts: ClassVar[frozenset[str]] = frozenset()
     shorthand: ClassVar[str | None] = None
+    #: it changes what is drawn, not how fast: comparisons keep it on both sides
+    redraws: ClassVar[bool] = False
 
     @classmethod
     def neutral(cls) -> Self:

@@ -11,7 +11,8 @@ import typer
 
 from ..errors import AccelerationError
 from .options import with_feature_flags
-from .settings import ATTENTION, DTYPES, OFFLOAD, RUNTIMES, Job, Settings, merge, read_config, read_jobs
+from .settings import ATTENTION, DTYPES, OFFLOAD, RUNTIMES, Job, Settings, merge, read_config, read_jobs, refuse_jpeg
+from .transparency import by_picture, drawn_layers, extra_paths, layer_path, save_previews
 
 
 class Interrupted(AccelerationError):
@@ -22,6 +23,7 @@ class Interrupted(AccelerationError):
 
 _IMAGES = {"rich_help_panel": "Image and control inputs"}
 _MACHINE = {"rich_help_panel": "Machine"}
+_TRANSPARENT = {"rich_help_panel": "Transparency (with --transparent)"}
 _OUTPUT = {"rich_help_panel": "Output"}
 
 
@@ -86,6 +88,16 @@ def generate(
     compare: Annotated[
         bool | None, typer.Option("--compare", help="Run plain diffusers too; picture and table.", **_OUTPUT)
     ] = None,
+    premultiplied: Annotated[
+        bool | None, typer.Option("--premultiplied", help="Write colours multiplied by alpha.", **_TRANSPARENT)
+    ] = None,
+    preview: Annotated[
+        str | None,
+        typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write each picture over this.", **_TRANSPARENT),
+    ] = None,
+    layers_: Annotated[
+        str | None, typer.Option("--layers", metavar="fg,bg,blend", help="Which drawn layers to write.", **_TRANSPARENT)
+    ] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON line an image on stdout.", **_OUTPUT)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.", **_OUTPUT)] = False,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML or JSON with flag names as keys.")] = None,
@@ -97,6 +109,7 @@ def generate(
     own = ("features", "prompt", "prompts_file", "json_lines", "quiet", "config", "debug")
     for key in own:
         flags.pop(key)
+    flags["layers"] = flags.pop("layers_")
     if lora is not None:
         flags["lora"] = tuple(lora)
     values = read_config(config) if config else {}
@@ -110,6 +123,11 @@ def generate(
 
     seeds = [_seeds(plan) for plan in plans]
     paths = plan_outputs(settings.output, seeds, [j.output for j in jobs], settings.overwrite)
+    layers = drawn_layers(settings)
+    beside = [file for group in paths for path in group for file in extra_paths(path, settings)]
+    check_free(beside, settings.overwrite)
+    for path in [*paths[0], *beside] if layers != ("",) else ():
+        refuse_jpeg(path)
     compared = [p[0].with_name(f"{p[0].stem}-compare.png") for p in paths] if settings.compare else []
     check_free(compared, settings.overwrite)
 
@@ -124,13 +142,20 @@ def generate(
             result = session.generate(job.prompt, plan, seeds[k])
             if settings.compare:
                 session.save_comparison(result, job.prompt, compared[k])
-            for image_, seed_, path in zip(result.images, seeds[k], paths[k], strict=True):
-                session.save(image_, path, job.prompt, plan, seed_, result)
+            for images, seed_, path in zip(by_picture(result.images, layers), seeds[k], paths[k], strict=True):
+                for layer, image_ in zip(layers, images, strict=True):
+                    file_ = layer_path(path, layer, settings)
+                    if file_ is None:
+                        continue
+                    session.save(image_, file_, job.prompt, plan, seed_, result)
+                    if json_lines:
+                        typer.echo(json.dumps(session.record(file_, job.prompt, seed_, result)))
+                    elif not quiet:
+                        typer.echo(f"{file_}  (seed {seed_})")
+                for file_, words in save_previews(path, dict(zip(layers, images, strict=True)), settings):
+                    if not quiet and not json_lines:
+                        typer.echo(f"{file_}  {words}")
                 written += 1
-                if json_lines:
-                    typer.echo(json.dumps(session.record(path, job.prompt, seed_, result)))
-                elif not quiet:
-                    typer.echo(f"{path}  (seed {seed_})")
             if not json_lines and not quiet:
                 session.print_summary(result, compared[k] if compared else None)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import AccelerationError, __version__
-from . import bench, evaluate, features, generate, info, inspect, metadata, models, quantize, tune
+from . import bench, evaluate, features, generate, info, inspect, metadata, models, quantize, transparency, tune
 from .options import join_bare_flags
 
 INTERRUPTED = 130
@@ -27,6 +27,8 @@ app.command()(quantize.quantize)
 app.command()(inspect.inspect)
 app.command()(bench.bench)
 app.command()(evaluate.evaluate)
+app.command()(transparency.compose)
+app.command()(transparency.cutout)
 app.command()(metadata.metadata)
 app.command()(models.models)
 app.command()(features.features)

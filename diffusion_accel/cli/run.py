@@ -23,13 +23,14 @@ from .. import __version__
 from ..denoisers import find_denoiser
 from ..errors import ConfigurationError, ModelLoadError
 from ..evaluation.compare import Comparison, compare
-from ..evaluation.pictures import difference, grid
+from ..evaluation.pictures import difference, grid, over
 from ..pipelines.loading import load_lora, load_pipeline
 from ..pipelines.models import ModelSource
 from ..pipelines.schedulers import set_scheduler
 from ..switchboard import accelerate
 from .output import save_image
 from .settings import Settings, split_lora
+from .transparency import as_written, drawn_layers
 
 _HASH_LIMIT = 2**29  # larger files are not hashed for the metadata
 
@@ -80,6 +81,7 @@ class Session:
         self, settings: Settings, source: ModelSource, device: str, quiet: bool = False, promptless: bool = False
     ) -> None:
         self.settings, self.source = settings, source
+        self.layers = drawn_layers(settings)
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
         pipe = self._load(settings, device)
@@ -139,9 +141,12 @@ class Session:
         arguments = self._arguments(prompt, plan)
         self._note_long_prompt(prompt)
 
+        # layers that are drawn together are pictures of one call, each from a seed of its own
+        each = [(seed + (k << 40)) % (1 << 63) for seed in seeds for k in range(len(self.layers))]
+
         def call(pipe: Any) -> list[Image.Image]:
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            return pipe(**arguments, generator=generators, num_images_per_prompt=len(seeds)).images
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in each]
+            return pipe(**arguments, generator=generators, num_images_per_prompt=len(each)).images
 
         if plan.compare:
             comparison = compare(self.pipe, call, plain=self.plain)
@@ -171,7 +176,7 @@ class Session:
             "strength": plan.strength,
         }
         if plan.image:
-            wanted["image"] = _open(plan.image, "RGB", plan)
+            wanted["image"] = _open(plan.image, "RGBA" if "transparent" in plan.features else "RGB", plan)
         if plan.mask_image:
             wanted["mask_image"] = _open(plan.mask_image, "L", plan)
         if plan.control_image:
@@ -194,6 +199,7 @@ class Session:
     # ------------------------------------------------------------------ what is kept
     def save(self, image: Image.Image, path: Path, prompt: str, plan: Settings, seed: int, result: Result) -> None:
         """Write one image, with its metadata unless that is switched off."""
+        image = as_written(image, plan)
         if not plan.metadata:
             return save_image(image, path)
         save_image(
@@ -304,14 +310,12 @@ def versions() -> dict[str, str]:
 def _open(file: str, mode: str, plan: Settings) -> Image.Image:
     try:
         with Image.open(file) as image:
-            opened = (
-                image.convert("RGBA") if mode == "RGB" and image.mode in ("RGBA", "LA", "P") else image.convert(mode)
-            )
+            transparent = image.mode in ("RGBA", "LA", "P") and mode == "RGB"
+            opened = image.convert("RGBA") if transparent else image.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ConfigurationError(f"{file} is not an image that can be read") from error
-    if opened.mode == "RGBA":  # a transparent picture is seen on white
-        white = Image.new("RGBA", opened.size, (255, 255, 255, 255))
-        opened = Image.alpha_composite(white, opened).convert("RGB")
+    if opened.mode == "RGBA" and mode == "RGB":  # a transparent picture is seen on white
+        opened = over(opened, (255, 255, 255))
     size = (plan.width or opened.width // 8 * 8, plan.height or opened.height // 8 * 8)
     if min(size) < 8:
         raise ConfigurationError(f"{file} is too small: {opened.width}x{opened.height} pixels")

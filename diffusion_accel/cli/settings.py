@@ -74,6 +74,9 @@ class Settings:
     overwrite: bool = False
     metadata: bool = True
     compare: bool = False
+    premultiplied: bool = False
+    preview: str | None = None
+    layers: str | None = None
     allow_pickle: bool = False
     features: dict[str, Feature] = field(default_factory=dict)
 
@@ -129,7 +132,9 @@ def merge(flags: dict[str, Any], config: dict[str, Any]) -> tuple[Settings, Mode
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("steps", "width", "height", "seed", "num_images"), int),
     **dict.fromkeys(("guidance_scale", "strength"), float),
-    **dict.fromkeys(("compile", "overwrite", "metadata", "compare", "allow_pickle", "low_memory"), bool),
+    **dict.fromkeys(
+        ("compile", "overwrite", "metadata", "compare", "premultiplied", "allow_pickle", "low_memory"), bool
+    ),
 }
 
 
@@ -180,12 +185,64 @@ def check(settings: Settings) -> None:
         check_quantize(s.quantize)
     if s.runtime is not None and s.runtime not in RUNTIMES:
         raise ConfigurationError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {s.runtime!r}")
-    if s.compare and not s.features and s.quantize is None:
+    check_transparency(s)
+    if s.compare and all(f.redraws for f in s.features.values()) and s.quantize is None:
         raise ConfigurationError(
             "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse, or --quantize"
         )
     if s.compile and s.offload == "sequential":
         raise ConfigurationError("--compile cannot be combined with --offload sequential")
+
+
+def check_transparency(s: Settings) -> None:
+    """Refuse what cannot be written, and flags that need transparent pictures."""
+    from ..transparency.latent_transparency import LAYERS, LatentTransparency
+
+    feature = s.features.get("transparent")
+    transparent = isinstance(feature, LatentTransparency) and feature.views > 0
+    for name in ("premultiplied", "preview", "layers"):
+        if getattr(s, name) and not transparent:
+            raise ConfigurationError(f"--{name} needs --transparent")
+    if not transparent:
+        return
+    assert isinstance(feature, LatentTransparency)
+    refuse_jpeg(Path(s.output), "-o ")
+    if s.preview is not None:
+        parse_background(s.preview)
+    drawn = LAYERS[feature.variant]
+    for layer in (s.layers or "").split(",") if s.layers else ():
+        if layer.strip() not in drawn:
+            raise ConfigurationError(
+                f"--layers {layer.strip()}: the variant {feature.variant} draws {', '.join(drawn)}"
+            )
+
+
+def refuse_jpeg(path: Path, what: str = "") -> None:
+    """Raise `ConfigurationError` for a file type that has no alpha."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise ConfigurationError(
+            f"{what}{path}: JPEG cannot hold transparency; use .png or .webp (compose makes opaque pictures)"
+        )
+
+
+def parse_background(text: str) -> Any:
+    """ "checkerboard", a colour (a name or #rrggbb), or a picture file: None, a tuple, or an image."""
+    if text == "checkerboard":
+        return None
+    from PIL import Image, ImageColor, UnidentifiedImageError
+
+    if Path(text).is_file():
+        try:
+            with Image.open(text) as image:
+                return image.convert("RGBA")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise ConfigurationError(f"{text} is not an image that can be read") from error
+    try:
+        return ImageColor.getrgb(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the background {text!r} is neither checkerboard, nor a colour (white, #ff8800), nor a picture file"
+        ) from error
 
 
 def check_numbers(values: dict[str, Any], prefix: str) -> None:

@@ -55,8 +55,9 @@ def compare(
 ) -> Comparison:
     """Run `call(pipe)` with the enabled features of `pipe` off and on, and compare.
 
-    The first run of each warms up and counts FLOPs (slow; skipped if `flop_ratio` is known already, as for another
-    prompt with the same settings); then `rounds` timed pairs follow, in turn.
+    A feature that changes what is drawn (transparency) stays on in both. The first run of each warms up and counts
+    FLOPs (slow; skipped if `flop_ratio` is known already, as for another prompt with the same settings); then `rounds`
+    timed pairs follow, in turn.
 
     Args:
         plain: another pipeline to be the baseline (the same model before it was quantized); both are accelerated ones.
@@ -65,9 +66,10 @@ def compare(
         ConfigurationError: no feature of the pipeline is enabled, and there is no other baseline.
     """
     handle = pipe.acceleration
-    enabled = [name for name in handle.features if handle.enabled(name)]
+    features = handle.features
+    enabled = [name for name in features if handle.enabled(name) and not features[name].redraws]
     if not enabled and plain is None:
-        raise ConfigurationError("there is nothing to compare: no feature is enabled")
+        raise ConfigurationError("there is nothing to compare: no feature that accelerates is enabled")
     images: dict[bool, list[Image.Image]] = {}
     flops: dict[bool, float] = {}
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -111,6 +113,9 @@ def compare(
 
 
 def as_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """PIL images of one size as (N, 3, H, W) in [0, 1]."""
-    arrays = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
+    """PIL images of one size as (N, 3, H, W) in [0, 1]; RGBA ones as (N, 4, H, W), colours premultiplied by alpha."""
+    mode = "RGBA" if images[0].mode == "RGBA" else "RGB"
+    arrays = np.stack([np.asarray(image.convert(mode), dtype=np.float32) / 255 for image in images])
+    if mode == "RGBA":
+        arrays[..., :3] *= arrays[..., 3:]
     return torch.from_numpy(arrays).permute(0, 3, 1, 2)

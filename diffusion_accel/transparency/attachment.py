@@ -17,7 +17,7 @@ from ..pipelines.models import safetensors_header
 from .adapter import Adapter, check_changes, read_changes
 from .codec import decode_rgba, offset_of
 from .conditions import Concatenated, Until, condition_latents, open_picture
-from .latent_transparency import CONDITIONS
+from .latent_transparency import CONDITIONS, LAYERS
 from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from .pictures import flattened, rgba_tensor, to_type
 from .sharing import Sharing, is_sharing
@@ -26,10 +26,6 @@ from .weights import find_parts, load_part
 if TYPE_CHECKING:
     from ..steps import StepClock
     from .latent_transparency import LatentTransparency
-
-FRAMES = {"joint": 3, "fg2bg": 2, "bg2fg": 2}  # pictures that SD 1.5's variants draw together
-TRANSPARENT = {"joint": (0,), "fg2bg": (), "bg2fg": (0,), "fg2blend": (), "bg2blend": (), "fgblend2bg": ()}
-"""Of the pictures drawn together, those with alpha; of variants that are not named, all."""
 
 
 @dataclass
@@ -72,7 +68,7 @@ def load(feature: LatentTransparency, pipeline: Any) -> Loaded:
     if feature.strength and parts.adapter is not None:
         header = safetensors_header(parts.adapter)
         if is_sharing(header):
-            sharing = Sharing(parts.adapter, unet, FRAMES.get(feature.variant, 1))
+            sharing = Sharing(parts.adapter, unet, len(LAYERS[feature.variant]))
         else:
             changes = read_changes(parts.adapter)
             check_changes(((name, change.shape) for name, change in changes.items()), unet, parts.adapter)
@@ -217,9 +213,8 @@ class TransparencyAttachment(Attachment):
         dtype = torch.bfloat16 if on_gpu and z.dtype == torch.bfloat16 else torch.float32
         if decoder.dtype != dtype:
             decoder.to(dtype)
-        frames = FRAMES.get(self._feature.variant, 1)
-        wanted = TRANSPARENT.get(self._feature.variant, tuple(range(frames)))
-        rows = [i for i in range(count) if i % frames in wanted]
+        layers = LAYERS[self._feature.variant]
+        rows = [i for i in range(count) if layers[i % len(layers)] == "fg"]  # the others are opaque
         if not rows:
             return output
         rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._feature.views)

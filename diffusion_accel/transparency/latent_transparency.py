@@ -21,6 +21,18 @@ CONDITIONS = {  # variant -> the pictures it needs, in the order in which their 
     "fg2bg": ("foreground",),
     "bg2fg": ("background",),
 }
+# variant -> what it draws, in turn
+LAYERS = {
+    "joint": ("fg", "bg", "blend"),
+    "fg2bg": ("bg", "blend"),
+    "bg2fg": ("fg", "blend"),
+    "fg2blend": ("blend",),
+    "bg2blend": ("blend",),
+    "fgblend2bg": ("bg",),
+    "bgblend2fg": ("fg",),
+    "fg": ("fg",),
+    "fg-conv": ("fg",),
+}
 PICTURES = ("foreground", "background", "blend")
 
 
@@ -53,6 +65,7 @@ class LatentTransparency(Feature):
     summary: ClassVar[str] = "RGBA pictures with real alpha, also in layers"
     paper: ClassVar[str] = "LayerDiffuse (Zhang and Agrawala, 2024)"
     order: ClassVar[int] = 80
+    redraws: ClassVar[bool] = True
 
     weights: str = option("", "embedded name, folder or hub id (default: beside the model)")
     variant: str = option("fg", f"what is drawn: {', '.join(CONDITIONS)}")

@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..evaluation.pictures import over
+
 GREY = (127, 127, 127)
-
-
-def has_alpha(image: Any) -> bool:
-    """Whether a PIL image has transparency of any kind."""
-    return isinstance(image, Image.Image) and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info)
 
 
 def rgba_tensor(image: Any) -> torch.Tensor | None:
@@ -23,15 +20,6 @@ def rgba_tensor(image: Any) -> torch.Tensor | None:
         return None
     arrays = [np.asarray(one.convert("RGBA"), np.float32) / 255 for one in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-def over(image: Image.Image, background: Image.Image | tuple[int, ...]) -> Image.Image:
-    """An RGBA image over a colour or another image (resized to it), as RGB."""
-    if isinstance(background, Image.Image):
-        ground = background.convert("RGBA").resize(image.size, Image.Resampling.LANCZOS)
-    else:
-        ground = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 def flattened(image: Any) -> Any:

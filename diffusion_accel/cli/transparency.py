@@ -1,0 +1,212 @@
+"""Transparent pictures on the command line: layers and previews of `generate`, and the commands around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError, OutputError
+from .settings import Settings, parse_background, refuse_jpeg
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_FILES = typer.Argument(metavar="FILE…", help="Pictures, the lowest first.", show_default=False)
+
+
+# ------------------------------------------------------------------------------------------- generate
+def drawn_layers(settings: Settings) -> tuple[str, ...]:
+    """The layers that one picture is drawn as; ("",) without transparency."""
+    from ..transparency.latent_transparency import LAYERS, LatentTransparency
+
+    feature = settings.features.get("transparent")
+    return LAYERS[feature.variant] if isinstance(feature, LatentTransparency) and feature.views else ("",)
+
+
+def by_picture(images: list[Image.Image], layers: tuple[str, ...]) -> list[list[Image.Image]]:
+    """What one call drew, in groups of the layers of a picture."""
+    return [images[start : start + len(layers)] for start in range(0, len(images), len(layers))]
+
+
+def layer_path(path: Path, layer: str, settings: Settings) -> Path | None:
+    """Where a layer of the picture `path` is written; None: it is not asked for."""
+    layers = drawn_layers(settings)
+    if settings.layers is not None and layer not in [name.strip() for name in settings.layers.split(",")]:
+        return None
+    return path if len(layers) == 1 else path.with_name(f"{path.stem}-{layer}{path.suffix}")
+
+
+def extra_paths(path: Path, settings: Settings) -> list[Path]:
+    """Every other file that is written for the picture `path`."""
+    layers = drawn_layers(settings)
+    found = [file for layer in layers if (file := layer_path(path, layer, settings)) not in (None, path)]
+    if settings.preview is not None:
+        found.append(path.with_name(f"{path.stem}-preview.png"))
+    if {"fg", "bg"} <= set(layers):
+        found.append(path.with_name(f"{path.stem}-composite.png"))
+    return [file for file in found if file is not None]
+
+
+def as_written(image: Image.Image, settings: Settings) -> Image.Image:
+    """The image as its file holds it."""
+    if not settings.premultiplied or image.mode != "RGBA":
+        return image
+    from ..evaluation.pictures import premultiplied
+
+    return premultiplied(image)
+
+
+def save_previews(path: Path, layers: dict[str, Image.Image], settings: Settings) -> list[tuple[Path, str]]:
+    """Write what `extra_paths` names besides layers; returns the files, each with what it shows."""
+    from ..evaluation.pictures import over
+    from .output import save_image
+
+    written = []
+    if settings.preview is not None and "fg" in layers:
+        file = path.with_name(f"{path.stem}-preview.png")
+        save_image(_over(layers["fg"], settings.preview), file)
+        written.append((file, f"over {settings.preview}"))
+    if {"fg", "bg"} <= set(layers):
+        file = path.with_name(f"{path.stem}-composite.png")
+        save_image(over(layers["fg"], layers["bg"]), file)
+        words = "fg over bg"
+        if "blend" in layers:
+            words += f"; recomposition error against blend {_recomposition(layers):.4f}"
+        written.append((file, words))
+    return written
+
+
+def _over(image: Image.Image, background: str) -> Image.Image:
+    from ..evaluation.pictures import checkerboard, over
+
+    return over(image, parse_background(background) or checkerboard(image.size))
+
+
+def _recomposition(layers: dict[str, Image.Image]) -> float:
+    from ..transparency.layers import recomposition_error
+    from ..transparency.pictures import rgba_tensor
+
+    tensors = [rgba_tensor(layers[name]) for name in ("bg", "fg", "blend")]
+    below, above, blend = (t for t in tensors if t is not None)
+    pairs = [(one[:, :3], one[:, 3:]) for one in (below, above)]
+    return float(recomposition_error(pairs, blend[:, :3])[0])
+
+
+# ------------------------------------------------------------------------------------------- commands
+def open_image(file: str) -> Image.Image:
+    """A picture file as RGBA. Raises `OutputError` for a missing one, `ConfigurationError` for one that is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGBA")
+    except FileNotFoundError as error:
+        raise OutputError(f"no such file: {file}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ConfigurationError(f"{file} is not an image that can be read") from error
+
+
+def compose(
+    layers: Annotated[list[str], _FILES],
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")],
+    background: Annotated[
+        str | None, typer.Option(metavar="checkerboard|COLOUR|FILE", help="Behind all; without it alpha is kept.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Stack pictures with transparency into one."""
+    from .output import check_free, check_writable, plan_outputs, save_image
+
+    path = plan_outputs(output, [[0]], [None], overwrite)[0][0]
+    if background is None:
+        refuse_jpeg(path, "-o ")
+    check_free([path], overwrite)
+    check_writable(path.parent)
+    if background is not None:
+        parse_background(background)
+    from PIL import Image
+
+    images = [open_image(file) for file in layers]
+    made = images[0]
+    for file, image in zip(layers[1:], images[1:], strict=True):
+        if image.size != made.size:
+            raise ConfigurationError(
+                f"{file} has {image.width}x{image.height} pixels, {layers[0]} {made.width}x{made.height}; layers must "
+                "have one size"
+            )
+        made = Image.alpha_composite(made, image)
+    save_image(made if background is None else _over(made, background), path)
+    typer.echo(str(path))
+
+
+def cutout(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture with transparency.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, hub id or folder.")] = "sticker",
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "cutout.png",
+    weights: Annotated[str, typer.Option(help="Transparency weights; beside the model if not given.")] = "",
+    views: Annotated[int, typer.Option(help="Sides from which the decoder looks: 8, 4 or 1.")] = 8,
+    preview: Annotated[
+        str | None, typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write it over this.")
+    ] = None,
+    premultiplied: Annotated[bool, typer.Option("--premultiplied", help="Write colours multiplied by alpha.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")] = False,
+) -> None:
+    """Send a picture with alpha through a model's latents and back: what its transparency can hold."""
+    from ..transparency.latent_transparency import LatentTransparency
+    from .output import check_free, plan_outputs, save_image
+    from .settings import find_model
+
+    path = plan_outputs(output, [[0]], [None], overwrite)[0][0]
+    refuse_jpeg(path, "-o ")
+    beside = path.with_name(f"{path.stem}-preview.png")
+    if preview is not None:
+        parse_background(preview)
+        check_free([beside], overwrite)
+    if views == 0:
+        raise ConfigurationError("--views must be 8, 4 or 1, got 0")
+    feature = LatentTransparency(weights=weights, views=views, strength=0.0)
+    picture = open_image(image)
+    source = find_model(model)
+    from ..evaluation.pictures import premultiplied as multiplied
+    from ..pipelines.loading import load_pipeline
+
+    made, alpha_psnr = _round_trip(load_pipeline(source), feature, picture)
+    save_image(multiplied(made) if premultiplied else made, path)
+    typer.echo(f"{path}  alpha PSNR {alpha_psnr:.1f} dB")
+    if preview is not None:
+        save_image(_over(made, preview), beside)
+        typer.echo(f"{beside}  over {preview}")
+
+
+def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Image, float]:
+    """The picture encoded, decoded by the VAE, and read again; and how near alpha is, dB."""
+    import torch
+    import torch.nn.functional as F
+
+    from ..errors import UnsupportedPipelineError
+    from ..evaluation.fidelity import psnr
+    from ..transparency.attachment import load
+    from ..transparency.codec import decode_rgba, encode_rgba
+    from ..transparency.pictures import rgba_tensor, to_pil
+
+    reason = feature.supports(pipe)
+    if reason:
+        raise UnsupportedPipelineError(f"cutout cannot use this model: {reason}")
+    loaded = load(feature, pipe)
+    if loaded.encoder is None or loaded.decoder is None:
+        raise UnsupportedPipelineError("cutout needs an encoder, which these weights do not have")
+    rgba = rgba_tensor(picture)
+    assert rgba is not None
+    height, width = rgba.shape[-2:]
+    factor = loaded.encoder.factor
+    around = (0, -width % factor, 0, -height % factor)
+    whole = F.pad(rgba, around, mode="replicate") if any(around) else rgba
+    with torch.no_grad():
+        z = encode_rgba(pipe.vae, loaded.encoder, whole[:, :3], whole[:, 3:])
+        rgb, alpha = decode_rgba(loaded.decoder, pipe.vae.decode(z).sample, z, feature.views)
+    made = torch.cat([rgb, alpha], 1)[..., :height, :width]
+    return to_pil(made)[0], float(psnr(rgba[:, 3:], made[:, 3:].cpu())[0])
