@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 PAIR: dict[str, Any] = {"steps": 1350, "batch": 16, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.3, "curve": "cosine"}
 PAIR |= {"ema": 0.998, "weight_decay": 1e-3, "eval_every": 250, "grid_every": 500}
-DECODER = PAIR | {"steps": 4000, "cooldown": 0.8}
+DECODER = PAIR | {"steps": 8000, "cooldown": 0.8}
 UNET: dict[str, Any] = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.8, "curve": "cosine"}
 UNET |= {"eval_every": 250, "grid_every": 500}
 TUNED = {"pair": PAIR, "decoder": DECODER, "unet": UNET}

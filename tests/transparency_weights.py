@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,7 +14,11 @@ from safetensors.torch import save_file
 from zoo import sd, seeded
 
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
+from diffusion_accel.transparency.sharing import attention_layers
 from diffusion_accel.transparency.weights import ADAPTER
+
+# names and shapes of the published weights
+PUBLISHED = json.loads((Path(__file__).parent / "transparency" / "published_keys.json").read_text())
 
 
 def tiny_encoder(**changes: Any) -> LatentTransparencyEncoder:
@@ -57,3 +62,34 @@ def tiny_weights() -> str:
     folder = Path(tempfile.mkdtemp(prefix="transparency-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return write_weights(folder, sd()[0].unet)
+
+
+def sharing_tensors(model: Any, frames: int, control: bool = False, rank: int = 2) -> dict[str, torch.Tensor]:
+    """Random modules with the published names."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+
+    def small(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    for number, layer in enumerate(attention_layers(model)):
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            linear = layer.to_out[0] if name == "to_out" else getattr(layer, name)
+            for f in range(frames):
+                start = f"hookers.layers.{number}.{name}_lora.{f}"
+                tensors[f"{start}.down.weight"] = small(rank, linear.in_features)
+                tensors[f"{start}.up.weight"] = small(linear.out_features, rank)
+        width = layer.to_k.out_features
+        for part in "iqkvo":
+            tensors[f"hookers.layers.{number}.temporal_{part}.weight"] = small(width, width)
+            tensors[f"hookers.layers.{number}.temporal_{part}.bias"] = small(width)
+        tensors[f"hookers.layers.{number}.temporal_n.weight"] = 1 + small(width)
+        tensors[f"hookers.layers.{number}.temporal_n.bias"] = small(width)
+        for f in range(frames if control else 0):
+            start = f"hookers.layers.{number}.control_convs.{f}"
+            tensors |= {f"{start}.0.weight": small(256, 256, 3, 3) * 0.05, f"{start}.0.bias": small(256)}
+            tensors |= {f"{start}.2.weight": small(width, 256, 1, 1) * 0.2, f"{start}.2.bias": small(width)}
+    if control:
+        for name, shape in PUBLISHED["sharing_2_control"].items():
+            if name.startswith("kwargs_encoder."):
+                tensors[name] = small(*shape) * 0.3
+    return tensors

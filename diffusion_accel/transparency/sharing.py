@@ -191,8 +191,6 @@ class _AcrossFrames(ModelHook):
         signals, tokens = self.sharing.signals, hidden.shape[1]
         if not signals:
             return 0.0
-        if tokens not in signals:
-            raise ConfigurationError("with a given layer both sides of the picture must be multiples of 64 pixels")
         if tokens not in self._control:
             made = []
             for f in range(self.sharing.frames):
