@@ -5,9 +5,9 @@
     python scripts/train_transparency.py all --work runs/sticker --out runs/sticker/transparency
 
 Stages, each of which reads what the ones before it left in the work folder:
-    pair       trains encoder and decoder together around the frozen VAE
+    encoder    trains the encoder before the frozen VAE
     latents    the latents of the concept list as the encoder changes them
-    decoder    trains the decoder further, the encoder fixed
+    decoder    trains the decoder behind it
     unet       trains the low-rank update that makes the UNet draw such latents
     export     writes what `--transparent` loads: encoder, decoder and update, float16 safetensors
     all        all of them, in this order
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
     from diffusion_accel.training.loop import Task
 
-PAIR: dict[str, Any] = {"steps": 1350, "batch": 16, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.3, "curve": "cosine"}
-PAIR |= {"ema": 0.998, "weight_decay": 1e-3, "eval_every": 250, "grid_every": 500}
-DECODER = PAIR | {"steps": 8000, "cooldown": 0.8}
+ENCODER: dict[str, Any] = {"steps": 1500, "batch": 16, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.8, "curve": "cosine"}
+ENCODER |= {"ema": 0.998, "weight_decay": 1e-3, "eval_every": 250, "grid_every": 0}
+DECODER = ENCODER | {"steps": 8000, "grid_every": 500}
 UNET: dict[str, Any] = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.8, "curve": "cosine"}
 UNET |= {"eval_every": 250, "grid_every": 500}
-TUNED = {"pair": PAIR, "decoder": DECODER, "unet": UNET}
-ORDER = ("pair", "latents", "decoder", "unet", "export")
+TUNED = {"encoder": ENCODER, "decoder": DECODER, "unet": UNET}
+ORDER = ("encoder", "latents", "decoder", "unet", "export")
 
 
 def load_base(options: argparse.Namespace) -> Any:
@@ -57,10 +57,10 @@ def load_base(options: argparse.Namespace) -> Any:
     return StableDiffusionPipeline.from_pretrained(options.model, use_safetensors=True)
 
 
-def pair_task(options: argparse.Namespace) -> Task:
-    from diffusion_accel.training.transparency_tasks import PairTask
+def encoder_task(options: argparse.Namespace) -> Task:
+    from diffusion_accel.training.transparency_tasks import EncoderTask
 
-    return PairTask(options.work, load_base(options).vae)
+    return EncoderTask(options.work, load_base(options).vae)
 
 
 def decoder_task(options: argparse.Namespace) -> Task:
@@ -80,7 +80,7 @@ def unet_task(options: argparse.Namespace) -> Task:
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
-    "pair": pair_task,
+    "encoder": encoder_task,
     "decoder": decoder_task,
     "unet": unet_task,
 }

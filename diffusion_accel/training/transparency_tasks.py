@@ -30,7 +30,7 @@ from .sticker_tasks import Captioned
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-ENCODER: dict[str, Any] = {"latent_channels": 12, "block_out_channels": (16, 32, 64, 128), "offset_scale": 25.0}
+ENCODER: dict[str, Any] = {"latent_channels": 12, "block_out_channels": (16, 32, 64, 128), "offset_scale": 15.0}
 DECODER: dict[str, Any] = {
     "latent_channels": 12,
     "block_out_channels": (16, 16, 32, 64, 96),
@@ -38,7 +38,8 @@ DECODER: dict[str, Any] = {
     "layers_per_block": 1,
 }
 
-CODE = 0.6  # amplitude of the alpha code in latents, which have unit RMS
+COMPONENTS = 6  # of the 8x8 patches of alpha, in the code that the encoder begins with
+AMPLITUDE = 0.17  # of the code, in latents, which have unit RMS
 
 
 class Pair(nn.Module):
@@ -61,14 +62,15 @@ class Pair(nn.Module):
         return known.mean, known.std * self.encoder(torch.cat([alpha, padded], 1))
 
     def forward(
-        self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Straight colours, alpha, padded colours, latent noise -> (the VAE's RGB, -1..1; [alpha, colours]; offset)."""
+        self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """-> (the VAE's RGB in -1..1, what the encoder adds, and, given latent noise, [alpha, colours] as read)."""
         mean, offset = self.encode(rgb, alpha, padded)
-        z = mean + offset + noise
+        z = mean + offset if noise is None else mean + offset + noise
         with torch.set_grad_enabled(torch.is_grad_enabled() and offset.requires_grad):
             decoded = self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
-        return decoded, self.decoder((decoded / 2 + 0.5).clamp(0, 1), z), offset
+        made = None if noise is None else self.decoder((decoded / 2 + 0.5).clamp(0, 1), z)
+        return decoded, offset, made
 
 
 def rgba_of(images: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,67 +80,59 @@ def rgba_of(images: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torc
     return straight(pixels[:, :3], alpha), alpha
 
 
-class PairTask:
-    """Trains `Pair` on crops of RGBA stickers, with the VAE frozen.
+class EncoderTask:
+    """Trains the encoder on crops of RGBA stickers, with the VAE frozen.
 
-    Loss: reconstruction of [alpha, padded colours] + identity (what the frozen VAE makes of the changed latents against
-    the picture over grey), each MSE + 0.25 L1 + 0.25 L1 of the gradients, as the VAE's own decoder was trained; alpha
-    counts twice, colours by 0.1 + 0.9 alpha. Half of the latents get Gaussian noise of a deviation drawn from
-    0..`noise`, because a denoiser's latents are not exact; identity is asked of the other half.
-
-    `guide` times the mean square distance of what the encoder adds from a simple code: `CODE` (2 mean alpha - 1) in the
-    direction of the latents to which the VAE's decoder is least sensitive. Without it the encoder adds next to nothing
-    (identity costs at once, while the decoder has not learnt to read), and alpha has holes where a picture is grey.
+    Loss: identity, which is what the frozen VAE makes of the changed latents against the picture over grey (MSE +
+    0.25 L1 + 0.25 L1 of the gradients, as the VAE's own decoder was trained), and `guide` times the mean square
+    distance of what the encoder adds from a linear code of alpha (`alpha_code`). From the reconstruction loss instead,
+    the encoder learns to add next to nothing in the time there is: identity costs at once, while the decoder has not
+    learnt to read, and alpha gets holes where a picture is grey.
     """
 
-    def __init__(self, work: Path, vae: AutoencoderKL, crop: int = 64, noise: float = 0.4, guide: float = 0.5) -> None:
+    trained = "encoder"
+
+    def __init__(self, work: Path, vae: AutoencoderKL, crop: int = 64, guide: float = 2.0, noise: float = 0.4) -> None:
         self.images, rows = data.load_images(work), data.load_rows(work)
-        self.crop, self.noise, self.guide = min(crop, self.images.shape[1]), noise, guide
+        self.crop, self.guide, self.noise = min(crop, self.images.shape[1]), guide, noise
         self.train = data.of_split(rows, "train")
         self.heldout = data.of_split(rows, "heldout")[:96]
         weights = np.array([2.0 if rows[i]["core"] else 1.0 for i in self.train])
         self.weights = weights / weights.sum()
         torch.manual_seed(0)
         self.model = Pair(vae)
+        for name, part in self.model.named_children():
+            part.requires_grad_(name == self.trained)
         if self.crop % self.model.decoder.multiple:
             raise UsageError(f"crops must be a multiple of {self.model.decoder.multiple} pixels, got {crop}")
-
         rgb, alpha, _ = self.pictures(self.train[:: max(1, len(self.train) // 24)])
-        self.direction = insensitive_direction(vae, on_grey(rgb, alpha))
+        self.code = alpha_code(vae, on_grey(rgb, alpha), alpha)
 
     def pictures(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Straight colours, alpha and padded colours of whole pictures."""
         rgb, alpha = rgba_of(self.images, indices)
         return rgb, alpha, padded_rgb(rgb, alpha)
 
-    def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        chosen = rng.choice(self.train, size, p=self.weights)
-        whole = torch.cat(self.pictures(chosen), 1)
+    def crops(self, rng: np.random.Generator, size: int) -> torch.Tensor:
+        """Colours, alpha and padded colours of crops, half of them mirrored: (size, 7, crop, crop)."""
+        whole = torch.cat(self.pictures(rng.choice(self.train, size, p=self.weights)), 1)
         flips = rng.random(size) < 0.5
         corners = rng.integers(0, whole.shape[-1] - self.crop + 1, (size, 2))
-        crops = []
+        made = []
         for picture, flip, (y, x) in zip(whole, flips, corners, strict=True):
             crop = picture[:, y : y + self.crop, x : x + self.crop]
-            crops.append(crop.flip(-1) if flip else crop)
-        side = self.crop // PATCH
-        channels = self.model.vae.config.latent_channels
-        noise = torch.from_numpy(rng.standard_normal((size, channels, side, side), dtype=np.float32))
-        noisy = torch.from_numpy(rng.random(size) < 0.5)
-        deviation = self.noise * torch.from_numpy(rng.random(size, dtype=np.float32)) * noisy
-        return {"pictures": torch.stack(crops), "noise": noise * deviation[:, None, None, None], "noisy": noisy}
+            made.append(crop.flip(-1) if flip else crop)
+        return torch.stack(made)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        return {"pictures": self.crops(rng, size)}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
-        decoded, made, offset = model(rgb, alpha, padded, batch["noise"])
-        identity = _distance((decoded.float() - on_grey(rgb, alpha)) * ~batch["noisy"][:, None, None, None])
-        code = CODE * (2 * F.avg_pool2d(alpha, PATCH) - 1) * self.direction.to(alpha)
-        return self.reconstruction(made, alpha, padded) + identity + self.guide * F.mse_loss(offset.float(), code)
-
-    @staticmethod
-    def reconstruction(made: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
-        """The loss of what the decoder made of a picture."""
-        weight = torch.cat([2 * torch.ones_like(alpha), (0.1 + 0.9 * alpha).expand(-1, 3, -1, -1)], 1)
-        return _distance((made.float() - torch.cat([alpha, padded], 1)) * weight)
+        decoded, offset, _ = model(rgb, alpha, padded)
+        kernel, bias = (part.to(alpha) for part in self.code)
+        code = F.conv2d(alpha, kernel, bias, stride=PATCH)
+        return _distance(decoded.float() - on_grey(rgb, alpha)) + self.guide * F.mse_loss(offset.float(), code)
 
     # ------------------------------------------------------------------ watching
     def round_trip(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
@@ -186,27 +180,52 @@ class PairTask:
         save_grid(torch.cat(rows) * 2 - 1, len(made), path)
 
 
-class DecoderTask(PairTask):
-    """Trains the decoder alone, the encoder fixed: about twice as fast, since nothing flows back through the VAE."""
+class DecoderTask(EncoderTask):
+    """Trains the decoder on the same crops, with VAE and encoder frozen.
+
+    Loss: reconstruction of [alpha, padded colours], as above; alpha counts twice, colours by 0.1 + 0.9 alpha. Half of
+    the latents get Gaussian noise of a deviation drawn from 0..`noise`, because a denoiser's latents are not exact.
+    """
+
+    trained = "decoder"
 
     def __init__(self, work: Path, vae: AutoencoderKL, **options: Any) -> None:
         super().__init__(work, vae, **options)
-        load_average(work / "transparency" / "pair", self.model, "pair")
-        self.model.encoder.requires_grad_(False)
+        load_average(work / "transparency" / "encoder", self.model, "encoder")
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        side = self.crop // PATCH
+        channels = self.model.vae.config.latent_channels
+        noise = torch.from_numpy(rng.standard_normal((size, channels, side, side), dtype=np.float32))
+        deviation = self.noise * rng.random(size, dtype=np.float32) * (rng.random(size) < 0.5)
+        noise *= torch.from_numpy(deviation.astype(np.float32))[:, None, None, None]
+        return {"pictures": self.crops(rng, size), "noise": noise}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
-        _, made, _ = model(rgb, alpha, padded, batch["noise"])
-        return self.reconstruction(made, alpha, padded)
+        _, _, made = model(rgb, alpha, padded, batch["noise"])
+        weight = torch.cat([2 * torch.ones_like(alpha), (0.1 + 0.9 * alpha).expand(-1, 3, -1, -1)], 1)
+        return _distance((made.float() - torch.cat([alpha, padded], 1)) * weight)
 
 
 @torch.no_grad()
-def insensitive_direction(vae: AutoencoderKL, pictures: torch.Tensor, step: float = 0.2) -> torch.Tensor:
-    """The unit vector (C, 1, 1) along which moving all latents of `pictures` changes the decoded pictures least."""
+def alpha_code(vae: AutoencoderKL, pictures: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear code of alpha in latents that the VAE's decoder hardly notices: kernel (C, 1, 8, 8) and bias (C,).
+
+    The first principal components of the 8x8 patches of alpha lie along the directions of the latents to which the
+    decoder is least sensitive, the largest along the least; a component of deviation d has the deviation
+    `AMPLITUDE` sqrt(d) in the latents.
+    """
     z = vae.encode(pictures).latent_dist.mean
-    moves = torch.eye(z.shape[1]).to(z)[:, None, :, None, None] * step
+    moves = torch.eye(z.shape[1]).to(z)[:, None, :, None, None] * 0.2
     slopes = torch.stack([(vae.decode(z + move).sample - vae.decode(z - move).sample).flatten() for move in moves])
-    return torch.linalg.eigh(slopes @ slopes.T).eigenvectors[:, 0].view(-1, 1, 1)
+    directions = torch.linalg.eigh(slopes @ slopes.T).eigenvectors[:, :COMPONENTS]
+    patches = F.unfold(alpha, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, PATCH * PATCH)
+    mean = patches.mean(0)
+    variances, components = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    components, deviations = components.flip(1)[:, :COMPONENTS], variances.flip(0)[:COMPONENTS].sqrt()
+    kernel = directions @ (AMPLITUDE * deviations**-0.5 * components).T
+    return kernel.view(-1, 1, PATCH, PATCH), -kernel @ mean
 
 
 def _distance(error: torch.Tensor) -> torch.Tensor:
@@ -265,7 +284,7 @@ def adjusted_latents(work: Path, vae: AutoencoderKL, batch: int = 64) -> torch.T
     stored = load_file(require(work / "latents.safetensors", "latents"))
     images, listed = data.load_images(work), int(stored["listed"])
     pair = Pair(vae)
-    load_average(work / "transparency" / "pair", pair, "pair")
+    load_average(work / "transparency" / "encoder", pair, "encoder")
     made = []
     for part in stored["indices"][:listed].split(batch):
         rgb, alpha = rgba_of(images, part.numpy())
@@ -304,4 +323,6 @@ def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwri
             denoiser = Denoiser(trained, pipeline.text_encoder)
             load_average(work / "transparency" / "unet", denoiser, "unet")
             save_file(low_rank_changes(trained, pipeline.unet), temporary / ADAPTER)
+    for file in out.rglob("*.safetensors"):
+        file.chmod(0o644)
     return facts | {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}

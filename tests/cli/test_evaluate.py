@@ -5,24 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from command import call
 from PIL import Image
 
-from diffusion_accel.cli import main as cli
 from diffusion_accel.pipelines.models import EMBEDDED
 from diffusion_accel.routing import Recipe
 
 FEW = ["--count", "4", "--steps", "2", "--quiet"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in arguments])
-    out = capsys.readouterr()
-    return int(exit_.value.code or 0), out.out, out.err
 
 
 def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,19 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import call
 from PIL import Image
-
-from diffusion_accel.cli import main as cli
 
 PROMPT = "red apple, 3d style"
 FEW = ["--steps", "3", "--seed", "1"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in arguments])
-    out = capsys.readouterr()
-    return int(exit_.value.code or 0), out.out, out.err
 
 
 @pytest.fixture(scope="module", autouse=True)

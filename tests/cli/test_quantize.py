@@ -10,23 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command import call
 from PIL import Image
 
 from diffusion_accel.cli import main as cli
 from tests import zoo
 
 QUICK = ["--rounding", "nearest", "--finetune", "none", "--count", "4", "--buckets", "2", "--report", "1"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(a) for a in arguments])
-    out = capsys.readouterr()
-    return int(exit_.value.code or 0), out.out, out.err
 
 
 @pytest.fixture(scope="module")

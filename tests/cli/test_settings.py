@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import call
 
 from diffusion_accel import EncoderReuse
 from diffusion_accel.cli import main as cli
@@ -25,13 +26,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(run, "load_pipeline", load)
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(list(arguments))
-    out = capsys.readouterr()
-    return int(exit_.value.code or 0), out.out, out.err
 
 
 PROMPT = "red apple, 3d style"
