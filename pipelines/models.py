@@ -14,6 +14,7 @@ from typing import Any
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+TRANSPARENCY = "transparency"  # folder beside a model's own parts: weights of latent transparency
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

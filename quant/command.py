@@ -12,7 +12,7 @@ from diffusion_accel.denoisers import denoiser_name, find_denoiser
 from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.pipelines.loading import load_pipeline
-from diffusion_accel.pipelines.models import PICKLE_SUFFIXES, ModelSource
+from diffusion_accel.pipelines.models import PICKLE_SUFFIXES, TRANSPARENCY, ModelSource
 
 from .process import Progress, peak_memory, quantize
 from .report import QuantizationReport, measure, write
@@ -94,7 +94,7 @@ def save(pipe: Any, source: ModelSource, folder: Path) -> None:
     root = Path(source.location)
     local = source.kind in ("embedded", "folder") and (root / part).is_dir()
     if local and not any(f.suffix in PICKLE_SUFFIXES for f in root.rglob("*")):
-        parts = {name for name in pipe.components if (root / name).is_dir()} - {part}
+        parts = {name for name in (*pipe.components, TRANSPARENCY) if (root / name).is_dir()} - {part}
         folder.mkdir(parents=True)
         shutil.copy(root / "model_index.json", folder)
         for name in sorted(parts):

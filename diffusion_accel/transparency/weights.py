@@ -10,8 +10,8 @@ from typing import Any
 from ..denoisers import find_denoiser
 from ..errors import ModelLoadError
 from ..pipelines.models import EMBEDDED, safetensors_header
+from ..pipelines.models import TRANSPARENCY as FOLDER
 
-FOLDER = "transparency"  # beside a model's own parts
 ADAPTER = "adapter.safetensors"
 
 # Published files: family -> part -> names. Encoders: with the factor of their output.
