@@ -30,9 +30,8 @@ from .sticker_tasks import Captioned
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-ENCODER: dict[str, Any] = {"latent_channels": 12, "block_out_channels": (16, 32, 64, 128), "offset_scale": 15.0}
+ENCODER: dict[str, Any] = {"block_out_channels": (16, 32, 64, 128), "offset_scale": 15.0}
 DECODER: dict[str, Any] = {
-    "latent_channels": 12,
     "block_out_channels": (16, 16, 32, 64, 96),
     "attention_levels": 2,
     "layers_per_block": 1,
@@ -47,8 +46,9 @@ class Pair(nn.Module):
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
-        self.encoder = LatentTransparencyEncoder(**ENCODER)
-        self.decoder = LatentTransparencyDecoder(**DECODER).to(memory_format=torch.channels_last)
+        channels = {"latent_channels": vae.config.latent_channels}
+        self.encoder = LatentTransparencyEncoder(**ENCODER, **channels)
+        self.decoder = LatentTransparencyDecoder(**DECODER, **channels).to(memory_format=torch.channels_last)
         self._vae = [vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)]
 
     @property
@@ -92,7 +92,7 @@ class EncoderTask:
 
     trained = "encoder"
 
-    def __init__(self, work: Path, vae: AutoencoderKL, crop: int = 64, guide: float = 2.0, noise: float = 0.4) -> None:
+    def __init__(self, work: Path, vae: AutoencoderKL, crop: int = 64, guide: float = 2.0, noise: float = 0.15) -> None:
         self.images, rows = data.load_images(work), data.load_rows(work)
         self.crop, self.guide, self.noise = min(crop, self.images.shape[1]), guide, noise
         self.train = data.of_split(rows, "train")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from command import call
 from PIL import Image
+from transparency_weights import sharing_tensors
 
 from diffusion_accel.evaluation.pictures import checkerboard, over
 
@@ -126,3 +127,30 @@ def test_the_checkerboard_has_fields_of_64_pixels_or_an_eighth() -> None:
     for size, side in (((96, 96), 12), ((1024, 768), 64)):
         board = np.asarray(checkerboard(size))[..., 0]
         assert board.shape == size[::-1] and len(set(board[0, :side])) == 1 and board[0, side] != board[0, 0]
+
+
+def test_layers_that_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SD 1.5's joint layers need modules that nothing ships: random ones for the embedded model."""
+    import shutil
+
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    from diffusion_accel.pipelines.models import EMBEDDED
+
+    folder = tmp_path / "weights"
+    shutil.copytree(EMBEDDED["sticker"].path / "transparency", folder)
+    unet = UNet2DConditionModel.from_pretrained(EMBEDDED["sticker"].path / "unet")
+    save_file({k: v * 0.1 for k, v in sharing_tensors(unet, 3).items()}, folder / "joint.safetensors")
+    flags = ["--transparent", f"weights={folder},variant=joint,views=1", "--num-images", 2, "--preview", "white"]
+    code, out, err = call(capsys, "generate", PROMPT, *FEW, *flags, "-o", tmp_path / "a.png")
+    assert code == 0 and not err and out.count("recomposition error against blend 0.") == 2
+    names = {file.name for file in tmp_path.glob("a-*.png")}
+    assert names == {f"a-{k}-{part}.png" for k in (1, 2) for part in ("fg", "bg", "blend", "composite", "preview")}
+    assert [Image.open(tmp_path / f"a-1-{part}.png").mode for part in ("fg", "bg", "blend")] == ["RGBA", "RGB", "RGB"]
+    fg, bg = (Image.open(tmp_path / f"a-2-{part}.png") for part in ("fg", "bg"))
+    assert np.array_equal(opened(tmp_path / "a-2-composite.png"), np.asarray(over(fg, bg)))
+    flags = [*flags[:2], "--layers", "fg", "-q"]
+    assert call(capsys, "generate", PROMPT, *FEW, *flags, "-o", tmp_path / "b.png")[0] == 0
+    assert {file.name for file in tmp_path.glob("b*")} == {"b-fg.png", "b-composite.png"}
+    assert np.array_equal(opened(tmp_path / "b-fg.png"), opened(tmp_path / "a-1-fg.png"))

@@ -297,3 +297,89 @@ def test_builder_names_and_pixels() -> None:
     edge = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 255, 0, 0]]], np.uint8).repeat(2, 0), "RGBA")
     small = builder.resize_rgba(edge, 1)
     assert small[0, 0, 0] == 255 and small[0, 0, 1] == 0 and 100 < small[0, 0, 3] < 155
+
+
+def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from diffusion_accel import LatentTransparency, accelerate
+    from diffusion_accel.training.transparency_tasks import Pair, add_low_rank, low_rank_changes
+    from diffusion_accel.transparency.adapter import Adapter, read_changes
+
+    transparency, out = load_script("train_transparency"), tmp_path / "weights"
+    steps = [f"--{stage}-steps=3" for stage in ("encoder", "decoder", "unet")]
+    common = ["--work", str(work), "--model", str(work / "pipeline"), "--out", str(out), "--rank", "4"]
+    flags = ["--log-every", "1", "--eval-every", "3", "--grid-every", "0"]
+    assert transparency.main(["all", *common, *steps, *flags]) == 0
+    assert transparency.main(["all", *common, *steps, *flags]) == 2, "there is a run already"
+    assert transparency.main(["export", *common]) == 2, "the folder exists"
+    pipe = StableDiffusionPipeline.from_pretrained(work / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    fresh = {}
+    for part in ("encoder", "decoder"):
+        torch.manual_seed(0)
+        fresh[part] = Pair(pipe.vae).state_dict()
+        trained = tensors_of(work / "transparency" / part)
+        moved = {n for n, v in fresh[part].items() if not torch.equal(trained[f"model.{n}"], v)}
+        begun = {n for n, v in tensors_of(work / "transparency" / "encoder").items() if n.startswith("average.")}
+        if part == "encoder":
+            assert moved and all(name.startswith("encoder.") for name in moved)
+        else:
+            kept = tensors_of(work / "transparency" / "encoder")
+            assert all(torch.equal(trained[n.replace("average.", "model.")], kept[n]) for n in begun), "frozen"
+            assert any(name.startswith("decoder.") for name in moved)
+    evaluated = json.loads((work / "transparency" / "decoder" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"alpha", "composite", "vae", "moved", "offset"} <= set(evaluated)
+    base = pipe("red disc", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    accelerate(pipe, LatentTransparency(weights=str(out), views=1))
+    made = pipe("red disc", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert made.mode == "RGBA" and made.size == base.size
+    # what the file holds is what was trained
+    model, x = pipe.unet, torch.randn(1, pipe.unet.config.in_channels, 6, 6)
+    text = torch.randn(1, 4, TINY["text_width"])
+    plain = {n: v.clone() for n, v in model.state_dict().items()}
+    twin = type(model).from_config(model.config)
+    twin.load_state_dict(plain)
+    add_low_rank(twin, 4)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        from safetensors.torch import save_file
+
+        save_file(low_rank_changes(twin, model), tmp_path / "adapter.safetensors")
+        adapter = Adapter(read_changes(tmp_path / "adapter.safetensors"))
+        base_prediction = model.eval()(x, 10, text).sample
+        adapter.apply(model)
+        adapted, trained_prediction = model(x, 10, text).sample, twin.eval()(x, 10, text).sample
+        adapter.restore()
+    assert (adapted - trained_prediction).abs().max() < 1e-2 * (adapted - base_prediction).abs().max()
+
+
+def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    from diffusion_accel.training.transparency_tasks import AMPLITUDE, COMPONENTS, alpha_code, rgba_of
+    from diffusion_accel.transparency.rgba import on_grey
+
+    vae = AutoencoderKL.from_pretrained(work / "pipeline", subfolder="vae")
+    rgb, alpha = rgba_of(sticker_data.load_images(work), np.arange(12))
+    kernel, bias = alpha_code(vae, on_grey(rgb, alpha), alpha)
+    channels = vae.config.latent_channels
+    assert kernel.shape == (channels, 1, 8, 8) and bias.shape == (channels,)
+    code = torch.nn.functional.conv2d(alpha, kernel, bias, stride=8)
+    assert code.mean((0, 2, 3)).abs().max() < 1e-4
+    values = torch.linalg.svdvals(kernel.flatten(1))
+    assert (values > 1e-4 * values[0]).sum() == min(COMPONENTS, channels)
+    patches = torch.nn.functional.unfold(alpha, 8, stride=8).transpose(1, 2).reshape(-1, 64)
+    largest = torch.linalg.eigvalsh(patches.T.cov()).flip(0)[:COMPONENTS].sqrt()
+    deviations = torch.linalg.eigvalsh(code.transpose(0, 1).flatten(1).cov()).flip(0)[:COMPONENTS].sqrt()
+    assert torch.allclose(deviations, AMPLITUDE * largest.sqrt(), rtol=0.02)
+    with torch.no_grad():
+        z = vae.encode(on_grey(rgb, alpha)).latent_dist.mean
+
+        def change(move: torch.Tensor) -> float:
+            return float((vae.decode(z + move).sample - vae.decode(z).sample).square().mean())
+
+        random = torch.randn(code.shape, generator=torch.Generator().manual_seed(0)) * code.std()
+        assert change(code) < change(random)
