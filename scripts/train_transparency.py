@@ -9,6 +9,7 @@ Stages, each of which reads what the ones before it left in the work folder:
     latents    the latents of the concept list as the encoder changes them
     decoder    trains the decoder behind it
     unet       trains the low-rank update that makes the UNet draw such latents
+    refine     goes on with the decoder on latents as that UNet gives them
     export     writes what `--transparent` loads: encoder, decoder and update, float16 safetensors
     all        all of them, in this order
 
@@ -47,8 +48,9 @@ ENCODER |= {"ema": 0.998, "weight_decay": 1e-3, "eval_every": 250, "grid_every":
 DECODER = ENCODER | {"steps": 8000, "grid_every": 500}
 UNET: dict[str, Any] = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.8, "curve": "cosine"}
 UNET |= {"eval_every": 250, "grid_every": 500}
-TUNED = {"encoder": ENCODER, "decoder": DECODER, "unet": UNET}
-ORDER = ("encoder", "latents", "decoder", "unet", "export")
+REFINE = DECODER | {"steps": 3000, "batch": 8, "lr": 6e-4, "warmup": 50, "cooldown": 0.9}
+TUNED = {"encoder": ENCODER, "decoder": DECODER, "unet": UNET, "refine": REFINE}
+ORDER = ("encoder", "latents", "decoder", "unet", "refine", "export")
 
 
 def load_base(options: argparse.Namespace) -> Any:
@@ -79,10 +81,19 @@ def unet_task(options: argparse.Namespace) -> Task:
     return unet_task(options.work, load_base(options), options.rank, objective)
 
 
+def refine_task(options: argparse.Namespace) -> Task:
+    from diffusion_accel.training.denoising import Process
+    from diffusion_accel.training.transparency_tasks import RefineTask, trained_denoiser
+
+    base = load_base(options)
+    return RefineTask(options.work, base.vae, trained_denoiser(options.work, base, options.rank), Process())
+
+
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "encoder": encoder_task,
     "decoder": decoder_task,
     "unet": unet_task,
+    "refine": refine_task,
 }
 
 

@@ -82,6 +82,16 @@ class Process:
             return mixed, noise - x
         return mixed, signal * noise - sigma * x
 
+    def clean(self, noisy: torch.Tensor, predicted: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The clean samples that a prediction stands for: the inverse of `noisy`."""
+        shape = (-1,) + (1,) * (noisy.dim() - 1)
+        signal, sigma = (level[timesteps.cpu()].to(noisy.device).view(shape) for level in self.levels())
+        if self.prediction == "epsilon":
+            return (noisy - sigma * predicted) / signal
+        if self.prediction == "flow":
+            return noisy - sigma * predicted
+        return signal * noisy - sigma * predicted
+
     def model_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """What the denoiser gets: the index, or 1000 * s for a flow (diffusers' FlowMatchEulerDiscreteScheduler)."""
         return timesteps + 1 if self.prediction == "flow" else timesteps

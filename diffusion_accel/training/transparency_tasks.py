@@ -19,6 +19,7 @@ from ..transparency.modules import LatentTransparencyDecoder, LatentTransparency
 from ..transparency.rgba import checkerboard, composite, on_grey, padded_rgb, straight
 from ..transparency.weights import ADAPTER
 from . import sticker_data as data
+from .denoising import Process
 from .diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
 from .files import UsageError, replacing_folder, require
 from .latents import PATCH
@@ -208,6 +209,56 @@ class DecoderTask(EncoderTask):
         return _distance((made.float() - torch.cat([alpha, padded], 1)) * weight)
 
 
+class RefineTask(DecoderTask):
+    """Goes on with the decoder on latents as the adapted denoiser gives them, so that edges become sharp there too.
+
+    Whole pictures; half of them from the concept list, noised to a timestep up to `LATEST` and brought back by one
+    prediction of the denoiser with their caption, the others as above. Of alpha only L1 and that of its gradients
+    count: the median of what an uncertain pixel may be is 0 or 1, the mean is a blur.
+    """
+
+    LATEST = 600
+
+    def __init__(self, work: Path, vae: AutoencoderKL, denoiser: Denoiser, process: Process) -> None:
+        super().__init__(work, vae, crop=data.load_images(work).shape[1])
+        load_average(work / "transparency" / "decoder", self.model, "decoder")
+        self.captioned = Captioned.load(work).listed()
+        self.indices = load_file(require(work / "latents.safetensors", "latents"))["indices"].numpy()
+        self._denoiser, self.process = [denoiser.eval().requires_grad_(False)], process
+
+    def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        batch = super().draw(rng, size)
+        listed = rng.choice(self.captioned.train, size)
+        rgb, alpha = rgba_of(self.images, self.indices[listed])
+        known = torch.cat([rgb, alpha, padded_rgb(rgb, alpha)], 1)
+        denoised = torch.from_numpy(rng.random(size) < 0.5)
+        batch["pictures"] = torch.where(denoised[:, None, None, None], known, batch["pictures"])
+        index, variant = torch.from_numpy(listed), torch.from_numpy(rng.integers(0, self.captioned.variants, size))
+        return batch | {
+            "denoised": denoised,
+            "ids": self.captioned.condition(index, variant, torch.zeros(size, dtype=torch.bool)),
+            "timesteps": torch.from_numpy(rng.integers(1, self.LATEST, size)),
+            "gaussian": torch.from_numpy(rng.standard_normal(batch["noise"].shape, dtype=np.float32)),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        with torch.no_grad():
+            mean, offset = self.model.encode(rgb, alpha, padded)
+            z, rows, noise = (mean + offset).float(), batch["denoised"], batch["noise"].clone()
+            if rows.any():
+                timesteps = batch["timesteps"][rows]
+                noisy, _ = self.process.noisy(z[rows], batch["gaussian"][rows], timesteps)
+                given = batch["ids"][rows].to(noisy.device)
+                predicted = self._denoiser[0](noisy, self.process.model_timesteps(timesteps), given).float()
+                noise[rows] = self.process.clean(noisy, predicted, timesteps) - z[rows]
+        _, _, made = model(rgb, alpha, padded, noise)
+        colours = _distance((made[:, 1:].float() - padded) * (0.1 + 0.9 * alpha))
+        error = made[:, :1].float() - alpha
+        gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return colours + error.abs().mean() + 0.25 * gradients
+
+
 @torch.no_grad()
 def alpha_code(vae: AutoencoderKL, pictures: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A linear code of alpha in latents that the VAE's decoder hardly notices: kernel (C, 1, 8, 8) and bias (C,).
@@ -293,6 +344,14 @@ def adjusted_latents(work: Path, vae: AutoencoderKL, batch: int = 64) -> torch.T
     return torch.cat(made)
 
 
+def trained_denoiser(work: Path, pipeline: Any, rank: int) -> Denoiser:
+    """Text encoder and UNet with the trained update."""
+    denoiser = Denoiser(copy.deepcopy(pipeline.unet).float(), pipeline.text_encoder.float())
+    add_low_rank(denoiser.core, rank)
+    load_average(work / "transparency" / "unet", denoiser, "unet")
+    return denoiser
+
+
 def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective) -> DenoisingTask:
     """Trains the low-rank update on the concept list with changed latents; text encoder and base weights stay."""
     latents = load_file(require(work / "transparency" / "latents.safetensors", "latents"))["latents"]
@@ -309,8 +368,9 @@ def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwri
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another folder or pass --overwrite")
     task = DecoderTask(work, pipeline.vae)
-    if (work / "transparency" / "decoder").exists():
-        load_average(work / "transparency" / "decoder", task.model, "decoder")
+    for stage in ("decoder", "refine"):
+        if (work / "transparency" / stage).exists():
+            load_average(work / "transparency" / stage, task.model, stage)
     pair = task.model.half().float().eval()
     with torch.no_grad():
         facts = task.evaluate()
@@ -318,11 +378,8 @@ def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwri
         pair.encoder.half().save_pretrained(temporary / "encoder")
         pair.decoder.half().to(memory_format=torch.contiguous_format).save_pretrained(temporary / "decoder")
         if (work / "transparency" / "unet").exists():
-            trained = copy.deepcopy(pipeline.unet)
-            add_low_rank(trained, rank)
-            denoiser = Denoiser(trained, pipeline.text_encoder)
-            load_average(work / "transparency" / "unet", denoiser, "unet")
-            save_file(low_rank_changes(trained, pipeline.unet), temporary / ADAPTER)
+            trained = trained_denoiser(work, pipeline, rank)
+            save_file(low_rank_changes(trained.core, pipeline.unet), temporary / ADAPTER)
     for file in out.rglob("*.safetensors"):
         file.chmod(0o644)
     return facts | {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}
