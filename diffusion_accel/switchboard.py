@@ -175,10 +175,9 @@ class Acceleration:
         if not active or clock is None:
             output, flops = self._counted(call, args, kwargs)
         else:
-            arguments = _named(self._pipeline, args, kwargs)
             for attachment in active:
-                arguments = attachment.process_input(arguments)
-            args, kwargs = (), arguments
+                if type(attachment).process_input is not Attachment.process_input:
+                    args, kwargs = (), attachment.process_input(_named(self._pipeline, args, kwargs))
             _claim(modules)
             entered: list[Attachment] = []
             try:

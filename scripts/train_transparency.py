@@ -48,7 +48,7 @@ ENCODER |= {"ema": 0.998, "weight_decay": 1e-3, "eval_every": 250, "grid_every":
 DECODER = ENCODER | {"steps": 8000, "grid_every": 500}
 UNET: dict[str, Any] = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.8, "curve": "cosine"}
 UNET |= {"eval_every": 250, "grid_every": 500}
-REFINE = DECODER | {"steps": 3000, "batch": 8, "lr": 6e-4, "warmup": 50, "cooldown": 0.9}
+REFINE = DECODER | {"steps": 1600, "batch": 8, "lr": 6e-4, "warmup": 50, "cooldown": 0.9}
 TUNED = {"encoder": ENCODER, "decoder": DECODER, "unet": UNET, "refine": REFINE}
 ORDER = ("encoder", "latents", "decoder", "unet", "refine", "export")
 

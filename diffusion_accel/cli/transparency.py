@@ -171,9 +171,14 @@ def cutout(
     feature = LatentTransparency(weights=weights, views=views, strength=0.0)
     picture = open_image(image)
     source = find_model(model)
+    import diffusers
+    import transformers
+
     from ..evaluation.pictures import premultiplied as multiplied
     from ..pipelines.loading import load_pipeline
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     made, alpha_psnr = _round_trip(load_pipeline(source), feature, picture)
     save_image(multiplied(made) if premultiplied else made, path)
     typer.echo(f"{path}  alpha PSNR {alpha_psnr:.1f} dB")
