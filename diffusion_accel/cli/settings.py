@@ -199,7 +199,7 @@ def check_transparency(s: Settings) -> None:
     from ..transparency.latent_transparency import LAYERS, LatentTransparency
 
     feature = s.features.get("transparent")
-    transparent = isinstance(feature, LatentTransparency) and feature.views > 0
+    transparent = isinstance(feature, LatentTransparency) and feature.views != 0
     for name in ("premultiplied", "preview", "layers"):
         if getattr(s, name) and not transparent:
             raise ConfigurationError(f"--{name} needs --transparent")

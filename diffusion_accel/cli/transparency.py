@@ -22,7 +22,7 @@ def drawn_layers(settings: Settings) -> tuple[str, ...]:
     from ..transparency.latent_transparency import LAYERS, LatentTransparency
 
     feature = settings.features.get("transparent")
-    return LAYERS[feature.variant] if isinstance(feature, LatentTransparency) and feature.views else ("",)
+    return LAYERS[feature.variant] if isinstance(feature, LatentTransparency) and feature.views != 0 else ("",)
 
 
 def by_picture(images: list[Image.Image], layers: tuple[str, ...]) -> list[list[Image.Image]]:
@@ -147,7 +147,9 @@ def cutout(
     model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, hub id or folder.")] = "sticker",
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "cutout.png",
     weights: Annotated[str, typer.Option(help="Transparency weights; beside the model if not given.")] = "",
-    views: Annotated[int, typer.Option(help="Sides from which the decoder looks: 8, 4 or 1.")] = 8,
+    views: Annotated[
+        int | None, typer.Option(help="Sides from which the decoder looks: 8, 4 or 1; as recommended if not given.")
+    ] = None,
     preview: Annotated[
         str | None, typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write it over this.")
     ] = None,
@@ -206,12 +208,13 @@ def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Im
         raise UnsupportedPipelineError("cutout needs an encoder, which these weights do not have")
     rgba = rgba_tensor(picture)
     assert rgba is not None
+    views = loaded.decoder.config.recommended_views if feature.views is None else feature.views
     height, width = rgba.shape[-2:]
     factor = loaded.encoder.factor
     around = (0, -width % factor, 0, -height % factor)
     whole = F.pad(rgba, around, mode="replicate") if any(around) else rgba
     with torch.no_grad():
         z = encode_rgba(pipe.vae, loaded.encoder, whole[:, :3], whole[:, 3:])
-        rgb, alpha = decode_rgba(loaded.decoder, pipe.vae.decode(z).sample, z, feature.views)
+        rgb, alpha = decode_rgba(loaded.decoder, pipe.vae.decode(z).sample, z, views)
     made = torch.cat([rgb, alpha], 1)[..., :height, :width]
     return to_pil(made)[0], float(psnr(rgba[:, 3:], made[:, 3:].cpu())[0])

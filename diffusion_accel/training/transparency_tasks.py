@@ -36,9 +36,11 @@ DECODER: dict[str, Any] = {
     "block_out_channels": (16, 16, 32, 64, 96),
     "attention_levels": 2,
     "layers_per_block": 1,
+    "recommended_views": 1,
 }
 
 COMPONENTS = 6  # of the 8x8 patches of alpha, in the code that the encoder begins with
+SHARPEN = 0.1  # alpha below this is clear, alpha above 1 - this is opaque, in what is exported
 AMPLITUDE = 0.17  # of the code, in latents, which have unit RMS
 
 
@@ -363,6 +365,13 @@ def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective) -> Den
 
 
 # ------------------------------------------------------------------------------------------- export
+@torch.no_grad()
+def sharpen(decoder: LatentTransparencyDecoder, low: float = SHARPEN, high: float = 1 - SHARPEN) -> None:
+    """Fold (alpha - low) / (high - low) into the last layer: an edge that is uncertain becomes narrower."""
+    decoder.conv_out.weight[0] /= high - low
+    decoder.conv_out.bias[0] = (decoder.conv_out.bias[0] - low) / (high - low)
+
+
 def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwrite: bool = False) -> dict[str, Any]:
     """Write encoder, decoder and, if the UNet was trained, its update as float16; returns sizes and final numbers."""
     if out.exists() and not overwrite:
@@ -371,6 +380,7 @@ def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwri
     for stage in ("decoder", "refine"):
         if (work / "transparency" / stage).exists():
             load_average(work / "transparency" / stage, task.model, stage)
+    sharpen(task.model.decoder)
     pair = task.model.half().float().eval()
     with torch.no_grad():
         facts = task.evaluate()

@@ -53,8 +53,8 @@ def load(feature: LatentTransparency, pipeline: Any) -> Loaded:
     channels, factor = vae.config.latent_channels, 1 << (len(vae.config.block_out_channels) - 1)
     encoder: Any = None
     decoder: Any = None
-    if feature.views and parts.decoder is not None:
-        decoder = load_part(parts.decoder, LatentTransparencyDecoder)
+    if feature.views != 0 and parts.decoder is not None:
+        decoder = load_part(parts.decoder, LatentTransparencyDecoder).to(memory_format=torch.channels_last)
     if parts.encoder is not None:
         scale = {} if parts.offset_scale is None else {"offset_scale": parts.offset_scale}
         encoder = load_part(parts.encoder, LatentTransparencyEncoder, **scale)
@@ -95,6 +95,13 @@ class TransparencyAttachment(Attachment):
     def _feature(self) -> LatentTransparency:
         return self.feature  # type: ignore[return-value]
 
+    @property
+    def _views(self) -> int:
+        """From how many sides is decoded."""
+        if self._feature.views is not None or self._loaded.decoder is None:
+            return self._feature.views or 0
+        return int(self._loaded.decoder.config.recommended_views)
+
     # ------------------------------------------------------------------ the call
     def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pictures with alpha that the call starts from: grey behind them, their alpha kept for the encoder."""
@@ -125,7 +132,7 @@ class TransparencyAttachment(Attachment):
     def before_call(self, clock: StepClock) -> None:
         self._decoded, self._unet = [], find_denoiser(self.pipeline)
         vae, loaded, feature = getattr(self.pipeline, "vae", None), self._loaded, self._feature
-        self._counters = {"views": float(feature.views)}
+        self._counters = {"views": float(self._views)}
         if loaded.adapter is not None:
             loaded.adapter.apply(self._unet, feature.strength)
             self._counters["changed"] = float(len(loaded.adapter.changes))
@@ -217,7 +224,7 @@ class TransparencyAttachment(Attachment):
         rows = [i for i in range(count) if layers[i % len(layers)] == "fg"]  # the others are opaque
         if not rows:
             return output
-        rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._feature.views)
+        rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._views)
         if on_gpu and getattr(self.pipeline, "_all_hooks", None):
             decoder.to("cpu")  # the pipeline's models are offloaded, so is this one
         blocked = output[1] if isinstance(output, tuple) else getattr(output, "nsfw_content_detected", None)

@@ -53,7 +53,8 @@ class LatentTransparency(Feature):
             "fg2blend", "bg2blend", "fgblend2bg", "bgblend2fg", for SD 1.5 "joint" (foreground, background and blend
             in turn, from 3, 6, … pictures), "fg2bg" and "bg2fg" (two in turn).
         adapter: another adapter file than the one in `weights`.
-        views: 8, 4 or 1 sides from which the decoder looks, the median counts; 0 leaves the pictures as they are.
+        views: 8, 4 or 1 sides from which the decoder looks, the median counts; 0 leaves the pictures as they are. None:
+            as the weights recommend, 8 for published ones.
         strength: of the adapter; 0 leaves the base model as it is.
         until: share of the steps in which the adapter is in force, the rest are the base model's; above 0 to 1.
         foreground, background, blend: picture files that the variant needs.
@@ -70,7 +71,9 @@ class LatentTransparency(Feature):
     weights: str = option("", "embedded name, folder or hub id (default: beside the model)")
     variant: str = option("fg", f"what is drawn: {', '.join(CONDITIONS)}")
     adapter: str = option("", "another adapter file than the one in weights")
-    views: int = option(8, "sides from which the decoder looks: 8, 4 or 1; 0 leaves RGB as it is")
+    views: int | None = option(
+        None, "sides from which the decoder looks: 8, 4 or 1; 0 leaves RGB as it is (default: as the weights recommend)"
+    )
     strength: float = option(1.0, "of the adapter; 0 leaves the base model as it is")
     until: float = option(1.0, "share of the steps with the adapter, above 0, at most 1")
     foreground: str = option("", "picture file, where the variant needs one")
@@ -83,7 +86,7 @@ class LatentTransparency(Feature):
 
         if self.variant not in CONDITIONS:
             refuse("variant", f"one of {', '.join(CONDITIONS)}")
-        if self.views not in VIEWS:
+        if self.views is not None and self.views not in VIEWS:
             refuse("views", "8, 4, 1 or 0")
         if not (math.isfinite(self.strength) and self.strength >= 0):
             refuse("strength", "a finite number of at least 0")
@@ -103,7 +106,7 @@ class LatentTransparency(Feature):
     @property
     def idle(self) -> bool:
         """Whether nothing is adapted and nothing decoded."""
-        return not self.views and not self.strength
+        return self.views == 0 and not self.strength
 
     def supports(self, pipeline: Any) -> str | None:
         from .attachment import load

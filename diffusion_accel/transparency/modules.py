@@ -76,6 +76,7 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
         attention_levels: how many of the deepest blocks on each side have self-attention, beside the middle.
         layers_per_block: residual blocks in a down block; an up block has one more.
         attention_head_dim, norm_num_groups, norm_eps: of attention and GroupNorm.
+        recommended_views: from how many sides to decode: 1 for a decoder that has seen upright pictures only.
     """
 
     _supports_gradient_checkpointing = False
@@ -93,6 +94,7 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
         attention_head_dim: int = 8,
         norm_num_groups: int = 4,
         norm_eps: float = 1e-5,
+        recommended_views: int = 8,
     ) -> None:
         super().__init__()
         widths, levels = block_out_channels, len(block_out_channels)

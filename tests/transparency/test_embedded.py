@@ -44,11 +44,14 @@ def test_what_is_drawn_is_opaque_and_what_is_not_is_not(pipe: Any) -> None:
         assert ((alpha < 0.1) | (alpha > 0.9)).mean() > 0.8, "edges are narrow"
     white = [thresholded(rgb)[30:66, 30:66].mean() for rgb in plain[:2]]
     kept = [alpha[30:66, 30:66].mean() for alpha in alphas[:2]]
-    assert all(k > 0.9 > w + 0.1 for k, w in zip(kept, white, strict=True)), "white faces: not told from the background"
+    assert all(k > 0.99 > w + 0.05 for k, w in zip(kept, white, strict=True)), "white faces"
 
 
-@pytest.mark.parametrize("feature", [EncoderReuse(), Reuse(plan="tuned:quality"), Reuse(plan="tuned:balanced")])
+ACCELERATIONS = [EncoderReuse(schedule="uniform:2"), Reuse(plan="tuned:quality"), Reuse(plan="tuned:balanced")]
+
+
+@pytest.mark.parametrize("feature", ACCELERATIONS)
 def test_acceleration_keeps_alpha(pipe: Any, feature: Any) -> None:
     reference = as_tensor(draw(pipe, LatentTransparency(views=1)))
     made = as_tensor(draw(pipe, LatentTransparency(views=1), feature))
-    assert psnr(reference[:, 3:], made[:, 3:]).median() > (18 if isinstance(feature, EncoderReuse) else 35)
+    assert psnr(reference[:, 3:], made[:, 3:]).median() > (25 if isinstance(feature, EncoderReuse) else 35)
