@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ from .weights import find_parts, load_part
 if TYPE_CHECKING:
     from ..steps import StepClock
     from .latent_transparency import LatentTransparency
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,6 +87,7 @@ class TransparencyAttachment(Attachment):
         super().__init__(feature, pipeline)
         self._loaded = Loaded(None, None, None, None) if feature.idle else load(feature, pipeline)
         self._hooks = HookSet("diffusion_accel.transparency")
+        self._until = HookSet("diffusion_accel.transparency.until")
         self._wrapped: list[tuple[Any, str]] = []
         self._decoded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._given: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -144,7 +149,7 @@ class TransparencyAttachment(Attachment):
             self._concatenated = Concatenated(condition_latents(vae, pictures, *self._size))
             self._hooks.add(self._unet.conv_in, self._concatenated)
         if feature.until < 1:
-            self._hooks.add(self._unet, Until(clock, feature.until, self._unadapted))
+            self._until.add(self._unet, Until(clock, feature.until, self._unadapted))
         if loaded.decoder is not None:
             self._wrap(vae, "decode", self._decode)
         if self._given is not None:
@@ -162,6 +167,7 @@ class TransparencyAttachment(Attachment):
     def after_call(self) -> None:
         if self._loaded.adapter is not None:
             self._loaded.adapter.restore()
+        self._until.remove()
         self._hooks.remove()
         self._concatenated = None
         while self._wrapped:
@@ -214,6 +220,7 @@ class TransparencyAttachment(Attachment):
         count = len(images)
         z, sample = (torch.cat([pair[k] for pair in decoded])[-count:] for k in (0, 1))
         if len(z) != count:
+            logger.warning("transparent: %d pictures of %d latents stay RGB", count, len(z))
             return output
         on_gpu = z.device.type != "cpu"
         decoder.to(z.device)

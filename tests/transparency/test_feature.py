@@ -236,6 +236,10 @@ def test_published_files_for_sd15(published: Path, tmp_path: Path) -> None:
     assert [image.mode for image in images] == ["RGBA", "RGB", "RGB"]
     with pytest.raises(ConfigurationError, match="multiple of 3, got 2 rows"):
         draw(pipe, {**call, "guidance_scale": 1.0, "num_images_per_prompt": 2})
+    latents = draw(pipe, {**call, "num_images_per_prompt": 3}, "latent").images
+    accelerate(pipe, LatentTransparency(weights=str(published), variant="joint", views=1, until=0.5))
+    partly = draw(pipe, {**call, "num_images_per_prompt": 3}, "latent").images
+    assert not torch.equal(partly, latents), "the last steps are the base model's"
     Image.fromarray((rand(70, 50, 3).sigmoid() * 255).to(torch.uint8).numpy()).save(tmp_path / "bg.png")
     given = {"weights": str(published), "variant": "bg2fg", "background": str(tmp_path / "bg.png"), "views": 1}
     accelerate(pipe, LatentTransparency(**given))
