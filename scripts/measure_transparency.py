@@ -97,6 +97,7 @@ def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
             row[name] = median(psnr(composite(rgb, alpha, ground), composite(made_rgb, made_alpha, ground)))
         row["clean"] = share([cutout_faults(a.numpy()) for a in made_alpha[:, 0]])
         found[f"views_{views}"] = row
+    found["limits"] = what_limits(loaded.decoder, alpha, decoded, target, z)
     found["real"] = {"clean": share([cutout_faults(a.numpy()) for a in alpha[:, 0]])}
     # the ad-hoc ways on the same pictures, which the plain VAE has drawn on white
     white = composite(rgb, alpha, 1.0) * 2 - 1
@@ -111,6 +112,22 @@ def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
             row[ground_name] = median(psnr(composite(rgb, alpha, ground), made))
         found[name] = row | {"clean": share([cutout_faults(a.numpy()) for a in made_alpha[:, 0]])}
     return found
+
+
+def what_limits(decoder: Any, alpha: Any, decoded: Any, target: Any, z: Any) -> dict[str, float]:
+    """Where the error of alpha lies (1 view), and how much smaller it is with the true pixels instead of the VAE's."""
+    from torch.nn.functional import max_pool2d
+
+    from diffusion_accel.transparency.codec import decode_rgba
+
+    error = (decode_rgba(decoder, decoded, z, 1)[1] - alpha) ** 2
+    edge = max_pool2d(alpha, 5, 1, 2) + max_pool2d(-alpha, 5, 1, 2) > 0.1
+    inside = torch.where(edge, torch.zeros_like(error), error).flatten(1).mean(1)
+    return {
+        "share_of_error_within_2_pixels_of_an_edge": round(float((error * edge).sum() / error.sum()), 3),
+        "psnr_elsewhere": median(-10 * inside.clamp(min=1e-10).log10()),
+        "alpha_psnr_with_true_pixels": median(psnr(alpha, decode_rgba(decoder, target, z, 1)[1])),
+    }
 
 
 def rivals() -> dict[str, Any]:
