@@ -70,7 +70,7 @@ def run(
         )
         files = sorted((made / str(denoiser_name(pipe))).glob("*.safetensors"))
         report.bytes = {"checkpoint": sum(f.stat().st_size for f in files), "float32": 4 * parameters}
-        report.seconds, report.peak = done.seconds, peak_memory()
+        report.seconds, report.peak, report.buckets = done.seconds, peak_memory(), len(done.spec.timesteps)
         write(report, made)
         shutil.copy(work / "log.jsonl", made / "log.jsonl")
         put(made, folder, overwrite)

@@ -11,9 +11,21 @@ from torch import nn
 from .layers import Buckets, QuantizedLayer, SelectBucket, quantized_like
 from .model import candidates
 from .spec import LayerSpec
-from .uniform import search_grid, top
+from .uniform import half_scale, search_grid, top
 
 GAMMA, ZETA = -0.1, 1.1  # ends of the stretched sigmoid (AdaRound, section 3.3)
+
+
+class _AsStored(torch.autograd.Function):
+    """A scale as a compact checkpoint stores it, in float32; gradients pass unchanged (straight through)."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: torch.Tensor) -> torch.Tensor:
+        return half_scale(scale).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
 
 
 class Draft(nn.Module):
@@ -28,7 +40,8 @@ class Draft(nn.Module):
         scale, zero_point: grid of the weights, (parts, O).
         up: whether each weight is rounded up from the floor; while it is learnt, `logits` decides.
         logits: AdaRound's variable, None but during reconstruction.
-        input_scale, input_zero_point, output_scale, output_zero_point: (buckets, 1 | parts | C); scales are trainable.
+        input_scale, input_zero_point, output_scale, output_zero_point: (buckets, 1 | parts | C); scales are trainable,
+            and used with the precision in which the checkpoint will store them.
     """
 
     up: torch.Tensor
@@ -139,6 +152,8 @@ class Draft(nn.Module):
     def _learned(self, x: torch.Tensor, name: str, bits: int) -> torch.Tensor:
         """`x` on its grid; gradients reach `x` and the scale (straight through the rounding)."""
         scale = QuantizedLayer.grid_at(self, getattr(self, f"{name}_scale"), x)  # type: ignore[arg-type]
+        if name == "input" and self.spec.compact_grids:
+            scale = _AsStored.apply(scale)
         zero = QuantizedLayer.grid_at(self, getattr(self, f"{name}_zero_point"), x)  # type: ignore[arg-type]
         ratio = x / scale
         whole = ratio + (ratio.round() - ratio).detach()
@@ -168,8 +183,7 @@ class Draft(nn.Module):
             made.bias.data = self.bias.detach().clone()
         for name in ("input", "output"):
             if hasattr(self, f"{name}_scale"):
-                getattr(made, f"{name}_scale").copy_(getattr(self, f"{name}_scale").detach())
-                getattr(made, f"{name}_zero_point").copy_(getattr(self, f"{name}_zero_point"))
+                made.store_grids(name, getattr(self, f"{name}_scale").detach(), getattr(self, f"{name}_zero_point"))
         return made
 
 

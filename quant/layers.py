@@ -13,7 +13,7 @@ from diffusion_accel.hooks import bind_forward
 
 from .packing import pack, packed_bytes, unpack
 from .spec import LayerSpec
-from .uniform import dequantize, fake_quantize
+from .uniform import dequantize, fake_quantize, half_scale
 
 
 class Buckets:
@@ -113,7 +113,8 @@ class QuantizedLayer(nn.Module):
 
     Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), and where the
     spec asks for them `input_scale`, `input_zero_point` (buckets, 1 | parts | C) and `output_scale`,
-    `output_zero_point` (buckets, 1).
+    `output_zero_point` (buckets, 1). With `compact_grids` input scales are float16 and zero points packed, (buckets,
+    bytes); computing turns those of the running call into float32 and whole numbers.
     """
 
     weight_codes: torch.Tensor
@@ -145,8 +146,9 @@ class QuantizedLayer(nn.Module):
         buffer("weight_zero_point", (spec.parts, rows), torch.uint8)
         if spec.activation_bits:
             grids = (steps, weight.shape[1] if spec.per_channel else spec.parts)
-            buffer("input_scale", grids, torch.float32)
-            buffer("input_zero_point", grids, torch.uint8 if spec.activation_bits <= 8 else torch.int32)
+            packed = (steps, packed_bytes(grids[1], spec.packed_zero_points)) if spec.packed_zero_points else grids
+            buffer("input_scale", grids, torch.float16 if spec.compact_grids else torch.float32)
+            buffer("input_zero_point", packed, torch.uint8 if spec.activation_bits <= 8 else torch.int32)
         if spec.output_bits:
             buffer("output_scale", (steps, 1), torch.float32)
             buffer("output_zero_point", (steps, 1), torch.uint8 if spec.output_bits <= 8 else torch.int32)
@@ -189,10 +191,26 @@ class QuantizedLayer(nn.Module):
         return self.floats(torch.float32 if self.bias is None else self.bias.dtype)
 
     # ------------------------------------------------------------------ inputs
-    def grid_at(self, table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Scales or zero points of the running call from a table (buckets, K), shaped to broadcast over `x`."""
+    def store_grids(self, what: str, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        """Take the grids of the "input" or the "output": scales and zero points, (buckets, K), whole numbers."""
+        if what == "input" and self.spec.compact_grids:
+            scale = half_scale(scale)
+        if what == "input" and self.spec.packed_zero_points:
+            zero_point = pack(zero_point, self.spec.packed_zero_points)
+        getattr(self, f"{what}_scale").copy_(scale)
+        getattr(self, f"{what}_zero_point").copy_(zero_point)
+
+    def grid_at(self, table: torch.Tensor, x: torch.Tensor, packed: int = 0) -> torch.Tensor:
+        """Scales or zero points of the running call from a table (buckets, K), shaped to broadcast over `x`.
+
+        `packed`: the table has a row of packed zero points of so many bits for each bucket.
+        """
         number = self.buckets.number
         found = table[number : number + 1] if number is not None else table[self.buckets.rows(len(x))]
+        if packed:
+            found = unpack(found, packed, x.shape[self.channel_dim])
+        if found.is_floating_point():
+            found = found.float()
         if 1 < found.shape[1] == self.spec.parts != x.shape[self.channel_dim]:
             sizes = torch.tensor(self.spec.part_sizes(x.shape[self.channel_dim]), device=found.device)
             found = found.repeat_interleave(sizes, 1)
@@ -212,7 +230,8 @@ class QuantizedLayer(nn.Module):
 
     def _rounded(self, x: torch.Tensor, what: str, bits: int) -> torch.Tensor:
         scale, zero = getattr(self, f"{what}_scale"), getattr(self, f"{what}_zero_point")
-        return fake_quantize(x, self.grid_at(scale, x), self.grid_at(zero, x), bits)
+        packed = self.spec.packed_zero_points if what == "input" else 0
+        return fake_quantize(x, self.grid_at(scale, x), self.grid_at(zero, x, packed), bits)
 
     # ------------------------------------------------------------------ computing
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

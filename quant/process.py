@@ -198,7 +198,7 @@ class Quantization:
                     self.progress(f"{name}: {done} of {total} prompts", 0.0, float("nan"))
 
                 with torch.inference_mode():
-                    record(part, self.settings.buckets, folder, tell)
+                    record(part, self.settings.bucket_count, folder, tell)
         self.calibration = CalibrationSet(self.work / "calibration")
         self.heldout = CalibrationSet(self.work / "validation")
 
@@ -249,10 +249,12 @@ class Quantization:
         specs = {}
         for name in layers:
             inputs = s.activation_bits if name not in edges else max(s.edge_bits, s.activation_bits or 0)
+            by_channel = s.by_channel and name not in edges
             specs[name] = LayerSpec(
                 weight_bits=bits[name],
                 activation_bits=inputs if s.activation_bits else None,
-                per_channel=s.by_channel and name not in edges,
+                per_channel=by_channel,
+                compact_grids=by_channel and s.activation_bits is not None,
                 split=split.get(name, 0),
                 output_bits=s.attention_bits if name in queries else None,
                 sensitivity=float(f"{needs[name]:.4g}") if name in needs else None,

@@ -41,6 +41,7 @@ class QuantizationReport:
         validation: relative squared error of predictions after each stage.
         seconds: by stage of quantizing.
         peak: most memory the process held, bytes.
+        buckets: timesteps with grids of their own; 0: inputs are not quantized.
     """
 
     name: str
@@ -56,6 +57,7 @@ class QuantizationReport:
     losses: dict[str, list[Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak: int = 0
+    buckets: int = 0
     pictures: Any = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +67,8 @@ class QuantizationReport:
     def text(self) -> str:
         """A few lines for the terminal."""
         size, full = self.bytes["checkpoint"], self.bytes["float32"]
-        lines = [f"{self.folder}: {self.name}, {size / 1e6:.2f} MB, {size / full:.3f} of float32"]
+        grids = f", {self.buckets} buckets of timesteps" if self.buckets else ""
+        lines = [f"{self.folder}: {self.name}, {size / 1e6:.2f} MB, {size / full:.3f} of float32{grids}"]
         if self.psnr:
             middle = statistics.median(self.psnr), statistics.median(self.ssim or [0.0])
             lines.append(

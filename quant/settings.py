@@ -15,6 +15,8 @@ from .spec import ACTIVATION_BITS, WEIGHT_BITS, checked
 
 _BITS = re.compile(r"w(\d+)(?:a(\d+))?", re.IGNORECASE)
 LAYERS = ("preset", "measured", "all")
+BUCKETS = 25  # of timesteps, where an input has one grid or two
+BUCKETS_BY_CHANNEL = 16  # where each channel of an input has one, so that grids stay small beside 4-bit weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class QuantizeSettings:
         attention_bits: of queries, keys and values; None: not rounded. Only with `activation_bits`.
         softmax_bits: of attention probabilities; None: not rounded.
         split: skip connections that enter by concatenation get grids of their own.
-        buckets: timesteps of the trajectory with grids of their own.
+        buckets: timesteps of the trajectory with grids of their own; None: 25, or 16 where inputs have a grid for each
+            channel.
         search: look for the range of each weight grid with the least error; else from minimum to maximum.
         rounding: AdaRound's settings; None: to nearest.
         finetune: QuEST's finetuning; None: none.
@@ -51,7 +54,7 @@ class QuantizeSettings:
     attention_bits: int | None = 8
     softmax_bits: int | None = None
     split: bool = True
-    buckets: int = 25
+    buckets: int | None = None
     search: bool = True
     rounding: RoundingSettings | None = field(default_factory=RoundingSettings)
     finetune: FinetuneSettings | None = field(default_factory=FinetuneSettings)
@@ -73,7 +76,7 @@ class QuantizeSettings:
             raise ConfigurationError(f"layers must be one of {', '.join((*LAYERS, *PRESETS))}, got {self.layers!r}")
         if not 0 <= self.sensitive <= 1:
             raise ConfigurationError(f"sensitive must be a share between 0 and 1, got {self.sensitive:g}")
-        if self.buckets < 1:
+        if self.buckets is not None and self.buckets < 1:
             raise ConfigurationError(f"buckets must be at least 1, got {self.buckets}")
 
     @property
@@ -82,6 +85,13 @@ class QuantizeSettings:
         if self.per_channel is not None:
             return self.per_channel
         return self.activation_bits is not None and self.activation_bits < 6
+
+    @property
+    def bucket_count(self) -> int:
+        """The number of buckets asked for, or the one that fits the grids."""
+        if self.buckets is not None:
+            return self.buckets
+        return BUCKETS_BY_CHANNEL if self.by_channel else BUCKETS
 
     @property
     def observation(self) -> RangeSettings:
@@ -98,8 +108,8 @@ class QuantizeSettings:
         return f"{weights}a{self.activation_bits}" if self.activation_bits else weights
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+        """As JSON values, with the number of buckets that is used."""
+        return asdict(self) | {"buckets": self.bucket_count}
 
 
 def parse_bits(text: str) -> tuple[int, int | None]:

@@ -24,6 +24,8 @@ class LayerSpec:
         per_channel: a grid for each input channel instead of one for the whole input.
         split: the first `split` input channels have grids of their own, because the input is a concatenation with a
             skip connection; 0: not split.
+        compact_grids: the grids of a `per_channel` input take 2 bytes and `activation_bits` bits for each bucket and
+            channel: float16 scales, and zero points of up to 8 bits packed as weights are; else 5 bytes.
         output_bits: of its output (queries, keys and values of attention); None leaves it as it is.
         sqnr: of the weights, 10 log10(signal / rounding error), dB.
         sensitivity: relative squared error of the model's output when this layer's weights alone are quantized.
@@ -32,6 +34,7 @@ class LayerSpec:
     weight_bits: int
     activation_bits: int | None = None
     per_channel: bool = False
+    compact_grids: bool = False
     split: int = 0
     output_bits: int | None = None
     sqnr: float | None = None
@@ -44,6 +47,14 @@ class LayerSpec:
                 checked(getattr(self, name), ACTIVATION_BITS, name)
         if type(self.split) is not int or self.split < 0:
             raise ConfigurationError(f"split must be a number of channels, got {self.split!r}")
+        if self.compact_grids and not (self.per_channel and self.activation_bits):
+            raise ConfigurationError("compact_grids needs activation_bits and per_channel")
+
+    @property
+    def packed_zero_points(self) -> int:
+        """Bits that each zero point of the input takes in packed rows; 0: they are not packed."""
+        bits = self.activation_bits or 0
+        return bits if self.compact_grids and bits <= 8 else 0
 
     @property
     def parts(self) -> int:

@@ -41,6 +41,16 @@ def grid(
     return scale, zero if symmetric else (zero / scale).round().clamp(0, top(bits))
 
 
+def half_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as float16, to the nearest; what it cannot hold becomes its smallest normal number (6.1e-5) or its largest
+    (65504).
+
+    Subnormal numbers are not used: they have fewer digits, and some devices take them for zero.
+    """
+    limits = torch.finfo(torch.float16)
+    return scale.clamp(limits.smallest_normal, limits.max).half()
+
+
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes of `x`, as whole float32 numbers in 0 … 2^bits - 1; scale and zero point broadcast."""
     return (x / scale).round_().add_(zero_point).clamp_(0, top(bits))

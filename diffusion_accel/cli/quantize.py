@@ -64,7 +64,10 @@ def quantize(
         str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.", **_SAMPLING)
     ] = None,
     count: Annotated[int, typer.Option(help="How many prompts to use, or pictures to draw.", **_SAMPLING)] = 64,
-    buckets: Annotated[int, typer.Option(help="Timesteps with grids of their own.", **_SAMPLING)] = 25,
+    buckets: Annotated[
+        int | None,
+        typer.Option(help="Timesteps with grids of their own; 25, or 16 with inputs below 6 bits.", **_SAMPLING),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the trajectories.", **_SAMPLING)] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.", **_SAMPLING)
@@ -99,7 +102,7 @@ def quantize(
         if value not in allowed:
             raise ConfigurationError(f"--{name} must be {' or '.join(allowed)}, got {value!r}")
     for name, amount, low in (("count", count, 2), ("batch", batch, 1), ("report", report, 0), ("buckets", buckets, 1)):
-        if amount < low:
+        if amount is not None and amount < low:
             raise ConfigurationError(f"--{name} must be at least {low}, got {amount}")
     for name, number in (("epochs", epochs), ("time-epochs", time_epochs), ("iterations", iterations)):
         if number is not None and number < 0:

@@ -73,6 +73,19 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
     assert (near - torch.frombuffer(bytearray(pictures["flag"]), dtype=torch.uint8)).abs().mean() < 3
 
 
+def test_the_number_of_buckets_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [q for q in QUICK if q not in ("--buckets", "2")]
+    for bits, more, says in (
+        ("w4a4", [], ", 16 buckets of timesteps"),
+        ("w4a8", [], ", 25 buckets of timesteps"),
+        ("w4a4", ["--buckets", "3"], ", 3 buckets of timesteps"),
+        ("w4", [], "of float32\n"),
+    ):
+        options = [*quick, "--bits", bits, "--steps", "25", *more]
+        code, out, err = call(capsys, "quantize", "-m", tiny, *options, "-o", tmp_path / "new", "--overwrite", "-q")
+        assert code == 0 and says in out, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -82,6 +95,7 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
         (["--finetune", "lora"], "--finetune must be quest or none"),
         (["--rounding", "up"], "--rounding must be adaround or nearest"),
         (["--layers", "some"], "layers must be one of preset"),
+        (["--buckets", "0"], "--buckets must be at least 1, got 0"),
         (["--count", "1"], "--count must be at least 2"),
         (["--iterations", "-1"], "--iterations must be at least 0"),
         (["--rate", "nan"], "--rate must be a number above 0"),

@@ -21,7 +21,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
 from diffusion_accel.quant.model import RUNTIMES, runtime_report, set_runtime
-from diffusion_accel.quant.process import quantize
+from diffusion_accel.quant.process import Quantization, quantize
 from diffusion_accel.quant.settings import QuantizeSettings
 from diffusion_accel.reuse import Reuse
 from tests import zoo
@@ -35,14 +35,24 @@ def tiny_pipeline() -> Any:
     return pipe
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized DDPM pipeline folder."""
-    folder = tmp_path_factory.mktemp("quantized")
+def made(folder: Path, settings: QuantizeSettings) -> Path:
+    """A quantized DDPM pipeline folder in `folder`."""
     pipe = tiny_pipeline()
-    quantize(Sampler(pipe, ("",) * 4, 4, batch=2), TINY, folder / "work")
+    quantize(Sampler(pipe, ("",) * 4, 4, batch=2), settings, folder / "work")
     pipe.save_pretrained(folder / "pipe")
     return folder / "pipe"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with 8-bit inputs."""
+    return made(tmp_path_factory.mktemp("quantized"), TINY)
+
+
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with 4-bit inputs, whose grids are compact."""
+    return made(tmp_path_factory.mktemp("compact"), replace(TINY, activation_bits=4))
 
 
 def draw(pipe: Any) -> torch.Tensor:
@@ -50,7 +60,11 @@ def draw(pipe: Any) -> torch.Tensor:
     return Sampler(pipe, ("",) * 2, 4).images()
 
 
-def test_loads_with_plain_from_pretrained_and_writes_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["checkpoint", "compact"])
+def test_loads_with_plain_from_pretrained_and_writes_the_same_bytes(
+    which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    checkpoint: Path = request.getfixturevalue(which)
     pipe = DiffusionPipeline.from_pretrained(checkpoint)
     assert len(quantized_layers(pipe.unet)) > 10
     pipe.save_pretrained(tmp_path / "again")
@@ -66,6 +80,32 @@ def test_loads_with_plain_from_pretrained_and_writes_the_same_bytes(checkpoint: 
     assert torch.equal(draw(pipe), draw(again))
 
 
+def test_compact_grids_and_those_of_older_checkpoints(
+    compact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint without the option has float32 scales and a byte for each zero point, and loads as it did."""
+    specs = Quantization._specs
+    monkeypatch.setattr(
+        Quantization, "_specs", lambda *a: {n: replace(s, compact_grids=False) for n, s in specs(*a).items()}
+    )
+    older = made(tmp_path, replace(TINY, activation_bits=4))
+    assert "compact_grids" not in (older / "unet" / "config.json").read_text()
+    name = "mid_block.resnets.0.conv1"
+    shapes = {}
+    for folder in (older, compact):
+        tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        found = [tensors[f"{name}.input_{k}"] for k in ("scale", "zero_point")]
+        shapes[folder] = [(t.dtype, t.nbytes) for t in found]
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        layer = quantized_layers(pipe.unet)[name]
+        assert layer.spec.compact_grids == (folder == compact) and torch.equal(layer.input_scale, found[0])
+        set_runtime(pipe, "simulated")
+        assert torch.isfinite(draw(pipe)).all()
+    count = 3 * layer.weight_shape[1]
+    assert shapes[older] == [(torch.float32, 4 * count), (torch.uint8, count)]
+    assert shapes[compact] == [(torch.float16, 2 * count), (torch.uint8, count // 2)]
+
+
 def test_a_new_process_needs_one_import(checkpoint: Path) -> None:
     code = (
         "import sys, diffusion_accel\n"
@@ -79,11 +119,13 @@ def test_a_new_process_needs_one_import(checkpoint: Path) -> None:
         assert run.stdout.strip() == "QuantizedConv2d", run.stderr
 
 
-def test_another_dtype_leaves_grids_alone(checkpoint: Path) -> None:
-    model = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16).unet
+@pytest.mark.parametrize("which", ["checkpoint", "compact"])
+def test_another_dtype_leaves_grids_alone(which: str, request: pytest.FixtureRequest) -> None:
+    model = DiffusionPipeline.from_pretrained(request.getfixturevalue(which), torch_dtype=torch.bfloat16).unet
     assert model.dtype == torch.bfloat16
     for layer in quantized_layers(model).values():
-        assert layer.weight_scale.dtype == torch.float32 and layer.input_scale.dtype == torch.float32
+        stored = torch.float16 if layer.spec.compact_grids else torch.float32
+        assert layer.weight_scale.dtype == torch.float32 and layer.input_scale.dtype == stored
     x = torch.randn(1, 3, 8, 8).bfloat16()
     for runtime in RUNTIMES:
         set_runtime(model, runtime)
@@ -153,6 +195,7 @@ def test_a_truncated_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
         ({"layers": {"conv_in": {"weight_bits": 4, "colour": 3}}}, "unknown colour"),
         ({"layers": {"nowhere": {"weight_bits": 4}}}, "has no layer nowhere"),
         ({"layers": {"conv_act": {"weight_bits": 4}}}, "not a quantizable layer"),
+        ({"layers": {"conv_in": {"weight_bits": 4, "compact_grids": True}}}, "compact_grids needs"),
         ({"timesteps": "often"}, "timesteps must be a list"),
         ({"timesteps": []}, "activation bits but no timesteps"),
         ({"version": None}, "no version"),

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.quant.draft import Draft
+from diffusion_accel.quant.draft import Draft, rounding
 from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, why_not_integer
 from diffusion_accel.quant.layers import Buckets, QuantizedLayer, Simulated
 from diffusion_accel.quant.spec import LayerSpec
-from diffusion_accel.quant.uniform import fake_quantize
+from diffusion_accel.quant.uniform import fake_quantize, half_scale
 
 TIMES = (900.0, 500.0, 100.0)
 
@@ -41,6 +41,12 @@ LAYERS = {
 
 def made(layer: nn.Module, **spec: Any) -> QuantizedLayer:
     """A quantized layer with grids that fit inputs of about -3 … 3, others in each bucket."""
+    draft = drafted(layer, **spec)
+    return draft.finished(draft.buckets)
+
+
+def drafted(layer: nn.Module, **spec: Any) -> Draft:
+    """What `made` is made of."""
     values = LayerSpec(**{"weight_bits": 4, "activation_bits": 8, **spec})
     draft = Draft(layer, values, Buckets(TIMES))
     if values.activation_bits:
@@ -52,7 +58,7 @@ def made(layer: nn.Module, **spec: Any) -> QuantizedLayer:
     if values.output_bits:
         draft.output_scale.data.fill_(8 / (2**values.output_bits - 1))
         draft.output_zero_point.fill_(2 ** (values.output_bits - 1))
-    return draft.finished(draft.buckets)
+    return draft
 
 
 def inputs(layer: nn.Module, count: int = 2, seed: int = 1) -> torch.Tensor:
@@ -206,6 +212,57 @@ def test_state_copies_and_devices() -> None:
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), layer(x)) and isinstance(layer, nn.Linear)
     assert layer.weight.shape == (10, 12) and layer.weight_codes.shape == (10, 6)
+
+
+COMPACT: dict[str, Any] = {"per_channel": True, "compact_grids": True}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 12])
+def test_compact_grids_compute_what_the_draft_computes(kind: str, bits: int) -> None:
+    draft = drafted(LAYERS[kind](), activation_bits=bits, output_bits=8, **COMPACT)
+    draft.input_zero_point += torch.arange(12) % 3 - 1  # others in each channel
+    draft.input_scale.data[0, :4] = torch.tensor([0.0, 1e-6, 5e-5, 1e6])  # what float16 does not hold
+    layer = draft.finished(draft.buckets)
+    assert layer.input_scale.dtype == torch.float16 and layer.input_scale.shape == (3, 12)
+    packed = (12 * bits + 7) // 8
+    stored = (torch.uint8, (3, packed)) if bits <= 8 else (torch.int32, (3, 12))
+    assert (layer.input_zero_point.dtype, tuple(layer.input_zero_point.shape)) == stored
+    rounding({"one": draft}, True, True)
+    x = inputs(layer, 4)
+    for times in (*TIMES, torch.tensor([100.0, 900.0, 500.0, 900.0])):
+        draft.buckets.select(times)
+        with torch.no_grad():
+            assert torch.equal(layer(x), draft(x)) and torch.isfinite(layer(x)).all()
+        assert torch.equal(layer.round_input(x), layer.round_input(layer.round_input(x)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_compact_grids_take_half_the_bytes_and_only_round_the_scales(kind: str) -> None:
+    compact, wide = (drafted(LAYERS[kind](), activation_bits=4, **c) for c in (COMPACT, {"per_channel": True}))
+    wide.input_scale.data = half_scale(wide.input_scale.data).float()
+    one, two = compact.finished(compact.buckets), wide.finished(wide.buckets)
+    sizes = [sum(b.nbytes for n, b in q.named_buffers() if n.startswith("input_")) for q in (one, two)]
+    assert sizes == [3 * 12 * 5 // 2, 3 * 12 * 5]
+    x = inputs(one)
+    for time in TIMES:
+        one.buckets.select(time)
+        two.buckets.select(time)
+        assert torch.equal(one(x), two(x))
+
+
+def test_scales_of_compact_grids_learn_through_their_rounding() -> None:
+    draft = drafted(linear(), activation_bits=4, **COMPACT)
+    rounding({"one": draft}, True, True)
+    draft.input_scale.requires_grad_(True)
+    draft(inputs(linear())).square().sum().backward()
+    assert draft.input_scale.grad is not None and draft.input_scale.grad[0].abs().min() > 0
+
+
+def test_compact_grids_without_grids_by_channel_are_refused() -> None:
+    for bad in ({"activation_bits": 4}, {"per_channel": True}):
+        with pytest.raises(ConfigurationError, match="compact_grids needs"):
+            LayerSpec(weight_bits=4, compact_grids=True, **bad)  # type: ignore[arg-type]
 
 
 def test_bits_out_of_range_are_refused() -> None:

@@ -18,7 +18,7 @@ from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.quant import process
 from diffusion_accel.quant.calibration import CalibrationSet, record
 from diffusion_accel.quant.draft import Drafts, rounding
-from diffusion_accel.quant.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching
+from diffusion_accel.quant.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching, relative_error
 from diffusion_accel.quant.layers import quantized_layers
 from diffusion_accel.quant.model import set_runtime
 from diffusion_accel.quant.process import quantize
@@ -234,25 +234,59 @@ def test_every_stage_brings_the_model_nearer(tmp_path: Path) -> None:
     assert not torch.allclose(quantized, rows.output, atol=1e-3)
 
 
+def test_what_is_measured_is_what_the_checkpoint_computes(tmp_path: Path) -> None:
+    """Grids by channel are stored with fewer digits than they are learnt with; the last error is with those."""
+    for stages in (replace(WHOLE, activation_bits=4), replace(WHOLE, activation_bits=4, rounding=None, finetune=None)):
+        name = "finetuned" if stages.finetune else "quantized"
+        run = quantize(sampler(), stages, tmp_path / name)
+        assert {m.spec.compact_grids for n, m in run.layers().items() if n not in ("conv_in", "conv_out")} == {True}
+
+        def error(model: Any, run: Any = run) -> float:
+            count = len(run.heldout.timesteps)
+            return relative_error(model, [run.heldout.sample(b, process._PROBE_ROWS, 0) for b in range(count)])
+
+        assert error(run.model) == run.validation[name]
+        run.model.save_pretrained(tmp_path / "saved")
+        again = type(run.model).from_pretrained(tmp_path / "saved")
+        set_runtime(again, "simulated")
+        assert error(again) == run.validation[name]
+
+
+def test_how_many_buckets() -> None:
+    """16 where each channel has a grid, 25 elsewhere; what is asked for is used."""
+    for bits, count in ((8, 25), (6, 25), (5, 16), (4, 16), (None, 25)):
+        settings = QuantizeSettings(activation_bits=bits)
+        assert settings.bucket_count == settings.to_dict()["buckets"] == count
+        assert replace(settings, buckets=20).bucket_count == 20
+    assert QuantizeSettings(per_channel=True).bucket_count == 16
+    assert QuantizeSettings(activation_bits=4, per_channel=False).bucket_count == 25
+
+
 class Killed(BaseException):
     pass
 
 
+Whole = dict[int, tuple[dict[str, torch.Tensor], int]]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], int]:
-    """An uninterrupted run: the tensors of the quantized model, and how often it told what it does."""
-    steps: list[str] = []
-    work = tmp_path_factory.mktemp("whole")
-    run = quantize(sampler(), WHOLE, work, progress=lambda what, *rest: steps.append(what))
-    return run.model.state_dict(), len(steps)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Uninterrupted runs by bits of inputs: tensors of the quantized model, and how often it told what it does."""
+    made: Whole = {}
+    for bits in (8, 4):
+        steps: list[str] = []
+        work, settings = tmp_path_factory.mktemp("whole"), replace(WHOLE, activation_bits=bits)
+        run = quantize(sampler(), settings, work, progress=lambda what, *rest, to=steps: to.append(what))  # type: ignore[misc]
+        made[bits] = (run.model.state_dict(), len(steps))
+    return made
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "bits"), [(0, 8), (1, 8), (2, 8), (3, 4), (4, 4)])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    whole: tuple[dict[str, torch.Tensor], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, bits: int
 ) -> None:
     monkeypatch.setattr(process, "_SAVE_EVERY", 0.0)  # so that finetuning is interrupted in its middle, too
-    expected, steps = whole
+    (expected, steps), settings = whole[bits], replace(WHOLE, activation_bits=bits)
     for place in torch.randint(1, steps, (3,), generator=torch.Generator().manual_seed(seed)).tolist():
         left = [place]
 
@@ -262,10 +296,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
                 raise Killed
 
         try:
-            quantize(sampler(), WHOLE, tmp_path, progress=stop)
+            quantize(sampler(), settings, tmp_path, progress=stop)
         except Killed:
             continue
-    found = quantize(sampler(), WHOLE, tmp_path).model.state_dict()
+    found = quantize(sampler(), settings, tmp_path).model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 

@@ -14,6 +14,7 @@ from diffusion_accel.quant.uniform import (
     dequantize,
     fake_quantize,
     grid,
+    half_scale,
     quantize,
     search_grid,
     value_range,
@@ -45,6 +46,20 @@ def test_what_lies_on_the_grid_stays(seed: int, bits: int, symmetric: bool) -> N
     scale, zero = grid(x.amin(1, keepdim=True), x.amax(1, keepdim=True), bits, symmetric)
     once = fake_quantize(x, scale, zero, bits)
     assert torch.equal(fake_quantize(once, scale, zero, bits), once)
+
+
+@given(st.floats(2.0**-14, 65000, width=32))
+def test_half_scales_are_the_nearest_and_stay(value: float) -> None:
+    scale = torch.tensor([value])
+    half = half_scale(scale)
+    assert half.dtype == torch.float16 and abs(float(half) / value - 1) <= 2**-11
+    assert torch.equal(half_scale(half.float()), half)
+
+
+def test_half_scales_are_normal_positive_and_finite() -> None:
+    half = half_scale(torch.tensor([0.0, 1e-30, 5e-8, 6e-5, 6.2e-5, 65504.0, 65519.0, 1e6, 3e38]))
+    assert (half >= 2.0**-14).all() and torch.isfinite(half).all()
+    assert half[:4].eq(2.0**-14).all() and half[4] > 2.0**-14 and half[5:].eq(65504).all()
 
 
 @given(seeds)
