@@ -70,16 +70,20 @@ def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(forward)
+def _signature(method: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(method)
     return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
 
 
 def bind_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `module` by the parameter names of its class's `forward`."""
-    bound = _signature(type(module).forward).bind(*args, **kwargs)
-    named = dict(bound.arguments)
-    for parameter in _signature(type(module).forward).parameters.values():
+    return bind_method(type(module).forward, args, kwargs)
+
+
+def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a class's `method` by name, without self; raises `TypeError` as the call would."""
+    named = dict(_signature(method).bind(*args, **kwargs).arguments)
+    for parameter in _signature(method).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named

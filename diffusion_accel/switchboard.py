@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import threading
 import time
@@ -17,6 +16,7 @@ from .denoisers import find_controlnet, find_denoiser
 from .errors import CallStateError, ConfigurationError, FeatureConflictError, UnsupportedPipelineError
 from .evaluation.flops import count_flops
 from .feature import Attachment, Feature
+from .hooks import bind_method
 from .registry import FEATURES, feature_class
 from .report import Report
 from .steps import StepClock
@@ -177,7 +177,8 @@ class Acceleration:
         else:
             for attachment in active:
                 if type(attachment).process_input is not Attachment.process_input:
-                    args, kwargs = (), attachment.process_input(_named(self._pipeline, args, kwargs))
+                    named = bind_method(type(self._pipeline)._accelerated_base.__call__, args, kwargs)
+                    args, kwargs = (), attachment.process_input(named)
             _claim(modules)
             entered: list[Attachment] = []
             try:
@@ -221,17 +222,6 @@ class Acceleration:
 
 
 # ---------------------------------------------------------------------- helpers
-def _named(pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; raises `TypeError` as the call itself would."""
-    signature = inspect.signature(type(pipeline)._accelerated_base.__call__)
-    bound = signature.bind(pipeline, *args, **kwargs)
-    named: dict[str, Any] = dict(list(bound.arguments.items())[1:])
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-    return named
-
-
 def _as_feature(feature: Feature | type[Feature] | str) -> Feature:
     if isinstance(feature, str):
         feature = feature_class(feature)

@@ -2,7 +2,7 @@
 """Train latent transparency for the sticker model: encoder and decoder, and a low-rank update of its UNet.
 
     python scripts/train_sticker.py cache --data data/stickers --work runs/sticker
-    python scripts/train_transparency.py all --work runs/sticker --out runs/sticker/transparency
+    python scripts/train_transparency.py all --work runs/sticker --out runs/sticker/transparency/out
 
 Stages, each of which reads what the ones before it left in the work folder:
     encoder    trains the encoder before the frozen VAE
@@ -106,7 +106,8 @@ def run_training(stage: str, options: argparse.Namespace, accelerator: Accelerat
         shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     outcome = train(TASKS[stage](options), folder, settings, accelerator, resume=options.resume)
-    report(stage, step=outcome.step, steps=settings.steps, finished=outcome.finished)
+    if accelerator.is_main_process:
+        report(stage, step=outcome.step, steps=settings.steps, finished=outcome.finished)
     exit_if_stopped(outcome, accelerator)
 
 

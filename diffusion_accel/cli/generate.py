@@ -126,7 +126,7 @@ def generate(
     layers = drawn_layers(settings)
     beside = [file for group in paths for path in group for file in extra_paths(path, settings)]
     check_free(beside, settings.overwrite)
-    for path in [*paths[0], *beside] if layers != ("",) else ():
+    for path in [path for group in paths for path in group] if layers != ("",) else ():
         refuse_jpeg(path)
     compared = [p[0].with_name(f"{p[0].stem}-compare.png") for p in paths] if settings.compare else []
     check_free(compared, settings.overwrite)

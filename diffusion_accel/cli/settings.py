@@ -206,7 +206,6 @@ def check_transparency(s: Settings) -> None:
     if not transparent:
         return
     assert isinstance(feature, LatentTransparency)
-    refuse_jpeg(Path(s.output), "-o ")
     if s.preview is not None:
         parse_background(s.preview)
     drawn = LAYERS[feature.variant]

@@ -118,13 +118,11 @@ def compose(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Stack pictures with transparency into one."""
-    from .output import check_free, check_writable, plan_outputs, save_image
+    from .output import plan_outputs, save_image
 
     path = plan_outputs(output, [[0]], [None], overwrite)[0][0]
     if background is None:
         refuse_jpeg(path, "-o ")
-    check_free([path], overwrite)
-    check_writable(path.parent)
     if background is not None:
         parse_background(background)
     from PIL import Image
@@ -208,13 +206,12 @@ def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Im
         raise UnsupportedPipelineError("cutout needs an encoder, which these weights do not have")
     rgba = rgba_tensor(picture)
     assert rgba is not None
-    views = loaded.decoder.config.recommended_views if feature.views is None else feature.views
     height, width = rgba.shape[-2:]
     factor = loaded.encoder.factor
     around = (0, -width % factor, 0, -height % factor)
     whole = F.pad(rgba, around, mode="replicate") if any(around) else rgba
     with torch.no_grad():
         z = encode_rgba(pipe.vae, loaded.encoder, whole[:, :3], whole[:, 3:])
-        rgb, alpha = decode_rgba(loaded.decoder, pipe.vae.decode(z).sample, z, views)
+        rgb, alpha = decode_rgba(loaded.decoder, pipe.vae.decode(z).sample, z, loaded.views)
     made = torch.cat([rgb, alpha], 1)[..., :height, :width]
     return to_pil(made)[0], float(psnr(rgba[:, 3:], made[:, 3:].cpu())[0])

@@ -16,7 +16,7 @@ from .diffusion_task import PREVIEWS, sample_of
 from .files import TrainingError, require
 from .latents import PATCH, PatchCodec
 from .loop import Batch
-from .pictures import psnr, save_grid
+from .pictures import picture_loss, psnr, save_grid
 from .sticker_models import Shape, TextToLatents, build_text_encoder, build_vae
 
 LISTED = 3  # times as often as another picture one of the concept list is drawn
@@ -59,9 +59,8 @@ class DecoderTask:
         return {"pictures": pictures, "latents": latents + deviation * noise}
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        error = model(batch["latents"].contiguous(memory_format=torch.channels_last)).float() - batch["pictures"]
-        gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return (error**2).mean() + 0.25 * error.abs().mean() + 0.25 * gradients
+        made = model(batch["latents"].contiguous(memory_format=torch.channels_last)).float()
+        return picture_loss(made - batch["pictures"])
 
     def reconstruct(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures on white, and their reconstructions."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..evaluation.fidelity import psnr
 from ..transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from ..transparency.rgba import checkerboard, composite, on_grey, padded_rgb, straight
 from ..transparency.weights import ADAPTER
@@ -24,7 +25,7 @@ from .diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
 from .files import UsageError, replacing_folder, require
 from .latents import PATCH
 from .loop import Batch
-from .pictures import save_grid
+from .pictures import picture_loss, save_grid
 from .state import load_average
 from .sticker_tasks import Captioned
 
@@ -135,7 +136,7 @@ class EncoderTask:
         decoded, offset, _ = model(rgb, alpha, padded)
         kernel, bias = (part.to(alpha) for part in self.code)
         code = F.conv2d(alpha, kernel, bias, stride=PATCH)
-        return _distance(decoded.float() - on_grey(rgb, alpha)) + self.guide * F.mse_loss(offset.float(), code)
+        return picture_loss(decoded.float() - on_grey(rgb, alpha)) + self.guide * F.mse_loss(offset.float(), code)
 
     # ------------------------------------------------------------------ watching
     def round_trip(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
@@ -208,7 +209,7 @@ class DecoderTask(EncoderTask):
         rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
         _, _, made = model(rgb, alpha, padded, batch["noise"])
         weight = torch.cat([2 * torch.ones_like(alpha), (0.1 + 0.9 * alpha).expand(-1, 3, -1, -1)], 1)
-        return _distance((made.float() - torch.cat([alpha, padded], 1)) * weight)
+        return picture_loss((made.float() - torch.cat([alpha, padded], 1)) * weight)
 
 
 class RefineTask(DecoderTask):
@@ -255,7 +256,7 @@ class RefineTask(DecoderTask):
                 predicted = self._denoiser[0](noisy, self.process.model_timesteps(timesteps), given).float()
                 noise[rows] = self.process.clean(noisy, predicted, timesteps) - z[rows]
         _, _, made = model(rgb, alpha, padded, noise)
-        colours = _distance((made[:, 1:].float() - padded) * (0.1 + 0.9 * alpha))
+        colours = picture_loss((made[:, 1:].float() - padded) * (0.1 + 0.9 * alpha))
         error = made[:, :1].float() - alpha
         gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         return colours + error.abs().mean() + 0.25 * gradients
@@ -281,15 +282,9 @@ def alpha_code(vae: AutoencoderKL, pictures: torch.Tensor, alpha: torch.Tensor) 
     return kernel.view(-1, 1, PATCH, PATCH), -kernel @ mean
 
 
-def _distance(error: torch.Tensor) -> torch.Tensor:
-    """MSE + 0.25 L1 + 0.25 L1 of the gradients."""
-    gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return (error**2).mean() + 0.25 * error.abs().mean() + 0.25 * gradients
-
-
 def _psnr(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of each picture in 0..1, (N,)."""
-    return -10 * ((made - target) ** 2).flatten(1).mean(1).clamp(min=1e-10).log10()
+    """PSNR of each picture in 0..1, (N,), at most 100 dB."""
+    return psnr(made, target).clamp(max=100)
 
 
 # ------------------------------------------------------------------------------------------- the base model

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import ModelHook
-from safetensors.torch import load_file
 from torch import nn
 
 from ..denoisers import getattr_path
@@ -38,12 +37,12 @@ class Change:
     full: torch.Tensor | None = None
     up: torch.Tensor | None = None
     down: torch.Tensor | None = None
-    alpha: float | None = None
+    alpha: torch.Tensor | None = None  # a number
 
     @property
     def scale(self) -> float:
         """alpha / rank, 1 without an alpha."""
-        return 1.0 if self.alpha is None or self.down is None else self.alpha / self.down.shape[0]
+        return 1.0 if self.alpha is None or self.down is None else float(self.alpha) / self.down.shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,8 +64,8 @@ class Change:
 Changes = dict[str, Change]
 
 
-def read_changes(file: Path) -> Changes:
-    """The changes in an adapter file, by the parameter's name in diffusers' layout.
+def read_changes(file: Path, tensors: dict[str, torch.Tensor]) -> Changes:
+    """The changes that an adapter file with these tensors makes, by the parameter's name in diffusers' layout.
 
     Understood are: differences under the parameters' own names, low-rank factors (`lora_A`/`lora_B`, `lora.down`/
     `lora.up`, with `alpha`), and the web UI's `<LDM name>::diff::0`, `::lora::0` (up) and `::lora::1` (down).
@@ -75,7 +74,7 @@ def read_changes(file: Path) -> Changes:
         ModelLoadError: a key is none of these, or a factor is missing.
     """
     found: Changes = {}
-    for key, value in load_file(file).items():
+    for key, value in tensors.items():
         name = next((key[len(p) :] for p in _PREFIXES if key.startswith(p)), key)
         forge = _FORGE.fullmatch(name)
         if forge:
@@ -91,7 +90,7 @@ def read_changes(file: Path) -> Changes:
         if part is None:
             raise ModelLoadError(f"{file}: {key} is nothing an adapter of latent transparency can hold")
         change = found.setdefault(plain, Change())
-        setattr(change, part, float(value) if part == "alpha" else value)
+        setattr(change, part, value)
     for name, change in found.items():
         if change.full is None and (change.up is None or change.down is None):
             raise ModelLoadError(f"{file}: {name} has only one of its two low-rank factors")
@@ -234,22 +233,33 @@ class _Added(ModelHook):
             if kernel is None
             else {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
         )
+        self._factors: tuple[Any, tuple[Any, Any, Any]] | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["input"]
         made = self.fn_ref.original_forward(*args, **kwargs)
-        bias = None if self.bias is None else (self.bias.difference(made.device) * self.strength).to(made.dtype)
-        if self.weight is not None:
-            return made + self._of(self.weight, x.to(made.dtype), bias)
-        assert bias is not None
-        return made + bias.view(-1, *(1,) * (made.dim() - 2)) if self.geometry else made + bias
-
-    def _of(self, change: Change, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The change of the layer's output."""
-        if change.down is None or change.up is None:
-            weight = change.difference(x.device).to(x.dtype) * self.strength
-            return F.linear(x, weight, bias) if self.geometry is None else F.conv2d(x, weight, bias, **self.geometry)
-        down, up = change.down.to(x), change.up.to(x) * (change.scale * self.strength)
+        if self._factors is None or self._factors[0] != (made.device, made.dtype):
+            self._factors = (made.device, made.dtype), self._prepared(made)
+        down, up, bias = self._factors[1]
+        if up is None:
+            return made + bias.view(-1, *(1,) * (made.dim() - 2)) if self.geometry else made + bias
+        x = x.to(made.dtype)
         if self.geometry is None:
-            return F.linear(F.linear(x, down.flatten(1)), up.flatten(1), bias)
-        return F.conv2d(F.conv2d(x, down, **self.geometry), up.flatten(1)[..., None, None], bias)
+            return made + F.linear(x if down is None else F.linear(x, down), up, bias)
+        if down is None:
+            return made + F.conv2d(x, up, bias, **self.geometry)
+        return made + F.conv2d(F.conv2d(x, down, **self.geometry), up, bias)
+
+    def _prepared(self, like: torch.Tensor) -> tuple[Any, Any, Any]:
+        """The factors of the weight's change, the second alone if it is a whole one, and the bias's; all scaled."""
+        down: torch.Tensor | None = None
+        up: torch.Tensor | None = None
+        bias = None if self.bias is None else (self.bias.difference(like.device) * self.strength).to(like)
+        change = self.weight
+        if change is not None and (change.down is None or change.up is None):
+            up = change.difference(like.device).to(like) * self.strength
+        elif change is not None:
+            assert change.down is not None and change.up is not None
+            down, up = change.down.to(like), change.up.to(like).flatten(1) * (change.scale * self.strength)
+            down, up = (down.flatten(1), up) if self.geometry is None else (down, up[..., None, None])
+        return down, up, bias

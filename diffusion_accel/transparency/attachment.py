@@ -14,7 +14,6 @@ from ..denoisers import find_denoiser
 from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Attachment
 from ..hooks import HookSet
-from ..pipelines.models import safetensors_header
 from .adapter import Adapter, check_changes, read_changes
 from .codec import decode_rgba, offset_of
 from .conditions import Concatenated, Until, condition_latents, open_picture
@@ -22,7 +21,7 @@ from .latent_transparency import CONDITIONS, LAYERS
 from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from .pictures import flattened, rgba_tensor, to_type
 from .sharing import Sharing, is_sharing
-from .weights import find_parts, load_part
+from .weights import find_parts, load_part, read_tensors
 
 if TYPE_CHECKING:
     from ..steps import StepClock
@@ -34,16 +33,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """Everything that a setting needs: networks on the CPU, changes of the base model."""
+    """Everything that a setting needs: networks on the CPU, changes of the base model, sides to decode from."""
 
     encoder: LatentTransparencyEncoder | None
     decoder: LatentTransparencyDecoder | None
     adapter: Adapter | None
     sharing: Sharing | None
+    views: int = 0
 
 
-def load(feature: LatentTransparency, pipeline: Any) -> Loaded:
-    """Read and check the weights of `feature` for `pipeline`.
+def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> Loaded:
+    """Read and check the weights of `feature` for `pipeline`; with `headers` only names and shapes are read.
 
     Raises:
         ModelLoadError, ConfigurationError: they do not exist or do not fit; in one sentence.
@@ -58,26 +58,27 @@ def load(feature: LatentTransparency, pipeline: Any) -> Loaded:
     encoder: Any = None
     decoder: Any = None
     if feature.views != 0 and parts.decoder is not None:
-        decoder = load_part(parts.decoder, LatentTransparencyDecoder).to(memory_format=torch.channels_last)
+        decoder = load_part(parts.decoder, LatentTransparencyDecoder, headers).to(memory_format=torch.channels_last)
     if parts.encoder is not None:
         scale = {} if parts.offset_scale is None else {"offset_scale": parts.offset_scale}
-        encoder = load_part(parts.encoder, LatentTransparencyEncoder, **scale)
-    for part in (encoder, decoder):
+        encoder = load_part(parts.encoder, LatentTransparencyEncoder, headers, **scale)
+    for part, path in ((encoder, parts.encoder), (decoder, parts.decoder)):
         if part is not None and (part.config.latent_channels, part.factor) != (channels, factor):
             raise ModelLoadError(
-                f"{parts.decoder} is for latents of {part.config.latent_channels} channels and 1/{part.factor} of the "
+                f"{path} is for latents of {part.config.latent_channels} channels and 1/{part.factor} of the "
                 f"pictures' sides, this VAE has {channels} and 1/{factor}"
             )
     adapter, sharing = None, None
     if feature.strength and parts.adapter is not None:
-        header = safetensors_header(parts.adapter)
-        if is_sharing(header):
-            sharing = Sharing(parts.adapter, unet, len(LAYERS[feature.variant]))
+        tensors = read_tensors(parts.adapter, headers)
+        if is_sharing(tensors):
+            sharing = Sharing(parts.adapter, tensors, unet, len(LAYERS[feature.variant]))
         else:
-            changes = read_changes(parts.adapter)
+            changes = read_changes(parts.adapter, tensors)
             check_changes(((name, change.shape) for name, change in changes.items()), unet, parts.adapter)
             adapter = Adapter(changes)
-    return Loaded(encoder, decoder, adapter, sharing)
+    recommended = 0 if decoder is None else decoder.config.recommended_views
+    return Loaded(encoder, decoder, adapter, sharing, recommended if feature.views is None else feature.views)
 
 
 class TransparencyAttachment(Attachment):
@@ -99,13 +100,6 @@ class TransparencyAttachment(Attachment):
     @property
     def _feature(self) -> LatentTransparency:
         return self.feature  # type: ignore[return-value]
-
-    @property
-    def _views(self) -> int:
-        """From how many sides is decoded."""
-        if self._feature.views is not None or self._loaded.decoder is None:
-            return self._feature.views or 0
-        return int(self._loaded.decoder.config.recommended_views)
 
     # ------------------------------------------------------------------ the call
     def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +131,7 @@ class TransparencyAttachment(Attachment):
     def before_call(self, clock: StepClock) -> None:
         self._decoded, self._unet = [], find_denoiser(self.pipeline)
         vae, loaded, feature = getattr(self.pipeline, "vae", None), self._loaded, self._feature
-        self._counters = {"views": float(self._views)}
+        self._counters = {"views": float(loaded.views)}
         if loaded.adapter is not None:
             loaded.adapter.apply(self._unet, feature.strength)
             self._counters["changed"] = float(len(loaded.adapter.changes))
@@ -231,7 +225,7 @@ class TransparencyAttachment(Attachment):
         rows = [i for i in range(count) if layers[i % len(layers)] == "fg"]  # the others are opaque
         if not rows:
             return output
-        rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._views)
+        rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._loaded.views)
         if on_gpu and getattr(self.pipeline, "_all_hooks", None):
             decoder.to("cpu")  # the pipeline's models are offloaded, so is this one
         blocked = output[1] if isinstance(output, tuple) else getattr(output, "nsfw_content_detected", None)

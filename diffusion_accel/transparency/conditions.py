@@ -67,7 +67,7 @@ class Concatenated(ModelHook):
         if self.paused:
             return args, kwargs
         x, *rest = args
-        latents = self.latents.to(x)
+        latents = self.latents = self.latents.to(x)
         if latents.shape[-2:] != x.shape[-2:]:
             latents = F.interpolate(latents, x.shape[-2:], mode="bilinear", align_corners=False)
         return (torch.cat([x, latents.expand(len(x), -1, -1, -1)], 1), *rest), kwargs

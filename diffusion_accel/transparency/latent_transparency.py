@@ -114,7 +114,7 @@ class LatentTransparency(Feature):
         if self.idle:
             return None
         try:
-            load(self, pipeline)
+            load(self, pipeline, headers=True)
         except AccelerationError as error:
             return str(error)
         return None

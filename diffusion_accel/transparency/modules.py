@@ -31,8 +31,6 @@ class LatentTransparencyEncoder(ModelMixin, ConfigMixin):
             published for the web UI.
     """
 
-    _supports_gradient_checkpointing = False
-
     @register_to_config
     def __init__(
         self,
@@ -78,8 +76,6 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
         attention_head_dim, norm_num_groups, norm_eps: of attention and GroupNorm.
         recommended_views: from how many sides to decode: 1 for a decoder that has seen upright pictures only.
     """
-
-    _supports_gradient_checkpointing = False
 
     @register_to_config
     def __init__(

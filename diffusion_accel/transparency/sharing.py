@@ -7,14 +7,13 @@ low-rank updates of its projections, and after it an attention across the frames
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import ModelHook
-from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import ConfigurationError, ModelLoadError
@@ -26,9 +25,9 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _EPSILON = 1e-6  # of the layer norm before the attention across frames
 
 
-def is_sharing(header: Mapping[str, Any]) -> bool:
+def is_sharing(names: Iterable[str]) -> bool:
     """Whether a file's keys are those of attention-sharing modules."""
-    return any(name.startswith(_LAYERS) for name in header)
+    return any(name.startswith(_LAYERS) for name in names)
 
 
 def attention_layers(unet: Any) -> list[Any]:
@@ -45,9 +44,9 @@ def attention_layers(unet: Any) -> list[Any]:
 class Sharing:
     """The modules of one file, and their hooks on a U-Net while a call runs."""
 
-    def __init__(self, file: Path, unet: Any, frames: int) -> None:
-        self.file, self.frames = file, frames
-        self.tensors = {name: value.float() for name, value in load_file(file).items()}
+    def __init__(self, file: Path, tensors: dict[str, torch.Tensor], unet: Any, frames: int) -> None:
+        self.frames = frames
+        self.tensors = {name: value.float() for name, value in tensors.items()}
         self.paused = False
         self.control: torch.Tensor | None = None  # (1, 3, H, W) in 0..1
         self.signals: dict[int, torch.Tensor] = {}
@@ -171,8 +170,10 @@ class _AcrossFrames(ModelHook):
         return F.linear(x, *self._pair(name, x))
 
     def _pair(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias, where and as `like` is."""
-        return self.tensors[f"{name}.weight"].to(like), self.tensors[f"{name}.bias"].to(like)
+        """Weight and bias, where and as `like` is; moved there once."""
+        for part in ("weight", "bias"):
+            self.tensors[f"{name}.{part}"] = self.tensors[f"{name}.{part}"].to(like)
+        return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
     def _across(self, x: torch.Tensor) -> torch.Tensor:
         """Attention among the frames of each token: (b f, n, c) -> the same."""

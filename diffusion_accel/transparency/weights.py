@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from ..denoisers import find_denoiser
 from ..errors import ModelLoadError
 from ..pipelines.models import EMBEDDED, safetensors_header
 from ..pipelines.models import TRANSPARENCY as FOLDER
+from .sharing import is_sharing
 
 ADAPTER = "adapter.safetensors"
 
@@ -166,12 +171,12 @@ def _from_hub(repository: str, name: str) -> Path | None:
 
 
 # ------------------------------------------------------------------------------------------- reading
-def kind_of(header: dict[str, Any]) -> str:
+def kind_of(names: Iterable[str]) -> str:
     """What a safetensors file holds, by its keys, in words."""
-    names = [name for name in header if name != "__metadata__"]
+    names = list(names)
     if "latent_conv_in.weight" in names:
         return "a transparent decoder"
-    if any(name.startswith("hookers.layers.") for name in names):
+    if is_sharing(names):
         return "attention-sharing modules for SD 1.5"
     if "blocks.0.weight" in names:
         return "a transparency encoder"
@@ -180,8 +185,18 @@ def kind_of(header: dict[str, Any]) -> str:
     return "something else"
 
 
-def load_part(path: Path, cls: Any, **config: Any) -> Any:
+def read_tensors(file: Path, headers: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a checked safetensors file; with `headers` without their values, on the meta device."""
+    header = safetensors_header(file)
+    if not headers:
+        return load_file(file)
+    return {k: torch.empty(v["shape"], device="meta") for k, v in header.items() if k != "__metadata__"}
+
+
+def load_part(path: Path, cls: Any, headers: bool = False, **config: Any) -> Any:
     """An encoder or decoder from a folder with config.json, or from a published file (its sizes are the defaults).
+
+    With `headers` it stays on the meta device.
 
     Raises:
         ModelLoadError: the file is broken, or is something else; what it is is named.
@@ -189,10 +204,7 @@ def load_part(path: Path, cls: Any, **config: Any) -> Any:
     file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ModelLoadError(f"no such file: {file}")
-    header = safetensors_header(file)
-    import torch
-    from safetensors.torch import load_file
-
+    tensors = read_tensors(file, headers)
     if path.is_dir():
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -204,12 +216,11 @@ def load_part(path: Path, cls: Any, **config: Any) -> Any:
         except (TypeError, ValueError) as error:
             raise ModelLoadError(f"{path / 'config.json'} describes no {cls.__name__}: {error}") from error
     wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
-    found = {name: value["shape"] for name, value in header.items() if name != "__metadata__"}
+    found = {name: list(value.shape) for name, value in tensors.items()}
     if wanted != found:
         role = "a transparency encoder" if "Encoder" in cls.__name__ else "a transparent decoder"
-        kind = kind_of(header)
+        kind = kind_of(tensors)
         other = "of other sizes" if kind == role else f"but {kind}"
         raise ModelLoadError(f"{file} is not {role} as this model needs it, {other}")
-    tensors = {name: value.float() for name, value in load_file(file).items()}
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)

@@ -96,6 +96,14 @@ def test_what_cannot_be_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_prompt_of_a_file_may_ask_for_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['{"prompt": "a", "output": "a.png"}', '{"prompt": "b", "output": "b.jpg"}']
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    flags = ["--prompts-file", tmp_path / "jobs.jsonl", "--transparent", "-o", tmp_path / "out"]
+    code, _, err = call(capsys, "generate", *FEW, *flags)
+    assert code == 2 and "b.jpg: JPEG cannot hold transparency" in err and not (tmp_path / "out").exists()
+
+
 def test_existing_previews_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a-preview.png").write_bytes(b"mine")
     flags = ["--transparent", "--preview", "white", "-o", tmp_path / "a.png"]

@@ -348,7 +348,8 @@ def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path
         from safetensors.torch import save_file
 
         save_file(low_rank_changes(twin, model), tmp_path / "adapter.safetensors")
-        adapter = Adapter(read_changes(tmp_path / "adapter.safetensors"))
+        file = tmp_path / "adapter.safetensors"
+        adapter = Adapter(read_changes(file, load_file(file)))
         base_prediction = model.eval()(x, 10, text).sample
         adapter.apply(model)
         adapted, trained_prediction = model(x, 10, text).sample, twin.eval()(x, 10, text).sample

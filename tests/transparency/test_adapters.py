@@ -19,6 +19,7 @@ from diffusion_accel.transparency.adapter import Adapter, check_changes, read_ch
 from diffusion_accel.transparency.conditions import Concatenated
 from diffusion_accel.transparency.keys import from_ldm
 from diffusion_accel.transparency.sharing import Sharing, attention_layers
+from diffusion_accel.transparency.weights import read_tensors
 
 
 def predict(model: Any, sample: torch.Tensor | None = None, batch: int = 2) -> torch.Tensor:
@@ -32,6 +33,14 @@ def written(folder: Path, tensors: dict[str, torch.Tensor], name: str = "adapter
     return folder / name
 
 
+def changes_of(file: Path) -> Any:
+    return read_changes(file, read_tensors(file))
+
+
+def sharing_of(file: Path, model: Any, frames: int) -> Sharing:
+    return Sharing(file, read_tensors(file), model, frames)
+
+
 # ------------------------------------------------------------------------------------------- changes
 def test_changes_are_what_they_say_and_leave_no_trace(tmp_path: Path) -> None:
     model, reference = unet(), unet()
@@ -43,7 +52,7 @@ def test_changes_are_what_they_say_and_leave_no_trace(tmp_path: Path) -> None:
     for key in ("conv_in.weight", "conv_in.bias", "conv_norm_out.weight"):
         weights[key] += 0.5 * tensors[key]
     weights[f"{name}.weight"] += 0.5 * tensors[f"{name}.lora_B.weight"] @ tensors[low]
-    adapter = Adapter(read_changes(written(tmp_path, tensors)))
+    adapter = Adapter(changes_of(written(tmp_path, tensors)))
     adapter.apply(model, 0.5)
     assert adapter.active
     assert torch.allclose(predict(model), predict(reference), atol=1e-6)
@@ -65,7 +74,7 @@ def test_hooks_add_what_merging_adds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     tensors["down_blocks.0.downsamplers.0.conv.bias"] = rand(16) * 0.1
     tensors["time_embedding.linear_1.bias"] = rand(*model.time_embedding.linear_1.bias.shape) * 0.1
-    adapter = Adapter(read_changes(written(tmp_path, tensors)))
+    adapter = Adapter(changes_of(written(tmp_path, tensors)))
     base = predict(model)
     adapter.apply(model, 0.7)
     merged = predict(model)
@@ -76,7 +85,7 @@ def test_hooks_add_what_merging_adds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     adapter.restore()
     assert torch.equal(predict(model), base)
     tensors = tiny_changes(model)
-    adapter = Adapter(read_changes(written(tmp_path, tensors)))
+    adapter = Adapter(changes_of(written(tmp_path, tensors)))
     with pytest.raises(ConfigurationError, match="conv_norm_out.weight cannot be changed where it is"):
         adapter.apply(model)
     assert torch.equal(predict(model), base), "a refusal leaves nothing behind"
@@ -86,7 +95,7 @@ def test_a_peft_lora_stays_beside_the_changes(tmp_path: Path) -> None:
     from peft import LoraConfig
 
     model, reference = unet(), unet()
-    changes = read_changes(written(tmp_path, tiny_changes(model)))
+    changes = changes_of(written(tmp_path, tiny_changes(model)))
     state = reference.state_dict()
     for key, change in changes.items():
         state[key] += change.difference(torch.device("cpu"))
@@ -112,15 +121,15 @@ def test_one_change_reads_alike_from_every_format(tmp_path: Path) -> None:
         {f"{name}.weight": up @ down},
     ]
     for k, tensors in enumerate(formats):
-        changes = read_changes(written(tmp_path, tensors, f"{k}.safetensors"))
+        changes = changes_of(written(tmp_path, tensors, f"{k}.safetensors"))
         assert list(changes) == [f"{name}.weight"]
         change = changes[f"{name}.weight"]
         assert change.shape == (8, 6)
         assert torch.allclose(change.difference(torch.device("cpu")), up @ down, atol=1e-5)
     with pytest.raises(ModelLoadError, match="only one of its two low-rank factors"):
-        read_changes(written(tmp_path, {f"{name}.lora_A.weight": down}))
+        changes_of(written(tmp_path, {f"{name}.lora_A.weight": down}))
     with pytest.raises(ModelLoadError, match="nothing an adapter"):
-        read_changes(written(tmp_path, {f"{ldm}.weight::lora::2": down}))
+        changes_of(written(tmp_path, {f"{ldm}.weight::lora::2": down}))
 
 
 def test_an_adapter_for_another_model_is_named(tmp_path: Path) -> None:
@@ -195,14 +204,14 @@ def test_ldm_names_are_those_of_diffusers_own_conversion(kind: str) -> None:
 def test_a_widened_first_convolution_with_nothing_given_equals_the_base(tmp_path: Path) -> None:
     model = unet()
     base, wide = predict(model), torch.zeros(16, 12, 3, 3)
-    hooks, adapter = HookSet("test"), Adapter(read_changes(written(tmp_path, {"conv_in.weight": wide})))
+    hooks, adapter = HookSet("test"), Adapter(changes_of(written(tmp_path, {"conv_in.weight": wide})))
     adapter.apply(model)
     hooks.add(model.conv_in, Concatenated(rand(1, 8, 8, 8)))
     assert torch.equal(predict(model), base), "zero change"
     adapter.restore()
     hooks.remove()
     wide[:, 4:] = rand(16, 8, 3, 3) * 0.1
-    adapter = Adapter(read_changes(written(tmp_path, {"conv_in.weight": wide})))
+    adapter = Adapter(changes_of(written(tmp_path, {"conv_in.weight": wide})))
     adapter.apply(model)
     hooks.add(model.conv_in, Concatenated(torch.zeros(1, 8, 4, 4)))
     assert torch.allclose(predict(model), base, atol=1e-6), "zero condition"
@@ -240,11 +249,11 @@ def test_sharing_without_low_rank_and_frame_attention_is_the_base(frames: int, t
         if "_lora." in name and ".up." in name or "temporal_o" in name:
             tensors[name] = torch.zeros_like(tensors[name])
     hooks = HookSet("test")
-    sharing = Sharing(written(tmp_path, tensors), model, frames)
+    sharing = sharing_of(written(tmp_path, tensors), model, frames)
     sharing.install(model, hooks)
     assert torch.allclose(predict(model, batch=2 * frames), base, atol=1e-5)
     hooks.remove()
-    sharing = Sharing(written(tmp_path, sharing_tensors(model, frames)), model, frames)
+    sharing = sharing_of(written(tmp_path, sharing_tensors(model, frames)), model, frames)
     sharing.install(model, hooks)
     assert not torch.allclose(predict(model, batch=2 * frames), base, atol=1e-2)
     sharing.pause()
@@ -292,7 +301,7 @@ def test_a_sharing_unit_by_hand(frames: int, number: int, tmp_path: Path) -> Non
     model, hooks = unet(), HookSet("test")
     tensors = sharing_tensors(model, frames)
     layer = attention_layers(model)[number]
-    sharing = Sharing(written(tmp_path, tensors), model, frames)
+    sharing = sharing_of(written(tmp_path, tensors), model, frames)
     sharing.install(model, hooks)
     h = rand(2 * frames, 16, layer.to_q.in_features)
     context = None if number == 0 else rand(2 * frames, TOKENS, DIM, seed=1)
@@ -309,7 +318,7 @@ def test_frames_may_change_places(tmp_path: Path) -> None:
     for name in tensors:
         if "_lora." in name:
             tensors[name] = tensors[name.replace("_lora.1.", "_lora.0.").replace("_lora.2.", "_lora.0.")].clone()
-    Sharing(written(tmp_path, tensors), model, 3).install(model, hooks)
+    sharing_of(written(tmp_path, tensors), model, 3).install(model, hooks)
     sample, order = rand(3, 4, 8, 8), [2, 0, 1]
     text = rand(1, TOKENS, DIM, seed=1).expand(3, -1, -1)
     with torch.no_grad():
@@ -320,7 +329,7 @@ def test_frames_may_change_places(tmp_path: Path) -> None:
 
 def test_a_given_layer_reaches_every_frame(tmp_path: Path) -> None:
     model, hooks = unet(), HookSet("test")
-    sharing = Sharing(written(tmp_path, sharing_tensors(model, 2, control=True)), model, 2)
+    sharing = sharing_of(written(tmp_path, sharing_tensors(model, 2, control=True)), model, 2)
     assert sharing.needs_control
     made = []
     for k in range(2):
@@ -338,14 +347,14 @@ def test_sharing_refuses_what_does_not_fit(tmp_path: Path) -> None:
     model, hooks = unet(), HookSet("test")
     file = written(tmp_path, sharing_tensors(model, 3))
     with pytest.raises(ModelLoadError, match="draws 3 layers together, the variant draws 2"):
-        Sharing(file, model, 2)
+        sharing_of(file, model, 2)
     other = seeded(lambda: type(model).from_config({**model.config, "cross_attention_dim": 24}))
     with pytest.raises(ModelLoadError, match="takes 16 features, this UNet2DConditionModel's takes 24"):
-        Sharing(file, other, 3)
+        sharing_of(file, other, 3)
     deeper = seeded(lambda: type(model).from_config({**model.config, "layers_per_block": 2}))
     with pytest.raises(ModelLoadError, match="it is for SD 1.5"):
-        Sharing(file, deeper, 3)
-    Sharing(file, model, 3).install(model, hooks)
+        sharing_of(file, deeper, 3)
+    sharing_of(file, model, 3).install(model, hooks)
     with pytest.raises(ConfigurationError, match="multiple of 3, got 4 rows"):
         predict(model, batch=4)
     hooks.remove()
