@@ -29,6 +29,7 @@ from .quant.register import register as _register_checkpoints
 
 if TYPE_CHECKING:
     from .feature import Feature
+    from .parallel import PatchParallel
     from .pipelines import AcceleratedPipeline
     from .report import Report
     from .reuse import EncoderReuse, Reuse
@@ -43,6 +44,7 @@ _LAZY = {
     "EncoderReuse": ".reuse",
     "Feature": ".feature",
     "LatentTransparency": ".transparency",
+    "PatchParallel": ".parallel",
     "Report": ".report",
     "Reuse": ".reuse",
     "TaskRouting": ".routing",
@@ -60,6 +62,7 @@ __all__ = [
     "LatentTransparency",
     "ModelLoadError",
     "OutputError",
+    "PatchParallel",
     "Report",
     "Reuse",
     "TaskRouting",

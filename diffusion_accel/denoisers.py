@@ -73,6 +73,39 @@ _READS_ENCODER = {
 }
 
 
+# U-Nets whose layers look beyond one position only by convolutions, group normalisation and self-attention.
+_SPLITTABLE = frozenset(
+    {
+        "UNet2DModel",
+        "UNet2DConditionModel",
+        "UNet3DConditionModel",
+        "UNetMotionModel",
+        "UNetSpatioTemporalConditionModel",
+        "AutoencoderKL",
+        "AutoencoderKLTemporalDecoder",
+        "ControlNetModel",
+    }
+)
+# Layers of such models that look further in other ways.
+_LOOKS_FURTHER = frozenset(
+    {
+        "AdaGroupNorm",
+        "BatchNorm2d",
+        "ConvTranspose2d",
+        "FirDownsample2D",
+        "FirUpsample2D",
+        "GatedSelfAttentionDense",
+        "ImageHintTimeEmbedding",
+        "InstanceNorm2d",
+        "KDownsample2D",
+        "KUpsample2D",
+        "SpatialNorm",
+    }
+)
+# Transformers over the frames of a video: every position by itself.
+_TEMPORAL = frozenset({"TransformerTemporalModel", "AnimateDiffTransformer3D", "TemporalBasicTransformerBlock"})
+
+
 @dataclass(frozen=True)
 class UNetStages:
     """The stages of a U-Net in the order in which a step runs them.
@@ -232,6 +265,53 @@ def residual_stream_blocks(module: nn.Module) -> list[nn.Module]:
     return blocks if blocks and all(type(block).__name__ in _STREAM_BLOCKS for block in blocks) else []
 
 
+def not_splittable(module: nn.Module) -> str | None:
+    """Why the layers of a model cannot work on slices of the picture that exchange their borders; None if they can."""
+    name = type(module).__name__
+    if name not in _SPLITTABLE:
+        return f"{name} is not a model whose layers are known to work on a part of the picture"
+    strange = sorted({type(m).__name__ for m in module.modules()} & _LOOKS_FURTHER)
+    if strange:
+        return f"{name} has layers that need the whole picture: {', '.join(strange)}"
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and (layer.padding_mode != "zeros" or layer.padding == "same"):
+            return f"{name} has a convolution that pads in another way than with zeros"
+    return None
+
+
+def halvings(part: Any) -> int:
+    """How many times a U-Net, ControlNet or encoder halves the size of its input."""
+    return sum(bool(_list(block, "downsamplers")) for block in part.down_blocks)
+
+
+def doublings(part: Any) -> int:
+    """How many times a decoder doubles the size of its input."""
+    return sum(bool(_list(block, "upsamplers")) for block in part.up_blocks)
+
+
+def spatial_attentions(module: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers over positions (not over frames) of a model, by name."""
+    temporal = [name for name, part in module.named_modules() if type(part).__name__ in _TEMPORAL]
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if all(hasattr(part, key) for key in ("to_q", "to_k", "to_v", "processor"))
+        and not any(name.startswith(f"{above}.") for above in temporal)
+    }
+
+
+def asymmetric_convolutions(module: nn.Module) -> set[int]:
+    """The ids of convolutions whose input diffusers pads by one row and one column at the end."""
+    downsamplers: list[Any] = [m for m in module.modules() if type(m).__name__ == "Downsample2D"]
+    return {id(m.conv) for m in downsamplers if m.use_conv and m.padding == 0}
+
+
+def uses_freeu(module: nn.Module) -> bool:
+    """Whether FreeU is on, which filters whole feature maps."""
+    blocks: list[Any] = list(getattr(module, "up_blocks", ()))
+    return any(all(getattr(b, k, None) is not None for k in ("s1", "s2", "b1", "b2")) for b in blocks)
+
+
 def frames_of(module: nn.Module, sample: torch.Tensor) -> int:
     """How many rows of a U-Net's residual blocks belong to one sample: its frames, 1 for pictures."""
     if sample.dim() != 5:
@@ -249,7 +329,13 @@ def timestep_kind(module: nn.Module, scheduler: Any) -> str:
 def rows_are_independent(module: nn.Module) -> bool:
     """Whether every attention layer of a U-Net treats each row of the batch by itself (see above)."""
     processors = getattr(module, "attn_processors", {})
-    return all(type(p).__name__ in _ROW_INDEPENDENT_PROCESSORS for p in processors.values())
+    return all(usual_attention(p) for p in processors.values())
+
+
+def usual_attention(processor: Any) -> bool:
+    """Whether an attention processor computes attention as usual: each row by itself, on the keys and values it gets
+    from `to_k` and `to_v`."""
+    return type(processor).__name__ in _ROW_INDEPENDENT_PROCESSORS
 
 
 def prediction(output: Any) -> torch.Tensor:

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 
 class AccelerationError(Exception):
-    """Base class. `exit_code` is what the CLI ends with: 2 for a usage error, 1 for a failure."""
+    """Base class.
+
+    Attributes:
+        exit_code: what the CLI ends with: 2 for a usage error, 1 for a failure.
+        consequence: of the failure of another process of the job, whose own message says more.
+    """
 
     exit_code = 1
+    consequence = False
 
 
 class ConfigurationError(AccelerationError, ValueError):

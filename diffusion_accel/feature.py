@@ -82,7 +82,8 @@ class Feature:
             bare = next((i for i, pair in enumerate(keyed) if i and pair), len(parts))
             first = ",".join(parts[:bare])
             if not keyed[0] or first.startswith(f"{cls.shorthand}="):
-                values[cls.shorthand] = first.removeprefix(f"{cls.shorthand}=")
+                text = first.removeprefix(f"{cls.shorthand}=")
+                values[cls.shorthand] = _from_text(cls, cls.shorthand, text, hints[cls.shorthand])
                 parts = parts[bare:]
         for part in parts:
             key, eq, value = part.partition("=")
@@ -173,7 +174,7 @@ def _from_text(cls: type[Feature], key: str, text: str, hint: Any) -> Any:
                 continue
         if kind is str:
             return text
-    raise ConfigurationError(f"{cls.flag()}: {key}={text!r} is not {_describe(hint)}")
+    raise ConfigurationError(f"{cls.flag()}: {key}={text!r} is not allowed; it must be {_describe(hint)}")
 
 
 def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:

@@ -58,6 +58,15 @@ def _unchain(registry: Any, name: str) -> None:
         ref.forward, ref.original_forward = forward, below
 
 
+def remove_hooks(model: torch.nn.Module, prefix: str) -> None:
+    """Remove all hooks whose name begins with `prefix` from the layers of a model, whoever installed them."""
+    for module in model.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        for name in [n for n in getattr(registry, "_hook_order", ()) if n.startswith(prefix)]:
+            _unchain(registry, name)
+            tidy(module)
+
+
 def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
     """Remove what an empty `HookRegistry` leaves on a module; not the registry itself if it was there before."""
     registry = module.__dict__.get("_diffusers_hook")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # name -> "module:class"; a string, so that listing features imports none of them
 FEATURES: dict[str, str] = {
+    "patch_parallel": "diffusion_accel.parallel.patch_parallel:PatchParallel",
     "task_routing": "diffusion_accel.routing.task_routing:TaskRouting",
     "reuse": "diffusion_accel.reuse.reuse:Reuse",
     "encoder_reuse": "diffusion_accel.reuse.encoder_reuse:EncoderReuse",

@@ -443,4 +443,5 @@ def run(pipe: Any, call: dict[str, Any], steps: int = 6, seed: int = 0, **change
     result = next(iter(output.values())) if hasattr(output, "values") else output[0]
     if isinstance(result, list):
         result = result[0]
-    return torch.as_tensor(result).float()
+    tensor = torch.as_tensor(result)
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import AccelerationError
+from . import processes
 from .options import with_feature_flags
 from .settings import ATTENTION, DTYPES, OFFLOAD, RUNTIMES, Job, Settings, merge, read_config, read_jobs, refuse_jpeg
 from .transparency import by_picture, drawn_layers, extra_paths, layer_path, save_previews
@@ -117,7 +118,9 @@ def generate(
     file = prompts_file or values.pop("prompts_file", None)
     jobs = read_jobs(prompt or ([more] if isinstance(more, str) else list(more)), file)
     settings, source = merge(flags, values)
-    plans = [_resolve(settings, job) for job in jobs]
+    starts = processes.must_start(settings)
+    settings = processes.join(settings)
+    plans = processes.same_seeds(settings, [_resolve(settings, job) for job in jobs])
 
     from .output import check_free, plan_outputs
 
@@ -134,12 +137,18 @@ def generate(
     from .run import Session, check_machine
 
     device_name = check_machine(settings)
+    if starts:
+        return processes.start(settings)
+    writes = processes.writes(settings)
+    quiet, json_lines = quiet or not writes, json_lines and writes
     written = 0
     total = sum(map(len, paths))
     try:
         session = Session(settings, source, device_name, quiet=quiet)
         for k, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
             result = session.generate(job.prompt, plan, seeds[k])
+            if not writes:
+                continue
             if settings.compare:
                 session.save_comparison(result, job.prompt, compared[k])
             for images, seed_, path in zip(by_picture(result.images, layers), seeds[k], paths[k], strict=True):

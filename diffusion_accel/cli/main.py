@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from .. import AccelerationError, __version__
-from . import bench, evaluate, features, generate, info, inspect, metadata, models, quantize, transparency, tune
+from ..parallel.launch import leave_message
+from . import (
+    bench,
+    evaluate,
+    features,
+    generate,
+    info,
+    inspect,
+    metadata,
+    models,
+    processes,
+    quantize,
+    transparency,
+    tune,
+)
 from .options import join_bare_flags
 
 INTERRUPTED = 130
@@ -53,6 +67,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted. `--debug` shows tracebacks."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    processes.command_line[:] = arguments
     debug = "--debug" in arguments
     if not debug:
         _quiet_libraries()
@@ -70,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     except AccelerationError as error:
         if debug:
             raise
-        code = _fail(str(error), error.exit_code)
+        code = _fail(str(error), error.exit_code, error.consequence)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the argument parser
             if type(error).__name__ == "NoArgsIsHelpError":
@@ -84,8 +99,12 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> int:
-    typer.echo("error: " + " ".join(message.split()), err=True)
+def _fail(message: str, code: int, consequence: bool = False) -> int:
+    """Say what went wrong: on the terminal, or as one of several processes only if no other one does."""
+    message = " ".join(message.split())
+    others_say = os.environ.get("RANK", "0") != "0" and (code == 2 or consequence)
+    if not leave_message(message, consequence) and not others_say:
+        typer.echo(f"error: {message}", err=True)
     return code
 
 

@@ -1,0 +1,82 @@
+"""`--patch-parallel` on the command line: starting the processes of one picture, or joining those of a launcher."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigurationError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..parallel import PatchParallel
+
+
+command_line: list[str] = []  # of the command that runs: what the other processes are started with
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def must_start(settings: Settings) -> bool:
+    """Whether this process is to start those that share the picture.
+
+    Raises:
+        ConfigurationError: nothing says how many there should be, or the job has another number of them.
+    """
+    feature = _feature(settings)
+    if feature is None or launched():
+        return False
+    if feature.ranks == 0:
+        raise ConfigurationError(
+            "--patch-parallel needs the number of processes, for example --patch-parallel 2, or torchrun"
+        )
+    return feature.ranks > 1
+
+
+def start(settings: Settings) -> None:
+    """Run the same command on several processes, and wait for them."""
+    from ..parallel.launch import start as start_processes
+
+    feature = _feature(settings)
+    assert feature is not None
+    start_processes(feature.ranks, ["-m", "diffusion_accel", *command_line])
+
+
+def join(settings: Settings) -> Settings:
+    """Join the other processes, if there are any: on a CUDA device of its own."""
+    feature = _feature(settings)
+    if feature is None or not launched():
+        return settings
+    import torch
+
+    from ..parallel.group import join as join_team
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no half-written file is left
+    if settings.device in (None, "cuda") and torch.cuda.is_available():
+        settings = dataclasses.replace(settings, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    join_team(torch.device(settings.device or "cpu"), feature.timeout)
+    return settings
+
+
+def same_seeds(settings: Settings, plans: list[Settings]) -> list[Settings]:
+    """The plans with the seeds of rank 0, where a random one was drawn."""
+    if _feature(settings) is None or not launched():
+        return plans
+    from ..parallel.group import same_seed
+
+    return [dataclasses.replace(plan, seed=same_seed(plan.seed or 0)) for plan in plans]
+
+
+def writes(settings: Settings) -> bool:
+    """Whether this process writes files and prints: rank 0, or the only one."""
+    return _feature(settings) is None or not launched() or os.environ["RANK"] == "0"
+
+
+def _feature(settings: Settings) -> PatchParallel | None:
+    return settings.features.get("patch_parallel")  # type: ignore[return-value]

@@ -1,0 +1,100 @@
+"""Transformers: diffusers' own context parallelism, switched on for one call and off again.
+
+Every process has its share of the sequence; attention gives every process all positions for its share of the heads
+(DeepSpeed Ulysses; Jacobs et al. 2023). `enable_parallelism` of a model cannot be undone, and in diffusers 0.42 fails
+without an accelerator; these are its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.hooks import ModelHook, apply_context_parallel
+from torch import nn
+
+from diffusion_accel.hooks import bind_forward, remove_hooks
+
+from .group import Team, lost_peer
+
+_HOOKS = "cp_"  # how the names of diffusers' hooks for it begin
+_meshes: dict[str, tuple[Any, Any]] = {}  # by type of device: the team's group, and the mesh on it
+
+
+def transformers_of(pipeline: Any) -> list[Any]:
+    """The models that share a sequence; some pipelines have two, for early and for late steps."""
+    found = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    return [model for model in found if isinstance(model, nn.Module)]
+
+
+def why_not_shared(model: Any, ranks: int) -> str | None:
+    """Why a transformer, as it is now, cannot be shared by so many processes; None if it can."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    name = type(model).__name__
+    if model._parallel_config is not None:
+        return f"{name} is parallel already, by enable_parallelism; load it without"
+    heads = getattr(model.config, "num_attention_heads", None)
+    if heads is not None:
+        share = -(-heads // ranks)
+        if share * ranks - heads >= share:
+            return f"the {heads} attention heads of {name} cannot be shared by {ranks} processes; use fewer"
+    chosen = {getattr(m.processor, "_attention_backend", None) for m in _attentions(model)}
+    for backend in chosen:
+        known = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else AttentionBackendName(backend)
+        if not _AttentionBackendRegistry._is_context_parallel_available(known):
+            able = ", ".join(sorted(_AttentionBackendRegistry._supports_context_parallel))
+            return f"attention backend {known.value} cannot be shared; call set_attention_backend with one of {able}"
+    return None
+
+
+def share(model: Any, team: Team) -> Callable[[], None]:
+    """Share the sequence of a transformer among a team; returns what undoes it."""
+    from diffusers.models._modeling_parallel import ParallelConfig
+    from torch.distributed.device_mesh import init_device_mesh
+
+    device = next(model.parameters()).device
+    config = ContextParallelConfig(ulysses_degree=team.size, ulysses_anything=True)
+    if _meshes.get(device.type, (None,))[0] is not team.group:  # a mesh makes groups, which live as long as the job
+        mesh = init_device_mesh(device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+        _meshes[device.type] = team.group, mesh
+    parallel = ParallelConfig(context_parallel_config=config)
+    parallel.setup(team.rank, team.size, device, mesh=_meshes[device.type][1])
+
+    def set_all(value: Any) -> None:
+        model._parallel_config = value
+        for attention in _attentions(model):
+            attention.processor._parallel_config = value
+
+    def undo() -> None:
+        remove_hooks(model, _HOOKS)
+        set_all(None)
+
+    set_all(parallel)
+    apply_context_parallel(model, config, model._cp_plan)
+    return undo
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if hasattr(getattr(m, "processor", None), "_parallel_config")]
+
+
+class SharedHook(ModelHook):
+    """On a whole transformer: compares what the processes were asked for before the first step, and counts steps."""
+
+    def __init__(self, check: Callable[[dict[str, Any]], None], count: Callable[[], None]) -> None:
+        super().__init__()
+        self.check, self.count = check, count
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.check(bind_forward(module, args, kwargs))
+        self.count()
+        try:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no type of its own
+                raise
+            with lost_peer():
+                raise

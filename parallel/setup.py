@@ -1,0 +1,130 @@
+"""What a call needs before its first step: checks, hooks on its models, and agreement among the processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from diffusion_accel.denoisers import (
+    RESIDUAL_ARGUMENTS,
+    find_controlnet,
+    find_denoiser,
+    not_splittable,
+    rows_are_independent,
+    uses_freeu,
+)
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.hooks import HookSet, tensors_in
+from diffusion_accel.steps import StepClock
+
+from .context import SharedHook, share, transformers_of, why_not_shared
+from .group import Team, agree
+from .models import DenoiserHook, install_controlnet, install_layers, install_vae
+from .run import PatchRun
+
+
+def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
+    """Why this pipeline, as it is now, cannot be called on several processes; None if it can."""
+    denoiser: Any = find_denoiser(pipeline)
+    shared = transformers_of(pipeline)
+    if shared and cfg_parallel:
+        return "cfg_parallel splits the batch of a U-Net; leave it out for a transformer"
+    if shared:
+        return next(filter(None, (why_not_shared(model, ranks) for model in shared)), None)
+    if uses_freeu(denoiser):
+        return "FreeU filters whole feature maps; call disable_freeu() first"
+    if any(getattr(m, "fused_projections", False) for m in denoiser.modules()):
+        return "query, key and value projections are fused; call unfuse_qkv_projections() first"
+    if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in denoiser.modules() if m is not denoiser):
+        return "its layers are offloaded one by one (sequential offload); use model offload instead"
+    if cfg_parallel and ranks % 2:
+        return f"cfg_parallel needs an even number of processes, this job has {ranks}"
+    if cfg_parallel and not rows_are_independent(denoiser):
+        return "cfg_parallel splits the batch, but an attention processor looks at other rows of it"
+    return None
+
+
+def install(
+    hooks: HookSet, run: PatchRun, pipeline: Any, cfg_parallel: bool, vae: bool, check: Any
+) -> list[Callable[[], None]]:
+    """Put all hooks of a call on the models of a pipeline; returns what undoes the rest."""
+    undo = []
+    if shared := transformers_of(pipeline):
+        for model in shared:
+            undo.append(share(model, run.team))
+            hooks.add(model, SharedHook(check, run.count_step))
+    else:
+        denoiser: Any = find_denoiser(pipeline)
+        install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)
+        hooks.add(denoiser, DenoiserHook(run, cfg_parallel, check))
+    controlnet: Any = find_controlnet(pipeline)
+    if controlnet is not None and not cfg_parallel:
+        nets = list(controlnet.nets) if hasattr(controlnet, "nets") else [controlnet]
+        if all(not_splittable(net) is None and not net.config.global_pool_conditions for net in nets):
+            for number, net in enumerate(nets):
+                install_controlnet(hooks, run, net, f"controlnet.{number}", check)
+    autoencoder = getattr(pipeline, "vae", None)
+    if vae and autoencoder is not None and not_splittable(autoencoder) is None:
+        install_vae(hooks, run, autoencoder, check)
+    return undo
+
+
+class Agreement:
+    """Compares what the processes were asked for when a model is first called, before anything else is exchanged.
+
+    The denoiser's latents are compared at its second pass as well: noise that a scheduler drew at the first step from
+    generators that differ.
+    """
+
+    def __init__(self, pipeline: Any, clock: StepClock, team: Team) -> None:
+        self.pipeline, self.clock, self.team = pipeline, clock, team
+        self._passes: Counter[str] = Counter()
+
+    def __call__(self, named: dict[str, Any], name: str = "denoiser") -> None:
+        """Compare the arguments of a call of the model `name`."""
+        self._passes[name] += 1
+        first = self._passes[name] == 1
+        if name != "denoiser":
+            if first:
+                conditions = {k: v for k, v in named.items() if k != "timestep"}
+                agree(self.team, {f"what goes into the {name}": conditions}, tensors_in(named)[0].device)
+            return
+        attention = named.get("cross_attention_kwargs") or {}
+        for key in ("ip_adapter_masks", "gligen"):
+            if attention.get(key) is not None:
+                raise ConfigurationError(f"patch_parallel does not support {key}: it refers to the whole picture")
+        if first:
+            agree(self.team, self._asked(named), latents_of(named).device)
+        elif self._passes[name] == 2:
+            agree(self.team, {"the latents after one step": latents_of(named)}, latents_of(named).device)
+
+    def _asked(self, named: dict[str, Any]) -> dict[str, Any]:
+        handle = self.pipeline.acceleration
+        model: Any = find_denoiser(self.pipeline)
+        scheduler = self.pipeline.scheduler
+        apart = {"sample", "hidden_states", "timestep", "encoder_hidden_states", "return_dict"}
+        if any(name.startswith("controlnet") for name in self._passes):  # its own arguments were compared
+            apart |= set(RESIDUAL_ARGUMENTS)
+        return {
+            "the size or number of pictures": [*latents_of(named).shape],
+            "the number of steps": len(self.clock.timesteps),
+            "the timesteps": self.clock.timesteps,
+            "the scheduler": [type(scheduler).__name__, _settings(scheduler)],
+            "the model": [type(model).__name__, _settings(model), next(model.parameters())],
+            "the guidance scale": getattr(self.pipeline, "_guidance_scale", None),
+            "the features": {name: f.to_dict() for name, f in handle.features.items() if handle.enabled(name)},
+            "the prompt": named.get("encoder_hidden_states"),
+            "the conditions": {k: v for k, v in named.items() if k not in apart},
+            "the latents": latents_of(named),
+        }
+
+
+def latents_of(named: dict[str, Any]) -> Any:
+    """The latents among the arguments of a U-Net or a transformer."""
+    return named["sample"] if "sample" in named else named["hidden_states"]
+
+
+def _settings(component: Any) -> dict[str, Any]:
+    """The configuration of a model or scheduler, without what diffusers notes beside it in no particular order."""
+    return {k: v for k, v in getattr(component, "config", {}).items() if not k.startswith("_")}

@@ -1,0 +1,205 @@
+"""What patch parallelism costs in fidelity, in bytes and in time, measured with real processes on this machine.
+
+    python scripts/measure_patch_parallel.py fidelity --ranks 2 4 -o docs/data/patch-parallel.json
+    python scripts/measure_patch_parallel.py time
+
+`fidelity` draws pictures with the embedded model at a larger canvas on one process and on several with every setting,
+and compares them (PSNR in dB). `time` runs steps of a U-Net of SD 1.5's shape with random weights, in turn, as one
+process with one thread, two processes with one thread each, and one with two threads, on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPTS = ("red apple, 3d style", "panda, flat style", "rocket, 3d style", "tropical fish, flat style")
+SETTINGS: list[dict[str, Any]] = [
+    {"mode": "sync"},
+    *({"mode": "displaced", "warmup": w} for w in (1, 3, 5, 10)),
+    *({"mode": "displaced", "warmup": 5, "group_norm": g} for g in ("stale", "sync", "local")),
+    *({"mode": "partial", "warmup": 5, "p": p} for p in (0.0, 0.1, 0.3, 0.5, 1.0)),
+    *({"mode": "partial", "warmup": w} for w in (1, 3, 10)),
+    {"mode": "naive", "warmup": 0},
+    {"mode": "naive", "warmup": 5},
+]
+
+
+def draw(pipe: Any, options: argparse.Namespace, first: int) -> Any:
+    """Pictures (N, 3, H, W) in 0 … 1."""
+    import torch
+
+    prompts = [PROMPTS[k % len(PROMPTS)] for k in range(first, first + options.batch)]
+    generators = [torch.Generator().manual_seed(1000 + k) for k in range(first, first + options.batch)]
+    return pipe(
+        prompts,
+        num_inference_steps=options.steps,
+        width=options.width,
+        height=options.height,
+        generator=generators,
+        output_type="pt",
+    ).images.float()
+
+
+def load(options: argparse.Namespace) -> Any:
+    from diffusion_accel.pipelines.loading import load_pipeline
+    from diffusion_accel.pipelines.schedulers import set_scheduler
+
+    pipe = load_pipeline("sticker")
+    set_scheduler(pipe, options.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def fidelity_worker(options: argparse.Namespace) -> None:
+    """One process of a team: draws with every setting; rank 0 writes a line for each."""
+    import torch
+
+    from diffusion_accel import PatchParallel, accelerate
+    from diffusion_accel.evaluation.fidelity import psnr
+
+    torch.set_num_threads(1)
+    pipe = load(options)
+    rank = int(os.environ.get("RANK", "0"))
+    for settings in SETTINGS:
+        accelerate(pipe, PatchParallel(timeout=600.0, **settings))
+        found, counters = [], {}
+        for first in range(0, options.count, options.batch):
+            pictures = draw(pipe, options, first)
+            plain = torch.load(Path(options.folder) / f"{first}.pt", weights_only=True)
+            found += psnr(plain, pictures).tolist()
+            counters = pipe.acceleration.report().counters["patch_parallel"]
+        sent = torch.tensor([counters["bytes_per_exact_step"], counters["bytes_per_stale_step"]], dtype=torch.float64)
+        torch.distributed.all_reduce(sent)
+        if rank == 0:
+            line = {
+                "ranks": counters["ranks"],
+                **settings,
+                "psnr_median": round(min(statistics.median(found), 999), 2),
+                "psnr_worst": round(min(*found, 999), 2),
+                "bytes_per_exact_step": round(float(sent[0]) / options.batch),
+                "bytes_per_stale_step": round(float(sent[1]) / options.batch),
+            }
+            print(json.dumps(line), flush=True)
+            with (Path(options.folder) / "lines.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def fidelity(options: argparse.Namespace) -> None:
+    import torch
+
+    from diffusion_accel.parallel.launch import start
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = folder
+        pipe = load(options)
+        for first in range(0, options.count, options.batch):
+            torch.save(draw(pipe, options, first), Path(folder) / f"{first}.pt")
+        # the anchor beside every number: another way to spend less, one step fewer
+        fewer = argparse.Namespace(**{**vars(options), "steps": options.steps - 1})
+        from diffusion_accel.evaluation.fidelity import psnr
+
+        anchor = []
+        for first in range(0, options.count, options.batch):
+            plain = torch.load(Path(folder) / f"{first}.pt", weights_only=True)
+            anchor += psnr(plain, draw(pipe, fewer, first)).tolist()
+        print(f"one step fewer: median PSNR {statistics.median(anchor):.2f}", flush=True)
+        names = ("steps", "count", "batch", "width", "height", "scheduler")
+        flags = [f"--{name}={getattr(options, name)}" for name in names]
+        for ranks in options.ranks:
+            start(ranks, [__file__, "fidelity-worker", f"--folder={folder}", *flags])
+        lines = [json.loads(line) for line in (Path(folder) / "lines.jsonl").read_text().splitlines()]
+    if options.output:
+        settings = {name: getattr(options, name) for name in names}
+        found = {"settings": settings, "one_step_fewer_psnr_median": round(statistics.median(anchor), 2), "runs": lines}
+        Path(options.output).write_text(json.dumps(found, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------- time
+def time_worker(options: argparse.Namespace) -> None:
+    """One step after another of a U-Net of SD 1.5's shape, rank 0 printing the seconds of each."""
+    import torch
+    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DConditionModel
+
+    from diffusion_accel import PatchParallel, accelerate
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64).eval()
+
+    class Pipeline(DDPMPipeline):
+        """Steps of the denoiser alone."""
+
+        @torch.no_grad()
+        def __call__(self, steps: int) -> Any:
+            self.scheduler.set_timesteps(steps)
+            generator = torch.Generator().manual_seed(0)
+            latents = torch.randn(options.rows, 4, options.latents, options.latents, generator=generator)
+            text = torch.randn(options.rows, 77, 768, generator=generator)
+            seconds = []
+            for t in self.scheduler.timesteps:
+                began = time.perf_counter()
+                noise = self.unet(latents, t, text, return_dict=False)[0]
+                latents = self.scheduler.step(noise, t, latents).prev_sample
+                seconds.append(time.perf_counter() - began)
+            return seconds
+
+    pipe = Pipeline(unet=unet, scheduler=DDIMScheduler())
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    modes = [{"mode": "sync"}, {"mode": "displaced", "warmup": 1}, {"mode": "partial", "warmup": 1}]
+    for settings in modes if ranks > 1 else [{"mode": "sync"}]:
+        accelerate(pipe, PatchParallel(timeout=3600.0, **settings))
+        seconds = pipe(options.repeats + 2)[2:]
+        if os.environ.get("RANK", "0") == "0":
+            name = f"{ranks} x {options.threads} threads" + (f", {settings['mode']}" if ranks > 1 else "")
+            line = {"what": name, "median_s": round(statistics.median(seconds), 3), "min_s": round(min(seconds), 3)}
+            line |= {"max_s": round(max(seconds), 3), "n": len(seconds)}
+            print(json.dumps(line), flush=True)
+
+
+def measure_time(options: argparse.Namespace) -> None:
+    from diffusion_accel.parallel.launch import start
+
+    flags = [f"--{name}={getattr(options, name)}" for name in ("latents", "rows", "repeats")]
+    for _ in range(options.rounds):
+        for ranks, threads in ((1, 1), (2, 1), (1, 2)):
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            start(ranks, [__file__, "time-worker", f"--threads={threads}", *flags])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("fidelity", fidelity), ("fidelity-worker", fidelity_worker)):
+        one = commands.add_parser(name)
+        one.set_defaults(function=function)
+        one.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+        one.add_argument("--width", type=int, default=256)
+        one.add_argument("--height", type=int, default=256)
+        one.add_argument("--steps", type=int, default=20)
+        one.add_argument("--count", type=int, default=4)
+        one.add_argument("--batch", type=int, default=4)
+        one.add_argument("--scheduler", default="ddim")
+        one.add_argument("-o", "--output")
+        one.add_argument("--folder", help=argparse.SUPPRESS)
+    for name, function in (("time", measure_time), ("time-worker", time_worker)):
+        one = commands.add_parser(name)
+        one.set_defaults(function=function)
+        one.add_argument("--latents", type=int, default=64)
+        one.add_argument("--rows", type=int, default=2, help="2 with guidance, 1 without")
+        one.add_argument("--repeats", type=int, default=5)
+        one.add_argument("--rounds", type=int, default=1)
+        one.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.function(options)
+
+
+if __name__ == "__main__":
+    main()

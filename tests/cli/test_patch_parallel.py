@@ -1,0 +1,91 @@
+"""`--patch-parallel` from the command line: processes are started, one of them writes and prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROMPT = "red apple, 3d style"
+COMMAND = ["generate", PROMPT, "--steps", "2", "--width", "128", "--height", "128"]
+
+
+def run(*arguments: Any, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "diffusion_accel", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_started_and_joined_processes_draw_what_one_draws(tmp_path: Path) -> None:
+    one, two, joined = (tmp_path / f"{n}.png" for n in ("one", "two", "joined"))
+    assert run(*COMMAND, "--seed", 1, "-q", "-o", one).returncode == 0
+    done = run(*COMMAND, "--seed", 1, "--patch-parallel", "2,mode=sync", "--json", "-o", two)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["report"]["counters"]["patch_parallel"]["ranks"] == 2
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(*COMMAND, "--seed", 1, "--patch-parallel", "mode=sync", "--json", "-o", joined, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    a, b, c = (np.asarray(Image.open(path), dtype=int) for path in (one, two, joined))
+    assert abs(a - b).max() <= 1 and abs(a - c).max() <= 1
+
+
+def test_what_cannot_work_is_one_line(tmp_path: Path) -> None:
+    """Found by the processes, which all have it; one says so. Without a seed they agree on one before."""
+    size = ["--width", "64", "--height", "64"]
+    done = run(*COMMAND, *size, "--patch-parallel", "3", "-o", tmp_path / "a.png")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: latents of 8x8 are too small for 3 processes"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([], "number of processes"),
+        (["2,mode=fast"], "sync, displaced"),
+        (["2,p=7"], "0 to 1"),
+        (["x=1"], "unknown key"),
+    ],
+)
+def test_bad_values_are_one_line(
+    value: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusion_accel.cli import main as cli
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*COMMAND, "-o", str(tmp_path / "a.png"), "--patch-parallel", *value])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in error and len(error.splitlines()) == 1
+
+
+def test_the_first_failure_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """A process that was killed, one that says why before the others notice, and one that says nothing."""
+    from diffusion_accel.parallel.launch import ProcessFailedError, start
+
+    def failure(ranks: int, code: str) -> ProcessFailedError:
+        begin = (
+            "import os, signal, sys, time; rank = int(os.environ['RANK']); from diffusion_accel.parallel import launch"
+        )
+        with pytest.raises(ProcessFailedError) as failed:
+            start(ranks, ["-c", f"{begin}\n{code}"])
+        return failed.value
+
+    follows = "launch.leave_message('lost', consequence=True); sys.exit(1)"
+    killed = failure(2, f"if rank: os.kill(os.getpid(), signal.SIGKILL)\n{follows}")
+    assert str(killed).startswith("process 1 of 2 was killed by SIGKILL") and killed.exit_code == 1
+    told = failure(3, f"if rank == 2: launch.leave_message('no such file'); sys.exit(2)\n{follows}")
+    assert (str(told), told.exit_code) == ("no such file", 2)
+    silent = failure(2, "if rank: sys.exit(3)\ntime.sleep(60)")
+    assert str(silent).startswith("process 1 of 2 failed") and silent.exit_code == 3
+    start(2, ["-c", "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['WORLD_SIZE'])"])
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 1 and out.split()[1] == "2" and not err

@@ -1,0 +1,151 @@
+"""Patch parallelism on real processes that talk through gloo; what they do is in `cases.py`.
+
+All cases of all team sizes run on one group of processes, once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import world  # noqa: E402
+
+EVERY_SIZE = """
+    sync_any_size sync_sd sync_sdxl sync_controlnet displaced_constant_input_is_sync
+    displaced_layers_use_the_step_before naive_is_every_part_by_itself counted_bytes
+    group_norm_is_chans_formula sync_other_convolutions impossible_requests_are_refused
+    transformers_share_their_sequence
+""".split()
+PLAN = {
+    4: ["partial_sends_less", "cfg_split_is_batched_guidance"],
+    3: ["sync_sd_batch", "sync_sd_without_guidance", "other_attention_processors", "displaced_pipeline"]
+    + ["partial_is_masked_attention", "sync_svd"],
+    2: """
+        sync_float32_sd sync_float32_sdxl sync_float32_svd sync_float32_controlnet sync_float32_sd_batch
+        sync_sd_odd_size sync_img2img sync_inpaint sync_upscale sync_deepfloyd_if sync_controlnets
+        sync_controlnet_guess_mode sync_t2i_adapter sync_ip_adapter sync_unet2d sync_unet3d sync_animatediff
+        sync_svd partial_is_masked_attention partial_with_whole_neighbours_is_displaced partial_in_columns
+        cfg_split_is_batched_guidance
+        pictures_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
+        quantized_layers different_arguments_are_named an_exception_leaves_nothing
+    """.split(),
+}
+PLAN = {size: EVERY_SIZE + names for size, names in PLAN.items()}
+PLAN = {5: ["sync_any_size", "sync_sd", "displaced_constant_input_is_sync"], **PLAN}  # the largest first: all wait
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[str]]:
+    return world.run(tmp_path_factory.mktemp("team"), max(PLAN), PLAN)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(("size", "case"), [(size, name) for size, names in PLAN.items() for name in names])
+def test_on_processes(size: int, case: str, outcomes: dict[tuple[int, str], list[str]]) -> None:
+    for rank, error in enumerate(outcomes[size, case]):
+        assert not error, f"rank {rank} of {size}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "mode"),
+    [("sd", "killed", "sync"), ("sd", "killed", "displaced"), ("sd", "hangs", "sync"), ("flux", "killed", "sync")],
+)
+def test_a_lost_process_ends_the_others(
+    kind: str, how: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATCH_KIND", kind)
+    monkeypatch.setenv("PATCH_LOST", how)
+    monkeypatch.setenv("PATCH_MODE", mode)
+    first, last = world.start(tmp_path, 2, {2: ["a_lost_process"]})
+    try:
+        first.wait(timeout=120)  # its own limit is 5 s for a message; the rest is starting Python on a busy machine
+        outcome = (tmp_path / "0.jsonl").read_text()
+        assert '"error": ""' in outcome, outcome
+        if how == "killed":
+            assert last.wait(timeout=30) == -signal.SIGKILL
+    finally:
+        for process in (first, last):
+            process.kill()
+            process.wait()
+    assert not [f for f in os.listdir("/dev/shm") if f.startswith("torch_") and _mine(f, first.pid, last.pid)]
+
+
+def _mine(name: str, *pids: int) -> bool:
+    return any(f"_{pid}_" in name for pid in pids)
+
+
+def test_geometry_by_brute_force() -> None:
+    """Every row belongs to one part at every resolution, and every part gets exactly the rows its outputs need."""
+    from diffusion_accel.parallel.geometry import Window, plan_halo, plan_split
+
+    for size in (8, 12, 13, 37, 64):
+        for parts in (1, 2, 3, 4, 5):
+            split = plan_split(size, 7, parts, 0, halvings=2)
+            if split is None:
+                assert -(-size // 4) < parts and -(-7 // 4) < parts
+                continue
+            for level in split.levels:
+                assert level.bounds[0] == 0 and level.bounds[-1] == level.size
+                assert all(level.rows(part) > 0 for part in range(parts))
+                for window in (Window(3, 1, 1, 1, 1), Window(3, 2, 1, 1, 1), Window(5, 1, 2, 4, 4)):
+                    ends = window.output(level)
+                    halos = [plan_halo(window, level, parts, part) for part in range(parts)]
+                    for part, halo in enumerate(halos):
+                        needed = {
+                            out * window.stride - window.before + k * window.dilation
+                            for out in range(ends[part], ends[part + 1])
+                            for k in range(window.kernel)
+                        }
+                        have = {*range(*halo.own)}
+                        for other, rows in halo.receives.items():
+                            assert halos[other].sends[part] == rows and not have & {*range(*rows)}
+                            have |= {*range(*rows)}
+                        assert {row for row in needed if 0 <= row < level.size} <= have
+                        if needed:
+                            assert halo.above == max(0, -min(needed))
+
+
+def test_settings_are_checked() -> None:
+    from diffusion_accel.errors import ConfigurationError
+    from diffusion_accel.parallel import PatchParallel
+
+    assert PatchParallel.parse("3,mode=partial,p=0.5") == PatchParallel(ranks=3, mode="partial", p=0.5)
+    assert PatchParallel.parse("mode=naive,warmup=0") == PatchParallel(mode="naive", warmup=0)
+    for text, says in {
+        "mode=fast": "sync, displaced",
+        "p=1.5": "0 to 1",
+        "warmup=0": "at least 1",
+        "group_norm=none": "corrected",
+        "-1": "0 \\(all",
+        "timeout=0": "above 0",
+        "comm_checkpoint=0": "at least 1",
+        "two": "whole number",
+    }.items():
+        with pytest.raises(ConfigurationError, match=says):
+            PatchParallel.parse(text)
+
+
+def test_transformers_that_cannot_be_shared_are_refused() -> None:
+    import zoo
+
+    from diffusion_accel import accelerate
+    from diffusion_accel.errors import UnsupportedPipelineError
+    from diffusion_accel.parallel import PatchParallel
+
+    with pytest.raises(UnsupportedPipelineError, match="no context-parallel plan"):
+        accelerate(zoo.dit()[0], PatchParallel(mode="sync"))
+    with pytest.raises(UnsupportedPipelineError, match="mode=sync instead of mode=partial"):
+        accelerate(zoo.flux()[0], PatchParallel(mode="partial"))
+
+
+def test_importing_the_feature_is_cheap() -> None:
+    import subprocess
+
+    code = "import sys; from diffusion_accel.parallel import PatchParallel as P; P(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
