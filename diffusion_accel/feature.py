@@ -148,6 +148,10 @@ class Attachment:
         """What the last call did, as numbers: work done, work skipped, bytes held or sent."""
         return {}
 
+    def details(self) -> dict[str, float]:
+        """The same by layer, where that is known."""
+        return {}
+
 
 # ---------------------------------------------------------------------- values
 def _alternatives(hint: Any) -> tuple[Any, ...]:

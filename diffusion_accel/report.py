@@ -16,6 +16,7 @@ class Report:
         flops: floating-point operations (2 for a multiply-add) of the whole call; None unless they were counted.
         features: configuration of each feature that was enabled, by name.
         counters: what each feature did, by name (see the feature's documentation for the units).
+        details: of some features the same by layer; long, and therefore neither printed nor a part of `to_dict`.
     """
 
     steps: int
@@ -23,6 +24,7 @@ class Report:
     flops: float | None = None
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
     counters: dict[str, dict[str, float]] = field(default_factory=dict)
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

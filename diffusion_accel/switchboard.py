@@ -200,6 +200,7 @@ class Acceleration:
             flops=flops,
             features={a.feature.name: a.feature.to_dict() for a in active},
             counters={a.feature.name: a.counters() for a in active},
+            details={a.feature.name: found for a in active if (found := a.details())},
         )
         return output
 

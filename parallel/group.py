@@ -165,6 +165,24 @@ def _plain(value: Any) -> str:
     return "" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def share_random_state(team: Team, device: torch.device) -> None:
+    """Give torch's own generators at every process the state that they have at rank 0."""
+    state = torch.get_rng_state()
+    if device.type == "cuda":
+        state = torch.cat([state, torch.cuda.get_rng_state(device)])
+    on_device = dist.get_backend(team.group) == "nccl"
+    state = state.to(device) if on_device else state
+    with lost_peer():
+        dist.broadcast(state, 0, group=team.group)
+    if team.rank == 0:
+        return
+    state = state.cpu()
+    length = len(torch.get_rng_state())
+    torch.set_rng_state(state[:length].clone())
+    if len(state) > length:
+        torch.cuda.set_rng_state(state[length:].clone(), device)
+
+
 def same_seed(seed: int) -> int:
     """A whole number of rank 0, at every process of the job."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

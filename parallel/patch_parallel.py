@@ -59,7 +59,9 @@ class PatchParallel(Feature):
 
     Counters: `ranks`, `exact_steps`, `stale_steps`, `bytes_sent` by this process in all, per step after the warm-up
     (`bytes_per_stale_step`) and during it (`bytes_per_exact_step`), and by kind (`halo_bytes`, `norm_bytes`,
-    `attention_bytes`, `output_bytes`); `buffer_bytes`.
+    `attention_bytes`, `output_bytes`); `buffer_bytes`. `report().details` has the bytes of the call by layer.
+
+    Whatever is drawn without a generator is drawn from the random state of rank 0.
     """
 
     name: ClassVar[str] = "patch_parallel"
@@ -129,17 +131,13 @@ class PatchParallel(Feature):
 
 
 class PatchAttachment(Attachment):
-    """Patch parallelism on one pipeline; its hooks, messages and buffers live for one call.
-
-    Attributes:
-        traffic: bytes that this process sent in the last call, by (kind, layer).
-    """
+    """Patch parallelism on one pipeline; its hooks, messages and buffers live for one call."""
 
     feature: PatchParallel
 
     def __init__(self, feature: PatchParallel, pipeline: Any) -> None:
         super().__init__(feature, pipeline)
-        self.traffic: dict[tuple[str, str], int] = {}
+        self._traffic: dict[tuple[str, str], int] = {}
         self._hooks: HookSet | None = None
         self._undo: list[Callable[[], None]] = []
         self._run: PatchRun | None = None
@@ -149,7 +147,7 @@ class PatchAttachment(Attachment):
         from diffusion_accel.denoisers import find_denoiser
         from diffusion_accel.hooks import HookSet
 
-        from .group import join
+        from .group import join, share_random_state
         from .mail import Mail
         from .run import PatchRun
         from .setup import Agreement, install, why_not
@@ -157,7 +155,7 @@ class PatchAttachment(Attachment):
         feature = self.feature
         denoiser: Any = find_denoiser(self.pipeline)
         team = join(next(denoiser.parameters()).device, feature.timeout)
-        self.traffic, self._counters = {}, {"ranks": team.size}
+        self._traffic, self._counters = {}, {"ranks": team.size}
         if feature.ranks not in (0, team.size):
             raise ConfigurationError(
                 f"patch_parallel was set to {feature.ranks} processes, but this job has {team.size}; start it with "
@@ -165,6 +163,7 @@ class PatchAttachment(Attachment):
             )
         if team.size == 1:
             return
+        share_random_state(team, next(denoiser.parameters()).device)
         reason = feature.supports(self.pipeline) or why_not(self.pipeline, feature.cfg_parallel, team.size)
         if reason:
             raise ConfigurationError(f"patch_parallel cannot be used on this pipeline: {reason}")
@@ -184,7 +183,7 @@ class PatchAttachment(Attachment):
                 undo()
         run, self._run = self._run, None
         if run is not None:
-            self.traffic = dict(run.mail.traffic)
+            self._traffic = dict(run.mail.traffic)
             self._counters.update(run.summary())
             try:
                 run.mail.close()
@@ -193,3 +192,9 @@ class PatchAttachment(Attachment):
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)
+
+    def details(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for (_, layer), size in self._traffic.items():
+            found[layer] = found.get(layer, 0) + size
+        return found

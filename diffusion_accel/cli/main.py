@@ -19,6 +19,7 @@ from . import (
     inspect,
     metadata,
     models,
+    plan,
     processes,
     quantize,
     transparency,
@@ -40,6 +41,7 @@ app.command()(tune.tune)
 app.command()(quantize.quantize)
 app.command()(inspect.inspect)
 app.command()(bench.bench)
+app.command()(plan.plan)
 app.command()(evaluate.evaluate)
 app.command()(transparency.compose)
 app.command()(transparency.cutout)

@@ -38,6 +38,11 @@ def split(model: nn.Module, mode: str, cfg: bool = False, **changes: Any) -> Ite
         run.mail.close()
 
 
+def warm(mode: str) -> dict[str, int]:
+    """The fewest exact steps that a mode has."""
+    return {"warmup": int(mode in ("displaced", "partial"))}
+
+
 def unet(**changes: Any) -> nn.Module:
     return zoo.unet(**changes).double()
 

@@ -20,7 +20,8 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import map_tensors
 from diffusion_accel.parallel import PatchParallel
 from diffusion_accel.parallel.geometry import Level, Split, Window
-from diffusion_accel.parallel.group import DisagreementError, PeerError
+from diffusion_accel.parallel.group import DisagreementError, PeerError, Team
+from diffusion_accel.parallel.recording import Sent, record
 from diffusion_accel.quant.draft import Draft
 from diffusion_accel.quant.kernels import make_runtime
 from diffusion_accel.quant.layers import Buckets
@@ -317,6 +318,24 @@ def counted_bytes(rank: int, size: int) -> None:
     assert ("halo", "model.conv_in") not in traffic
 
 
+def a_dry_run_counts_the_same_bytes(rank: int, size: int) -> None:
+    """Planning runs one process's share by itself: what it counts is what that process sends in company."""
+    for cfg in (False, True)[: 2 - size % 2]:
+        for mode in ("sync", "displaced", "partial", "naive"):
+            model, named = bare.unet(), bare.inputs(2, 28, 10)
+            with bare.split(model, mode, cfg=cfg, warmup=int(mode != "naive")) as run:
+                for index in range(1 if mode == "sync" else 3):
+                    run.clock.index, before = index, run.mail.traffic.copy()
+                    bare.predict(model, **named)
+                last = run.mail.traffic - before
+            settings = parallel(mode=mode, cfg_parallel=cfg, comm_checkpoint=7, **bare.warm(mode))
+            dry = record(model, named, None, None, settings, Team(rank, size))
+            found = {(kind, layer.removeprefix("denoiser.")): n for (kind, layer), n in dry.traffic.items()}
+            assert found == {(kind, layer.removeprefix("model.")): n for (kind, layer), n in last.items()}
+            sent = sum(event.sent for event in dry.steps[-1] if isinstance(event, Sent))
+            assert sum(last.values()) <= sent <= sum(last.values()) + 16 * len(last), "buffers are aligned"
+
+
 def cfg_split_is_batched_guidance(rank: int, size: int) -> None:
     """The two halves of the batch on two halves of the processes, alone and with patches, and its fallback."""
     for kind in ("sd", "sdxl", "controlnet", "svd", "ip_adapter", "t2i_adapter"):
@@ -359,6 +378,9 @@ def displaced_pipeline(rank: int, size: int) -> None:
     assert errors[0] < errors[2], errors
     accelerate(pipe, parallel(mode="displaced", warmup=6))
     close(zoo.run(pipe, call, steps=6), plain)
+    report = pipe.acceleration.report()
+    layers, total = report.details["patch_parallel"], report.counters["patch_parallel"]["bytes_sent"]
+    assert sum(layers.values()) == total and layers["denoiser.conv_out"] > 0 and "denoiser.conv_in" not in layers
 
 
 def pictures_are_decoded_and_encoded_in_parts(rank: int, size: int) -> None:
@@ -368,12 +390,12 @@ def pictures_are_decoded_and_encoded_in_parts(rank: int, size: int) -> None:
         plain = zoo.run(pipe, call, steps=3)
         accelerate(pipe, parallel(mode="sync"))
         close(zoo.run(pipe, call, steps=3), plain, 1e-9)
-        layers = {layer for _, layer in pipe.acceleration._attachments["patch_parallel"].traffic}
+        layers = pipe.acceleration.report().details["patch_parallel"]
         assert "vae.decoder.conv_out" in layers and "vae.decoder" in layers
         assert ("vae.encoder" in layers) == (kind == "img2img")
         accelerate(pipe, parallel(mode="sync", vae=False))
         close(zoo.run(pipe, call, steps=3), plain, 1e-9)
-        layers = {layer for _, layer in pipe.acceleration._attachments["patch_parallel"].traffic}
+        layers = pipe.acceleration.report().details["patch_parallel"]
         assert not any(layer.startswith("vae") for layer in layers)
 
 
@@ -493,8 +515,8 @@ def transformers_share_their_sequence(rank: int, size: int) -> None:
             assert not left_behind(pipe) and pipe.transformer._parallel_config is None
             assert set(vars(pipe.transformer)) <= before | {"_parallel_config"}
         close(zoo.run(pipe, {**call, "output_type": "pt"}), decoded)
-        traffic = pipe.acceleration._attachments["patch_parallel"].traffic
-        assert any(layer.startswith("vae.decoder") for _, layer in traffic)
+        layers = pipe.acceleration.report().details["patch_parallel"]
+        assert any(layer.startswith("vae.decoder") for layer in layers)
         try:
             zoo.run(pipe, call, seed=rank)
         except DisagreementError as error:
@@ -503,6 +525,20 @@ def transformers_share_their_sequence(rank: int, size: int) -> None:
             raise AssertionError("different noise went unnoticed")
     pipe.acceleration.remove()
     assert torch.equal(zoo.run(pipe, call), plain)
+
+
+def noise_without_a_generator(rank: int, size: int) -> None:
+    """Is that of rank 0 everywhere, also where a scheduler draws at every step."""
+    pipe, call = double(*zoo.sd())
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    plain = [pipe(num_inference_steps=3, **call).images for _ in range(2)]
+    accelerate(pipe, parallel())
+    torch.manual_seed(rank)
+    for expected in plain:
+        close(torch.as_tensor(pipe(num_inference_steps=3, **call).images), torch.as_tensor(expected), 1e-9)
+    assert not torch.equal(torch.as_tensor(plain[0]), torch.as_tensor(plain[1]))
 
 
 # ---------------------------------------------------------------------- what goes wrong

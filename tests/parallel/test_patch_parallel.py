@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import world  # noqa: E402
+import world
 
 EVERY_SIZE = """
     sync_any_size sync_sd sync_sdxl sync_controlnet displaced_constant_input_is_sync
     displaced_layers_use_the_step_before naive_is_every_part_by_itself counted_bytes
+    a_dry_run_counts_the_same_bytes
     group_norm_is_chans_formula sync_other_convolutions impossible_requests_are_refused
     transformers_share_their_sequence
 """.split()
@@ -33,7 +31,7 @@ PLAN = {
         sync_svd partial_is_masked_attention partial_with_whole_neighbours_is_displaced partial_in_columns
         cfg_split_is_batched_guidance
         pictures_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
-        quantized_layers different_arguments_are_named an_exception_leaves_nothing
+        quantized_layers noise_without_a_generator different_arguments_are_named an_exception_leaves_nothing
     """.split(),
 }
 PLAN = {size: EVERY_SIZE + names for size, names in PLAN.items()}

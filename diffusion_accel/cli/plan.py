@@ -1,0 +1,201 @@
+"""`plan`: what patch parallelism would bring on so many devices, before anybody buys or rents them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+from .options import parse_feature
+from .settings import DTYPES
+
+if TYPE_CHECKING:
+    from ..parallel.patch_parallel import PatchParallel
+    from ..parallel.planning import Link, Machine, Prediction
+
+HERE = "here"
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="sd15 or sdxl (architectures), embedded name, folder, or hub id.")
+    ] = "sdxl",
+    devices: Annotated[str, typer.Option(metavar="N,N,…", help="How many devices, 1 to 64.")] = "1,2,4,8",
+    width: Annotated[int, typer.Option(help="Pixels.")] = 1024,
+    height: Annotated[int, typer.Option(help="Pixels.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    images: Annotated[int, typer.Option(help="Pictures in a call.")] = 1,
+    guidance: Annotated[bool, typer.Option(help="With classifier-free guidance: twice the batch.")] = True,
+    patch_parallel: Annotated[
+        str,
+        typer.Option(metavar="KEY=VALUE,…", help="Settings of the feature, such as mode=partial,cfg_parallel=true."),
+    ] = "",
+    machine: Annotated[
+        str, typer.Option(help="a100, h100, rtx4090, or here: times are measured on this machine.")
+    ] = "a100",
+    link: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|GB/S:MICROSECONDS",
+            help="nvlink3, nvlink4, pcie4, pcie5, ethernet-100g, ethernet-10g, here, or numbers for one direction.",
+        ),
+    ] = "nvlink3",
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + "; of the U-Net.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads of a process, with --machine here.")] = 1,
+    json_lines: Annotated[bool, typer.Option("--json", help="As JSON, with every layer.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Predict time and traffic of patch parallelism for a model, a size and any number of devices.
+
+    A simulation: what each device computes and sends is that of a real run, times follow from the machine and the link.
+    """
+    from ..parallel.patch_parallel import PatchParallel
+
+    counts = _counts(devices)
+    for name, value in (("steps", steps), ("images", images), ("threads", threads)):
+        if value < 1:
+            raise ConfigurationError(f"--{name} must be at least 1, got {value}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigurationError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
+    feature = parse_feature("patch_parallel", patch_parallel or "on")
+    if not isinstance(feature, PatchParallel):
+        raise ConfigurationError("--patch-parallel off leaves nothing to plan")
+    if feature.cfg_parallel and (odd := [n for n in counts if n > 1 and n % 2]):
+        raise ConfigurationError(f"cfg_parallel needs an even number of devices, not {odd[0]}")
+    found = _predict(
+        model, counts, (height, width), steps, (images, images * (1 + guidance)), feature, machine, link, dtype, threads
+    )
+    if json_lines:
+        typer.echo(json.dumps([_row(p, found[0], layers=True) for p in found], indent=1))
+    else:
+        _show(found, feature, steps)
+
+
+def _counts(devices: str) -> list[int]:
+    try:
+        counts = sorted({int(word) for word in devices.split(",")})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1 or counts[-1] > 64:
+        raise ConfigurationError(f"--devices {devices!r} is not allowed; give numbers from 1 to 64, such as 1,2,4,8")
+    return counts
+
+
+def _machine(name: str) -> Machine:
+    from ..parallel.planning import MACHINES
+
+    if name not in MACHINES and name != HERE:
+        raise ConfigurationError(f"--machine {name} is not known; use {', '.join(MACHINES)} or {HERE}")
+    return MACHINES.get(name, MACHINES["a100"])  # whose rates are not used where times are measured
+
+
+def _link(text: str) -> Link:
+    from ..parallel.planning import LINKS, Link
+
+    if text in LINKS:
+        return LINKS[text]
+    if text == HERE:
+        from ..parallel.link import measure_link
+
+        return measure_link()
+    bandwidth, _, latency = text.partition(":")
+    try:
+        found = Link(float(bandwidth) * 1e9, float(latency) * 1e-6)
+    except ValueError:
+        found = Link(0, 0)
+    if not (0 < found.bandwidth < 1e15 and 0 <= found.latency < 1):
+        raise ConfigurationError(
+            f"--link {text!r} is not known; use {', '.join(LINKS)}, {HERE}, or GB/s:microseconds such as 25:20"
+        )
+    return found
+
+
+def _predict(
+    model: str,
+    counts: list[int],
+    size: tuple[int, int],
+    steps: int,
+    rows: tuple[int, int],
+    feature: PatchParallel,
+    machine: str,
+    link: str,
+    dtype: str | None,
+    threads: int,
+) -> list[Prediction]:
+    speed, wire = _machine(machine), _link(link)
+    import torch
+
+    from ..parallel.planning import predict
+    from ..parallel.recording import record_busiest
+    from ..parallel.weightless import ARCHITECTURES, make_models, step_inputs
+    from ..pipelines.models import find_model
+
+    device = "cpu" if machine == HERE else "meta"
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    kind = getattr(torch, dtype or ("float32" if machine == HERE else "float16"))
+    location = model if model in ARCHITECTURES else find_model(model).location
+    unet, vae, factor = make_models(model, location, kind, device)
+    if min(size) < factor or size[0] % factor or size[1] % factor:
+        raise ConfigurationError(f"--height {size[0]} and --width {size[1]} must be multiples of {factor} pixels")
+    height, width = size[0] // factor, size[1] // factor
+    inputs = step_inputs(unet, rows[1], height, width)
+    latents = (
+        None if vae is None else next(vae.parameters()).new_zeros(rows[0], vae.config.latent_channels, height, width)
+    )
+    found = []
+    for count in counts:
+        recordings = record_busiest(unet, inputs, vae, latents, feature, count)
+        found.append(predict(recordings, count, speed, wire, steps, feature.warmup))
+    return found
+
+
+def _row(found: Prediction, first: Prediction, layers: bool = False) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "devices": found.devices,
+        "picture_s": found.picture,
+        "speedup": first.picture / found.picture,
+        "exact_step_s": found.exact.seconds,
+        "stale_step_s": found.stale.seconds if found.stale else None,
+        "decoding_s": found.decoding.seconds,
+        "exact_step_bytes": found.exact.sent,
+        "stale_step_bytes": found.stale.sent if found.stale else None,
+        "hidden": found.hidden,
+        "buffer_bytes": found.buffers,
+    }
+    if layers:
+        row["layers"] = {name: {"seconds": s, "bytes": b} for name, (s, b) in found.layers.items()}
+    return row
+
+
+def _show(found: list[Prediction], feature: PatchParallel, steps: int) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    def seconds(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+    def megabytes(value: int | None) -> str:
+        return "–" if value is None else f"{value / 1e6:.1f}"
+
+    heads = ("devices", "picture", "faster", "exact", "later", "MB", "MB later", "hidden", "VAE")
+    table = Table(*(Column(head, no_wrap=True) for head in heads), box=SIMPLE, padding=(0, 1, 0, 0))
+    for one in found:
+        row = _row(one, found[0])
+        times = [seconds(row[name]) for name in ("exact_step_s", "stale_step_s")]
+        sent = [megabytes(row[name]) for name in ("exact_step_bytes", "stale_step_bytes")]
+        hidden = "–" if row["hidden"] is None else f"{row['hidden']:.0%}"
+        picture = seconds(row["picture_s"]), f"{row['speedup']:.2f}"
+        table.add_row(str(one.devices), *picture, *times, *sent, hidden, seconds(row["decoding_s"]))
+    exact = min(steps, feature.warmup) if any(one.stale for one in found) else steps
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"mode {feature.mode}; a picture: {exact} exact steps, {steps - exact} later ones, the VAE; "
+        "faster: than the first row; MB: what the busiest device sends in an exact and in a later step; hidden: share "
+        "of the messages' time behind computation",
+        soft_wrap=True,
+    )

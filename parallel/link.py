@@ -1,0 +1,54 @@
+"""Measures the link between two processes of this machine: bandwidth and latency of gloo's messages.
+
+python -m diffusion_accel.parallel.link FILE     one of the two processes; the first writes FILE
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from .group import join
+from .launch import start
+from .mail import Mail
+from .planning import Link
+
+_SMALL, _LARGE, _TIMES = 4, 2**23, 15  # bytes, bytes, rounds
+
+
+def measure_link() -> Link:
+    """Start two processes that send to each other at the same time, and wait for them (a few seconds)."""
+    with tempfile.TemporaryDirectory(prefix="diffusion-accel-") as folder:
+        file = Path(folder) / "link.json"
+        start(2, ["-m", "diffusion_accel.parallel.link", str(file)])
+        small, large = json.loads(file.read_text())
+    # the processors of one machine move its messages themselves, so that nothing is hidden behind computation
+    return Link((_LARGE - _SMALL) / max(large - small, 1e-9), small, overlaps=False)
+
+
+def _exchange(size: int, mail: Mail, peer: int) -> float:
+    tensor = torch.zeros(size, dtype=torch.uint8)
+    seconds = []
+    for _ in range(_TIMES):
+        began = time.perf_counter()
+        mail.swap(("link", ""), {peer: tensor}, {peer: (size,)}, tensor)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _main(file: str) -> None:
+    team = join(torch.device("cpu"), 60.0)
+    mail = Mail(team.group, 1)
+    found = [_exchange(size, mail, 1 - team.rank) for size in (_SMALL, _LARGE)]
+    if team.rank == 0:
+        Path(file).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,103 @@
+"""U-Nets and autoencoders without trained weights: what a step of them costs does not depend on the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+
+from diffusion_accel.errors import UnsupportedPipelineError
+
+_UNETS = {cls.__name__: cls for cls in (UNet2DConditionModel, UNet2DModel)}
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768},
+    "sdxl": {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "cross_attention_dim": 2048,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "projection_class_embeddings_input_dim": 2816,
+        "transformer_layers_per_block": (1, 2, 10),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "use_linear_projection": True,
+    },
+}
+
+
+def make_models(name: str, location: str, dtype: torch.dtype, device: str) -> tuple[Any, Any, int]:
+    """The U-Net and the autoencoder of a model, and by how much the latter makes pictures smaller.
+
+    Args:
+        name: "sd15" or "sdxl" for their architectures; else `location` is a pipeline folder or hub id, of which only
+            the configurations are read.
+        dtype: of the U-Net; autoencoders are taken in 32 bits, as pipelines for large pictures run them.
+        device: "meta", or one to compute on (with constant weights).
+
+    Raises:
+        UnsupportedPipelineError: the model has no U-Net for pictures.
+    """
+    if name in ARCHITECTURES:
+        kinds: tuple[Any, Any] = (UNet2DConditionModel, AutoencoderKL)
+        configs: list[Any] = [ARCHITECTURES[name], _VAE]
+    else:
+        configs = [_config(location, part) for part in ("unet", "vae")]
+        found = _UNETS.get((configs[0] or {}).get("_class_name", ""))
+        if found is None:
+            raise UnsupportedPipelineError(
+                f"plan knows U-Nets for pictures ({', '.join(_UNETS)}); {name} has none of these in its unet folder"
+            )
+        kinds = found, AutoencoderKL if (configs[1] or {}).get("_class_name") == "AutoencoderKL" else None
+    unet = _make(kinds[0], configs[0], dtype, device)
+    vae = _make(kinds[1], configs[1], torch.float32, device) if kinds[1] is not None else None
+    factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+    return unet, vae, factor
+
+
+def _config(location: str, part: str) -> Any:
+    try:
+        return UNet2DConditionModel.load_config(location, subfolder=part)
+    except OSError:
+        return None
+
+
+def _make(cls: Any, config: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
+    with torch.device("meta"):
+        model = cls.from_config(config) if "_class_name" in config else cls(**config)
+    model = model.to(dtype).eval()
+    if device != "meta":
+        model = model.to_empty(device=device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.nn.init.constant_(tensor, 0.01)
+    return model
+
+
+def step_inputs(unet: Any, rows: int, height: int, width: int, tokens: int = 77) -> dict[str, Any]:
+    """The arguments of one step of a U-Net: zeros of the right shapes, on its device and in its type.
+
+    Args:
+        rows: of the batch, 2 with guidance.
+        height, width: of the latents.
+        tokens: of the text.
+    """
+    parameter, config = next(unet.parameters()), unet.config
+
+    def zeros(*shape: int) -> Any:
+        return parameter.new_zeros(shape)
+
+    named = {"sample": zeros(rows, config.in_channels, height, width), "timestep": zeros(rows) + 500}
+    if getattr(config, "cross_attention_dim", None):
+        named["encoder_hidden_states"] = zeros(rows, tokens, config.cross_attention_dim)
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        named["added_cond_kwargs"] = {"text_embeds": zeros(rows, pooled), "time_ids": zeros(rows, 6)}
+    return named

@@ -1,0 +1,191 @@
+"""Planning: what a share of a model is recorded to do, and the simulation, against results known by other means."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import bare
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion_accel.evaluation.flops import count_flops
+from diffusion_accel.parallel import PatchParallel
+from diffusion_accel.parallel.group import Team
+from diffusion_accel.parallel.planning import LINKS, Link, Machine, predict, simulate
+from diffusion_accel.parallel.recording import Event, Operation, Recording, Sent, Waited, record, record_busiest
+from diffusion_accel.parallel.weightless import ARCHITECTURES, make_models, step_inputs
+
+UNIT = Machine(flops16=1.0, flops32=1.0, memory=1.0, launch=0.0)
+
+
+def compute(seconds: float) -> Operation:
+    return Operation("layer", seconds, 0, 4, None)
+
+
+def flops(events: list[Event]) -> float:
+    return sum(event.flops for event in events if isinstance(event, Operation))
+
+
+def float_inputs(rows: int, height: int, width: int) -> dict[str, Any]:
+    return {k: v.float() if v.is_floating_point() else v for k, v in bare.inputs(rows, height, width).items()}
+
+
+def test_one_process_does_what_is_counted() -> None:
+    model, named = zoo.unet(), float_inputs(2, 24, 10)
+    with torch.no_grad(), count_flops() as count:
+        model(**named)
+    (step,) = record(model, named, None, None, PatchParallel(), Team(0, 1)).steps
+    assert flops(step) == count.total > 0
+    assert not any(isinstance(event, (Sent, Waited)) for event in step)
+
+
+def test_the_meta_device_does_the_same() -> None:
+    settings = PatchParallel(mode="partial", comm_checkpoint=7)
+    model, named = zoo.unet(), float_inputs(2, 24, 10)
+    real = record(model, named, None, None, settings, Team(1, 3))
+    made = record(model.to("meta"), {k: v.to("meta") for k, v in named.items()}, None, None, settings, Team(1, 3))
+
+    def plain(recording: Recording) -> list[Any]:
+        return [
+            [(e.layer, e.flops, e.bytes) if isinstance(e, Operation) else e for e in step] for step in recording.steps
+        ]
+
+    assert plain(real) == plain(made) and real.traffic == made.traffic and real.buffer_bytes == made.buffer_bytes
+    assert all(e.seconds is None for step in made.steps for e in step if isinstance(e, Operation))
+    assert all(e.seconds is not None for step in real.steps for e in step if isinstance(e, Operation))
+
+
+@pytest.mark.parametrize("devices", [2, 3, 5])
+def test_the_parts_are_the_whole(devices: int) -> None:
+    """All parts together multiply as much as one process, and a little more: what hangs on no position, and halos."""
+    unet, vae, factor = make_models("sd15", "", torch.float32, "meta")
+    assert factor == 8
+    named = step_inputs(unet, 2, 80, 32)
+    whole = flops(record(unet, named, None, None, PatchParallel(), Team(0, 1)).steps[0])
+    parts = [
+        flops(record(unet, named, None, None, PatchParallel(mode="sync"), Team(part, devices)).steps[0])
+        for part in range(devices)
+    ]
+    assert whole < sum(parts) < 1.06 * whole and max(parts) < 1.5 * whole / devices
+
+
+def test_published_architectures_have_their_size() -> None:
+    """859.5 and 2567.5 million parameters, as the published models have."""
+    for name, millions in (("sd15", 859.5), ("sdxl", 2567.5)):
+        unet, _, _ = make_models(name, "", torch.float16, "meta")
+        assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert set(ARCHITECTURES) == {"sd15", "sdxl"}
+
+
+def test_simulation_by_hand() -> None:
+    link = Link(bandwidth=10.0, latency=1.0)
+    # sent while 5 s of work run: there after 20 / 10 + 1 = 3 s, so nobody waits; then one that is waited for at once
+    steps = [[Sent(1, 20, 10), compute(5), Waited(1)], [Sent(2, 10, 30), Waited(2), compute(1)]]
+    first, second = simulate(steps, UNIT, link)
+    assert (first.seconds, first.computing, first.waiting, first.travelling, first.sent) == (5, 5, 0, 3, 20)
+    assert (second.seconds, second.computing, second.waiting, second.travelling, second.sent) == (5, 1, 4, 4, 10)
+    # two messages share the link: the second is there at 2 + 2 + 1
+    (both,) = simulate([[Sent(1, 20, 0), Sent(2, 20, 0), Waited(2), Waited(1)]], UNIT, link)
+    assert (both.seconds, both.waiting) == (5, 5)
+    # without overlap the transfer takes the processor's own time
+    (alone,) = simulate([[Sent(1, 20, 0), compute(5), Waited(1)]], UNIT, Link(10.0, 1.0, overlaps=False))
+    assert alone.seconds == 2 + 5
+    # the slower of arithmetic and memory, and never less than a launch
+    machine = Machine(flops16=4.0, flops32=2.0, memory=8.0, launch=0.5)
+    found = [machine.seconds(Operation("", 8, bytes_, size, None)) for bytes_, size in ((0, 4), (0, 2), (64, 2))]
+    assert found == [4, 2, 8] and machine.seconds(Operation("", 0, 1, 4, None)) == 0.5
+    assert machine.seconds(Operation("", 8, 64, 4, 0.25)) == 0.25
+
+
+def test_a_picture_is_its_steps() -> None:
+    exact, later = [Sent(1, 10, 10), Waited(1), compute(2)], [compute(2)]
+    recording = Recording([exact, later, later], [compute(7)], {("halo", "layer"): 10}, 3)
+    found = predict([recording], 2, UNIT, Link(10.0, 0.0), steps=10, warmup=4)
+    assert (found.exact.seconds, found.picture) == (3, 4 * 3 + 6 * 2 + 7)
+    assert found.stale is not None and found.stale.seconds == 2 and found.layers == {"layer": (2.0, 10)}
+    short = predict([recording], 2, UNIT, Link(10.0, 0.0), steps=3, warmup=4)
+    assert short.picture == 3 * 3 + 7 and short.stale is None and short.hidden == 0
+
+
+@pytest.fixture(scope="module")
+def recordings() -> list[Recording]:
+    model, named = zoo.unet().to("meta"), {k: v.to("meta") for k, v in float_inputs(2, 64, 32).items()}
+    return record_busiest(model, named, None, None, PatchParallel(comm_checkpoint=7), 4)
+
+
+@given(st.floats(1e6, 1e12), st.floats(0, 1e-2), st.floats(1, 100))
+def test_a_better_link_is_never_slower(
+    recordings: list[Recording], bandwidth: float, latency: float, factor: float
+) -> None:
+    machine = Machine(1e12, 5e11, 1e11, 5e-6)
+    slow = predict(recordings, 4, machine, Link(bandwidth, latency), 20, 5)
+    fast = predict(recordings, 4, machine, Link(bandwidth * factor, latency / factor), 20, 5)
+    assert fast.picture <= slow.picture * (1 + 1e-9)
+    assert 0 <= (slow.hidden or 0) <= 1
+    assert slow.exact.seconds == pytest.approx(slow.exact.computing + slow.exact.waiting)
+
+
+def test_modes_differ_as_they_should() -> None:
+    """On a slow link displaced beats sync; partial sends less than displaced, naive least."""
+    model, named = zoo.unet().to("meta"), {k: v.to("meta") for k, v in float_inputs(2, 64, 32).items()}
+    found = {}
+    for mode in ("sync", "displaced", "partial", "naive"):
+        made = record_busiest(model, named, None, None, PatchParallel(mode=mode, comm_checkpoint=7), 4)
+        found[mode] = predict(made, 4, Machine(1e9, 1e9, 1e11, 5e-6), LINKS["ethernet-10g"], 20, 5)
+    last = {mode: one.stale or one.exact for mode, one in found.items()}
+    assert last["displaced"].waiting < last["sync"].waiting
+    assert last["naive"].sent < last["partial"].sent < last["displaced"].sent == last["sync"].sent
+
+
+# ---------------------------------------------------------------------- the command
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    from diffusion_accel.cli import main as cli
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = ("--model", "sticker", "--width", "128", "--height", "256", "--steps", "20")
+    code, out, err = call(capsys, *usual, "--devices", "1,2", "--json")
+    assert code == 0 and not err
+    one, two = json.loads(out)
+    assert one["devices"] == 1 and one["speedup"] == 1 and one["exact_step_bytes"] == 0
+    assert two["exact_step_bytes"] > 0 and two["layers"]["denoiser.conv_out"]["bytes"] > 0
+    code, out, err = call(capsys, *usual, "--devices", "2", "--patch-parallel", "mode=sync", "--link", "25:20")
+    assert code == 0 and "mode sync" in out and not err
+    code, out, err = call(
+        capsys, *usual[:4], "--height", "128", "--devices", "1,2", "--machine", "here", "--link", "1:9"
+    )
+    assert code == 0 and "VAE" in out and not err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--devices", "0,2"], "1 to 64"),
+        (["--devices", "two"], "1 to 64"),
+        (["--machine", "toaster"], "a100"),
+        (["--link", "string"], "25:20"),
+        (["--link", "-1:5"], "25:20"),
+        (["--steps", "0"], "at least 1"),
+        (["--dtype", "int3"], "float16"),
+        (["--width", "100"], "multiples of 8"),
+        (["--patch-parallel", "mode=fast"], "sync, displaced"),
+        (["--patch-parallel", "cfg_parallel=true", "--devices", "3"], "even number"),
+        (["--devices", "64", "--width", "64", "--height", "64"], "too small for 64 processes"),
+        (["--model", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "--model" in arguments else ["--model", "sticker"]
+    code, out, err = call(capsys, *model, *arguments)
+    assert code == 2 and not out and says in err and len(err.splitlines()) == 1, err
