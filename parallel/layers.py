@@ -183,6 +183,8 @@ class AttentionHook(ModelHook):
         super().__init__()
         self.run, self.name = run, name
         self.level: Level | None = None  # of the call that is running, if its keys and values are of all parts
+        # what entered the layer of keys or that of values last, as it was and with the tokens of other parts
+        self._tokens: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.run.split is None:
@@ -192,7 +194,14 @@ class AttentionHook(ModelHook):
         try:
             return self.fn_ref.original_forward(*args, **kwargs)
         finally:
-            self.level = None
+            self.level = self._tokens = None
+
+    def with_neighbours(self, tokens: torch.Tensor, level: Level) -> torch.Tensor:
+        """Tokens that enter the layer of keys, or that of values, with those of the neighbours: exchanged once."""
+        if self._tokens is None or self._tokens[0] is not tokens:
+            pieces = gather_tokens(self.run, ("attention", self.name), tokens, level, partial=True)
+            self._tokens = tokens, torch.cat(pieces, 1)
+        return self._tokens[1]
 
 
 def own_level(run: PatchRun, module: nn.Module, named: dict[str, Any], name: str) -> Level | None:
@@ -205,17 +214,30 @@ def own_level(run: PatchRun, module: nn.Module, named: dict[str, Any], name: str
 
 
 class KeyValueHook(ModelHook):
-    """On the layers that make keys and values: adds those of the other parts, (batch, tokens, channels)."""
+    """On the layers that make keys and values: adds those of the other parts, (batch, tokens, channels).
+
+    In mode "partial" the tokens that enter are exchanged instead of the keys and values that come out: half the bytes,
+    for computing those of the few neighbouring ones here as well.
+    """
 
     def __init__(self, run: PatchRun, attention: AttentionHook, name: str) -> None:
         super().__init__()
         self.run, self.attention, self.name = run, attention, name
 
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run, level = self.run, self.attention.level
+        if run.split is None or level is None or run.mode != "partial":
+            return args, kwargs
+        named = bind_forward(module, args, kwargs)
+        first = next(iter(named))
+        return (), {**named, first: self.attention.with_neighbours(named[first], level)}
+
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
         run, level = self.run, self.attention.level
-        if run.split is None or level is None or (run.mode == "naive" and not run.exact):
+        local = run.mode == "partial" or (run.mode == "naive" and not run.exact)
+        if run.split is None or level is None or local:
             return output
-        return torch.cat(gather_tokens(run, ("attention", self.name), output, level, run.mode == "partial"), 1)
+        return torch.cat(gather_tokens(run, ("attention", self.name), output, level, partial=False), 1)
 
 
 def gather_tokens(

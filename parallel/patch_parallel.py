@@ -34,7 +34,8 @@ class PatchParallel(Feature):
       group normalisation. The picture is that of one process, up to rounding.
     - "displaced" (DistriFusion): after `warmup` exact steps a layer uses what the others had at the step before, which
       travelled while it computed.
-    - "partial" (PCPP): displaced, and self-attention sees its own part and the `p` nearest share of its neighbours'.
+    - "partial" (PCPP): displaced, and self-attention sees its own part and the `p` nearest share of its neighbours';
+      no more is sent, as the tokens of which keys and values are made.
     - "naive": after `warmup` exact steps nothing is exchanged but the prediction.
 
     Transformers are shared by diffusers' context parallelism (`enable_parallelism`, Ulysses), in mode "sync" only; what

@@ -1,6 +1,7 @@
 """What patch parallelism costs in fidelity, in bytes and in time, measured with real processes on this machine.
 
-    python scripts/measure_patch_parallel.py fidelity --ranks 2 4 -o docs/data/patch-parallel.json
+    python scripts/measure_patch_parallel.py fidelity --ranks 2 4 -o docs/data/patch-parallel.json \
+        --pictures docs/images/patch-parallel.png
     python scripts/measure_patch_parallel.py time
 
 `fidelity` draws pictures with the embedded model at a larger canvas on one process and on several with every setting,
@@ -29,6 +30,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"mode": "naive", "warmup": 0},
     {"mode": "naive", "warmup": 5},
 ]
+SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of pictures, of the largest team
+    "sync": {"mode": "sync"},
+    "displaced": {"mode": "displaced", "warmup": 5},
+    "partial, p=0.3": {"mode": "partial", "warmup": 5, "p": 0.3},
+    "naive": {"mode": "naive", "warmup": 0},
+}
 
 
 def draw(pipe: Any, options: argparse.Namespace, first: int) -> Any:
@@ -69,15 +76,19 @@ def fidelity_worker(options: argparse.Namespace) -> None:
     rank = int(os.environ.get("RANK", "0"))
     for settings in SETTINGS:
         accelerate(pipe, PatchParallel(timeout=600.0, **settings))
-        found, counters = [], {}
+        found, counters, shown = [], {}, []
         for first in range(0, options.count, options.batch):
             pictures = draw(pipe, options, first)
+            shown.append(pictures)
             plain = torch.load(Path(options.folder) / f"{first}.pt", weights_only=True)
             found += psnr(plain, pictures).tolist()
             counters = pipe.acceleration.report().counters["patch_parallel"]
         sent = torch.tensor([counters["bytes_per_exact_step"], counters["bytes_per_stale_step"]], dtype=torch.float64)
         torch.distributed.all_reduce(sent)
         if rank == 0:
+            for label, one in SHOWN.items():
+                if one == settings:
+                    torch.save(torch.cat(shown), Path(options.folder) / f"{label}.pt")
             line = {
                 "ranks": counters["ranks"],
                 **settings,
@@ -116,10 +127,28 @@ def fidelity(options: argparse.Namespace) -> None:
         for ranks in options.ranks:
             start(ranks, [__file__, "fidelity-worker", f"--folder={folder}", *flags])
         lines = [json.loads(line) for line in (Path(folder) / "lines.jsonl").read_text().splitlines()]
+        if options.pictures:
+            sheet(Path(folder), options)
     if options.output:
         settings = {name: getattr(options, name) for name in names}
         found = {"settings": settings, "one_step_fewer_psnr_median": round(statistics.median(anchor), 2), "runs": lines}
         Path(options.output).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def sheet(folder: Path, options: argparse.Namespace) -> None:
+    """The first pictures of one process and of the settings in SHOWN, a row each."""
+    import torch
+    from PIL import Image
+
+    from diffusion_accel.evaluation.pictures import grid
+
+    rows = []
+    for name in ("0", *SHOWN):
+        made = torch.load(folder / f"{name}.pt", weights_only=True)[: len(PROMPTS)]
+        bytes_ = (made.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
+        rows.append([Image.fromarray(picture) for picture in bytes_])
+    names = ["one process", *(f"{max(options.ranks)} processes, {label}" for label in SHOWN)]
+    grid(rows, [""] * len(rows[0]), [[name] for name in names]).save(options.pictures)
 
 
 # ---------------------------------------------------------------------- time
@@ -188,6 +217,7 @@ def main() -> None:
         one.add_argument("--batch", type=int, default=4)
         one.add_argument("--scheduler", default="ddim")
         one.add_argument("-o", "--output")
+        one.add_argument("--pictures", help="PNG file for a sheet of pictures")
         one.add_argument("--folder", help=argparse.SUPPRESS)
     for name, function in (("time", measure_time), ("time-worker", time_worker)):
         one = commands.add_parser(name)

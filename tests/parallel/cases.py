@@ -435,6 +435,16 @@ def reuse_keeps_its_parts(rank: int, size: int) -> None:
         accelerate(pipe, parallel(mode="displaced", warmup=2))
         first = zoo.run(pipe, call, steps=6)
         assert torch.equal(zoo.run(pipe, call, steps=6), first) and not torch.equal(first, plain)
+    sent = {}
+    for key_steps in (6, 3):  # what is skipped is not sent
+        pipe, call = zoo.sd()
+        accelerate(pipe, EncoderReuse(schedule=f"uniform:{6 // key_steps}", batch_decoder=False), parallel())
+        zoo.run(pipe, {**call, "height": 32, "width": 24}, steps=6)
+        sent[key_steps] = pipe.acceleration.report().details["patch_parallel"]
+    for layer, size in sent[3].items():
+        skipped = layer.startswith(("denoiser.down_blocks", "denoiser.mid_block"))
+        assert size * (2 if skipped else 1) == sent[6][layer], layer
+    assert any(layer.startswith("denoiser.mid_block") for layer in sent[3])
 
 
 def other_attention_processors(rank: int, size: int) -> None:
