@@ -129,10 +129,8 @@ class NormHook(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         tokens = x.dim() == 3
         level = run.level_of_tokens(x.shape[-1], self.name) if tokens else run.level(x, self.name)
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        groups = wide.reshape(len(x), module.num_groups, -1)
-        variance, mean = torch.var_mean(groups, dim=2, correction=0)
-        fresh = torch.stack([mean, variance])
+        wide = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
+        fresh = statistics_of(wide, module.num_groups, module.eps)
         mean, variance = self._whole(fresh, level)
         scale = torch.rsqrt(variance + module.eps)
         shape = (len(x), module.num_groups, 1)
@@ -141,7 +139,7 @@ class NormHook(ModelHook):
         factor = scale.view(shape) * weight.to(scale.dtype).view(1, module.num_groups, -1)
         offset = bias.to(scale.dtype).view(1, module.num_groups, -1) - mean.view(shape) * factor
         ones = [1] * (x.dim() - 2)
-        factor, offset = (v.reshape(len(x), -1, *ones).to(groups.dtype) for v in (factor, offset))
+        factor, offset = (v.reshape(len(x), -1, *ones).to(wide.dtype) for v in (factor, offset))
         return torch.addcmul(offset, wide, factor).to(x.dtype)
 
     def _whole(self, fresh: torch.Tensor, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,6 +166,18 @@ class NormHook(ModelHook):
         if before is not None:
             variance = torch.where(variance < 0, fresh[1].to(wide), variance)
         return mean, variance.clamp(min=0)
+
+
+def statistics_of(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """Mean and biased variance (2, batch, groups) of a contiguous tensor (batch, channels, ...).
+
+    From torch's kernel for group normalisation, whose output is not used: on CPUs it is several times as fast as its
+    kernel for variances.
+    """
+    batch, channels = x.shape[:2]
+    size = x[0, 0].numel()
+    _, mean, scale = torch.native_group_norm(x, None, None, batch, channels, size, groups, eps)
+    return torch.stack([mean, (scale**-2 - eps).clamp(min=0)])
 
 
 def moments(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

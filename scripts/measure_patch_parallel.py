@@ -182,25 +182,41 @@ def time_worker(options: argparse.Namespace) -> None:
 
     pipe = Pipeline(unet=unet, scheduler=DDIMScheduler())
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    modes = [{"mode": "sync"}, {"mode": "displaced", "warmup": 1}, {"mode": "partial", "warmup": 1}]
-    for settings in modes if ranks > 1 else [{"mode": "sync"}]:
+    modes: dict[str, dict[str, Any]] = {
+        "sync": {"mode": "sync"},
+        "displaced": {"mode": "displaced", "warmup": 1},
+        "partial": {"mode": "partial", "warmup": 1},
+        "branches of guidance": {"mode": "sync", "cfg_parallel": True},
+    }
+    for label, settings in modes.items() if ranks > 1 else [("plain", {"mode": "sync"})]:
         accelerate(pipe, PatchParallel(timeout=3600.0, **settings))
-        seconds = pipe(options.repeats + 2)[2:]
+        unmeasured = 1 + (settings["mode"] != "sync")
+        seconds = pipe(options.repeats + unmeasured)[unmeasured:]
         if os.environ.get("RANK", "0") == "0":
-            name = f"{ranks} x {options.threads} threads" + (f", {settings['mode']}" if ranks > 1 else "")
-            line = {"what": name, "median_s": round(statistics.median(seconds), 3), "min_s": round(min(seconds), 3)}
-            line |= {"max_s": round(max(seconds), 3), "n": len(seconds)}
-            print(json.dumps(line), flush=True)
+            name = f"{ranks} x {options.threads} threads, {label}"
+            line = json.dumps({"what": name, "seconds": [round(s, 3) for s in seconds]})
+            print(line, flush=True)
+            with (Path(options.folder) / "lines.jsonl").open("a") as file:
+                file.write(line + "\n")
 
 
 def measure_time(options: argparse.Namespace) -> None:
     from diffusion_accel.parallel.launch import start
 
     flags = [f"--{name}={getattr(options, name)}" for name in ("latents", "rows", "repeats")]
-    for _ in range(options.rounds):
-        for ranks, threads in ((1, 1), (2, 1), (1, 2)):
-            os.environ["OMP_NUM_THREADS"] = str(threads)
-            start(ranks, [__file__, "time-worker", f"--threads={threads}", *flags])
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.rounds):
+            for ranks, threads in ((1, 1), (2, 1), (1, 2)):
+                os.environ["OMP_NUM_THREADS"] = str(threads)
+                start(ranks, [__file__, "time-worker", f"--threads={threads}", f"--folder={folder}", *flags])
+        lines = [json.loads(line) for line in (Path(folder) / "lines.jsonl").read_text().splitlines()]
+    seconds: dict[str, list[float]] = {}
+    for line in lines:
+        seconds.setdefault(line["what"], []).extend(line["seconds"])
+    first = statistics.median(seconds["1 x 1 threads, plain"])
+    for what, found in seconds.items():
+        median = statistics.median(found)
+        print(f"{what}: {median:.2f} s ({min(found):.2f} to {max(found):.2f}, n={len(found)}), {first / median:.2f}x")
 
 
 def main() -> None:
@@ -224,8 +240,9 @@ def main() -> None:
         one.set_defaults(function=function)
         one.add_argument("--latents", type=int, default=64)
         one.add_argument("--rows", type=int, default=2, help="2 with guidance, 1 without")
-        one.add_argument("--repeats", type=int, default=5)
-        one.add_argument("--rounds", type=int, default=1)
+        one.add_argument("--repeats", type=int, default=1, help="measured steps of each kind in a round")
+        one.add_argument("--rounds", type=int, default=5)
+        one.add_argument("--folder", help=argparse.SUPPRESS)
         one.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.function(options)
