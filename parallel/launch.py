@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RUN = "diffusion-accel"  # the launcher's name for a job that was started here
 GRACE = 5  # seconds that the others have to end once a process has failed
+_ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of processes that the launcher ended
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that the launcher listens to
 
 
@@ -70,10 +71,11 @@ def start(ranks: int, arguments: Sequence[str]) -> None:
             raise SystemExit(128 + stop.sigval) from None
 
 
-def leave_message(message: str, consequence: bool = False) -> bool:
+def leave_message(message: str, exit_code: int, consequence: bool = False) -> bool:
     """In a process that `start` runs: leave the reason of its failure to the one that started it.
 
     Args:
+        exit_code: with which it is about to end.
         consequence: another process failed first, and its message says more.
 
     Returns:
@@ -83,8 +85,8 @@ def leave_message(message: str, consequence: bool = False) -> bool:
     if os.environ.get("TORCHELASTIC_RUN_ID") != RUN or not file:
         return False
     # the form that the launcher reads
-    left = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}, "consequence": consequence}
-    Path(file).write_text(json.dumps(left))
+    left = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
+    Path(file).write_text(json.dumps(left | {"consequence": consequence, "exit_code": exit_code}))
     return True
 
 
@@ -93,17 +95,20 @@ def _failed(failures: Mapping[int, ProcessFailure], ranks: int) -> ProcessFailed
 
     def follows(rank: int) -> tuple[bool, int]:
         failure = failures[rank]
-        ended = failure.exitcode == -signal.SIGTERM or bool(failure.error_file_data.get("consequence"))
+        left = failure.error_file_data
+        # a process that left its reason may be ended with the others while it is still about to end itself
+        ended = bool(left["consequence"]) if "consequence" in left else failure.exitcode in _ENDED
         return ended, failure.timestamp
 
     rank = min(failures, key=follows)
     failure, name = failures[rank], f"process {rank} of {ranks}"
+    left = failure.error_file_data
+    if "exit_code" in left:
+        return ProcessFailedError(left["message"]["message"], left["exit_code"])
     if failure.exitcode < 0:
         message = f"{name} was killed by {failure.signal_name()}; nothing more was written"
         return ProcessFailedError(message, AccelerationError.exit_code)
-    left = failure.error_file_data.get("message")
-    message = left["message"] if isinstance(left, dict) else f"{name} failed; what it printed says why"
-    return ProcessFailedError(message, failure.exitcode)
+    return ProcessFailedError(f"{name} failed; what it printed says why", failure.exitcode)
 
 
 @contextmanager

@@ -204,54 +204,60 @@ class Recording:
     buffer_bytes: int
 
 
-def record_busiest(
-    denoiser: nn.Module,
-    inputs: dict[str, Any],
-    vae: Any,
-    latents: torch.Tensor | None,
-    settings: PatchParallel,
-    devices: int,
-) -> list[Recording]:
+@dataclass(frozen=True)
+class Subject:
+    """What is run.
+
+    Attributes:
+        denoiser: a U-Net, on the meta device or on the one whose times are wanted.
+        inputs: the arguments of one step.
+        vae: an autoencoder; None to leave decoding out.
+        latents: what its decoder is given.
+    """
+
+    denoiser: Any
+    inputs: dict[str, Any]
+    vae: Any = None
+    latents: torch.Tensor | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether it really computes."""
+        return bool(next(self.denoiser.parameters()).device.type != "meta")
+
+
+def record_busiest(subject: Subject, settings: PatchParallel, devices: int) -> list[Recording]:
     """`record` for the processes of a team that may be the slowest: one at the picture's border, one in its middle.
 
     Where times are measured, each is recorded twice, and the shorter time of every operation counts.
     """
     parts = devices // (2 if settings.cfg_parallel and devices > 1 else 1)
     teams = [Team(part, devices) for part in sorted({0, parts // 2})]
-    first = [record(denoiser, inputs, vae, latents, settings, team) for team in teams]
-    if next(denoiser.parameters()).device.type == "meta":
+    first = [record(subject, settings, team) for team in teams]
+    if not subject.timed:
         return first
-    second = [record(denoiser, inputs, vae, latents, settings, team) for team in teams]
+    second = [record(subject, settings, team) for team in teams]
     return [_faster(a, b) for a, b in zip(first, second, strict=True)]
 
 
 @torch.no_grad()
-def record(
-    denoiser: nn.Module,
-    inputs: dict[str, Any],
-    vae: Any,
-    latents: torch.Tensor | None,
-    settings: PatchParallel,
-    team: Team,
-) -> Recording:
+def record(subject: Subject, settings: PatchParallel, team: Team) -> Recording:
     """Run the share of one process of a team.
 
     Args:
-        denoiser: a U-Net, on the meta device or on the one whose times are wanted.
-        inputs: the arguments of one step.
-        vae, latents: an autoencoder, and what its decoder is given; None to leave decoding out.
         settings: of the feature; `warmup` and `ranks` do not matter here.
         team: the size of the team and the process; its group is not used.
     """
+    denoiser, vae = subject.denoiser, subject.vae
     models = {"denoiser": denoiser} | ({} if vae is None else {"vae": vae})
     names = {id(m): f"{part}.{name}" for part, model in models.items() for name, m in model.named_modules()}
-    recorder = Recorder(names, timed=next(denoiser.parameters()).device.type != "meta")
+    recorder = Recorder(names, subject.timed)
     mail = DryMail(settings.comm_checkpoint, recorder)
     clock = SimpleNamespace(index=0, call=0, segment=0)
     run = PatchRun(team, clock, mail, settings.mode, int(settings.mode != "naive"), settings.p, settings.group_norm)
     hooks = HookSet("diffusion_accel.plan")
     if team.size > 1:
-        install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)  # type: ignore[arg-type]
+        install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)
         hooks.add(denoiser, DenoiserHook(run, settings.cfg_parallel, _nobody_to_ask))
         if vae is not None and settings.vae:
             install_vae(hooks, run, vae, _nobody_to_ask)
@@ -264,11 +270,11 @@ def record(
             clock.index, before = index, Counter(mail.traffic)
             steps.append([])
             with recorder.into(steps[-1]):
-                denoiser(**inputs)
+                denoiser(**subject.inputs)
             traffic = mail.traffic - before
         if vae is not None:
             with recorder.into(decoding):
-                vae.decode(latents)
+                vae.decode(subject.latents)
     finally:
         hooks.remove()
     return Recording(steps, decoding, dict(traffic), mail.buffer_bytes)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 
-from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+
+from .recording import Subject
 
 _UNETS = {cls.__name__: cls for cls in (UNet2DConditionModel, UNet2DModel)}
 _VAE = {
@@ -32,6 +34,41 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "use_linear_projection": True,
     },
 }
+
+
+def make_subject(
+    name: str,
+    location: str,
+    height: int,
+    width: int,
+    images: int = 1,
+    guidance: bool = True,
+    decode: bool = True,
+    dtype: torch.dtype = torch.float16,
+    device: str = "meta",
+) -> Subject:
+    """A model and the arguments of a step for pictures of some size.
+
+    Args:
+        name, location, dtype, device: see `make_models`.
+        height, width: of the pictures, multiples of what its VAE makes smaller (8, usually).
+        images: pictures in a call.
+        guidance: with both branches of classifier-free guidance.
+        decode: with the VAE's decoder.
+
+    Raises:
+        ConfigurationError: the size is no such multiple.
+        UnsupportedPipelineError: the model has no U-Net for pictures.
+    """
+    unet, vae, factor = make_models(name, location, dtype, device)
+    if min(height, width) < factor or height % factor or width % factor:
+        raise ConfigurationError(f"the height {height} and the width {width} must be multiples of {factor} pixels")
+    height, width = height // factor, width // factor
+    inputs = step_inputs(unet, images * (1 + guidance), height, width)
+    if vae is None or not decode:
+        return Subject(unet, inputs)
+    shape = (images, vae.config.latent_channels, height, width)
+    return Subject(unet, inputs, vae, next(vae.parameters()).new_zeros(shape))
 
 
 def make_models(name: str, location: str, dtype: torch.dtype, device: str) -> tuple[Any, Any, int]:

@@ -6,6 +6,7 @@ give the exact sum  y = a s (Σ x w - z Σ w) + bias,  where Σ runs in 32-bit i
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 import warnings
@@ -67,11 +68,37 @@ def to_bytes(x: torch.Tensor, scale: float, zero_point: int, bits: int) -> torch
     return (x.float() / scale).round_().add_(zero_point).clamp_(0, (1 << bits) - 1).to(torch.uint8)
 
 
+@functools.cache
+def saturates() -> bool:
+    """Whether oneDNN's 8-bit products are wrong on this CPU where weights are large.
+
+    Without VNNI it adds pairs of products in 16 bits, which hold 32767, and cuts off what is larger.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        return False
+    x, w = torch.full((8, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int64)
+    packed = torch.ops.onednn.qlinear_prepack(w, None)
+    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return bool((y != 255 * 127 * 64).any())
+
+
+def unsaturated(weight: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """int8 weights as terms that sum to them, so small that two products with codes of `bits` fit 16 bits."""
+    largest = min(127, 32767 // (2 * ((1 << bits) - 1)))
+    first = weight.clamp(-largest, largest)
+    rest = weight - first
+    return [first] if not rest.any() else [first, *unsaturated(rest, bits)]
+
+
 class OneDnn:
-    """8-bit products of oneDNN (VNNI, AMX) on a CPU, with weights packed once."""
+    """8-bit products of oneDNN (VNNI, AMX) on a CPU, with weights packed once.
+
+    Where the CPU has none of these, 8-bit weights are split into two terms: exact, but twice the work.
+    """
 
     def __init__(self, layer: QuantizedLayer) -> None:
-        self.weights: list[torch.Tensor] | None = None
+        self.weights: list[list[torch.Tensor]] | None = None
         self.scales = [[float(v) for v in row] for row in layer.input_scale.tolist()]
         self.zeros = [[int(v) for v in row] for row in layer.input_zero_point.tolist()]
 
@@ -85,18 +112,21 @@ class OneDnn:
         number = layer.buckets.number
         assert number is not None and layer.spec.activation_bits is not None
         if self.weights is None:
-            self.weights = [self._pack(layer, w) for w in signed_weights(layer)]
+            bits = layer.spec.activation_bits
+            terms = [unsaturated(w, bits) if saturates() else [w] for w in signed_weights(layer)]
+            self.weights = [[self._pack(layer, term) for term in each] for each in terms]
             self.no_zeros = torch.zeros(len(layer.weight_codes), dtype=torch.int64)
         dim = layer.channel_dim
         sizes = layer.spec.part_sizes(x.shape[dim])
         total = None
-        for part, weight, scale, zero, weight_scale in zip(
+        for part, terms, scale, zero, weight_scale in zip(
             x.split(sizes, dim), self.weights, self.scales[number], self.zeros[number], layer.weight_scale, strict=True
         ):
             codes = to_bytes(part, scale, zero, layer.spec.activation_bits)
-            bias = layer.bias.float() if layer.bias is not None and total is None else None
-            y = self._product(layer, codes, scale, zero, weight, weight_scale, bias)
-            total = y if total is None else total.add_(y)
+            for weight in terms:
+                bias = layer.bias.float() if layer.bias is not None and total is None else None
+                y = self._product(layer, codes, scale, zero, weight, weight_scale, bias)
+                total = y if total is None else total.add_(y)
         assert total is not None
         return total.to(x.dtype)
 

@@ -105,7 +105,7 @@ def _fail(message: str, code: int, consequence: bool = False) -> int:
     """Say what went wrong: on the terminal, or as one of several processes only if no other one does."""
     message = " ".join(message.split())
     others_say = os.environ.get("RANK", "0") != "0" and (code == 2 or consequence)
-    if not leave_message(message, consequence) and not others_say:
+    if not leave_message(message, code, consequence) and not others_say:
         typer.echo(f"error: {message}", err=True)
     return code
 

@@ -28,6 +28,7 @@ def plan(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     images: Annotated[int, typer.Option(help="Pictures in a call.")] = 1,
     guidance: Annotated[bool, typer.Option(help="With classifier-free guidance: twice the batch.")] = True,
+    decode: Annotated[bool, typer.Option(help="With the VAE's decoder.")] = True,
     patch_parallel: Annotated[
         str,
         typer.Option(metavar="KEY=VALUE,…", help="Settings of the feature, such as mode=partial,cfg_parallel=true."),
@@ -64,9 +65,29 @@ def plan(
         raise ConfigurationError("--patch-parallel off leaves nothing to plan")
     if feature.cfg_parallel and (odd := [n for n in counts if n > 1 and n % 2]):
         raise ConfigurationError(f"cfg_parallel needs an even number of devices, not {odd[0]}")
-    found = _predict(
-        model, counts, (height, width), steps, (images, images * (1 + guidance)), feature, machine, link, dtype, threads
+    speed, wire = _machine(machine), _link(link)
+    import torch
+
+    from ..parallel.planning import predict
+    from ..parallel.recording import record_busiest
+    from ..parallel.weightless import ARCHITECTURES, make_subject
+    from ..pipelines.models import find_model
+
+    measured = machine == HERE
+    if measured:
+        torch.set_num_threads(threads)
+    subject = make_subject(
+        model,
+        model if model in ARCHITECTURES else find_model(model).location,
+        height,
+        width,
+        images,
+        guidance,
+        decode,
+        getattr(torch, dtype or ("float32" if measured else "float16")),
+        "cpu" if measured else "meta",
     )
+    found = [predict(record_busiest(subject, feature, n), n, speed, wire, steps, feature.warmup) for n in counts]
     if json_lines:
         typer.echo(json.dumps([_row(p, found[0], layers=True) for p in found], indent=1))
     else:
@@ -109,46 +130,6 @@ def _link(text: str) -> Link:
         raise ConfigurationError(
             f"--link {text!r} is not known; use {', '.join(LINKS)}, {HERE}, or GB/s:microseconds such as 25:20"
         )
-    return found
-
-
-def _predict(
-    model: str,
-    counts: list[int],
-    size: tuple[int, int],
-    steps: int,
-    rows: tuple[int, int],
-    feature: PatchParallel,
-    machine: str,
-    link: str,
-    dtype: str | None,
-    threads: int,
-) -> list[Prediction]:
-    speed, wire = _machine(machine), _link(link)
-    import torch
-
-    from ..parallel.planning import predict
-    from ..parallel.recording import record_busiest
-    from ..parallel.weightless import ARCHITECTURES, make_models, step_inputs
-    from ..pipelines.models import find_model
-
-    device = "cpu" if machine == HERE else "meta"
-    if device == "cpu":
-        torch.set_num_threads(threads)
-    kind = getattr(torch, dtype or ("float32" if machine == HERE else "float16"))
-    location = model if model in ARCHITECTURES else find_model(model).location
-    unet, vae, factor = make_models(model, location, kind, device)
-    if min(size) < factor or size[0] % factor or size[1] % factor:
-        raise ConfigurationError(f"--height {size[0]} and --width {size[1]} must be multiples of {factor} pixels")
-    height, width = size[0] // factor, size[1] // factor
-    inputs = step_inputs(unet, rows[1], height, width)
-    latents = (
-        None if vae is None else next(vae.parameters()).new_zeros(rows[0], vae.config.latent_channels, height, width)
-    )
-    found = []
-    for count in counts:
-        recordings = record_busiest(unet, inputs, vae, latents, feature, count)
-        found.append(predict(recordings, count, speed, wire, steps, feature.warmup))
     return found
 
 

@@ -67,22 +67,24 @@ def test_bad_values_are_one_line(
     assert stopped.value.code == 2 and says in error and len(error.splitlines()) == 1
 
 
-def test_the_first_failure_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_failure_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A process that was killed, one that says why before the others notice, and one that says nothing."""
     from diffusion_accel.parallel.launch import ProcessFailedError, start
 
     def failure(ranks: int, code: str) -> ProcessFailedError:
         begin = (
-            "import os, signal, sys, time; rank = int(os.environ['RANK']); from diffusion_accel.parallel import launch"
+            "import os, pathlib, signal, sys, time; rank = int(os.environ['RANK'])\n"
+            f"from diffusion_accel.parallel import launch; left = pathlib.Path({str(tmp_path / 'left')!r})"
         )
         with pytest.raises(ProcessFailedError) as failed:
             start(ranks, ["-c", f"{begin}\n{code}"])
         return failed.value
 
-    follows = "launch.leave_message('lost', consequence=True); sys.exit(1)"
+    follows = "launch.leave_message('lost', 1, consequence=True); sys.exit(1)"
     killed = failure(2, f"if rank: os.kill(os.getpid(), signal.SIGKILL)\n{follows}")
     assert str(killed).startswith("process 1 of 2 was killed by SIGKILL") and killed.exit_code == 1
-    told = failure(3, f"if rank == 2: launch.leave_message('no such file'); sys.exit(2)\n{follows}")
+    tells = "if rank == 2: launch.leave_message('no such file', 2); left.touch(); time.sleep(60)"  # slow to end
+    told = failure(3, f"{tells}\nwhile not left.exists(): time.sleep(0.01)\n{follows}")
     assert (str(told), told.exit_code) == ("no such file", 2)
     silent = failure(2, "if rank: sys.exit(3)\ntime.sleep(60)")
     assert str(silent).startswith("process 1 of 2 failed") and silent.exit_code == 3

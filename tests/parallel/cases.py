@@ -21,7 +21,7 @@ from diffusion_accel.hooks import map_tensors
 from diffusion_accel.parallel import PatchParallel
 from diffusion_accel.parallel.geometry import Level, Split, Window
 from diffusion_accel.parallel.group import DisagreementError, PeerError, Team
-from diffusion_accel.parallel.recording import Sent, record
+from diffusion_accel.parallel.recording import Sent, Subject, record
 from diffusion_accel.quant.draft import Draft
 from diffusion_accel.quant.kernels import make_runtime
 from diffusion_accel.quant.layers import Buckets
@@ -329,7 +329,7 @@ def a_dry_run_counts_the_same_bytes(rank: int, size: int) -> None:
                     bare.predict(model, **named)
                 last = run.mail.traffic - before
             settings = parallel(mode=mode, cfg_parallel=cfg, comm_checkpoint=7, **bare.warm(mode))
-            dry = record(model, named, None, None, settings, Team(rank, size))
+            dry = record(Subject(model, named), settings, Team(rank, size))
             found = {(kind, layer.removeprefix("denoiser.")): n for (kind, layer), n in dry.traffic.items()}
             assert found == {(kind, layer.removeprefix("model.")): n for (kind, layer), n in last.items()}
             sent = sum(event.sent for event in dry.steps[-1] if isinstance(event, Sent))

@@ -16,8 +16,17 @@ from diffusion_accel.evaluation.flops import count_flops
 from diffusion_accel.parallel import PatchParallel
 from diffusion_accel.parallel.group import Team
 from diffusion_accel.parallel.planning import LINKS, Link, Machine, predict, simulate
-from diffusion_accel.parallel.recording import Event, Operation, Recording, Sent, Waited, record, record_busiest
-from diffusion_accel.parallel.weightless import ARCHITECTURES, make_models, step_inputs
+from diffusion_accel.parallel.recording import (
+    Event,
+    Operation,
+    Recording,
+    Sent,
+    Subject,
+    Waited,
+    record,
+    record_busiest,
+)
+from diffusion_accel.parallel.weightless import ARCHITECTURES, make_models, make_subject
 from diffusion_accel.pipelines.models import find_model
 
 UNIT = Machine(flops16=1.0, flops32=1.0, memory=1.0, launch=0.0)
@@ -35,11 +44,15 @@ def float_inputs(rows: int, height: int, width: int) -> dict[str, Any]:
     return {k: v.float() if v.is_floating_point() else v for k, v in bare.inputs(rows, height, width).items()}
 
 
+def on_meta(model: Any, named: dict[str, Any]) -> Subject:
+    return Subject(model.to("meta"), {k: v.to("meta") for k, v in named.items()})
+
+
 def test_one_process_does_what_is_counted() -> None:
     model, named = zoo.unet(), float_inputs(2, 24, 10)
     with torch.no_grad(), count_flops() as count:
         model(**named)
-    (step,) = record(model, named, None, None, PatchParallel(), Team(0, 1)).steps
+    (step,) = record(Subject(model, named), PatchParallel(), Team(0, 1)).steps
     assert flops(step) == count.total > 0
     assert not any(isinstance(event, (Sent, Waited)) for event in step)
 
@@ -47,8 +60,8 @@ def test_one_process_does_what_is_counted() -> None:
 def test_the_meta_device_does_the_same() -> None:
     settings = PatchParallel(mode="partial", comm_checkpoint=7)
     model, named = zoo.unet(), float_inputs(2, 24, 10)
-    real = record(model, named, None, None, settings, Team(1, 3))
-    made = record(model.to("meta"), {k: v.to("meta") for k, v in named.items()}, None, None, settings, Team(1, 3))
+    real = record(Subject(model, named), settings, Team(1, 3))
+    made = record(on_meta(model, named), settings, Team(1, 3))
 
     def plain(recording: Recording) -> list[Any]:
         return [
@@ -63,13 +76,10 @@ def test_the_meta_device_does_the_same() -> None:
 @pytest.mark.parametrize("devices", [2, 3, 5])
 def test_the_parts_are_the_whole(devices: int) -> None:
     """All parts together multiply as much as one process, and a little more: what hangs on no position, and halos."""
-    unet, vae, factor = make_models("sd15", "", torch.float32, "meta")
-    assert factor == 8
-    named = step_inputs(unet, 2, 80, 32)
-    whole = flops(record(unet, named, None, None, PatchParallel(), Team(0, 1)).steps[0])
+    subject = make_subject("sd15", "", 640, 256, decode=False)
+    whole = flops(record(subject, PatchParallel(), Team(0, 1)).steps[0])
     parts = [
-        flops(record(unet, named, None, None, PatchParallel(mode="sync"), Team(part, devices)).steps[0])
-        for part in range(devices)
+        flops(record(subject, PatchParallel(mode="sync"), Team(part, devices)).steps[0]) for part in range(devices)
     ]
     assert whole < sum(parts) < 1.06 * whole and max(parts) < 1.5 * whole / devices
 
@@ -114,8 +124,8 @@ def test_a_picture_is_its_steps() -> None:
 
 @pytest.fixture(scope="module")
 def recordings() -> list[Recording]:
-    model, named = zoo.unet().to("meta"), {k: v.to("meta") for k, v in float_inputs(2, 64, 32).items()}
-    return record_busiest(model, named, None, None, PatchParallel(comm_checkpoint=7), 4)
+    subject = on_meta(zoo.unet(), float_inputs(2, 64, 32))
+    return record_busiest(subject, PatchParallel(comm_checkpoint=7), 4)
 
 
 @given(st.floats(1e6, 1e12), st.floats(0, 1e-2), st.floats(1, 100))
@@ -132,10 +142,10 @@ def test_a_better_link_is_never_slower(
 
 def test_modes_differ_as_they_should() -> None:
     """On a slow link displaced beats sync; partial sends less than displaced, naive least."""
-    model, named = zoo.unet().to("meta"), {k: v.to("meta") for k, v in float_inputs(2, 64, 32).items()}
+    subject = on_meta(zoo.unet(), float_inputs(2, 64, 32))
     found = {}
     for mode in ("sync", "displaced", "partial", "naive"):
-        made = record_busiest(model, named, None, None, PatchParallel(mode=mode, comm_checkpoint=7), 4)
+        made = record_busiest(subject, PatchParallel(mode=mode, comm_checkpoint=7), 4)
         found[mode] = predict(made, 4, Machine(1e9, 1e9, 1e11, 5e-6), LINKS["ethernet-10g"], 20, 5)
     last = {mode: one.stale or one.exact for mode, one in found.items()}
     assert last["displaced"].waiting < last["sync"].waiting
@@ -144,11 +154,10 @@ def test_modes_differ_as_they_should() -> None:
 
 def test_partial_sends_less_on_the_embedded_model() -> None:
     """At least 60 % less than displaced, on four devices with its default p."""
-    unet, _, _ = make_models("sticker", find_model("sticker").location, torch.float32, "meta")
-    named = step_inputs(unet, 2, 32, 32)
+    subject = make_subject("sticker", find_model("sticker").location, 256, 256, decode=False)
     sent = {
         mode: sum(
-            sum(record(unet, named, None, None, PatchParallel(mode=mode), Team(rank, 4)).traffic.values())
+            sum(record(subject, PatchParallel(mode=mode), Team(rank, 4)).traffic.values())
             for rank in (0, 1)  # two and three are their mirror images
         )
         for mode in ("displaced", "partial")

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.quant import kernels
 from diffusion_accel.quant.draft import Draft, rounding
-from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, why_not_integer
+from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, unsaturated, why_not_integer
 from diffusion_accel.quant.layers import Buckets, QuantizedLayer, Simulated
 from diffusion_accel.quant.spec import LayerSpec
 from diffusion_accel.quant.uniform import fake_quantize, half_scale
@@ -84,6 +87,30 @@ def test_integers_compute_what_the_simulation_computes(kind: str, weight_bits: i
         expected = Simulated()(layer, x)
         for way in (OneDnn(layer), IntMatmul(layer)):
             assert torch.allclose(way(layer, x), expected, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_integers_without_enough_bits_to_add_them_are_split(
+    kind: str, saturates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not saturates and kernels.saturates():
+        pytest.skip("this CPU cuts off large sums of 8-bit products")
+    monkeypatch.setattr(kernels, "saturates", lambda: saturates)
+    layer = made(LAYERS[kind](), weight_bits=8)
+    layer.buckets.select(500)
+    x = on_grid(layer, inputs(layer))
+    way, expected = OneDnn(layer), Simulated()(layer, x)
+    assert torch.allclose(way(layer, x), expected, atol=2e-5 * float(expected.abs().max()))
+    assert way.weights is not None and [len(terms) for terms in way.weights] == [1 + saturates]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 8))
+def test_terms_of_weights_sum_to_them_and_fit_sixteen_bits(seed: int, bits: int) -> None:
+    weight = torch.randint(-128, 128, (6, 5), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    terms = unsaturated(weight, bits)
+    assert torch.equal(torch.stack(terms).sum(0), weight.long())
+    assert all(2 * (2**bits - 1) * term.long().abs().max() <= 32767 for term in terms)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
