@@ -136,7 +136,8 @@ def run_latents(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from diffusion_accel.training.transparency_tasks import export_transparency
 
-    facts = export_transparency(options.work, load_base(options), options.out, options.rank, options.overwrite)
+    base = load_base(options)
+    facts = export_transparency(options.work, base, options.out, options.rank, options.overwrite, options.start)
     report("export", out=str(options.out), **facts)
 
 

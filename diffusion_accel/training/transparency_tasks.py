@@ -454,12 +454,19 @@ def sharpen(decoder: LatentTransparencyDecoder, low: float = SHARPEN, high: floa
     decoder.conv_out.bias[0] = (decoder.conv_out.bias[0] - low) / (high - low)
 
 
-def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwrite: bool = False) -> dict[str, Any]:
+class FinishedTask(DecoderTask):
+    """What the stages have left, to look at."""
+
+    before = STAGES
+
+
+def export_transparency(
+    work: Path, pipeline: Any, out: Path, rank: int, overwrite: bool = False, start: Path | None = None
+) -> dict[str, Any]:
     """Write encoder, decoder and, if the UNet was trained, its update as float16; returns sizes and final numbers."""
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another folder or pass --overwrite")
-    task = DecoderTask(work, pipeline.vae)
-    load_pair(work, task.model, STAGES[1:])
+    task = FinishedTask(work, pipeline.vae, start)
     sharpen(task.model.decoder)
     pair = task.model.half().float().eval()
     with torch.no_grad():

@@ -71,7 +71,7 @@ def refine_latents(
             asked = z.to(latents.dtype)
             decoded = decode(asked)
             made_rgb, made_alpha = decode_rgba(decoder, decoded, asked, views=1)
-            errors = (decoded.float() - target, 2 * (made_alpha - alpha), (made_rgb - rgb) * alpha)
+            errors = (0.7 * (decoded.float() - target), 2 * (made_alpha - alpha), (made_rgb - rgb) * alpha)
             total = torch.stack([error.square().flatten(1).mean(1) for error in errors]).sum()
         (z.grad,) = torch.autograd.grad(total, z)  # the networks' weights get none
         adam.step()

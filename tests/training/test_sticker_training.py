@@ -354,6 +354,11 @@ def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path
         JointTask(bare, pipe.vae)
     more = ["joint", "--work", str(bare), "--model", str(work / "pipeline"), "--from", str(out), "--steps", "1"]
     assert transparency.main([*more, *flags]) == 0
+    again = ["export", *more[1:-2], "--out", str(tmp_path / "again")]
+    assert transparency.main(again) == 0, "the stages after those that have run are not needed"
+    joined = tensors_of(bare / "transparency" / "joint")["average.encoder.blocks.0.weight"]
+    exported = load_file(tmp_path / "again" / "encoder" / "diffusion_pytorch_model.safetensors")["blocks.0.weight"]
+    assert torch.equal(exported, joined.half())
     assert transparency.main(["latents", "--work", str(bare), *common[2:]]) == 2, "no latents to follow"
     # what the file holds is what was trained
     model, x = pipe.unet, torch.randn(1, pipe.unet.config.in_channels, 6, 6)
