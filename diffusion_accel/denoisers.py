@@ -274,7 +274,9 @@ def not_splittable(module: nn.Module) -> str | None:
     if strange:
         return f"{name} has layers that need the whole picture: {', '.join(strange)}"
     for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and (layer.padding_mode != "zeros" or layer.padding == "same"):
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and (
+            layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        ):
             return f"{name} has a convolution that pads in another way than with zeros"
     return None
 
@@ -303,7 +305,14 @@ def spatial_attentions(module: nn.Module) -> dict[str, nn.Module]:
 def asymmetric_convolutions(module: nn.Module) -> set[int]:
     """The ids of convolutions whose input diffusers pads by one row and one column at the end."""
     downsamplers: list[Any] = [m for m in module.modules() if type(m).__name__ == "Downsample2D"]
-    return {id(m.conv) for m in downsamplers if m.use_conv and m.padding == 0}
+    layers = [m.conv for m in downsamplers if m.use_conv and m.padding == 0]
+    return {id(part) for layer in layers for part in layer.modules()}  # with a LoRA's, if it has one
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """A layer without the LoRA around it (peft keeps the layer itself as `base_layer`)."""
+    base = getattr(layer, "base_layer", None)
+    return base if isinstance(base, nn.Module) else layer
 
 
 def uses_freeu(module: nn.Module) -> bool:

@@ -50,8 +50,8 @@ def why_not_shared(model: Any, ranks: int) -> str | None:
     return None
 
 
-def share(model: Any, team: Team) -> Callable[[], None]:
-    """Share the sequence of a transformer among a team; returns what undoes it."""
+def share(model: Any, team: Team) -> None:
+    """Share the sequence of a transformer among a team; `unshare` undoes it, also where this has failed."""
     from diffusers.models._modeling_parallel import ParallelConfig
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -63,18 +63,19 @@ def share(model: Any, team: Team) -> Callable[[], None]:
     parallel = ParallelConfig(context_parallel_config=config)
     parallel.setup(team.rank, team.size, device, mesh=_meshes[device.type][1])
 
-    def set_all(value: Any) -> None:
-        model._parallel_config = value
-        for attention in _attentions(model):
-            attention.processor._parallel_config = value
-
-    def undo() -> None:
-        remove_hooks(model, _HOOKS)
-        set_all(None)
-
-    set_all(parallel)
+    _set(model, parallel)
     apply_context_parallel(model, config, model._cp_plan)
-    return undo
+
+
+def unshare(model: Any) -> None:
+    """Give a transformer its whole sequence back."""
+    remove_hooks(model, _HOOKS)
+    _set(model, None)
+
+
+def _set(model: Any, value: Any) -> None:
+    for owner in (model, *(attention.processor for attention in _attentions(model))):
+        owner._parallel_config = value
 
 
 def _attentions(model: nn.Module) -> list[Any]:

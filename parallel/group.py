@@ -56,15 +56,26 @@ def join(device: torch.device, timeout: float) -> Team:
     Args:
         device: where the pipeline computes.
         timeout: seconds after which a process that does not answer is given up.
+
+    Raises:
+        PeerError: the processes did not find each other, or one was lost before.
+        ConfigurationError: there is no such device, or it is of a kind that has no messages.
     """
     if not dist.is_available():
         return Team(0, 1)
     if not dist.is_initialized():
         if launched() == 1:
             return Team(0, 1)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"this process was given {device}, but there are {torch.cuda.device_count()} CUDA devices; start no "
+                "more processes on a host than it has devices"
+            )
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigurationError(f"patch_parallel works on cpu and cuda devices, this pipeline is on {device.type}")
         with _lost_at_start():
             if device.type == "cuda":
-                torch.cuda.set_device(device)
+                torch.cuda.set_device(device)  # NCCL's messages are those of the current device
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
             atexit.register(leave)
@@ -80,8 +91,10 @@ def join(device: torch.device, timeout: float) -> Team:
 
 
 def leave() -> None:
-    """Leave the job: ends the process group that `join` made. Called when the process ends."""
+    """Leave the job: ends its process group. Called when the process ends, if `join` made the group."""
+    global _lost
     _groups.clear()
+    _lost = False
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -183,13 +196,13 @@ def share_random_state(team: Team, device: torch.device) -> None:
         torch.cuda.set_rng_state(state[length:].clone(), device)
 
 
-def same_seed(seed: int) -> int:
-    """A whole number of rank 0, at every process of the job."""
+def same_numbers(numbers: list[int]) -> list[int]:
+    """The whole numbers of rank 0, at every process of the job; as many at each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return seed
-    number = torch.tensor([seed], dtype=torch.int64)
+        return numbers
+    sent = torch.tensor(numbers, dtype=torch.int64)
     if dist.get_backend() == "nccl":
-        number = number.cuda()
+        sent = sent.cuda()
     with lost_peer():
-        dist.broadcast(number, 0)
-    return int(number)
+        dist.broadcast(sent, 0)
+    return [int(number) for number in sent.tolist()]

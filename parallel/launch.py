@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RUN = "diffusion-accel"  # the launcher's name for a job that was started here
 GRACE = 5  # seconds that the others have to end once a process has failed
 _ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of processes that the launcher ended
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that the launcher listens to
+_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, n)]  # it hears
 
 
 class ProcessFailedError(AccelerationError):
@@ -118,12 +118,13 @@ def _surroundings(ranks: int) -> Iterator[None]:
     threads = os.environ.get("OMP_NUM_THREADS")
     here = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in _SIGNALS} if here else {}
+    level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     os.environ["OMP_NUM_THREADS"] = threads or str(max(1, cores // ranks))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
         for number, handler in handlers.items():

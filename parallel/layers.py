@@ -43,15 +43,14 @@ class HaloHook(ModelHook):
         if self.asymmetric:
             x = x.narrow(dim, 0, x.shape[dim] - 1)
         level = run.level(x, self.name, more=int(self.asymmetric))
-        axis = dim if dim < 0 else dim - x.dim()
-        window = conv_window(module, axis, self.asymmetric)
+        window = conv_window(module, dim, self.asymmetric)
         halo = self._plan(window, level)
         local = run.mode == "naive" and not run.exact and not self.entry
         pieces = self._around(x, level, halo, local)
         named[name] = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
         padding = module.padding
         changed = list(padding)  # type: ignore[arg-type]
-        changed[axis] = 0
+        changed[dim] = 0
         module.padding = tuple(changed)
         try:
             return self.fn_ref.original_forward(**named)
@@ -96,6 +95,7 @@ class HaloHook(ModelHook):
 
     @staticmethod
     def _own(x: torch.Tensor, dim: int, begin: int, halo: Halo) -> torch.Tensor:
+        # at odd sizes an upsampler before may have made a row too many at the end, since it sees one part only
         low, high = halo.own
         return x if high - low == x.shape[dim] else x.narrow(dim, low - begin, high - low)
 
@@ -319,7 +319,8 @@ class WholeAttentionHook(ModelHook):
         )
         size = whole.shape[1:3]
         named["hidden_states"] = whole.permute(0, 3, 1, 2).contiguous() if hidden.dim() == 4 else whole.flatten(1, 2)
-        output = self.fn_ref.original_forward(**named)
+        with run.running("whole", None, (), exact=True):  # its own group normalisation has all positions as well
+            output = self.fn_ref.original_forward(**named)
         low, high = level.slice(split.part)
         if hidden.dim() == 4:
             return output.narrow(split.dim, low, high - low).contiguous()

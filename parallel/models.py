@@ -15,6 +15,7 @@ from diffusion_accel.denoisers import (
     halvings,
     prediction,
     spatial_attentions,
+    unwrapped,
     usual_attention,
     with_prediction,
 )
@@ -34,12 +35,14 @@ def install_layers(hooks: HookSet, run: PatchRun, module: nn.Module, prefix: str
         entry: the first layer, if its input comes with the rows that it needs.
     """
     asymmetric = asymmetric_convolutions(module)
+    texts = {id(getattr(part, "norm_cross", None)) for part in module.modules()}  # these see all of the text
+    entries = set() if entry is None else {id(layer) for layer in entry.modules()}
     for name, layer in module.named_modules():
         where = f"{prefix}.{name}"
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             if max(layer.kernel_size[-2:]) > 1 or max(layer.stride[-2:]) > 1:
-                hooks.add(layer, HaloHook(run, where, layer is entry, id(layer) in asymmetric))
-        elif isinstance(layer, nn.GroupNorm):
+                hooks.add(layer, HaloHook(run, where, id(layer) in entries, id(layer) in asymmetric))
+        elif isinstance(layer, nn.GroupNorm) and id(layer) not in texts:
             hooks.add(layer, NormHook(run, where))
     for name, attention in spatial_attentions(module).items():
         parts: Any = attention
@@ -91,7 +94,7 @@ class DenoiserHook(ModelHook):
         if split is not None:
             if not isinstance(named.get("mid_block_additional_residual", 0), (torch.Tensor, int, type(None))):
                 raise ConfigurationError("patch_parallel: the ControlNet's residuals are not tensors")
-            named["sample"] = entry_slice(module.conv_in, sample, split)
+            named["sample"] = entry_slice(unwrapped(module.conv_in), sample, split)
             for key in RESIDUAL_ARGUMENTS:
                 if named.get(key) is not None:
                     named[key] = map_tensors(lambda t: own_rows(run, split, t, module), named[key])

@@ -110,14 +110,14 @@ class PatchParallel(Feature):
         return text.partition(",")[0].isdigit()
 
     def supports(self, pipeline: Any) -> str | None:
-        from diffusion_accel.denoisers import find_denoiser, not_a_unet, not_splittable
+        from diffusion_accel.denoisers import find_denoiser, not_a_unet, not_splittable, reads_every_step
 
         denoiser = find_denoiser(pipeline)
         if denoiser is None:
             return "the pipeline has no unet or transformer"
         reason = not_a_unet(denoiser)
         if reason is None:
-            return not_splittable(denoiser)
+            return not_splittable(denoiser) or reads_every_step(pipeline)
         name = type(denoiser).__name__
         if getattr(pipeline, "transformer", None) is not denoiser:
             return reason
@@ -145,7 +145,6 @@ class PatchAttachment(Attachment):
         self._counters: dict[str, float] = {}
 
     def before_call(self, clock: StepClock) -> None:
-        from diffusion_accel.denoisers import find_denoiser
         from diffusion_accel.hooks import HookSet
 
         from .group import join, share_random_state
@@ -154,8 +153,8 @@ class PatchAttachment(Attachment):
         from .setup import Agreement, install, why_not
 
         feature = self.feature
-        denoiser: Any = find_denoiser(self.pipeline)
-        team = join(next(denoiser.parameters()).device, feature.timeout)
+        device = self.pipeline._execution_device  # where it computes, also with its models offloaded
+        team = join(device, feature.timeout)
         self._traffic, self._counters = {}, {"ranks": team.size}
         if feature.ranks not in (0, team.size):
             raise ConfigurationError(
@@ -164,7 +163,7 @@ class PatchAttachment(Attachment):
             )
         if team.size == 1:
             return
-        share_random_state(team, next(denoiser.parameters()).device)
+        share_random_state(team, device)
         reason = feature.supports(self.pipeline) or why_not(self.pipeline, feature.cfg_parallel, team.size)
         if reason:
             raise ConfigurationError(f"patch_parallel cannot be used on this pipeline: {reason}")
@@ -172,7 +171,7 @@ class PatchAttachment(Attachment):
         self._run = PatchRun(team, clock, mail, feature.mode, feature.warmup, feature.p, feature.group_norm)
         self._hooks = HookSet("diffusion_accel.patch_parallel")
         check = Agreement(self.pipeline, clock, team)
-        self._undo = install(self._hooks, self._run, self.pipeline, feature.cfg_parallel, feature.vae, check)
+        install(self._hooks, self._run, self.pipeline, feature.cfg_parallel, feature.vae, check, self._undo)
 
     def after_call(self) -> None:
         from .group import PeerError
@@ -180,8 +179,8 @@ class PatchAttachment(Attachment):
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-            for undo in self._undo:
-                undo()
+        while self._undo:
+            self._undo.pop()()
         run, self._run = self._run, None
         if run is not None:
             self._traffic = dict(run.mail.traffic)

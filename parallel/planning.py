@@ -19,7 +19,7 @@ class Machine:
     """How fast a device computes; rates that programs reach, not those of data sheets.
 
     Attributes:
-        flops16, flops32: multiply-adds in 16 and 32 bits, in operations a second.
+        flops16, flops32: floating-point operations a second in 16 and 32 bits, 2 for a multiply-add.
         memory: bytes a second.
         launch: seconds that every operation takes at least.
     """

@@ -21,8 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from diffusion_accel.denoisers import halvings
 from diffusion_accel.hooks import HookSet, tensors_in
 
+from .geometry import plan_split
 from .group import Team
 from .mail import Batch, Mail
 from .models import DenoiserHook, install_layers, install_vae
@@ -223,16 +225,24 @@ class Subject:
     @property
     def timed(self) -> bool:
         """Whether it really computes."""
-        return bool(next(self.denoiser.parameters()).device.type != "meta")
+        device: torch.device = next(self.denoiser.parameters()).device
+        return device.type != "meta"
 
 
 def record_busiest(subject: Subject, settings: PatchParallel, devices: int) -> list[Recording]:
-    """`record` for the processes of a team that may be the slowest: one at the picture's border, one in its middle.
+    """`record` for the processes of a team that may be the slowest: the largest part at the picture's border, and the
+    largest in its middle.
 
     Where times are measured, each is recorded twice, and the shorter time of every operation counts.
     """
     parts = devices // (2 if settings.cfg_parallel and devices > 1 else 1)
-    teams = [Team(part, devices) for part in sorted({0, parts // 2})]
+    sample = subject.inputs["sample"]
+    depth = halvings(subject.denoiser)
+    height, width = sample.shape[-2:]
+    splits = [plan_split(height, width, parts, part, depth) for part in range(parts)]
+    rows = {part: split.levels[0].rows(part) if split is not None else 0 for part, split in enumerate(splits)}
+    places = {0, parts - 1}, {*range(1, parts - 1)}
+    teams = [Team(max(sorted(place), key=rows.__getitem__), devices) for place in places if place]
     first = [record(subject, settings, team) for team in teams]
     if not subject.timed:
         return first
@@ -245,7 +255,7 @@ def record(subject: Subject, settings: PatchParallel, team: Team) -> Recording:
     """Run the share of one process of a team.
 
     Args:
-        settings: of the feature; `warmup` and `ranks` do not matter here.
+        settings: of the feature; `ranks` does not matter here, and one step is exact whatever `warmup` is.
         team: the size of the team and the process; its group is not used.
     """
     denoiser, vae = subject.denoiser, subject.vae
@@ -253,8 +263,8 @@ def record(subject: Subject, settings: PatchParallel, team: Team) -> Recording:
     names = {id(m): f"{part}.{name}" for part, model in models.items() for name, m in model.named_modules()}
     recorder = Recorder(names, subject.timed)
     mail = DryMail(settings.comm_checkpoint, recorder)
-    clock = SimpleNamespace(index=0, call=0, segment=0)
-    run = PatchRun(team, clock, mail, settings.mode, int(settings.mode != "naive"), settings.p, settings.group_norm)
+    clock = SimpleNamespace(index=0, call=0)
+    run = PatchRun(team, clock, mail, settings.mode, 1, settings.p, settings.group_norm)
     hooks = HookSet("diffusion_accel.plan")
     if team.size > 1:
         install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)

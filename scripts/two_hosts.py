@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,17 @@ def on_two_hosts(hosts: list[str], arguments: list[str], timeout: float) -> dict
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "wire", "HF_HUB_OFFLINE": "1"}
         command = ["ip", "netns", "exec", host, sys.executable, *launcher, *GENERATE, *arguments]
         pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+        started = subprocess.Popen(
+            command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+        processes.append(started)
     try:
         ends = [process.communicate(timeout=timeout) for process in processes]
     finally:
-        for process in processes:
-            process.kill()
+        for process in processes:  # with what its launcher started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     for process, (_, errors) in zip(processes, ends, strict=True):
         if process.returncode:
             raise RuntimeError(f"a host ended with {process.returncode}: {errors.strip()[-2000:]}")

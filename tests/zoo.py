@@ -192,6 +192,8 @@ def deepfloyd_if() -> Built:
         encoder_hid_dim_type="text_proj",
         addition_embed_type="text",
         addition_embed_type_num_heads=2,
+        cross_attention_norm="group_norm",
+        cross_attention_dim=32,  # a multiple of that normalisation's groups
         resnet_time_scale_shift="scale_shift",
         act_fn="gelu",
         class_embed_type=None,

@@ -91,7 +91,7 @@ def plan(
     if json_lines:
         typer.echo(json.dumps([_row(p, found[0], layers=True) for p in found], indent=1))
     else:
-        _show(found, feature, steps)
+        _show(found, feature, steps, f"machine {machine}", f"link {link}")
 
 
 def _counts(devices: str) -> list[int]:
@@ -151,7 +151,7 @@ def _row(found: Prediction, first: Prediction, layers: bool = False) -> dict[str
     return row
 
 
-def _show(found: list[Prediction], feature: PatchParallel, steps: int) -> None:
+def _show(found: list[Prediction], feature: PatchParallel, steps: int, machine: str, link: str) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Column, Table
@@ -175,7 +175,7 @@ def _show(found: list[Prediction], feature: PatchParallel, steps: int) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"mode {feature.mode}; a picture: {exact} exact steps, {steps - exact} later ones, the VAE; "
+        f"{machine}, {link}; mode {feature.mode}; a picture: {exact} exact steps, {steps - exact} later ones, the VAE; "
         "faster: than the first row; MB: what the busiest device sends in an exact and in a later step; hidden: share "
         "of the messages' time behind computation",
         soft_wrap=True,

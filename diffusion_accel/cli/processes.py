@@ -65,12 +65,16 @@ def join(settings: Settings) -> Settings:
 
 
 def same_seeds(settings: Settings, plans: list[Settings]) -> list[Settings]:
-    """The plans with the seeds of rank 0, where a random one was drawn."""
-    if _feature(settings) is None or not launched():
+    """The plans with the seeds of rank 0, unless the command says which seed."""
+    if settings.seed is not None or _feature(settings) is None or not launched():
         return plans
-    from ..parallel.group import same_seed
+    from ..parallel.group import same_numbers
 
-    return [dataclasses.replace(plan, seed=same_seed(plan.seed or 0)) for plan in plans]
+    (count,) = same_numbers([len(plans)])
+    if count != len(plans):
+        raise ConfigurationError(f"rank 0 has {count} prompts, this process {len(plans)}; give all the same arguments")
+    seeds = same_numbers([plan.seed or 0 for plan in plans])
+    return [dataclasses.replace(plan, seed=seed) for plan, seed in zip(plans, seeds, strict=True)]
 
 
 def writes(settings: Settings) -> bool:

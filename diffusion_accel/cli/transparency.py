@@ -148,6 +148,9 @@ def cutout(
     views: Annotated[
         int | None, typer.Option(help="Sides from which the decoder looks: 8, 4 or 1; as recommended if not given.")
     ] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="Steps that refine the latents; as recommended if not given.")
+    ] = None,
     preview: Annotated[
         str | None, typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write it over this.")
     ] = None,
@@ -168,7 +171,7 @@ def cutout(
         check_free([beside], overwrite)
     if views == 0:
         raise ConfigurationError("--views must be 8, 4 or 1, got 0")
-    feature = LatentTransparency(weights=weights, views=views, strength=0.0)
+    feature = LatentTransparency(weights=weights, views=views, refine=refine, strength=0.0)
     picture = open_image(image)
     source = find_model(model)
     import diffusers
@@ -195,7 +198,7 @@ def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Im
     from ..errors import UnsupportedPipelineError
     from ..evaluation.fidelity import psnr
     from ..transparency.attachment import load
-    from ..transparency.codec import decode_rgba, encode_rgba
+    from ..transparency.codec import decode_rgba, encode_rgba, refine_latents
     from ..transparency.pictures import rgba_tensor, to_pil
 
     reason = feature.supports(pipe)
@@ -211,7 +214,9 @@ def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Im
     around = (0, -width % factor, 0, -height % factor)
     whole = F.pad(rgba, around, mode="replicate") if any(around) else rgba
     with torch.no_grad():
-        z = encode_rgba(pipe.vae, loaded.encoder, whole[:, :3], whole[:, 3:])
+        known = whole[:, :3], whole[:, 3:]
+        z = encode_rgba(pipe.vae, loaded.encoder, *known)
+        z = refine_latents(lambda z: pipe.vae.decode(z).sample, loaded.decoder, z, *known, loaded.refine)
         rgb, alpha = decode_rgba(loaded.decoder, pipe.vae.decode(z).sample, z, loaded.views)
     made = torch.cat([rgb, alpha], 1)[..., :height, :width]
     return to_pil(made)[0], float(psnr(rgba[:, 3:], made[:, 3:].cpu())[0])

@@ -50,10 +50,10 @@ def count_flops() -> Iterator[FlopCount]:
 @contextmanager
 def uncounted() -> Iterator[None]:
     """What runs inside is left out of every count around it (trials that decide how to compute)."""
-    before = [counter.get_total_flops() for _, counter in _running]
+    before = [counter.get_total_flops() - result.excluded for result, counter in _running]
     yield
     for (result, counter), count in zip(_running, before, strict=True):
-        result.excluded += counter.get_total_flops() - count
+        result.excluded = counter.get_total_flops() - count  # once, also where one of these is inside another
 
 
 def _cpu_attention_flops(

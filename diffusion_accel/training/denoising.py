@@ -92,6 +92,12 @@ class Process:
             return noisy - sigma * predicted
         return signal * noisy - sigma * predicted
 
+    def noise_in(self, noisy: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noise that turned `x` into `noisy`."""
+        shape = (-1,) + (1,) * (noisy.dim() - 1)
+        signal, sigma = (level[timesteps.cpu()].to(noisy.device).view(shape) for level in self.levels())
+        return (noisy - signal * x) / sigma
+
     def model_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """What the denoiser gets: the index, or 1000 * s for a flow (diffusers' FlowMatchEulerDiscreteScheduler)."""
         return timesteps + 1 if self.prediction == "flow" else timesteps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +14,30 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..evaluation.fidelity import psnr
 from ..transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from ..transparency.rgba import checkerboard, composite, on_grey, padded_rgb, straight
-from ..transparency.weights import ADAPTER
+from ..transparency.weights import ADAPTER, load_part, read_tensors
 from . import sticker_data as data
 from .denoising import Process
 from .diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
 from .files import UsageError, replacing_folder, require
 from .latents import PATCH
 from .loop import Batch
+from .low_rank import add_low_rank, low_rank_changes, set_low_rank
 from .pictures import picture_loss, save_grid
-from .state import load_average
+from .state import STATE, load_average
 from .sticker_tasks import Captioned
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-ENCODER: dict[str, Any] = {"block_out_channels": (16, 32, 64, 128), "offset_scale": 15.0}
+ENCODER: dict[str, Any] = {
+    "block_out_channels": (16, 32, 64, 128),
+    "offset_scale": 15.0,
+    "recommended_refinement": 10,
+}
 DECODER: dict[str, Any] = {
     "block_out_channels": (16, 16, 32, 64, 96),
     "attention_levels": 2,
@@ -40,8 +45,11 @@ DECODER: dict[str, Any] = {
     "recommended_views": 1,
 }
 
+STAGES = ("encoder", "decoder", "joint", "refine")  # that train the pair; each begins with what the one before left
 COMPONENTS = 6  # of the 8x8 patches of alpha, in the code that the encoder begins with
-SHARPEN = 0.1  # alpha below this is clear, alpha above 1 - this is opaque, in what is exported
+SHARPEN = 0.22  # alpha below this is clear, alpha above 1 - this is opaque, in what is exported
+QUIET = 4e-4  # mean square error in -1..1 (40 dB) below which a change of the VAE's reconstruction hardly counts
+MARGIN = 4  # pixels between the border and what the adapted UNet learns to draw
 AMPLITUDE = 0.17  # of the code, in latents, which have unit RMS
 
 
@@ -66,7 +74,11 @@ class Pair(nn.Module):
         return known.mean, known.std * self.encoder(torch.cat([alpha, padded], 1))
 
     def forward(
-        self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor, noise: torch.Tensor | None = None
+        self,
+        rgb: torch.Tensor,
+        alpha: torch.Tensor,
+        padded: torch.Tensor,
+        noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """-> (the VAE's RGB in -1..1, what the encoder adds, and, given latent noise, [alpha, colours] as read)."""
         mean, offset = self.encode(rgb, alpha, padded)
@@ -77,11 +89,43 @@ class Pair(nn.Module):
         return decoded, offset, made
 
 
+def load_pair(work: Path, pair: Pair, stages: tuple[str, ...], start: Path | None = None) -> None:
+    """Load what the last of `stages` that has run has left, else the weights in the folder `start`.
+
+    Raises:
+        UsageError: none has run and there is no `start`, or its networks have other sizes.
+    """
+    done = [stage for stage in stages if (work / "transparency" / stage / STATE).is_file()]
+    if done or start is None:
+        stage = (done or list(stages[:1]))[-1]
+        load_average(work / "transparency" / stage, pair, stage)
+        return
+    for name, part in pair.named_children():
+        try:
+            part.load_state_dict(load_part(start / name, type(part)).state_dict())
+        except RuntimeError as error:
+            raise UsageError(f"the {name} in {start} has other sizes than the one that is trained here") from error
+
+
 def rgba_of(images: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Straight colours and alpha, in 0..1, of some of the cached pictures."""
     pixels = torch.from_numpy(images[indices]).permute(0, 3, 1, 2).float() / 255
     alpha = pixels[:, 3:].contiguous()
     return straight(pixels[:, :3], alpha), alpha
+
+
+def with_margin(rgb: torch.Tensor, alpha: torch.Tensor, margin: int = MARGIN) -> tuple[torch.Tensor, torch.Tensor]:
+    """Straight colours and alpha, those pictures `margin` pixels smaller on each side that come nearer to the border.
+
+    A picture that is cut off by its border cannot be put on another one.
+    """
+    near = F.pad(alpha[..., margin:-margin, margin:-margin], (margin,) * 4).ne(alpha).flatten(1).any(1)
+    side = [length - 2 * margin for length in alpha.shape[-2:]]
+    small = F.interpolate(torch.cat([rgb * alpha, alpha], 1), side, mode="bicubic", antialias=True).clamp(0, 1)
+    small = F.pad(small, (margin,) * 4)
+    smaller = straight(small[:, :3], small[:, 3:]), small[:, 3:]
+    chosen = near[:, None, None, None]
+    return torch.where(chosen, smaller[0], rgb), torch.where(chosen, smaller[1], alpha)
 
 
 class EncoderTask:
@@ -94,9 +138,18 @@ class EncoderTask:
     learnt to read, and alpha gets holes where a picture is grey.
     """
 
-    trained = "encoder"
+    trained: tuple[str, ...] = ("encoder",)
+    before: tuple[str, ...] = ()  # stages whose weights this one goes on with
 
-    def __init__(self, work: Path, vae: AutoencoderKL, crop: int = 64, guide: float = 2.0, noise: float = 0.15) -> None:
+    def __init__(
+        self,
+        work: Path,
+        vae: AutoencoderKL,
+        start: Path | None = None,
+        crop: int = 64,
+        guide: float = 2.0,
+        noise: float = 0.15,
+    ) -> None:
         self.images, rows = data.load_images(work), data.load_rows(work)
         self.crop, self.guide, self.noise = min(crop, self.images.shape[1]), guide, noise
         self.train = data.of_split(rows, "train")
@@ -105,12 +158,18 @@ class EncoderTask:
         self.weights = weights / weights.sum()
         torch.manual_seed(0)
         self.model = Pair(vae)
+        if self.before or start is not None:
+            load_pair(work, self.model, self.before, start)
         for name, part in self.model.named_children():
-            part.requires_grad_(name == self.trained)
+            part.requires_grad_(name in self.trained)
         if self.crop % self.model.decoder.multiple:
             raise UsageError(f"crops must be a multiple of {self.model.decoder.multiple} pixels, got {crop}")
+
+    @cached_property
+    def code(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The linear code that the encoder is guided to, from 24 pictures."""
         rgb, alpha, _ = self.pictures(self.train[:: max(1, len(self.train) // 24)])
-        self.code = alpha_code(vae, on_grey(rgb, alpha), alpha)
+        return alpha_code(self.model.vae, on_grey(rgb, alpha), alpha)
 
     def pictures(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Straight colours, alpha and padded colours of whole pictures."""
@@ -191,40 +250,74 @@ class DecoderTask(EncoderTask):
     the latents get Gaussian noise of a deviation drawn from 0..`noise`, because a denoiser's latents are not exact.
     """
 
-    trained = "decoder"
-
-    def __init__(self, work: Path, vae: AutoencoderKL, **options: Any) -> None:
-        super().__init__(work, vae, **options)
-        load_average(work / "transparency" / "encoder", self.model, "encoder")
+    trained: tuple[str, ...] = ("decoder",)
+    before: tuple[str, ...] = STAGES[:1]
+    noisy = 0.5  # share of the latents that get noise
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         side = self.crop // PATCH
         channels = self.model.vae.config.latent_channels
         noise = torch.from_numpy(rng.standard_normal((size, channels, side, side), dtype=np.float32))
-        deviation = self.noise * rng.random(size, dtype=np.float32) * (rng.random(size) < 0.5)
+        deviation = self.noise * rng.random(size, dtype=np.float32) * (rng.random(size) < self.noisy)
         noise *= torch.from_numpy(deviation.astype(np.float32))[:, None, None, None]
         return {"pictures": self.crops(rng, size), "noise": noise}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
         _, _, made = model(rgb, alpha, padded, batch["noise"])
+        return self.reconstruction(made.float(), alpha, padded)
+
+    def reconstruction(self, made: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
         weight = torch.cat([2 * torch.ones_like(alpha), (0.1 + 0.9 * alpha).expand(-1, 3, -1, -1)], 1)
-        return picture_loss((made.float() - torch.cat([alpha, padded], 1)) * weight)
+        return picture_loss((made - torch.cat([alpha, padded], 1)) * weight)
+
+
+class JointTask(DecoderTask):
+    """Goes on with encoder and decoder together, so that latents come to hold what the decoder needs of alpha.
+
+    Loss: reconstruction as above, and `PRICE` for each dB beyond `BUDGET` by which the frozen VAE's own
+    reconstruction of the clean latents gets worse. Within the budget the encoder is free. Fewer latents get noise:
+    what the encoder adds may be small where nothing drowns it.
+    """
+
+    trained = ("encoder", "decoder")
+    before = STAGES[:2]
+    noisy = 0.25
+    BUDGET, PRICE = 0.35, 0.05
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        decoded, _, made = model(rgb, alpha, padded, batch["noise"])
+        loss = self.reconstruction(made.float(), alpha, padded)
+        clean = batch["noise"].flatten(1).any(1).logical_not()
+        if clean.any():
+            loss = loss + self.PRICE * F.relu(self.lost(decoded[clean].float(), rgb[clean], alpha[clean]) - self.BUDGET)
+        return loss
+
+    def lost(self, decoded: torch.Tensor, rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """How many dB further from the picture over grey `decoded` is than what the VAE makes of its own latents."""
+        target = on_grey(rgb, alpha)
+        with torch.no_grad():
+            plain = self.model.vae.decode(self.model.vae.encode(target).latent_dist.mean).sample.float()
+        errors = [((made - target) ** 2).flatten(1).mean(1) + QUIET for made in (decoded, plain)]
+        return 10 * (errors[0] / errors[1]).log10().mean()
 
 
 class RefineTask(DecoderTask):
     """Goes on with the decoder on latents as the adapted denoiser gives them, so that edges become sharp there too.
 
-    Whole pictures; half of them from the concept list, noised to a timestep up to `LATEST` and brought back by one
-    prediction of the denoiser with their caption, the others as above. Of alpha only L1 and that of its gradients
-    count: the median of what an uncertain pixel may be is 0 or 1, the mean is a blur.
+    Whole pictures. Half of them are from the concept list, with a margin, noised to a timestep up to `LATEST` and
+    brought back by the denoiser in two steps with their caption; their alpha counts by `decisive`. The others are as in
+    the stage before, so that what it learnt is kept.
     """
 
+    before = STAGES[1:3]
     LATEST = 600
 
-    def __init__(self, work: Path, vae: AutoencoderKL, denoiser: Denoiser, process: Process) -> None:
-        super().__init__(work, vae, crop=data.load_images(work).shape[1])
-        load_average(work / "transparency" / "decoder", self.model, "decoder")
+    def __init__(
+        self, work: Path, vae: AutoencoderKL, denoiser: Denoiser, process: Process, start: Path | None = None
+    ) -> None:
+        super().__init__(work, vae, start, crop=data.load_images(work).shape[1])
         self.captioned = Captioned.load(work).listed()
         self.indices = load_file(require(work / "latents.safetensors", "latents"))["indices"].numpy()
         self._denoiser, self.process = [denoiser.eval().requires_grad_(False)], process
@@ -232,7 +325,7 @@ class RefineTask(DecoderTask):
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         batch = super().draw(rng, size)
         listed = rng.choice(self.captioned.train, size)
-        rgb, alpha = rgba_of(self.images, self.indices[listed])
+        rgb, alpha = with_margin(*rgba_of(self.images, self.indices[listed]))
         known = torch.cat([rgb, alpha, padded_rgb(rgb, alpha)], 1)
         denoised = torch.from_numpy(rng.random(size) < 0.5)
         batch["pictures"] = torch.where(denoised[:, None, None, None], known, batch["pictures"])
@@ -244,22 +337,46 @@ class RefineTask(DecoderTask):
             "gaussian": torch.from_numpy(rng.standard_normal(batch["noise"].shape, dtype=np.float32)),
         }
 
+    def denoise(
+        self, z: torch.Tensor, gaussian: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Latents noised to their timesteps and brought back in two steps of DDIM, the second from half of the way."""
+        noise = gaussian
+        for times in (timesteps, timesteps // 2):
+            noisy, _ = self.process.noisy(z, noise, times)
+            predicted = self._denoiser[0](noisy, self.process.model_timesteps(times), ids).float()
+            z = self.process.clean(noisy, predicted, times)
+            noise = self.process.noise_in(noisy, z, times)
+        return z
+
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        rows, noise = batch["denoised"], batch["noise"].clone()
         with torch.no_grad():
             mean, offset = self.model.encode(rgb, alpha, padded)
-            z, rows, noise = (mean + offset).float(), batch["denoised"], batch["noise"].clone()
             if rows.any():
-                timesteps = batch["timesteps"][rows]
-                noisy, _ = self.process.noisy(z[rows], batch["gaussian"][rows], timesteps)
-                given = batch["ids"][rows].to(noisy.device)
-                predicted = self._denoiser[0](noisy, self.process.model_timesteps(timesteps), given).float()
-                noise[rows] = self.process.clean(noisy, predicted, timesteps) - z[rows]
+                z = (mean + offset).float()[rows]
+                given = (part[rows] for part in (batch["gaussian"], batch["timesteps"], batch["ids"]))
+                noise[rows] = self.denoise(z, *given) - z
         _, _, made = model(rgb, alpha, padded, noise)
-        colours = picture_loss((made[:, 1:].float() - padded) * (0.1 + 0.9 * alpha))
-        error = made[:, :1].float() - alpha
-        gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return colours + error.abs().mean() + 0.25 * gradients
+        made, loss = made.float(), made.new_zeros(())
+        if not rows.all():
+            loss = self.reconstruction(made[~rows], alpha[~rows], padded[~rows])
+        if rows.any():
+            made, alpha, padded = made[rows], alpha[rows], padded[rows]
+            loss = loss + decisive(made[:, :1] - alpha).mean()
+            loss = loss + picture_loss((made[:, 1:] - padded) * (0.1 + 0.9 * alpha))
+        return loss
+
+
+def decisive(error: torch.Tensor, knee: float = 0.3) -> torch.Tensor:
+    """|error| (1 + knee) / (|error| + knee): 0 without an error, 1 for one of 1, and steep near 0.
+
+    The mean of what a pixel may be is best by the square of the error, anything between 0 and 1 is equally good for an
+    even chance by its size; by this one, 0 or 1 is. So an uncertain edge becomes a sharp one and not a haze.
+    """
+    size = error.abs()
+    return size * (1 + knee) / (size + knee)
 
 
 @torch.no_grad()
@@ -288,54 +405,19 @@ def _psnr(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------- the base model
-class LowRank(nn.Module):
-    """A weight plus the product of two factors (Hu et al. 2022), as a parametrization: up begins at zero."""
-
-    def __init__(self, weight: torch.Tensor, rank: int) -> None:
-        super().__init__()
-        rows, columns = weight.flatten(1).shape
-        rank = min(rank, rows, columns)
-        self.down = nn.Parameter(torch.randn(rank, *weight.shape[1:]) / math.sqrt(columns))
-        self.up = nn.Parameter(torch.zeros(rows, rank))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + (self.up @ self.down.flatten(1)).view_as(weight)
-
-
-def add_low_rank(model: nn.Module, rank: int) -> None:
-    """Freeze `model` and give every linear layer and convolution a low-rank update; their biases are trained whole."""
-    model.requires_grad_(False)
-    for module in list(model.modules()):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
-            if module.bias is not None:
-                module.bias.requires_grad_(True)
-
-
-def low_rank_changes(model: nn.Module, plain: nn.Module) -> dict[str, torch.Tensor]:
-    """What `add_low_rank` trained, as an adapter file holds it: factors of weights, differences of biases."""
-    biases, changes = dict(plain.named_parameters()), {}
-    for name, module in model.named_modules():
-        if not parametrize.is_parametrized(module, "weight"):
-            continue
-        update: Any = module.parametrizations.weight[0]
-        changes[f"{name}.lora_A.weight"] = update.down
-        changes[f"{name}.lora_B.weight"] = update.up if module.weight.dim() == 2 else update.up[..., None, None]
-        if module.bias is not None:
-            changes[f"{name}.bias"] = module.bias - biases[f"{name}.bias"]
-    return {name: value.detach().half().contiguous() for name, value in changes.items()}
-
-
 @torch.no_grad()
-def adjusted_latents(work: Path, vae: AutoencoderKL, batch: int = 64) -> torch.Tensor:
-    """The latents of the chosen pictures as the trained encoder changes them, in the order of `latents.safetensors`."""
+def adjusted_latents(work: Path, vae: AutoencoderKL, start: Path | None = None, batch: int = 64) -> torch.Tensor:
+    """The latents of the chosen pictures as the trained encoder changes them, in the order of `latents.safetensors`.
+
+    The pictures have a margin, so that the denoiser learns to keep it.
+    """
     stored = load_file(require(work / "latents.safetensors", "latents"))
     images, listed = data.load_images(work), int(stored["listed"])
     pair = Pair(vae)
-    load_average(work / "transparency" / "encoder", pair, "encoder")
+    load_pair(work, pair, STAGES[:3], start)
     made = []
     for part in stored["indices"][:listed].split(batch):
-        rgb, alpha = rgba_of(images, part.numpy())
+        rgb, alpha = with_margin(*rgba_of(images, part.numpy()))
         mean, offset = pair.encode(rgb, alpha, padded_rgb(rgb, alpha))
         made.append(mean + offset)
     return torch.cat(made)
@@ -349,13 +431,18 @@ def trained_denoiser(work: Path, pipeline: Any, rank: int) -> Denoiser:
     return denoiser
 
 
-def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective) -> DenoisingTask:
-    """Trains the low-rank update on the concept list with changed latents; text encoder and base weights stay."""
+def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective, start: Path | None = None) -> DenoisingTask:
+    """Trains the low-rank update on the concept list with changed latents; text encoder and base weights stay.
+
+    It begins at zero, or with the adapter in the folder `start`.
+    """
     latents = load_file(require(work / "transparency" / "latents.safetensors", "latents"))["latents"]
     captioned = replace(Captioned.load(work).listed(), latents=latents)
     torch.manual_seed(0)
     denoiser = Denoiser(pipeline.unet.float(), pipeline.text_encoder.float().requires_grad_(False))
     add_low_rank(denoiser.core, rank)
+    if start is not None:
+        set_low_rank(denoiser.core, read_tensors(start / ADAPTER))
     return DenoisingTask(denoiser, captioned, objective)
 
 
@@ -367,14 +454,19 @@ def sharpen(decoder: LatentTransparencyDecoder, low: float = SHARPEN, high: floa
     decoder.conv_out.bias[0] = (decoder.conv_out.bias[0] - low) / (high - low)
 
 
-def export_transparency(work: Path, pipeline: Any, out: Path, rank: int, overwrite: bool = False) -> dict[str, Any]:
+class FinishedTask(DecoderTask):
+    """What the stages have left, to look at."""
+
+    before = STAGES
+
+
+def export_transparency(
+    work: Path, pipeline: Any, out: Path, rank: int, overwrite: bool = False, start: Path | None = None
+) -> dict[str, Any]:
     """Write encoder, decoder and, if the UNet was trained, its update as float16; returns sizes and final numbers."""
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another folder or pass --overwrite")
-    task = DecoderTask(work, pipeline.vae)
-    for stage in ("decoder", "refine"):
-        if (work / "transparency" / stage).exists():
-            load_average(work / "transparency" / stage, task.model, stage)
+    task = FinishedTask(work, pipeline.vae, start)
     sharpen(task.model.decoder)
     pair = task.model.half().float().eval()
     with torch.no_grad():

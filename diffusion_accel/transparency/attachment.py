@@ -15,7 +15,7 @@ from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Attachment
 from ..hooks import HookSet
 from .adapter import Adapter, check_changes, read_changes
-from .codec import decode_rgba, offset_of
+from .codec import decode_rgba, offset_of, refine_latents
 from .conditions import Concatenated, Until, condition_latents, open_picture
 from .latent_transparency import CONDITIONS, LAYERS
 from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
@@ -33,13 +33,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """Everything that a setting needs: networks on the CPU, changes of the base model, sides to decode from."""
+    """Everything that a setting needs: networks on the CPU, changes of the base model, sides to decode from, and steps
+    that refine given latents."""
 
     encoder: LatentTransparencyEncoder | None
     decoder: LatentTransparencyDecoder | None
     adapter: Adapter | None
     sharing: Sharing | None
     views: int = 0
+    refine: int = 0
 
 
 def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> Loaded:
@@ -77,8 +79,12 @@ def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> L
             changes = read_changes(parts.adapter, tensors)
             check_changes(((name, change.shape) for name, change in changes.items()), unet, parts.adapter)
             adapter = Adapter(changes)
-    recommended = 0 if decoder is None else decoder.config.recommended_views
-    return Loaded(encoder, decoder, adapter, sharing, recommended if feature.views is None else feature.views)
+    views, refine = feature.views, feature.refine
+    if views is None:
+        views = 0 if decoder is None else decoder.config.recommended_views
+    if refine is None:
+        refine = 0 if encoder is None else encoder.config.recommended_refinement
+    return Loaded(encoder, decoder, adapter, sharing, views, refine if decoder is not None else 0)
 
 
 class TransparencyAttachment(Attachment):
@@ -95,6 +101,7 @@ class TransparencyAttachment(Attachment):
         self._concatenated: Concatenated | None = None
         self._size = (0, 0)
         self._unet: Any = None
+        self._read: Any = None
         self._counters: dict[str, float] = {}
 
     @property
@@ -144,6 +151,7 @@ class TransparencyAttachment(Attachment):
             self._hooks.add(self._unet.conv_in, self._concatenated)
         if feature.until < 1:
             self._until.add(self._unet, Until(clock, feature.until, self._unadapted))
+        self._read = None if vae is None else vae.decode
         if loaded.decoder is not None:
             self._wrap(vae, "decode", self._decode)
         if self._given is not None:
@@ -180,21 +188,27 @@ class TransparencyAttachment(Attachment):
         self._decoded.append((z.detach(), (made[0] if isinstance(made, tuple) else made.sample).detach()))
         return made
 
+    def _decoded_by_vae(self, z: torch.Tensor) -> torch.Tensor:
+        return self._read(z, return_dict=False)[0]
+
     def _encode(self, original: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The VAE's encoding of a picture over grey, moved by the encoder's offset; nothing is drawn at random."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        assert self._given is not None and self._loaded.encoder is not None
+        loaded = self._loaded
+        assert self._given is not None and loaded.encoder is not None
         made = original(x, *args, **kwargs)
         known = made[0] if isinstance(made, tuple) else made.latent_dist
         rgb, alpha = (
-            torch.nn.functional.interpolate(part, x.shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
+            torch.nn.functional.interpolate(part, x.shape[-2:], mode="bilinear", antialias=True)
+            .clamp(0, 1)
+            .repeat(math.ceil(len(x) / len(part)), 1, 1, 1)[: len(x)]
             for part in self._given
         )
-        encoder = self._loaded.encoder.to(x.device)
-        offset = offset_of(encoder, rgb, alpha).to(known.mean)
-        offset = offset.repeat(math.ceil(len(x) / len(offset)), 1, 1, 1)[: len(x)]
-        moved = known.mean + known.std * offset
+        moved = known.mean + known.std * offset_of(loaded.encoder.to(x.device), rgb, alpha).to(known.mean)
+        if loaded.refine and loaded.decoder is not None:
+            decoder = loaded.decoder.to(x.device)
+            moved = refine_latents(self._decoded_by_vae, decoder, moved, rgb, alpha, loaded.refine)
         certain = DiagonalGaussianDistribution(torch.cat([moved, torch.full_like(moved, -30)], 1), deterministic=True)
         if isinstance(made, tuple):
             return (certain, *made[1:])

@@ -55,6 +55,8 @@ class LatentTransparency(Feature):
         adapter: another adapter file than the one in `weights`.
         views: 8, 4 or 1 sides from which the decoder looks, the median counts; 0 leaves the pictures as they are. None:
             as the weights recommend, 8 for published ones.
+        refine: steps by which the latents of a given RGBA picture are refined until they are read back right; each
+            takes about as long as decoding three times. None: as the weights recommend, 0 for published ones.
         strength: of the adapter; 0 leaves the base model as it is.
         until: share of the steps in which the adapter is in force, the rest are the base model's; above 0 to 1.
         foreground, background, blend: picture files that the variant needs.
@@ -74,6 +76,9 @@ class LatentTransparency(Feature):
     views: int | None = option(
         None, "sides from which the decoder looks: 8, 4 or 1; 0 leaves RGB as it is (default: as the weights recommend)"
     )
+    refine: int | None = option(
+        None, "steps that refine the latents of a picture that is given (default: as the weights recommend)"
+    )
     strength: float = option(1.0, "of the adapter; 0 leaves the base model as it is")
     until: float = option(1.0, "share of the steps with the adapter, above 0, at most 1")
     foreground: str = option("", "picture file, where the variant needs one")
@@ -88,6 +93,8 @@ class LatentTransparency(Feature):
             refuse("variant", f"one of {', '.join(CONDITIONS)}")
         if self.views is not None and self.views not in VIEWS:
             refuse("views", "8, 4, 1 or 0")
+        if self.refine is not None and self.refine < 0:
+            refuse("refine", "at least 0")
         if not (math.isfinite(self.strength) and self.strength >= 0):
             refuse("strength", "a finite number of at least 0")
         if not 0 < self.until <= 1:

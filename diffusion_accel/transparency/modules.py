@@ -29,6 +29,7 @@ class LatentTransparencyEncoder(ModelMixin, ConfigMixin):
         block_out_channels: widths at full, 1/2, 1/4 and 1/8 resolution; the VAE's factor is 2^(widths - 1).
         offset_scale: what the output is multiplied by: 300 for the weights published for diffusers, 1 for those
             published for the web UI.
+        recommended_refinement: steps by which the latents of a given picture are refined, see `codec.refine_latents`.
     """
 
     @register_to_config
@@ -37,6 +38,7 @@ class LatentTransparencyEncoder(ModelMixin, ConfigMixin):
         latent_channels: int = 4,
         block_out_channels: tuple[int, ...] = (32, 64, 128, 256),
         offset_scale: float = 1.0,
+        recommended_refinement: int = 0,
     ) -> None:
         super().__init__()
         first, *deeper = block_out_channels

@@ -25,7 +25,7 @@ def split(model: nn.Module, mode: str, cfg: bool = False, **changes: Any) -> Ite
     team = join(torch.device("cpu"), 60.0)
     settings = {"warmup": 1, "fraction": 0.3, "group_norm": "corrected", **changes}
     batch = settings.pop("batch", 7)  # so that one step sends several batches, the last one smaller
-    clock = SimpleNamespace(index=0, call=0, segment=0)
+    clock = SimpleNamespace(index=0, call=0)
     run = PatchRun(team, clock, Mail(team.group, batch), mode, **settings)
     hooks = HookSet("test.parallel")
     install_layers(hooks, run, model, "model", getattr(model, "conv_in", None))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import zoo
 from diffusers import EulerAncestralDiscreteScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusion_accel import EncoderReuse, Reuse, accelerate
 from diffusion_accel.errors import ConfigurationError
@@ -435,6 +436,11 @@ def reuse_keeps_its_parts(rank: int, size: int) -> None:
         accelerate(pipe, parallel(mode="displaced", warmup=2))
         first = zoo.run(pipe, call, steps=6)
         assert torch.equal(zoo.run(pipe, call, steps=6), first) and not torch.equal(first, plain)
+    pipe, call = zoo.sd()
+    alternating = Reuse(plan="full", guidance="reuse:2")  # batches of 2 and of 1 in turn, each with its own old values
+    accelerate(pipe, alternating, parallel(mode="displaced", warmup=2))
+    zoo.run(pipe, {**call, "height": 32, "width": 24}, steps=8)
+    assert pipe.acceleration.report().counters["patch_parallel"]["buffer_bytes"] > 0
     sent = {}
     for key_steps in (6, 3):  # what is skipped is not sent
         pipe, call = zoo.sd()
@@ -456,6 +462,17 @@ def other_attention_processors(rank: int, size: int) -> None:
         plain = bare.predict(model, **named)
         with bare.split(model, "sync"):
             close(bare.predict(model, **named), plain, 1e-9)
+    pipe, call = double(*zoo.sd())  # a decoder's attention has a group normalisation of its own
+    for attention in bare.spatial_attentions(pipe.vae).values():
+        attention.processor = Residual()
+    call |= {"output_type": "pt", "height": 32, "width": 24}
+    plain = zoo.run(pipe, call, steps=1)
+    accelerate(pipe, parallel())
+    close(zoo.run(pipe, call, steps=1), plain, 1e-9)
+
+
+class Residual(AttnProcessor2_0):
+    """A processor that this toolkit does not know."""
 
 
 class Ordered(bare.MaskedAttention):
@@ -469,7 +486,7 @@ def lora_and_slicing(rank: int, size: int) -> None:
     for sliced in (False, True):
         pipe, call = double(*zoo.sd())
         pipe.unet.add_adapter(
-            LoraConfig(r=2, target_modules=["to_q", "to_k", "conv1", "conv2"], init_lora_weights=False)
+            LoraConfig(r=2, target_modules=["to_q", "to_k", "conv1", "conv2", "conv_in"], init_lora_weights=False)
         )
         pipe.unet.double()
         if sliced:
@@ -626,6 +643,9 @@ def impossible_requests_are_refused(rank: int, size: int) -> None:
     pipe, call = zoo.sd()
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     refused("FreeU", pipe, call)
+    pipe, call = zoo.sd()
+    pipe.fuse_qkv_projections(unet=False, vae=True)
+    refused("fused", pipe, call)
     if size % 2:
         refused("even number", *zoo.sd(), cfg_parallel=True)
 

@@ -84,6 +84,32 @@ def test_the_parts_are_the_whole(devices: int) -> None:
     assert whole < sum(parts) < 1.06 * whole and max(parts) < 1.5 * whole / devices
 
 
+@pytest.mark.parametrize("cfg_parallel", [False, True])
+def test_the_largest_part_is_recorded(cfg_parallel: bool) -> None:
+    """64 rows in units of 8 on five devices: 8, 16, 8, 16, 16."""
+    devices = 5 * (1 + cfg_parallel)
+    subject = on_meta(
+        zoo.unet(
+            down_block_types=("DownBlock2D",) * 4,
+            up_block_types=("UpBlock2D",) * 4,
+            block_out_channels=(8,) * 4,
+            norm_num_groups=4,
+        ),
+        float_inputs(2, 64, 8),
+    )
+    settings = PatchParallel(mode="sync", cfg_parallel=cfg_parallel)
+    every = [flops(record(subject, settings, Team(part, devices)).steps[0]) for part in range(devices)]
+    busiest = [flops(one.steps[0]) for one in record_busiest(subject, settings, devices)]
+    assert max(busiest) == max(every) > 1.5 * min(every)
+
+
+def test_the_exact_steps_of_naive_are_exact() -> None:
+    subject = on_meta(zoo.unet(), float_inputs(2, 24, 10))
+    exact, _, later = record(subject, PatchParallel(mode="naive", warmup=0), Team(0, 2)).steps
+    same = record(subject, PatchParallel(mode="sync"), Team(0, 2)).steps[0]
+    assert exact == same and len([e for e in later if isinstance(e, Sent)]) == 1
+
+
 def test_published_architectures_have_their_size() -> None:
     """859.5 and 2567.5 million parameters, as the published models have."""
     for name, millions in (("sd15", 859.5), ("sdxl", 2567.5)):

@@ -32,11 +32,19 @@ def start(folder: Path, ranks: int, plan: dict[int, list[str]], timeout: float =
     ]
 
 
-def run(folder: Path, ranks: int, plan: dict[int, list[str]]) -> dict[tuple[int, str], list[str]]:
-    """What each case ended with on each rank of its team: an empty text, or a traceback."""
+def run(folder: Path, ranks: int, plan: dict[int, list[str]]) -> None:
+    """Run all cases, and wait for the end."""
     processes = start(folder, ranks, plan)
-    for process in processes:
-        process.wait(timeout=600)
+    try:
+        for process in processes:
+            process.wait(timeout=600)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def read(folder: Path, plan: dict[int, list[str]]) -> dict[tuple[int, str], list[str]]:
+    """What each case ended with on each rank of its team: an empty text, or a traceback."""
     found: dict[tuple[int, str], list[str]] = {}
     for size, names in plan.items():
         for name in names:

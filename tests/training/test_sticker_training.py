@@ -303,11 +303,12 @@ def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path
     from diffusers import StableDiffusionPipeline
 
     from diffusion_accel import LatentTransparency, accelerate
-    from diffusion_accel.training.transparency_tasks import Pair, add_low_rank, low_rank_changes
+    from diffusion_accel.training.low_rank import add_low_rank, low_rank_changes, set_low_rank
+    from diffusion_accel.training.transparency_tasks import JointTask, Pair
     from diffusion_accel.transparency.adapter import Adapter, read_changes
 
     transparency, out = load_script("train_transparency"), tmp_path / "weights"
-    steps = [f"--{stage}-steps=3" for stage in ("encoder", "decoder", "unet")]
+    steps = [f"--{stage}-steps=3" for stage in ("encoder", "decoder", "joint", "unet", "refine")]
     common = ["--work", str(work), "--model", str(work / "pipeline"), "--out", str(out), "--rank", "4"]
     flags = ["--log-every", "1", "--eval-every", "3", "--grid-every", "0"]
     assert transparency.main(["all", *common, *steps, *flags]) == 0
@@ -328,12 +329,37 @@ def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path
             kept = tensors_of(work / "transparency" / "encoder")
             assert all(torch.equal(trained[n.replace("average.", "model.")], kept[n]) for n in begun), "frozen"
             assert any(name.startswith("decoder.") for name in moved)
+    states = {part: tensors_of(work / "transparency" / part) for part in ("decoder", "joint", "refine")}
+    for name in fresh["decoder"]:
+        begun = states["decoder"].get(f"average.{name}", states["decoder"][f"model.{name}"])
+        assert not torch.equal(states["joint"][f"model.{name}"], begun), "both are trained"
+        kept = torch.equal(states["refine"][f"model.{name}"], states["joint"][f"average.{name}"])
+        assert kept == name.startswith("encoder."), "the decoder alone"
     evaluated = json.loads((work / "transparency" / "decoder" / "log.jsonl").read_text().splitlines()[-1])
     assert {"alpha", "composite", "vae", "moved", "offset"} <= set(evaluated)
     base = pipe("red disc", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     accelerate(pipe, LatentTransparency(weights=str(out), views=1))
     made = pipe("red disc", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert made.mode == "RGBA" and made.size == base.size
+    # the weights in a folder are a beginning, where no earlier stage has left any
+    bare = tmp_path / "work"
+    bare.mkdir()
+    for file in ("images.npy", "rows.jsonl", "shape.json"):
+        (bare / file).symlink_to(work / file)
+    begun = JointTask(bare, pipe.vae, start=out).model.state_dict()
+    for part in ("encoder", "decoder"):
+        stored = load_file(out / part / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(begun[f"{part}.{name}"], value.float()) for name, value in stored.items())
+    with pytest.raises(UsageError, match="'encoder' stage"):
+        JointTask(bare, pipe.vae)
+    more = ["joint", "--work", str(bare), "--model", str(work / "pipeline"), "--from", str(out), "--steps", "1"]
+    assert transparency.main([*more, *flags]) == 0
+    again = ["export", *more[1:-2], "--out", str(tmp_path / "again")]
+    assert transparency.main(again) == 0, "the stages after those that have run are not needed"
+    joined = tensors_of(bare / "transparency" / "joint")["average.encoder.blocks.0.weight"]
+    exported = load_file(tmp_path / "again" / "encoder" / "diffusion_pytorch_model.safetensors")["blocks.0.weight"]
+    assert torch.equal(exported, joined.half())
+    assert transparency.main(["latents", "--work", str(bare), *common[2:]]) == 2, "no latents to follow"
     # what the file holds is what was trained
     model, x = pipe.unet, torch.randn(1, pipe.unet.config.in_channels, 6, 6)
     text = torch.randn(1, 4, TINY["text_width"])
@@ -354,7 +380,18 @@ def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path
         adapter.apply(model)
         adapted, trained_prediction = model(x, 10, text).sample, twin.eval()(x, 10, text).sample
         adapter.restore()
-    assert (adapted - trained_prediction).abs().max() < 1e-2 * (adapted - base_prediction).abs().max()
+        again = type(model).from_config(model.config)
+        again.load_state_dict(plain)
+        add_low_rank(again, 4)
+        set_low_rank(again, load_file(file))
+        begun_prediction = again.eval()(x, 10, text).sample
+    moved = (adapted - base_prediction).abs().max()
+    assert (adapted - trained_prediction).abs().max() < 1e-2 * moved
+    assert (adapted - begun_prediction).abs().max() < 1e-4 * moved, "one can go on from the file"
+    other = type(model).from_config(model.config)
+    add_low_rank(other, 2)
+    with pytest.raises(UsageError, match="rank"):
+        set_low_rank(other, load_file(file))
 
 
 def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
@@ -386,3 +423,80 @@ def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
         turns = [torch.linalg.qr(torch.randn(channels, channels, generator=generator)).Q for _ in range(8)]
         turned = [change(torch.einsum("ij, njhw -> nihw", turn, code)) for turn in turns]
         assert change(code) < 0.95 * sum(turned) / len(turned)
+
+
+def test_only_pictures_that_come_near_the_border_get_a_margin() -> None:
+    from diffusion_accel.training.transparency_tasks import with_margin
+
+    alpha = torch.zeros(3, 1, 48, 48)
+    alpha[0, :, 5:43, 4:44] = 1
+    alpha[1, :, 20:, 10:30] = 1
+    rgb = torch.tensor([0.2, 0.5, 0.9])[:, None, None] * (alpha > 0)
+    made_rgb, made_alpha = with_margin(rgb, alpha, 4)
+    assert all(torch.equal(made[k], given[k]) for made, given in ((made_rgb, rgb), (made_alpha, alpha)) for k in (0, 2))
+    assert (made_alpha[1] > 0).nonzero()[:, 1:].amin(0).ge(4).all() and (made_alpha[1, :, 44:] == 0).all()
+    assert made_alpha[1, 0, 43].max() > 0.95, "no further than needed"
+    assert abs(float(made_alpha[1].sum() / alpha[1].sum()) - (40 / 48) ** 2) < 0.01
+    inner = made_rgb[1, :, 26:40, 15:26]  # further inside than resampling rings
+    torch.testing.assert_close(inner, rgb[1, :, 47, 20, None, None].expand_as(inner))
+
+
+def test_an_uncertain_pixel_is_best_at_one_of_its_values() -> None:
+    from diffusion_accel.training.transparency_tasks import decisive
+
+    error = torch.arange(-100, 101) / 100
+    cost = decisive(error)
+    assert cost[100] == 0 and cost[0] == cost[200] == 1 and torch.equal(cost, cost.flip(0))
+    assert (cost[100:].diff() > 0).all()
+    value = torch.arange(101) / 100
+    for chance in (0.3, 0.5, 0.8):
+        expected = chance * decisive(value - 1) + (1 - chance) * decisive(value)
+        assert int(expected.argmin()) == (100 if chance > 0.5 else 0)
+
+
+def test_the_encoder_pays_beyond_its_budget(work: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    from diffusion_accel.training.transparency_tasks import QUIET, JointTask
+    from diffusion_accel.transparency.rgba import on_grey
+
+    task = JointTask(work, AutoencoderKL.from_pretrained(work / "pipeline", subfolder="vae"))
+    batch = task.draw(np.random.default_rng(0), 4)
+    rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+    batch["noise"] = torch.zeros_like(batch["noise"])
+    with torch.no_grad():
+        decoded, _, made = task.model(rgb, alpha, padded, batch["noise"])
+        plain = task.model.vae.decode(task.model.vae.encode(on_grey(rgb, alpha)).latent_dist.mean).sample
+        assert task.lost(plain, rgb, alpha).abs() < 1e-4
+        error = (plain - on_grey(rgb, alpha)) * 2
+        by_hand = [(4 * (e / 2).square().mean() + QUIET) / ((e / 2).square().mean() + QUIET) for e in error]
+        lost = task.lost(on_grey(rgb, alpha) + error, rgb, alpha)
+        assert abs(lost - 10 * torch.stack(by_hand).log10().mean()) < 1e-3
+        reconstruction = task.reconstruction(made, alpha, padded)
+        beyond = (task.lost(decoded, rgb, alpha) - task.BUDGET).clamp(min=0)
+        torch.testing.assert_close(task.loss(task.model, batch), reconstruction + task.PRICE * beyond)
+        batch["noise"] += 0.1
+        made = task.model(rgb, alpha, padded, batch["noise"])[2]
+        torch.testing.assert_close(task.loss(task.model, batch), task.reconstruction(made, alpha, padded))
+
+
+def test_a_denoiser_that_knows_the_picture_gives_it_back(work: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    from diffusion_accel.training.denoising import Process
+    from diffusion_accel.training.transparency_tasks import RefineTask
+
+    process, asked = Process(), []
+
+    class Oracle(torch.nn.Module):
+        def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            asked.append(timesteps)
+            return process.noisy(z, process.noise_in(noisy, z, timesteps), timesteps)[1]
+
+    vae = AutoencoderKL.from_pretrained(work / "pipeline", subfolder="vae")
+    task = RefineTask(work, vae, Oracle(), process)  # type: ignore[arg-type]
+    batch = task.draw(np.random.default_rng(0), 4)
+    z = torch.randn(batch["noise"].shape, generator=torch.Generator().manual_seed(0))
+    made = task.denoise(z, batch["gaussian"], batch["timesteps"], batch["ids"])
+    torch.testing.assert_close(made, z, rtol=1e-3, atol=1e-3)
+    assert torch.equal(asked[0], batch["timesteps"]) and torch.equal(asked[1], batch["timesteps"] // 2)

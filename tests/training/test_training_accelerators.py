@@ -41,6 +41,7 @@ def test_noisy_samples_and_targets_agree_with_diffusers(prediction: str) -> None
     noisy, target = process.noisy(x, noise, timesteps)
     few = timesteps < 900  # beyond, dividing by the little signal there is magnifies rounding
     assert torch.allclose(process.clean(noisy, target, timesteps)[few], x[few], atol=1e-4)
+    assert torch.allclose(process.noise_in(noisy, x, timesteps), noise, atol=1e-3)
     scheduler = scheduler_for(process)
     if prediction == "flow":
         expected = scheduler.scale_noise(x, process.model_timesteps(timesteps).float(), noise)

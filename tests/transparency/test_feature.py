@@ -104,6 +104,11 @@ def test_an_rgba_picture_goes_in_and_comes_out() -> None:
     z = encode_rgba(pipe.vae, tiny_encoder(), rgba[:, :3], rgba[:, 3:]) * pipe.vae.config.scaling_factor
     assert (seen[0] - z).norm() < 0.1 * (seen[0] - seen[1]).norm(), "equal but for rounding to 8 bits"
     assert "encode" not in pipe.vae.__dict__ and "decode" not in pipe.vae.__dict__
+    pipe.acceleration.remove()
+    accelerate(pipe, LatentTransparency(weights=WEIGHTS, strength=0.0, refine=2))
+    refined = draw(pipe, {**call, "image": image}).images[0]
+    assert refined.mode == "RGBA" and not np.array_equal(np.asarray(refined), np.asarray(made))
+    assert np.array_equal(np.asarray(refined), np.asarray(draw(pipe, {**call, "image": image}).images[0]))
     batch = draw(pipe, {**call, "image": [image, image.rotate(90)], **prompts(2)}).images
     assert [one.mode for one in batch] == ["RGBA"] * 2
 
@@ -138,6 +143,7 @@ def test_blocked_pictures_stay_blocked() -> None:
     ("values", "words"),
     [
         ({"views": 3}, "views must be 8, 4, 1 or 0, got 3"),
+        ({"refine": -1}, "refine must be at least 0, got -1"),
         ({"strength": -1.0}, "strength must be a finite number"),
         ({"until": 0.0}, "until must be above 0"),
         ({"variant": "nothing"}, "variant must be one of fg, "),
