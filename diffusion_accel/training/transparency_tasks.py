@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ENCODER: dict[str, Any] = {
     "block_out_channels": (16, 32, 64, 128),
     "offset_scale": 15.0,
-    "recommended_refinement": 10,
+    "recommended_refinement": 16,
 }
 DECODER: dict[str, Any] = {
     "block_out_channels": (16, 16, 32, 64, 96),

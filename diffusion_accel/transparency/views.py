@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,6 +26,21 @@ def turned_back(x: torch.Tensor, flip: bool, turns: int) -> torch.Tensor:
     return x.flip(-1) if flip else x
 
 
+class Clipped(torch.autograd.Function):
+    """`clamp(0, 1)` whose gradient also brings values back that are outside: of a plain clamp they would get none."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = context.saved_tensors
+        leads_on = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))  # going down the gradient
+        return gradient.masked_fill(leads_on, 0)
+
+
 def decode_views(decode: Decode, pixels: torch.Tensor, latents: torch.Tensor, views: int = 8) -> torch.Tensor:
     """The median over views of `decode(pixels, latents)`, clipped to 0..1, pixel by pixel (test-time augmentation).
 
@@ -38,6 +54,6 @@ def decode_views(decode: Decode, pixels: torch.Tensor, latents: torch.Tensor, vi
     found = []
     for group in groups.values():
         made = decode(*(torch.cat([turned(x, *turn) for turn in group]) for x in (pixels, latents)))
-        parts = made.clamp(0, 1).chunk(len(group))
+        parts = Clipped.apply(made).chunk(len(group))
         found += [turned_back(part, *turn) for part, turn in zip(parts, group, strict=True)]
     return found[0] if views == 1 else torch.stack(found).median(0).values

@@ -56,6 +56,18 @@ def test_an_untrained_encoder_leaves_the_mean_of_the_vae() -> None:
         encode_rgba(frozen, tiny_encoder(), rgb[..., 1:], alpha[..., 1:])
 
 
+def test_clipping_leads_back_what_is_outside() -> None:
+    from diffusion_accel.transparency.views import Clipped
+
+    x = torch.tensor([-1.0, -1.0, 0.5, 0.5, 2.0, 2.0], requires_grad=True)
+    gradient = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    made = Clipped.apply(x)
+    assert torch.equal(made, x.clamp(0, 1))
+    made.backward(gradient)
+    # down the gradient: a value below 0 may only rise, one above 1 only fall
+    assert x.grad is not None and x.grad.tolist() == [0, -1, 1, -1, 1, 0]
+
+
 def test_refined_latents_are_read_better_and_each_by_itself() -> None:
     frozen, decoder = vae(), tiny_decoder()
     rgb, alpha = picture(16, 24, batch=2)
