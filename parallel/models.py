@@ -56,10 +56,16 @@ def install_layers(hooks: HookSet, run: PatchRun, module: nn.Module, prefix: str
             hooks.add(parts.to_v, KeyValueHook(run, hook, f"{where}.to_v"))
 
 
-def gathered(run: PatchRun, own: torch.Tensor, shapes: dict[int, tuple[int, ...]], name: str) -> dict[int, Any]:
-    """The tensors of all ranks, fresh at every step; `shapes` are those of the others."""
-    sends = dict.fromkeys(shapes, own.contiguous())
-    return run.mail.swap(("output", name), sends, shapes, own)
+def gathered(run: PatchRun, own: torch.Tensor, dim: int, extents: list[int], name: str) -> list[torch.Tensor]:
+    """The tensors of all ranks, fresh at every step; `extents` says how long each is along `dim`."""
+    shapes = {}
+    for rank, extent in enumerate(extents):
+        shape = list(own.shape)
+        shape[dim] = extent
+        shapes[rank] = tuple(shape)
+    del shapes[run.team.rank]
+    got = run.mail.swap(("output", name), dict.fromkeys(shapes, own.contiguous()), shapes, own)
+    return [got.get(rank, own) for rank in range(len(extents))]
 
 
 # ---------------------------------------------------------------------- the denoiser
@@ -104,20 +110,12 @@ class DenoiserHook(ModelHook):
             output = self.fn_ref.original_forward(**named)
         run.mail.flush(sample.device)
         own = prediction(output)
-        shapes = {}
-        for rank in range(team.size):
-            shape = list(own.shape)
-            if split is not None:
-                shape[split.dim] = split.levels[0].rows(rank % parts)
-            shapes[rank] = tuple(shape)
-        del shapes[team.rank]
-        got = {**gathered(run, own, shapes, "prediction"), team.rank: own}
+        dim = 0 if split is None else split.dim
+        lengths = [len(own)] * parts if split is None else [split.levels[0].rows(p) for p in range(parts)]
+        got = gathered(run, own, dim, lengths * halves, "prediction")
         run.count_step(stale)
         run.counters["stale_bytes" if stale else "exact_bytes"] += sum(run.mail.traffic.values()) - sent
-        whole = [
-            torch.cat([got[h * parts + p] for p in range(parts)], split.dim) if split is not None else got[h]
-            for h in range(halves)
-        ]
+        whole = [torch.cat(got[h * parts : (h + 1) * parts], dim) for h in range(halves)] if split is not None else got
         if halves == 1:
             return with_prediction(output, whole[0])
         return with_prediction(output, torch.cat([t.unflatten(0, (steps, -1)) for t in whole], 1).flatten(0, 1))
@@ -215,14 +213,8 @@ class PartHook(ModelHook):
             if not self.gathers:
                 return output
             level = run.level(output, self.name)
-        shapes = {}
-        for rank in range(team.size):
-            shape = list(output.shape)
-            shape[split.dim] = level.rows(rank)
-            shapes[rank] = tuple(shape)
-        del shapes[team.rank]
-        got = {**gathered(run, output, shapes, self.name), team.rank: output}
-        return torch.cat([got[rank] for rank in range(team.size)], split.dim)
+        lengths = [level.rows(rank) for rank in range(team.size)]
+        return torch.cat(gathered(run, output, split.dim, lengths, self.name), split.dim)
 
 
 def install_vae(hooks: HookSet, run: PatchRun, vae: Any, check: Any) -> None:

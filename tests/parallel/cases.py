@@ -71,6 +71,7 @@ def zoo_case(kind: str, wide: bool) -> Any:
 SUPPORTED = [kind for kind in zoo.ZOO if kind != "unet2d_skip"]
 for _kind in SUPPORTED:
     globals()[f"sync_{_kind}"] = zoo_case(_kind, wide=True)
+for _kind in ("sd", "sdxl", "svd", "controlnet", "sd_batch"):
     globals()[f"sync_float32_{_kind}"] = zoo_case(_kind, wide=False)
 
 
