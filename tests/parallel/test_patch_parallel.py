@@ -16,10 +16,11 @@ from filelock import FileLock
 
 EVERY_SIZE = """
     sync_any_size sync_sd sync_sdxl sync_controlnet displaced_constant_input_is_sync
-    displaced_layers_use_the_step_before naive_is_every_part_by_itself counted_bytes
-    a_dry_run_counts_the_same_bytes
-    group_norm_is_chans_formula sync_other_convolutions impossible_requests_are_refused
-    transformers_share_their_sequence
+    displaced_layers_use_the_step_before
+""".split()
+WITH_AND_WITHOUT_A_MIDDLE = """
+    naive_is_every_part_by_itself counted_bytes a_dry_run_counts_the_same_bytes group_norm_is_chans_formula
+    sync_other_convolutions impossible_requests_are_refused transformers_share_their_sequence
 """.split()
 PLAN = {
     4: ["partial_sends_less", "cfg_split_is_batched_guidance"],
@@ -35,7 +36,7 @@ PLAN = {
         quantized_layers noise_without_a_generator different_arguments_are_named an_exception_leaves_nothing
     """.split(),
 }
-PLAN = {size: EVERY_SIZE + names for size, names in PLAN.items()}
+PLAN = {size: EVERY_SIZE + (WITH_AND_WITHOUT_A_MIDDLE if size < 4 else []) + names for size, names in PLAN.items()}
 PLAN = {5: ["sync_any_size", "sync_sd", "displaced_constant_input_is_sync"], **PLAN}  # the largest first: all wait
 
 
