@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def install(
     """Put all hooks of a call on the models of a pipeline; adds what undoes the rest to `undo`, also when it fails."""
     if shared := transformers_of(pipeline):
         for model in shared:
-            undo.append(lambda model=model: unshare(model))  # type: ignore[misc]
+            undo.append(partial(unshare, model))
             share(model, run.team)
             hooks.add(model, SharedHook(check, run.count_step))
     else:
@@ -138,10 +139,14 @@ def latents_of(named: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def sampled_weights(model: nn.Module) -> list[Any]:
-    """One number of every parameter, with the strength of every adapter: tells fine-tuned models and LoRAs apart."""
-    found = [p.flatten()[p.numel() // 2].double() for p in model.parameters() if p.numel()]
+    """One number of every parameter, with the strength of every adapter: tells fine-tuned models and LoRAs apart.
+
+    Parameters that another package has packed are left out: they have no single numbers.
+    """
+    plain = [p for p in model.parameters() if type(p) is nn.Parameter and p.numel()]
+    found = [p[tuple(extent // 2 for extent in p.shape)].double() for p in plain]
     adapters = [sorted(m.scaling.items()) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    return [torch.stack(found), adapters]
+    return [torch.stack(found) if found else None, adapters]
 
 
 def _settings(component: Any) -> dict[str, Any]:

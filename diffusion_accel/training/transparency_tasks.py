@@ -74,11 +74,7 @@ class Pair(nn.Module):
         return known.mean, known.std * self.encoder(torch.cat([alpha, padded], 1))
 
     def forward(
-        self,
-        rgb: torch.Tensor,
-        alpha: torch.Tensor,
-        padded: torch.Tensor,
-        noise: torch.Tensor | None = None,
+        self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """-> (the VAE's RGB in -1..1, what the encoder adds, and, given latent noise, [alpha, colours] as read)."""
         mean, offset = self.encode(rgb, alpha, padded)

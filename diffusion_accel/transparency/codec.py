@@ -52,9 +52,9 @@ def refine_latents(
     """The latents of pictures, moved so that they are read better: `steps` steps of Adam, 0 moves nothing.
 
     An encoder answers at once and for all pictures alike; better latents of a given picture exist, and going down the
-    error of what is read (one view) finds them. The error of each picture is the sum of three mean squares: the VAE's
-    picture against the one over grey, twice alpha, and the colours where they are seen. A step costs a pass forth and
-    back through both decoders.
+    error of what is read (one view) finds them. The error of each picture is the sum of three mean squares: of 0.7
+    times the VAE's picture against the one over grey, of twice alpha, and of the colours where they are seen. A step
+    costs a pass forth and back through both decoders.
 
     Args:
         decode: the VAE's decoding of unscaled latents, to -1..1.
