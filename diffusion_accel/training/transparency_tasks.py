@@ -49,7 +49,7 @@ STAGES = ("encoder", "decoder", "joint", "refine")  # that train the pair; each 
 COMPONENTS = 6  # of the 8x8 patches of alpha, in the code that the encoder begins with
 SHARPEN = 0.22  # alpha below this is clear, alpha above 1 - this is opaque, in what is exported
 QUIET = 4e-4  # mean square error in -1..1 (40 dB) below which a change of the VAE's reconstruction hardly counts
-MARGIN = 4  # pixels between the border and what the adapted UNet learns to draw
+MARGIN = 6  # pixels between the border and what the adapted UNet learns to draw
 AMPLITUDE = 0.17  # of the code, in latents, which have unit RMS
 
 
@@ -101,6 +101,7 @@ def load_pair(work: Path, pair: Pair, stages: tuple[str, ...], start: Path | Non
             part.load_state_dict(load_part(start / name, type(part)).state_dict())
         except RuntimeError as error:
             raise UsageError(f"the {name} in {start} has other sizes than the one that is trained here") from error
+    soften(pair.decoder)
 
 
 def rgba_of(images: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -444,10 +445,17 @@ def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective, start:
 
 # ------------------------------------------------------------------------------------------- export
 @torch.no_grad()
-def sharpen(decoder: LatentTransparencyDecoder, low: float = SHARPEN, high: float = 1 - SHARPEN) -> None:
+def sharpen(decoder: LatentTransparencyDecoder) -> None:
     """Fold (alpha - low) / (high - low) into the last layer: an edge that is uncertain becomes narrower."""
-    decoder.conv_out.weight[0] /= high - low
-    decoder.conv_out.bias[0] = (decoder.conv_out.bias[0] - low) / (high - low)
+    decoder.conv_out.weight[0] /= 1 - 2 * SHARPEN
+    decoder.conv_out.bias[0] = (decoder.conv_out.bias[0] - SHARPEN) / (1 - 2 * SHARPEN)
+
+
+@torch.no_grad()
+def soften(decoder: LatentTransparencyDecoder) -> None:
+    """Undo `sharpen`: what was exported is trained on, and exported again."""
+    decoder.conv_out.weight[0] *= 1 - 2 * SHARPEN
+    decoder.conv_out.bias[0] = decoder.conv_out.bias[0] * (1 - 2 * SHARPEN) + SHARPEN
 
 
 class FinishedTask(DecoderTask):

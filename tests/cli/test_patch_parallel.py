@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import call
 from PIL import Image
 
 PROMPT = "red apple, 3d style"
@@ -23,12 +24,12 @@ def run(*arguments: Any, launcher: tuple[str, ...] = ()) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def test_started_and_joined_processes_draw_what_one_draws(tmp_path: Path) -> None:
+def test_started_and_joined_processes_draw_what_one_draws(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one, two, joined = (tmp_path / f"{n}.png" for n in ("one", "two", "joined"))
-    assert run(*COMMAND, "--seed", 1, "-q", "-o", one).returncode == 0
-    done = run(*COMMAND, "--seed", 1, "--patch-parallel", "2,mode=sync", "--json", "-o", two)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    (line,) = done.stdout.splitlines()
+    assert call(capfd, *COMMAND, "--seed", 1, "-q", "-o", one)[0] == 0
+    code, out, err = call(capfd, *COMMAND, "--seed", 1, "--patch-parallel", "2,mode=sync", "--json", "-o", two)
+    assert code == 0 and not err, err
+    (line,) = out.splitlines()
     assert json.loads(line)["report"]["counters"]["patch_parallel"]["ranks"] == 2
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run(*COMMAND, "--seed", 1, "--patch-parallel", "mode=sync", "--json", "-o", joined, launcher=launcher)
@@ -38,13 +39,13 @@ def test_started_and_joined_processes_draw_what_one_draws(tmp_path: Path) -> Non
     assert abs(a - b).max() <= 1 and abs(a - c).max() <= 1
 
 
-def test_what_cannot_work_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_work_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Found by the processes, which all have it; one says so. Without a seed they agree on one before."""
-    size = ["--width", "64", "--height", "64"]
-    done = run(*COMMAND, *size, "--patch-parallel", "3", "-o", tmp_path / "a.png")
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: latents of 8x8 are too small for 3 processes"), done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+    size = ["--width", "32", "--height", "32"]
+    code, out, err = call(capfd, *COMMAND, *size, "--patch-parallel", "2", "-o", tmp_path / "a.png")
+    assert code == 2 and not out
+    assert err.startswith("error: latents of 4x4 are too small for 2 processes"), err
+    assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,9 @@ def test_the_first_failure_is_named(tmp_path: Path, capfd: pytest.CaptureFixture
         return failed.value
 
     follows = "launch.leave_message('lost', 1, consequence=True); sys.exit(1)"
-    killed = failure(2, f"if rank: os.kill(os.getpid(), signal.SIGKILL)\n{follows}")
+    os.mkfifo(tmp_path / "peer")  # whose end tells rank 0, as that of a connection does
+    peer = f"peer = open({str(tmp_path / 'peer')!r}, 'w' if rank else 'r')"
+    killed = failure(2, f"{peer}\nif rank: os.kill(os.getpid(), signal.SIGKILL)\npeer.read()\n{follows}")
     assert str(killed).startswith("process 1 of 2 was killed by SIGKILL") and killed.exit_code == 1
     tells = "if rank == 2: launch.leave_message('no such file', 2); left.touch(); time.sleep(60)"  # slow to end
     told = failure(3, f"{tells}\nwhile not left.exists(): time.sleep(0.01)\n{follows}")

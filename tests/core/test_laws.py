@@ -118,7 +118,7 @@ CALLS = st.fixed_dictionaries(
 
 
 @each_set
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(calls=st.lists(CALLS, min_size=2, max_size=3))
 def test_no_state_leaks_between_calls(features: tuple[Any, ...], calls: list[dict[str, Any]]) -> None:
     import diffusers

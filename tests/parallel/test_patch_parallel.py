@@ -37,7 +37,7 @@ PLAN = {
     """.split(),
 }
 PLAN = {size: EVERY_SIZE + (WITH_AND_WITHOUT_A_MIDDLE if size < 4 else []) + names for size, names in PLAN.items()}
-PLAN = {5: ["sync_any_size", "sync_sd", "displaced_constant_input_is_sync"], **PLAN}  # the largest first: all wait
+PLAN = {5: ["sync_any_size", "sync_sd"], **PLAN}  # the largest first: all wait
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +62,24 @@ def test_on_processes(size: int, case: str, outcomes: dict[tuple[int, str], list
     ("kind", "how", "mode"),
     [("sd", "killed", "sync"), ("sd", "killed", "displaced"), ("sd", "hangs", "sync"), ("flux", "killed", "sync")],
 )
-def test_a_lost_process_ends_the_others(
-    kind: str, how: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATCH_KIND", kind)
-    monkeypatch.setenv("PATCH_LOST", how)
-    monkeypatch.setenv("PATCH_MODE", mode)
-    first, last = world.start(tmp_path, 2, {2: ["a_lost_process"]})
+def test_a_lost_process_ends_the_others(kind: str, how: str, mode: str, tmp_path: Path) -> None:
+    settings = {"PATCH_KIND": kind, "PATCH_LOST": how, "PATCH_MODE": mode}
+    first, last = world.start(tmp_path, 2, {2: ["a_lost_process"]}, **settings)
     try:
-        first.wait(timeout=120)  # its own limit is 5 s for a message; the rest is starting Python on a busy machine
+        first.join(timeout=120)  # its own limit is 5 s for a message; the rest is starting Python on a busy machine
         outcome = (tmp_path / "0.jsonl").read_text()
         assert '"error": ""' in outcome, outcome
         if how == "killed":
-            assert last.wait(timeout=30) == -signal.SIGKILL
+            last.join(timeout=30)
+            assert last.exitcode == -signal.SIGKILL
     finally:
         for process in (first, last):
             process.kill()
-            process.wait()
+            process.join()
     assert not [f for f in os.listdir("/dev/shm") if f.startswith("torch_") and _mine(f, first.pid, last.pid)]
 
 
-def _mine(name: str, *pids: int) -> bool:
+def _mine(name: str, *pids: int | None) -> bool:
     return any(f"_{pid}_" in name for pid in pids)
 
 

@@ -1,49 +1,61 @@
-"""Runs functions on real gloo processes: one group of processes serves many cases, in teams of several sizes.
+"""Runs the functions of `cases.py` on real gloo processes: one group of them serves many cases, in teams of all sizes.
 
-python world.py RANK FOLDER SIZE CASES [SIZE CASES ...]     one process; CASES are comma-separated names in cases.py
+The processes are forks of a server that has imported everything once.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+Plan = Mapping[int, list[str]]
 HERE = Path(__file__).parent
 
 
-def start(folder: Path, ranks: int, plan: dict[int, list[str]], timeout: float = 60) -> list[subprocess.Popen[bytes]]:
-    """Start `ranks` processes; a team of the first n of them runs the cases of `plan[n]`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATCH_TIMEOUT": str(timeout)}
-    words = [word for size, names in plan.items() for word in (str(size), ",".join(names))]
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder), *words],
-            env=environment,
-            stdout=(folder / f"{rank}.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]
+def start(folder: Path, ranks: int, plan: Plan, timeout: float = 60, **settings: str) -> list[BaseProcess]:
+    """Start `ranks` processes; a team of the first n of them runs the cases of `plan[n]`.
+
+    Args:
+        settings: environment variables of the cases.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["world", "cases"])
+    here, before = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}, dict(os.environ)
+    os.environ.update(here)  # of the server, which the first of these processes starts
+    try:
+        processes = [
+            context.Process(target=work, args=(rank, folder, plan, timeout, settings), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+    finally:
+        for name in here:
+            os.environ.pop(name)
+        os.environ.update(before)
+    return processes
 
 
-def run(folder: Path, ranks: int, plan: dict[int, list[str]]) -> None:
+def run(folder: Path, ranks: int, plan: Plan) -> None:
     """Run all cases, and wait for the end."""
     processes = start(folder, ranks, plan)
     try:
         for process in processes:
-            process.wait(timeout=600)
+            process.join(timeout=600)
     finally:
         for process in processes:
             process.kill()
 
 
-def read(folder: Path, plan: dict[int, list[str]]) -> dict[tuple[int, str], list[str]]:
+def read(folder: Path, plan: Plan) -> dict[tuple[int, str], list[str]]:
     """What each case ended with on each rank of its team: an empty text, or a traceback."""
     found: dict[tuple[int, str], list[str]] = {}
     for size, names in plan.items():
@@ -58,21 +70,24 @@ def read(folder: Path, plan: dict[int, list[str]]) -> dict[tuple[int, str], list
     return found
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
+def work(rank: int, folder: Path, plan: Plan, timeout: float, settings: dict[str, str]) -> None:
+    """One process: all cases of all teams that it belongs to."""
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.environ.update(settings)
     import cases
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    limit = timedelta(seconds=float(os.environ["PATCH_TIMEOUT"]))
-    for size, names in zip(map(int, sys.argv[3::2]), sys.argv[4::2], strict=True):
+    for size, names in plan.items():
         if rank >= size:
             continue
         store = dist.FileStore(str(folder / f"store-{size}"), size)
+        limit = timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        for name in names.split(","):
+        for name in names:
             error, began = "", time.perf_counter()
             try:
                 getattr(cases, name)(rank, size)
@@ -82,7 +97,3 @@ def main() -> None:
                 line = {"size": size, "case": name, "error": error, "seconds": time.perf_counter() - began}
                 file.write(json.dumps(line) + "\n")
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

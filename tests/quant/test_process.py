@@ -34,6 +34,11 @@ WHOLE = QuantizeSettings(
     rounding=RoundingSettings(iterations=60, rows=12, batch=6, rate=5e-3),
     finetune=FinetuneSettings(time_epochs=(4, 2, 3), time_rows=4, epochs=4, rows=8, batch=4, rate=1e-4),
 )
+SHORT = replace(  # all stages, for what does not hang on how far they come
+    WHOLE,
+    rounding=replace(WHOLE.rounding, iterations=8),
+    finetune=replace(WHOLE.finetune, time_epochs=(1, 1, 1), epochs=2),
+)
 
 
 def sampler(count: int = 8) -> Sampler:
@@ -236,7 +241,7 @@ def test_every_stage_brings_the_model_nearer(tmp_path: Path) -> None:
 
 def test_what_is_measured_is_what_the_checkpoint_computes(tmp_path: Path) -> None:
     """Grids by channel are stored with fewer digits than they are learnt with; the last error is with those."""
-    for stages in (replace(WHOLE, activation_bits=4), replace(WHOLE, activation_bits=4, rounding=None, finetune=None)):
+    for stages in (replace(SHORT, activation_bits=4), replace(SHORT, activation_bits=4, rounding=None, finetune=None)):
         name = "finetuned" if stages.finetune else "quantized"
         run = quantize(sampler(), stages, tmp_path / name)
         assert {m.spec.compact_grids for n, m in run.layers().items() if n not in ("conv_in", "conv_out")} == {True}
@@ -275,7 +280,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     made: Whole = {}
     for bits in (8, 4):
         steps: list[str] = []
-        work, settings = tmp_path_factory.mktemp("whole"), replace(WHOLE, activation_bits=bits)
+        work, settings = tmp_path_factory.mktemp("whole"), replace(SHORT, activation_bits=bits)
         run = quantize(sampler(), settings, work, progress=lambda what, *rest, to=steps: to.append(what))  # type: ignore[misc]
         made[bits] = (run.model.state_dict(), len(steps))
     return made
@@ -286,7 +291,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, bits: int
 ) -> None:
     monkeypatch.setattr(process, "_SAVE_EVERY", 0.0)  # so that finetuning is interrupted in its middle, too
-    (expected, steps), settings = whole[bits], replace(WHOLE, activation_bits=bits)
+    (expected, steps), settings = whole[bits], replace(SHORT, activation_bits=bits)
     for place in torch.randint(1, steps, (3,), generator=torch.Generator().manual_seed(seed)).tolist():
         left = [place]
 
