@@ -17,10 +17,10 @@ from torch import nn
 
 from diffusion_accel.hooks import bind_forward, remove_hooks
 
-from .group import Team, lost_peer
+from .group import World, lost_peer
 
 _HOOKS = "cp_"  # how the names of diffusers' hooks for it begin
-_meshes: dict[str, tuple[Any, Any]] = {}  # by type of device: the team's group, and the mesh on it
+_meshes: dict[str, tuple[Any, Any]] = {}  # by type of device: the world's group, and the mesh on it
 
 
 def transformers_of(pipeline: Any) -> list[Any]:
@@ -50,18 +50,18 @@ def why_not_shared(model: Any, ranks: int) -> str | None:
     return None
 
 
-def share(model: Any, team: Team) -> None:
-    """Share the sequence of a transformer among a team; `unshare` undoes it, also where this has failed."""
+def share(model: Any, world: World) -> None:
+    """Share the sequence of a transformer among all processes; `unshare` undoes it, also where this has failed."""
     from diffusers.models._modeling_parallel import ParallelConfig
     from torch.distributed.device_mesh import init_device_mesh
 
     device = next(model.parameters()).device
-    config = ContextParallelConfig(ulysses_degree=team.size, ulysses_anything=True)
-    if _meshes.get(device.type, (None,))[0] is not team.group:  # a mesh makes groups, which live as long as the job
+    config = ContextParallelConfig(ulysses_degree=world.size, ulysses_anything=True)
+    if _meshes.get(device.type, (None,))[0] is not world.group:  # a mesh makes groups, which live as long as the job
         mesh = init_device_mesh(device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
-        _meshes[device.type] = team.group, mesh
+        _meshes[device.type] = world.group, mesh
     parallel = ParallelConfig(context_parallel_config=config)
-    parallel.setup(team.rank, team.size, device, mesh=_meshes[device.type][1])
+    parallel.setup(world.rank, world.size, device, mesh=_meshes[device.type][1])
 
     _set(model, parallel)
     apply_context_parallel(model, config, model._cp_plan)

@@ -34,7 +34,7 @@ class DisagreementError(ConfigurationError):
 
 
 @dataclass(frozen=True)
-class Team:
+class World:
     """The processes of a job: how many, which one this is, and the group they talk through (None: one process)."""
 
     rank: int
@@ -47,11 +47,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def join(device: torch.device, timeout: float) -> Team:
+def join(device: torch.device, timeout: float) -> World:
     """Join the processes of the job.
 
     Uses the process group that is there (`torch.distributed`, accelerate's `PartialState`), else makes one from the
-    launcher's environment: NCCL for CUDA devices, gloo for all others. Without a launcher the team is one process.
+    launcher's environment: NCCL for CUDA devices, gloo for all others. Without a launcher the world is one process.
 
     Args:
         device: where the pipeline computes.
@@ -62,10 +62,10 @@ def join(device: torch.device, timeout: float) -> Team:
         ConfigurationError: there is no such device, or it is of a kind that has no messages.
     """
     if not dist.is_available():
-        return Team(0, 1)
+        return World(0, 1)
     if not dist.is_initialized():
         if launched() == 1:
-            return Team(0, 1)
+            return World(0, 1)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ConfigurationError(
                 f"this process was given {device}, but there are {torch.cuda.device_count()} CUDA devices; start no "
@@ -81,13 +81,13 @@ def join(device: torch.device, timeout: float) -> Team:
             atexit.register(leave)
     size = dist.get_world_size()
     if size == 1:
-        return Team(0, 1)
+        return World(0, 1)
     if _lost:
         raise PeerError("a process of this job was lost before; start the job again")
     if _groups.get(timeout, (None,))[0] is not dist.group.WORLD:
         with _lost_at_start():
             _groups[timeout] = dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=timeout))
-    return Team(dist.get_rank(), size, _groups[timeout][1])
+    return World(dist.get_rank(), size, _groups[timeout][1])
 
 
 def leave() -> None:
@@ -132,7 +132,7 @@ def _first_line(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------- agreement
-def agree(team: Team, asked: dict[str, Any], device: torch.device) -> None:
+def agree(world: World, asked: dict[str, Any], device: torch.device) -> None:
     """Check that all processes were asked for the same.
 
     Args:
@@ -142,13 +142,13 @@ def agree(team: Team, asked: dict[str, Any], device: torch.device) -> None:
         DisagreementError: on every process, naming what differs and where.
     """
     mine = torch.tensor([list(digest(value)) for value in asked.values()], dtype=torch.uint8)
-    on_device = dist.get_backend(team.group) == "nccl"
+    on_device = dist.get_backend(world.group) == "nccl"
     mine = mine.to(device) if on_device else mine
-    theirs = [torch.empty_like(mine) for _ in range(team.size)]
+    theirs = [torch.empty_like(mine) for _ in range(world.size)]
     with lost_peer():
-        dist.all_gather(theirs, mine, group=team.group)
+        dist.all_gather(theirs, mine, group=world.group)
     different = {
-        name: [rank for rank in range(1, team.size) if not torch.equal(theirs[rank][i], theirs[0][i])]
+        name: [rank for rank in range(1, world.size) if not torch.equal(theirs[rank][i], theirs[0][i])]
         for i, name in enumerate(asked)
     }
     found = [
@@ -178,16 +178,16 @@ def _plain(value: Any) -> str:
     return "" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def share_random_state(team: Team, device: torch.device) -> None:
+def share_random_state(world: World, device: torch.device) -> None:
     """Give torch's own generators at every process the state that they have at rank 0."""
     state = torch.get_rng_state()
     if device.type == "cuda":
         state = torch.cat([state, torch.cuda.get_rng_state(device)])
-    on_device = dist.get_backend(team.group) == "nccl"
+    on_device = dist.get_backend(world.group) == "nccl"
     state = state.to(device) if on_device else state
     with lost_peer():
-        dist.broadcast(state, 0, group=team.group)
-    if team.rank == 0:
+        dist.broadcast(state, 0, group=world.group)
+    if world.rank == 0:
         return
     state = state.cpu()
     length = len(torch.get_rng_state())

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from .communicator import Communicator
 from .group import join
 from .launch import start
-from .mail import Mail
 from .planning import Link
 
 _SMALL, _LARGE, _TIMES = 4, 2**23, 15  # bytes, bytes, rounds
@@ -32,21 +32,21 @@ def measure_link() -> Link:
     return Link((_LARGE - _SMALL) / max(large - small, 1e-9), small, overlaps=False)
 
 
-def _exchange(size: int, mail: Mail, peer: int) -> float:
+def _exchange(size: int, communicator: Communicator, peer: int) -> float:
     tensor = torch.zeros(size, dtype=torch.uint8)
     seconds = []
     for _ in range(_TIMES):
         began = time.perf_counter()
-        mail.swap(("link", ""), {peer: tensor}, {peer: (size,)}, tensor)
+        communicator.swap(("link", ""), {peer: tensor}, {peer: (size,)}, tensor)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
 
 def _main(file: str) -> None:
-    team = join(torch.device("cpu"), 60.0)
-    mail = Mail(team.group, 1)
-    found = [_exchange(size, mail, 1 - team.rank) for size in (_SMALL, _LARGE)]
-    if team.rank == 0:
+    world = join(torch.device("cpu"), 60.0)
+    communicator = Communicator(world.group, 1)
+    found = [_exchange(size, communicator, 1 - world.rank) for size in (_SMALL, _LARGE)]
+    if world.rank == 0:
         Path(file).write_text(json.dumps(found))
 
 

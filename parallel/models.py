@@ -63,8 +63,8 @@ def gathered(run: PatchRun, own: torch.Tensor, dim: int, extents: list[int], nam
         shape = list(own.shape)
         shape[dim] = extent
         shapes[rank] = tuple(shape)
-    del shapes[run.team.rank]
-    got = run.mail.swap(("output", name), dict.fromkeys(shapes, own.contiguous()), shapes, own)
+    del shapes[run.world.rank]
+    got = run.communicator.swap(("output", name), dict.fromkeys(shapes, own.contiguous()), shapes, own)
     return [got.get(rank, own) for rank in range(len(extents))]
 
 
@@ -88,11 +88,11 @@ class DenoiserHook(ModelHook):
         run = self.run
         named = bind_forward(module, args, kwargs)
         self.check(named)
-        rows, team = named["sample"].shape[0], run.team
+        rows, world = named["sample"].shape[0], run.world
         steps = self._steps(rows) if self.cfg_parallel else 1
         halves = 2 if self.cfg_parallel and rows // steps % 2 == 0 else 1
-        parts = team.size // halves
-        half, part = divmod(team.rank, parts)
+        parts = world.size // halves
+        half, part = divmod(world.rank, parts)
         if halves == 2:
             named = batch_half(named, rows, steps, half)
         sample = named["sample"]
@@ -104,17 +104,17 @@ class DenoiserHook(ModelHook):
             for key in RESIDUAL_ARGUMENTS:
                 if named.get(key) is not None:
                     named[key] = map_tensors(lambda t: own_rows(run, split, t, module), named[key])
-        stale, sent = run.stale_step(), sum(run.mail.traffic.values())
+        stale, sent = run.stale_step(), sum(run.communicator.traffic.values())
         peers = tuple(range(half * parts, (half + 1) * parts))
         with run.running("denoiser", split, peers, exact=not stale, keeps=run.mode in ("displaced", "partial")):
             output = self.fn_ref.original_forward(**named)
-        run.mail.flush(sample.device)
+        run.communicator.flush(sample.device)
         own = prediction(output)
         dim = 0 if split is None else split.dim
         lengths = [len(own)] * parts if split is None else [split.levels[0].rows(p) for p in range(parts)]
         got = gathered(run, own, dim, lengths * halves, "prediction")
         run.count_step(stale)
-        run.counters["stale_bytes" if stale else "exact_bytes"] += sum(run.mail.traffic.values()) - sent
+        run.counters["stale_bytes" if stale else "exact_bytes"] += sum(run.communicator.traffic.values()) - sent
         whole = [torch.cat(got[h * parts : (h + 1) * parts], dim) for h in range(halves)] if split is not None else got
         if halves == 1:
             return with_prediction(output, whole[0])
@@ -198,22 +198,22 @@ class PartHook(ModelHook):
         self.halves, self.doubles, self.pictures, self.gathers = halves, doubles, pictures, gathers
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run, team = self.run, self.run.team
+        run, world = self.run, self.run.world
         named = bind_forward(module, args, kwargs)
         self.check(named, self.name)
         first = named[self.pictures[0]]
         height, width = first.shape[-2:]
-        split = plan_split(height, width, team.size, team.rank, self.halves, self.doubles)
+        split = plan_split(height, width, world.size, world.rank, self.halves, self.doubles)
         if split is None:  # too small to share: every process computes it
             return self.fn_ref.original_forward(*args, **kwargs)
         for name in self.pictures:
             named[name] = own_rows(run, split, named[name], module)
-        with run.running(self.name, split, tuple(range(team.size)), exact=True):
+        with run.running(self.name, split, tuple(range(world.size)), exact=True):
             output = self.fn_ref.original_forward(**named)
             if not self.gathers:
                 return output
             level = run.level(output, self.name)
-        lengths = [level.rows(rank) for rank in range(team.size)]
+        lengths = [level.rows(rank) for rank in range(world.size)]
         return torch.cat(gathered(run, output, split.dim, lengths, self.name), split.dim)
 
 

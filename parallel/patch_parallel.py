@@ -147,30 +147,30 @@ class PatchAttachment(Attachment):
     def before_call(self, clock: StepClock) -> None:
         from diffusion_accel.hooks import HookSet
 
+        from .communicator import Communicator
         from .group import join, share_random_state
-        from .mail import Mail
         from .run import PatchRun
         from .setup import Agreement, install, why_not
 
         feature = self.feature
         device = self.pipeline._execution_device  # where it computes, also with its models offloaded
-        team = join(device, feature.timeout)
-        self._traffic, self._counters = {}, {"ranks": team.size}
-        if feature.ranks not in (0, team.size):
+        world = join(device, feature.timeout)
+        self._traffic, self._counters = {}, {"ranks": world.size}
+        if feature.ranks not in (0, world.size):
             raise ConfigurationError(
-                f"patch_parallel was set to {feature.ranks} processes, but this job has {team.size}; start it with "
+                f"patch_parallel was set to {feature.ranks} processes, but this job has {world.size}; start it with "
                 f"torchrun --nproc-per-node {feature.ranks}, or leave ranks out"
             )
-        if team.size == 1:
+        if world.size == 1:
             return
-        share_random_state(team, device)
-        reason = feature.supports(self.pipeline) or why_not(self.pipeline, feature.cfg_parallel, team.size)
+        share_random_state(world, device)
+        reason = feature.supports(self.pipeline) or why_not(self.pipeline, feature.cfg_parallel, world.size)
         if reason:
             raise ConfigurationError(f"patch_parallel cannot be used on this pipeline: {reason}")
-        mail = Mail(team.group, feature.comm_checkpoint)
-        self._run = PatchRun(team, clock, mail, feature.mode, feature.warmup, feature.p, feature.group_norm)
+        communicator = Communicator(world.group, feature.comm_checkpoint)
+        self._run = PatchRun(world, clock, communicator, feature.mode, feature.warmup, feature.p, feature.group_norm)
         self._hooks = HookSet("diffusion_accel.patch_parallel")
-        check = Agreement(self.pipeline, clock, team)
+        check = Agreement(self.pipeline, clock, world)
         install(self._hooks, self._run, self.pipeline, feature.cfg_parallel, feature.vae, check, self._undo)
 
     def after_call(self) -> None:
@@ -183,10 +183,10 @@ class PatchAttachment(Attachment):
             self._undo.pop()()
         run, self._run = self._run, None
         if run is not None:
-            self._traffic = dict(run.mail.traffic)
+            self._traffic = dict(run.communicator.traffic)
             self._counters.update(run.summary())
             try:
-                run.mail.close()
+                run.communicator.close()
             except PeerError as error:  # the call has ended, well or with an error of its own; the next one will tell
                 logger.warning("%s", error)
 

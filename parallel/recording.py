@@ -24,9 +24,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from diffusion_accel.denoisers import halvings
 from diffusion_accel.hooks import HookSet, tensors_in
 
+from .communicator import Batch, Communicator
 from .geometry import plan_split
-from .group import Team
-from .mail import Batch, Mail
+from .group import World
 from .models import DenoiserHook, install_layers, install_vae
 from .patch_parallel import PatchParallel
 from .run import PatchRun
@@ -166,7 +166,7 @@ def _moves_data(func: Any) -> bool:
     return not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
-class DryMail(Mail):
+class DryCommunicator(Communicator):
     """Messages that go nowhere: the others are taken to send zeros, at once."""
 
     def __init__(self, batch: int, recorder: Recorder) -> None:
@@ -230,7 +230,7 @@ class Subject:
 
 
 def record_busiest(subject: Subject, settings: PatchParallel, devices: int) -> list[Recording]:
-    """`record` for the processes of a team that may be the slowest: the largest part at the picture's border, and the
+    """`record` for the processes of a world that may be the slowest: the largest part at the picture's border, and the
     largest in its middle.
 
     Where times are measured, each is recorded twice, and the shorter time of every operation counts.
@@ -242,52 +242,52 @@ def record_busiest(subject: Subject, settings: PatchParallel, devices: int) -> l
     splits = [plan_split(height, width, parts, part, depth) for part in range(parts)]
     rows = {part: split.levels[0].rows(part) if split is not None else 0 for part, split in enumerate(splits)}
     places = {0, parts - 1}, {*range(1, parts - 1)}
-    teams = [Team(max(sorted(place), key=rows.__getitem__), devices) for place in places if place]
-    first = [record(subject, settings, team) for team in teams]
+    worlds = [World(max(sorted(place), key=rows.__getitem__), devices) for place in places if place]
+    first = [record(subject, settings, world) for world in worlds]
     if not subject.timed:
         return first
-    second = [record(subject, settings, team) for team in teams]
+    second = [record(subject, settings, world) for world in worlds]
     return [_faster(a, b) for a, b in zip(first, second, strict=True)]
 
 
 @torch.no_grad()
-def record(subject: Subject, settings: PatchParallel, team: Team) -> Recording:
-    """Run the share of one process of a team.
+def record(subject: Subject, settings: PatchParallel, world: World) -> Recording:
+    """Run the share of one process of a world.
 
     Args:
         settings: of the feature; `ranks` does not matter here, and one step is exact whatever `warmup` is.
-        team: the size of the team and the process; its group is not used.
+        world: the size of the world and the process; its group is not used.
     """
     denoiser, vae = subject.denoiser, subject.vae
     models = {"denoiser": denoiser} | ({} if vae is None else {"vae": vae})
     names = {id(m): f"{part}.{name}" for part, model in models.items() for name, m in model.named_modules()}
     recorder = Recorder(names, subject.timed)
-    mail = DryMail(settings.comm_checkpoint, recorder)
+    communicator = DryCommunicator(settings.comm_checkpoint, recorder)
     clock = SimpleNamespace(index=0, call=0)
-    run = PatchRun(team, clock, mail, settings.mode, 1, settings.p, settings.group_norm)
+    run = PatchRun(world, clock, communicator, settings.mode, 1, settings.p, settings.group_norm)
     hooks = HookSet("diffusion_accel.plan")
-    if team.size > 1:
+    if world.size > 1:
         install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)
         hooks.add(denoiser, DenoiserHook(run, settings.cfg_parallel, _nobody_to_ask))
         if vae is not None and settings.vae:
             install_vae(hooks, run, vae, _nobody_to_ask)
-    only_exact = settings.mode == "sync" or team.size == 1
+    only_exact = settings.mode == "sync" or world.size == 1
     steps: list[list[Event]] = []
     decoding: list[Event] = []
     traffic: Counter[tuple[str, str]] = Counter()
     try:
         for index in range(1 if only_exact else 3):
-            clock.index, before = index, Counter(mail.traffic)
+            clock.index, before = index, Counter(communicator.traffic)
             steps.append([])
             with recorder.into(steps[-1]):
                 denoiser(**subject.inputs)
-            traffic = mail.traffic - before
+            traffic = communicator.traffic - before
         if vae is not None:
             with recorder.into(decoding):
                 vae.decode(subject.latents)
     finally:
         hooks.remove()
-    return Recording(steps, decoding, dict(traffic), mail.buffer_bytes)
+    return Recording(steps, decoding, dict(traffic), communicator.buffer_bytes)
 
 
 def _nobody_to_ask(*_: Any) -> None:

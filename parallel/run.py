@@ -11,9 +11,9 @@ import torch
 
 from diffusion_accel.errors import CallStateError
 
+from .communicator import Communicator
 from .geometry import Level, Split
-from .group import Team
-from .mail import Mail
+from .group import World
 
 
 class Clock(Protocol):
@@ -24,7 +24,7 @@ class Clock(Protocol):
 
 
 class PatchRun:
-    """One pipeline call on a team of processes.
+    """One pipeline call on a world of processes.
 
     Attributes:
         mode: "sync", "displaced", "partial" or "naive".
@@ -36,9 +36,16 @@ class PatchRun:
     """
 
     def __init__(
-        self, team: Team, clock: Clock, mail: Mail, mode: str, warmup: int, fraction: float, group_norm: str
+        self,
+        world: World,
+        clock: Clock,
+        communicator: Communicator,
+        mode: str,
+        warmup: int,
+        fraction: float,
+        group_norm: str,
     ) -> None:
-        self.team, self.clock, self.mail = team, clock, mail
+        self.world, self.clock, self.communicator = world, clock, communicator
         self.mode, self.warmup, self.fraction, self.group_norm = mode, warmup, fraction, group_norm
         self.split: Split | None = None
         self.exact = True
@@ -110,9 +117,9 @@ class PatchRun:
     def swap(
         self, what: tuple[str, str], sends: dict[int, torch.Tensor], shapes: dict[int, Any], like: torch.Tensor
     ) -> dict[int, torch.Tensor]:
-        """`Mail.swap`, by part instead of rank."""
+        """`Communicator.swap`, by part instead of rank."""
         ranks = self.peers
-        got = self.mail.swap(
+        got = self.communicator.swap(
             what, {ranks[p]: t for p, t in sends.items()}, {ranks[p]: s for p, s in shapes.items()}, like
         )
         return {part: got[ranks[part]] for part in shapes}
@@ -143,16 +150,16 @@ class PatchRun:
         """
         shape, ranks = self._shape(like), self.peers
         key = (*self.key(what[1] + what[0]), shape)  # batches with and without guidance may alternate
-        slot = None if self.exact else self.mail.take(key, shape)
+        slot = None if self.exact else self.communicator.take(key, shape)
         if slot is None:  # an exact step, or a layer that has not run with this shape before
             got = self.swap(what, sends, shapes, like)
             if self._keeps:
-                self.mail.keep(key, shape, {ranks[p]: t for p, t in got.items()}, own)
+                self.communicator.keep(key, shape, {ranks[p]: t for p, t in got.items()}, own)
             return got, None
         stale = {part: slot.received[ranks[part]] for part in shapes if ranks[part] in slot.received}
         if later is not None:
             sends, shapes = later
-        self.mail.post(
+        self.communicator.post(
             what,
             key,
             shape,
@@ -167,7 +174,7 @@ class PatchRun:
     def summary(self) -> dict[str, float]:
         """The counters of the call so far."""
         kinds: Counter[str] = Counter()
-        for (kind, _), size in self.mail.traffic.items():
+        for (kind, _), size in self.communicator.traffic.items():
             kinds[kind] += size
         exact, stale = self.counters["exact_steps"], self.counters["stale_steps"]
         return {
@@ -177,5 +184,5 @@ class PatchRun:
             "bytes_per_exact_step": self.counters["exact_bytes"] / max(exact, 1),
             "bytes_per_stale_step": self.counters["stale_bytes"] / max(stale, 1),
             **{f"{kind}_bytes": kinds[kind] for kind in ("halo", "norm", "attention", "output")},
-            "buffer_bytes": self.mail.buffer_bytes,
+            "buffer_bytes": self.communicator.buffer_bytes,
         }

@@ -23,7 +23,7 @@ from diffusion_accel.hooks import HookSet, tensors_in
 from diffusion_accel.steps import StepClock
 
 from .context import SharedHook, share, transformers_of, unshare, why_not_shared
-from .group import Team, agree
+from .group import World, agree
 from .models import DenoiserHook, install_controlnet, install_layers, install_vae
 from .run import PatchRun
 
@@ -65,7 +65,7 @@ def install(
     if shared := transformers_of(pipeline):
         for model in shared:
             undo.append(partial(unshare, model))
-            share(model, run.team)
+            share(model, run.world)
             hooks.add(model, SharedHook(check, run.count_step))
     else:
         denoiser: Any = find_denoiser(pipeline)
@@ -89,8 +89,8 @@ class Agreement:
     generators that differ.
     """
 
-    def __init__(self, pipeline: Any, clock: StepClock, team: Team) -> None:
-        self.pipeline, self.clock, self.team = pipeline, clock, team
+    def __init__(self, pipeline: Any, clock: StepClock, world: World) -> None:
+        self.pipeline, self.clock, self.world = pipeline, clock, world
         self._passes: Counter[str] = Counter()
 
     def __call__(self, named: dict[str, Any], name: str = "denoiser") -> None:
@@ -100,16 +100,16 @@ class Agreement:
         if name != "denoiser":
             if first:
                 conditions = {k: v for k, v in named.items() if k != "timestep"}
-                agree(self.team, {f"what goes into the {name}": conditions}, tensors_in(named)[0].device)
+                agree(self.world, {f"what goes into the {name}": conditions}, tensors_in(named)[0].device)
             return
         attention = named.get("cross_attention_kwargs") or {}
         for key in ("ip_adapter_masks", "gligen"):
             if attention.get(key) is not None:
                 raise ConfigurationError(f"patch_parallel does not support {key}: it refers to the whole picture")
         if first:
-            agree(self.team, self._asked(named), latents_of(named).device)
+            agree(self.world, self._asked(named), latents_of(named).device)
         elif self._passes[name] == 2:
-            agree(self.team, {"the latents after one step": latents_of(named)}, latents_of(named).device)
+            agree(self.world, {"the latents after one step": latents_of(named)}, latents_of(named).device)
 
     def _asked(self, named: dict[str, Any]) -> dict[str, Any]:
         handle = self.pipeline.acceleration

@@ -13,8 +13,8 @@ from torch import nn
 
 from diffusion_accel.denoisers import spatial_attentions
 from diffusion_accel.hooks import HookSet
+from diffusion_accel.parallel.communicator import Communicator
 from diffusion_accel.parallel.group import join
-from diffusion_accel.parallel.mail import Mail
 from diffusion_accel.parallel.models import DenoiserHook, install_layers
 from diffusion_accel.parallel.run import PatchRun
 
@@ -22,11 +22,11 @@ from diffusion_accel.parallel.run import PatchRun
 @contextmanager
 def split(model: nn.Module, mode: str, cfg: bool = False, **changes: Any) -> Iterator[PatchRun]:
     """Hooks on a bare model; the caller moves `run.clock.index`."""
-    team = join(torch.device("cpu"), 60.0)
+    world = join(torch.device("cpu"), 60.0)
     settings = {"warmup": 1, "fraction": 0.3, "group_norm": "corrected", **changes}
     batch = settings.pop("batch", 7)  # so that one step sends several batches, the last one smaller
     clock = SimpleNamespace(index=0, call=0)
-    run = PatchRun(team, clock, Mail(team.group, batch), mode, **settings)
+    run = PatchRun(world, clock, Communicator(world.group, batch), mode, **settings)
     hooks = HookSet("test.parallel")
     install_layers(hooks, run, model, "model", getattr(model, "conv_in", None))
     if hasattr(model, "conv_in"):
@@ -35,7 +35,7 @@ def split(model: nn.Module, mode: str, cfg: bool = False, **changes: Any) -> Ite
         yield run
     finally:
         hooks.remove()
-        run.mail.close()
+        run.communicator.close()
 
 
 def warm(mode: str) -> dict[str, int]:

@@ -21,7 +21,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import map_tensors
 from diffusion_accel.parallel import PatchParallel
 from diffusion_accel.parallel.geometry import Level, Split, Window
-from diffusion_accel.parallel.group import DisagreementError, PeerError, Team
+from diffusion_accel.parallel.group import DisagreementError, PeerError, World
 from diffusion_accel.parallel.recording import Sent, Subject, record
 from diffusion_accel.quant.draft import Draft
 from diffusion_accel.quant.kernels import make_runtime
@@ -243,7 +243,7 @@ def displaced_layers_use_the_step_before(rank: int, size: int) -> None:
             for index, x in enumerate(steps):
                 with torch.no_grad(), run.running("test", split, peers, exact=index == 0, keeps=True):
                     found.append(layer(x[:, :, low:high]))
-                run.mail.flush(x.device)
+                run.communicator.flush(x.device)
         return found
 
     conv = torch.nn.Conv2d(8, 5, 3, padding=1).double()
@@ -273,7 +273,7 @@ def naive_is_every_part_by_itself(rank: int, size: int) -> None:
     model, named = bare.unet(), bare.inputs(2, 24, 10)
     with bare.split(model, "naive", warmup=0) as run:
         found = bare.predict(model, **named)
-        kinds = {kind for kind, _ in run.mail.traffic}
+        kinds = {kind for kind, _ in run.communicator.traffic}
     assert kinds == {"output"}, kinds
     entered = model.conv_in(named["sample"])
     bounds = [12 * r // size * 2 for r in range(size + 1)]
@@ -295,7 +295,7 @@ def partial_sends_less(rank: int, size: int) -> None:
             for index in range(3):
                 run.clock.index = index
                 bare.predict(model, **bare.inputs(1, 64, 64, seed=index))
-                totals.append(sum(run.mail.traffic.values()))
+                totals.append(sum(run.communicator.traffic.values()))
             assert totals[2] - totals[1] == totals[1] - totals[0], totals
             sent[mode] = totals[2] - totals[1]
     total = torch.tensor([sent["displaced"], sent["partial"]])
@@ -308,7 +308,7 @@ def counted_bytes(rank: int, size: int) -> None:
     model = zoo.unet()
     with bare.split(model, "sync") as run:
         bare.predict(model, **{k: v.float() if v.is_floating_point() else v for k, v in bare.inputs(2, 24, 8).items()})
-        traffic = run.mail.traffic
+        traffic = run.communicator.traffic
     rows = ((12 * (rank + 1)) // size - 12 * rank // size) * 2
     tokens = rows // 2 * 4  # at half the size
     assert traffic[
@@ -327,11 +327,11 @@ def a_dry_run_counts_the_same_bytes(rank: int, size: int) -> None:
             model, named = bare.unet(), bare.inputs(2, 28, 10)
             with bare.split(model, mode, cfg=cfg, warmup=int(mode != "naive")) as run:
                 for index in range(1 if mode == "sync" else 3):
-                    run.clock.index, before = index, run.mail.traffic.copy()
+                    run.clock.index, before = index, run.communicator.traffic.copy()
                     bare.predict(model, **named)
-                last = run.mail.traffic - before
+                last = run.communicator.traffic - before
             settings = parallel(mode=mode, cfg_parallel=cfg, comm_checkpoint=7, **bare.warm(mode))
-            dry = record(Subject(model, named), settings, Team(rank, size))
+            dry = record(Subject(model, named), settings, World(rank, size))
             found = {(kind, layer.removeprefix("denoiser.")): n for (kind, layer), n in dry.traffic.items()}
             assert found == {(kind, layer.removeprefix("model.")): n for (kind, layer), n in last.items()}
             sent = sum(event.sent for event in dry.steps[-1] if isinstance(event, Sent))
@@ -350,7 +350,7 @@ def cfg_split_is_batched_guidance(rank: int, size: int) -> None:
             run.clock.index = index
             found = bare.predict(model, **named)
         close(found, bare.predict_plain(named), 1e-9)
-        kinds = {kind for kind, _ in run.mail.traffic}
+        kinds = {kind for kind, _ in run.communicator.traffic}
     assert kinds == ({"output"} if size == 2 else {"output", "halo", "norm", "attention"}), kinds
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from diffusion_accel.evaluation.flops import count_flops
 from diffusion_accel.parallel import PatchParallel
-from diffusion_accel.parallel.group import Team
+from diffusion_accel.parallel.group import World
 from diffusion_accel.parallel.planning import LINKS, Link, Machine, predict, simulate
 from diffusion_accel.parallel.recording import (
     Event,
@@ -52,7 +52,7 @@ def test_one_process_does_what_is_counted() -> None:
     model, named = zoo.unet(), float_inputs(2, 24, 10)
     with torch.no_grad(), count_flops() as count:
         model(**named)
-    (step,) = record(Subject(model, named), PatchParallel(), Team(0, 1)).steps
+    (step,) = record(Subject(model, named), PatchParallel(), World(0, 1)).steps
     assert flops(step) == count.total > 0
     assert not any(isinstance(event, (Sent, Waited)) for event in step)
 
@@ -60,8 +60,8 @@ def test_one_process_does_what_is_counted() -> None:
 def test_the_meta_device_does_the_same() -> None:
     settings = PatchParallel(mode="partial", comm_checkpoint=7)
     model, named = zoo.unet(), float_inputs(2, 24, 10)
-    real = record(Subject(model, named), settings, Team(1, 3))
-    made = record(on_meta(model, named), settings, Team(1, 3))
+    real = record(Subject(model, named), settings, World(1, 3))
+    made = record(on_meta(model, named), settings, World(1, 3))
 
     def plain(recording: Recording) -> list[Any]:
         return [
@@ -77,9 +77,9 @@ def test_the_meta_device_does_the_same() -> None:
 def test_the_parts_are_the_whole(devices: int) -> None:
     """All parts together multiply as much as one process, and a little more: what hangs on no position, and halos."""
     subject = make_subject("sd15", "", 640, 256, decode=False)
-    whole = flops(record(subject, PatchParallel(), Team(0, 1)).steps[0])
+    whole = flops(record(subject, PatchParallel(), World(0, 1)).steps[0])
     parts = [
-        flops(record(subject, PatchParallel(mode="sync"), Team(part, devices)).steps[0]) for part in range(devices)
+        flops(record(subject, PatchParallel(mode="sync"), World(part, devices)).steps[0]) for part in range(devices)
     ]
     assert whole < sum(parts) < 1.06 * whole and max(parts) < 1.5 * whole / devices
 
@@ -98,15 +98,15 @@ def test_the_largest_part_is_recorded(cfg_parallel: bool) -> None:
         float_inputs(2, 64, 8),
     )
     settings = PatchParallel(mode="sync", cfg_parallel=cfg_parallel)
-    every = [flops(record(subject, settings, Team(part, devices)).steps[0]) for part in range(devices)]
+    every = [flops(record(subject, settings, World(part, devices)).steps[0]) for part in range(devices)]
     busiest = [flops(one.steps[0]) for one in record_busiest(subject, settings, devices)]
     assert max(busiest) == max(every) > 1.5 * min(every)
 
 
 def test_the_exact_steps_of_naive_are_exact() -> None:
     subject = on_meta(zoo.unet(), float_inputs(2, 24, 10))
-    exact, _, later = record(subject, PatchParallel(mode="naive", warmup=0), Team(0, 2)).steps
-    same = record(subject, PatchParallel(mode="sync"), Team(0, 2)).steps[0]
+    exact, _, later = record(subject, PatchParallel(mode="naive", warmup=0), World(0, 2)).steps
+    same = record(subject, PatchParallel(mode="sync"), World(0, 2)).steps[0]
     assert exact == same and len([e for e in later if isinstance(e, Sent)]) == 1
 
 
@@ -183,7 +183,7 @@ def test_partial_sends_less_on_the_embedded_model() -> None:
     subject = make_subject("sticker", find_model("sticker").location, 256, 256, decode=False)
     sent = {
         mode: sum(
-            sum(record(subject, PatchParallel(mode=mode), Team(rank, 4)).traffic.values())
+            sum(record(subject, PatchParallel(mode=mode), World(rank, 4)).traffic.values())
             for rank in (0, 1)  # two and three are their mirror images
         )
         for mode in ("displaced", "partial")

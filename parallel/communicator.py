@@ -49,7 +49,7 @@ class _Post:
     dtype: torch.dtype
 
 
-class Mail:
+class Communicator:
     """Point-to-point messages of one pipeline call.
 
     Every process makes the same calls in the same order. `swap` exchanges and waits. `post` puts a layer's fresh values
