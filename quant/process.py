@@ -41,10 +41,11 @@ from .layers import QuantizedLayer, quantized_layers
 from .loader import LowBitConfig, LowBitQuantizer
 from .model import candidates, digest, install, set_runtime, uninstall
 from .ranges import observe
-from .reconstruct import RoundingSettings, capture, reconstruct, units
+from .reconstruct import capture, reconstruct, units
 from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivity
 from .settings import QuantizeSettings
 from .spec import LayerSpec, ModelSpec
+from .work import plan_work, progress_of
 
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
@@ -261,70 +262,15 @@ class Quantization:
             )
         return specs
 
-    # ------------------------------------------------------------------ how much work
     def _decide(self, minutes: float | None) -> None:
-        """Iterations of every stage: as asked, or cut down to the time; written down, so that a resumed run repeats
-        them."""
+        """How much every stage does; written down, so that a resumed run repeats it."""
         file = self.work / "plan.json"
-        r, f = self.settings.rounding, self.settings.finetune
-        plan: dict[str, Any] = {"iterations": r.iterations if r else 0, "epochs": f.epochs if f else 0}
-        plan["time_epochs"] = list(f.time_epochs) if f else [0, 0, 0]
-        plan["rate"] = r.rate if r else 0.0
         if file.is_file():
             self.plan = json.loads(file.read_text(encoding="utf-8"))
             return
-        costs = self._costs(plan)
-        if minutes is not None:
-            left = minutes * 60 - (time.monotonic() - self.began) - costs["fixed"]
-            wanted = {k: costs[k] for k in ("rounding", "time", "stage two")}
-            share = _shares(wanted, max(0.0, left))
-            plan["iterations"] = int(plan["iterations"] * share["rounding"])
-            plan["time_epochs"] = [int(n * share["time"]) for n in plan["time_epochs"]]
-            plan["epochs"] = int(plan["epochs"] * share["stage two"])
-        if r is not None and plan["iterations"]:  # fewer steps must go further; Adam's way is rate x steps
-            plan["rate"] = min(1e-2, r.rate * max(1.0, 0.1 * RoundingSettings.iterations / plan["iterations"]))
-        plan["seconds"] = {
-            "fixed": costs["fixed"],
-            "rounding": costs["rounding"] * plan["iterations"] / max(1, r.iterations if r else 0),
-            "finetuning": (costs["time"] * sum(plan["time_epochs"]) / max(1, sum(f.time_epochs)) if f else 0.0)
-            + (costs["stage two"] * plan["epochs"] / max(1, f.epochs) if f else 0.0),
-        }
-        self.plan = plan
-        self._write(file, plan)
-
-    def _costs(self, plan: dict[str, Any]) -> dict[str, float]:
-        """Seconds of every stage as asked for, from the measured time of the denoiser."""
-        rows = self.calibration.sample(0, 8, 0)
-        rounding(self.drafts, False, False)
-        took = []
-        with torch.no_grad():
-            for _ in range(3):
-                began = time.monotonic()
-                rows.run(self.denoiser)
-                took.append(time.monotonic() - began)
-        row, buckets = min(took) / len(rows), len(self.calibration.timesteps)
-        r, f, watch = self.settings.rounding, self.settings.finetune, self.settings.observation
-        fixed = buckets * watch.rows * row * 4 if self.settings.activation_bits else 0.0
-        costs = {"fixed": fixed, "rounding": 0.0, "time": 0.0, "stage two": 0.0}
-        if r is not None:
-            kinds = len(units(self.denoiser, rows))
-            costs["fixed"] += kinds * r.rows * row * 1.2
-            costs["rounding"] = r.iterations * (min(r.batch, r.rows) * row * 4 + 0.001 * kinds)
-        if f is not None:
-            step = row * (6 if f.layer_loss else 5)
-            times = enumerate(self.calibration.timesteps)
-            costs["time"] = sum(stage_one_epochs(f, i, t) for i, t in times) * f.time_rows * step
-            costs["stage two"] = f.epochs * buckets * f.rows * step
-        return costs
-
-    def _share(self, stage: str, within: float) -> tuple[float, float]:
-        """Share of everything done and seconds left when `within` (0 … 1) of a stage is done."""
-        planned = self.plan["seconds"]
-        before = {"rounding": 0.0, "ranges": planned["rounding"], "finetuning": planned["rounding"] + planned["fixed"]}
-        length = {"rounding": planned["rounding"], "ranges": planned["fixed"], "finetuning": planned["finetuning"]}
-        total = max(1e-9, sum(length.values()))
-        done = before[stage] + within * length[stage]
-        return min(1.0, done / total), max(0.0, total - done)
+        left = None if minutes is None else minutes * 60 - (time.monotonic() - self.began)
+        self.plan = plan_work(self.settings, self.denoiser, self.drafts, self.calibration, left)
+        self._write(file, self.plan)
 
     # ------------------------------------------------------------------ weights
     def _round(self) -> None:
@@ -350,7 +296,7 @@ class Quantization:
                 for key, draft in mine.items():
                     draft.up = stored[key].bool()
             else:
-                share, left = self._share("rounding", number / len(parts))
+                share, left = progress_of(self.plan, "rounding", number / len(parts))
                 self.progress(f"rounding: {name}", share, left)
                 if rows is None:
                     rows = [self.calibration.sample(b, each, self.settings.seed + 1) for b in range(buckets)]
@@ -378,7 +324,9 @@ class Quantization:
                 for name in softmax:
                     peaks[name][number] = stored[f"{name}.peak"]
                 continue
-            self.progress(f"ranges: timestep {number + 1} of {count}", *self._share("ranges", number / count))
+            self.progress(
+                f"ranges: timestep {number + 1} of {count}", *progress_of(self.plan, "ranges", number / count)
+            )
             watch = self.settings.observation
             found = observe(self.denoiser, self.drafts, self.calibration, watch, [number], softmax, lambda n: None)
             tensors = {
@@ -424,7 +372,9 @@ class Quantization:
         epochs = [self._time_epochs(i) for i in range(count)]
         if stage == 1:
             for number in range(at, count):
-                self.progress(f"time embedding: timestep {number + 1} of {count}", *self._share("finetuning", 0.0))
+                self.progress(
+                    f"time embedding: timestep {number + 1} of {count}", *progress_of(self.plan, "finetuning", 0.0)
+                )
                 tuner = Tuner(self.denoiser, self.drafts, times, times, f.rate, f.scale_rate, f.layer_loss)
                 losses = []
                 for epoch in range(epochs[number]):
@@ -449,7 +399,7 @@ class Quantization:
             epoch, turn = divmod(place, count)
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + epoch)).tolist()
             what = f"finetuning: epoch {epoch + 1} of {self.plan['epochs']}"
-            self.progress(what, *self._share("finetuning", place / total))
+            self.progress(what, *progress_of(self.plan, "finetuning", place / total))
             tuner.pace(0.5 * (1 + math.cos(math.pi * place / total)))
             for rows in batches(self.calibration, order[turn], f.rows, f.batch, place):
                 losses.append(tuner.step(rows))
@@ -579,24 +529,6 @@ def _set_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tens
 
 def _ends(losses: list[float]) -> dict[str, float]:
     return {"first": losses[0], "last": losses[-1]}
-
-
-def _shares(wanted: dict[str, float], seconds: float) -> dict[str, float]:
-    """How much of each stage fits: half of the time is for rounding, a tenth for stage 1, the rest for stage 2, and
-    what one does not need the others get."""
-    weights = {"rounding": 0.5, "time": 0.1, "stage two": 0.4}
-    share = {k: 1.0 for k in wanted}
-    open_, left = {k for k in wanted if wanted[k] > 0}, seconds
-    while open_:
-        whole = sum(weights[k] for k in open_)
-        fits = {k for k in open_ if wanted[k] <= left * weights[k] / whole}
-        if not fits:
-            for k in open_:
-                share[k] = left * weights[k] / whole / wanted[k]
-            break
-        left -= sum(wanted[k] for k in fits)
-        open_ -= fits
-    return share
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.evaluation.sampler import Sampler
@@ -26,6 +28,7 @@ from diffusion_accel.quant.reconstruct import RoundingSettings, capture, reconst
 from diffusion_accel.quant.sensitivity import allocate
 from diffusion_accel.quant.settings import QuantizeSettings, parse_bits
 from diffusion_accel.quant.spec import LayerSpec
+from diffusion_accel.quant.work import shares
 from tests import zoo
 
 WHOLE = QuantizeSettings(
@@ -335,6 +338,16 @@ def test_softmax_and_attention_grids(tmp_path: Path) -> None:
             assert torch.equal(rows.run(again), answers[bits])
     assert (answers[4] - answers[None]).norm() > 20 * (answers[16] - answers[None]).norm()
     assert (answers[4] - answers[None]).norm() < 0.1 * answers[None].norm()
+
+
+@given(st.tuples(*[st.floats(0, 1e5)] * 3), st.floats(0, 2e5))
+def test_time_is_shared_without_a_rest(wanted: tuple[float, ...], seconds: float) -> None:
+    asked = dict(zip(("rounding", "time", "stage two"), wanted, strict=True))
+    found = shares(asked, seconds)
+    assert all(0 <= share <= 1 for share in found.values())
+    used = sum(asked[k] * found[k] for k in asked)
+    assert used == pytest.approx(min(seconds, sum(wanted)), rel=1e-9, abs=1e-9)
+    assert asked["rounding"] * found["rounding"] >= min(asked["rounding"], 0.5 * seconds) * (1 - 1e-9)
 
 
 def test_minutes_cut_the_work_down(tmp_path: Path) -> None:
