@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,20 @@ def find_denoiser(pipeline: Any) -> nn.Module | None:
     """The model that the pipeline calls at every step: its `unet`, else its `transformer`, else None."""
     name = denoiser_name(pipeline)
     return None if name is None else getattr(pipeline, name)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short hash of a model's weights and shapes: 16 numbers of every parameter, rounded to bfloat16.
+
+    The same for a model in float32 and in half precision, except where rounding twice differs from rounding once.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        flat = parameter.detach().flatten()
+        taken = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(taken.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def find_controlnet(pipeline: Any) -> nn.Module | None:

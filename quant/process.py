@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusion_accel._version import __version__
-from diffusion_accel.denoisers import concatenated_inputs, edge_layers, find_denoiser, getattr_path
+from diffusion_accel.denoisers import concatenated_inputs, edge_layers, find_denoiser, fingerprint, getattr_path
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.files import replacing
@@ -154,7 +154,7 @@ class Quantization:
                 {
                     "settings": self.settings.to_dict(),
                     "sampler": [list(s.prompts), s.steps, s.seed, s.options, type(s.pipe.scheduler).__name__],
-                    "model": [type(self.denoiser).__name__, _fingerprint(self.denoiser)],
+                    "model": [type(self.denoiser).__name__, fingerprint(self.denoiser)],
                     "version": __version__,
                 }
             )
@@ -529,15 +529,6 @@ def _set_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tens
 
 def _ends(losses: list[float]) -> dict[str, float]:
     return {"first": losses[0], "last": losses[-1]}
-
-
-def _fingerprint(model: nn.Module) -> str:
-    import hashlib
-
-    found = hashlib.sha256()
-    for name, p in model.named_parameters():
-        found.update(f"{name} {tuple(p.shape)} {p.dtype} {float(p.detach().flatten()[:64].double().sum())!r}".encode())
-    return found.hexdigest()[:16]
 
 
 def peak_memory() -> int:

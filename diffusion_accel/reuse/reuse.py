@@ -11,7 +11,7 @@ from ..feature import Attachment, Feature, option
 from .attachment import RunAttachment
 from .cache_settings import CACHES, CacheSettings
 from .plan import Plan, Preset, looks_like_a_preset, with_guidance
-from .tuned import TunedPlan, fingerprint, is_tuned
+from .tuned import TunedPlan, is_tuned
 
 if TYPE_CHECKING:
     from ..steps import StepClock
@@ -132,7 +132,7 @@ class ReuseAttachment(RunAttachment):
 
     def _weights(self) -> str:
         """The denoiser's fingerprint, computed again only for another denoiser or other names (such as a LoRA's)."""
-        from ..denoisers import find_denoiser
+        from ..denoisers import find_denoiser, fingerprint
 
         denoiser: Any = find_denoiser(self.pipeline)
         state = (id(denoiser), [name for name, _ in denoiser.named_parameters()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -26,28 +25,12 @@ def is_tuned(text: str) -> bool:
     return text.startswith("tuned:") or text.endswith(".json")
 
 
-def fingerprint(denoiser: Any) -> str:
-    """A short hash of a model's weights and shapes: 16 numbers of every parameter, rounded to bfloat16.
-
-    The same for a model in float32 and in half precision, except where rounding twice differs from rounding once.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, parameter in sorted(denoiser.named_parameters()):
-        flat = parameter.detach().flatten()
-        taken = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(taken.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def conditions(pipeline: Any, steps: int, weights: str | None = None) -> dict[str, Any]:
     """What a plan depends on: the denoiser, the scheduler and the number of steps.
 
     `weights`: the denoiser's `fingerprint`, if it is known.
     """
-    from ..denoisers import find_denoiser
+    from ..denoisers import find_denoiser, fingerprint
 
     denoiser, scheduler = find_denoiser(pipeline), pipeline.scheduler
     config = getattr(scheduler, "config", {})

@@ -16,6 +16,7 @@ from zoo import ZOO, sd
 
 from diffusion_accel import ConfigurationError, Reuse, accelerate
 from diffusion_accel.cli.main import main
+from diffusion_accel.denoisers import fingerprint
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.pipelines.models import EMBEDDED
 from diffusion_accel.reuse.calibration import Reference
@@ -23,7 +24,7 @@ from diffusion_accel.reuse.plan import Plan, Step
 from diffusion_accel.reuse.polish import polish, weighted
 from diffusion_accel.reuse.search import Rule, best_plans
 from diffusion_accel.reuse.tune import Target, Tuner, tune
-from diffusion_accel.reuse.tuned import TunedPlan, fingerprint
+from diffusion_accel.reuse.tuned import TunedPlan
 
 
 # ---------------------------------------------------------------------- files
