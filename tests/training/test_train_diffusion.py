@@ -176,9 +176,8 @@ def test_resuming_is_exact_with_every_weighting(data: Path, tmp_path: Path) -> N
         assert log_of(work)[-3:] == log_of(tmp_path / f"{kind}-whole")[-3:]
 
 
-@pytest.mark.parametrize("switches", [["--immiscible", "assign"], ["--task-clusters", "3", "--task-loss", "pcgrad"]])
-def test_two_processes_equal_one(switches: list[str], data: Path, tmp_path: Path) -> None:
-    given = [*switches, "--task-routing"]
+def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
+    given = ["--immiscible", "assign", "--task-clusters", "3", "--task-loss", "pcgrad", "--task-routing"]
     assert trainer.main(arguments(data, tmp_path / "one", "unet", *given)) == 0
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     process = start([*run, *arguments(data, tmp_path / "two", "unet", *given)])
