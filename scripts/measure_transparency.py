@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from diffusion_accel import LatentTransparency, accelerate
 from diffusion_accel.evaluation.compare import as_tensor
@@ -149,7 +150,8 @@ def rivals() -> dict[str, Any]:
 
 
 def cutouts(options: argparse.Namespace) -> dict[str, Any]:
-    prompts = captions(48, 16)
+    seen, heldout = options.prompts
+    prompts = captions(seen, heldout)
     pipe = accelerate(pipeline(), LatentTransparency(weights=options.weights))
     ours = draw(pipe, prompts)
     pipe.acceleration.disable()
@@ -157,24 +159,30 @@ def cutouts(options: argparse.Namespace) -> dict[str, Any]:
     arrays = [np.asarray(image.convert("RGB")) for image in plain]
     ways: dict[str, list[np.ndarray]] = {"latent transparency": [np.asarray(i)[..., 3] / 255 for i in ours]}
     ways |= {name: [cut(array) for array in arrays] for name, cut in rivals().items()}
-    found: dict[str, Any] = {"prompts": {"seen": 48, "held_out": 16}}
+    found: dict[str, Any] = {"prompts": {"seen": seen, "held_out": len(prompts) - seen}}
+    clean: dict[str, list[bool]] = {}
     for name, alphas in ways.items():
         faults = [cutout_faults(alpha) for alpha in alphas]
+        clean[name] = [not one for one in faults]
         count = {f: sum(f in one for one in faults) for f in ("empty", "border", "parts", "edge", "holes")}
         found[name] = {
             "clean": share(faults),
-            "clean_seen": share(faults[:48]),
-            "clean_held_out": share(faults[48:]),
+            "clean_seen": share(faults[:seen]),
+            "clean_held_out": share(faults[seen:]),
             "faults": {k: v for k, v in count.items() if v},
         }
+    best = max((n for n in ways if n.startswith("flood")), key=lambda n: found[n]["clean"])
+    pairs = list(zip(clean["latent transparency"], clean[best], strict=True))
+    ahead, behind = pairs.count((True, False)), pairs.count((False, True))
+    chance = binomtest(ahead, max(1, ahead + behind)).pvalue  # of a lead or lag as large if both were as good
+    found["against the best flood fill"] = {"ours alone": ahead, "its alone": behind, "p": round(chance, 4)}
     real = real_share(options)
     if real is not None:
         found["real stickers"] = real
     if options.pictures:
-        best = max((n for n in ways if n.startswith("flood")), key=lambda n: found[n]["clean"])
         flooded = [with_alpha(image, alpha) for image, alpha in zip(plain, ways[best], strict=True)]
         sheet(ours, flooded, plain, options.pictures / "transparent.png", best)
-        wall(ours, options.pictures / "transparent-64.png")
+        wall(ours[:64], options.pictures / "transparent-64.png")
     return found
 
 
@@ -187,7 +195,9 @@ def real_share(options: argparse.Namespace) -> dict[str, Any] | None:
     rows, images = data.load_rows(options.work), data.load_images(options.work)
     listed = set(data.read_concepts(Path(__file__).parent / "data" / "sticker_concepts.txt"))
     chosen = data.select(rows, ("noto", "flat", "3d", "twemoji"), listed)
-    return {"clean": share([cutout_faults(images[i][..., 3] / 255) for i in chosen]), "pictures": len(chosen)}
+    faults = [cutout_faults(images[i][..., 3] / 255) for i in chosen]
+    shares = {f: round(sum(f in one for one in faults) / len(faults), 3) for f in ("border", "parts", "edge", "holes")}
+    return {"clean": share(faults), "pictures": len(chosen), "shares": shares}
 
 
 def together(options: argparse.Namespace) -> dict[str, Any]:
@@ -287,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", default="", help="transparency weights (default: those of the embedded model)")
     parser.add_argument("--work", type=Path, default=Path("runs/sticker"), help="work folder with the picture cache")
     parser.add_argument("--quantized", nargs="*", default=[], metavar="DIR", help="quantized checkpoints of the model")
+    parser.add_argument("--prompts", type=int, nargs=2, default=(48, 16), metavar="N", help="seen and held-out ones")
     parser.add_argument("--rounds", type=int, default=15, help="of the timing")
     parser.add_argument("--out", type=Path, help="JSON file; parts that are not measured stay as they are")
     parser.add_argument("--pictures", type=Path, help="folder for pictures")

@@ -75,13 +75,9 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_the_number_of_buckets_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = [q for q in QUICK if q not in ("--buckets", "2")]
-    for bits, more, says in (
-        ("w4a4", [], ", 16 buckets of timesteps"),
-        ("w4", [], "of float32\n"),
-    ):
-        options = [*quick, "--bits", bits, "--steps", "25", *more]
-        code, out, err = call(capsys, "quantize", "-m", tiny, *options, "-o", tmp_path / "new", "--overwrite", "-q")
-        assert code == 0 and says in out, err
+    options = [*quick, "--bits", "w4a4", "--steps", "25", "--report", "0", "-o", tmp_path / "new", "-q"]
+    code, out, err = call(capsys, "quantize", "-m", tiny, *options)
+    assert code == 0 and ", 16 buckets of timesteps" in out, err
 
 
 @pytest.mark.parametrize(
@@ -176,7 +172,7 @@ def test_killed_at_any_point_it_goes_on_and_ends_the_same(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL at moments that depend on how fast the machine is; the result may not."""
-    options = ["quantize", "-m", str(tiny), *WHOLE, "--report", "1", "--quiet", "-o"]
+    options = ["quantize", "-m", str(tiny), *WHOLE, "--report", "0", "--quiet", "-o"]
 
     def killed(name: str, seconds: float) -> bool:
         command = [sys.executable, "-m", "diffusion_accel", *options, str(tmp_path / name)]
@@ -193,7 +189,7 @@ def test_killed_at_any_point_it_goes_on_and_ends_the_same(
             return True
 
     assert call(capsys, *options, tmp_path / "whole")[0] == 0
-    if killed("broken", 0.3) and killed("broken", 4.0):
+    if killed("broken", 2.0):
         assert call(capsys, *options, tmp_path / "broken")[0] == 0
     assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob(".*"))
     for name in ("diffusion_pytorch_model.safetensors", "config.json"):

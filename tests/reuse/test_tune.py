@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +119,25 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
     assert torch.isinf(psnr(again, tuner.reference.pictures)).all()
 
 
-def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    state = tmp_path / "search"
-    options = {"steps": 4, "speedup": 1.2, "seconds": 1.0, "batch": 6, "state": state, **SMALL}
-    tune(sticker, PROMPTS, **options)
-    first = [json.loads(line) for line in state.read_text().splitlines()]
-    drawn: list[str] = []
-    scores = Tuner.scores
+def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None:
+    state, drawn = tmp_path / "search", []
 
-    def noted(self: Tuner, plan: Plan, at_least: float | None = None) -> list[float]:
-        if str(plan) not in self.known:
-            drawn.append(str(plan))
-        return scores(self, plan, at_least)
+    class Noted(Tuner):
+        def scores(self, plan: Plan, at_least: float | None = None) -> list[float]:
+            if str(plan) not in self.known:
+                drawn.append(str(plan))
+            return super().scores(plan, at_least)
 
-    monkeypatch.setattr(Tuner, "scores", noted)
-    tune(sticker, PROMPTS, **options)
-    assert first[0]["prompts"] == PROMPTS[:4]
+    sampler = Sampler(sticker, tuple(PROMPTS[:4]), 4, 0, 6, SMALL)
+    with torch.inference_mode():
+        given = Reference.measure(sampler, sampler), Target(speedup=1.2), 1.0, state
+        Noted(sampler, *given).search()
+        first = [json.loads(line) for line in state.read_text().splitlines()]
+        assert first[0]["prompts"] == PROMPTS[:4] and {line["plan"] for line in first[1:]} == set(drawn) != set()
+        drawn.clear()
+        Noted(sampler, *given).search()
     assert not {line["plan"] for line in first[1:]} & set(drawn), "nothing is evaluated twice"
-    sampler = Sampler(sticker, tuple(PROMPTS[:1:-1]), 4, 0, 6, SMALL)
-    other = Tuner(sampler, Reference.measure(sampler, sampler), Target(speedup=1.2), state=state)
+    other = Tuner(replace(sampler, prompts=tuple(PROMPTS[:1:-1])), *given)
     other.total = 4
     other.resume()
     assert not other.known and len(state.read_text().splitlines()) == 1, "other prompts begin again"
