@@ -150,22 +150,7 @@ def test_other_refusals(tiny: Path, sticker: Path, tmp_path: Path, capsys: pytes
         assert code in (1, 2) and says in err and len(err.splitlines()) == 1, err
 
 
-WHOLE = [
-    "--bits",
-    "w4a8",
-    "--count",
-    "8",
-    "--buckets",
-    "3",
-    "--steps",
-    "6",
-    "--iterations",
-    "60",
-    "--epochs",
-    "2",
-    "--time-epochs",
-    "8",
-]
+WHOLE = "--bits w4a8 --count 6 --buckets 2 --steps 4 --iterations 12 --epochs 2 --time-epochs 4".split()
 
 
 def test_killed_at_any_point_it_goes_on_and_ends_the_same(
