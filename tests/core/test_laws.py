@@ -27,7 +27,7 @@ PAIRS = [
 ]
 SETS = [(f,) for f in FEATURES] + PAIRS
 IDS = ["+".join(f.name for f in s) for s in SETS]
-PAIRED = ("sd", "sdxl", "controlnet", "ip_adapter", "unet2d", "svd", "animatediff")  # kinds on which pairs are tried
+PAIRED = ("sd", "sdxl", "controlnet", "unet2d", "svd")  # kinds on which pairs are tried
 STEPS = 4
 each_set = pytest.mark.parametrize("features", SETS, ids=IDS)
 
@@ -127,7 +127,7 @@ CALLS = st.fixed_dictionaries(
 
 
 @each_set
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(calls=st.lists(CALLS, min_size=2, max_size=3))
 def test_no_state_leaks_between_calls(features: tuple[Any, ...], calls: list[dict[str, Any]]) -> None:
     import diffusers

@@ -30,7 +30,7 @@ PLAN = {
         sync_float32_sd sync_float32_sdxl sync_float32_svd sync_float32_controlnet sync_float32_sd_batch
         sync_sd_odd_size sync_img2img sync_inpaint sync_upscale sync_deepfloyd_if sync_controlnets
         sync_controlnet_guess_mode sync_t2i_adapter sync_ip_adapter sync_unet2d sync_unet3d sync_animatediff
-        sync_svd partial_is_masked_attention partial_with_whole_neighbours_is_displaced partial_in_columns
+        sync_svd partial_with_whole_neighbours_is_displaced partial_in_columns
         cfg_split_is_batched_guidance
         pictures_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
         quantized_layers noise_without_a_generator different_arguments_are_named an_exception_leaves_nothing

@@ -73,8 +73,7 @@ def test_the_meta_device_does_the_same() -> None:
     assert all(e.seconds is not None for step in real.steps for e in step if isinstance(e, Operation))
 
 
-@pytest.mark.parametrize("devices", [2, 5])
-def test_the_parts_are_the_whole(devices: int) -> None:
+def test_the_parts_are_the_whole(devices: int = 5) -> None:
     """All parts together multiply as much as one process, and a little more: what hangs on no position, and halos."""
     subject = make_subject("sd15", "", 640, 256, decode=False)
     whole = flops(record(subject, PatchParallel(), World(0, 1)).steps[0])

@@ -133,7 +133,7 @@ def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None
         given = Reference.measure(sampler, sampler), Target(speedup=1.2), 1.0, state
         Noted(sampler, *given).search()
         first = [json.loads(line) for line in state.read_text().splitlines()]
-        assert first[0]["prompts"] == PROMPTS[:4] and {line["plan"] for line in first[1:]} == set(drawn) != set()
+        assert first[0]["prompts"] == PROMPTS[:4] and {line["plan"] for line in first[1:]} >= set(drawn) != set()
         drawn.clear()
         Noted(sampler, *given).search()
     assert not {line["plan"] for line in first[1:]} & set(drawn), "nothing is evaluated twice"
@@ -160,7 +160,7 @@ def test_the_command_tunes_and_generate_takes_the_plan(tmp_path: Path, capsys: A
         return int(stop.value.code or 0)
 
     plan = tmp_path / "fast.json"
-    common = ["tune", "-o", str(plan), "--count", "6", "--steps", "6", "--budget", "2", "--device", "cpu", "--quiet"]
+    common = ["tune", "-o", str(plan), "--count", "6", "--steps", "5", "--budget", "2", "--device", "cpu", "--quiet"]
     assert cli(*common, "--speedup", "2", "--json") == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert measured["pictures"] == 2 and measured["flop_ratio"] > 1.2
@@ -168,9 +168,9 @@ def test_the_command_tunes_and_generate_takes_the_plan(tmp_path: Path, capsys: A
     assert cli(*common, "--speedup", "2") == 1
     assert "exists" in capsys.readouterr().err
     generate = ["generate", "red apple, 3d style", "--device", "cpu", "--quiet", "--seed", "1", "--reuse", str(plan)]
-    assert cli(*generate, "--steps", "6", "-o", str(tmp_path / "a.png")) == 0
+    assert cli(*generate, "--steps", "5", "-o", str(tmp_path / "a.png")) == 0
     assert cli(*generate, "--steps", "9", "-o", str(tmp_path / "b.png")) == 2
-    assert "for 6 steps, this call has 9" in capsys.readouterr().err
+    assert "for 5 steps, this call has 9" in capsys.readouterr().err
     assert not (tmp_path / "b.png").exists()
     assert cli("tune", "-o", str(tmp_path / "x.json"), "--speedup", "2", "--min-psnr", "40") == 2
     assert "either" in capsys.readouterr().err
