@@ -7,6 +7,7 @@ import inspect
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import bare
@@ -41,6 +42,13 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     assert error <= tolerance, f"differs by {error:.2e}, allowed {tolerance:.0e}"
 
 
+def once(make: Callable[[], Any]) -> Any:
+    """What rank 0 computes by itself, at every rank: the others need not do the same."""
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def double(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The same in double precision, in which two orders of a sum differ by 1e-14 and a wrong row does not."""
     wide = map_tensors(lambda t: t.double() if t.is_floating_point() else t, call)
@@ -51,7 +59,7 @@ def exact(kind: str, wide: bool, feature: dict[str, Any] | None = None, **change
     """`sync` against one process, for a pipeline of the zoo."""
     pipe, call = double(*zoo.ZOO[kind]()) if wide else zoo.ZOO[kind]()
     tolerance = 1e-9 if wide else 1e-5
-    plain = zoo.run(pipe, call, steps=STEPS, **changes)
+    plain = once(lambda: zoo.run(pipe, call, steps=STEPS, **changes))
     accelerate(pipe, parallel(**feature or {}))
     close(zoo.run(pipe, call, steps=STEPS, **changes), plain, tolerance)
     counters = pipe.acceleration.report().counters["patch_parallel"]
@@ -85,8 +93,9 @@ def sync_any_size(rank: int, size: int) -> None:
     for model, sizes in ((bare.unet(), SIZES), (bare.deep_unet(), DEEP_SIZES)):
         with bare.split(model, "sync"):
             together = [bare.predict(model, **bare.inputs(*shape)) for shape in sizes]
-        for shape, found in zip(sizes, together, strict=True):
-            close(found, bare.predict(model, **bare.inputs(*shape)), 1e-9)
+        plain = once(lambda model=model, sizes=sizes: [bare.predict(model, **bare.inputs(*shape)) for shape in sizes])
+        for expected, found in zip(plain, together, strict=True):
+            close(found, expected, 1e-9)
 
 
 def sync_other_convolutions(rank: int, size: int) -> None:
@@ -156,7 +165,7 @@ def constant(
 
 
 def displaced_constant_input_is_sync(rank: int, size: int) -> None:
-    whole = bare.predict(bare.unet(), **bare.inputs(2, 24, 10))
+    whole = once(lambda: bare.predict(bare.unet(), **bare.inputs(2, 24, 10)))
     for group_norm in ("corrected", "stale", "sync"):
         for steps in (2, 3):
             constant("displaced", steps, whole, group_norm=group_norm)
@@ -187,9 +196,10 @@ def allowed(size: int, p: float) -> Any:
 
 def partial_is_masked_attention(rank: int, size: int) -> None:
     """With a constant input the steps converge to one process whose attention is masked: p = 0 local, p = 1 whole."""
-    whole = bare.predict(bare.unet(), **bare.inputs(2, 24, 10))
+    whole = once(lambda: bare.predict(bare.unet(), **bare.inputs(2, 24, 10)))
     for p in (0.0, 0.3, 1.0):
-        reference = bare.predict(bare.masked(bare.unet(), allowed(size, p)), **bare.inputs(2, 24, 10))
+        masked = bare.masked(bare.unet(), allowed(size, p))
+        reference = once(lambda masked=masked: bare.predict(masked, **bare.inputs(2, 24, 10)))
         assert (float((reference - whole).abs().max()) < 1e-9) == (p == 1 and size == 2), "the mask does something"
         constant("partial", 24, reference, fraction=p, tolerance=1e-6)
 
@@ -359,7 +369,7 @@ def displaced_pipeline(rank: int, size: int) -> None:
     """Every mode draws the same picture on all processes and at a second call, near to but not that of one process."""
     pipe, call = zoo.sdxl()
     call |= {"height": 48, "width": 16}
-    plain, errors = zoo.run(pipe, call, steps=6), []
+    plain, errors = once(lambda: zoo.run(pipe, call, steps=6)), []
     for settings in (
         {"mode": "displaced", "warmup": 2},
         {"mode": "partial", "warmup": 2},
@@ -389,7 +399,7 @@ def pictures_are_decoded_and_encoded_in_parts(rank: int, size: int) -> None:
     for kind in ("sd", "img2img"):
         pipe, call = double(*zoo.ZOO[kind]())
         call |= {"output_type": "pt"} | ({"height": 32, "width": 24} if kind == "sd" else {})
-        plain = zoo.run(pipe, call, steps=3)
+        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, steps=3))
         accelerate(pipe, parallel(mode="sync"))
         close(zoo.run(pipe, call, steps=3), plain, 1e-9)
         layers = pipe.acceleration.report().details["patch_parallel"]
@@ -404,7 +414,7 @@ def pictures_are_decoded_and_encoded_in_parts(rank: int, size: int) -> None:
 def video_is_decoded_in_parts(rank: int, size: int) -> None:
     pipe, call = double(*zoo.svd())
     call |= {"output_type": "pt", "height": 32}
-    plain = zoo.run(pipe, call, steps=2)
+    plain = once(lambda: zoo.run(pipe, call, steps=2))
     accelerate(pipe, parallel())
     close(zoo.run(pipe, call, steps=2), plain, 1e-9)
 
@@ -422,7 +432,7 @@ def reuse_keeps_its_parts(rank: int, size: int) -> None:
         pipe, call = double(*zoo.sd())
         call |= {"height": 32, "width": 24}
         accelerate(pipe, feature)
-        plain = zoo.run(pipe, call, steps=6)
+        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, steps=6))
         for cfg in (False, True)[: 2 - size % 2]:
             accelerate(pipe, parallel(cfg_parallel=cfg))
             if cfg and "guidance" in str(feature):
@@ -493,7 +503,7 @@ def lora_and_slicing(rank: int, size: int) -> None:
         if sliced:
             pipe.enable_attention_slicing(1)
         call |= {"height": 32, "width": 24}
-        plain = zoo.run(pipe, call, steps=3)
+        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, steps=3))
         accelerate(pipe, parallel())
         close(zoo.run(pipe, call, steps=3), plain, 1e-9)
 
