@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def sticker() -> Any:
 
 
 PROMPTS = [f"{name}, {style} style" for name in ("red apple", "panda", "rocket") for style in ("3d", "flat")]
+@pytest.fixture(autouse=True)
+def work_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of these searches counts multiplications, so that no busy machine decides what a plan can reach."""
+    done = [0]
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            done[0] += output.numel() * module.weight[0].numel()
+
+    def seconds_of(work: Callable[[], Any]) -> float:
+        done[0] = 0
+        with torch.nn.modules.module.register_module_forward_hook(count):
+            work()
+        return done[0] / 1e9
+
+    monkeypatch.setattr("diffusion_accel.reuse.calibration.seconds_of", seconds_of)
+
+
 CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
 SMALL = CALL | {"height": 48, "width": 48}  # where it does not matter what the pictures look like
 
@@ -163,7 +182,7 @@ def test_the_command_tunes_and_generate_takes_the_plan(tmp_path: Path, capsys: A
     common = ["tune", "-o", str(plan), "--count", "6", "--steps", "5", "--budget", "2", "--device", "cpu", "--quiet"]
     assert cli(*common, "--speedup", "2", "--json") == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
-    assert measured["pictures"] == 2 and measured["flop_ratio"] > 1.2
+    assert measured["pictures"] == 2 and measured["flop_ratio"] > 1.9
     assert [path.name for path in tmp_path.iterdir()] == ["fast.json"]
     assert cli(*common, "--speedup", "2") == 1
     assert "exists" in capsys.readouterr().err
@@ -184,4 +203,4 @@ def test_fewer_steps_and_another_scheduler_may_be_tried(sticker: Any) -> None:
     assert sticker.scheduler is own and len(plan.plan) == plan.conditions["steps"] in (4, 5)
     assert plan.conditions["scheduler"] in ("DDIMScheduler", "DPMSolverMultistepScheduler")
     assert plan.search["baseline"] == {"steps": 5, "scheduler": "DDIMScheduler"}
-    assert plan.measured["flop_ratio"] > 1.2
+    assert plan.measured["flop_ratio"] > 1.4
