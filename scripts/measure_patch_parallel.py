@@ -30,7 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"mode": "naive", "warmup": 0},
     {"mode": "naive", "warmup": 5},
 ]
-SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of pictures, of the last team
+SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of pictures, of the last world
     "sync": {"mode": "sync"},
     "displaced": {"mode": "displaced", "warmup": 5},
     "partial, p=0.3": {"mode": "partial", "warmup": 5, "p": 0.3},
@@ -65,7 +65,7 @@ def load(options: argparse.Namespace) -> Any:
 
 
 def fidelity_worker(options: argparse.Namespace) -> None:
-    """One process of a team: draws with every setting; rank 0 writes a line for each."""
+    """One process of a world: draws with every setting; rank 0 writes a line for each."""
     import torch
 
     from diffusion_accel import PatchParallel, accelerate

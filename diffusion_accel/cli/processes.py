@@ -55,12 +55,12 @@ def join(settings: Settings) -> Settings:
         return settings
     import torch
 
-    from ..parallel.group import join as join_team
+    from ..parallel.group import join as join_group
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no half-written file is left
     if settings.device in (None, "cuda") and torch.cuda.is_available():
         settings = dataclasses.replace(settings, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    join_team(torch.device(settings.device or "cpu"), feature.timeout)
+    join_group(torch.device(settings.device or "cpu"), feature.timeout)
     return settings
 
 

@@ -18,9 +18,10 @@ PROMPT = "red apple, 3d style"
 COMMAND = ["generate", PROMPT, "--steps", "2", "--width", "128", "--height", "128"]
 
 
-def run(*arguments: Any, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def torchrun(ranks: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*launcher, "-m", "diffusion_accel", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "diffusion_accel", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -31,8 +32,7 @@ def test_started_and_joined_processes_draw_what_one_draws(tmp_path: Path, capfd:
     assert code == 0 and not err, err
     (line,) = out.splitlines()
     assert json.loads(line)["report"]["counters"]["patch_parallel"]["ranks"] == 2
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(*COMMAND, "--seed", 1, "--patch-parallel", "mode=sync", "--json", "-o", joined, launcher=launcher)
+    done = torchrun(2, *COMMAND, "--seed", 1, "--patch-parallel", "mode=sync", "--json", "-o", joined)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     a, b, c = (np.asarray(Image.open(path), dtype=int) for path in (one, two, joined))

@@ -1,4 +1,4 @@
-"""What each process of a team does; `test_patch_parallel.py` runs these functions. A case gets (rank, size)."""
+"""What each process of a world does; `test_patch_parallel.py` runs these functions. A case gets (rank, size)."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def partial_is_masked_attention(rank: int, size: int) -> None:
     for p in (0.0, 0.3, 1.0):
         masked = bare.masked(bare.unet(), allowed(size, p))
         reference = once(lambda masked=masked: bare.predict(masked, **bare.inputs(2, 24, 10)))
-        assert (float((reference - whole).abs().max()) < 1e-9) == (p == 1 and size == 2), "the mask does something"
+        assert float((reference - whole).abs().max()) > 1e-9, "the mask does something"
         constant("partial", 24, reference, fraction=p, tolerance=1e-6)
 
 

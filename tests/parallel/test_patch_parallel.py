@@ -1,6 +1,6 @@
 """Patch parallelism on real processes that talk through gloo; what they do is in `cases.py`.
 
-All cases of all team sizes run on one group of processes, once.
+The cases of all numbers of processes run on one group of processes, once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PLAN = {5: ["sync_any_size", "sync_sd"], **PLAN}  # the largest first: all wait
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[str]]:
     """Of one run, also where several workers share these tests: one of them starts it, the others wait for it."""
     folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "team"
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "world"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()

@@ -73,13 +73,11 @@ def test_the_meta_device_does_the_same() -> None:
     assert all(e.seconds is not None for step in real.steps for e in step if isinstance(e, Operation))
 
 
-def test_the_parts_are_the_whole(devices: int = 5) -> None:
+def test_the_parts_are_the_whole() -> None:
     """All parts together multiply as much as one process, and a little more: what hangs on no position, and halos."""
     subject = make_subject("sd15", "", 640, 256, decode=False)
-    whole = flops(record(subject, PatchParallel(), World(0, 1)).steps[0])
-    parts = [
-        flops(record(subject, PatchParallel(mode="sync"), World(part, devices)).steps[0]) for part in range(devices)
-    ]
+    whole, devices, sync = flops(record(subject, PatchParallel(), World(0, 1)).steps[0]), 5, PatchParallel(mode="sync")
+    parts = [flops(record(subject, sync, World(part, devices)).steps[0]) for part in range(devices)]
     assert whole < sum(parts) < 1.06 * whole and max(parts) < 1.5 * whole / devices
 
 

@@ -1,4 +1,4 @@
-"""Runs the functions of `cases.py` on real gloo processes: one group of them serves many cases, in teams of all sizes.
+"""Runs the functions of `cases.py` on real gloo processes: one group of them serves many cases, in worlds of all sizes.
 
 The processes are forks of a server that has imported everything once.
 """
@@ -15,32 +15,27 @@ from collections.abc import Mapping
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 Plan = Mapping[int, list[str]]
 HERE = Path(__file__).parent
 
 
 def start(folder: Path, ranks: int, plan: Plan, timeout: float = 60, **settings: str) -> list[BaseProcess]:
-    """Start `ranks` processes; a team of the first n of them runs the cases of `plan[n]`.
+    """Start `ranks` processes; a world of the first n of them runs the cases of `plan[n]`.
 
     Args:
         settings: environment variables of the cases.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["world", "cases"])
-    here, before = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}, dict(os.environ)
-    os.environ.update(here)  # of the server, which the first of these processes starts
-    try:
-        processes = [
-            context.Process(target=work, args=(rank, folder, plan, timeout, settings), daemon=True)
-            for rank in range(ranks)
-        ]
+    processes = [
+        context.Process(target=work, args=(rank, folder, plan, timeout, settings), daemon=True) for rank in range(ranks)
+    ]
+    of_the_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    with mock.patch.dict(os.environ, of_the_server):  # the first of these processes starts it
         for process in processes:
             process.start()
-    finally:
-        for name in here:
-            os.environ.pop(name)
-        os.environ.update(before)
     return processes
 
 
@@ -56,7 +51,7 @@ def run(folder: Path, ranks: int, plan: Plan) -> None:
 
 
 def read(folder: Path, plan: Plan) -> dict[tuple[int, str], list[str]]:
-    """What each case ended with on each rank of its team: an empty text, or a traceback."""
+    """What each case ended with on each rank of its world: an empty text, or a traceback."""
     found: dict[tuple[int, str], list[str]] = {}
     for size, names in plan.items():
         for name in names:
@@ -71,7 +66,7 @@ def read(folder: Path, plan: Plan) -> dict[tuple[int, str], list[str]]:
 
 
 def work(rank: int, folder: Path, plan: Plan, timeout: float, settings: dict[str, str]) -> None:
-    """One process: all cases of all teams that it belongs to."""
+    """One process: all cases of all worlds that it belongs to."""
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())

@@ -95,6 +95,8 @@ def sticker() -> Any:
 
 
 PROMPTS = [f"{name}, {style} style" for name in ("red apple", "panda", "rocket") for style in ("3d", "flat")]
+
+
 @pytest.fixture(autouse=True)
 def work_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of these searches counts multiplications, so that no busy machine decides what a plan can reach."""
