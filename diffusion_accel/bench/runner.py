@@ -32,6 +32,7 @@ class Job:
         model: embedded name, folder, file or hub id.
         steps, scheduler: of the baseline; None: the model's own scheduler.
         options: further arguments of the pipeline.
+        allow_pickle: also load weights that are pickles.
         threads: CPU threads.
     """
 
@@ -43,6 +44,7 @@ class Job:
     batch: int = 8
     device: str = "cpu"
     dtype: str = "float32"
+    allow_pickle: bool = False
     threads: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +65,8 @@ class Runner:
             library.utils.logging.disable_progress_bar()
         torch.set_num_threads(job.threads)
         self.job = job
-        self.pipe = load_pipeline(job.model, dtype=getattr(torch, job.dtype)).to(job.device)
+        self.pipe = load_pipeline(job.model, dtype=getattr(torch, job.dtype), allow_pickle=job.allow_pickle)
+        self.pipe = self.pipe.to(job.device)
         if not any(job.prompts) and "prompt" in inspect.signature(type(self.pipe).__call__).parameters:
             raise ConfigurationError("prompts are needed (--prompts-file): fidelity depends on what is drawn")
         if job.scheduler:

@@ -11,8 +11,9 @@ import typer
 from ..bench.entries import Entry
 from ..errors import ConfigurationError
 from ..files import replacing
+from .arguments import AllowPickle, Debug, Device, Dtype, GuidanceScale, Model, Pixels, Quiet, Scheduler
 from .output import check_free
-from .settings import DTYPES, merge, read_jobs
+from .settings import merge, read_jobs
 from .tune import embedded_prompts
 
 UNSEEN = 200  # of the embedded model's prompts: those that `tune` begins with are left to it
@@ -26,18 +27,16 @@ def bench(
             metavar="[ENTRY]...", help="KIND or KIND:SETTINGS, such as reuse:hold:3, deepcache:3,0, fewer-steps:25."
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
-    ] = None,
+    model: Model = None,
     prompts_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.")
     ] = None,
     count: Annotated[int, typer.Option(help="How many prompts to use.")] = 16,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the baseline.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    width: Pixels = None,
+    height: Pixels = None,
     seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 0,
     batch: Annotated[int, typer.Option(help="Pictures in a call, except for times.")] = 8,
     rounds: Annotated[int, typer.Option(help="Timed rounds; every entry has its turn in each.")] = 5,
@@ -47,10 +46,11 @@ def bench(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the numbers.")] = None,
     markdown_file: Annotated[str | None, typer.Option("--markdown", metavar="FILE", help="Write the table.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; the best one if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    allow_pickle: AllowPickle = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Measure speed and fidelity of any set of settings against the plain model, times in turn.
 
@@ -67,7 +67,7 @@ def bench(
     files = {"html": html, "plot": plot, "json": json_file, "markdown": markdown_file}
     check_free([Path(file) for file in files.values() if file is not None], overwrite)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
-    given |= {"width": width, "height": height, "device": device, "dtype": dtype}
+    given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge(given, {})
     if prompts_file is not None:
         prompts = [job.prompt for job in read_jobs([], prompts_file)][:count]
@@ -90,6 +90,7 @@ def bench(
         batch=batch,
         device=check_machine(settings),
         dtype=settings.dtype,
+        allow_pickle=settings.allow_pickle,
         threads=torch.get_num_threads(),
         options=options,
     )

@@ -9,38 +9,35 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
+from .arguments import AllowPickle, AsJson, Debug, Device, Dtype, GuidanceScale, Model, Pixels, Quiet, Scheduler, Steps
 from .options import with_feature_flags
-from .settings import DTYPES, merge
+from .settings import merge
 
 
 @with_feature_flags
 def evaluate(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
-    ] = None,
+    model: Model = None,
     data: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Captioned pictures; without it the embedded reference.")
     ] = None,
     count: Annotated[int, typer.Option(help="Pictures to draw of each part, trained and held out.")] = 64,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    width: Pixels = None,
+    height: Pixels = None,
     seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 100,
     batch: Annotated[int, typer.Option(help="Pictures in a call.")] = 16,
     grid: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the drawn pictures as one PNG.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; the best one if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".")] = None,
-    allow_pickle: Annotated[
-        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    allow_pickle: AllowPickle = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
     **features: str | None,
 ) -> None:
     """Measure how well a model draws: distances, retrieval and, with --data, the validation loss by timestep."""

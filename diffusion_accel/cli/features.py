@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..registry import all_features
+from .arguments import AsJson, Debug
 
 
 def rows() -> list[dict[str, Any]]:
@@ -38,9 +39,9 @@ def markdown() -> str:
 
 
 def features(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """List what can be switched on, with all keys."""
     if as_json:

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import AccelerationError
 from . import processes
+from .arguments import Debug, GuidanceScale, Model, Pixels, Scheduler, Steps
 from .options import with_feature_flags
 from .settings import ATTENTION, DTYPES, OFFLOAD, RUNTIMES, Job, Settings, merge, read_config, read_jobs, refuse_jpeg
 from .transparency import by_picture, drawn_layers, extra_paths, layer_path, save_previews
@@ -35,14 +36,12 @@ def generate(
         str | None, typer.Option(metavar="FILE", help="A prompt a line, or .jsonl with overrides for each line.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    model: Model = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    width: Pixels = None,
+    height: Pixels = None,
     seed: Annotated[int | None, typer.Option(help="Image k of a prompt uses seed + k; random if not given.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Images for each prompt.")] = None,
     image: Annotated[str | None, typer.Option(metavar="FILE", help="Start from this image.", **_IMAGES)] = None,
@@ -102,7 +101,7 @@ def generate(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON line an image on stdout.", **_OUTPUT)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.", **_OUTPUT)] = False,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML or JSON with flag names as keys.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")] = False,
+    debug: Debug = False,
     **features: str | None,
 ) -> None:
     """Generate images, plain or accelerated."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from importlib import metadata as packages
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from .. import __version__
+from .arguments import AsJson, Debug
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "peft", "xformers")
 
@@ -37,10 +38,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
+def info(as_json: AsJson = False, debug: Debug = False) -> None:
     """Print versions and devices, for bug reports."""
     facts = collect()
     if as_json:

@@ -15,12 +15,13 @@ from ..errors import ModelLoadError
 from ..pipelines.models import safetensors_header
 from ..pipelines.quantizers import checkpoint_folder
 from ..quant.spec import LayerSpec, ModelSpec
+from .arguments import AsJson, Debug
 
 
 def inspect(
     folder: Annotated[str, typer.Argument(help="A folder that `quantize` wrote, or its unet or transformer.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Show the layers of a quantized checkpoint: bits, sizes, rounding error, sensitivity."""
     if not Path(folder).is_dir():

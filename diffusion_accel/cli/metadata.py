@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from ..errors import OutputError
+from .arguments import Debug
 from .output import read_metadata
 
 
 def metadata(
     file: Annotated[str, typer.Argument(help="A PNG, WebP or JPEG file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Print the settings that an image was made with."""
     text, data = read_metadata(file)

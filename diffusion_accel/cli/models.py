@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
 
 import typer
 
 from ..pipelines.models import EMBEDDED
+from .arguments import AsJson, Debug
 
 
-def models(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
+def models(as_json: AsJson = False, debug: Debug = False) -> None:
     """List the embedded models; any hub id, folder or .safetensors file works as well."""
     if as_json:
         typer.echo(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
+from .arguments import Debug
 from .options import parse_feature
 from .settings import DTYPES
 
@@ -46,7 +47,7 @@ def plan(
     dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + "; of the U-Net.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of a process, with --machine here.")] = 1,
     json_lines: Annotated[bool, typer.Option("--json", help="As JSON, with every layer.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Predict time and traffic of patch parallelism for a model, a size and any number of devices.
 

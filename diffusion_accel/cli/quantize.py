@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import AccelerationError, ConfigurationError
+from .arguments import AllowPickle, AsJson, Debug, Device, Model, Quiet
 from .output import check_free_folder
 from .settings import merge, read_jobs
 from .tune import Bar, embedded_prompts
@@ -26,9 +27,7 @@ _SAMPLING = {"rich_help_panel": "Calibration"}
 
 def quantize(
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The pipeline folder to write.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
-    ] = None,
+    model: Model = None,
     bits: Annotated[str, typer.Option(help="w8a8, w4a8, w4a4, … or w8, w4 for weights only.")] = "w8a8",
     bits_budget: Annotated[
         float | None, typer.Option(help="Average bits a weight: sensitive layers get more, others fewer.", **_METHOD)
@@ -80,13 +79,11 @@ def quantize(
     report: Annotated[int, typer.Option(help="Pictures that the report compares; 0: no pictures.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best one if not given.")] = None,
-    allow_pickle: Annotated[
-        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    device: Device = None,
+    allow_pickle: AllowPickle = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Quantize a pipeline's U-Net or transformer: fewer bits, calibrated and finetuned (QuEST).
 

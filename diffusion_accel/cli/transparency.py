@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigurationError, OutputError
+from .arguments import Debug
 from .settings import Settings, parse_background, refuse_jpeg
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def compose(
         str | None, typer.Option(metavar="checkerboard|COLOUR|FILE", help="Behind all; without it alpha is kept.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Stack pictures with transparency into one."""
     from .output import plan_outputs, save_image
@@ -156,7 +157,7 @@ def cutout(
     ] = None,
     premultiplied: Annotated[bool, typer.Option("--premultiplied", help="Write colours multiplied by alpha.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Send a picture with alpha through a model's latents and back: what its transparency can hold."""
     from ..transparency.latent_transparency import LatentTransparency

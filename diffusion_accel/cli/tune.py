@@ -9,15 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
+from .arguments import AllowPickle, AsJson, Debug, Device, Dtype, GuidanceScale, Model, Pixels, Quiet, Scheduler
 from .output import check_free
-from .settings import DTYPES, merge, read_jobs
+from .settings import merge, read_jobs
 
 
 def tune(
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The plan to write, a .json file.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.")
-    ] = None,
+    model: Model = None,
     speedup: Annotated[float | None, typer.Option(help="Target: the best fidelity at this speed-up.")] = None,
     min_psnr: Annotated[
         float | None, typer.Option(help="Target: the highest speed-up at this median PSNR (dB).")
@@ -27,10 +26,10 @@ def tune(
     ] = None,
     prompts: Annotated[int, typer.Option("--count", help="How many prompts to use, or pictures to draw.")] = 24,
     steps: Annotated[int | None, typer.Option(help="Denoising steps that the plan is for.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    width: Pixels = None,
+    height: Pixels = None,
     try_steps: Annotated[
         list[int] | None, typer.Option(help="A number of steps that the plan may use instead; repeatable.")
     ] = None,
@@ -42,14 +41,12 @@ def tune(
     budget: Annotated[float, typer.Option(help="Seconds for the search.")] = 300.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; the best one if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".")] = None,
-    allow_pickle: Annotated[
-        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    allow_pickle: AllowPickle = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Find out which steps a pipeline must compute: writes a plan for --reuse.
 

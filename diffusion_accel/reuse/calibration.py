@@ -28,13 +28,16 @@ CONDITIONAL = Step(order=1, guidance="reuse")
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a call: `fixed` for everything that no plan saves, and what each kind of step adds."""
+    """Times as parts of the baseline's: `fixed` for everything that no plan saves, and what each kind of step adds."""
 
     fixed: float
     steps: dict[str, float]
 
-    def seconds(self, plan: Plan) -> float:
+    def time(self, plan: Plan) -> float:
         return self.fixed + sum(self.steps[kind(step)] for step in plan.steps)
+
+    def speedup(self, plan: Plan) -> float:
+        return 1 / self.time(plan)
 
 
 def kind(step: Step) -> str:
@@ -52,20 +55,16 @@ class Reference:
         heldout: the same with prompts that the search does not see.
         scheduler: its scheduler.
         pictures: of the calibration prompts, (N, 3, H, W) in 0..1.
-        seconds: of one picture.
     """
 
     sampler: Sampler
     heldout: Sampler
     scheduler: Any
     pictures: torch.Tensor
-    seconds: float
 
     @classmethod
     def measure(cls, sampler: Sampler, heldout: Sampler) -> Reference:
-        one = sampler.part(0, 1)
-        took = [seconds_of(one.images) for _ in range(4)]
-        return cls(sampler, heldout, sampler.pipe.scheduler, sampler.images(), statistics.median(took[1:]))
+        return cls(sampler, heldout, sampler.pipe.scheduler, sampler.images())
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -75,22 +74,27 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def measure_costs(sampler: Sampler, total: int, guided: bool, tell: Callable[[], None]) -> Costs:
-    """From whole calls of one picture: all steps full, all but the first held, all but the first half."""
+def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bool, tell: Callable[[], None]) -> Costs:
+    """From whole calls of one picture: all steps full, all but the first held, all but the first half.
+
+    In turn with calls of the baseline: what slows down the machine for a while slows down all of them.
+    """
     rest = total - 1
     plans = {"full": Plan((FULL,) * total), "hold": Plan((FULL, *(Step("hold"),) * rest))}
     if guided:
         plans["full/reuse"] = Plan((FULL, *(CONDITIONAL,) * rest))
-    one = sampler.part(0, 1)
-    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    one, base = sampler.part(0, 1), reference.sampler.part(0, 1)
+    parts: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(4):
+        with scheduling(sampler.pipe, reference.scheduler):
+            whole = seconds_of(base.images)
         for name, plan in plans.items():
             tell()
             with reusing(sampler.pipe, plan):
-                took_once = seconds_of(one.images)
+                part = seconds_of(one.images) / whole
                 if turn:  # the first warms up
-                    seconds[name].append(took_once)
-    took = {name: statistics.median(values) for name, values in seconds.items()}
+                    parts[name].append(part)
+    took = {name: statistics.median(values) for name, values in parts.items()}
     each = {name: max(0.0, (took[name] - took["hold"]) / rest) for name in plans}
     return Costs(took["hold"] - each["full"], each)
 

@@ -80,7 +80,9 @@ class Tuner:
         self.forecasts = measure_forecasts(self.sampler, lambda: self.progress("influence of the steps", 0.0))
         self.total = len(self.forecasts[0].times)
         self.guided = bool(getattr(self.sampler.pipe, "do_classifier_free_guidance", False))
-        self.costs = measure_costs(self.sampler, self.total, self.guided, lambda: self.progress("costs", 0.0))
+        self.costs = measure_costs(
+            self.sampler, self.reference, self.total, self.guided, lambda: self.progress("costs", 0.0)
+        )
 
     def scores(self, plan: Plan, at_least: float | None = None) -> list[float]:
         """PSNR of every calibration picture, at most `CEILING`; of fewer if a mean `at_least` so high is hopeless."""
@@ -124,10 +126,10 @@ class Tuner:
         self.families = self.find_families()
         if self.target.speedup is None:
             return self.polished(self.cheapest(float(self.target.min_psnr or 0.0)), self.share(1.0))
-        limit = self.reference.seconds / self.target.speedup
+        limit = 1 / self.target.speedup
         starts = self.starts(limit)
         if not starts:
-            fastest = self.reference.seconds / self.costs.seconds(Plan((FULL, *(Step("hold"),) * (self.total - 1))))
+            fastest = self.costs.speedup(Plan((FULL, *(Step("hold"),) * (self.total - 1))))
             raise ConfigurationError(
                 f"no plan is {self.target.speedup:g} times as fast: what a plan cannot save limits it to "
                 f"{fastest:.1f} here (decoding, the scheduler's own steps)"
@@ -148,17 +150,17 @@ class Tuner:
         return found
 
     def starts(self, limit: float) -> list[Plan]:
-        """The best plan of each family within `limit` seconds, the one of smallest predicted error first.
+        """The best plan of each family within a time of `limit`, the one of smallest predicted error first.
 
         Plans that reuse guidance come last: what that costs is not predicted.
         """
-        affordable = [[plan for plan in plans if self.costs.seconds(plan) <= limit] for plans in self.families]
-        chosen = dict.fromkeys(max(plans, key=self.costs.seconds) for plans in affordable if plans)
+        affordable = [[plan for plan in plans if self.costs.time(plan) <= limit] for plans in self.families]
+        chosen = dict.fromkeys(max(plans, key=self.costs.time) for plans in affordable if plans)
         return sorted(chosen, key=lambda plan: (plan.reuses_guidance, predicted_error(plan, self.forecasts)))
 
     def cheapest(self, floor: float) -> Plan:
         """The fastest plan whose median reaches the floor: first among the families, then with a search around them."""
-        limits = sorted({self.costs.seconds(plan) for plans in self.families for plan in plans})
+        limits = sorted({self.costs.time(plan) for plans in self.families for plan in plans})
         best: Plan | None = None
         low, high = 0, len(limits)
         while low < high and (best is None or self.left() > 0):  # what is dearer is nearer, nearly always
@@ -171,7 +173,7 @@ class Tuner:
         if best is None:
             raise ConfigurationError(f"no plan reaches {floor:g} dB on these prompts within the time budget")
         while self.left() > 0:
-            limit = self.costs.seconds(best) * 0.999
+            limit = self.costs.time(best) * 0.999
             cheaper = self.starts(limit)[:FEW]
             if not cheaper:
                 break
@@ -184,7 +186,7 @@ class Tuner:
         return best
 
     def climb(self, starts: list[Plan], limit: float, until: float, stop_at: float | None = None) -> Plan:
-        """Hill climbing from the best of the starts, among plans of at most `limit` seconds: the better one stays."""
+        """Hill climbing from the best of the starts, among plans of at most that time: the better one stays."""
         rng = random.Random(0)
         best, score = starts[0], -1.0
         for plan in starts:
@@ -201,7 +203,7 @@ class Tuner:
                 break
             other = refitted(mutated(best, rng, self.guided, tuple(f.space for f in self.forecasts)), self.forecasts)
             hopeless = predicted_error(other, self.forecasts, careful=False) > 1.5 * before
-            if hopeless or other == best or self.costs.seconds(other) > limit or other in seen:
+            if hopeless or other == best or self.costs.time(other) > limit or other in seen:
                 rejected += 1
                 continue
             seen.add(other)
@@ -241,8 +243,7 @@ class Tuner:
         return time.monotonic() + part * max(0.0, self.left())
 
     def tell(self, plan: Plan, score: float) -> None:
-        speed = self.reference.seconds / self.costs.seconds(plan)
-        text = f"{self.evaluated} plans, best {score:.1f} dB at {speed:.2f}x"
+        text = f"{self.evaluated} plans, best {score:.1f} dB at {self.costs.speedup(plan):.2f}x"
         self.progress(text, 1 - max(0.0, self.left()) / self.seconds)
 
     def resume(self) -> None:
@@ -298,7 +299,7 @@ class Tuner:
         }
         search = {
             "target": {k: v for k, v in vars(self.target).items() if v is not None},
-            "predicted_time_ratio": round(base.seconds / self.costs.seconds(plan), 3),
+            "predicted_time_ratio": round(self.costs.speedup(plan), 3),
             "baseline": {"steps": base.sampler.steps, "scheduler": type(base.scheduler).__name__},
             "calibration_psnr_median": round(self.median(plan), 2),
             "calibration_pictures": len(self.sampler.prompts),
@@ -370,7 +371,7 @@ def tune(
                 except ConfigurationError as error:
                     failure = error
                     continue
-            value = tuner.mean(plan) if speedup is not None else -tuner.costs.seconds(plan)
+            value = tuner.mean(plan) if speedup is not None else -tuner.costs.time(plan)
             if best is None or value > best[0]:
                 best = value, tuner, plan, scheduler
         if best is None:

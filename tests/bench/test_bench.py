@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from zoo import ZOO
 
 from diffusion_accel import ConfigurationError
 from diffusion_accel.bench import run
 from diffusion_accel.bench.entries import Entry
 from diffusion_accel.bench.report import markdown, page, pareto, plot
 from diffusion_accel.bench.run import Result, Row, bench
-from diffusion_accel.bench.runner import Job
+from diffusion_accel.bench.runner import Job, Runner
 from diffusion_accel.cli.main import main
+from diffusion_accel.errors import ModelLoadError
 
 CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
 JOB = Job("sticker", ("red apple, 3d style", "panda, noto style"), 4, "ddim", threads=1, options=CALL)
@@ -46,6 +49,14 @@ def test_entries_are_read(text: str) -> None:
 def test_bad_entries_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Entry.parse(text)
+
+
+def test_pickles_need_permission(tmp_path: Path) -> None:
+    ZOO["unet2d"]()[0].save_pretrained(tmp_path, safe_serialization=False)
+    job = replace(JOB, model=str(tmp_path), scheduler=None)
+    with pytest.raises(ModelLoadError, match="pickle"):
+        Runner(job)
+    assert len(list(Runner(replace(job, allow_pickle=True)).pipe.unet.parameters())) > 0
 
 
 @pytest.fixture(scope="module")

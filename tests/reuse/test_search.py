@@ -96,8 +96,8 @@ def test_held_plans_and_their_neighbours() -> None:
         for i, step in enumerate(p.steps):
             assert len(step.weights) <= sum(s.mode == "full" for s in p.steps[:i])
     costs = Costs(1.0, {"full": 2.0, "hold": 0.0, "full/reuse": 1.0})
-    assert costs.seconds(plan) == 5.0
-    assert costs.seconds(Plan((Step(), Step("full", order=1, guidance="reuse"), Step("hold", order=3)))) == 4.0
+    assert costs.time(plan) == 5.0
+    assert costs.time(Plan((Step(), Step("full", order=1, guidance="reuse"), Step("hold", order=3)))) == 4.0
 
 
 # ---------------------------------------------------------------------- on pipelines
