@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
-from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.errors import ConfigurationError, ModelLoadError, UnsupportedPipelineError
 
 from .recording import Subject
 
@@ -82,32 +82,31 @@ def make_models(name: str, location: str, dtype: torch.dtype, device: str) -> tu
 
     Raises:
         UnsupportedPipelineError: the model has no U-Net for pictures.
+        ModelLoadError: a configuration cannot be read.
     """
     if name in ARCHITECTURES:
         kinds: tuple[Any, Any] = (UNet2DConditionModel, AutoencoderKL)
         configs: list[Any] = [ARCHITECTURES[name], _VAE]
     else:
-        configs = [_config(location, part) for part in ("unet", "vae")]
-        found = _UNETS.get((configs[0] or {}).get("_class_name", ""))
-        if found is None:
-            raise UnsupportedPipelineError(
-                f"plan knows U-Nets for pictures ({', '.join(_UNETS)}); {name} has none of these in its unet folder"
-            )
-        autoencoder = (configs[1] or {}).get("_class_name")
+        index = _config(name, DiffusionPipeline, location)
+        denoiser, autoencoder = (index.get(part, (None, None))[1] for part in ("unet", "vae"))
+        if denoiser not in _UNETS:
+            raise UnsupportedPipelineError(f"plan knows pipelines with one of {', '.join(_UNETS)}; {name} has none")
         if autoencoder not in (None, "AutoencoderKL"):
             raise UnsupportedPipelineError(f"plan knows AutoencoderKL; the vae of {name} is {autoencoder}")
-        kinds = found, AutoencoderKL if autoencoder else None
+        kinds = _UNETS[denoiser], AutoencoderKL if autoencoder else None
+        configs = [cls and _config(name, cls, location, part) for cls, part in zip(kinds, ("unet", "vae"), strict=True)]
     unet = _make(kinds[0], configs[0], dtype, device)
     vae = _make(kinds[1], configs[1], torch.float32, device) if kinds[1] is not None else None
     factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
     return unet, vae, factor
 
 
-def _config(location: str, part: str) -> Any:
+def _config(name: str, cls: Any, location: str, folder: str | None = None) -> Any:
     try:
-        return UNet2DConditionModel.load_config(location, subfolder=part)
-    except OSError:
-        return None
+        return cls.load_config(location, subfolder=folder)
+    except OSError as error:
+        raise ModelLoadError(f"the configuration of {name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _make(cls: Any, config: dict[str, Any], dtype: torch.dtype, device: str) -> Any:

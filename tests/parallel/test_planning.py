@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import bare
@@ -236,3 +237,15 @@ def test_what_cannot_be_planned_is_one_line(
     model = [] if "--model" in arguments else ["--model", "sticker"]
     code, out, err = call(capsys, *model, *arguments)
     assert code == 2 and not out and says in err and len(err.splitlines()) == 1, err
+
+
+def test_models_that_cannot_be_planned_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.0"}
+    parts = {"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index | parts))
+    found = [call(capsys, "--model", name) for name in (str(tmp_path), "nobody/nothing")]
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DConditionModel"]}))
+    found.append(call(capsys, "--model", str(tmp_path)))
+    wanted = [(2, "has none"), (1, "nobody/nothing cannot be read"), (1, f"{tmp_path} cannot be read")]
+    for (code, out, err), (exit_code, says) in zip(found, wanted, strict=True):
+        assert code == exit_code and not out and says in err and len(err.splitlines()) == 1, err
