@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from diffusion_accel.cli.main import main
+from diffusion_accel.cli.main import run
 
 if __name__ == "__main__":
-    main(["quantize", *sys.argv[1:]])
+    run(["quantize", *sys.argv[1:]])
