@@ -21,7 +21,8 @@ from diffusion_accel.cli.main import main
 from diffusion_accel.denoisers import fingerprint
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.pipelines.models import EMBEDDED
-from diffusion_accel.reuse.calibration import Reference
+from diffusion_accel.reuse import calibration
+from diffusion_accel.reuse.calibration import Reference, measure_costs
 from diffusion_accel.reuse.plan import Plan, Step
 from diffusion_accel.reuse.polish import polish, weighted
 from diffusion_accel.reuse.search import Rule, best_plans
@@ -138,6 +139,20 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
         assert getattr(sticker, "acceleration", None) is None, "tuning leaves the pipeline as it was"
         again = sampler.images()
     assert torch.isinf(psnr(again, tuner.reference.pictures)).all()
+
+
+def test_a_machine_that_slows_down_changes_no_cost(sticker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn measures the baseline and the plans; turns may differ, as on a machine with other work."""
+    sampler = Sampler(sticker, tuple(PROMPTS[:1]), 4, 0, 1, SMALL)
+    with torch.inference_mode():
+        reference = Reference.measure(sampler, sampler)
+        costs = measure_costs(sampler, reference, 4, True, lambda: None)
+        honest, turns = calibration.seconds_of, iter([1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 5, 5, 5, 5])
+        monkeypatch.setattr(calibration, "seconds_of", lambda work: honest(work) * next(turns))
+        busy = measure_costs(sampler, reference, 4, True, lambda: None)
+    assert costs.speedup(Plan((Step(),) * 4)) == pytest.approx(1)
+    assert busy.steps == pytest.approx(costs.steps) and busy.fixed == pytest.approx(costs.fixed)
+    assert costs.steps["full"] > costs.steps["full/reuse"] > costs.steps["hold"] == 0
 
 
 def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None:
