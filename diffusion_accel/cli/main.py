@@ -126,7 +126,7 @@ def _fail(message: str, code: int, consequence: bool = False) -> int:
 
 def _quiet_libraries() -> None:
     """Keep the libraries' own logging off the terminal; errors still arrive as exceptions."""
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     import warnings

@@ -74,9 +74,9 @@ class Reuse(Feature):
 
     @classmethod
     def takes(cls, text: str) -> bool:
-        """Whether `text` behind a bare --reuse is a plan; also one that is mistyped (name:value), which no prompt looks
-        like."""
-        known = is_tuned(text) or looks_like_a_preset(text) or text.partition(":")[0] in CACHES
+        """Whether `text` behind a bare --reuse is a plan; also one that is mistyped (name:value) or lacks its level
+        (tuned), which no prompt looks like."""
+        known = is_tuned(text) or text == "tuned" or looks_like_a_preset(text) or text.partition(":")[0] in CACHES
         return known or re.fullmatch(r"[\w-]+:\S+", text) is not None
 
     def supports(self, pipeline: Any) -> str | None:

@@ -118,6 +118,7 @@ def test_bare_feature_flags() -> None:
     assert join_bare_flags(["--encoder-reuse", "--encoder-reuse", "x"]) == ["--encoder-reuse=on"] * 2 + ["x"]
     assert join_bare_flags(["--", "--encoder-reuse"]) == ["--", "--encoder-reuse"]
     assert join_bare_flags(["--reuse", "deepcach:3", "x"]) == ["--reuse=deepcach:3", "x"]  # mistyped, but no prompt
+    assert join_bare_flags(["--reuse", "tuned", "x"]) == ["--reuse=tuned", "x"]  # refused later: which level?
     assert join_bare_flags(["--reuse", "a cat: red", "x"]) == ["--reuse=on", "a cat: red", "x"]
     assert join_bare_flags(["--encoder-reuse", "--", "x"]) == ["--encoder-reuse=on", "--", "x"]
 

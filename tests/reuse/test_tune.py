@@ -203,6 +203,9 @@ def test_the_command_tunes_and_generate_takes_the_plan(tmp_path: Path, capsys: A
     assert [path.name for path in tmp_path.iterdir()] == ["fast.json"]
     assert cli(*common, "--speedup", "2") == 1
     assert "exists" in capsys.readouterr().err
+    assert cli(*common, "--overwrite", "--speedup", "90") == 2
+    assert "limits it to" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["fast.json"], "no state of a search is left"
     generate = ["generate", "red apple, 3d style", "--device", "cpu", "--quiet", "--seed", "1", "--reuse", str(plan)]
     assert cli(*generate, "--steps", "5", "-o", str(tmp_path / "a.png")) == 0
     assert cli(*generate, "--steps", "9", "-o", str(tmp_path / "b.png")) == 2
