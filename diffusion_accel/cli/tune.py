@@ -106,10 +106,6 @@ def tune(
             try_schedulers=tuple(others),
             **options,
         )
-    except ConfigurationError:
-        if speedup is not None:  # out of reach, found before the search began: nothing to go on with
-            forget(state)
-        raise
     finally:
         bar.close()
     plan.save(Path(output), overwrite)

@@ -68,7 +68,7 @@ class Reference:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """How long a piece of work takes; everything that a search knows of time comes from here."""
+    """How long a piece of work takes; all that a search and its result say of time comes from here."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

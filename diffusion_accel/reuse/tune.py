@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, UnsupportedPipelineError
 from ..evaluation.fidelity import psnr
 from ..evaluation.flops import count_flops
 from ..evaluation.sampler import Sampler
-from .calibration import Reference, measure_costs, measure_forecasts, reusing, scheduling
+from .calibration import Reference, measure_costs, measure_forecasts, reusing, scheduling, seconds_of
 from .moves import halved, mutated
 from .plan import FULL, Plan, Preset, Step
 from .polish import polish, weighted
@@ -121,10 +121,10 @@ class Tuner:
             ConfigurationError: no plan of the family reaches the target.
         """
         self.measure()
-        self.resume()
         self.began = time.monotonic()
         self.families = self.find_families()
         if self.target.speedup is None:
+            self.resume()
             return self.polished(self.cheapest(float(self.target.min_psnr or 0.0)), self.share(1.0))
         limit = 1 / self.target.speedup
         starts = self.starts(limit)
@@ -134,6 +134,7 @@ class Tuner:
                 f"no plan is {self.target.speedup:g} times as fast: what a plan cannot save limits it to "
                 f"{fastest:.1f} here (decoding, the scheduler's own steps)"
             )
+        self.resume()
         return self.polished(self.climb(starts[:MANY], limit, self.share(0.6)), self.share(1.0))
 
     def find_families(self) -> list[list[Plan]]:
@@ -281,13 +282,9 @@ class Tuner:
         ratios = []
         for _ in range(rounds):
             with scheduling(pipe, base.scheduler):
-                began = time.perf_counter()
-                plain.images()
-                took = time.perf_counter() - began
+                took = seconds_of(plain.images)
             with reusing(self.sampler.pipe, plan):
-                began = time.perf_counter()
-                one.images()
-                ratios.append(took / (time.perf_counter() - began))
+                ratios.append(took / seconds_of(one.images))
         measured = {
             "pictures": len(values),
             "psnr_median": round(float(values.quantile(0.5)), 2),

@@ -173,6 +173,10 @@ def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None
         drawn.clear()
         Noted(sampler, *given).search()
     assert not {line["plan"] for line in first[1:]} & set(drawn), "nothing is evaluated twice"
+    before = state.read_text()
+    with torch.inference_mode(), pytest.raises(ConfigurationError, match="no plan is 900"):
+        Noted(sampler, given[0], Target(speedup=900), 1.0, state).search()
+    assert state.read_text() == before, "what cannot be reached changes no search"
     other = Tuner(replace(sampler, prompts=tuple(PROMPTS[:1:-1])), *given)
     other.total = 4
     other.resume()
