@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
+from diffusion_accel.io import first_line
 
 from .models import ModelSource, check_weights, find_model, safetensors_header
 from .quantizers import check_quantize, foreign_config, load_quantized
@@ -150,7 +151,7 @@ def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:
     except ImportError as error:
         raise ModelLoadError("loading a LoRA needs peft: pip install 'diffusion-accel[lora]'") from error
     except Exception as error:  # peft and diffusers raise many kinds for weights that do not fit
-        raise ModelLoadError(f"the LoRA {file} does not fit this model: {_first_line(error)}") from error
+        raise ModelLoadError(f"the LoRA {file} does not fit this model: {first_line(error)}") from error
     if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
         raise ModelLoadError(f"the LoRA {file} does not fit this model: none of its layers has a counterpart there")
 
@@ -161,12 +162,4 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
     except (KeyboardInterrupt, AccelerationError):
         raise
     except Exception as error:  # diffusers, transformers and the hub raise many kinds
-        raise ModelLoadError(f"{name} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    if lines and text.endswith(":") and len(lines) > 1:
-        text = f"{text} {lines[1]}"
-    return text if len(text) <= 300 else text[:297] + "…"
+        raise ModelLoadError(f"{name} cannot be loaded: {first_line(error)}") from error

@@ -16,8 +16,8 @@ from torch import nn
 from diffusion_accel.denoisers import find_denoiser, prediction
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.evaluation.sampler import Sampler
-from diffusion_accel.files import replacing
 from diffusion_accel.hooks import bind_forward
+from diffusion_accel.io import replacing
 
 _OUTPUT = "output"
 _SHARED = frozenset(

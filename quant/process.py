@@ -21,8 +21,8 @@ from diffusion_accel._version import __version__
 from diffusion_accel.denoisers import concatenated_inputs, edge_layers, find_denoiser, fingerprint, getattr_path
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.evaluation.sampler import Sampler
-from diffusion_accel.files import replacing
 from diffusion_accel.hooks import forward_parameters
+from diffusion_accel.io import replacing
 
 from .calibration import CalibrationSet, Rows, record
 from .draft import Draft, Drafts, drafts_in, rounding

@@ -10,7 +10,7 @@ import typer
 
 from ..bench.entries import Entry
 from ..errors import ConfigurationError
-from ..files import replacing
+from ..io import replacing
 from .arguments import AllowPickle, Debug, Device, Dtype, GuidanceScale, Model, Pixels, Quiet, Scheduler
 from .output import check_free
 from .settings import merge, read_jobs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..files import replacing
+from ..io import replacing
 from .plan import Plan
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,74 @@
+"""Opening image files as a viewer shows them."""
+
+from __future__ import annotations
+
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_accel import images
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.images import open_image
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> BytesIO:
+    stream = BytesIO()
+    image.save(stream, kind, **options)
+    stream.seek(0)
+    return stream
+
+
+def test_it_is_turned_as_its_orientation_says() -> None:
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = open_image(file_of(image, exif=exif.tobytes()), "L")
+    assert (np.asarray(opened) == np.rot90(np.asarray(image), -1)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled(kind: str) -> None:
+    values = np.array([[0, 257 * 10, 257 * 200, 65535]], dtype=np.uint16)
+    assert np.asarray(open_image(file_of(Image.fromarray(values), kind), "L")).tolist() == [[0, 10, 200, 255]]
+    assert np.asarray(open_image(file_of(Image.fromarray(values), kind)))[0, 1].tolist() == [10, 10, 10]
+
+
+def test_transparency_of_palettes_and_colours_becomes_alpha() -> None:
+    palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    rgb = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], dtype=np.uint8))
+    for image, clear in ((palette, 0), (rgb, (255, 0, 0))):
+        opened = np.asarray(open_image(file_of(image, transparency=clear), "RGBA"))
+        assert opened[0, 0, 3] == 0 and opened[0, 1].tolist() == [0, 0, 255, 255]
+        assert np.asarray(open_image(file_of(image, transparency=clear)))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    opened = open_image(file_of(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert opened.getpixel((0, 0)) == (254, 0, 0) or opened.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(file_of(Image.new("RGB", (64, 64))).getvalue()[:60])
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (
+        ("missing.png", "no such file"),
+        ("text.png", "not an image"),
+        ("cut.png", "not an image"),
+        ("pipe.png", "not an image"),
+        (".", "not an image"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"^--image .*{reason}[^\n]*$"):
+            open_image(tmp_path / name, what="--image")
+    monkeypatch.setattr(images, "PIXEL_LIMIT", 100)
+    with pytest.raises(ConfigurationError, match="11x10 pixels"):
+        open_image(file_of(Image.new("L", (11, 10))))
+    large = Image.new("1", (14000, 13000))  # beyond what Pillow opens by itself
+    with pytest.raises(ConfigurationError, match="14000x13000 pixels"):
+        open_image(file_of(large))
