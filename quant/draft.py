@@ -196,17 +196,26 @@ class Drafts(dict[str, Draft]):
         """Put drafts in place of the layers `specs` names; they round nothing yet."""
         self.model, self.buckets = model, Buckets(timesteps)
         layers = candidates(model)
+        self.originals = {name: layers[name] for name in specs}
+        # torch takes other kernels for weights that learn (`matmul` folds batches), so this is a part of the way back
+        self._learning = [(p, p.requires_grad) for p in model.parameters()]
         super().__init__({name: Draft(layers[name], spec, self.buckets, search) for name, spec in specs.items()})
-        for name, made in self.items():
-            model.set_submodule(name, made)
-        model.requires_grad_(False)
-        if timesteps:
-            SelectBucket.install(model, self.buckets)
+        try:
+            for name, made in self.items():
+                model.set_submodule(name, made)
+            model.requires_grad_(False)
+            if timesteps:
+                SelectBucket.install(model, self.buckets)
+        except BaseException:
+            self.restore()
+            raise
 
     def restore(self) -> None:
-        """Put the original layers back."""
-        for name, draft in self.items():
-            self.model.set_submodule(name, draft.layer)
+        """Put the original layers back; the model is then as it was."""
+        for name, layer in self.originals.items():
+            self.model.set_submodule(name, layer)
+        for parameter, learns in self._learning:
+            parameter.requires_grad_(learns)
         SelectBucket.uninstall(self.model)
 
 

@@ -8,8 +8,9 @@ import math
 import resource
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,21 @@ class Quantization:
         self.seconds: dict[str, float] = {}
         self.validation: dict[str, float] = {}
         self.plan: dict[str, Any] = {}
+        self._way_back = ExitStack()
 
     # ------------------------------------------------------------------ the whole
     def run(self, minutes: float | None) -> None:
-        """All stages, from where an earlier run stopped."""
+        """All stages, from where an earlier run stopped. Whatever stops it, the denoiser is then as it was."""
+        training = [(m, m.training) for m in self.denoiser.modules()]
+        self._way_back.callback(_set_training, training)
+        self.denoiser.eval()
+        try:
+            self._run(minutes)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _run(self, minutes: float | None) -> None:
         self.began = time.monotonic()
         self.work.mkdir(parents=True, exist_ok=True)
         self._check_folder()
@@ -123,6 +135,7 @@ class Quantization:
             found = self._sensitivities()
         specs = self._specs(found)
         self.drafts = Drafts(self.denoiser, specs, self.calibration.timesteps, self.settings.search)
+        self._way_back.callback(self.drafts.restore)
         self._decide(minutes)
         self._note_error("nearest, weights only", True, False)
         if self.plan["iterations"]:
@@ -471,7 +484,8 @@ class Quantization:
         softmax = {n: s.softmax_bits for n in peaks} if s.softmax_bits else None
         spec = ModelSpec({n: m.spec for n, m in made.items()}, timesteps, softmax, recipe)
         self.drafts.restore()
-        self._originals = {name: draft.layer for name, draft in self.drafts.items()}
+        self.drafts.clear()
+        self._way_back.callback(_forget, self.denoiser)
         buckets = install(self.denoiser, spec)
         for name, layer in made.items():
             layer.buckets = buckets
@@ -496,17 +510,27 @@ class Quantization:
         return quantized_layers(self.model)
 
     def restore(self) -> None:
-        """Give the pipeline its full-precision denoiser back."""
-        for name, layer in self._originals.items():
-            self.denoiser.set_submodule(name, layer)
-        uninstall(self.denoiser)
-        del self.denoiser.hf_quantizer, self.denoiser.quantization_method
-        self.denoiser.is_quantized = False
-        dict.pop(self.denoiser.config, "quantization_config")
-        del self.denoiser.config.quantization_config
+        """Give the pipeline its full-precision denoiser back, as it was to the bit. Safe to call twice."""
+        self._way_back.close()
 
 
 # ---------------------------------------------------------------------- helpers
+def _set_training(modules: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modules:
+        module.training = training
+
+
+def _forget(model: Any) -> None:
+    """Take off a model what makes it a quantized one for diffusers."""
+    uninstall(model)
+    for key in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(key, None)
+    known = model.config
+    if "quantization_config" in known:
+        OrderedDict.__delitem__(known, "quantization_config")  # diffusers' frozen table has no way of its own
+        known.__dict__.pop("quantization_config", None)
+
+
 def _weight(layer: nn.Module) -> torch.Tensor:
     return layer.weight  # type: ignore[return-value]
 

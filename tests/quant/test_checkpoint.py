@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import filecmp
 import json
 import shutil
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from diffusion_accel import ModelLoadError, accelerate
+from diffusion_accel.denoisers import find_denoiser
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
@@ -258,13 +260,21 @@ class Prompted(Sampler):
         return made
 
 
+def traces(model: Any) -> list[Any]:
+    """What quantizing changes on a model besides its results: learning, training, attributes, and that it copies."""
+    twin = copy.deepcopy(model)
+    config = {k: v for k, v in twin.config.items() if k[0] != "_"}  # saving adds notes of diffusers
+    modules = [(type(m), m.training, sorted(vars(m))) for m in twin.modules()]
+    return [config, modules, [(n, p.requires_grad, p.stride()) for n, p in twin.named_parameters()]]
+
+
 KINDS = ("sd", "sdxl", "deepfloyd_if", "controlnet", "ip_adapter", "unet2d_skip", "unet3d", "svd", "dit", "flux")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_denoiser(kind: str, tmp_path: Path) -> None:
     pipe, call = getattr(zoo, kind)()
-    plain = zoo.run(pipe, call, 4)
+    plain, before = zoo.run(pipe, call, 4), traces(find_denoiser(pipe))
     run = quantize(Prompted(pipe, call), replace(TINY, weight_bits=8, softmax_bits=8), tmp_path / "work")
     assert len(run.layers()) > 5 and run.validation["quantized"] < 0.2
     set_runtime(pipe, "simulated")
@@ -273,6 +283,7 @@ def test_every_kind_of_denoiser(kind: str, tmp_path: Path) -> None:
     run.model.save_pretrained(tmp_path / "model")
     run.restore()
     assert torch.equal(zoo.run(pipe, call, 4), plain)
+    assert traces(run.denoiser) == before
     part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
     again = type(getattr(pipe, part)).from_pretrained(tmp_path / "model")
     set_runtime(again, "simulated")

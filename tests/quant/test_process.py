@@ -312,6 +312,24 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 
+def test_a_run_that_is_stopped_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    from tests.quant.test_checkpoint import traces
+
+    s = sampler(4)
+    s.pipe.unet.train()
+    before, plain = traces(s.pipe.unet), s.pipe.unet.state_dict()
+    for where in ("validation", "sensitivity", "rounding", "ranges", "finetuning"):
+
+        def stop(what: str, *rest: float, where: str = where) -> None:
+            if what.startswith(where):
+                raise Killed
+
+        with pytest.raises(Killed):
+            quantize(s, SHORT, tmp_path, progress=stop)
+        assert traces(s.pipe.unet) == before
+        assert all(torch.equal(v, plain[k]) for k, v in s.pipe.unet.state_dict().items())
+
+
 def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
     quick = replace(WHOLE, rounding=None, finetune=None)
     quantize(sampler(), quick, tmp_path)
