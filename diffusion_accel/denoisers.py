@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .hooks import forward_parameters
+from .hooks import compiled_in_place, forward_parameters, model_of
 
+# Components that denoise. Wan 2.2 has a second transformer for the steps with less noise, Ideogram 4 one for the branch
+# without a prompt.
+_DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 _UNET_PARTS = ("conv_in", "down_blocks", "mid_block", "up_blocks")
 
 # Arguments of an encoder block that have one row for each sample (or sample and frame) of the batch.
@@ -124,24 +127,39 @@ class UNetStages:
         return (*self.head, *self.down, *((self.mid,) if self.mid is not None else ()))
 
 
+def denoiser_names(pipeline: Any) -> tuple[str, ...]:
+    """The components that the pipeline calls to denoise: "unet", else its transformers; most have one, some two."""
+    there = [name for name in _DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
+    return tuple(there[:1] if there[:1] == ["unet"] else there)
+
+
+def called_denoisers(pipeline: Any) -> list[nn.Module]:
+    """The denoisers as the pipeline calls them, compiled or wrapped as they may be: hooks around calls go here."""
+    return [getattr(pipeline, name) for name in denoiser_names(pipeline)]
+
+
+def find_denoisers(pipeline: Any) -> list[nn.Module]:
+    """The models that the pipeline calls to denoise: one, or two that share the steps or the branches of guidance."""
+    return [model_of(module) for module in called_denoisers(pipeline)]
+
+
 def denoiser_name(pipeline: Any) -> str | None:
-    """The component that the pipeline calls at every step: "unet", else "transformer", else None."""
-    return next((n for n in ("unet", "transformer") if isinstance(getattr(pipeline, n, None), nn.Module)), None)
+    """The first of `denoiser_names`, or None."""
+    return next(iter(denoiser_names(pipeline)), None)
 
 
 def find_denoiser(pipeline: Any) -> nn.Module | None:
-    """The model that the pipeline calls at every step: its `unet`, else its `transformer`, else None."""
-    name = denoiser_name(pipeline)
-    return None if name is None else getattr(pipeline, name)
+    """The first of `find_denoisers`, or None."""
+    return next(iter(find_denoisers(pipeline)), None)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of a model's weights and shapes: 16 numbers of every parameter, rounded to bfloat16.
+def fingerprint(*modules: nn.Module) -> str:
+    """A short hash of the weights and shapes of models: 16 numbers of every parameter, rounded to bfloat16.
 
     The same for a model in float32 and in half precision, except where rounding twice differs from rounding once.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
+    for name, parameter in (pair for module in modules for pair in sorted(model_of(module).named_parameters())):
         flat = parameter.detach().flatten()
         taken = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -150,9 +168,33 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def find_controlnet(pipeline: Any) -> nn.Module | None:
-    """The ControlNet (or the wrapper around several) that the pipeline runs before its denoiser, or None."""
+    """The ControlNet (or the wrapper around several) that the pipeline runs before its denoiser, as it is called; or
+    None."""
     module = getattr(pipeline, "controlnet", None)
     return module if isinstance(module, nn.Module) else None
+
+
+def models_of_a_call(pipeline: Any) -> list[nn.Module]:
+    """The models that one call at a time may use: the denoisers and the ControlNets, without what is around them."""
+    controlnet = find_controlnet(pipeline)
+    beside = [] if controlnet is None else [model_of(controlnet)]
+    beside += [model_of(net) for found in beside for net in getattr(found, "nets", ())]
+    return [*find_denoisers(pipeline), *beside]
+
+
+def closed_inside(pipeline: Any) -> str | None:
+    """Why hooks cannot reach the inside of the pipeline's denoisers; None if they can."""
+    for name, module in zip(denoiser_names(pipeline), called_denoisers(pipeline), strict=True):
+        model = model_of(module)
+        blocks = ", ".join(getattr(model, "_repeated_blocks", None) or ())
+        instead = f"compile its blocks instead ({blocks}): " if blocks else "use it uncompiled"
+        if module is not model and hasattr(module, "_orig_mod"):
+            call = f"pipe.{name} = pipe.{name}._orig_mod; pipe.{name}.compile_repeated_blocks()" if blocks else ""
+            return f"its {name} is compiled as a whole (torch.compile), and this works inside of it; {instead}{call}"
+        if compiled_in_place(module):
+            call = f"load it anew and call pipe.{name}.compile_repeated_blocks()" if blocks else ""
+            return f"its {name} is compiled as a whole ({name}.compile()), and this works inside of it; {instead}{call}"
+    return None
 
 
 def reads_every_step(pipeline: Any) -> str | None:
@@ -185,8 +227,6 @@ def unet_stages(module: nn.Module) -> UNetStages:
 def not_a_unet(module: nn.Module) -> str | None:
     """Why `module` is not a U-Net with conv_in, down_blocks, mid_block and up_blocks; None if it is one."""
     name = type(module).__name__
-    if name == "OptimizedModule":
-        return "the denoiser is compiled as a whole; compile its repeated blocks instead (compile_repeated_blocks)"
     missing = [p for p in _UNET_PARTS if not hasattr(module, p)]
     if missing:
         return f"{name} has no {', '.join(missing)}: it is not a U-Net with an encoder and a decoder"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from .errors import ConfigurationError
+from .changes import Changes
+from .errors import CallStateError, ConfigurationError
 
 if TYPE_CHECKING:
     from .steps import StepClock
@@ -46,6 +48,11 @@ class Feature:
     def supports(self, pipeline: Any) -> str | None:
         """Why this feature cannot work on `pipeline` (one sentence), or None if it can. Changes nothing."""
         raise NotImplementedError
+
+    def works_inside(self, pipeline: Any) -> bool:
+        """Whether this setting hooks or changes the inside of a denoiser, which a model compiled as a whole does not
+        allow. False: it acts on calls of the denoiser, on the VAE or on the scheduler only."""
+        return True
 
     def attach(self, pipeline: Any) -> Attachment:
         """Attach to `pipeline` (already known to be supported) and return the attachment."""
@@ -121,21 +128,33 @@ class Attachment:
     The switchboard calls `before_call`, runs the pipeline, then calls `after_call` in every case, also after an
     exception or an interrupt. Between two calls no hook stays on any module, so that saving, copying, offloading
     and sharing models see plain diffusers models.
+
+    Attributes:
+        feature: the configuration.
+        changes: what a call changes on objects is registered here (hooks, attributes, whatever must be undone); it is
+            undone when the call ends, also if `after_call` fails or is interrupted.
     """
 
     def __init__(self, feature: Feature, pipeline: Any) -> None:
         self.feature = feature
-        self.pipeline = pipeline
+        self.changes = Changes()
+        self._pipeline = weakref.ref(pipeline)  # which owns this: otherwise neither would be freed with its last user
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline. Raises `CallStateError` if it does not exist any more."""
+        return alive(self._pipeline)
 
     def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Change what the pipeline is called with, by name. Called before `before_call`, in order of attachment."""
         return arguments
 
     def before_call(self, clock: StepClock) -> None:
-        """Check that this call can work and install hooks. Called before the pipeline's own `__call__`."""
+        """Check that this call can work, and make `changes`. Called before the pipeline's own `__call__`."""
 
     def after_call(self) -> None:
-        """Remove hooks and free buffers. Must be safe to call after a `before_call` that failed half-way."""
+        """Undo what the call changed and free buffers. Must be safe to call twice, also after half a `before_call`."""
+        self.changes.undo()
 
     def process_output(self, output: Any) -> Any:
         """Change what the pipeline returned. Called in reverse order of attachment, only after success."""
@@ -151,6 +170,14 @@ class Attachment:
     def details(self) -> dict[str, float]:
         """The same by layer, where that is known."""
         return {}
+
+
+def alive(pipeline: weakref.ref[Any]) -> Any:
+    """What a reference to a pipeline refers to. Raises `CallStateError` if it does not exist any more."""
+    found = pipeline()
+    if found is None:
+        raise CallStateError("the pipeline does not exist any more; keep a reference to it while its handle is used")
+    return found
 
 
 # ---------------------------------------------------------------------- values

@@ -10,11 +10,54 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+_REGISTRY = "_diffusers_hook"
+_CALLS = "_diffusion_accel_calls"
+
+
+def model_of(module: Any) -> Any:
+    """The model itself: what torch.compile, a data-parallel wrapper or a `CallSite` has inside, else `module`.
+
+    Whoever asks for the class, the configuration or the parameters of a model asks this first.
+    """
+    while True:
+        if isinstance(module, CallSite):
+            module = module.module
+        elif (inside := vars(module).get("_modules", {}).get(_WRAPPERS.get(type(module).__name__, ""))) is not None:
+            module = inside
+        else:
+            return module
+
+
+def compiled_in_place(module: Any) -> bool:
+    """Whether `module.compile()` was called: calls run a compiled function that has the module's forward inside."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+class CallSite:
+    """Stands for a module compiled in place where hooks are put around its calls, for hooks on its forward would be
+    compiled with it. Everything else is the module's."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @property
+    def forward(self) -> Any:
+        return self.module._compiled_call_impl
+
+    @forward.setter
+    def forward(self, value: Any) -> None:
+        self.module._compiled_call_impl = value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
 
 class HookSet:
     """Hooks installed together and removed together, leaving the modules exactly as they were found.
 
-    Hooks are chained by diffusers' `HookRegistry`: the one added last runs first.
+    Hooks are chained by diffusers' `HookRegistry`: the one added last runs first. They stand around whatever is called:
+    also around a model that is compiled, whether by torch.compile or in place.
     """
 
     def __init__(self, name: str) -> None:
@@ -23,21 +66,33 @@ class HookSet:
 
     def add(self, module: torch.nn.Module, hook: ModelHook) -> None:
         """Install `hook` on `module` under this set's name."""
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, self.name)
         self._modules.append(module)
+        _registry(module).register_hook(hook, self.name)
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def remove(self) -> None:
-        """Remove every hook of this set. Safe to call twice."""
+        """Remove every hook of this set. Safe to call twice, and again after an interrupt."""
         while self._modules:
-            module = self._modules.pop()
-            registry = getattr(module, "_diffusers_hook", None)
-            if registry is None:
-                continue
-            _unchain(registry, self.name)
-            tidy(module)
+            module = self._modules[-1]
+            for key in (_CALLS, _REGISTRY):
+                registry = vars(module).get(key)
+                if registry is not None:
+                    _unchain(registry, self.name)
+                    tidy(module, keep_registry=not hasattr(registry, "_own_forward"))
+            self._modules.pop()
+
+
+def _registry(module: Any) -> Any:
+    """The registry of the hooks around the calls of a module. Made here, it is removed with the last of its hooks."""
+    key = _CALLS if compiled_in_place(module) else _REGISTRY
+    attributes = vars(module)
+    if key not in attributes:  # a wrapper answers for the model inside, which may have one
+        registry: Any = HookRegistry(CallSite(module) if key == _CALLS else module)
+        registry._own_forward = attributes.get("forward")  # what the instance has in place of its class's
+        attributes[key] = registry
+    return attributes[key]
 
 
 def _unchain(registry: Any, name: str) -> None:
@@ -49,19 +104,27 @@ def _unchain(registry: Any, name: str) -> None:
     """
     if name not in registry.hooks:
         return
-    place = registry._hook_order.index(name)
+    place, hook = registry._hook_order.index(name), registry.hooks[name]
     removed, following = registry._fn_refs[place], registry._fn_refs[place + 1 : place + 2]
     below = removed.forward if removed.original_forward is None else removed.original_forward
     kept = [(ref, ref.forward) for ref in following if ref.original_forward is not None]
     registry.remove_hook(name, recurse=False)
     for ref, forward in kept:
         ref.forward, ref.original_forward = forward, below
+    forget(hook)
+
+
+def forget(hook: ModelHook) -> None:
+    """Let a removed hook and its place in the chain forget each other: in a cycle they would keep the module alive."""
+    if hook.fn_ref is not None:
+        vars(hook.fn_ref).update(dict.fromkeys(vars(hook.fn_ref)))
+        hook.fn_ref = None  # type: ignore[assignment]
 
 
 def remove_hooks(model: torch.nn.Module, prefix: str) -> None:
     """Remove all hooks whose name begins with `prefix` from the layers of a model, whoever installed them."""
     for module in model.modules():
-        registry = module.__dict__.get("_diffusers_hook")
+        registry = vars(module).get(_REGISTRY)
         for name in [n for n in getattr(registry, "_hook_order", ()) if n.startswith(prefix)]:
             _unchain(registry, name)
             tidy(module)
@@ -69,13 +132,22 @@ def remove_hooks(model: torch.nn.Module, prefix: str) -> None:
 
 def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
     """Remove what an empty `HookRegistry` leaves on a module; not the registry itself if it was there before."""
-    registry = module.__dict__.get("_diffusers_hook")
+    attributes = vars(module)
+    registry, calls = attributes.get(_REGISTRY), attributes.get(_CALLS)
+    if calls is not None and not calls.hooks:
+        del attributes[_CALLS]
+    found = getattr(registry, "_own_forward", None)
     if registry is not None and not registry.hooks and not keep_registry:
-        del module._diffusers_hook
+        del attributes[_REGISTRY]
     # The registry puts back the bound method it found as an instance attribute; drop that trace as well.
-    forward: Any = module.__dict__.get("forward")
-    if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
-        del module.__dict__["forward"]
+    forward: Any = attributes.get("forward")
+    if forward is not found and _is_own(forward, module):
+        del attributes["forward"]
+
+
+def _is_own(forward: Any, module: Any) -> bool:
+    """Whether an instance attribute only says what the class says."""
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
 
 @functools.lru_cache(maxsize=256)
@@ -86,7 +158,7 @@ def _signature(method: Callable[..., Any]) -> inspect.Signature:
 
 def bind_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `module` by the parameter names of its class's `forward`."""
-    return bind_method(type(module).forward, args, kwargs)
+    return bind_method(type(model_of(module)).forward, args, kwargs)
 
 
 def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +172,7 @@ def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 def forward_parameters(module: torch.nn.Module) -> tuple[str, ...]:
     """The parameter names of `module`'s own `forward`, in order."""
-    return tuple(_signature(type(module).forward).parameters)
+    return tuple(_signature(type(model_of(module)).forward).parameters)
 
 
 def map_tensors(fn: Callable[[Any], Any], value: Any, kind: type = torch.Tensor) -> Any:

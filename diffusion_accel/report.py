@@ -11,9 +11,11 @@ class Report:
     """The record of one call of an accelerated pipeline.
 
     Attributes:
-        steps: denoising steps that ran.
+        steps: denoising steps that ran; a solver of second order has two for most of its timesteps.
         seconds: wall-clock time of the whole call, text encoding and decoding included.
         flops: floating-point operations (2 for a multiply-add) of the whole call; None unless they were counted.
+        calls: how many times a denoiser was called, which is more than once a step where the branches of guidance are
+            calls of their own; None if no feature was enabled.
         features: configuration of each feature that was enabled, by name.
         counters: what each feature did, by name (see the feature's documentation for the units).
         details: of some features the same by layer; long, and therefore neither printed nor a part of `to_dict`.
@@ -22,6 +24,7 @@ class Report:
     steps: int
     seconds: float
     flops: float | None = None
+    calls: int | None = None
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
     counters: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -32,12 +35,14 @@ class Report:
             "steps": self.steps,
             "seconds": round(self.seconds, 4),
             "flops": self.flops,
+            "calls": self.calls,
             "features": self.features,
             "counters": self.counters,
         }
 
     def __str__(self) -> str:
-        head = f"{self.steps} steps in {self.seconds:.2f} s"
+        several = f" ({self.calls} calls of the denoiser)" if self.calls not in (None, self.steps) else ""
+        head = f"{self.steps} steps{several} in {self.seconds:.2f} s"
         if self.flops is not None:
             head += f", {self.flops / 1e9:.1f} GFLOP"
         lines = [head]

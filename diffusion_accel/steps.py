@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
 
+from .changes import Changes
 from .errors import CallStateError
-from .hooks import HookSet, bind_forward
+from .hooks import bind_forward, model_of
 
 # (scheduler inputs by name) -> None: may replace values
 BeforeStep = Callable[[dict[str, Any]], None]
@@ -35,6 +36,8 @@ class StepClock:
         segment: how many passes over timesteps were begun before this one.
         call: how many times the module now being called was called at this step before.
         steps: how many times the scheduler has stepped in this call.
+        calls: how many times a denoiser was called.
+        changes: what the clock has changed on objects.
         exact: whether the denoiser's `timestep` argument is the scheduler's own value for this step.
     """
 
@@ -48,6 +51,7 @@ class StepClock:
         self.call = 0
         self.exact = False
         self.steps = 0
+        self.calls = 0
         self._all: list[float] = []
         self._tensor: torch.Tensor | None = None
         self._start = 0
@@ -56,26 +60,26 @@ class StepClock:
         self._calls: dict[int, int] = {}
         self._before: list[BeforeStep] = []
         self._after: list[AfterStep] = []
-        self._hooks = HookSet("diffusion_accel.steps")
+        self.changes = Changes()
         self._thread = threading.get_ident()
 
     # ------------------------------------------------------------------ life of one call
-    def start(self, modules: list[torch.nn.Module]) -> None:
-        """Watch the scheduler and `modules` (the denoiser and whatever runs beside it at each step)."""
-        for module in modules:
-            self._hooks.add(module, _ClockHook(self))
+    def start(self, modules: list[torch.nn.Module], beside: Sequence[torch.nn.Module] = ()) -> None:
+        """Watch the scheduler, the denoisers `modules`, and what runs `beside` them at each step."""
+        hooks = self.changes.hooks("diffusion_accel.steps")
+        for module in (*beside, *modules):
+            hooks.add(module, _ClockHook(self, module not in beside))
         step = self.scheduler.step
 
         @functools.wraps(step)
         def watched_step(*args: Any, **kwargs: Any) -> Any:
             return self._step(step, args, kwargs)
 
-        self.scheduler.step = watched_step
+        self.changes.set(self.scheduler, "step", watched_step)
 
     def stop(self) -> None:
-        """Leave scheduler and modules as they were."""
-        self.scheduler.__dict__.pop("step", None)
-        self._hooks.remove()
+        """Leave scheduler and modules as they were. Safe to call twice."""
+        self.changes.undo()
 
     def on_step(self, before: BeforeStep | None = None, after: AfterStep | None = None) -> None:
         """Register functions that see (and may change) what goes into and comes out of `scheduler.step`."""
@@ -94,7 +98,7 @@ class StepClock:
         """Note a call of `module` with `timestep` and update the attributes."""
         if threading.get_ident() != self._thread:
             raise CallStateError(
-                f"{type(module).__name__} is being used by a running pipeline call in another thread; "
+                f"{type(model_of(module)).__name__} is being used by a running pipeline call in another thread; "
                 "give each thread its own copy of the model, or wait for the call to end"
             )
         current = self.scheduler.timesteps
@@ -110,8 +114,9 @@ class StepClock:
             self._calls.clear()
         self._position = position
         self._stepped = False
-        self.call = self._calls.get(id(module), 0)
-        self._calls[id(module)] = self.call + 1
+        model = id(model_of(module))
+        self.call = self._calls.get(model, 0)
+        self._calls[model] = self.call + 1
 
     def _begin_segment(self, position: int) -> None:
         self.segment += 1
@@ -172,10 +177,11 @@ class StepClock:
 
 
 class _ClockHook(ModelHook):
-    def __init__(self, clock: StepClock) -> None:
+    def __init__(self, clock: StepClock, denoises: bool) -> None:
         super().__init__()
-        self.clock = clock
+        self.clock, self.denoises = clock, denoises
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.clock.observe(module, bind_forward(module, args, kwargs)["timestep"])
+        self.clock.calls += self.denoises
         return args, kwargs

@@ -6,16 +6,18 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from .denoisers import find_controlnet, find_denoiser
+from .changes import Changes
+from .denoisers import called_denoisers, closed_inside, find_controlnet, find_denoisers, models_of_a_call
 from .errors import CallStateError, ConfigurationError, FeatureConflictError, UnsupportedPipelineError
 from .evaluation.flops import count_flops
-from .feature import Attachment, Feature
+from .feature import Attachment, Feature, alive
 from .hooks import bind_method
 from .registry import FEATURES, feature_class
 from .report import Report
@@ -24,7 +26,7 @@ from .steps import StepClock
 logger = logging.getLogger(__name__)
 
 _classes: dict[type, type] = {}  # pipeline class -> its accelerated subclass
-_busy: set[int] = set()  # ids of the models that a running call uses
+_busy: dict[int, object] = {}  # ids of the models that running calls use -> the call
 _busy_lock = threading.Lock()
 
 
@@ -58,7 +60,7 @@ def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
     names = [f.name for f in wanted]
     kept = [f for f in existing.features.values() if f.name not in names] if existing else []
     for feature in wanted:
-        reason = feature.supports(pipeline)
+        reason = why_not(feature, pipeline)
         if reason:
             raise UnsupportedPipelineError(f"{feature.name} cannot be used on {type(pipeline).__name__}: {reason}")
     _check_conflicts([*kept, *wanted])
@@ -96,10 +98,13 @@ def accelerated_class(base: Any) -> type:
 
 
 class Acceleration:
-    """The handle `pipe.acceleration`: which features a pipeline has, and what its last call did."""
+    """The handle `pipe.acceleration`: which features a pipeline has, and what its last call did.
+
+    The pipeline owns it and not the other way round, so that `del pipe` frees the models.
+    """
 
     def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
+        self._pipeline = weakref.ref(pipeline)
         self._attachments: dict[str, Attachment] = {}
         self._disabled: set[str] = set()
         self._report: Report | None = None
@@ -137,8 +142,9 @@ class Acceleration:
             self._attachments.pop(name).detach()
             self._disabled.discard(name)
         if not names:
-            self._pipeline.__class__ = type(self._pipeline)._accelerated_base
-            self._pipeline.__dict__.pop("_acceleration", None)
+            pipeline = alive(self._pipeline)
+            pipeline.__class__ = type(pipeline)._accelerated_base
+            pipeline.__dict__.pop("_acceleration", None)
 
     def _known(self, names: Iterable[str]) -> list[str]:
         asked = [n.replace("-", "_") for n in names]
@@ -152,7 +158,7 @@ class Acceleration:
         done: list[Attachment] = []
         try:
             for feature in sorted(features, key=lambda f: (f.order, f.name)):
-                done.append(feature.attach(self._pipeline))
+                done.append(feature.attach(alive(self._pipeline)))
         except BaseException:
             for attachment in reversed(done):
                 attachment.detach()
@@ -167,42 +173,52 @@ class Acceleration:
 
     # ------------------------------------------------------------------ one call
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pipeline = alive(self._pipeline)
         active = [a for n, a in self._attachments.items() if n not in self._disabled]
-        clock = StepClock(self._pipeline) if getattr(self._pipeline, "scheduler", None) is not None else None
-        modules = [m for m in (find_controlnet(self._pipeline), find_denoiser(self._pipeline)) if m is not None]
         began = time.perf_counter()
         flops: float | None = None
-        if not active or clock is None:
+        clock: StepClock | None = None
+        if not active or getattr(pipeline, "scheduler", None) is None:
             output, flops = self._counted(call, args, kwargs)
         else:
+            clock = StepClock(pipeline)
             for attachment in active:
                 if type(attachment).process_input is not Attachment.process_input:
-                    named = bind_method(type(self._pipeline)._accelerated_base.__call__, args, kwargs)
+                    named = bind_method(type(pipeline)._accelerated_base.__call__, args, kwargs)
                     args, kwargs = (), attachment.process_input(named)
-            _claim(modules)
-            entered: list[Attachment] = []
-            try:
-                for attachment in active:
-                    entered.append(attachment)
-                    attachment.before_call(clock)
-                clock.start(modules)
+            with Changes() as changes:
+                self._begin(active, clock, changes)
                 output, flops = self._counted(call, args, kwargs)
-            finally:
-                clock.stop()
-                for attachment in reversed(entered):
-                    attachment.after_call()
-                _release(modules)
             for attachment in reversed(active):
                 output = attachment.process_output(output)
         self._report = Report(
-            steps=clock.steps if clock is not None and active else getattr(self._pipeline, "_num_timesteps", 0) or 0,
+            steps=clock.steps if clock is not None else getattr(pipeline, "_num_timesteps", 0) or 0,
             seconds=time.perf_counter() - began,
             flops=flops,
+            calls=None if clock is None else clock.calls,
             features={a.feature.name: a.feature.to_dict() for a in active},
             counters={a.feature.name: a.counters() for a in active},
             details={a.feature.name: found for a in active if (found := a.details())},
         )
         return output
+
+    def _begin(self, active: list[Attachment], clock: StepClock, changes: Changes) -> None:
+        """Claim the models and put everything in place; what undoes it is on `changes` before it is done."""
+        pipeline = clock.pipeline
+        _claim(models_of_a_call(pipeline), changes)
+        if reason := closed_inside(pipeline):
+            for attachment in active:
+                if attachment.feature.works_inside(pipeline):
+                    name = attachment.feature.name
+                    raise ConfigurationError(f"{name} cannot be used on this pipeline any more: {reason}")
+        for attachment in active:
+            changes.add(attachment.changes.undo)  # also where after_call fails
+            changes.add(attachment.after_call)
+            attachment.before_call(clock)
+        changes.add(clock.changes.undo)
+        changes.add(clock.stop)
+        controlnet = find_controlnet(pipeline)
+        clock.start(called_denoisers(pipeline), () if controlnet is None else (controlnet,))
 
     def _counted(
         self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -221,6 +237,22 @@ class Acceleration:
         handle.count_flops = self.count_flops
         return handle
 
+    def __reduce__(self) -> Any:  # copied or pickled with its pipeline: what is attached is attached anew
+        return _Recipe, (list(self.features.values()), set(self._disabled), self.count_flops)
+
+
+class _Recipe:
+    """What is left of a handle while its pipeline is copied: `Acceleration._rebind` needs no more."""
+
+    def __init__(self, features: list[Feature], disabled: set[str], count_flops: bool) -> None:
+        self.features = {feature.name: feature for feature in features}
+        self._disabled, self.count_flops = disabled, count_flops
+
+    def _pipeline(self) -> None:
+        """None: it belongs to no pipeline yet."""
+
+    _rebind = Acceleration._rebind
+
 
 # ---------------------------------------------------------------------- helpers
 def _as_feature(feature: Feature | type[Feature] | str) -> Feature:
@@ -233,13 +265,22 @@ def _as_feature(feature: Feature | type[Feature] | str) -> Feature:
     return feature
 
 
+def why_not(feature: Feature, pipeline: Any) -> str | None:
+    """Why a feature cannot work on a pipeline, in one sentence; None if it can."""
+    closed = closed_inside(pipeline)
+    return closed if closed and feature.works_inside(pipeline) else feature.supports(pipeline)
+
+
 def _trained_in(pipeline: Any, there: set[str]) -> list[Feature]:
-    """Features without which the denoiser does not work as it was trained: its config has their name after a "_"."""
-    config = getattr(find_denoiser(pipeline), "config", {})
-    found = [feature_class(name)() for name in FEATURES if name not in there and f"_{name}" in config]
-    for feature in found:
-        logger.info("%s is on: the model was trained with it (%s)", feature.name, config[f"_{feature.name}"])
-    return found
+    """Features without which a denoiser does not work as it was trained: its config has their name after a "_"."""
+    found: dict[str, Feature] = {}
+    for denoiser in find_denoisers(pipeline):
+        config: Any = getattr(denoiser, "config", {})
+        for name in FEATURES:
+            if name not in there and name not in found and f"_{name}" in config:
+                found[name] = feature_class(name)()
+                logger.info("%s is on: the model was trained with it (%s)", name, config[f"_{name}"])
+    return list(found.values())
 
 
 def _check_conflicts(features: list[Feature]) -> None:
@@ -252,17 +293,21 @@ def _check_conflicts(features: list[Feature]) -> None:
             )
 
 
-def _claim(modules: list[torch.nn.Module]) -> None:
+def _claim(models: list[torch.nn.Module], changes: Changes) -> None:
+    """Claim the models for one call. Raises `CallStateError` if one of them is claimed."""
+    call = object()
+    changes.add(functools.partial(_release, call))
     with _busy_lock:
-        for module in modules:
-            if id(module) in _busy:
+        for model in models:
+            if id(model) in _busy:
                 raise CallStateError(
-                    f"{type(module).__name__} is in use by a pipeline call that has not ended; "
+                    f"{type(model).__name__} is in use by a pipeline call that has not ended; "
                     "run one call at a time, or give each pipeline its own copy of the model"
                 )
-        _busy.update(id(m) for m in modules)
+        _busy.update((id(model), call) for model in models)
 
 
-def _release(modules: list[torch.nn.Module]) -> None:
+def _release(call: object) -> None:
     with _busy_lock:
-        _busy.difference_update(id(m) for m in modules)
+        for claimed in [key for key, by in _busy.items() if by is call]:
+            del _busy[claimed]

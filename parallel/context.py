@@ -15,6 +15,7 @@ from diffusers import ContextParallelConfig
 from diffusers.hooks import ModelHook, apply_context_parallel
 from torch import nn
 
+from diffusion_accel.denoisers import denoiser_names, find_denoisers
 from diffusion_accel.hooks import bind_forward, remove_hooks
 
 from .group import World, lost_peer
@@ -24,9 +25,8 @@ _meshes: dict[str, tuple[Any, Any]] = {}  # by type of device: the world's group
 
 
 def transformers_of(pipeline: Any) -> list[Any]:
-    """The models that share a sequence; some pipelines have two, for early and for late steps."""
-    found = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [model for model in found if isinstance(model, nn.Module)]
+    """The models that share a sequence: all denoisers of a pipeline without a U-Net."""
+    return find_denoisers(pipeline) if "unet" not in denoiser_names(pipeline) else []
 
 
 def why_not_shared(model: Any, ranks: int) -> str | None:

@@ -10,9 +10,6 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment, Feature, option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from diffusion_accel.hooks import HookSet
     from diffusion_accel.steps import StepClock
 
     from .run import PatchRun
@@ -139,14 +136,10 @@ class PatchAttachment(Attachment):
     def __init__(self, feature: PatchParallel, pipeline: Any) -> None:
         super().__init__(feature, pipeline)
         self._traffic: dict[tuple[str, str], int] = {}
-        self._hooks: HookSet | None = None
-        self._undo: list[Callable[[], None]] = []
         self._run: PatchRun | None = None
         self._counters: dict[str, float] = {}
 
     def before_call(self, clock: StepClock) -> None:
-        from diffusion_accel.hooks import HookSet
-
         from .communicator import Communicator
         from .group import join, share_random_state
         from .run import PatchRun
@@ -169,18 +162,13 @@ class PatchAttachment(Attachment):
             raise ConfigurationError(f"patch_parallel cannot be used on this pipeline: {reason}")
         communicator = Communicator(world.group, feature.comm_checkpoint)
         self._run = PatchRun(world, clock, communicator, feature.mode, feature.warmup, feature.p, feature.group_norm)
-        self._hooks = HookSet("diffusion_accel.patch_parallel")
         check = Agreement(self.pipeline, clock, world)
-        install(self._hooks, self._run, self.pipeline, feature.cfg_parallel, feature.vae, check, self._undo)
+        install(self.changes, self._run, self.pipeline, feature.cfg_parallel, feature.vae, check)
 
     def after_call(self) -> None:
         from .group import PeerError
 
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
-        while self._undo:
-            self._undo.pop()()
+        super().after_call()
         run, self._run = self._run, None
         if run is not None:
             self._traffic = dict(run.communicator.traffic)

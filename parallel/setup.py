@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffusion_accel.changes import Changes
 from diffusion_accel.denoisers import (
     RESIDUAL_ARGUMENTS,
     find_controlnet,
@@ -19,7 +19,7 @@ from diffusion_accel.denoisers import (
     uses_freeu,
 )
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.hooks import HookSet, tensors_in
+from diffusion_accel.hooks import tensors_in
 from diffusion_accel.steps import StepClock
 
 from .context import SharedHook, share, transformers_of, unshare, why_not_shared
@@ -52,19 +52,12 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
     return None
 
 
-def install(
-    hooks: HookSet,
-    run: PatchRun,
-    pipeline: Any,
-    cfg_parallel: bool,
-    vae: bool,
-    check: Any,
-    undo: list[Callable[[], None]],
-) -> None:
-    """Put all hooks of a call on the models of a pipeline; adds what undoes the rest to `undo`, also when it fails."""
+def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, vae: bool, check: Any) -> None:
+    """Put all hooks of a call on the models of a pipeline."""
+    hooks = changes.hooks("diffusion_accel.patch_parallel")
     if shared := transformers_of(pipeline):
         for model in shared:
-            undo.append(partial(unshare, model))
+            changes.add(partial(unshare, model))
             share(model, run.world)
             hooks.add(model, SharedHook(check, run.count_step))
     else:

@@ -15,7 +15,7 @@ class AcceleratedMixin:
     def acceleration(self) -> Acceleration:
         """The features of this pipeline and the report of its last call."""
         handle: Acceleration = self.__dict__["_acceleration"]
-        if handle._pipeline is not self:  # a shallow copy: give it a handle of its own
+        if handle._pipeline() is not self:  # a copy: give it a handle of its own
             handle = self.__dict__["_acceleration"] = handle._rebind(self)
         return handle
 

@@ -23,10 +23,15 @@ class RunAttachment(Attachment):
             raise ConfigurationError(f"{self.feature.name} cannot be used on this pipeline any more: {reason}")
         self._counters = {}
 
+    def install(self, run: Any) -> None:
+        """Put a run in force for this call."""
+        self._run = run
+        self.changes.add(run.uninstall)
+        run.install()
+
     def after_call(self) -> None:
-        if self._run is not None:
-            self._run.uninstall()
-            self._run = None
+        super().after_call()
+        self._run = None
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)

@@ -14,13 +14,13 @@ from ..hooks import bind_forward
 from .executor import ReuseRun
 
 
-def install_parts(run: ReuseRun) -> None:
-    """The hooks that the kinds of steps of `run` need.
+def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
+    """The hooks on a denoiser that the kinds of steps of `run` need.
 
     Raises:
         UnsupportedPipelineError: decoder steps, which only U-Nets have, or shallow steps on blocks that are not known.
     """
-    name = type(run.denoiser).__name__
+    name = type(denoiser).__name__
     if run.kinds.orders("decoder") >= 0:
         raise UnsupportedPipelineError(
             f"{name} is not a U-Net: it has no decoder to run alone; use hold:n or shallow:n,depth"
@@ -28,7 +28,7 @@ def install_parts(run: ReuseRun) -> None:
     depths = run.kinds.depths
     if not depths:
         return
-    blocks = residual_stream_blocks(run.denoiser)
+    blocks = residual_stream_blocks(denoiser)
     if not blocks:
         raise UnsupportedPipelineError(f"the blocks of {name} are not known to this toolkit; use hold:n")
     if max(depths) >= len(blocks):

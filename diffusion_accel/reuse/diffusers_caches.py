@@ -7,9 +7,10 @@ from typing import Any
 
 from diffusers.hooks import ModelHook
 
-from ..denoisers import find_denoiser, residual_stream_blocks
+from ..changes import Changes
+from ..denoisers import find_denoisers, residual_stream_blocks
 from ..errors import UnsupportedPipelineError
-from ..hooks import HookSet, tidy
+from ..hooks import forget, tidy
 from .cache_settings import CacheSettings
 
 
@@ -17,51 +18,59 @@ class CacheRun:
     """One of diffusers' caches during one call: enabled when the steps are known, removed without a trace after it."""
 
     def __init__(self, settings: CacheSettings, pipeline: Any, counters: dict[str, float]) -> None:
-        denoiser = find_denoiser(pipeline)
-        assert denoiser is not None
         self.settings, self.pipeline, self.counters = settings, pipeline, counters
-        self.denoiser: Any = denoiser
+        self.denoisers: list[Any] = find_denoisers(pipeline)
         self.scheduler = pipeline.scheduler
+        self.changes = Changes()
         self._before: set[int] = set()
-        self._counting = HookSet("diffusion_accel.reuse")
         counters.update(blocks_run=0, attentions_run=0)
 
     def install(self) -> None:
         """Wait for the pipeline to set its timesteps."""
-        modules = list(self.denoiser.modules())
-        self._before = {id(module) for module in modules if "_diffusers_hook" in module.__dict__}
-        for module in residual_stream_blocks(self.denoiser):
-            self._counting.add(module, CountHook(self.counters, "blocks_run"))
-        for module in modules:
-            if type(module).__name__.endswith("Attention"):
-                self._counting.add(module, CountHook(self.counters, "attentions_run"))
+        self._before = {id(m) for d in self.denoisers for m in d.modules() if "_diffusers_hook" in vars(m)}
+        counting = self.changes.hooks("diffusion_accel.reuse")
+        self.changes.add(self._remove_caches)
+        for denoiser in self.denoisers:
+            for module in residual_stream_blocks(denoiser):
+                counting.add(module, CountHook(self.counters, "blocks_run"))
+            for module in denoiser.modules():
+                if type(module).__name__.endswith("Attention"):
+                    counting.add(module, CountHook(self.counters, "attentions_run"))
         set_timesteps = self.scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
-            self._enable(len(self.scheduler.timesteps))
+            for denoiser in self.denoisers:
+                self._enable(denoiser, len(self.scheduler.timesteps))
             return result
 
-        self.scheduler.set_timesteps = watched
+        self.changes.set(self.scheduler, "set_timesteps", watched)
 
-    def _enable(self, steps: int) -> None:
-        if self.denoiser.is_cache_enabled:
-            self.denoiser.disable_cache()
+    def _enable(self, denoiser: Any, steps: int) -> None:
+        if denoiser.is_cache_enabled:
+            denoiser.disable_cache()
         try:
-            self.denoiser.enable_cache(self.settings.config(steps, self.pipeline))
+            denoiser.enable_cache(self.settings.config(steps, self.pipeline))
         except (ValueError, AttributeError, ImportError) as error:
             text = str(error).strip().splitlines()[0]
             raise UnsupportedPipelineError(f"diffusers' cache {self.settings.name} cannot be used: {text}") from error
 
     def uninstall(self) -> None:
         """Disable the cache and remove what it and the counting left."""
-        self.scheduler.__dict__.pop("set_timesteps", None)
-        if self.denoiser.is_cache_enabled:
-            self.denoiser.disable_cache()
-        self._counting.remove()
-        for module in self.denoiser.modules():
-            tidy(module, keep_registry=id(module) in self._before)
+        self.changes.undo()
+
+    def _remove_caches(self) -> None:
+        for denoiser in self.denoisers:
+            registries = [vars(m)["_diffusers_hook"] for m in denoiser.modules() if "_diffusers_hook" in vars(m)]
+            hooks = [(registry, dict(registry.hooks)) for registry in registries]
+            if denoiser.is_cache_enabled:
+                denoiser.disable_cache()
+            for registry, before in hooks:
+                for name in before.keys() - registry.hooks.keys():
+                    forget(before[name])
+            for module in denoiser.modules():
+                tidy(module, keep_registry=id(module) in self._before)
 
 
 class CountHook(ModelHook):

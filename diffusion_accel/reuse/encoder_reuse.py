@@ -98,7 +98,7 @@ class EncoderReuseAttachment(RunAttachment):
             keys = key_steps(feature.schedule, total)
             return Plan(tuple(FULL if i in keys else decoder for i in range(total)))
 
-        self._run = ReuseRun(
+        run = ReuseRun(
             feature.name,
             self.pipeline,
             clock,
@@ -108,6 +108,6 @@ class EncoderReuseAttachment(RunAttachment):
             feature.batch_decoder,
             feature.max_group_mb,
         )
-        self._run.install()
+        self.install(run)
         if feature.prior_noise > 0:
             PriorNoise(feature, clock, self._counters).install()

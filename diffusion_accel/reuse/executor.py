@@ -16,15 +16,16 @@ from torch import nn
 
 from ..denoisers import (
     RESIDUAL_ARGUMENTS,
+    called_denoisers,
     find_controlnet,
-    find_denoiser,
+    find_denoisers,
     not_a_unet,
     prediction,
     rows_are_independent,
     with_prediction,
 )
 from ..errors import ConfigurationError, UnsupportedPipelineError
-from ..hooks import HookSet, bind_forward, map_tensors, tensor_bytes, tensors_in
+from ..hooks import HookSet, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
 from ..prediction import Conversion
 from ..steps import StepClock
 from .history import History
@@ -130,14 +131,14 @@ class ReuseRun:
         self.kinds = kinds
         self.plan_for = plan_for
         self.max_group_mb = max_group_mb
-        denoiser = find_denoiser(pipeline)
-        assert denoiser is not None
-        self.denoiser = denoiser
+        denoisers = find_denoisers(pipeline)
         self.controlnet = find_controlnet(pipeline)
-        self.unet = not_a_unet(denoiser) is None
-        self.batching = batch_decoder and self.unet and rows_are_independent(denoiser)
+        self.unet = all(not_a_unet(denoiser) is None for denoiser in denoisers)
+        self.batching = batch_decoder and self.unet and all(map(rows_are_independent, denoisers))
         self.current: Pass | None = None
-        self.cache: dict[int, Features] = {}  # by the number of the call within a step
+        self.cache: dict[Any, Features] = {}  # by the denoiser and the number of its call within a step
+        self.first = True  # whether the running call of a denoiser is the first at its step
+        self._counted = (-1, -1)
         self.plan = Plan((FULL,))
         self._segment = -1
         self._mirrored: bool | None = None
@@ -154,13 +155,14 @@ class ReuseRun:
             counters.update(controlnet_runs=0, controlnet_skipped=0)
 
     def install(self) -> None:
-        """Put the hooks on the denoiser, on those of its parts that the plan skips or keeps, and on the ControlNet."""
+        """Put the hooks on the denoisers, on their parts that the plan skips or keeps, and on the ControlNet."""
         if self.unet:
             from .unet_hooks import install_parts
         else:
             from .block_hooks import install_parts
-        install_parts(self)
-        self.hooks.add(self.denoiser, DenoiserHook(self))
+        for denoiser in called_denoisers(self.pipeline):
+            install_parts(self, model_of(denoiser))
+            self.hooks.add(denoiser, DenoiserHook(self))
         if self.controlnet is not None:
             self.hooks.add(self.controlnet, ControlNetHook(self))
 
@@ -171,6 +173,12 @@ class ReuseRun:
         self.current = None
 
     # ------------------------------------------------------------------ the plan
+    def note_call(self) -> None:
+        """A call of a denoiser begins. Steps are counted by their first call: there are more where the branches of
+        guidance are calls of their own."""
+        here = (self.clock.segment, self.clock.index)
+        self.first, self._counted = here != self._counted, here
+
     def follow(self) -> Plan:
         """The plan of the current segment."""
         if self._segment != self.clock.segment:
@@ -234,7 +242,8 @@ class DenoiserHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, clock = self.run, self.run.clock
         named = bind_forward(module, args, kwargs)
-        slot, index = clock.call, clock.index
+        slot, index = (id(self), clock.call), clock.index
+        run.note_call()
         sample = _sample(named)
         shape = (tuple(sample.shape), sample.dtype, sample.device)
         step = run.step_at(index)
@@ -255,12 +264,12 @@ class DenoiserHook(ModelHook):
             if len(conditions) == len(features.conditions) and all(
                 a is b for a, b in zip(conditions, features.conditions, strict=True)
             ):
-                run.counters["reused_steps"] += 1
+                run.counters["reused_steps"] += run.first
                 return output
             features.ready.clear()  # text or conditions were changed during the call: decode with the new ones
         half = step.guidance != "both" and run.halved(named)
         if half:
-            run.counters["unguided_steps"] += 1
+            run.counters["unguided_steps"] += run.first
             named = _conditional_rows(named, sample.shape[0])
         if step.mode == "full" and not half and not features.guided:
             features.histories.clear()  # there was no guidance before: nothing to forecast its branch from
@@ -301,8 +310,8 @@ class DenoiserHook(ModelHook):
             value = self.run.conversion.back(step.space, value, _sample(named), time)
         if step.guidance == "none" and self.run.halved(named):
             value = torch.cat([_conditional(value)] * 2)
-        self.run.counters["reused_steps"] += 1
-        self.run.counters["hold_steps"] += 1
+        self.run.counters["reused_steps"] += self.run.first
+        self.run.counters["hold_steps"] += self.run.first
         return with_prediction(features.output, value)
 
     def _with_guidance(self, current: Pass, value: torch.Tensor, time: float) -> torch.Tensor:
@@ -319,14 +328,14 @@ class DenoiserHook(ModelHook):
         return torch.cat([value + history.at(time, current.step.order), value])
 
     def _count(self, features: Features, step: Step, steps: int) -> None:
-        counters = self.run.counters
+        counters, first = self.run.counters, self.run.first
         if step.mode in ("full", "decoder"):
             counters["encoder_runs"] += step.mode == "full"
             counters["decoder_runs"] += 1
-            counters["decoder_steps"] += steps
+            counters["decoder_steps"] += steps if first else 0
         else:
-            counters[f"{step.mode}_steps"] += 1
-        counters["full_steps" if step.mode == "full" else "reused_steps"] += 1
+            counters[f"{step.mode}_steps"] += first
+        counters["full_steps" if step.mode == "full" else "reused_steps"] += first
 
 
 class ControlNetHook(ModelHook):

@@ -115,10 +115,9 @@ class ReuseAttachment(RunAttachment):
         if self._tuned is not None:
             self._tuned.check(self.pipeline, self._weights())
         if (cache := CacheSettings.parse(feature.plan)) is not None:
-            self._run = CacheRun(cache, self.pipeline, self._counters)
-            self._run.install()
+            self.install(CacheRun(cache, self.pipeline, self._counters))
             return
-        self._run = ReuseRun(
+        run = ReuseRun(
             feature.name,
             self.pipeline,
             clock,
@@ -128,16 +127,16 @@ class ReuseAttachment(RunAttachment):
             feature.batch_decoder,
             feature.max_group_mb,
         )
-        self._run.install()
+        self.install(run)
 
     def _weights(self) -> str:
-        """The denoiser's fingerprint, computed again only for another denoiser or other names (such as a LoRA's)."""
-        from ..denoisers import find_denoiser, fingerprint
+        """The denoisers' fingerprint, computed again only for another denoiser or other names (such as a LoRA's)."""
+        from ..denoisers import find_denoisers, fingerprint
 
-        denoiser: Any = find_denoiser(self.pipeline)
-        state = (id(denoiser), [name for name, _ in denoiser.named_parameters()])
+        denoisers = find_denoisers(self.pipeline)
+        state = [(id(denoiser), [name for name, _ in denoiser.named_parameters()]) for denoiser in denoisers]
         if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(denoiser))
+            self._fingerprint = (state, fingerprint(*denoisers))
         return self._fingerprint[1]
 
     def _kinds(self) -> Plan:

@@ -30,14 +30,14 @@ def conditions(pipeline: Any, steps: int, weights: str | None = None) -> dict[st
 
     `weights`: the denoiser's `fingerprint`, if it is known.
     """
-    from ..denoisers import find_denoiser, fingerprint
+    from ..denoisers import find_denoisers, fingerprint
 
-    denoiser, scheduler = find_denoiser(pipeline), pipeline.scheduler
+    denoisers, scheduler = find_denoisers(pipeline), pipeline.scheduler
     config = getattr(scheduler, "config", {})
     kept = ("prediction_type", "timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas")
     return {
-        "denoiser": type(denoiser).__name__,
-        "weights": weights or fingerprint(denoiser),
+        "denoiser": "+".join(type(denoiser).__name__ for denoiser in denoisers),
+        "weights": weights or fingerprint(*denoisers),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": {key: config[key] for key in kept if key in config},
         "steps": steps,

@@ -15,8 +15,8 @@ from ..hooks import bind_forward, forward_parameters, map_tensors
 from .executor import Pass, ReuseRun
 
 
-def install_parts(run: ReuseRun) -> None:
-    """The hooks that the kinds of steps of `run` need.
+def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
+    """The hooks on a denoiser that the kinds of steps of `run` need.
 
     Raises:
         UnsupportedPipelineError: a shallow step on a U-Net whose layers are not known, or deeper than it is.
@@ -25,8 +25,8 @@ def install_parts(run: ReuseRun) -> None:
     decoding, depths = kinds.orders("decoder") >= 0, sorted(kinds.depths)
     if not decoding and not depths:
         return
-    stages = unet_stages(run.denoiser)
-    down, up = _layers(run, depths) if depths else ([()] * len(stages.down), [()] * len(stages.up))
+    stages = unet_stages(denoiser)
+    down, up = _layers(denoiser, depths) if depths else ([()] * len(stages.down), [()] * len(stages.up))
     for direction, blocks in (("down", down), ("up", up)):
         for units in blocks:
             numbers = [number for number, _ in units]
@@ -47,14 +47,14 @@ def install_parts(run: ReuseRun) -> None:
 _DEEPEST = 10**6  # further in than any skip connection
 
 
-def _layers(run: ReuseRun, depths: list[int]) -> tuple[Any, Any]:
+def _layers(denoiser: nn.Module, depths: list[int]) -> tuple[Any, Any]:
     try:
-        layers = unet_layers(run.denoiser)
+        layers = unet_layers(denoiser)
     except ValueError as error:
         raise UnsupportedPipelineError(f"shallow steps are not possible: {error}") from error
     if depths[-1] > layers.count:
         raise UnsupportedPipelineError(
-            f"{type(run.denoiser).__name__} has {layers.count} skip connections: the depth of a shallow step must "
+            f"{type(denoiser).__name__} has {layers.count} skip connections: the depth of a shallow step must "
             f"be 1 to {layers.count}, got {depths[-1]}"
         )
     return layers.down, layers.up

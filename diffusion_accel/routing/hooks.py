@@ -30,8 +30,8 @@ def not_routable(denoiser: nn.Module) -> str | None:
     return f"{type(denoiser).__name__} has no residual blocks or transformer blocks whose channels could be routed"
 
 
-def route(denoiser: nn.Module, recipe: Recipe) -> HookSet:
-    """Route a bare denoiser, in training or inference, until `remove()` of what is returned.
+def route(denoiser: nn.Module, recipe: Recipe, hooks: HookSet | None = None) -> HookSet:
+    """Route a bare denoiser, in training or inference, until `remove()` of what is returned: `hooks`, if given.
 
     Nothing is added to its parameters or buffers. A sample's window follows its own timestep, so timesteps may be mixed
     in a batch.
@@ -42,7 +42,9 @@ def route(denoiser: nn.Module, recipe: Recipe) -> HookSet:
     reason = not_routable(denoiser)
     if reason:
         raise UnsupportedPipelineError(reason)
-    hooks, state = HookSet("diffusion_accel.task_routing"), RoutingState(recipe)
+    state = RoutingState(recipe)
+    if hooks is None:
+        hooks = HookSet("diffusion_accel.task_routing")
     for block, module in enumerate(residual_branches(denoiser)):
         hooks.add(module, BranchHook(state, block))
     for block, module in enumerate(residual_stream_blocks(denoiser)):

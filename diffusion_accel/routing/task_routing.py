@@ -11,7 +11,6 @@ from ..feature import Attachment, Feature, option
 from .recipe import KINDS, Recipe
 
 if TYPE_CHECKING:
-    from ..hooks import HookSet
     from ..steps import StepClock
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,6 @@ class TaskRoutingAttachment(Attachment):
         from .hooks import trained_recipe
 
         super().__init__(feature, pipeline)
-        self._hooks: HookSet | None = None
         self._counters: dict[str, float] = {}
         trained = trained_recipe(self._denoiser())
         if self._recipe() != trained and self._recipe().beta < 1:
@@ -128,13 +126,9 @@ class TaskRoutingAttachment(Attachment):
         if reason:
             raise ConfigurationError(f"task_routing cannot be used on this pipeline any more: {reason}")
         recipe = self._recipe()
-        self._hooks = route(self._denoiser(), recipe)
-        self._counters = {"routed_blocks": len(self._hooks) - 1, "active_share": recipe.beta}
-
-    def after_call(self) -> None:
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
+        hooks = self.changes.hooks("diffusion_accel.task_routing")
+        route(self._denoiser(), recipe, hooks)
+        self._counters = {"routed_blocks": len(hooks) - 1, "active_share": recipe.beta}
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)

@@ -192,8 +192,9 @@ class Adapter:
     def restore(self) -> None:
         """Give the U-Net its own parameters back. Safe to call twice."""
         while self._kept:
-            module, leaf, parameter = self._kept.pop()
+            module, leaf, parameter = self._kept[-1]
             module._parameters[leaf] = parameter
+            self._kept.pop()  # only now: an interrupt must not lose it
         self._hooks.remove()
 
 

@@ -13,7 +13,6 @@ import torch
 from ..denoisers import find_denoiser
 from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Attachment
-from ..hooks import HookSet
 from .adapter import Adapter, check_changes, read_changes
 from .codec import decode_rgba, offset_of, refine_latents
 from .conditions import Concatenated, Until, condition_latents, open_picture
@@ -93,9 +92,6 @@ class TransparencyAttachment(Attachment):
     def __init__(self, feature: LatentTransparency, pipeline: Any) -> None:
         super().__init__(feature, pipeline)
         self._loaded = Loaded(None, None, None, None) if feature.idle else load(feature, pipeline)
-        self._hooks = HookSet("diffusion_accel.transparency")
-        self._until = HookSet("diffusion_accel.transparency.until")
-        self._wrapped: list[tuple[Any, str]] = []
         self._decoded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._given: tuple[torch.Tensor, torch.Tensor] | None = None
         self._concatenated: Concatenated | None = None
@@ -139,18 +135,21 @@ class TransparencyAttachment(Attachment):
         self._decoded, self._unet = [], find_denoiser(self.pipeline)
         vae, loaded, feature = getattr(self.pipeline, "vae", None), self._loaded, self._feature
         self._counters = {"views": float(loaded.views)}
+        hooks = self.changes.hooks("diffusion_accel.transparency")
         if loaded.adapter is not None:
+            self.changes.add(loaded.adapter.restore)
             loaded.adapter.apply(self._unet, feature.strength)
             self._counters["changed"] = float(len(loaded.adapter.changes))
         pictures = [open_picture(name, getattr(feature, name)) for name in CONDITIONS[feature.variant]]
         if loaded.sharing is not None:
             control = pictures[0] if loaded.sharing.needs_control else None
-            loaded.sharing.install(self._unet, self._hooks, feature.strength, control)
+            loaded.sharing.install(self._unet, hooks, feature.strength, control)
         elif pictures and loaded.adapter is not None:
             self._concatenated = Concatenated(condition_latents(vae, pictures, *self._size))
-            self._hooks.add(self._unet.conv_in, self._concatenated)
+            hooks.add(self._unet.conv_in, self._concatenated)
         if feature.until < 1:
-            self._until.add(self._unet, Until(clock, feature.until, self._unadapted))
+            until = self.changes.hooks("diffusion_accel.transparency.until")
+            until.add(self._unet, Until(clock, feature.until, self._unadapted))
         self._read = None if vae is None else vae.decode
         if loaded.decoder is not None:
             self._wrap(vae, "decode", self._decode)
@@ -167,21 +166,13 @@ class TransparencyAttachment(Attachment):
             self._concatenated.paused = True
 
     def after_call(self) -> None:
-        if self._loaded.adapter is not None:
-            self._loaded.adapter.restore()
-        self._until.remove()
-        self._hooks.remove()
-        self._concatenated = None
-        while self._wrapped:
-            owner, name = self._wrapped.pop()
-            owner.__dict__.pop(name, None)
-        self._given = None
+        super().after_call()
+        self._unet = self._read = self._concatenated = self._given = None
 
     def _wrap(self, owner: Any, name: str, around: Any) -> None:
         """Put `around(original, …)` in place of a method of one object, until the call ends."""
         original = getattr(owner, name)
-        owner.__dict__[name] = lambda *args, **kwargs: around(original, *args, **kwargs)
-        self._wrapped.append((owner, name))
+        self.changes.set(owner, name, lambda *args, **kwargs: around(original, *args, **kwargs))
 
     def _decode(self, original: Any, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         made = original(z, *args, **kwargs)
