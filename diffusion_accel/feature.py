@@ -109,12 +109,16 @@ class Feature:
         return "--" + cls.name.replace("_", "-")
 
     def __str__(self) -> str:
-        changed = [
-            f"{f.name}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}"
-            for f in dataclasses.fields(self)
-            if (v := getattr(self, f.name)) != f.default
-        ]
-        return f"{self.name}({', '.join(changed)})"
+        return self.described({})
+
+    def described(self, instead: dict[str, Any]) -> str:
+        """The name, and the fields that differ from their defaults; some of them are shown as what `instead` holds."""
+        changed = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        }
+        shown = {name: instead.get(name, value) for name, value in changed.items()}
+        pairs = [f"{k}={'+'.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for k, v in shown.items()]
+        return f"{self.name}({', '.join(pairs)})"
 
 
 def option(default: Any, doc: str) -> Any:

@@ -11,9 +11,25 @@ import typer
 from ..bench.entries import Entry
 from ..errors import ConfigurationError
 from ..io import replacing
-from .arguments import AllowPickle, Debug, Device, Dtype, GuidanceScale, Model, Pixels, Quiet, Scheduler
-from .output import check_free
-from .settings import merge, read_jobs
+from .arguments import (
+    BATCH,
+    COUNT,
+    ROUNDS,
+    AllowPickle,
+    Debug,
+    Device,
+    Dtype,
+    GuidanceScale,
+    Model,
+    Pixels,
+    Quiet,
+    Scheduler,
+    check_range,
+    number,
+)
+from .output import check_free, output_path
+from .settings import LIMITS, merge, read_jobs
+from .terminal import console, say
 from .tune import embedded_prompts
 
 UNSEEN = 200  # of the embedded model's prompts: those that `tune` begins with are left to it
@@ -31,15 +47,17 @@ def bench(
     prompts_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.")
     ] = None,
-    count: Annotated[int, typer.Option(help="How many prompts to use.")] = 16,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of the baseline.")] = None,
+    count: Annotated[int, number("How many prompts to use.", COUNT)] = 16,
+    steps: Annotated[
+        int | None, number("Denoising steps of the baseline.", LIMITS["steps"], show_default="20 with sticker, else 50")
+    ] = None,
     guidance_scale: GuidanceScale = None,
     scheduler: Scheduler = None,
     width: Pixels = None,
     height: Pixels = None,
     seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures in a call, except for times.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; every entry has its turn in each.")] = 5,
+    batch: Annotated[int, number("Pictures in a call, except for times.", BATCH)] = 8,
+    rounds: Annotated[int, number("Timed rounds; every entry has its turn in each.", ROUNDS)] = 5,
     converged: Annotated[bool, typer.Option(help="Also measure the distance to many steps of a good solver.")] = True,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with pictures and plots.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Write the plot as SVG.")] = None,
@@ -61,11 +79,11 @@ def bench(
     parsed = [Entry.parse(text) for text in entries or USUAL.split()]
     if len(set(parsed)) < len(parsed):
         raise ConfigurationError("an entry is given twice")
-    for name, value, low in (("count", count, 1), ("batch", batch, 1), ("rounds", rounds, 1)):
-        if value < low:
-            raise ConfigurationError(f"--{name} must be at least {low}, got {value}")
+    for name, value, bounds in (("count", count, COUNT), ("batch", batch, BATCH), ("rounds", rounds, ROUNDS)):
+        check_range(f"--{name}", value, bounds)
+    check_range("--seed", seed, LIMITS["seed"])
     files = {"html": html, "plot": plot, "json": json_file, "markdown": markdown_file}
-    check_free([Path(file) for file in files.values() if file is not None], overwrite)
+    check_free([output_path(file, f"--{name}") for name, file in files.items() if file is not None], overwrite)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge(given, {})
@@ -106,16 +124,14 @@ def bench(
         if file is not None:
             with replacing(Path(file)) as temporary:
                 temporary.write_text(texts[name](), encoding="utf-8")
-    typer.echo(report.markdown(result))
+    say(report.markdown(result), lines=True)
 
 
 class Status:
     """The line that says what is being done."""
 
     def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = console(err=True, quiet=quiet)
         self.status = self.console.status("")
 
     def __enter__(self) -> Status:
@@ -124,7 +140,7 @@ class Status:
         return self
 
     def __call__(self, text: str) -> None:
-        self.status.update(text)
+        self.status.update(self.console.render_str(text))
 
     def __exit__(self, *exception: object) -> None:
         self.status.stop()

@@ -9,9 +9,28 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
-from .arguments import AllowPickle, AsJson, Debug, Device, Dtype, GuidanceScale, Model, Pixels, Quiet, Scheduler, Steps
+from .arguments import (
+    BATCH,
+    AllowPickle,
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    GuidanceScale,
+    Model,
+    Pixels,
+    Quiet,
+    Scheduler,
+    Steps,
+    check_range,
+    number,
+)
 from .options import with_feature_flags
-from .settings import merge
+from .output import check_free, is_there, output_path
+from .settings import at_least, merge
+from .terminal import console, say
+
+COUNT = at_least(4, 100_000)  # distances between distributions need a few
 
 
 @with_feature_flags
@@ -20,14 +39,14 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Captioned pictures; without it the embedded reference.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Pictures to draw of each part, trained and held out.")] = 64,
+    count: Annotated[int, number("Pictures to draw of each part, trained and held out.", COUNT)] = 64,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     scheduler: Scheduler = None,
     width: Pixels = None,
     height: Pixels = None,
     seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 100,
-    batch: Annotated[int, typer.Option(help="Pictures in a call.")] = 16,
+    batch: Annotated[int, number("Pictures in a call.", BATCH)] = 16,
     grid: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the drawn pictures as one PNG.", show_default=False)
     ] = None,
@@ -41,15 +60,12 @@ def evaluate(
     **features: str | None,
 ) -> None:
     """Measure how well a model draws: distances, retrieval and, with --data, the validation loss by timestep."""
-    for name, value, low in (("count", count, 4), ("batch", batch, 1)):
-        if value < low:
-            raise ConfigurationError(f"--{name} must be at least {low}, got {value}")
-    if data is not None and not Path(data).is_dir():
+    check_range("--count", count, COUNT)
+    check_range("--batch", batch, BATCH)
+    if data is not None and not is_there(Path(data), "dir"):
         raise ConfigurationError(f"--data: no such folder: {data}")
-    if grid is not None and not overwrite:
-        from .output import check_free
-
-        check_free([Path(grid)], False)
+    if grid is not None:
+        check_free([output_path(grid, "--grid")], overwrite)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge({**given, **features}, {})
@@ -113,10 +129,9 @@ def measure(
 
 def show(result: dict[str, Any]) -> None:
     """The tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    terminal = console()
     title = f"{result['model']}, against {result['real']} real pictures ({result['data']})"
     parts = [split for split in ("train", "heldout") if split in result]
     table = Table("", *({"train": "trained", "heldout": "held out"}[part] for part in parts), title=title)
@@ -133,7 +148,7 @@ def show(result: dict[str, Any]) -> None:
     }
     for key, text in words.items():
         table.add_row(text, *(f"{result[part]['retrieval'][key]:.1%}" for part in parts))
-    console.print(table)
+    terminal.print(table)
     losses = [part for part in parts if "loss" in result[part]]
     if losses:
         bins = len(result[losses[0]]["loss"]["bins"])
@@ -143,11 +158,10 @@ def show(result: dict[str, Any]) -> None:
             curve.add_row(f"{low}–{high}", *(f"{result[part]['loss']['bins'][i]:.4f}" for part in losses))
         curve.add_row("mean", *(f"{result[part]['loss']['mean']:.4f}" for part in losses))
         curve.title = "validation loss"
-        console.print(curve)
+        terminal.print(curve)
     if "no_loss" in result:
-        console.print(f"no validation loss: {result['no_loss']}", markup=False, soft_wrap=True)
-    console.print(
+        say(f"no validation loss: {result['no_loss']}")
+    say(
         "Fréchet distance, precision and recall are measured on the features of a small classifier of stickers; "
-        "they are no FID and compare only with numbers of the same count.",
-        soft_wrap=True,
+        "they are no FID and compare only with numbers of the same count."
     )

@@ -10,6 +10,7 @@ import typer
 
 from ..registry import all_features
 from .arguments import AsJson, Debug
+from .terminal import say
 
 
 def rows() -> list[dict[str, Any]]:
@@ -50,9 +51,9 @@ def features(
         typer.echo(markdown())
     else:
         for row in rows():
-            typer.echo(f"{row['flag']}  {row['summary']}")
-            typer.echo(f"  source: {row['paper']}")
+            say(f"{row['flag']}  {row['summary']}")
+            say(f"  source: {row['paper']}")
             for k in row["keys"]:
-                typer.echo(f"  {k['key']}={json.dumps(k['default']).strip(chr(34))}  {k['meaning']}")
+                say(f"  {k['key']}={json.dumps(k['default']).strip(chr(34))}  {k['meaning']}")
             if row["conflicts"]:
-                typer.echo(f"  cannot be combined with: {', '.join(row['conflicts'])}")
+                say(f"  cannot be combined with: {', '.join(row['conflicts'])}")

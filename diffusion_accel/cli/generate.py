@@ -9,11 +9,26 @@ from typing import Annotated
 
 import typer
 
-from ..errors import AccelerationError
+from ..errors import AccelerationError, ConfigurationError
 from . import processes
-from .arguments import Debug, GuidanceScale, Model, Pixels, Scheduler, Steps
+from .arguments import Debug, GuidanceScale, Model, Pixels, Scheduler, Steps, number
 from .options import with_feature_flags
-from .settings import ATTENTION, DTYPES, OFFLOAD, RUNTIMES, Job, Settings, merge, read_config, read_jobs, refuse_jpeg
+from .settings import (
+    ATTENTION,
+    DTYPES,
+    LIMITS,
+    MAX_IMAGES,
+    OFFLOAD,
+    RUNTIMES,
+    Job,
+    Settings,
+    check_strength,
+    merge,
+    read_config,
+    read_jobs,
+    refuse_jpeg,
+)
+from .terminal import say
 from .transparency import by_picture, drawn_layers, extra_paths, layer_path, save_previews
 
 
@@ -42,13 +57,22 @@ def generate(
     scheduler: Scheduler = None,
     width: Pixels = None,
     height: Pixels = None,
-    seed: Annotated[int | None, typer.Option(help="Image k of a prompt uses seed + k; random if not given.")] = None,
-    num_images: Annotated[int | None, typer.Option(help="Images for each prompt.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Image k of a prompt uses seed + k. (0 to 2^63 - 1)", show_default="random")
+    ] = None,
+    num_images: Annotated[int | None, number("Images for each prompt.", LIMITS["num_images"], show_default="1")] = None,
     image: Annotated[str | None, typer.Option(metavar="FILE", help="Start from this image.", **_IMAGES)] = None,
     mask_image: Annotated[
         str | None, typer.Option(metavar="FILE", help="Inpaint where it is white.", **_IMAGES)
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of --image is replaced, up to 1.", **_IMAGES)] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of --image is replaced: above 0, 1 at most, and at least one step.",
+            show_default="the pipeline's, mostly 0.8",
+            **_IMAGES,
+        ),
+    ] = None,
     controlnet: Annotated[str | None, typer.Option(help="Folder or hub id of a ControlNet.", **_IMAGES)] = None,
     control_image: Annotated[
         str | None, typer.Option(metavar="FILE", help="Input of the ControlNet.", **_IMAGES)
@@ -60,11 +84,17 @@ def generate(
         bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.", **_MACHINE)
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; the best one if not given.", **_MACHINE)
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …", show_default="the best one here", **_MACHINE)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".", **_MACHINE)] = None,
-    offload: Annotated[str | None, typer.Option(help=", ".join(OFFLOAD) + ".", **_MACHINE)] = None,
-    attention: Annotated[str | None, typer.Option(help=", ".join(ATTENTION) + ".", **_MACHINE)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=", ".join(DTYPES) + ".", show_default=Settings.dtype, **_MACHINE)
+    ] = None,
+    offload: Annotated[
+        str | None, typer.Option(help=", ".join(OFFLOAD) + ".", show_default=Settings.offload, **_MACHINE)
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help=", ".join(ATTENTION) + ".", show_default=Settings.attention, **_MACHINE)
+    ] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="torch.compile the repeated blocks.", **_MACHINE)
     ] = None,
@@ -73,17 +103,33 @@ def generate(
         typer.Option(metavar="DIR|PACKAGE:KIND", help="A quantized checkpoint, or torchao:int8wo, …", **_MACHINE),
     ] = None,
     runtime: Annotated[
-        str | None, typer.Option(help="How a quantized model computes: " + ", ".join(RUNTIMES) + ".", **_MACHINE)
+        str | None,
+        typer.Option(
+            help="How a quantized model computes: " + ", ".join(RUNTIMES) + ".", show_default="auto", **_MACHINE
+        ),
     ] = None,
     low_memory: Annotated[
         bool | None, typer.Option("--low-memory", help="Keep quantized weights packed in memory.", **_MACHINE)
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File or folder (default: outputs).", **_OUTPUT)
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .png, .webp or .jpg file, or a folder.",
+            show_default=f"the folder {Settings.output}",
+            **_OUTPUT,
+        ),
     ] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace existing files.", **_OUTPUT)] = None,
     metadata: Annotated[
-        bool | None, typer.Option("--metadata/--no-metadata", help="Write settings into the image.", **_OUTPUT)
+        bool | None,
+        typer.Option(
+            "--metadata/--no-metadata", help="Write settings into the image.", show_default="metadata", **_OUTPUT
+        ),
+    ] = None,
+    paths_: Annotated[
+        bool | None, typer.Option("--paths", help="In them, whole paths of local files, not only names.", **_OUTPUT)
     ] = None,
     compare: Annotated[
         bool | None, typer.Option("--compare", help="Run plain diffusers too; picture and table.", **_OUTPUT)
@@ -96,7 +142,14 @@ def generate(
         typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write each picture over this.", **_TRANSPARENT),
     ] = None,
     layers_: Annotated[
-        str | None, typer.Option("--layers", metavar="fg,bg,blend", help="Which drawn layers to write.", **_TRANSPARENT)
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="fg,bg,blend",
+            help="Which drawn layers to write.",
+            show_default="all of them",
+            **_TRANSPARENT,
+        ),
     ] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON line an image on stdout.", **_OUTPUT)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.", **_OUTPUT)] = False,
@@ -109,7 +162,7 @@ def generate(
     own = ("features", "prompt", "prompts_file", "json_lines", "quiet", "config", "debug")
     for key in own:
         flags.pop(key)
-    flags["layers"] = flags.pop("layers_")
+    flags["layers"], flags["paths"] = flags.pop("layers_"), flags.pop("paths_")
     if lora is not None:
         flags["lora"] = tuple(lora)
     values = read_config(config) if config else {}
@@ -121,8 +174,12 @@ def generate(
     settings = processes.join(settings)
     plans = processes.same_seeds(settings, [_resolve(settings, job) for job in jobs])
 
-    from .output import check_free, plan_outputs
+    from .output import check_distinct, check_fits, check_free, plan_outputs
 
+    for plan in plans:
+        check_strength(plan)
+    if (total := sum(plan.num_images for plan in plans)) > MAX_IMAGES:
+        raise ConfigurationError(f"{total} images are asked for; one command draws at most {MAX_IMAGES}")
     seeds = [_seeds(plan) for plan in plans]
     paths = plan_outputs(settings.output, seeds, [j.output for j in jobs], settings.overwrite)
     layers = drawn_layers(settings)
@@ -132,6 +189,9 @@ def generate(
         refuse_jpeg(path)
     compared = [p[0].with_name(f"{p[0].stem}-compare.png") for p in paths] if settings.compare else []
     check_free(compared, settings.overwrite)
+    check_distinct([path for group in paths for path in group if len(layers) == 1] + beside + compared)
+    for group, plan in zip(paths, plans, strict=True):
+        check_fits(group, plan.width, plan.height)
 
     from .run import Session, check_machine
 
@@ -141,9 +201,9 @@ def generate(
     writes = processes.writes(settings)
     quiet, json_lines = quiet or not writes, json_lines and writes
     written = 0
-    total = sum(map(len, paths))
     try:
         session = Session(settings, source, device_name, quiet=quiet)
+        session.check(plans)
         for k, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
             result = session.generate(job.prompt, plan, seeds[k])
             if not writes:
@@ -159,10 +219,10 @@ def generate(
                     if json_lines:
                         typer.echo(json.dumps(session.record(file_, job.prompt, seed_, result)))
                     elif not quiet:
-                        typer.echo(f"{file_}  (seed {seed_})")
+                        say(f"{file_}  (seed {seed_})")
                 for file_, words in save_previews(path, dict(zip(layers, images, strict=True)), settings):
                     if not quiet and not json_lines:
-                        typer.echo(f"{file_}  {words}")
+                        say(f"{file_}  {words}")
                 written += 1
             if not json_lines and not quiet:
                 session.print_summary(result, compared[k] if compared else None)

@@ -11,6 +11,7 @@ import typer
 
 from .. import __version__
 from .arguments import AsJson, Debug
+from .terminal import say
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "peft", "xformers")
 
@@ -45,7 +46,7 @@ def info(as_json: AsJson = False, debug: Debug = False) -> None:
         typer.echo(json.dumps(facts))
         return
     for name in ("diffusion-accel", "python", "platform"):
-        typer.echo(f"{name}: {facts[name]}")
+        say(f"{name}: {facts[name]}")
     for name, version in facts["packages"].items():
-        typer.echo(f"{name}: {version or 'not installed'}")
-    typer.echo("devices: " + ", ".join(facts["devices"]))
+        say(f"{name}: {version or 'not installed'}")
+    say("devices: " + ", ".join(facts["devices"]))

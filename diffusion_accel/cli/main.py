@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import AccelerationError, __version__
+from ..io import printable
 from ..parallel.launch import leave_message
 from . import (
     bench,
@@ -27,6 +28,7 @@ from . import (
     tune,
 )
 from .options import join_bare_flags
+from .terminal import LIMIT, say, set_up_stream, show_warnings
 
 INTERRUPTED = 130
 
@@ -74,6 +76,8 @@ def run(arguments: list[str] | None = None) -> None:
     second on the way, and two more at the end.
     """
     gc.set_threshold(10_000)
+    for stream in (sys.stdout, sys.stderr):
+        set_up_stream(stream)
     try:
         main(arguments)
     finally:
@@ -85,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     processes.command_line[:] = arguments
     debug = "--debug" in arguments
+    show_warnings()
     if not debug:
         _quiet_libraries()
     try:
@@ -105,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the argument parser
             if type(error).__name__ == "NoArgsIsHelpError":
-                typer.echo(error.format_message())
+                typer.echo(error.format_message())  # the help, with its colours
             else:
                 _fail(error.format_message(), 2)
             sys.exit(2)
@@ -117,10 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str, code: int, consequence: bool = False) -> int:
     """Say what went wrong: on the terminal, or as one of several processes only if no other one does."""
-    message = " ".join(message.split())
+    message = printable(" ".join(message.split()))
+    message = message if len(message) <= LIMIT else f"{message[: LIMIT - 1]}…"
     others_say = os.environ.get("RANK", "0") != "0" and (code == 2 or consequence)
     if not leave_message(message, code, consequence) and not others_say:
-        typer.echo(f"error: {message}", err=True)
+        say(f"error: {message}", err=True)
     return code
 
 

@@ -9,7 +9,9 @@ import typer
 
 from ..errors import OutputError
 from .arguments import Debug
+from .image_metadata import parse_parameters
 from .output import read_metadata
+from .terminal import say
 
 
 def metadata(
@@ -22,9 +24,10 @@ def metadata(
     if text is None and data is None:
         raise OutputError(f"{file} holds no generation settings")
     if as_json:
-        typer.echo(json.dumps({"parameters": text, "diffusion_accel": data}))
+        settings = {} if text is None else parse_parameters(text)[2]
+        typer.echo(json.dumps({"parameters": text, "settings": settings, "diffusion_accel": data}))
         return
     if text is not None:
-        typer.echo(text)
+        say(text, lines=True)
     if data is not None:
         typer.echo(json.dumps(data, indent=2))

@@ -9,6 +9,7 @@ import typer
 
 from ..pipelines.models import EMBEDDED
 from .arguments import AsJson, Debug
+from .terminal import say
 
 
 def models(as_json: AsJson = False, debug: Debug = False) -> None:
@@ -20,8 +21,8 @@ def models(as_json: AsJson = False, debug: Debug = False) -> None:
         return
     for m in EMBEDDED.values():
         settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in m.settings.items())
-        typer.echo(f"{m.name}  ({m.size / 1e6:.0f} MB)  {m.summary}")
-        typer.echo(f"  recommended: {settings}")
-        typer.echo(f"  try: diffusion-accel generate {json.dumps(m.example)} --model {m.name}")
-        typer.echo(f"  licence: {m.licence}")
-        typer.echo(f"  model card: {m.path / 'README.md'}")
+        say(f"{m.name}  ({m.size / 1e6:.0f} MB)  {m.summary}")
+        say(f"  recommended: {settings}")
+        say(f"  try: diffusion-accel generate {json.dumps(m.example)} --model {m.name}")
+        say(f"  licence: {m.licence}")
+        say(f"  model card: {m.path / 'README.md'}")

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
 import os
 import re
+import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, OutputError
+from ..images import loaded
+from ..io import first_line, replacing
+from .image_metadata import read_embedded, save_options
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
-CHUNK = "diffusion_accel"
-_USER_COMMENT, _EXIF_IFD = 0x9286, 0x8769
+LARGEST = {"WEBP": 16_383, "JPEG": 65_500}  # pixels on a side that a file can hold
+NAME = 255 - 30  # bytes of a file name; the rest is for what is put around it while the file is written
+
+logger = logging.getLogger(__name__)
 
 
 def plan_outputs(output: str, seeds: list[list[int]], names: list[str | None], overwrite: bool) -> list[list[Path]]:
     """The path of every image: `seeds` has one list a prompt; `names` the file names that prompts ask for.
 
-    A path with an image suffix is a file (several images become `name-1.png`, `name-2.png`, …); anything else is a
-    folder, in which numbering goes on after the highest number there.
+    A path with an image suffix is a file (several images become `name-1.png`, `name-2.png`, …); a folder that exists,
+    or a path without a suffix or with "/" at its end, is a folder, in which numbering goes on after the highest number
+    there.
 
     Raises:
         OutputError: a file exists and `overwrite` is false, or the folder cannot be written.
         ConfigurationError: a name or suffix that cannot be used.
     """
-    target = Path(output)
+    target = output_path(output)
     total = sum(map(len, seeds))
     paths: list[list[Path]] = []
-    if target.suffix:
-        if target.suffix.lower() not in SUFFIXES:
-            raise ConfigurationError(f"-o {output}: unknown image type {target.suffix}; allowed: {', '.join(SUFFIXES)}")
+    if is_image_file(output):
+        named = next((name for name in names if name is not None), None)
+        if named is not None:
+            raise ConfigurationError(
+                f"output {named!r} of the prompts file needs -o to be a folder, and -o {output} is an image file"
+            )
         number = 0
         for some in seeds:
             paths.append([])
@@ -59,13 +68,65 @@ def plan_outputs(output: str, seeds: list[list[int]], names: list[str | None], o
     return paths
 
 
+def output_path(text: str, flag: str = "-o") -> Path:
+    """A path to write to. Raises `ConfigurationError` for text that names nothing."""
+    try:
+        os.fsencode(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{flag}: {text!r} cannot be the name of a file") from error
+    if not text.strip() or "\0" in text:
+        raise ConfigurationError(f"{flag}: {text!r} cannot be the name of a file")
+    if Path(text).name.lower() in SUFFIXES:
+        raise ConfigurationError(f"{flag}: {text} has nothing before its suffix")
+    return Path(text)
+
+
+def is_image_file(output: str) -> bool:
+    """Whether `output` means an image file, not a folder. Raises `ConfigurationError` for another type of file."""
+    path = Path(output)
+    if not path.suffix or output.endswith(("/", os.sep)) or is_there(path, "dir"):
+        return False
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigurationError(
+            f"-o {output}: unknown image type {path.suffix}; allowed: {', '.join(SUFFIXES)}, or a folder (end its name "
+            "with /)"
+        )
+    return True
+
+
+def is_there(path: Path, kind: str = "any") -> bool:
+    """Whether there is something (or a "file", a "dir") of this name; False for what cannot be a name."""
+    test = {"any": Path.exists, "file": Path.is_file, "dir": Path.is_dir}[kind]
+    try:
+        return test(path)
+    except (OSError, ValueError):
+        return False
+
+
 def check_free(paths: list[Path], overwrite: bool) -> None:
-    """Raise `OutputError` if a path is a folder, or exists and may not be replaced."""
+    """Raise `OutputError` if a path is a folder, exists and may not be replaced, or has a name that is too long."""
     for path in paths:
-        if path.is_dir():
+        if len(os.fsencode(path.name)) > NAME:
+            raise OutputError(f"the name of {path} is too long: at most {NAME} bytes")
+        if is_there(path, "dir"):
             raise OutputError(f"{path} is a folder")
-        if path.exists() and not overwrite:
+        if is_there(path) and not overwrite:
             raise OutputError(f"{path} exists; choose another name or pass --overwrite")
+
+
+def check_distinct(paths: list[Path]) -> None:
+    """Raise `ConfigurationError` if a file would be written twice."""
+    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+    if twice is not None:
+        raise ConfigurationError(f"{twice} would be written twice; give the prompts different outputs")
+
+
+def check_fits(paths: list[Path], width: int | None, height: int | None) -> None:
+    """Raise `ConfigurationError` for an image that is too large for the type of its file."""
+    for path in paths:
+        kind = SUFFIXES[path.suffix.lower()]
+        if max(width or 0, height or 0) > LARGEST.get(kind, 10**9):
+            raise ConfigurationError(f"{path}: {kind} holds at most {LARGEST[kind]} pixels on a side; use .png")
 
 
 def _highest(folder: Path) -> int:
@@ -74,7 +135,7 @@ def _highest(folder: Path) -> int:
 
 
 def _named(folder: Path, name: str, k: int, count: int) -> Path:
-    path = Path(name)
+    path = output_path(name, "output")
     if path.name != name or name.startswith("."):
         raise ConfigurationError(f"output {name!r} must be a plain file name; the folder is set by -o")
     if path.suffix.lower() not in SUFFIXES:
@@ -85,72 +146,50 @@ def _named(folder: Path, name: str, k: int, count: int) -> Path:
 def check_writable(folder: Path) -> None:
     """Raise `OutputError` unless files can be made in `folder` (or in the nearest parent that exists)."""
     parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"cannot write to {folder}: {parent} is not a folder")
     try:
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise OutputError(f"cannot write to {folder}: {parent} is not a folder")
         with tempfile.TemporaryFile(dir=parent):
             pass
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def save_image(image: Image.Image, path: Path, text: str | None = None, data: dict[str, Any] | None = None) -> None:
-    """Write beside and rename, so that no half-written image is ever seen. `text` and `data` go in as metadata."""
-    from PIL import Image as PIL
-    from PIL.PngImagePlugin import PngInfo
+    """Write beside and rename, so that no half-written image is ever seen. `text` and `data` go in as metadata.
 
+    An image is never lost for its metadata: if they cannot be written, it is written without, with a warning.
+    """
     kind = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 95} if kind != "PNG" else {}
     if text is not None:
-        if kind == "PNG":
-            info = PngInfo()
-            info.add_itxt("parameters", text)
-            info.add_itxt(CHUNK, json.dumps(data or {}))
-            options["pnginfo"] = info
-        else:
-            exif = PIL.Exif()
-            comment = json.dumps({"parameters": text, CHUNK: data or {}})
-            exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be")
-            options["exif"] = exif.tobytes()
-    temporary = path.with_name(f".{path.name}.part")
+        try:
+            return _write(image, path, kind, options | save_options(kind, text, data or {}))
+        except (ValueError, TypeError, ArithmeticError, RecursionError, struct.error) as error:
+            logger.warning("%s is written without its settings: %s", path, first_line(error))
+    _write(image, path, kind, options)
+
+
+def _write(image: Image.Image, path: Path, kind: str, options: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format=kind, **options)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            image.save(temporary, format=kind, **options)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_metadata(file: str) -> tuple[str | None, dict[str, Any] | None]:
     """The `parameters` text and the JSON data of an image; None for what is not there.
 
     Raises:
-        OutputError: the file is missing or no image.
+        OutputError: the file is missing, no image, or its metadata of ours is damaged.
     """
-    from PIL import Image as PIL
-    from PIL import UnidentifiedImageError
-
-    try:
-        with PIL.open(file) as image:
-            image.load()
-            texts = dict(getattr(image, "text", {}))
-            comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
-    except FileNotFoundError as error:
-        raise OutputError(f"no such file: {file}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise OutputError(f"{file} is not an image that can be read") from error
-    try:
-        if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-            both = json.loads(comment[8:].decode("utf-16-be"))
-            return both.get("parameters"), both.get(CHUNK)
-        return texts.get("parameters"), json.loads(texts[CHUNK]) if CHUNK in texts else None
-    except (ValueError, AttributeError) as error:
-        raise OutputError(f"the metadata of {file} is damaged") from error
+    with loaded(file, error=OutputError) as image:
+        return read_embedded(image, file)
 
 
 def check_free_folder(folder: Path, overwrite: bool) -> None:

@@ -15,24 +15,29 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
+from PIL import Image
 from rich.table import Table
 
 from .. import __version__
 from ..denoisers import find_denoiser
 from ..errors import ConfigurationError, ModelLoadError
 from ..evaluation.compare import Comparison, compare
-from ..evaluation.pictures import difference, grid, over
+from ..evaluation.pictures import difference, grid
+from ..images import open_image
 from ..pipelines.loading import load_lora, load_pipeline
 from ..pipelines.models import ModelSource
 from ..pipelines.schedulers import set_scheduler
+from ..pipelines.sizes import far_from_trained
 from ..switchboard import accelerate
+from .image_metadata import names_only, parameters_text
 from .output import save_image
-from .settings import Settings, split_lora
+from .settings import Settings, check_strength, split_lora
+from .terminal import console, note, say
 from .transparency import as_written, drawn_layers
 
 _HASH_LIMIT = 2**29  # larger files are not hashed for the metadata
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_USUAL = {"steps": "num_inference_steps", "strength": "strength"}  # settings whose defaults a pipeline's call names
 
 
 def best_device() -> str:
@@ -97,8 +102,11 @@ class Session:
         self.pipe = accelerate(pipe, *settings.features.values())
         for name in self.pipe.acceleration.features:
             if name not in settings.features and not quiet:
-                print(f"note: {name.replace('_', ' ')} is on: the model was trained with it", file=sys.stderr)
+                note(f"{name.replace('_', ' ')} is on: the model was trained with it")
         self.hash = _model_hash(source)
+        self._sizes: set[tuple[int | None, int | None]] = set()  # those that were already looked at
+        if settings.image is None:
+            self._note_size(settings.width, settings.height)
 
     def _load(self, settings: Settings, device: str) -> Any:
         """The pipeline, where and how it runs, without features."""
@@ -136,9 +144,22 @@ class Session:
             pipe.set_adapters(names, scales)
 
     # ------------------------------------------------------------------ one prompt
+    def check(self, plans: list[Settings]) -> None:
+        """Refuse what this pipeline cannot do for any of the prompts, before the first image is drawn."""
+        for plan in {repr(dataclasses.replace(plan, seed=None)): plan for plan in plans}.values():
+            self._arguments("", plan, opening=False)
+            usual = {k: getattr(self.parameters.get(name), "default", None) for k, name in _USUAL.items()}
+            known: dict[str, Any] = {
+                k: v for k, v in usual.items() if getattr(plan, k) is None and isinstance(v, (int, float))
+            }
+            if plan.image:
+                check_strength(dataclasses.replace(plan, **known))
+
     def generate(self, prompt: str, plan: Settings, seeds: list[int]) -> Result:
         """Call the pipeline (and, with --compare, plain diffusers as well)."""
         arguments = self._arguments(prompt, plan)
+        start = arguments.get("image")
+        self._note_size(*(start.size if isinstance(start, Image.Image) else (plan.width, plan.height)))
         self._note_long_prompt(prompt)
 
         # layers that are drawn together are pictures of one call, each from a seed of its own
@@ -166,7 +187,7 @@ class Session:
             return pictures
         return torch.nn.functional.interpolate(pictures, size, mode="bilinear", antialias=True)
 
-    def _arguments(self, prompt: str, plan: Settings) -> dict[str, Any]:
+    def _arguments(self, prompt: str, plan: Settings, opening: bool = True) -> dict[str, Any]:
         wanted: dict[str, Any] = {
             "negative_prompt": plan.negative_prompt,
             "num_inference_steps": plan.steps,
@@ -175,12 +196,14 @@ class Session:
             "height": plan.height,
             "strength": plan.strength,
         }
-        if plan.image:
-            wanted["image"] = _open(plan.image, "RGBA" if "transparent" in plan.features else "RGB", plan)
-        if plan.mask_image:
-            wanted["mask_image"] = _open(plan.mask_image, "L", plan)
-        if plan.control_image:
-            wanted["control_image" if plan.image else "image"] = _open(plan.control_image, "RGB", plan)
+        images = {
+            "image": ("--image", plan.image, "RGBA" if "transparent" in plan.features else "RGB"),
+            "mask_image": ("--mask-image", plan.mask_image, "L"),
+            "control_image" if plan.image else "image": ("--control-image", plan.control_image, "RGB"),
+        }
+        for name, (flag, file, mode) in images.items():
+            if file:
+                wanted[name] = _open(file, mode, plan, flag) if opening else file
         given = {k: v for k, v in wanted.items() if v is not None}
         unknown = [k for k in given if k not in self.parameters and k not in ("width", "height")]
         if unknown:
@@ -194,7 +217,14 @@ class Session:
         if tokenizer is not None and limit and limit < 10**6:
             length = len(tokenizer(prompt).input_ids)
             if length > limit:
-                print(f"note: the prompt has {length} tokens; the model reads the first {limit}", file=sys.stderr)
+                note(f"the prompt has {length} tokens; the model reads the first {limit}")
+
+    def _note_size(self, width: int | None, height: int | None) -> None:
+        """Say, once a size, that it is far from what the model was trained for."""
+        words = far_from_trained(self.pipe, width, height) if (width, height) not in self._sizes else None
+        self._sizes.add((width, height))
+        if words:
+            note(words)
 
     # ------------------------------------------------------------------ what is kept
     def save(self, image: Image.Image, path: Path, prompt: str, plan: Settings, seed: int, result: Result) -> None:
@@ -210,6 +240,7 @@ class Session:
         )
 
     def _parameters_text(self, image: Image.Image, prompt: str, plan: Settings, seed: int, result: Result) -> str:
+        features = [f.described({} if plan.paths else names_only(f.to_dict())) for f in plan.features.values()]
         pairs = {
             "Steps": plan.steps or result.report.steps,
             "Sampler": type(self.pipe.scheduler).__name__.removesuffix("Scheduler"),
@@ -219,20 +250,17 @@ class Session:
             "Model hash": self.hash,
             "Model": self.source.name,
             "Denoising strength": plan.strength,
-            "Accelerated by": "; ".join(map(str, plan.features.values())) or None,
+            "Accelerated by": "; ".join(features) or None,
             "Quantized": how_quantized(self.pipe),
             "Version": f"diffusion-accel {__version__}",
         }
-        lines = [prompt]
-        if plan.negative_prompt:
-            lines.append(f"Negative prompt: {plan.negative_prompt}")
-        lines.append(", ".join(f"{k}: {v}" for k, v in pairs.items() if v is not None))
-        return "\n".join(lines)
+        return parameters_text(prompt, plan.negative_prompt, pairs)
 
     def _data(self, prompt: str, plan: Settings, seed: int, result: Result) -> dict[str, Any]:
         keys = "negative_prompt steps guidance_scale width height strength dtype lora quantize runtime".split()
+        keys += ["image", "mask_image", "controlnet", "control_image"]
         settings = {k: v for k in keys if (v := getattr(plan, k)) not in (None, ())}
-        return {
+        data = {
             "prompt": prompt,
             "seed": seed,
             "model": self.source.name,
@@ -243,6 +271,7 @@ class Session:
             "report": result.report.to_dict(),
             "versions": versions(),
         }
+        return data if plan.paths else names_only(data)
 
     def record(self, path: Path, prompt: str, seed: int, result: Result) -> dict[str, Any]:
         """The JSON line of one image."""
@@ -268,19 +297,18 @@ class Session:
 
     def print_summary(self, result: Result, compared: Path | None) -> None:
         """The report, and with --compare the table of what was gained and lost."""
-        console = Console(highlight=False)
-        console.print(str(result.report), markup=False, soft_wrap=True)
+        say(result.report, lines=True)
         quantized = how_quantized(self.pipe)
         if quantized:
-            console.print(f"  {quantized}", markup=False, soft_wrap=True)
+            say(f"  {quantized}")
         c = result.comparison
         if c is None:
             return
         table = Table("time ratio", "FLOP ratio", "PSNR dB", "SSIM", title="against plain diffusers (1.00 = equal)")
         psnr, ssim = sorted(c.psnr)[len(c.psnr) // 2], sorted(c.ssim)[len(c.ssim) // 2]
         table.add_row(f"{c.time_ratio:.2f}", f"{c.flop_ratio:.2f}", f"{psnr:.1f}", f"{ssim:.3f}")
-        console.print(table)
-        console.print(f"side by side: {compared}", markup=False, soft_wrap=True)
+        console().print(table)
+        say(f"side by side: {compared}")
 
 
 def how_quantized(pipe: Any) -> str | None:
@@ -307,18 +335,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _open(file: str, mode: str, plan: Settings) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            transparent = image.mode in ("RGBA", "LA", "P") and mode == "RGB"
-            opened = image.convert("RGBA") if transparent else image.convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ConfigurationError(f"{file} is not an image that can be read") from error
-    if opened.mode == "RGBA" and mode == "RGB":  # a transparent picture is seen on white
-        opened = over(opened, (255, 255, 255))
+def _open(file: str, mode: str, plan: Settings, flag: str) -> Image.Image:
+    """An image file in the size that is drawn: transparency over white, of a mask over black."""
+    opened = open_image(file, mode, what=flag, background=_BLACK if mode == "L" else _WHITE)
     size = (plan.width or opened.width // 8 * 8, plan.height or opened.height // 8 * 8)
     if min(size) < 8:
-        raise ConfigurationError(f"{file} is too small: {opened.width}x{opened.height} pixels")
+        raise ConfigurationError(f"{flag} {file} is too small: {opened.width}x{opened.height} pixels")
     return opened if opened.size == size else opened.resize(size, Image.Resampling.LANCZOS)
 
 

@@ -6,26 +6,66 @@ Everything here is checked before torch or a model is loaded.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Feature
+from ..io import first_line, parse_json, read_json, read_text, read_toml, split_lines
 from ..pipelines.models import ModelSource, check_weights, find_model
 from ..pipelines.quantizers import check_quantize
 from ..pipelines.schedulers import check_scheduler
 from ..registry import FEATURES
 from .options import parse_feature
+from .output import is_there
 
 MAX_SEED = 2**63 - 1
+MAX_TEXT = 1_000_000  # characters of a prompt
+MAX_IMAGES = 10_000  # of one command
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOAD = ("none", "model", "sequential")
 ATTENTION = ("sdpa", "xformers")
 RUNTIMES = ("auto", "integer", "dequantize", "simulated")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number may be: a test (`value in bounds`), and in words."""
+
+    low: float
+    high: float
+    words: str
+    step: int = 0
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and (not self.step or value % self.step == 0)  # False for nan
+
+    def __str__(self) -> str:
+        return self.words
+
+    @property
+    def short(self) -> str:
+        """For the help."""
+        return f"{self.low:.10g} to {self.high:.10g}" + (f", a multiple of {self.step}" if self.step else "")
+
+
+def at_least(low: int, high: int) -> Bounds:
+    """Whole numbers from `low` to `high`."""
+    return Bounds(low, high, f"at least {low} and at most {high}")
+
+
+SIZE = Bounds(8, 32_768, "a positive multiple of 8 and at most 32768", 8)
+LIMITS: dict[str, Bounds] = {
+    "width": SIZE,
+    "height": SIZE,
+    "steps": at_least(1, 10_000),
+    "num_images": at_least(1, MAX_IMAGES),
+    "guidance_scale": Bounds(0, 1000, "a finite number of at least 0 and at most 1000"),
+    "strength": Bounds(math.ulp(0), 1, "above 0 and at most 1"),
+    "seed": Bounds(0, MAX_SEED, f"between 0 and {MAX_SEED}"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +113,7 @@ class Settings:
     output: str = "outputs"
     overwrite: bool = False
     metadata: bool = True
+    paths: bool = False
     compare: bool = False
     premultiplied: bool = False
     preview: str | None = None
@@ -90,26 +131,25 @@ class Settings:
 
 def read_config(file: str) -> dict[str, Any]:
     """A TOML or JSON file with the long flag names as keys (dashes or underscores)."""
-    path = Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"--config {file} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--config {file} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}"
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"--config {file} must be a table of settings")
-    values = {k.replace("-", "_"): v for k, v in values.items()}
+    path, what = Path(file), f"--config {file}"
+    read = read_json if path.suffix.lower() == ".json" else read_toml
+    found = read(path, "--config")
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{what} must be a table of settings")
+    values: dict[str, Any] = {}
+    for key, value in found.items():
+        if (name := key.replace("-", "_")) in values:
+            raise ConfigurationError(f"{what}: {name!r} is given twice")
+        values[name] = value
     known = {f.name for f in dataclasses.fields(Settings)} - {"features"} | set(FEATURES) | {"prompt", "prompts_file"}
     for key in values:
         if key not in known:
-            raise ConfigurationError(f"--config {file}: unknown key {key!r}; the keys are: {', '.join(sorted(known))}")
+            raise ConfigurationError(f"{what}: unknown key {shown(key)}; the keys are: {', '.join(sorted(known))}")
+    prompts = values.get("prompt", [])
+    if not isinstance(prompts, str) and not (isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)):
+        raise ConfigurationError(f"{what}: prompt must be a text or a list of texts, got {shown(prompts)}")
+    if "prompts_file" in values:
+        _typed("prompts_file", values["prompts_file"], f"{what}: ")
     return values
 
 
@@ -133,7 +173,8 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("steps", "width", "height", "seed", "num_images"), int),
     **dict.fromkeys(("guidance_scale", "strength"), float),
     **dict.fromkeys(
-        ("compile", "overwrite", "metadata", "compare", "premultiplied", "allow_pickle", "low_memory"), bool
+        ("compile", "overwrite", "metadata", "paths", "compare", "premultiplied", "allow_pickle", "low_memory"),
+        bool,
     ),
 }
 
@@ -143,21 +184,43 @@ def _typed(key: str, value: Any, where: str = "") -> Any:
     flag = f"{where}{key}"
     if key == "lora":
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-            raise ConfigurationError(f"{flag} must be a list of texts PATH[:SCALE], got {value!r}")
-        return tuple(value)
+            raise ConfigurationError(f"{flag} must be a list of texts PATH[:SCALE], got {shown(value)}")
+        return tuple(_text(v, flag) for v in value)
     kind = _TYPES.get(key, str)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and value.bit_length() < 1000:
         value = float(value)
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ConfigurationError(f"{flag} must be {words[kind]}, got {value!r}")
+        raise ConfigurationError(f"{flag} must be {words[kind]}, got {shown(value)}")
+    return _text(str(value), flag) if kind is str else value
+
+
+def _text(value: str, flag: str) -> str:
+    if "\0" in value or len(value) > MAX_TEXT:
+        what = "no character NUL" if "\0" in value else f"at most {MAX_TEXT} characters"
+        raise ConfigurationError(f"{flag} must have {what}, got {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value of somebody's file in an error message: cut where it is long."""
+    if type(value) is int and value.bit_length() > 200:  # Python refuses to write out very long ones
+        return f"a number of about {int(value.bit_length() * 0.30103) + 1} digits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # such a number, or very deep, inside of it
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def check(settings: Settings) -> None:
     """Refuse what cannot work."""
     s = settings
     check_numbers(dataclasses.asdict(dataclasses.replace(s, features={})), "--")
+    if s.seed is not None and s.seed > MAX_SEED - s.num_images + 1:
+        raise ConfigurationError(f"--seed {s.seed} with --num-images {s.num_images} goes beyond {MAX_SEED}")
+    check_text(s.negative_prompt, "negative prompt")
+    check_strength(s)
     if s.scheduler is not None:
         check_scheduler(s.scheduler)
     for name, allowed in (("dtype", DTYPES), ("offload", OFFLOAD), ("attention", ATTENTION)):
@@ -174,11 +237,11 @@ def check(settings: Settings) -> None:
             raise ConfigurationError(f"--{one.replace('_', '-')} needs --{other.replace('_', '-')}")
     for name in ("image", "mask_image", "control_image"):
         file = getattr(s, name)
-        if file is not None and not Path(file).is_file():
+        if file is not None and not is_there(Path(file), "file"):
             raise ConfigurationError(f"--{name.replace('_', '-')}: no such file: {file}")
     for entry in s.lora:
         file, _ = split_lora(entry)
-        if not Path(file).is_file():
+        if not is_there(Path(file), "file"):
             raise ModelLoadError(f"--lora: no such file: {file}")
         check_weights(Path(file))
     if s.quantize is not None:
@@ -192,6 +255,15 @@ def check(settings: Settings) -> None:
         )
     if s.compile and s.offload == "sequential":
         raise ConfigurationError("--compile cannot be combined with --offload sequential")
+
+
+def check_strength(s: Settings) -> None:
+    """Refuse a strength at which no step is left to run. Without `strength` or `steps` only the pipeline knows them."""
+    if s.strength is not None and s.steps is not None and int(s.steps * s.strength) < 1:
+        raise ConfigurationError(
+            f"--strength {s.strength:g} of {s.steps} steps leaves no step to run; use --strength "
+            f"{math.ceil(1000 / s.steps) / 1000:g} or more, or --steps {math.ceil(1 / s.strength)} or more"
+        )
 
 
 def check_transparency(s: Settings) -> None:
@@ -228,48 +300,34 @@ def parse_background(text: str) -> Any:
     """ "checkerboard", a colour (a name or #rrggbb), or a picture file: None, a tuple, or an image."""
     if text == "checkerboard":
         return None
-    from PIL import Image, ImageColor, UnidentifiedImageError
+    from PIL import ImageColor
 
-    if Path(text).is_file():
-        try:
-            with Image.open(text) as image:
-                return image.convert("RGBA")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise ConfigurationError(f"{text} is not an image that can be read") from error
+    if is_there(Path(text), "file"):
+        from ..images import open_image
+
+        return open_image(Path(text), "RGBA")
     try:
         return ImageColor.getrgb(text)
     except ValueError as error:
         raise ConfigurationError(
-            f"the background {text!r} is neither checkerboard, nor a colour (white, #ff8800), nor a picture file"
+            f"the background {shown(text)} is neither checkerboard, nor a colour (white, #ff8800), nor a picture file"
         ) from error
 
 
 def check_numbers(values: dict[str, Any], prefix: str) -> None:
     """Ranges of the numeric settings; `prefix` goes before the name in the message."""
 
-    def refuse(key: str, allowed: str) -> None:
-        raise ConfigurationError(f"{prefix}{key.replace('_', '-')} must be {allowed}, got {values[key]}")
-
-    for key in ("width", "height"):
-        if values.get(key) is not None and (values[key] < 8 or values[key] % 8):
-            refuse(key, "a positive multiple of 8")
-    for key in ("steps", "num_images"):
-        if values.get(key) is not None and values[key] < 1:
-            refuse(key, "at least 1")
-    guidance = values.get("guidance_scale")
-    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
-        refuse("guidance_scale", "a finite number of at least 0")
-    strength = values.get("strength")
-    if strength is not None and not 0 < strength <= 1:
-        refuse("strength", "above 0 and at most 1")
-    if values.get("seed") is not None and not 0 <= values["seed"] <= MAX_SEED:
-        refuse("seed", f"between 0 and {MAX_SEED}")
+    for key, bounds in LIMITS.items():
+        value = values.get(key)
+        if value is not None and value not in bounds:
+            name = f"{prefix}{key.replace('_', '-')}"
+            raise ConfigurationError(f"{name} must be {bounds}, got {shown(value)}")
 
 
 def split_lora(entry: str) -> tuple[str, float]:
     """`PATH[:SCALE]` as path and scale (1 if none is given)."""
     path, colon, scale = entry.rpartition(":")
-    if not colon or Path(entry).is_file():
+    if not colon or is_there(Path(entry), "file"):
         return entry, 1.0
     try:
         value = float(scale)
@@ -284,13 +342,9 @@ def read_jobs(prompts: list[str], file: str | None) -> list[Job]:
     """The prompts of the command line, then those of a prompts file (a prompt a line, or JSON objects a line)."""
     jobs = [Job(prompt=p) for p in prompts]
     if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ConfigurationError(f"--prompts-file {file} cannot be read: {reason}") from error
-        jsonl = Path(file).suffix in (".jsonl", ".json", ".ndjson")
-        for number, line in enumerate(text.splitlines(), 1):
+        text = read_text(file, "--prompts-file")
+        jsonl = Path(file).suffix.lower() in (".jsonl", ".json", ".ndjson")
+        for number, line in enumerate(split_lines(text), 1):
             if line.strip():
                 jobs.append(_json_job(line, f"{file}, line {number}") if jsonl else Job(prompt=line.strip()))
     if not jobs:
@@ -298,20 +352,37 @@ def read_jobs(prompts: list[str], file: str | None) -> list[Job]:
     for job in jobs:
         if not job.prompt.strip():
             raise ConfigurationError("a prompt is empty")
+        for name in ("prompt", "negative_prompt"):
+            check_text(getattr(job, name), name.replace("_", " "))
     return jobs
+
+
+def check_text(text: str | None, what: str) -> None:
+    """Raise `ConfigurationError` for a prompt that is no Unicode text, or longer than any model reads."""
+    if text is None:
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"the {what} {shown(text)} is not valid UTF-8 at character {error.start + 1}; check the encoding of the "
+            "terminal or file it comes from"
+        ) from error
+    if len(text) > MAX_TEXT:
+        raise ConfigurationError(f"the {what} has {len(text)} characters; at most {MAX_TEXT} are allowed")
 
 
 def _json_job(line: str, where: str) -> Job:
     try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ConfigurationError(f"{where}: not valid JSON: {error}") from error
+        values = parse_json(line, where, nonfinite=True)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: not valid JSON: {first_line(error.__cause__ or error)}") from error
     known = {f.name for f in dataclasses.fields(Job)}
     if not isinstance(values, dict) or "prompt" not in values:
         raise ConfigurationError(f'{where}: expected an object with a "prompt"')
     for key in values:
         if key not in known:
-            raise ConfigurationError(f"{where}: unknown key {key!r}; the keys are: {', '.join(sorted(known))}")
+            raise ConfigurationError(f"{where}: unknown key {shown(key)}; the keys are: {', '.join(sorted(known))}")
     values = {k: _typed(k, v, f"{where}: ") for k, v in values.items()}
     check_numbers(values, f"{where}: ")
     return Job(**values)

@@ -9,7 +9,9 @@ import typer
 
 from ..errors import ConfigurationError, OutputError
 from .arguments import Debug
+from .output import is_there
 from .settings import Settings, parse_background, refuse_jpeg
+from .terminal import say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,17 +98,13 @@ def _recomposition(layers: dict[str, Image.Image]) -> float:
 
 
 # ------------------------------------------------------------------------------------------- commands
-def open_image(file: str) -> Image.Image:
+def _opened(file: str) -> Image.Image:
     """A picture file as RGBA. Raises `OutputError` for a missing one, `ConfigurationError` for one that is none."""
-    from PIL import Image, UnidentifiedImageError
+    from ..images import open_image
 
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGBA")
-    except FileNotFoundError as error:
-        raise OutputError(f"no such file: {file}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ConfigurationError(f"{file} is not an image that can be read") from error
+    if not is_there(Path(file)):
+        raise OutputError(f"no such file: {file}")
+    return open_image(file, "RGBA")
 
 
 def compose(
@@ -128,7 +126,7 @@ def compose(
         parse_background(background)
     from PIL import Image
 
-    images = [open_image(file) for file in layers]
+    images = [_opened(file) for file in layers]
     made = images[0]
     for file, image in zip(layers[1:], images[1:], strict=True):
         if image.size != made.size:
@@ -138,7 +136,7 @@ def compose(
             )
         made = Image.alpha_composite(made, image)
     save_image(made if background is None else _over(made, background), path)
-    typer.echo(str(path))
+    say(str(path))
 
 
 def cutout(
@@ -173,7 +171,7 @@ def cutout(
     if views == 0:
         raise ConfigurationError("--views must be 8, 4 or 1, got 0")
     feature = LatentTransparency(weights=weights, views=views, refine=refine, strength=0.0)
-    picture = open_image(image)
+    picture = _opened(image)
     source = find_model(model)
     import diffusers
     import transformers
@@ -185,10 +183,10 @@ def cutout(
         library.utils.logging.disable_progress_bar()
     made, alpha_psnr = _round_trip(load_pipeline(source), feature, picture)
     save_image(multiplied(made) if premultiplied else made, path)
-    typer.echo(f"{path}  alpha PSNR {alpha_psnr:.1f} dB")
+    say(f"{path}  alpha PSNR {alpha_psnr:.1f} dB")
     if preview is not None:
         save_image(_over(made, preview), beside)
-        typer.echo(f"{beside}  over {preview}")
+        say(f"{beside}  over {preview}")
 
 
 def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Image, float]:

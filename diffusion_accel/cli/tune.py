@@ -9,41 +9,86 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
-from .arguments import AllowPickle, AsJson, Debug, Device, Dtype, GuidanceScale, Model, Pixels, Quiet, Scheduler
-from .output import check_free
-from .settings import merge, read_jobs
+from ..io import printable
+from .arguments import (
+    BATCH,
+    SECONDS,
+    AsJson,
+    Debug,
+    Model,
+    Quiet,
+    check_range,
+    number,
+    recommended,
+)
+from .output import check_free, output_path
+from .settings import DTYPES, LIMITS, Bounds, at_least, merge, read_jobs
+from .terminal import say
+
+COUNT = at_least(6, 100_000)  # the search needs some, and others to test what it found
+_TARGET = {"rich_help_panel": "Target (one of them)"}
+_PROMPTS = {"rich_help_panel": "Prompts"}
+_CALL = {"rich_help_panel": "What the plan is for"}
+_SEARCH = {"rich_help_panel": "Search"}
+_MACHINE = {"rich_help_panel": "Machine"}
 
 
 def tune(
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The plan to write, a .json file.")],
     model: Model = None,
-    speedup: Annotated[float | None, typer.Option(help="Target: the best fidelity at this speed-up.")] = None,
+    speedup: Annotated[
+        float | None, number("The best fidelity at this speed-up.", Bounds(1, 1000, ""), **_TARGET)
+    ] = None,
     min_psnr: Annotated[
-        float | None, typer.Option(help="Target: the highest speed-up at this median PSNR (dB).")
+        float | None, typer.Option(help="The highest speed-up at this median PSNR (dB).", **_TARGET)
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A prompt a line, 24 or more; the embedded model needs none.")
+        str | None,
+        typer.Option(metavar="FILE", help="A prompt a line, 24 or more; the embedded model needs none.", **_PROMPTS),
     ] = None,
-    prompts: Annotated[int, typer.Option("--count", help="How many prompts to use, or pictures to draw.")] = 24,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps that the plan is for.")] = None,
-    guidance_scale: GuidanceScale = None,
-    scheduler: Scheduler = None,
-    width: Pixels = None,
-    height: Pixels = None,
+    prompts: Annotated[int, number("How many prompts to use, or pictures to draw.", COUNT, "--count", **_PROMPTS)] = 24,
+    seed: Annotated[int, typer.Option(help="Picture k uses seed + k.", **_PROMPTS)] = 0,
+    steps: Annotated[
+        int | None,
+        number("Denoising steps.", LIMITS["steps"], show_default="20 with sticker, else 50", **_CALL),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        number(
+            "Classifier-free guidance; 1 switches it off.",
+            LIMITS["guidance_scale"],
+            show_default=recommended("guidance_scale"),
+            **_CALL,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="ddim, dpm++, euler, unipc, … or a diffusers class.", show_default=recommended("scheduler"), **_CALL
+        ),
+    ] = None,
+    width: Annotated[int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"), **_CALL)] = None,
+    height: Annotated[
+        int | None, number("Pixels.", LIMITS["height"], show_default=recommended("height"), **_CALL)
+    ] = None,
     try_steps: Annotated[
-        list[int] | None, typer.Option(help="A number of steps that the plan may use instead; repeatable.")
+        list[int] | None,
+        number("A number of steps that the plan may use instead; repeatable.", LIMITS["steps"], **_SEARCH),
     ] = None,
     try_scheduler: Annotated[
-        list[str] | None, typer.Option(help="A scheduler that the plan may use instead; repeatable.")
+        list[str] | None, typer.Option(help="A scheduler that the plan may use instead; repeatable.", **_SEARCH)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures in a call.")] = 8,
-    budget: Annotated[float, typer.Option(help="Seconds for the search.")] = 300.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
+    batch: Annotated[int, number("Pictures in a call.", BATCH, **_SEARCH)] = 8,
+    budget: Annotated[float, number("Seconds for the search.", SECONDS, **_SEARCH)] = 300.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.", **_SEARCH)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    allow_pickle: AllowPickle = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …", show_default="the best one here", **_MACHINE)
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".", show_default="float32", **_MACHINE)] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.", **_MACHINE)
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -54,10 +99,11 @@ def tune(
     """
     if not output.endswith(".json"):
         raise ConfigurationError(f"--output must end in .json, got {output}")
-    for name, value, low in (("count", prompts, 6), ("batch", batch, 1), ("budget", budget, 1)):
-        if value < low:
-            raise ConfigurationError(f"--{name} must be at least {low}, got {value}")
-    check_free([Path(output)], overwrite)
+    for name, value, bounds in (("count", prompts, COUNT), ("batch", batch, BATCH), ("budget", budget, SECONDS)):
+        check_range(f"--{name}", value, bounds)
+    for number_of_steps in try_steps or []:
+        check_range("--try-steps", number_of_steps, LIMITS["steps"])
+    check_free([output_path(output)], overwrite)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge(given, {})
@@ -139,7 +185,7 @@ class Bar:
         self.bar: Any = tqdm(total=100, bar_format=form, disable=True if quiet else None, leave=False)
 
     def __call__(self, text: str, share: float) -> None:
-        self.bar.set_description_str(text, refresh=False)
+        self.bar.set_description_str(printable(text), refresh=False)
         self.bar.update(max(0, round(100 * share) - self.bar.n))
         self.bar.refresh()
 
@@ -154,11 +200,11 @@ def show(output: str, plan: Any) -> None:
     parts = [f"{n} {words[m]}" for m, n in counts.items() if n]
     alone = sum(step.guidance == "reuse" for step in steps)
     scheduler = plan.conditions["scheduler"]
-    typer.echo(
+    say(
         f"{output}: {scheduler}, {len(steps)} steps, {', '.join(parts)}"
         + (f", {alone} without guidance" if alone else "")
     )
-    typer.echo(
+    say(
         f"on {measured['pictures']} prompts the search did not see: {measured['time_ratio']:.2f}x as fast "
         f"(FLOPs {measured['flop_ratio']:.2f}x), PSNR {measured['psnr_median']:.1f} dB, worst decile "
         f"{measured['psnr_worst_decile']:.1f} dB"

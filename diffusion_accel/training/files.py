@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import io
 from ..errors import AccelerationError
-from ..files import replacing
+from ..io import replacing
+
+_LIMIT = 2**30  # bytes of a file of JSON: a line an image
 
 
 class TrainingError(AccelerationError, RuntimeError):
@@ -48,22 +51,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}") from error
+    if not path.exists():
+        raise UsageError(f"{path} is missing")
+    return io.read_json(path, limit=_LIMIT, error=TrainingError)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} is not a file of JSON lines: {error}") from error
+    if not path.exists():
+        raise UsageError(f"{path} is missing")
+    lines = enumerate(io.split_lines(io.read_text(path, limit=_LIMIT, error=TrainingError)), 1)
+    return [io.parse_json(line, f"{path}, line {n}", error=TrainingError) for n, line in lines if line.strip()]
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:

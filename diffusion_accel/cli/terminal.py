@@ -1,0 +1,65 @@
+"""What commands print: text from outside never reaches the terminal as it is.
+
+Names of files, metadata of images, class names in a model's files, prompts and error messages may hold escape
+sequences, marks that reverse the direction of reading, or rich's markup. Everything a command prints goes through here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..io import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LIMIT = 1500  # characters of an error message
+
+
+def say(text: Any, *, lines: bool = False, err: bool = False) -> None:
+    """Print a text; `lines`: its line ends are ours and stay."""
+    typer.echo(printable(text, lines=lines), err=err)
+
+
+def note(text: str) -> None:
+    """Print something worth knowing on stderr."""
+    say(f"note: {text}", err=True)
+
+
+def console(err: bool = False, quiet: bool = False) -> Console:
+    """A rich console that prints texts, also those of tables and titles, as text: no markup, nothing unprintable."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class SafeConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            options |= {"markup": False, "emoji": False, "highlight": False}
+            return super().render_str(printable(text, lines=True), **options)
+
+    return SafeConsole(stderr=err, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+class _Lines(logging.Handler):
+    """Warnings of this package as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            say(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+        except Exception:
+            self.handleError(record)
+
+
+def show_warnings() -> None:
+    """Let warnings of this package appear like everything else that is printed."""
+    logger = logging.getLogger("diffusion_accel")
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
+
+
+def set_up_stream(stream: Any) -> None:
+    """Let no character be one that the terminal's encoding cannot show."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,43 @@
+"""The size of image that a model was trained for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_accel.denoisers import find_denoiser
+
+FAR = 2.0  # times the area, or a part of it, from which on a size is far from the one trained for
+
+
+def trained_size(pipe: Any) -> tuple[int, int] | None:
+    """Width and height in pixels that the denoiser was trained for; None where nothing says so."""
+    sample = getattr(pipe, "default_sample_size", None)
+    if sample is None:
+        sample = getattr(getattr(find_denoiser(pipe), "config", None), "sample_size", None)
+    factor = getattr(pipe, "vae_scale_factor", None)
+    if factor is None and not any(part in pipe.components for part in ("vae", "movq", "vqvae", "vqgan", "decoder")):
+        factor = 1  # it draws pixels
+    sides: list[Any] = list(sample) if isinstance(sample, (list, tuple)) else [sample, sample]
+    if not isinstance(factor, int) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        return None
+    return int(sides[1]) * factor, int(sides[0]) * factor
+
+
+def far_from_trained(pipe: Any, width: int | None, height: int | None) -> str | None:
+    """A sentence if an image of this size has far more or fewer pixels than the model was trained for.
+
+    Args:
+        pipe: a loaded pipeline.
+        width, height: pixels; None: what the model draws by itself.
+    """
+    known = trained_size(pipe)
+    if known is None:
+        return None
+    size = (width or known[0], height or known[1])
+    ratio = size[0] * size[1] / (known[0] * known[1])
+    if 1 / FAR <= ratio <= FAR:
+        return None
+    return (
+        f"the model was trained for {known[0]}x{known[1]} pixels; at {size[0]}x{size[1]} it may not draw what the "
+        "prompt says"
+    )
