@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError, UnsupportedPipelineError
+from diffusion_accel.io import first_line
+from diffusion_accel.pipelines.hub import hub_reason
 
 from .recording import Subject
 
@@ -106,7 +108,8 @@ def _config(name: str, cls: Any, location: str, folder: str | None = None) -> An
     try:
         return cls.load_config(location, subfolder=folder)
     except OSError as error:
-        raise ModelLoadError(f"the configuration of {name} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = hub_reason(name, error) or first_line(error)
+        raise ModelLoadError(f"the configuration of {name} cannot be read: {reason}") from error
 
 
 def _make(cls: Any, config: dict[str, Any], dtype: torch.dtype, device: str) -> Any:

@@ -9,6 +9,8 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Feature
 from diffusion_accel.registry import FEATURES, feature_class
 
+from .keywords import CONVERSION, check_keywords, components_of
+
 
 class AcceleratedPipeline:
     """Loads diffusers pipelines with features switched on.
@@ -45,9 +47,10 @@ class AcceleratedPipeline:
         """Accelerate a pipeline; with a named drop-in, convert it to that class first (its own `from_pipe`)."""
         features, options = split_features(kwargs)
         if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):
+            check_keywords(options, CONVERSION | components_of(cls.pipeline_class))
             pipe = cls.pipeline_class.from_pipe(pipe, **{"dtype": pipe.dtype, **options})
-        elif options:
-            raise ConfigurationError(f"unknown argument or feature: {', '.join(sorted(options))}")
+        else:
+            check_keywords(options, ())
         return _accelerated(pipe, features)
 
 

@@ -21,6 +21,8 @@ from diffusers import (
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import first_line
 
+from .hub import hub_reason
+from .keywords import check_options
 from .models import ModelSource, check_weights, find_model, safetensors_header
 from .quantizers import check_quantize, foreign_config, load_quantized
 
@@ -36,7 +38,7 @@ def load_pipeline(
     model: str | ModelSource,
     *,
     task: str | None = None,
-    controlnet: str | None = None,
+    controlnet: Any = None,
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
     pipeline_class: Any = None,
@@ -50,7 +52,8 @@ def load_pipeline(
     Args:
         model: what to load; see `find_model`.
         task: one of `TASKS`, to convert the pipeline to that task; None keeps the model's own.
-        controlnet: folder or hub id of a ControlNet to run beside the U-Net.
+        controlnet: folder or hub id of a ControlNet to run beside the U-Net; or a loaded one, which is a component like
+            `vae=` or `scheduler=` of a pipeline class that has it.
         dtype: of the weights in memory.
         allow_pickle: also load weights that are pickles.
         pipeline_class: the diffusers class to load as; by default the model's own.
@@ -58,18 +61,23 @@ def load_pipeline(
             drives, such as `torchao:int8wo`.
         runtime: how a quantized denoiser computes; see `quant.model.set_runtime`.
         low_memory: keep its weights packed in memory.
-        options: passed on to diffusers' `from_pretrained` or `from_single_file`.
+        options: passed on to diffusers' `from_pretrained` or `from_single_file`; others are refused.
 
     Raises:
         ConfigurationError, ModelLoadError: with one line that says what was wrong.
     """
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle)
     kind = check_quantize(quantize) if quantize else None
+    dtype = options.pop("torch_dtype", None) or dtype
+    if controlnet is not None and not isinstance(controlnet, (str, Path)):
+        options["controlnet"], controlnet = controlnet, None
+    _load(source.location, lambda: check_options(source, pipeline_class, options))
     options = {"dtype": dtype, **options}
     if quantize and kind != "checkpoint":
         if source.kind == "file":
             raise ConfigurationError(f"--quantize {quantize} needs a pipeline folder or a hub id, not a single file")
-        options["quantization_config"] = foreign_config(quantize, _denoiser_part(source))
+        part = _load(source.location, lambda: _denoiser_part(source))
+        options["quantization_config"] = foreign_config(quantize, part)
     if source.kind == "file":
         pipe = _load(source.location, lambda: _single_file(source, pipeline_class, options))
     else:
@@ -85,7 +93,7 @@ def load_pipeline(
         from diffusion_accel.quant.model import set_runtime
 
         set_runtime(pipe, runtime or "auto", low_memory)
-    net = load_controlnet(controlnet, dtype, allow_pickle) if controlnet else None
+    net = load_controlnet(str(controlnet), dtype, allow_pickle) if controlnet else None
     if net is not None or (task is not None and task != "text-to-image"):
         pipe = _convert(pipe, task or "text-to-image", net)
     return pipe
@@ -162,4 +170,4 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
     except (KeyboardInterrupt, AccelerationError):
         raise
     except Exception as error:  # diffusers, transformers and the hub raise many kinds
-        raise ModelLoadError(f"{name} cannot be loaded: {first_line(error)}") from error
+        raise ModelLoadError(f"{name} cannot be loaded: {hub_reason(name, error) or first_line(error)}") from error

@@ -42,6 +42,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from diffusion_accel.images import open_image
+
 STARTER_FILE = Path(__file__).parent / "data" / "starter_concepts.txt"
 MAX_MEMBER_BYTES = 256 * 1024 * 1024  # several times the largest member that is read
 
@@ -302,7 +304,7 @@ def webp_pictures(tarball: Path, concepts: dict[str, dict[str, Any]]) -> dict[st
     for name, content in members(tarball, ".webp"):
         key = by_hexcode.get(plain_hexcode(Path(name).stem))
         if key:
-            pictures[key] = Image.open(io.BytesIO(content)).convert("RGBA")
+            pictures[key] = open_image(io.BytesIO(content), "RGBA", what=name)
     return pictures
 
 
@@ -341,7 +343,7 @@ def svg_pictures(tarball: Path, concepts: dict[str, Any], size: int) -> tuple[di
             failed += 1
             tqdm.write(f"{tarball.name}: {key}: {error}", file=sys.stderr)
             continue
-        pictures[key] = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        pictures[key] = open_image(io.BytesIO(bytes(png)), "RGBA", what=key)
     return pictures, failed
 
 

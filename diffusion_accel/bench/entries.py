@@ -60,7 +60,7 @@ class Entry:
     def fewer_steps(self) -> tuple[int, str | None]:
         """The number of steps, and the scheduler if it is another one."""
         steps, _, scheduler = self.settings.partition(",")
-        if not steps.isdigit() or int(steps) < 1:
+        if not re.fullmatch(r"[0-9]{1,5}", steps) or not 1 <= int(steps) <= 10_000:
             raise ConfigurationError(
                 f"fewer-steps takes STEPS[,SCHEDULER], such as fewer-steps:25,dpm++; got {self.settings!r}"
             )

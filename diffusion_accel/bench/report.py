@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..io import printable
 from .run import Result, Row
 
 COLUMNS = ("entry", "time ratio", "FLOP ratio", "peak MiB", "PSNR dB", "worst decile", "SSIM", "to converged dB")
@@ -46,14 +47,16 @@ def heading(result: Result) -> str:
     what = [f"{job.model}, {job.steps} steps", job.scheduler or "the model's scheduler"]
     what += [f"{k.replace('_', ' ')} {v:g}" for k, v in job.options.items() if v is not None]
     return (
-        f"{', '.join(what)}; {len(job.prompts)} prompts; times of one picture, {result.rounds} interleaved rounds; "
+        f"{printable(', '.join(what))}; {len(job.prompts)} prompts; times of one picture, {result.rounds} interleaved "
+        f"rounds; "
         f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
     )
 
 
 def markdown(result: Result) -> str:
     lines = [heading(result), "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    return "\n".join(lines + [f"| {' | '.join(cells(row))} |" for row in result.rows]) + "\n"
+    shown = [[printable(cell).replace("|", "\\|") for cell in cells(row)] for row in result.rows]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in shown]) + "\n"
 
 
 def pareto(rows: list[Row]) -> list[Row]:
@@ -69,9 +72,13 @@ def pareto(rows: list[Row]) -> list[Row]:
 
 
 # ---------------------------------------------------------------------- HTML
+def escape(text: str) -> str:
+    """Text for HTML and SVG, which may hold no control characters either."""
+    return html.escape(printable(text))
+
+
 def page(result: Result) -> str:
     """The whole benchmark as one HTML page."""
-    escape = html.escape
     head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
     body = []
     for row in result.rows:
@@ -140,13 +147,13 @@ def plot(result: Result, key: str, label: str) -> str:
         parts.append(f'<polyline points="{way}" class="front"/>')
     for row, x, y in shown:
         px, py = at(x or 1, y)
-        tip = html.escape(f"{row.name}: {x:.2f}x, {y:.1f} dB")
+        tip = escape(f"{row.name}: {x:.2f}x, {y:.1f} dB")
         parts.append(
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{colour_of(row, result)}"><title>{tip}</title></circle>'
         )
         if row.kind not in ("anchor", "baseline"):
             side, anchor = (8, "start") if px < width * 0.75 else (-8, "end")
-            name = html.escape(row.name.replace("fewer-steps", "steps"))
+            name = escape(row.name.replace("fewer-steps", "steps"))
             parts.append(
                 f'<text x="{px + side:.1f}" y="{py + 4:.1f}" text-anchor="{anchor}" class="name">{name}</text>'
             )
@@ -163,7 +170,7 @@ def pictures(result: Result, count: int = 6) -> str:
     for row in result.rows:
         if row.pictures is not None:
             shown = "".join(f'<img src="{data_url(picture)}" alt="">' for picture in row.pictures[:count])
-            rows.append(f"<tr><td>{html.escape(row.name)}</td><td>{shown}</td></tr>")
+            rows.append(f"<tr><td>{escape(row.name)}</td><td>{shown}</td></tr>")
     return "".join(rows)
 
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from ..images import open_image
 from .files import TrainingError, UsageError, read_json_lines, replacing, require, write_json_lines
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 def load_picture(file: Path, size: int, background: int = 255) -> np.ndarray:
     """uint8 (size, size, 3): cropped to the middle square, resized; transparency on a flat grey value."""
-    with Image.open(file) as opened:
-        image = opened.convert("RGBA")
+    image = open_image(file, "RGBA", error=TrainingError)
     flat = Image.new("RGBA", image.size, (background,) * 3 + (255,))
     image = Image.alpha_composite(flat, image).convert("RGB")
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
@@ -95,8 +95,8 @@ def prepare(data: Path, work: Path, size: int, kind: str | None = None, heldout:
     for picture, row in zip(pictures, tqdm(rows, desc="prepare", unit="picture", disable=None), strict=True):
         try:
             picture[:] = load_picture(data / row["file"], size)
-        except (OSError, ValueError) as error:
-            raise TrainingError(f"{data / row['file']} cannot be read: {error}") from error
+        except TrainingError as error:
+            raise TrainingError(f"a picture cannot be read: {error}") from error
     rows = with_splits(rows, heldout)
     with replacing(work / "pictures.npy") as temporary:
         np.save(temporary, pictures, allow_pickle=False)

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from ..images import open_image
 from .files import TrainingError, UsageError, read_json_lines, replacing, replacing_folder, require, write_json_lines
 
 if TYPE_CHECKING:
@@ -65,12 +66,13 @@ def read_images(data: Path, rows: list[Row], size: int) -> np.ndarray:
             archive, _, member = row["file"].partition(":")
             if archive not in archives:
                 archives[archive] = zipfile.ZipFile(data / archive)
-            image[:] = premultiplied(Image.open(io.BytesIO(archives[archive].read(member))), size)
+            file = io.BytesIO(archives[archive].read(member))
+            image[:] = premultiplied(open_image(file, "RGBA", what=row["file"], error=TrainingError), size)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise TrainingError(f"{data}: cannot read {row['file']}: {error}") from error
     finally:
-        for file in archives.values():
-            file.close()
+        for opened in archives.values():
+            opened.close()
     return images
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import ModelHook
-from PIL import Image, UnidentifiedImageError
 
 from ..errors import ConfigurationError
+from ..images import open_image
 from .pictures import rgba_tensor
 from .rgba import on_grey
 
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def open_picture(name: str, file: str) -> torch.Tensor:
     """A picture file as (1, 4, H, W) in 0..1. Raises `ConfigurationError` if it is not one."""
     try:
-        with Image.open(file) as image:
-            made = rgba_tensor(image.convert("RGBA"))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        made = rgba_tensor(open_image(file, "RGBA"))
+    except ConfigurationError as error:
         raise ConfigurationError(f"transparent: {name}={file} is not a picture that can be read") from error
     assert made is not None
     return made

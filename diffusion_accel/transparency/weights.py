@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from ..denoisers import find_denoiser
 from ..errors import ModelLoadError
+from ..io import first_line
+from ..pipelines.hub import hub_reason
 from ..pipelines.models import EMBEDDED, safetensors_header
 from ..pipelines.models import TRANSPARENCY as FOLDER
 from .sharing import is_sharing
@@ -167,7 +169,8 @@ def _from_hub(repository: str, name: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelLoadError(f"{repository} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = hub_reason(repository, error) or first_line(error)
+        raise ModelLoadError(f"{repository} cannot be read: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------- reading

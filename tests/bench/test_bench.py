@@ -19,7 +19,9 @@ from diffusion_accel.bench.entries import Entry
 from diffusion_accel.bench.report import markdown, page, pareto, plot
 from diffusion_accel.bench.run import Result, Row, bench
 from diffusion_accel.bench.runner import Job, Runner
+from diffusion_accel.cli.bench import Status
 from diffusion_accel.cli.main import main
+from diffusion_accel.cli.terminal import console
 from diffusion_accel.errors import ModelLoadError
 
 CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
@@ -98,6 +100,25 @@ def test_reports_hold_everything_and_need_no_other_file(result: Result) -> None:
     for key in ("psnr", "psnr_converged"):
         ET.fromstring(plot(result, key, "label"))
     json.dumps(result.to_dict())
+
+
+def test_names_from_outside_are_text_in_reports(result: Result) -> None:
+    name = "reuse \x1b[2J<script>|x[/bold]\udcff"
+    named = replace(
+        result, rows=[replace(row, name=name, psnr=[40.0, 40.0], time_ratio=2.0) for row in result.rows[:1]]
+    )
+    assert "| reuse \\x1b[2J<script>\\|x[/bold]\\udcff | 2.00 |" in markdown(named)
+    text = page(named)
+    assert "<script>" not in text and "&lt;script&gt;" in text
+    assert "\x1b" not in text and text.encode()
+    ET.fromstring(plot(named, "psnr", "label"))
+
+
+def test_markup_in_names_is_no_markup(capsys: Any) -> None:
+    status = Status(quiet=False)
+    status("pictures: reuse x[/bold]y/\x1b]0;title\x07")
+    console().print("[red]x[/bold] \x1b[2J :smiley:")
+    assert capsys.readouterr().out == "[red]x[/bold] \\x1b[2J :smiley:\n"
 
 
 def test_the_pareto_front() -> None:
