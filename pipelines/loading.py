@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
+from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import first_line
 
@@ -96,6 +97,7 @@ def load_pipeline(
     net = load_controlnet(str(controlnet), dtype, allow_pickle) if controlnet else None
     if net is not None or (task is not None and task != "text-to-image"):
         pipe = _convert(pipe, task or "text-to-image", net)
+    keep_class_names(pipe)
     return pipe
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.io import read_json
 
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 TRANSPARENCY = "transparency"  # folder beside a model's own parts: weights of latent transparency
@@ -97,6 +98,15 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
     raise ConfigurationError(
         f"unknown model {model!r}; {hint}; a hub id (owner/name), a pipeline folder or a .safetensors file work as well"
     )
+
+
+def pipeline_name(source: ModelSource) -> str | None:
+    """The name of the pipeline class of a local folder; None for other sources."""
+    if source.kind not in ("embedded", "folder"):
+        return None
+    values = read_json(Path(source.location) / "model_index.json", error=ModelLoadError, nonfinite=True)
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:

@@ -80,6 +80,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_clusters(count: int, settings: Any, processes: int) -> None:
+    """Refuse a batch whose micro-batches cannot be divided among the task clusters, before anything is encoded."""
+    parts = processes * settings.accumulation
+    micro = settings.batch // parts
+    if settings.batch % parts == 0 and micro % count:
+        near = max(1, round(micro / count)) * count * parts
+        raise UsageError(
+            f"--task-clusters {count}: the {micro} samples of a micro-batch cannot be divided among them; use --batch "
+            f"{near}"
+        )
+
+
 def folder_of(path: Path) -> Path:
     """`path`, or the folder of the embedded model that it names."""
     from diffusion_accel.pipelines.models import EMBEDDED
@@ -103,6 +115,8 @@ def run(options: argparse.Namespace) -> None:
     process = Process(options.prediction, options.schedule)
     accelerator = make_accelerator(options)
     main = accelerator.is_main_process
+    if options.task_clusters is not None:
+        check_clusters(options.task_clusters, settings_from(TUNED, options, options.steps), accelerator.num_processes)
     if main and options.overwrite and not options.resume:
         shutil.rmtree(work, ignore_errors=True)
     vae = None if options.vae is None else models.load_vae(folder_of(options.vae)).requires_grad_(False).eval()

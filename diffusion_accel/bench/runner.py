@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import resource
 import subprocess
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
 from .entries import Entry
 
@@ -64,14 +64,16 @@ class Runner:
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
         torch.set_num_threads(job.threads)
-        self.job = job
         self.pipe = load_pipeline(job.model, dtype=getattr(torch, job.dtype), allow_pickle=job.allow_pickle)
         self.pipe = self.pipe.to(job.device)
-        if not any(job.prompts) and "prompt" in inspect.signature(type(self.pipe).__call__).parameters:
-            raise ConfigurationError("prompts are needed (--prompts-file): fidelity depends on what is drawn")
+        if not any(job.prompts):
+            if condition_of(self.pipe) == PROMPT:
+                raise ConfigurationError("prompts are needed (--prompts-file): fidelity depends on what is drawn")
+            job = replace(job, prompts=tuple(usual_texts(self.pipe, len(job.prompts))))
         if job.scheduler:
             set_scheduler(self.pipe, job.scheduler)
         self.pipe.set_progress_bar_config(disable=True)
+        self.job = job
         self.sampler = Sampler(self.pipe, job.prompts, job.steps, job.seed, job.batch, job.options)
 
     @contextlib.contextmanager

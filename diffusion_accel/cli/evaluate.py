@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..conditioning import CLASS, class_names
 from ..errors import ConfigurationError
 from .arguments import (
     BATCH,
@@ -96,6 +97,8 @@ def measure(
         asked, real = quality.embedded_reference()
     else:
         asked, real, pictures = quality.reference_of(Path(data), classifier)
+    if session.condition == CLASS:
+        asked = quality.of_classes(asked, class_names(session.pipe))
     result: dict[str, Any] = {"model": session.source.name, "data": data or "embedded reference", "real": len(real)}
     result["features"] = {name: feature.to_dict() for name, feature in session.pipe.acceleration.features.items()}
     shown = []

@@ -50,6 +50,10 @@ def generate(
     prompts_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="A prompt a line, or .jsonl with overrides for each line.")
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME|NUMBER", help="Instead of a prompt, for models of classes (DiT)."),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
     model: Model = None,
     steps: Steps = None,
@@ -159,7 +163,7 @@ def generate(
 ) -> None:
     """Generate images, plain or accelerated."""
     flags = {**locals(), **features}
-    own = ("features", "prompt", "prompts_file", "json_lines", "quiet", "config", "debug")
+    own = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "debug")
     for key in own:
         flags.pop(key)
     flags["layers"], flags["paths"] = flags.pop("layers_"), flags.pop("paths_")
@@ -168,7 +172,8 @@ def generate(
     values = read_config(config) if config else {}
     more = values.pop("prompt", [])
     file = prompts_file or values.pop("prompts_file", None)
-    jobs = read_jobs(prompt or ([more] if isinstance(more, str) else list(more)), file)
+    given = [*(prompt or []), *(classes or [])]
+    jobs = read_jobs(given or ([more] if isinstance(more, str) else list(more)), file)
     settings, source = merge(flags, values)
     starts = processes.must_start(settings)
     settings = processes.join(settings)
@@ -193,8 +198,9 @@ def generate(
     for group, plan in zip(paths, plans, strict=True):
         check_fits(group, plan.width, plan.height)
 
-    from .run import Session, check_machine
+    from .run import Session, check_machine, check_takes
 
+    check_takes(source, classes or [])
     device_name = check_machine(settings)
     if starts:
         return processes.start(settings)
@@ -203,7 +209,7 @@ def generate(
     written = 0
     try:
         session = Session(settings, source, device_name, quiet=quiet)
-        session.check(plans)
+        session.check([job.prompt for job in jobs], plans)
         for k, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
             result = session.generate(job.prompt, plan, seeds[k])
             if not writes:

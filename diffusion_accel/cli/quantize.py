@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import AccelerationError, ConfigurationError
 from .arguments import AllowPickle, AsJson, Debug, Device, Model, Quiet
 from .output import check_free_folder
@@ -137,11 +138,11 @@ def quantize(
 
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
     if not texts:
-        if "prompt" in session.parameters:
+        if condition_of(session.pipe) == PROMPT:
             raise ConfigurationError(
                 "--calibration-prompts is needed: grids are measured on the kind of prompts the model is used with"
             )
-        texts = [""] * count
+        texts = usual_texts(session.pipe, count)
     bar = Bar(quiet)
 
     def tell(what: str, share: float, left: float) -> None:

@@ -19,13 +19,14 @@ from PIL import Image
 from rich.table import Table
 
 from .. import __version__
+from ..conditioning import CLASS, NOTHING, call_arguments, condition_of
 from ..denoisers import find_denoiser
 from ..errors import ConfigurationError, ModelLoadError
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.pictures import difference, grid
 from ..images import open_image
 from ..pipelines.loading import load_lora, load_pipeline
-from ..pipelines.models import ModelSource
+from ..pipelines.models import ModelSource, pipeline_name
 from ..pipelines.schedulers import set_scheduler
 from ..pipelines.sizes import far_from_trained
 from ..switchboard import accelerate
@@ -70,6 +71,23 @@ def check_machine(settings: Settings) -> str:
     return name
 
 
+def check_takes(source: ModelSource, classes: list[str]) -> None:
+    """Refuse a pipeline that is called with neither a prompt nor a class, and classes for one that takes prompts; as
+    far as a local folder tells before it is loaded."""
+    cls = getattr(diffusers, pipeline_name(source) or "", None)
+    if cls is None:
+        return
+    parameters = inspect.signature(cls.__call__).parameters
+    if "prompt" not in parameters and "class_labels" not in parameters:
+        raise ModelLoadError(takes_neither(cls))
+    if classes and "class_labels" not in parameters:
+        raise ConfigurationError(f"--class is for models of classes; {cls.__name__} takes a prompt")
+
+
+def takes_neither(cls: type) -> str:
+    return f"{cls.__name__} takes neither a prompt nor a class; generate and evaluate need a pipeline that does"
+
+
 @dataclass
 class Result:
     """What one prompt gave."""
@@ -91,8 +109,9 @@ class Session:
             library.utils.logging.disable_progress_bar()
         pipe = self._load(settings, device)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        if "prompt" not in self.parameters and not promptless:
-            raise ModelLoadError(f"{type(pipe).__name__} takes no prompt; generate needs a text-to-image pipeline")
+        self.condition = condition_of(pipe)
+        if self.condition == NOTHING and not promptless:
+            raise ModelLoadError(takes_neither(type(pipe)))
         pipe.set_progress_bar_config(disable=quiet or not sys.stderr.isatty(), leave=False)
         self.plain: Any = None  # what --compare compares a quantized model with
         if settings.compare and settings.quantize is not None:
@@ -144,10 +163,12 @@ class Session:
             pipe.set_adapters(names, scales)
 
     # ------------------------------------------------------------------ one prompt
-    def check(self, plans: list[Settings]) -> None:
-        """Refuse what this pipeline cannot do for any of the prompts, before the first image is drawn."""
+    def check(self, texts: list[str], plans: list[Settings]) -> None:
+        """Refuse what this pipeline cannot do for any of the prompts or classes, before the first image is drawn."""
+        if self.condition == CLASS:
+            call_arguments(self.pipe, texts)
         for plan in {repr(dataclasses.replace(plan, seed=None)): plan for plan in plans}.values():
-            self._arguments("", plan, opening=False)
+            self._arguments(plan, opening=False)
             usual = {k: getattr(self.parameters.get(name), "default", None) for k, name in _USUAL.items()}
             known: dict[str, Any] = {
                 k: v for k, v in usual.items() if getattr(plan, k) is None and isinstance(v, (int, float))
@@ -157,7 +178,7 @@ class Session:
 
     def generate(self, prompt: str, plan: Settings, seeds: list[int]) -> Result:
         """Call the pipeline (and, with --compare, plain diffusers as well)."""
-        arguments = self._arguments(prompt, plan)
+        arguments = self._arguments(plan)
         start = arguments.get("image")
         self._note_size(*(start.size if isinstance(start, Image.Image) else (plan.width, plan.height)))
         self._note_long_prompt(prompt)
@@ -167,7 +188,10 @@ class Session:
 
         def call(pipe: Any) -> list[Image.Image]:
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in each]
-            return pipe(**arguments, generator=generators, num_images_per_prompt=len(each)).images
+            if self.condition == CLASS:
+                return pipe(**arguments, **call_arguments(pipe, [prompt] * len(each)), generator=generators).images
+            given = {**arguments, "prompt": prompt, "num_images_per_prompt": len(each)}
+            return pipe(**given, generator=generators).images
 
         if plan.compare:
             comparison = compare(self.pipe, call, plain=self.plain)
@@ -176,7 +200,7 @@ class Session:
 
     def draw(self, prompts: list[str], plan: Settings, generators: list[torch.Generator]) -> torch.Tensor:
         """One picture a prompt, (N, 3, H, W) in -1..1 on the CPU."""
-        arguments = self._arguments("", plan) | {"prompt": prompts, "output_type": "pt"}
+        arguments = self._arguments(plan) | call_arguments(self.pipe, prompts) | {"output_type": "pt"}
         return self.pipe(**arguments, generator=generators).images.float().cpu() * 2 - 1
 
     def fitted(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -187,7 +211,7 @@ class Session:
             return pictures
         return torch.nn.functional.interpolate(pictures, size, mode="bilinear", antialias=True)
 
-    def _arguments(self, prompt: str, plan: Settings, opening: bool = True) -> dict[str, Any]:
+    def _arguments(self, plan: Settings, opening: bool = True) -> dict[str, Any]:
         wanted: dict[str, Any] = {
             "negative_prompt": plan.negative_prompt,
             "num_inference_steps": plan.steps,
@@ -209,7 +233,7 @@ class Session:
         if unknown:
             flags = ", ".join("--" + k.replace("_", "-") for k in unknown)
             raise ConfigurationError(f"{type(self.pipe).__name__} does not take {flags}")
-        return {"prompt": prompt, **{k: v for k, v in given.items() if k in self.parameters}}
+        return {k: v for k, v in given.items() if k in self.parameters}
 
     def _note_long_prompt(self, prompt: str) -> None:
         tokenizer = getattr(self.pipe, "tokenizer", None)

@@ -348,7 +348,7 @@ def read_jobs(prompts: list[str], file: str | None) -> list[Job]:
             if line.strip():
                 jobs.append(_json_job(line, f"{file}, line {number}") if jsonl else Job(prompt=line.strip()))
     if not jobs:
-        raise ConfigurationError("there is no prompt; give one, or --prompts-file")
+        raise ConfigurationError("there is no prompt; give one, --class, or --prompts-file")
     for job in jobs:
         if not job.prompt.strip():
             raise ConfigurationError("a prompt is empty")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
 from ..io import printable
 from .arguments import (
@@ -121,9 +122,9 @@ def tune(
     Target(speedup, min_psnr)
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
     if not texts:
-        if "prompt" in session.parameters:
+        if condition_of(session.pipe) == PROMPT:
             raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
-        texts = [""] * prompts
+        texts = usual_texts(session.pipe, prompts)
     from ..pipelines.schedulers import set_scheduler
 
     own, others = session.pipe.scheduler, []

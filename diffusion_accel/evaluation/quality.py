@@ -34,6 +34,30 @@ class Asked:
         return sorted(inside[i] for i in order[skip : skip + count])
 
 
+def of_classes(asked: Asked, names: dict[str, int]) -> Asked:
+    """What of it a model of classes can be asked for: captions are names of classes, the others have no split.
+
+    Args:
+        names: the names of the model's classes; a caption or a concept is one of them whatever its case and hyphens.
+
+    Raises:
+        ConfigurationError: no caption or concept is one of its classes.
+    """
+
+    def folded(text: str) -> str:
+        return " ".join(text.casefold().replace("-", " ").replace("_", " ").split())
+
+    known = {folded(name): name for name in names}
+    found = [known.get(folded(c)) or known.get(folded(k)) for c, k in zip(asked.captions, asked.concepts, strict=True)]
+    if not any(found):
+        raise ConfigurationError(
+            f"the reference shows none of the {len(names)} classes of the model; give --data with a folder of "
+            "images for each class"
+        )
+    splits = [split if name else "" for split, name in zip(asked.splits, found, strict=True)]
+    return Asked([name or "" for name in found], asked.concepts, asked.styles, splits)
+
+
 def embedded_reference() -> tuple[Asked, Features]:
     """The captions of the real stickers that ship as features, and those features.
 
@@ -66,15 +90,18 @@ def reference_of(data: Path, classifier: StickerClassifier) -> tuple[Asked, Feat
         names, styles = [row["slug"] for row in rows], [row["style"] for row in rows]
     else:
         kind, found = datasets.find_rows(data)
-        if kind != "captions":
-            raise ConfigurationError(f"{data} has no captions (captions.jsonl or metadata.jsonl)")
+        if kind not in ("captions", "classes"):
+            raise ConfigurationError(
+                f"{data} has neither captions (captions.jsonl or metadata.jsonl) nor a folder of images for each class"
+            )
+        key = "caption" if kind == "captions" else "label"
         rows = datasets.with_splits(found)
 
         def pictures(indices: list[int]) -> Any:
             loaded = [datasets.load_picture(data / rows[i]["file"], classifier.size) for i in indices]
             return torch.cat([datasets.as_tensor(picture[None]) for picture in loaded])
 
-        captions = names = [row["caption"] for row in rows]
+        captions = names = [row[key] for row in rows]
         styles = [""] * len(rows)
     asked = Asked(captions, names, styles, [row["split"] for row in rows])
     parts = [extract(classifier, pictures(part.tolist())) for part in torch.arange(len(rows)).split(256)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..conditioning import call_arguments, call_parameters
+
 
 @dataclass(frozen=True)
 class Sampler:
     """Calls a pipeline for fixed prompts (or, without prompts, for as many pictures) with fixed seeds.
 
     Attributes:
-        pipe: any text-to-image or unconditional diffusers pipeline.
-        prompts: one a picture; what they say does not matter to an unconditional pipeline.
+        pipe: any text-to-image, class-conditioned or unconditional diffusers pipeline.
+        prompts: one a picture; a class-conditioned pipeline takes names or numbers of classes; what they say does not
+            matter to an unconditional one.
         steps: denoising steps.
         seed: picture i starts from the noise of seed + i.
         batch: pictures in a call.
@@ -39,13 +41,10 @@ class Sampler:
 
     def call(self, start: int, end: int, **changes: Any) -> torch.Tensor:
         """Pictures `start` to `end`, (N, 3, H, W) in 0..1 on the CPU."""
-        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        parameters = call_parameters(self.pipe)
         given = {k: v for k, v in self.options.items() if k in parameters and v is not None}
         generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in range(start, end)]
-        if "prompt" in parameters:
-            given["prompt"] = list(self.prompts[start:end])
-        else:
-            given["batch_size"] = end - start
+        given |= call_arguments(self.pipe, list(self.prompts[start:end]))
         given |= {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"} | changes
         images = np.asarray((self.caller or self.pipe)(**given).images, np.float32)
         return torch.from_numpy(images).permute(0, 3, 1, 2).clamp(0, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..conditioning import keep_class_names
 from .denoising import Process
 from .files import TrainingError, UsageError, replacing_folder
 from .sampling import scheduler_for
@@ -88,7 +89,9 @@ def build_pipeline(model: Any, process: Process, vae: Any, text: Any, tokenizer:
         optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return StableDiffusionPipeline(**parts, **optional)
     if name == "DiTTransformer2DModel" and vae is not None and classes:
-        return DiTPipeline(model, vae, scheduler, id2label=dict(enumerate(classes)))
+        pipeline = DiTPipeline(model, vae, scheduler, id2label=dict(enumerate(classes)))
+        keep_class_names(pipeline)
+        return pipeline
     return None
 
 

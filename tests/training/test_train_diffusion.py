@@ -131,6 +131,8 @@ def test_every_model_trains_and_saves(
             model
         ]
         assert np.isfinite(np.asarray(pipe(**call, num_inference_steps=2, output_type="np").images)).all()
+        if model == "dit":
+            assert pipe.labels == {name: i for i, name in enumerate(sorted(COLOURS))}
 
 
 # ------------------------------------------------------------------------------------------- exactness
@@ -292,6 +294,7 @@ def test_kinds_of_data(data: Path, tmp_path: Path) -> None:
         (["--data", "nowhere"], 2, "not a folder of pictures"),
         (["--model", "dit"], 2, "does not go with|needs classes"),
         (["--immiscible", "knn:0"], 2, "knn:k with k >= 1"),
+        (["--task-clusters", "5"], 2, "use --batch"),
         (["--task-loss", "uw"], 2, "needs --task-clusters"),
         (["--clustering", "gradient", "--task-clusters", "2"], 2, "--affinity FILE"),
         (["--task-routing", "beta=2"], 2, "beta of task routing"),

@@ -1,0 +1,121 @@
+"""What a pipeline is asked to draw: a prompt, a class, or nothing at all."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from .denoisers import find_denoiser
+from .errors import ConfigurationError
+
+PROMPT, CLASS, NOTHING = "prompt", "class", "nothing"
+
+
+def condition_of(pipeline: Any) -> str:
+    """What the pipeline is called with: `PROMPT`, `CLASS` (diffusers' `class_labels`) or `NOTHING`.
+
+    A pipeline may take class labels and have a model without classes (diffusers' ConsistencyModelPipeline): `NOTHING`.
+    """
+    parameters = call_parameters(pipeline)
+    if "prompt" in parameters:
+        return PROMPT
+    return CLASS if "class_labels" in parameters and class_count(pipeline) else NOTHING
+
+
+def call_parameters(pipeline: Any) -> tuple[str, ...]:
+    """The parameter names of the pipeline's call."""
+    return tuple(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def class_count(pipeline: Any) -> int:
+    """How many classes the denoiser knows; 0 if none."""
+    config = getattr(find_denoiser(pipeline), "config", {})
+    return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
+
+
+def class_names(pipeline: Any) -> dict[str, int]:
+    """The names of the classes with their ids, as the pipeline knows them (`labels` of diffusers' DiTPipeline);
+    empty where a model has numbers only."""
+    return dict(getattr(pipeline, "labels", None) or {})
+
+
+def keep_class_names(pipeline: Any) -> None:
+    """Let `save_pretrained` write the names of the classes again: diffusers reads them and forgets where they were."""
+    names = class_names(pipeline)
+    if names and not pipeline.config.get("id2label"):
+        found: dict[int, list[str]] = {}
+        for name, number in names.items():
+            found.setdefault(number, []).append(name)
+        pipeline.register_to_config(id2label={str(number): ", ".join(found[number]) for number in sorted(found)})
+
+
+def class_ids(pipeline: Any, texts: list[str]) -> list[int]:
+    """The class that each text names: by its name, whatever its case, or by its number.
+
+    Raises:
+        ConfigurationError: the model has no such class; with the nearest names.
+    """
+    names = class_names(pipeline)
+    folded = {name.casefold(): number for name, number in names.items()}
+    count = class_count(pipeline)
+    known = set(names.values()) or range(count)
+    found = []
+    for text in texts:
+        word = text.strip()
+        number = names.get(word, folded.get(word.casefold()))
+        if number is None and word.isascii() and word.isdigit() and len(word) < 10 and int(word) in known:
+            number = int(word)
+        if number is None:
+            raise ConfigurationError(f"the model has no class {word[:80]!r}; {_classes(names, count, word)}")
+        found.append(number)
+    return found
+
+
+def _classes(names: dict[str, int], count: int, word: str) -> str:
+    if not names:
+        return f"its classes have numbers only, 0 to {count - 1}"
+    by_case = {name.casefold(): name for name in names}
+    folded = word.casefold()
+    near = [by_case[name] for name in difflib.get_close_matches(folded, by_case, n=3)]
+    near = near or [by_case[name] for name in by_case if folded and folded in name][:3]
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    some = sorted(names)[:8]
+    more = f", … ({len(set(names.values()))} in all)" if len(names) > len(some) else ""
+    return f"the classes are: {', '.join(some)}{more}"
+
+
+def usual_texts(pipeline: Any, count: int) -> list[str]:
+    """What to draw where nobody says: classes evenly over all there are, or empty texts where nothing is asked.
+
+    Raises:
+        ConfigurationError: the pipeline takes a prompt, which nobody can guess.
+    """
+    condition = condition_of(pipeline)
+    if condition == PROMPT:
+        raise ConfigurationError(f"{type(pipeline).__name__} takes prompts: give some")
+    if condition == NOTHING:
+        return [""] * count
+    ids = sorted(set(class_names(pipeline).values())) or list(range(class_count(pipeline)))
+    by_id = {number: name for name, number in reversed(class_names(pipeline).items())}
+    chosen = [ids[(2 * i + 1) * len(ids) // (2 * count) % len(ids)] for i in range(count)]
+    return [by_id.get(number, str(number)) for number in chosen]
+
+
+def call_arguments(pipeline: Any, texts: list[str]) -> dict[str, Any]:
+    """The arguments that make the pipeline draw one image for each text, by name.
+
+    Raises:
+        ConfigurationError: the model has no such class.
+    """
+    condition = condition_of(pipeline)
+    if condition == PROMPT:
+        return {"prompt": list(texts)}
+    given: dict[str, Any] = {}
+    parameters = call_parameters(pipeline)
+    if condition == CLASS:
+        given["class_labels"] = class_ids(pipeline, texts)
+    if "batch_size" in parameters:
+        given["batch_size"] = len(texts)
+    return given
