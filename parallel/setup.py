@@ -117,6 +117,7 @@ class Agreement:
             "the timesteps": self.clock.timesteps,
             "the scheduler": [type(scheduler).__name__, _settings(scheduler)],
             "the model": [type(model).__name__, _settings(model), sampled_weights(model)],
+            "the way quantized layers compute": getattr(model, "low_bit_runtime", None),
             "the guidance scale": getattr(self.pipeline, "_guidance_scale", None),
             "the features": {name: f.to_dict() for name, f in handle.features.items() if handle.enabled(name)},
             "the prompt": named.get("encoder_hidden_states"),

@@ -7,8 +7,6 @@ give the exact sum  y = a s (Σ x w - z Σ w) + bias,  where Σ runs in 32-bit i
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -18,10 +16,12 @@ from torch import nn
 
 from diffusion_accel.evaluation.flops import uncounted
 
-from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simulated
+from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simulated, lasting
 from .uniform import quantize
 
-_ROUNDS = 5  # timed calls of each way in a micro-benchmark, in turn
+# Weights of a layer from which on integers are faster on a CPU, measured with inputs of 2 to 2,000 rows: with products
+# in 32 bits; with those in 16 bits; in bfloat16 beside AMX, which multiplies it as well
+_ENOUGH, _ENOUGH_16_BITS, _ENOUGH_BESIDE_AMX = 2**15, 2**17, 2**19
 
 
 def make_runtime(name: str, layer: QuantizedLayer) -> Runtime:
@@ -77,10 +77,12 @@ def saturates() -> bool:
     """
     if not hasattr(torch.ops.onednn, "qlinear_prepack"):
         return False
-    x, w = torch.full((8, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
-    one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int64)
-    packed = torch.ops.onednn.qlinear_prepack(w, None)
-    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    with torch.device("cpu"), lasting():
+        x, w = torch.full((8, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+        one, zero = torch.ones(16, dtype=torch.float32), torch.zeros(16, dtype=torch.int64)
+        packed = torch.ops.onednn.qlinear_prepack(w, None)
+        rest: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
+        y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, one, zero, *rest)
     return bool((y != 255 * 127 * 64).any())
 
 
@@ -100,8 +102,7 @@ class OneDnn:
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.weights: list[list[torch.Tensor]] | None = None
-        self.scales = [[float(v) for v in row] for row in layer.input_scale.tolist()]
-        self.zeros = [[int(v) for v in row] for row in layer.input_zero_point.tolist()]
+        self.made_of: tuple[Any, ...] = ()
 
     @staticmethod
     def usable(x: torch.Tensor, layer: QuantizedLayer) -> bool:
@@ -112,11 +113,9 @@ class OneDnn:
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
         number = layer.buckets.number
         assert number is not None and layer.spec.activation_bits is not None
-        if self.weights is None:
-            bits = layer.spec.activation_bits
-            terms = [unsaturated(w, bits) if saturates() else [w] for w in signed_weights(layer)]
-            self.weights = [[self._pack(layer, term) for term in each] for each in terms]
-            self.no_zeros = torch.zeros(len(layer.weight_codes), dtype=torch.int64)
+        if self.weights is None or self.made_of != layer.state():
+            with lasting():
+                self.weights = self._prepare(layer)
         dim = layer.channel_dim
         sizes = layer.spec.part_sizes(x.shape[dim])
         total = None
@@ -131,6 +130,16 @@ class OneDnn:
                 total = y if total is None else total.add_(y)
         assert total is not None
         return total.to(x.dtype)
+
+    def _prepare(self, layer: QuantizedLayer) -> list[list[torch.Tensor]]:
+        bits = layer.spec.activation_bits
+        assert bits is not None
+        self.made_of = layer.state()
+        self.scales = [[float(v) for v in row] for row in layer.input_scale.tolist()]
+        self.zeros = [[int(v) for v in row] for row in layer.input_zero_point.tolist()]
+        self.no_zeros = torch.zeros(len(layer.weight_codes), dtype=torch.int64)
+        terms = [unsaturated(w, bits) if saturates() else [w] for w in signed_weights(layer)]
+        return [[self._pack(layer, term) for term in each] for each in terms]
 
     def _pack(self, layer: QuantizedLayer, weight: torch.Tensor) -> torch.Tensor:
         if isinstance(layer, nn.Conv2d):
@@ -157,13 +166,16 @@ class IntMatmul:
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.weights: list[torch.Tensor] | None = None
+        self.made_of: tuple[Any, ...] = ()
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
         bits = layer.spec.activation_bits
         assert bits is not None
-        if self.weights is None or self.weights[0].device != x.device:
-            self.weights = [w.flatten(1).t().contiguous() for w in signed_weights(layer)]
-            self.sums = [w.sum(0, dtype=torch.int32) for w in self.weights]
+        if self.weights is None or self.weights[0].device != x.device or self.made_of != layer.state():
+            with lasting():
+                self.weights = [w.flatten(1).t().contiguous() for w in signed_weights(layer)]
+                self.sums = [w.sum(0, dtype=torch.int32) for w in self.weights]
+            self.made_of = layer.state()
         scale, zero = layer.grid_at(layer.input_scale, x), layer.grid_at(layer.input_zero_point, x).float()
         codes = quantize(x.float(), scale, zero, bits)
         shifted = (codes - 128).to(torch.int8)  # _int_mm multiplies signed bytes
@@ -226,7 +238,11 @@ class Integer:
 
 
 class Auto:
-    """The faster one of `Integer` and `Dequantize`, found out at the first call with a shape of input."""
+    """`Integer` where it is the faster one by a rule, else `Dequantize`.
+
+    The rule knows the layer, the type of numbers and the kind of machine; no clock and no batch. So a machine draws the
+    same picture every time, and the processes of a job on machines of one kind choose alike.
+    """
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.ways: tuple[Runtime, Runtime] = (Integer(layer), Dequantize())
@@ -238,20 +254,29 @@ class Auto:
         return "auto" if not names else "+".join(sorted(names))
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
-        shape = (*x.shape, x.dtype, x.device)
-        if shape not in self.picked:
-            self.picked[shape] = self._faster(layer, x)
-        return self.picked[shape](layer, x)
+        kind = (x.dtype, x.device.type)
+        if kind not in self.picked:
+            self.picked[kind] = self.ways[0 if integers_are_faster(layer, *kind) else 1]
+        return self.picked[kind](layer, x)
 
-    def _faster(self, layer: QuantizedLayer, x: torch.Tensor) -> Runtime:
-        took: dict[Runtime, list[float]] = {way: [] for way in self.ways}
-        with uncounted():
-            for turn in range(_ROUNDS + 1):
-                for way in self.ways:
-                    began = time.perf_counter()
-                    way(layer, x)
-                    if x.device.type == "cuda":
-                        torch.cuda.synchronize(x.device)
-                    if turn:  # the first packs weights
-                        took[way].append(time.perf_counter() - began)
-        return min(self.ways, key=lambda way: statistics.median(took[way]))
+
+def integers_are_faster(layer: QuantizedLayer, dtype: torch.dtype, device: str) -> bool:
+    """Whether integer products of a layer take less time than floating-point ones, by its size and the machine."""
+    machine = products(device)
+    if machine == "none" or (machine == "16 bits" and layer.spec.weight_bits == 8):  # those are split, twice the work
+        return False
+    enough = _ENOUGH if machine != "16 bits" else _ENOUGH_16_BITS
+    if machine == "AMX" and dtype != torch.float32:
+        enough = _ENOUGH_BESIDE_AMX
+    return layer.weight_shape.numel() >= enough
+
+
+@functools.cache
+def products(device: str) -> str:
+    """What a machine has for 8-bit products: "AMX", "32 bits" or "16 bits" (to add them in) on a CPU, else "none"."""
+    if device != "cpu" or not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        return "none"
+    if saturates():
+        return "16 bits"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "AMX" if amx() else "32 bits"

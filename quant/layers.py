@@ -4,14 +4,18 @@ computes."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
 
+from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import bind_forward
 
 from .packing import pack, packed_bytes, unpack
+from .sealed import REASON, sealed
 from .spec import LayerSpec
 from .uniform import dequantize, fake_quantize, half_scale
 
@@ -108,8 +112,25 @@ class Simulated(Dequantize):
         return layer.round_output(super().__call__(layer, layer.round_input(x)))
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The value of one tensor with the gradient of another: rounding has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, smooth: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+def lasting() -> AbstractContextManager[Any]:
+    """Within it tensors are made that may be kept: not those of inference mode, through which no gradient flows."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 class QuantizedLayer(nn.Module):
-    """What quantized linear layers and convolutions have in common.
+    """What quantized linear layers, convolutions and embedding tables have in common.
 
     Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), and where the
     spec asks for them `input_scale`, `input_zero_point` (buckets, 1 | parts | C) and `output_scale`,
@@ -125,12 +146,17 @@ class QuantizedLayer(nn.Module):
     output_scale: torch.Tensor
     output_zero_point: torch.Tensor
     bias: nn.Parameter | None
+    plain: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int]
     weight_shape: torch.Size
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Called as the plain layer's class is called, this makes a plain layer: so does `type(layer)(…)` in peft."""
+        return cls.plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def _prepare(self, layer: nn.Module, spec: LayerSpec, buckets: Buckets) -> None:
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
+        bias: torch.Tensor | None = getattr(layer, "bias", None)
         self.spec, self.buckets, self.weight_shape = spec, buckets, weight.shape
         self.runtime: Runtime = Simulated()
         self.keep_floats = True
@@ -153,6 +179,10 @@ class QuantizedLayer(nn.Module):
             buffer("output_scale", (steps, 1), torch.float32)
             buffer("output_zero_point", (steps, 1), torch.uint8 if spec.output_bits <= 8 else torch.int32)
         self.register_buffer("_floats", None, persistent=False)
+        # has the type of the rest of the model; never on the meta device, for nothing is loaded into it
+        like = torch.empty(0, dtype=weight.dtype, device="cpu" if device.type == "meta" else device)
+        self.register_buffer("_like", like, persistent=False)
+        self._floats_of: tuple[Any, ...] = ()
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     # ------------------------------------------------------------------ weights
@@ -170,25 +200,56 @@ class QuantizedLayer(nn.Module):
 
     def floats(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights as numbers; kept for the next call unless memory matters more (`keep_floats`)."""
-        if self._floats is not None and self._floats.dtype == dtype:
-            return self._floats
-        sizes = self.spec.part_sizes(self.weight_shape[1])
-        ones = [1] * (len(self.weight_shape) - 1)
-        parts = [
-            dequantize(part, scale.view(-1, *ones), zero.float().view(-1, *ones))
-            for part, scale, zero in zip(
-                self.codes().float().split(sizes, 1), self.weight_scale, self.weight_zero_point, strict=True
-            )
-        ]
-        floats = (torch.cat(parts, 1) if self.spec.split else parts[0]).to(dtype)
+        state, kept = self.state(), self._floats
+        if kept is not None and (kept.dtype, kept.device, self._floats_of) == (dtype, self.weight_codes.device, state):
+            return kept
+        with lasting(), torch.no_grad():
+            floats = self._as_floats(self.codes(), self.weight_scale, self.weight_zero_point).to(dtype)
         if self.keep_floats:
-            self._floats = floats
+            self._floats, self._floats_of = floats, state
         return floats
+
+    def _as_floats(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        sizes = self.spec.part_sizes(self.weight_shape[1])
+        ones = [1] * (codes.dim() - 1)
+        parts = [
+            dequantize(part, s.view(-1, *ones), z.float().view(-1, *ones))
+            for part, s, z in zip(codes.float().split(sizes, 1), scale, zero_point, strict=True)
+        ]
+        return torch.cat(parts, 1) if self.spec.split else parts[0]
+
+    def state(self) -> tuple[Any, ...]:
+        """What is made of the stored tensors is good for as long as this stays equal."""
+        if torch.compiler.is_compiling():
+            return ()
+        stored = [t for name, t in self._buffers.items() if t is not None and name[0] != "_"]
+        return tuple((id(t), 0 if t.is_inference() else t._version) for t in stored)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights as numbers, for code that looks at them; changing them changes nothing."""
-        return self.floats(torch.float32 if self.bias is None else self.bias.dtype)
+        """The weights as numbers, for code that looks at them; writing to them is refused."""
+        return sealed(self.floats((self._like if self.bias is None else self.bias).dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ConfigurationError(REASON)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            raise ConfigurationError(f"{prefix}weight: {REASON}")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._floats = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Grids keep their type, whatever type the rest of the model is given."""
+        before = {name: t for name, t in self._buffers.items() if t is not None and name[0] != "_"}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
     # ------------------------------------------------------------------ inputs
     def store_grids(self, what: str, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
@@ -239,7 +300,11 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.runtime(self, x)
+        if not (x.requires_grad and torch.is_grad_enabled()) or self.runtime.name == Dequantize.name:
+            return self.runtime(self, x)
+        with torch.no_grad():
+            value = self.runtime(self, x)
+        return _StraightThrough.apply(Dequantize()(self, x), value)
 
     def extra_repr(self) -> str:
         a = self.spec.activation_bits
@@ -249,6 +314,7 @@ class QuantizedLayer(nn.Module):
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """A quantized `nn.Linear`; it stays an instance of it, so that LoRA finds it."""
 
+    plain = nn.Linear
     channel_dim = -1
 
     @classmethod
@@ -267,6 +333,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """A quantized `nn.Conv2d`."""
 
+    plain = nn.Conv2d
     channel_dim = 1
     _KEPT = (
         "in_channels out_channels kernel_size stride padding dilation transposed output_padding groups padding_mode "
@@ -287,6 +354,30 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """A quantized `nn.Embedding`: a grid for each of its rows, which are unpacked when they are looked up."""
+
+    plain = nn.Embedding
+    channel_dim = -1
+
+    @classmethod
+    def like(cls, layer: nn.Embedding, spec: LayerSpec, buckets: Buckets) -> Self:
+        """An empty quantized table of the shape of `layer`."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        for name in ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse"):
+            setattr(made, name, getattr(layer, name))
+        made.max_norm, made.norm_type = None, layer.norm_type
+        made._prepare(layer, spec, buckets)
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1)
+        codes = unpack(self.weight_codes[rows], self.spec.weight_bits, self.embedding_dim)
+        found = self._as_floats(codes, self.weight_scale[:, rows], self.weight_zero_point[:, rows])
+        return found.to(self._like.dtype).view(*x.shape, -1)
+
+
 def quantizable(module: nn.Module) -> bool:
     """Whether a module can be replaced by a quantized layer: a plain `nn.Linear`, or an `nn.Conv2d` without groups."""
     if type(module).__name__ == "LoRACompatibleLinear":
@@ -294,10 +385,17 @@ def quantizable(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
 
 
+def quantizable_table(module: nn.Module) -> bool:
+    """Whether a module can be replaced by a quantized table: a plain `nn.Embedding` that does not rescale its rows."""
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
 def quantized_like(layer: nn.Module, spec: LayerSpec, buckets: Buckets) -> QuantizedLayer:
     """An empty quantized layer of the kind and shape of `layer`."""
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d.like(layer, spec, buckets)
+    if isinstance(layer, nn.Embedding):
+        return QuantizedEmbedding.like(layer, spec, buckets)
     assert isinstance(layer, nn.Linear)
     return QuantizedLinear.like(layer, spec, buckets)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,14 +73,14 @@ def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = Fals
         model: a quantized model, or a pipeline with one.
         runtime: "dequantize": weights as floating-point numbers, inputs left as they are; "simulated": inputs
             rounded to their grids as well, in floating point; "integer": 8-bit integer products, where the layer and
-            the machine can, "simulated" elsewhere; "auto": each layer times integer against dequantize at its first
-            call with a shape of input and keeps the faster one.
+            the machine can, "simulated" elsewhere; "auto": "integer" for the layers for which that is faster on this
+            kind of machine, "dequantize" for the others, by a rule; see `kernels.Auto`.
         low_memory: unpack weights at every call instead of keeping them as numbers.
 
     Raises:
         ConfigurationError: no such runtime, or nothing is quantized.
     """
-    from .kernels import make_runtime
+    from .kernels import make_runtime, products
 
     if runtime not in RUNTIMES:
         raise ConfigurationError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
@@ -90,11 +91,20 @@ def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = Fals
         layer.keep_floats = not low_memory
         layer._floats = None
         layer.runtime = make_runtime(runtime, layer)
+    # the processes of a job compare this: machines of two kinds would choose differently
+    _model(model).low_bit_runtime = runtime if runtime != "auto" else f"auto, {products('cpu')}"  # type: ignore[assignment]
 
 
 def runtime_report(model: nn.Module) -> dict[str, str]:
     """What every quantized layer computes with, by name; of "auto" what it picked."""
     return {name: layer.runtime.name for name, layer in quantized_layers(_model(model)).items()}
+
+
+def computed_with(model: Any) -> dict[str, Any] | None:
+    """The runtime of a quantized model (or pipeline) and how many layers compute with what; None if it is not ours."""
+    denoiser = _model(model)
+    counts = Counter(runtime_report(denoiser).values())
+    return {"runtime": getattr(denoiser, "low_bit_runtime", None), "layers": dict(counts)} if counts else None
 
 
 def _model(model: Any) -> nn.Module:

@@ -523,7 +523,7 @@ def _set_training(modules: list[tuple[nn.Module, bool]]) -> None:
 def _forget(model: Any) -> None:
     """Take off a model what makes it a quantized one for diffusers."""
     uninstall(model)
-    for key in ("hf_quantizer", "quantization_method", "is_quantized"):
+    for key in ("hf_quantizer", "quantization_method", "is_quantized", "low_bit_runtime"):
         model.__dict__.pop(key, None)
     known = model.config
     if "quantization_config" in known:

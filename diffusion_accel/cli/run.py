@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import platform
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,6 +294,8 @@ class Session:
             "report": result.report.to_dict(),
             "versions": versions(),
         }
+        if (ways := low_bit_ways(self.pipe)) is not None:
+            data["quantized"] = ways
         return data if plan.paths else names_only(data)
 
     def record(self, path: Path, prompt: str, seed: int, result: Result) -> dict[str, Any]:
@@ -336,16 +337,24 @@ class Session:
 
 
 def how_quantized(pipe: Any) -> str | None:
-    """How many layers of the denoiser are quantized and what they compute with; None if it is not one of ours."""
-    denoiser = find_denoiser(pipe)
-    if denoiser is None or not getattr(denoiser, "is_quantized", False):
+    """How many layers of the denoiser are quantized and what they compute with; None if it is a plain model."""
+    denoiser: Any = find_denoiser(pipe)
+    if not getattr(denoiser, "is_quantized", False):
         return None
-    from ..quant.model import runtime_report
-
-    ways = Counter(runtime_report(denoiser).values())
-    if not ways:
+    ways = low_bit_ways(pipe)
+    if ways is None:
         return f"quantized with {denoiser.hf_quantizer.quantization_config.quant_method.value}"
-    return f"quantized layers: {', '.join(f'{n} {way}' for way, n in ways.items())}"
+    return f"quantized layers: {', '.join(f'{n} {way}' for way, n in ways['layers'].items())}"
+
+
+def low_bit_ways(pipe: Any) -> dict[str, Any] | None:
+    """The runtime of the denoiser and how many layers compute with what; None if it is no quantized one of ours."""
+    denoiser = find_denoiser(pipe)
+    if not getattr(denoiser, "is_quantized", False):
+        return None
+    from ..quant.model import computed_with
+
+    return computed_with(denoiser)
 
 
 def versions() -> dict[str, str]:

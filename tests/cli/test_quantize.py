@@ -62,6 +62,7 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
         "flag": ["--quantize", sticker],
         "low memory": ["--quantize", sticker, "--low-memory"],
         "integer": ["--quantize", sticker, "--runtime", "integer"],
+        "auto": ["--quantize", sticker, "--runtime", "auto"],
         "plain": [],
     }.items():
         runtime = [] if "--runtime" in more or name == "plain" else ["--runtime", "simulated"]
@@ -69,6 +70,10 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
         assert code == 0, err
         pictures[name] = Image.open(tmp_path / f"{name}.png").tobytes()
     assert pictures["folder"] == pictures["flag"] == pictures["low memory"] != pictures["plain"]
+    code, out, _ = call(capsys, "metadata", tmp_path / "auto.png", "--json")
+    ways = json.loads(out)["diffusion_accel"]["quantized"]
+    assert ways["runtime"].startswith("auto, ") and sum(ways["layers"].values()) == 133
+    assert set(ways["layers"]) <= {"integer", "dequantize"}  # decided, and written down
     near = torch.frombuffer(bytearray(pictures["integer"]), dtype=torch.uint8).float()
     assert (near - torch.frombuffer(bytearray(pictures["flag"]), dtype=torch.uint8)).abs().mean() < 3
 

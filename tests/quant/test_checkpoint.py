@@ -315,6 +315,43 @@ def test_lora_stays_in_full_precision_beside_a_quantized_base(tmp_path: Path) ->
     assert torch.equal(zoo.run(pipe, call), before)
 
 
+def test_loras_on_convolutions_work_beside_and_are_not_fused(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipe, call = zoo.sd()
+    quantize(Prompted(pipe, call), TINY, tmp_path / "work")
+    model: UNet2DConditionModel = pipe.unet
+    sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, zoo.TOKENS, zoo.DIM)
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            return model(sample, 10, text).sample
+
+    for runtime, dora in (("dequantize", False), ("integer", False), ("integer", True)):
+        set_runtime(model, runtime)
+        before = answer()
+        model.add_adapter(LoraConfig(r=2, target_modules=["conv1", "conv_shortcut", "to_q"], use_dora=dora), "one")
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+        kinds = {type(m.base_layer).__name__: type(m.lora_A["one"]) for m in layers.values()}
+        assert kinds == {"QuantizedConv2d": torch.nn.Conv2d, "QuantizedLinear": torch.nn.Linear}
+        assert torch.allclose(answer(), before, atol=1e-5)  # it begins with zeros
+        for layer in layers.values():
+            torch.nn.init.ones_(layer.lora_B["one"].weight)
+        lora = next(m for n, m in layers.items() if n.endswith("conv1"))
+        z = torch.randn(1, lora.base_layer.in_channels, 8, 8)
+        if not dora:
+            added = lora.lora_B["one"](lora.lora_A["one"](z)) * lora.scaling["one"]
+            assert torch.allclose(lora(z), lora.base_layer(z) + added, atol=1e-5)
+        changed = answer()
+        assert not torch.allclose(changed, before, atol=1e-3)
+        for safe in (False, True):
+            with pytest.raises(ConfigurationError, match="without fusing"):
+                pipe.fuse_lora(safe_fusing=safe)
+        assert torch.equal(answer(), changed)
+        model.delete_adapters("one")
+        assert torch.equal(answer(), before)
+
+
 def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Path) -> None:
     from diffusion_accel import UnsupportedPipelineError
 

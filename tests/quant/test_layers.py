@@ -15,7 +15,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.quant import kernels
 from diffusion_accel.quant.draft import Draft, rounding
 from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, unsaturated, why_not_integer
-from diffusion_accel.quant.layers import Buckets, QuantizedLayer, Simulated
+from diffusion_accel.quant.layers import Buckets, Dequantize, QuantizedLayer, Simulated
 from diffusion_accel.quant.spec import LayerSpec
 from diffusion_accel.quant.uniform import fake_quantize, half_scale
 
@@ -219,6 +219,143 @@ def test_auto_picks_one_of_two_and_keeps_it() -> None:
     first = layer(x)
     assert layer.runtime.name in ("integer", "dequantize")
     assert torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize(
+    ("machine", "bits", "width", "dtype", "faster"),
+    [
+        ("AMX", 8, 256, torch.float32, True),
+        ("AMX", 8, 128, torch.float32, False),
+        ("AMX", 8, 256, torch.bfloat16, False),
+        ("AMX", 8, 768, torch.bfloat16, True),
+        ("32 bits", 8, 256, torch.bfloat16, True),
+        ("16 bits", 8, 768, torch.float32, False),
+        ("16 bits", 7, 768, torch.float32, True),
+        ("16 bits", 4, 256, torch.float32, False),
+        ("none", 4, 768, torch.float32, False),
+    ],
+)
+def test_auto_goes_by_the_layer_and_the_machine_alone(
+    monkeypatch: pytest.MonkeyPatch, machine: str, bits: int, width: int, dtype: torch.dtype, faster: bool
+) -> None:
+    """Not by a clock, so that a machine draws the same image every time; not by the rows, so that shares agree."""
+    monkeypatch.setattr(kernels, "products", lambda device: machine)
+    spec = LayerSpec(weight_bits=bits, activation_bits=8)
+    layer = Draft(nn.Linear(width, width), spec, Buckets((900.0,)), search=False).finished(Buckets((900.0,)))
+    layer.runtime = Auto(layer)
+    for rows in (1, 300):
+        x = torch.randn(rows, width).to(dtype)
+        expected = Integer(layer) if faster else Dequantize()
+        layer.bias.data = layer.bias.data.to(dtype)
+        assert torch.equal(layer(x), expected(layer, x))
+        assert layer.runtime.name == ("integer" if faster else "dequantize")
+
+
+def assign(layer: Any, value: Any) -> None:
+    layer.weight = value
+
+
+def assign_data(layer: Any) -> None:
+    layer.weight.data = layer.weight.data + 1
+
+
+def add_to_data(layer: Any) -> None:
+    layer.weight.data += 1
+
+
+def set_item(layer: Any) -> None:
+    layer.weight[0] = 0
+
+
+WRITES: dict[str, Any] = {
+    "copy": lambda q: q.weight.copy_(q.weight + 1),
+    "in place": lambda q: q.weight.mul_(2),
+    "through a view": lambda q: q.weight.detach().flatten()[1:].zero_(),
+    "as an output": lambda q: torch.add(q.weight, 1, out=q.weight),
+    "several at once": lambda q: torch._foreach_add_([q.weight], 1),
+    "initialisation": lambda q: nn.init.normal_(q.weight),
+    "data": assign_data,
+    "data in place": add_to_data,
+    "item": set_item,
+    "a parameter": lambda q: assign(q, nn.Parameter(q.weight + 1)),
+    "a tensor": lambda q: assign(q, q.weight + 1),
+    "a state dict": lambda q: q.load_state_dict({"weight": q.weight + 1}, strict=False),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_writing_to_the_weights_is_refused(how: str) -> None:
+    for kind in ("linear", "conv"):
+        layer = made(LAYERS[kind]())
+        before = layer.weight.clone()
+        with torch.no_grad(), pytest.raises(ConfigurationError, match="cannot be written; a LoRA works beside them"):
+            WRITES[how](layer)
+        assert torch.equal(layer.weight, before) and type(layer.weight + 1) is torch.Tensor
+
+
+def test_what_is_read_from_the_weights_is_free() -> None:
+    layer = made(linear())
+    before = layer.weight.clone()
+    for free in (layer.weight.clone(), layer.weight * 1, copy.deepcopy(layer.weight), layer.weight.numpy()):
+        free[:] = 0
+    assert torch.equal(layer.weight, before) and before.any()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_class_of_a_quantized_layer_makes_plain_ones(kind: str) -> None:
+    """peft builds the two layers of a LoRA with the class of the layer that it stands beside."""
+    layer = made(LAYERS[kind]())
+    twin = type(layer)(3, 5, **({"kernel_size": 1} if kind == "conv" else {}), bias=False)
+    assert type(twin) is {"linear": nn.Linear, "conv": nn.Conv2d}[kind]
+    assert isinstance(twin.weight, nn.Parameter) and twin.bias is None
+
+
+@pytest.mark.parametrize("runtime", ["dequantize", "simulated", "integer", "auto"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_gradients_flow_whatever_a_layer_was_used_for_before(kind: str, runtime: str) -> None:
+    """Through the rounding as if it was not there; what inference mode left behind must not be in the way."""
+    layer = made(LAYERS[kind](), weight_bits=8)
+    layer.buckets.select(500)
+    layer.runtime = make_runtime(runtime, layer)
+    x = inputs(layer)
+    with torch.inference_mode():
+        expected = layer(x)
+    weight = layer.weight.clone().requires_grad_()
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = layer(a)
+    assert torch.equal(y, expected)
+    y.square().sum().backward()
+    (layer.compute(b, weight) * 2 * y.detach()).sum().backward()
+    assert a.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-5) and a.grad.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("runtime", ["dequantize", "simulated", "integer"])
+def test_what_is_kept_follows_the_stored_tensors(runtime: str) -> None:
+    layer, other = made(conv()), made(conv(bias=False))
+    other.weight_scale.mul_(2)
+    for one in (layer, other):
+        one.runtime = make_runtime(runtime, one)
+        one.buckets.select(900)
+    x = inputs(layer)
+    before = layer(x)
+    layer.weight_scale.mul_(2)
+    doubled = layer(x)
+    bias = layer.bias.view(-1, 1, 1)
+    assert torch.allclose(doubled - bias, 2 * (before - bias), atol=1e-5)
+    layer.load_state_dict(other.state_dict(), strict=False)
+    with torch.no_grad():
+        layer.bias.zero_()
+    assert torch.equal(layer(x), other(x))
+
+
+def test_another_type_leaves_the_grids_alone() -> None:
+    layer = made(conv(), output_bits=8)
+    stored = {name: t.clone() for name, t in layer.state_dict().items() if name != "bias"}
+    layer.to(torch.bfloat16)
+    assert layer.bias.dtype == layer.weight.dtype == torch.bfloat16
+    assert all(
+        layer.state_dict()[n].dtype == t.dtype and torch.equal(layer.state_dict()[n], t) for n, t in stored.items()
+    )
 
 
 def test_low_memory_unpacks_again_and_computes_the_same() -> None:
