@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_accel.errors import ConfigurationError
+
 from .calibration import CalibrationSet, Rows
 from .draft import Draft, rounding
 
@@ -19,6 +21,7 @@ TIME_LAYERS = r".*(time_emb_proj|time_embedding\.linear_[12]|timestep_embedder\.
 FEED_FORWARD = r".*ff(_context)?\.net\..*"
 QUERIES = r".*\.(to_q|add_q_proj)"
 SELF_KEYS_VALUES = r".*attn1?\.(to_k|to_v)"
+MOMENTS = ("visit", "timestep", "shared")
 PRESETS: dict[str, tuple[str, ...]] = {
     "sd": (FEED_FORWARD,),
     "sdxl": (FEED_FORWARD, QUERIES),
@@ -36,7 +39,10 @@ class FinetuneSettings:
         time_rows: stage 1, rows of each timestep in an epoch.
         epochs: stage 2, epochs over all timesteps.
         rows: stage 2, rows of each timestep in an epoch.
-        batch: rows in a step.
+        batch: rows in a step; the published code takes one every 4 rows.
+        moments: Adam's moments of the scales: "visit", begun anew whenever a timestep is visited, as published;
+            "timestep", kept for each; "shared", one of all timesteps, which goes on moving the scales of those that
+            have no rows in a step.
         rate: learning rate of weights and biases.
         scale_rate: of the scales of activations, as a share of their size (published: 1e-4 absolute in stage 2,
             which is this share for scales around 0.1).
@@ -47,10 +53,17 @@ class FinetuneSettings:
     time_rows: int = 8
     epochs: int = 20
     rows: int = 64
-    batch: int = 32
+    batch: int = 4
+    moments: str = "visit"
     rate: float = 1e-5
     scale_rate: float = 1e-3
     layer_loss: bool = True
+
+    def __post_init__(self) -> None:
+        if self.moments not in MOMENTS:
+            raise ConfigurationError(f"moments must be one of {', '.join(MOMENTS)}, got {self.moments!r}")
+        if self.batch < 1:
+            raise ConfigurationError(f"batch must be at least 1 row, got {self.batch}")
 
 
 def preset_for(model: nn.Module) -> str:
@@ -78,9 +91,12 @@ def stage_one_epochs(settings: FinetuneSettings, number: int, timestep: float) -
 class Tuner:
     """Finetunes some layers of a model of drafts; one instance for each stage, so that Adam's moments are kept.
 
+    A timestep is one bucket of the activation grids. Only its own scales learn from its rows.
+
     Args:
         chosen: the layers whose weights and biases learn.
         scales: the layers whose activation scales learn.
+        moments: of the scales, see `FinetuneSettings`.
     """
 
     def __init__(
@@ -92,21 +108,29 @@ class Tuner:
         rate: float,
         scale_rate: float,
         layer_loss: bool,
+        moments: str = "visit",
     ) -> None:
         self.model, self.drafts, self.chosen, self.layer_loss = model, drafts, chosen, layer_loss
-        weights = [p for n in chosen for p in drafts[n].own()]
-        steps = [p for n in scales for p in _scales(drafts[n])]
-        self.parameters = [*weights, *steps]
-        self.floors = [(p, float(p.detach().min()) / 4) for p in steps]  # a scale stays positive
-        for p in self.parameters:
+        self.moments = moments
+        self.weights = [p for n in chosen for p in drafts[n].own()]
+        self.scales = [p for n in scales for p in _scales(drafts[n])]
+        self.floors = [float(p.detach().min()) / 4 for p in self.scales]  # a scale stays positive
+        self.rates = [scale_rate * float(p.detach().mean()) for p in self.scales]
+        self.rate, self.share = rate, 1.0
+        for p in (*self.weights, *self.scales):
             p.requires_grad_(True)
-        groups: list[dict[str, Any]] = [{"params": weights, "lr": rate}] if weights else []
-        groups += [{"params": [p], "lr": scale_rate * float(p.detach().mean())} for p in steps]
-        self.optimizer = torch.optim.Adam(groups)
-        self.rates = [group["lr"] for group in groups]
+        self._weights = torch.optim.Adam([{"params": self.weights, "lr": rate}]) if self.weights else None
+        self._scales: dict[int, torch.optim.Adam] = {}
+        self._number = 0
+
+    def visit(self, number: int) -> None:
+        """Learn from rows of bucket `number` from now on."""
+        self._number = number
+        if self.moments == "visit":
+            self._scales.clear()
 
     def step(self, rows: Rows) -> float:
-        """One step of Adam on some rows; returns the loss."""
+        """One step of Adam on some rows of the bucket; returns the loss."""
         heard: dict[str, torch.Tensor] = {}
         wanted: dict[str, torch.Tensor] = {}
         if self.layer_loss:
@@ -114,28 +138,69 @@ class Tuner:
                 rounding(self.drafts, False, False)
                 rows.run(self.model)
         rounding(self.drafts, True, True)
+        for p in (*self.weights, *self.scales):
+            p.grad = None
         with torch.enable_grad(), self._listening(heard):
             loss = (rows.run(self.model) - rows.output).square().mean() * max(1, len(wanted))
             for name, target in wanted.items():
                 loss = loss + (heard[name] - target).square().mean()
-            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            for parameter, floor in self.floors:
-                parameter.clamp_(min=floor)
+        if self._weights is not None:
+            self._weights.param_groups[0]["lr"] = self.share * self.rate
+            self._weights.step()
+        self._step_scales()
         return float(loss.detach())
+
+    def _step_scales(self) -> None:
+        optimizer = self._scale_optimizer()
+        for group, scale, rate in zip(optimizer.param_groups, self.scales, self.rates, strict=True):
+            group["lr"] = self.share * rate
+            (own,) = group["params"]
+            own.grad = scale.grad if self.moments == "shared" or scale.grad is None else scale.grad[self._number]
+        optimizer.step()
+        with torch.no_grad():
+            for scale, floor in zip(self.scales, self.floors, strict=True):
+                scale.clamp_(min=floor)
+
+    def _scale_optimizer(self) -> torch.optim.Adam:
+        """Adam over the scales of the bucket, which are rows of the drafts' own tensors; shared: over all of them."""
+        key = 0 if self.moments == "shared" else self._number
+        if key not in self._scales:
+            own = self.scales if self.moments == "shared" else [nn.Parameter(p.data[key]) for p in self.scales]
+            self._scales[key] = torch.optim.Adam([{"params": [p]} for p in own] or [{"params": []}])
+        return self._scales[key]
 
     def pace(self, share: float) -> None:
         """Learn at this share of the rates from now on."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = share * rate
+        self.share = share
 
     def close(self) -> None:
         """Nothing learns any more."""
-        for p in self.parameters:
+        for p in (*self.weights, *self.scales):
             p.requires_grad_(False)
             p.grad = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a stage that goes on between two buckets needs, besides the drafts."""
+        found = {
+            "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "floors": torch.tensor(self.floors, dtype=torch.float64),
+        }
+        kept = {} if self.moments == "visit" else self._scales
+        for name, optimizer in (("weights", self._weights), *((f"scales{k}", v) for k, v in kept.items())):
+            for i, values in enumerate(_states(optimizer)):
+                found |= {f"{name}/{i}/{k}": torch.as_tensor(v).contiguous() for k, v in values.items()}
+        return found
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state`. Rates and floors are those of the beginning of the stage."""
+        self.rates, self.floors = state["rates"].tolist(), state["floors"].tolist()
+        numbers = {int(key.partition("/")[0][6:]) for key in state if key.startswith("scales")}
+        for number in numbers:
+            self._number = number
+            _set_states(self._scale_optimizer(), f"scales{number}", state)
+        if self._weights is not None:
+            _set_states(self._weights, "weights", state)
 
     @contextmanager
     def _listening(self, into: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -151,6 +216,18 @@ class Tuner:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _states(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
+    groups = optimizer.param_groups if optimizer is not None else []
+    return [optimizer.state.get(p, {}) for group in groups for p in group["params"]]  # type: ignore[union-attr]
+
+
+def _set_states(optimizer: torch.optim.Optimizer, name: str, state: dict[str, torch.Tensor]) -> None:
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        own = {k.rpartition("/")[2]: v for k, v in state.items() if k.startswith(f"{name}/{i}/")}
+        if own:
+            optimizer.state[p] = own
 
 
 def _scales(draft: Draft) -> list[nn.Parameter]:

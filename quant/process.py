@@ -388,7 +388,8 @@ class Quantization:
                 self.progress(
                     f"time embedding: timestep {number + 1} of {count}", *progress_of(self.plan, "finetuning", 0.0)
                 )
-                tuner = Tuner(self.denoiser, self.drafts, times, times, f.rate, f.scale_rate, f.layer_loss)
+                tuner = Tuner(self.denoiser, self.drafts, times, times, f.rate, f.scale_rate, f.layer_loss, f.moments)
+                tuner.visit(number)
                 losses = []
                 for epoch in range(epochs[number]):
                     for rows in batches(self.calibration, number, f.time_rows, f.batch, epoch):
@@ -401,11 +402,9 @@ class Quantization:
                     saved = time.monotonic()
             stage, at, moments = 2, 0, None
             self._save(file, stage, at, None)
-        tuner = Tuner(self.denoiser, self.drafts, chosen, others, f.rate, f.scale_rate, f.layer_loss)
+        tuner = Tuner(self.denoiser, self.drafts, chosen, others, f.rate, f.scale_rate, f.layer_loss, f.moments)
         if moments:
-            tuner.rates = moments.pop("rates").tolist()  # shares of the scales as they were when the stage began
-            tuner.floors = [(p, v) for (p, _), v in zip(tuner.floors, moments.pop("floors").tolist(), strict=True)]
-            _set_moments(tuner.optimizer, moments)
+            tuner.restore(moments)
         total = self.plan["epochs"] * count
         losses = []
         for place in range(at, total):
@@ -413,6 +412,7 @@ class Quantization:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + epoch)).tolist()
             what = f"finetuning: epoch {epoch + 1} of {self.plan['epochs']}"
             self.progress(what, *progress_of(self.plan, "finetuning", place / total))
+            tuner.visit(order[turn])
             tuner.pace(0.5 * (1 + math.cos(math.pi * place / total)))
             for rows in batches(self.calibration, order[turn], f.rows, f.batch, place):
                 losses.append(tuner.step(rows))
@@ -439,10 +439,7 @@ class Quantization:
                 if value is not None and (key not in ("weight", "bias") or getattr(value, "own", False)):
                     tensors[f"{name}.{key}"] = value.detach().contiguous()
         if tuner is not None:
-            tensors["moments/rates"] = torch.tensor(tuner.rates, dtype=torch.float64)
-            tensors["moments/floors"] = torch.tensor([v for _, v in tuner.floors], dtype=torch.float64)
-            for i, state in enumerate(_states(tuner.optimizer)):
-                tensors |= {f"moments/{i}/{k}": torch.as_tensor(v).contiguous() for k, v in state.items()}
+            tensors |= {f"moments/{key}": value for key, value in tuner.state().items()}
         with replacing(file) as temporary:
             save_file(tensors, temporary)
 
@@ -538,17 +535,6 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 def _grids(draft: Draft) -> list[str]:
     """The names of a draft's grids of activations."""
     return [f"{n}_{k}" for n in ("input", "output") if hasattr(draft, f"{n}_scale") for k in ("scale", "zero_point")]
-
-
-def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _set_moments(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        state = {k.partition("/")[2]: v for k, v in moments.items() if k.startswith(f"{i}/")}
-        if state:
-            optimizer.state[p] = state
 
 
 def _ends(losses: list[float]) -> dict[str, float]:

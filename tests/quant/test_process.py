@@ -147,6 +147,7 @@ def test_only_what_is_chosen_learns(calibration: CalibrationSet, stage: str) -> 
     scales = times if stage == "time" else [n for n in drafts if n not in times]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     tuner = Tuner(model, drafts, chosen, scales, rate=1e-3, scale_rate=1e-2, layer_loss=True)
+    tuner.visit(1)
     rows = next(iter(batches(calibration, 1, 8, 8, 0)))
     for _ in range(2):  # Adam's first step may leave what has no gradient yet
         tuner.step(rows)
@@ -170,6 +171,7 @@ def test_finetuning_begins_at_the_error_and_reduces_it(calibration: CalibrationS
     rounding(drafts, True, False)
     process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
     tuner = Tuner(model, drafts, list(drafts), list(drafts), rate=1e-4, scale_rate=1e-3, layer_loss=False)
+    tuner.visit(2)
     rows = calibration.bucket(2)
     rounding(drafts, True, True)
     with torch.no_grad():
@@ -177,6 +179,62 @@ def test_finetuning_begins_at_the_error_and_reduces_it(calibration: CalibrationS
     losses = [tuner.step(rows) for _ in range(30)]
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def moved_scales(calibration: CalibrationSet, moments: str, visits: tuple[int, ...]) -> list[torch.Tensor]:
+    """Scales of all layers after two steps at each of `visits`, with weights that stay."""
+    model, drafts = drafted(calibration)
+    rounding(drafts, True, False)
+    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
+    tuner = Tuner(model, drafts, [], list(drafts), 1e-4, 1e-2, False, moments)
+    for number in visits:
+        tuner.visit(number)
+        for _ in range(2):
+            tuner.step(calibration.bucket(number))
+    return [d.input_scale.detach().clone() for d in drafts.values()]
+
+
+def test_every_timestep_has_moments_of_its_own(calibration: CalibrationSet) -> None:
+    """The error at a timestep depends on its own scales alone: their order of turns must not matter, unless moments are
+    shared. Moments begun anew do not matter at a first visit."""
+    turns, alone = (0, 1, 0, 1), (0, 0, 1, 1)
+    kept = moved_scales(calibration, "timestep", turns)
+    for mine, other in zip(kept, moved_scales(calibration, "timestep", alone), strict=True):
+        assert torch.equal(mine, other)
+    shared = moved_scales(calibration, "shared", turns)
+    assert any(not torch.equal(a, b) for a, b in zip(kept, shared, strict=True))
+    anew = moved_scales(calibration, "visit", turns)
+    assert any(not torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
+    for mine, other in zip(
+        moved_scales(calibration, "visit", (0, 1)), moved_scales(calibration, "timestep", (0, 1)), strict=True
+    ):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("moments", ["visit", "timestep", "shared"])
+def test_a_stage_goes_on_from_its_state(calibration: CalibrationSet, moments: str) -> None:
+    def tuned(model: Any, drafts: Drafts) -> Tuner:
+        return Tuner(model, drafts, list(drafts), list(drafts), 1e-3, 1e-2, False, moments)
+
+    def turn(tuner: Tuner, number: int) -> None:
+        tuner.visit(number)
+        for rows in batches(calibration, number, 8, 4, number):
+            tuner.step(rows)
+
+    model, drafts = drafted(calibration)
+    rounding(drafts, True, False)
+    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
+    whole = tuned(model, drafts)
+    turn(whole, 0)
+    turn(whole, 1)
+    stopped = copy.deepcopy(model)
+    state = {k: v.clone() for k, v in whole.state().items()}
+    turn(whole, 0)
+    resumed = tuned(stopped, {n: stopped.get_submodule(n) for n in drafts})
+    resumed.restore(state)
+    turn(resumed, 0)
+    for (name, one), other in zip(model.named_parameters(), stopped.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 # ---------------------------------------------------------------------- bits
