@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import math
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..denoisers import find_denoiser
-from ..errors import ConfigurationError, ModelLoadError
+from ..errors import AccelerationError, ConfigurationError, ModelLoadError, UnsupportedPipelineError
 from ..feature import Attachment
 from .adapter import Adapter, check_changes, read_changes
 from .codec import decode_rgba, offset_of, refine_latents
-from .conditions import Concatenated, Until, condition_latents, open_picture
+from .conditions import Concatenated, Until, condition_latents, open_layer
+from .fit import check_pipeline, read_by_vae
 from .latent_transparency import CONDITIONS, LAYERS
 from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
-from .pictures import flattened, rgba_tensor, to_type
+from .pictures import Given, given, overlaid, rgba_tensor, size_of, to_type
+from .rgba import composite, resized, straight
 from .sharing import Sharing, is_sharing
 from .weights import find_parts, load_part, read_tensors
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from ..steps import StepClock
     from .latent_transparency import LatentTransparency
 
-
-logger = logging.getLogger(__name__)
+NEAR = 0.02  # mean distance in -1..1 below which a tensor is a given image; half precision rounds by up to 0.004
+ROUGHLY = 0.1  # the same where the image was resized in another way
 
 
 @dataclass
@@ -49,13 +51,9 @@ def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> L
     Raises:
         ModelLoadError, ConfigurationError: they do not exist or do not fit; in one sentence.
     """
-    vae, unet = getattr(pipeline, "vae", None), find_denoiser(pipeline)
-    if vae is None or "latent_channels" not in getattr(vae, "config", {}):
-        raise ConfigurationError("the pipeline has no VAE with latents")
-    if unet is None:
-        raise ConfigurationError("the pipeline has no unet or transformer")
+    factor = check_pipeline(pipeline)
+    unet, channels = find_denoiser(pipeline), pipeline.vae.config.latent_channels
     parts = find_parts(pipeline, feature.weights, feature.variant, feature.adapter)
-    channels, factor = vae.config.latent_channels, 1 << (len(vae.config.block_out_channels) - 1)
     encoder: Any = None
     decoder: Any = None
     if feature.views != 0 and parts.decoder is not None:
@@ -93,7 +91,9 @@ class TransparencyAttachment(Attachment):
         super().__init__(feature, pipeline)
         self._loaded = Loaded(None, None, None, None) if feature.idle else load(feature, pipeline)
         self._decoded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._given: list[tuple[Any, Given]] = []  # what the pipeline is called with, and what is known of it
+        self._seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # pixels, alpha and grey as it processed them
+        self._overlays: list[tuple[Any, torch.Tensor, Any]] = []
         self._concatenated: Concatenated | None = None
         self._size = (0, 0)
         self._unet: Any = None
@@ -106,29 +106,45 @@ class TransparencyAttachment(Attachment):
 
     # ------------------------------------------------------------------ the call
     def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Pictures with alpha that the call starts from: grey behind them, their alpha kept for the encoder."""
-        self._given, image = None, arguments.get("image")
-        self._size = self._picture_size(arguments)
-        if image is None or not self._starts_from_picture() or self._loaded.encoder is None:
-            return arguments
-        rgba = rgba_tensor(image)
-        if rgba is None:
-            return arguments
-        self._given = (rgba[:, :3], rgba[:, 3:])
-        return {**arguments, "image": flattened(image)}
+        """Images with alpha that the call is given: grey behind them, their alpha kept for the encoder.
 
-    def _starts_from_picture(self) -> bool:
-        """Whether `image` is what the call starts from (and not, for example, a ControlNet's)."""
-        return "strength" in inspect.signature(type(self.pipeline).__call__).parameters
+        Raises:
+            ConfigurationError: one can be seen through, and the weights have no encoder for it.
+        """
+        self._given, self._seen, self._overlays = [], [], []
+        if self._feature.idle:
+            return arguments
+        vae, changed = getattr(self.pipeline, "vae", None), dict(arguments)
+        channels = getattr(vae, "config", {}).get("latent_channels")
+        for name in read_by_vae(self.pipeline):
+            found = given(arguments.get(name), channels)
+            if found is None:
+                continue
+            if self._loaded.encoder is None and not found.opaque:
+                raise ConfigurationError(
+                    f"transparent: {name} has transparent parts, and these weights have no encoder for them; give an "
+                    "opaque image, or weights with an encoder"
+                )
+            changed[name] = found.flat
+            self._given += found.parts()
+        self._size = self._picture_size(arguments)
+        return changed
+
+    def _known(self, image: Any) -> Given | None:
+        """What is known of an image, if it is one that the call was given."""
+        if isinstance(image, (list, tuple)) and len(image) == 1 and not any(one is image for one, _ in self._given):
+            image = image[0]
+        return next((found for one, found in self._given if one is image), None)
 
     def _picture_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
         """Height and width of what the call draws, in pixels."""
-        pipe, image = self.pipeline, rgba_tensor(arguments.get("image")) if self._starts_from_picture() else None
+        pipe = self.pipeline
+        starts = self._given and "strength" in inspect.signature(type(pipe).__call__).parameters
         side = getattr(find_denoiser(pipe), "config", {}).get("sample_size") or 64
-        sides = image.shape[-2:] if image is not None else (side,) * 2 if isinstance(side, int) else tuple(side)
-        scale = 1 if image is not None else getattr(pipe, "vae_scale_factor", 8)
-        given = (arguments.get("height"), arguments.get("width"))
-        height, width = (int(one or known * scale) for one, known in zip(given, sides, strict=True))
+        scale = 1 if starts else getattr(pipe, "vae_scale_factor", 8)
+        sides = self._given[0][1].rgba[0].shape[-2:] if starts else (side,) * 2 if isinstance(side, int) else side
+        asked = (arguments.get("height"), arguments.get("width"))
+        height, width = (int(one or known * scale) for one, known in zip(asked, sides, strict=True))
         return height // 8 * 8, width // 8 * 8
 
     def before_call(self, clock: StepClock) -> None:
@@ -140,7 +156,7 @@ class TransparencyAttachment(Attachment):
             self.changes.add(loaded.adapter.restore)
             loaded.adapter.apply(self._unet, feature.strength)
             self._counters["changed"] = float(len(loaded.adapter.changes))
-        pictures = [open_picture(name, getattr(feature, name)) for name in CONDITIONS[feature.variant]]
+        pictures = [open_layer(name, getattr(feature, name)) for name in CONDITIONS[feature.variant]]
         if loaded.sharing is not None:
             control = pictures[0] if loaded.sharing.needs_control else None
             loaded.sharing.install(self._unet, hooks, feature.strength, control)
@@ -153,8 +169,12 @@ class TransparencyAttachment(Attachment):
         self._read = None if vae is None else vae.decode
         if loaded.decoder is not None:
             self._wrap(vae, "decode", self._decode)
-        if self._given is not None:
+        if self._given and loaded.encoder is not None:
             self._wrap(vae, "encode", self._encode)
+        processor = getattr(self.pipeline, "image_processor", None)
+        for name, around in (("preprocess", self._preprocess), ("apply_overlay", self._overlay)):
+            if hasattr(processor, name):
+                self._wrap(processor, name, around)
 
     def _unadapted(self) -> None:
         """From here on the base model is what it was."""
@@ -167,7 +187,8 @@ class TransparencyAttachment(Attachment):
 
     def after_call(self) -> None:
         super().after_call()
-        self._unet = self._read = self._concatenated = self._given = None
+        self._unet = self._read = self._concatenated = None
+        self._given, self._seen = [], []
 
     def _wrap(self, owner: Any, name: str, around: Any) -> None:
         """Put `around(original, …)` in place of a method of one object, until the call ends."""
@@ -182,20 +203,57 @@ class TransparencyAttachment(Attachment):
     def _decoded_by_vae(self, z: torch.Tensor) -> torch.Tensor:
         return self._read(z, return_dict=False)[0]
 
+    def _preprocess(self, original: Any, image: Any, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline cuts and resizes a given image; its alpha goes the same way."""
+        pixels, found = original(image, *args, **kwargs), self._known(image)
+        if found is not None and isinstance(pixels, torch.Tensor):
+            alpha = original(found.alpha, *args, **kwargs)
+            normalized = getattr(getattr(self.pipeline.image_processor, "config", None), "do_normalize", True)
+            alpha = alpha[:, :1] / 2 + 0.5 if normalized else alpha[:, :1]
+            self._seen.append((pixels, alpha.float().clamp(0, 1), found.grey))
+        return pixels
+
+    def _overlay(
+        self, original: Any, mask: Any, init_image: Any, image: Any, crop_coords: Any = None, **kwargs: Any
+    ) -> Any:
+        """The pipeline puts what was drawn into the whole image; where that is, is kept for RGBA."""
+        found = self._known(init_image)
+        under = rgba_tensor(init_image)[0] if found is None else found.rgba[0]  # type: ignore[index]
+        self._overlays.append((mask, under, crop_coords))
+        return original(mask, init_image, image, crop_coords, **kwargs)
+
+    def _alpha_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Alpha (N, 1, H, W) of what the VAE is given in -1..1, and the grey behind it (N, 1, 1, 1).
+
+        Each row belongs to the given image that it equals, but for parts that an inpainting mask has set to 0: there
+        nothing is seen. None: it is none of the given images, but for example what guides a ControlNet.
+        """
+        known, near = self._seen, NEAR
+        if not known:  # the pipeline has a way of its own to make tensors of images
+            known, near = [_fitted(found, x) for _, found in self._given[:1]], ROUGHLY
+        rows = [row for one in known if one[0].shape[-2:] == x.shape[-2:] for row in zip(*one[:2], repeat(one[2]))]
+        alphas, greys = [], []
+        for i, row in enumerate(x.float()):
+            there = (row != 0).any(0, keepdim=True)
+            distances = [float(((row - pixels.to(row)) * there).abs().sum()) for pixels, _, _ in rows]
+            best = min(range(len(rows)), key=lambda j: (distances[j], j != i), default=None)
+            if best is None or distances[best] > near * max(1, int(there.sum())) * len(row):
+                return None
+            alphas.append(rows[best][1].to(row) * there)
+            greys.append(rows[best][2])
+        return torch.stack(alphas), torch.tensor(greys, device=x.device).view(-1, 1, 1, 1)
+
     def _encode(self, original: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The VAE's encoding of a picture over grey, moved by the encoder's offset; nothing is drawn at random."""
+        """The VAE's encoding of an image over grey, moved by the encoder's offset; nothing is drawn at random."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        loaded = self._loaded
-        assert self._given is not None and loaded.encoder is not None
-        made = original(x, *args, **kwargs)
+        made, found, loaded = original(x, *args, **kwargs), self._alpha_of(x), self._loaded
+        assert loaded.encoder is not None
+        if found is None:
+            return made
         known = made[0] if isinstance(made, tuple) else made.latent_dist
-        rgb, alpha = (
-            torch.nn.functional.interpolate(part, x.shape[-2:], mode="bilinear", antialias=True)
-            .clamp(0, 1)
-            .repeat(math.ceil(len(x) / len(part)), 1, 1, 1)[: len(x)]
-            for part in self._given
-        )
+        alpha, grey = found
+        rgb = straight(x.float() / 2 + 0.5 - grey * (1 - alpha), alpha)
         moved = known.mean + known.std * offset_of(loaded.encoder.to(x.device), rgb, alpha).to(known.mean)
         if loaded.refine and loaded.decoder is not None:
             decoder = loaded.decoder.to(x.device)
@@ -208,41 +266,86 @@ class TransparencyAttachment(Attachment):
     # ------------------------------------------------------------------ what comes out
     @torch.no_grad()
     def process_output(self, output: Any) -> Any:
-        """The same output with RGBA pictures in the place of RGB ones."""
-        decoder, decoded = self._loaded.decoder, self._decoded
-        self._decoded = []
-        if decoder is None or not decoded:
-            return output
+        """The same output with RGBA images in the place of RGB ones."""
+        decoder, decoded, overlays = self._loaded.decoder, self._decoded, self._overlays
+        self._decoded, self._overlays = [], []
         images = output[0] if isinstance(output, tuple) else getattr(output, "images", None)
-        if images is None:
-            return output
+        size = size_of(images)
+        if decoder is None or images is None or (size is None and not decoded):
+            return output  # latents, for example
         count = len(images)
-        z, sample = (torch.cat([pair[k] for pair in decoded])[-count:] for k in (0, 1))
-        if len(z) != count:
-            logger.warning("transparent: %d pictures of %d latents stay RGB", count, len(z))
+        z, sample = _last(decoded, count)
+        layers = LAYERS[self._feature.variant]
+        rows = [i for i in range(count) if layers[i % len(layers)] == "fg"]  # the others are opaque
+        if not rows:
             return output
         on_gpu = z.device.type != "cpu"
         decoder.to(z.device)
         dtype = torch.bfloat16 if on_gpu and z.dtype == torch.bfloat16 else torch.float32
         if decoder.dtype != dtype:
             decoder.to(dtype)
-        layers = LAYERS[self._feature.variant]
-        rows = [i for i in range(count) if layers[i % len(layers)] == "fg"]  # the others are opaque
-        if not rows:
-            return output
         rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._loaded.views)
         if on_gpu and getattr(self.pipeline, "_all_hooks", None):
             decoder.to("cpu")  # the pipeline's models are offloaded, so is this one
-        blocked = output[1] if isinstance(output, tuple) else getattr(output, "nsfw_content_detected", None)
+        if not (rgb.isfinite().all() and alpha.isfinite().all()):
+            raise AccelerationError(
+                "transparent: what was decoded holds values that are no numbers (NaN or infinite); check the weights, "
+                "and try float32"
+            )
+        watermark = getattr(self.pipeline, "watermark", None)
+        if watermark is not None:
+            rgb = watermark.apply_watermark(rgb * 2 - 1).to(rgb) / 2 + 0.5
         for place, i in enumerate(rows):
-            if isinstance(blocked, (list, tuple)) and i < len(blocked) and blocked[i]:
+            if i in _blocked(output):
                 rgb[place], alpha[place] = 0, 0
         self._counters["decoded"] = float(len(rows))
-        made = to_type(images, rows, torch.cat([rgb, alpha], 1))
+        made = []
+        for i, one in zip(rows, torch.cat([rgb, alpha], 1), strict=True):
+            if len(overlays) == count:
+                made.append(overlaid(one, *overlays[i]))
+            else:  # some pipelines draw at another size than they return
+                made.append(one if size is None else resized(one[None], *size)[0])
+        changed = to_type(images, rows, made)
         if isinstance(output, tuple):
-            return (made, *output[1:])
-        output.images = made
+            return (changed, *output[1:])
+        output.images = changed
         return output
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)
+
+
+def _fitted(found: Given, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Pixels in -1..1 and alpha of a given image at the size of `x`, and the grey behind it."""
+    rgba = torch.cat([resized(one[None].float(), *x.shape[-2:]) for one in found.rgba])
+    return composite(rgba[:, :3], rgba[:, 3:], found.grey) * 2 - 1, rgba[:, 3:], found.grey
+
+
+def _last(decoded: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last `count` rows of what went into the VAE's decoder and of what came out.
+
+    Raises:
+        UnsupportedPipelineError: there are fewer.
+    """
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for pair in reversed(decoded):
+        if sum(len(z) for z, _ in parts) >= count:
+            break
+        parts.insert(0, pair)
+    found = sum(len(z) for z, _ in parts)
+    if found < count:
+        raise UnsupportedPipelineError(
+            f"transparent: the pipeline returned {count} images of {found} that its VAE decoded; it cannot be made "
+            "transparent, use views=0 or switch the feature off"
+        )
+    z, sample = (torch.cat([pair[k] for pair in parts])[-count:] for k in (0, 1))
+    return z, sample
+
+
+def _blocked(output: Any) -> set[int]:
+    """The images that a safety checker has blocked."""
+    said = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    said = said if isinstance(output, tuple) else getattr(output, "nsfw_content_detected", None)
+    if not isinstance(said, (list, tuple)) or not all(isinstance(one, (bool, np.bool_)) for one in said):
+        return set()  # a caption, for example
+    return {i for i, one in enumerate(said) if one}

@@ -9,35 +9,19 @@ import torch
 import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 
-from ..errors import ConfigurationError
 from ..images import open_image
 from .pictures import rgba_tensor
-from .rgba import on_grey
+from .rgba import on_grey, resized
 
 if TYPE_CHECKING:
     from ..steps import StepClock
 
 
-def open_picture(name: str, file: str) -> torch.Tensor:
-    """A picture file as (1, 4, H, W) in 0..1. Raises `ConfigurationError` if it is not one."""
-    try:
-        made = rgba_tensor(open_image(file, "RGBA"))
-    except ConfigurationError as error:
-        raise ConfigurationError(f"transparent: {name}={file} is not a picture that can be read") from error
+def open_layer(name: str, file: str) -> torch.Tensor:
+    """An image file as (1, 4, H, W) in 0..1. Raises `ConfigurationError` if it is not one."""
+    made = rgba_tensor(open_image(file, "RGBA", what=f"transparent: {name}="))
     assert made is not None
     return made
-
-
-def resized(rgba: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(N, 4, height, width): cut to the shape from the middle, then resized."""
-    h, w = rgba.shape[-2:]
-    if h * width > w * height:
-        keep = max(1, round(w * height / width))
-        rgba = rgba[..., (h - keep) // 2 : (h - keep) // 2 + keep, :]
-    else:
-        keep = max(1, round(h * width / height))
-        rgba = rgba[..., (w - keep) // 2 : (w - keep) // 2 + keep]
-    return F.interpolate(rgba, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
 
 
 @torch.no_grad()

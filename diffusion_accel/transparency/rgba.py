@@ -65,6 +65,25 @@ def straight(premultiplied: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     return torch.where(alpha > 0, premultiplied / alpha.clamp(min=_EMPTY), torch.zeros_like(premultiplied)).clamp(0, 1)
 
 
+def resized(rgba: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Straight RGBA (N, 4, H, W) cut to a shape from the middle, then resized: (N, 4, height, width).
+
+    Colours are multiplied by alpha meanwhile, so what cannot be seen does not come up at the rim of what can.
+    """
+    h, w = rgba.shape[-2:]
+    if h * width > w * height:
+        keep = max(1, round(w * height / width))
+        rgba = rgba[..., (h - keep) // 2 : (h - keep) // 2 + keep, :]
+    else:
+        keep = max(1, round(h * width / height))
+        rgba = rgba[..., (w - keep) // 2 : (w - keep) // 2 + keep]
+    if tuple(rgba.shape[-2:]) == (height, width):
+        return rgba
+    seen = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
+    seen = F.interpolate(seen, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
+    return torch.cat([straight(seen[:, :3], seen[:, 3:]), seen[:, 3:]], 1)
+
+
 def checkerboard(height: int, width: int, field: int = CHECKER, low: float = 0.45, high: float = 0.55) -> torch.Tensor:
     """(1, 1, height, width): fields of two greys, the preview's background."""
     rows = torch.arange(height) // field

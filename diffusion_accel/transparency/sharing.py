@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import ConfigurationError, ModelLoadError
 from ..hooks import HookSet
-from .conditions import resized
+from .rgba import resized
 
 _LAYERS = "hookers.layers."
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
