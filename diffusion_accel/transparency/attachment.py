@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from .fit import check_pipeline, read_by_vae
 from .latent_transparency import CONDITIONS, LAYERS
 from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from .pictures import Given, given, overlaid, rgba_tensor, size_of, to_type
-from .rgba import composite, resized, straight
+from .rgba import on_grey, resized, straight
 from .sharing import Sharing, is_sharing
 from .weights import find_parts, load_part, read_tensors
 
@@ -92,7 +91,7 @@ class TransparencyAttachment(Attachment):
         self._loaded = Loaded(None, None, None, None) if feature.idle else load(feature, pipeline)
         self._decoded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._given: list[tuple[Any, Given]] = []  # what the pipeline is called with, and what is known of it
-        self._seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # pixels, alpha and grey as it processed them
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # pixels as it processed them, and straight RGBA
         self._overlays: list[tuple[Any, torch.Tensor, Any]] = []
         self._concatenated: Concatenated | None = None
         self._size = (0, 0)
@@ -204,14 +203,17 @@ class TransparencyAttachment(Attachment):
         return self._read(z, return_dict=False)[0]
 
     def _preprocess(self, original: Any, image: Any, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline cuts and resizes a given image; its alpha goes the same way."""
+        """The pipeline cuts and resizes a given image; its colours without the grey and its alpha go the same way."""
         pixels, found = original(image, *args, **kwargs), self._known(image)
         if found is not None and isinstance(pixels, torch.Tensor):
-            alpha = original(found.alpha, *args, **kwargs)
-            normalized = getattr(getattr(self.pipeline.image_processor, "config", None), "do_normalize", True)
-            alpha = alpha[:, :1] / 2 + 0.5 if normalized else alpha[:, :1]
-            self._seen.append((pixels, alpha.float().clamp(0, 1), found.grey))
+            self._seen.append((pixels, self._straight(*(original(x, *args, **kwargs) for x in found.layers()))))
         return pixels
+
+    def _straight(self, colours: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """Straight RGBA in 0..1 of colours multiplied by alpha, and alpha, as the pipeline processed them."""
+        normalized = getattr(getattr(self.pipeline.image_processor, "config", None), "do_normalize", True)
+        in_unit = [(x.float() / 2 + 0.5 if normalized else x.float()).clamp(0, 1) for x in (colours, alpha[:, :1])]
+        return torch.cat([straight(*in_unit), in_unit[1]], 1)
 
     def _overlay(
         self, original: Any, mask: Any, init_image: Any, image: Any, crop_coords: Any = None, **kwargs: Any
@@ -222,8 +224,8 @@ class TransparencyAttachment(Attachment):
         self._overlays.append((mask, under, crop_coords))
         return original(mask, init_image, image, crop_coords, **kwargs)
 
-    def _alpha_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Alpha (N, 1, H, W) of what the VAE is given in -1..1, and the grey behind it (N, 1, 1, 1).
+    def _rgba_of(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Straight RGBA (N, 4, H, W) of what the VAE is given, (N, 3, H, W) in -1..1.
 
         Each row belongs to the given image that it equals, but for parts that an inpainting mask has set to 0: there
         nothing is seen. None: it is none of the given images, but for example what guides a ControlNet.
@@ -231,29 +233,28 @@ class TransparencyAttachment(Attachment):
         known, near = self._seen, NEAR
         if not known:  # the pipeline has a way of its own to make tensors of images
             known, near = [_fitted(found, x) for _, found in self._given[:1]], ROUGHLY
-        rows = [row for one in known if one[0].shape[-2:] == x.shape[-2:] for row in zip(*one[:2], repeat(one[2]))]
-        alphas, greys = [], []
+        rows = [row for one in known if one[0].shape[-2:] == x.shape[-2:] for row in zip(*one, strict=True)]
+        made = []
         for i, row in enumerate(x.float()):
             there = (row != 0).any(0, keepdim=True)
-            distances = [float(((row - pixels.to(row)) * there).abs().sum()) for pixels, _, _ in rows]
+            distances = [float(((row - pixels.to(row)) * there).abs().sum()) for pixels, _ in rows]
             best = min(range(len(rows)), key=lambda j: (distances[j], j != i), default=None)
             if best is None or distances[best] > near * max(1, int(there.sum())) * len(row):
                 return None
-            alphas.append(rows[best][1].to(row) * there)
-            greys.append(rows[best][2])
-        return torch.stack(alphas), torch.tensor(greys, device=x.device).view(-1, 1, 1, 1)
+            rgba = rows[best][1].to(row)
+            made.append(torch.cat([rgba[:3], rgba[3:] * there]))
+        return torch.stack(made)
 
     def _encode(self, original: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The VAE's encoding of an image over grey, moved by the encoder's offset; nothing is drawn at random."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        made, found, loaded = original(x, *args, **kwargs), self._alpha_of(x), self._loaded
+        made, rgba, loaded = original(x, *args, **kwargs), self._rgba_of(x), self._loaded
         assert loaded.encoder is not None
-        if found is None:
+        if rgba is None:
             return made
         known = made[0] if isinstance(made, tuple) else made.latent_dist
-        alpha, grey = found
-        rgb = straight(x.float() / 2 + 0.5 - grey * (1 - alpha), alpha)
+        rgb, alpha = rgba[:, :3], rgba[:, 3:]
         moved = known.mean + known.std * offset_of(loaded.encoder.to(x.device), rgb, alpha).to(known.mean)
         if loaded.refine and loaded.decoder is not None:
             decoder = loaded.decoder.to(x.device)
@@ -315,10 +316,10 @@ class TransparencyAttachment(Attachment):
         return dict(self._counters)
 
 
-def _fitted(found: Given, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Pixels in -1..1 and alpha of a given image at the size of `x`, and the grey behind it."""
+def _fitted(found: Given, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A given image at the size of `x`: pixels over grey in -1..1, and straight RGBA."""
     rgba = torch.cat([resized(one[None].float(), *x.shape[-2:]) for one in found.rgba])
-    return composite(rgba[:, :3], rgba[:, 3:], found.grey) * 2 - 1, rgba[:, 3:], found.grey
+    return on_grey(rgba[:, :3], rgba[:, 3:]), rgba
 
 
 def _last(decoded: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> tuple[torch.Tensor, torch.Tensor]:

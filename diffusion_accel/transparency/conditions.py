@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_layer(name: str, file: str) -> torch.Tensor:
     """An image file as (1, 4, H, W) in 0..1. Raises `ConfigurationError` if it is not one."""
-    made = rgba_tensor(open_image(file, "RGBA", what=f"transparent: {name}="))
+    made = rgba_tensor(open_image(file, "RGBA", what=f"transparent: {name}"))
     assert made is not None
     return made
 

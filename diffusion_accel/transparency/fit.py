@@ -7,7 +7,7 @@ import inspect
 from types import CodeType
 from typing import Any
 
-from ..denoisers import find_controlnet, find_denoiser
+from ..denoisers import find_controlnet, find_denoisers
 from ..errors import ConfigurationError
 from ..hooks import model_of
 
@@ -47,13 +47,15 @@ def check_pipeline(pipeline: Any) -> int:
     vae = getattr(pipeline, "vae", None)
     if vae is None or "latent_channels" not in getattr(vae, "config", {}):
         raise ConfigurationError("the pipeline has no VAE with latents")
-    if find_denoiser(pipeline) is None:
-        raise ConfigurationError("the pipeline has no unet or transformer")
+    denoisers = len(find_denoisers(pipeline))
+    if denoisers != 1:
+        have = "two denoisers, and the weights adapt one" if denoisers else "no unet or transformer"
+        raise ConfigurationError(f"the pipeline has {have}")
     fields = output_fields(pipeline)
     if fields is None or "images" not in fields:
         made = f"it returns {', '.join(sorted(fields))}" if fields else "what it returns is not known"
         raise ConfigurationError(f"{made}; latent transparency is for pipelines that return images")
-    if getattr(type(pipeline), "cross_frame_attention", None) or "TextToVideo" in type(pipeline).__name__:
+    if "TextToVideo" in type(pipeline).__name__:
         raise ConfigurationError("its images are frames of a video; latent transparency draws single images")
     if not isinstance(model_of(vae), (AutoencoderKL, AsymmetricAutoencoderKL)):
         raise ConfigurationError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from ..errors import ConfigurationError
 from ..evaluation.pictures import over
@@ -22,15 +22,15 @@ class Given:
 
     Attributes:
         flat: over mid-grey, of the kind that was given.
-        alpha: alpha three times, of the same kind and size, so that a pipeline's own processing cuts and resizes both
-            alike.
-        grey: the value behind `flat`, in 0..1.
+        colours: multiplied by alpha, of the same kind and size, so that a pipeline's own processing cuts and resizes
+            all alike.
+        alpha: alpha three times, likewise.
         rgba: straight colours and alpha of each, (4, H, W) in 0..1.
     """
 
     flat: Any
+    colours: Any
     alpha: Any
-    grey: float
     rgba: list[torch.Tensor]
 
     @property
@@ -38,17 +38,21 @@ class Given:
         """Whether nothing can be seen through."""
         return all(bool((one[3] == 1).all()) for one in self.rgba)
 
+    def layers(self) -> tuple[Any, Any]:
+        """What is seen, without the grey: colours multiplied by alpha, and alpha."""
+        return self.colours, self.alpha
+
     def parts(self) -> list[tuple[Any, Given]]:
-        """What a pipeline may take for itself: the whole, and single images of a list; each with what is known of it."""
+        """What a pipeline may process by itself: the whole, and single images of a list, with what is known of each."""
         found: list[tuple[Any, Given]] = [(self.flat, self)]
         if isinstance(self.flat, list) and len(self.flat) == len(self.rgba):
-            each = zip(self.flat, self.alpha, self.rgba, strict=True)
-            found += [(flat, Given(flat, alpha, self.grey, [rgba])) for flat, alpha, rgba in each]
+            each = zip(self.flat, self.colours, self.alpha, self.rgba, strict=True)
+            found += [(flat, Given(flat, colours, alpha, [rgba])) for flat, colours, alpha, rgba in each]
         return found
 
 
 def given(image: Any, latent_channels: int | None = None) -> Given | None:
-    """What `image` is: PIL, an array (N, H, W, C) or (H, W, C), a tensor (N, C, H, W) or (C, H, W), or a list of one kind.
+    """What `image` is: PIL, an array (N, H, W, C) or (H, W, C), a tensor (N, C, H, W) or (C, H, W), or a list of them.
 
     Three channels are opaque, four have alpha. Values are 0..1, or whole numbers up to 255. A tensor with as many
     channels as latents have is an image only if all its values are in that range: latents never are. None: latents, or
@@ -79,24 +83,26 @@ def given(image: Any, latent_channels: int | None = None) -> Given | None:
     if rows[0].shape[-3] == 3:
         ones = [torch.ones_like(one, dtype=torch.float32) for one in rows]
         flat = images if listed else image
-        return Given(flat, _alike(ones, images, listed), 0.5, [one for row in rows for one in _opaque(row)])
+        return Given(flat, flat, _alike(ones, images, listed), [one for row in rows for one in _opaque(row)])
     if isinstance(images[0], torch.Tensor) and latent_channels == 4 and not all(_in_range(one) for one in rows):
         return None
     values = [_in_unit(one) for one in rows]
     values = values if listed else [one if one.dim() == 4 else one[None] for one in values]  # some pipelines count rows
-    colours, alphas = [one[..., :3, :, :] for one in values], [one[..., 3:, :, :] for one in values]
-    flat = [composite(rgb, alpha, 0.5) for rgb, alpha in zip(colours, alphas, strict=True)]
-    thrice = [alpha.expand_as(rgb).contiguous() for rgb, alpha in zip(colours, alphas, strict=True)]
-    rgba = [one for row in values for one in (row if row.dim() == 4 else row[None])]
-    return Given(_alike(flat, images, listed), _alike(thrice, images, listed), 0.5, rgba)
+    made = []
+    for one in values:
+        rgb, alpha = one[..., :3, :, :], one[..., 3:, :, :]
+        made.append((composite(rgb, alpha, 0.5), rgb * alpha, alpha.expand_as(rgb).contiguous()))
+    flat, colours, alphas = (_alike(list(part), images, listed) for part in zip(*made, strict=True))
+    return Given(flat, colours, alphas, [one for row in values for one in (row if row.dim() == 4 else row[None])])
 
 
 def _given_pil(images: list[Image.Image], listed: bool) -> Given:
     known = [one.convert("RGBA") for one in images]
-    flat = [over(one, GREY) for one in known]
     alpha = [Image.merge("RGB", [one.getchannel("A")] * 3) for one in known]
+    colours = [ImageChops.multiply(one.convert("RGB"), thrice) for one, thrice in zip(known, alpha, strict=True)]
+    flat = [over(one, GREY) for one in known]
     rgba = [torch.from_numpy(np.asarray(one, np.float32) / 255).permute(2, 0, 1).contiguous() for one in known]
-    return Given(flat if listed else flat[0], alpha if listed else alpha[0], GREY[0] / 255, rgba)
+    return Given(flat, colours, alpha, rgba) if listed else Given(flat[0], colours[0], alpha[0], rgba)
 
 
 def _opaque(rgb: torch.Tensor) -> torch.Tensor:
@@ -147,7 +153,7 @@ def to_pil(rgba: torch.Tensor) -> list[Image.Image]:
 
 
 def size_of(images: Any) -> tuple[int, int] | None:
-    """Height and width of what a pipeline returned: a list of PIL images, an array or a tensor; None: something else."""
+    """Height and width of what a pipeline returned: a list of PIL images, an array, a tensor; None: something else."""
     if isinstance(images, list):
         first = images[0] if images else None
         return (first.height, first.width) if isinstance(first, Image.Image) else None

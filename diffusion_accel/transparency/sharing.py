@@ -78,7 +78,11 @@ class Sharing:
         self.paused = True
 
     def install(self, unet: Any, hooks: HookSet, strength: float = 1.0, control: torch.Tensor | None = None) -> None:
-        """Put the hooks on; `control` (1, 4, H, W) in 0..1 is the layer that is given, if one is."""
+        """Put the hooks on; `control` (1, 4, H, W) in 0..1 is the layer that is given, if one is.
+
+        `strength` scales everything that is added: the low-rank updates, the attention across frames and what the
+        given layer adds. 1 is as published; towards 0 the base model is reached.
+        """
         self.paused, self.signals = False, {}
         self.control = None if control is None else control[:, :3] * control[:, 3:] + (1 - control[:, 3:]) * 0.5
         hooks.add(unet, _Entry(self))
@@ -95,7 +99,7 @@ class Sharing:
                     for part in ("down", "up")
                 ]
                 hooks.add(linear, _FrameLowRank(self, factors[0], factors[1] * strength))
-            hooks.add(layer, _AcrossFrames(self, mine, layer.heads))
+            hooks.add(layer, _AcrossFrames(self, mine, layer.heads, strength))
 
     def encode_control(self, height: int, width: int, like: torch.Tensor) -> None:
         """Features of the given layer for every resolution, by their number of tokens; `height`, `width` in pixels."""
@@ -152,18 +156,18 @@ class _FrameLowRank(ModelHook):
 class _AcrossFrames(ModelHook):
     """The attention across frames behind an attention layer, and the given layer's features before it."""
 
-    def __init__(self, sharing: Sharing, tensors: dict[str, torch.Tensor], heads: int) -> None:
+    def __init__(self, sharing: Sharing, tensors: dict[str, torch.Tensor], heads: int, strength: float = 1.0) -> None:
         super().__init__()
-        self.sharing, self.tensors, self.heads = sharing, tensors, heads
+        self.sharing, self.tensors, self.heads, self.strength = sharing, tensors, heads, strength
         self._control: dict[int, torch.Tensor] = {}
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.sharing.paused:
             return self.fn_ref.original_forward(*args, **kwargs)
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        x = hidden + self._given(hidden)
+        x = hidden + self._given(hidden) * self.strength
         x = x + self.fn_ref.original_forward(x, *rest, **kwargs)
-        x = x + self._across(x)
+        x = x + self._across(x) * self.strength
         return x - hidden  # the block adds `hidden` again
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:

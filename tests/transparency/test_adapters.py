@@ -343,6 +343,20 @@ def test_a_given_layer_reaches_every_frame(tmp_path: Path) -> None:
     hooks.remove()
 
 
+def test_the_strength_of_sharing_leads_to_the_base(tmp_path: Path) -> None:
+    """It scales all that is added, also the attention across frames and the given layer: no jump at 0, none at 1."""
+    model, hooks = unet(), HookSet("test")
+    base, made = predict(model), {}
+    sharing = sharing_of(written(tmp_path, sharing_tensors(model, 2, control=True)), model, 2)
+    for strength in (1e-6, 1e-3, 0.999, 1.0):
+        sharing.install(model, hooks, strength, control=rand(1, 4, 64, 64).sigmoid())
+        made[strength] = predict(model)
+        hooks.remove()
+    distance = {strength: float((value - base).norm() / base.norm()) for strength, value in made.items()}
+    assert distance[1e-6] < 1e-5 and distance[1e-3] < 0.01 < 0.1 < distance[1.0]
+    assert (made[0.999] - made[1.0]).norm() / base.norm() < 0.01
+
+
 def test_sharing_refuses_what_does_not_fit(tmp_path: Path) -> None:
     model, hooks = unet(), HookSet("test")
     file = written(tmp_path, sharing_tensors(model, 3))
