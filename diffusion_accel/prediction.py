@@ -20,28 +20,42 @@ class Conversion:
 
     def __init__(self, scheduler: Any) -> None:
         config = getattr(scheduler, "config", {})
+        self.scheduler = scheduler
         self.flow = type(scheduler).__name__.startswith("FlowMatch")
         self.kind = "flow" if self.flow else config.get("prediction_type", "epsilon")
         self.training = float(config.get("num_train_timesteps", 1000))
         table = getattr(scheduler, "alphas_cumprod", None)
         self.table: list[float] = [] if table is None or self.flow else [float(value) for value in table]
+        self.inverted = bool(config.get("invert_sigmas"))
+        self.continuous = config.get("timestep_type") == "continuous" and self.kind == "v_prediction"  # told log(σ)/4
+        self._sigmas: tuple[Any, dict[float, float]] = (None, {})
 
     @property
     def possible(self) -> bool:
         """Whether α and σ are known and the prediction is one of epsilon, sample, v_prediction and flow."""
-        return self.flow or (bool(self.table) and self.kind in ("epsilon", "sample", "v_prediction"))
+        if self.flow:
+            return not self.inverted
+        return bool(self.table) and self.kind in ("epsilon", "sample", "v_prediction")
 
     def coefficients(self, timestep: float) -> tuple[float, float]:
         """α and σ at a timestep, which need not be a whole number."""
         if self.flow:
-            sigma = min(1.0, max(0.0, timestep / self.training))
+            sigma = min(1.0, max(0.0, self._flow_sigma(timestep)))
             return max(_LEAST, 1 - sigma), max(_LEAST, sigma)
+        if self.continuous:
+            return _scaled(math.exp(min(4 * timestep, 50.0)))
         low = min(len(self.table) - 1, max(0, math.floor(timestep)))
         high, share = min(len(self.table) - 1, low + 1), max(0.0, timestep - low)
         ratios = [math.sqrt((1 - self.table[i]) / max(self.table[i], 1e-12)) for i in (low, high)]
         ratio = ratios[0] + share * (ratios[1] - ratios[0])  # σ/α, interpolated as sigma schedulers do
-        alpha = 1 / math.sqrt(1 + ratio**2)
-        return max(_LEAST, alpha), max(_LEAST, ratio * alpha)
+        return _scaled(ratio)
+
+    def _flow_sigma(self, timestep: float) -> float:
+        """σ at one of the scheduler's timesteps: they need not be σ in thousandths (CogView 4 shifts σ only)."""
+        times, sigmas = getattr(self.scheduler, "timesteps", None), getattr(self.scheduler, "sigmas", None)
+        if isinstance(times, torch.Tensor) and isinstance(sigmas, torch.Tensor) and times is not self._sigmas[0]:
+            self._sigmas = (times, dict(zip(times.tolist(), sigmas.tolist(), strict=False)))
+        return self._sigmas[1].get(timestep, timestep / self.training)
 
     def to(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """A prediction in another space; `x` is what the denoiser was given, in at least as many channels."""
@@ -67,6 +81,12 @@ class Conversion:
             return fn(value, x[:, : value.shape[1]], alpha, sigma)
         own, rest = value.split([x.shape[1], value.shape[1] - x.shape[1]], 1)  # a learned variance behind it
         return torch.cat([fn(own, x, alpha, sigma), rest], 1)
+
+
+def _scaled(ratio: float) -> tuple[float, float]:
+    """α and σ with α² + σ² = 1 from σ/α."""
+    alpha = 1 / math.sqrt(1 + ratio**2)
+    return max(_LEAST, alpha), max(_LEAST, ratio * alpha)
 
 
 def _into(space: str, kind: str, v: torch.Tensor, x: torch.Tensor, a: float, s: float) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ from diffusers.hooks import ModelHook
 
 from .changes import Changes
 from .errors import CallStateError
+from .families import UNITS, family_of, time_argument, told
 from .hooks import bind_forward, model_of
+from .noise_level import noise_levels
 
 # (scheduler inputs by name) -> None: may replace values
 BeforeStep = Callable[[dict[str, Any]], None]
@@ -26,8 +30,9 @@ class StepClock:
 
     A step is a position in `scheduler.timesteps`, not a timestep value: solvers that repeat a timestep (Heun, PNDM)
     have one step for each entry. Several calls of one module at the same step (guidance in separate calls) share
-    `index` and differ in `call`. img2img starts late: `index` 0 is the first step that is really run. A jump (a second
-    pass over the timesteps, a new `set_timesteps`) starts a new `segment`, counted from index 0 again.
+    `index` and differ in `call`; so do the views of a pipeline that steps through each of them. img2img starts late:
+    `index` 0 is the first step that is really run. A jump (a second pass over the timesteps, a new `set_timesteps`)
+    starts a new `segment`, counted from index 0 again.
 
     Attributes:
         index: the current step, 0 … total − 1; −1 before the first.
@@ -39,11 +44,14 @@ class StepClock:
         calls: how many times a denoiser was called.
         changes: what the clock has changed on objects.
         exact: whether the denoiser's `timestep` argument is the scheduler's own value for this step.
+        arguments: what the pipeline was called with, by name, with its defaults.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, arguments: dict[str, Any] | None = None) -> None:
         self.pipeline = pipeline
         self.scheduler = pipeline.scheduler
+        self.arguments = arguments or {}
+        self.family = family_of(pipeline)
         self.index = -1
         self.total = 0
         self.timesteps: list[float] = []
@@ -53,10 +61,12 @@ class StepClock:
         self.steps = 0
         self.calls = 0
         self._all: list[float] = []
+        self._told: dict[str, list[float]] = {}  # what the denoiser is told at each of them, by unit
+        self._version = 0
         self._tensor: torch.Tensor | None = None
         self._start = 0
         self._position = -1
-        self._stepped = False
+        self._stepped = self._counted = False
         self._calls: dict[int, int] = {}
         self._before: list[BeforeStep] = []
         self._after: list[AfterStep] = []
@@ -71,11 +81,7 @@ class StepClock:
             hooks.add(module, _ClockHook(self, module not in beside))
         step = self.scheduler.step
 
-        @functools.wraps(step)
-        def watched_step(*args: Any, **kwargs: Any) -> Any:
-            return self._step(step, args, kwargs)
-
-        self.changes.set(self.scheduler, "step", watched_step)
+        self.changes.set(self.scheduler, "step", _WatchedStep(self, step))
 
     def stop(self) -> None:
         """Leave scheduler and modules as they were. Safe to call twice."""
@@ -93,6 +99,15 @@ class StepClock:
         assert self._tensor is not None
         return self._tensor[self._position : self._position + count]
 
+    @property
+    def levels(self) -> list[float]:
+        """The noise levels of the segment's steps, 0 … 1 (see `noise_level`).
+
+        Raises:
+            ValueError: they are not known for this scheduler.
+        """
+        return noise_levels(self.scheduler)[self._start : self._start + self.total]
+
     # ------------------------------------------------------------------ following
     def observe(self, module: torch.nn.Module, timestep: Any) -> None:
         """Note a call of `module` with `timestep` and update the attributes."""
@@ -102,16 +117,20 @@ class StepClock:
                 "give each thread its own copy of the model, or wait for the call to end"
             )
         current = self.scheduler.timesteps
-        fresh = current is not self._tensor
+        fresh = self._is_new(current)
         if fresh:
-            self._tensor, self._all = current, [float(t) for t in current.tolist()]
+            self._tensor, self._version, self._all = current, current._version, [float(t) for t in current.tolist()]
+            units = [self.family.time] if self.family.time else list(UNITS)
+            self._told = {unit: told(self.pipeline, self.scheduler, unit) for unit in units}
         position = self._locate(timestep, fresh)
         moved = position != self._position
-        if fresh or (moved and position != self._position + 1) or (not moved and self._stepped):
+        again = not moved and self._stepped and not self.family.views
+        if fresh or again or (moved and position != self._position + 1):
             self._begin_segment(position)
         elif moved:
             self.index += 1
             self._calls.clear()
+        self._counted = self._counted and not (fresh or moved)
         self._position = position
         self._stepped = False
         model = id(model_of(module))
@@ -128,37 +147,55 @@ class StepClock:
         self.total = min(remaining, announced) if isinstance(announced, int) and announced > 0 else remaining
         self.timesteps = self._all[position : position + self.total]
 
+    def _is_new(self, timesteps: torch.Tensor) -> bool:
+        """Whether the scheduler has other timesteps than before; each view of an image has its own copy of them."""
+        known = self._tensor
+        if known is None or (timesteps is known and timesteps._version != self._version):
+            return True
+        if timesteps is known or (self.family.views and torch.equal(timesteps, known)):
+            return False
+        return True
+
     def _locate(self, timestep: Any, fresh: bool) -> int:
         """The position of `timestep` in the scheduler's timesteps, without a device synchronisation where possible."""
         tensor = self._tensor
         assert tensor is not None
         if isinstance(timestep, torch.Tensor):
             # Pipelines iterate over the scheduler's tensor: the argument is a view, and its offset is the position.
-            if (
-                timestep.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-                and timestep.dtype == tensor.dtype
-                and tensor.stride() == (1,)
-            ):
+            own, known = timestep.untyped_storage(), tensor.untyped_storage()
+            same = own.data_ptr() == known.data_ptr() or (self.family.views and own.nbytes() == known.nbytes())
+            if same and timestep.dtype == tensor.dtype and tensor.stride() == (1,):
                 self.exact = True
                 return timestep.storage_offset() - tensor.storage_offset()
             if timestep.device.type != "cpu" and not fresh:  # reading its value would wait for the device
                 self.exact = False
                 return min(self._position + int(self._stepped), len(self._all) - 1)
-        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         expected = 0 if fresh else self._position + int(self._stepped)
         begin = getattr(self.scheduler, "begin_index", None)
         if fresh and isinstance(begin, int):
             expected = begin
-        candidates = [i for i, t in enumerate(self._all) if t == value]
-        if not candidates:
-            self.exact = False
-            return min(expected, len(self._all) - 1)
-        self.exact = True
-        return min(candidates, key=lambda i: (abs(i - expected), i))
+        self.exact = False
+        nearest = min(expected, len(self._all) - 1)
+        if timestep is None:
+            return nearest
+        value, rounding = _value(timestep)
+        found: dict[str, tuple[int, float, int]] = {}  # how far from where it is expected, how badly it fits, where
+        for unit, values in self._told.items():
+            errors = [(i, abs(t - value)) for i, t in enumerate(values)]
+            there = [(abs(i - nearest), e, i) for i, e in errors if e <= rounding * max(1.0, abs(values[i]))]
+            if there:
+                found[unit] = min(there, key=lambda fit: (fit[0] > 0, fit[1], fit[0]))
+        if not found:
+            return nearest
+        unit = min(found, key=found.__getitem__)  # where the unit is not known: the one that fits best
+        self._told = {unit: self._told[unit]}
+        position = found[unit][2]
+        self.exact = unit == "t" and self._all[position] == value
+        return position
 
     def _step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._stepped = True
-        self.steps += 1
+        self.steps += not (self.family.views and self._counted)  # the views of an image make one step
+        self._stepped = self._counted = True
         if not self._before and not self._after:
             return step(*args, **kwargs)
         named = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
@@ -176,12 +213,40 @@ class StepClock:
         return output
 
 
+class _WatchedStep:
+    """What stands in the place of a scheduler's `step` while a call runs. A copy of the scheduler steps by itself."""
+
+    def __init__(self, clock: StepClock, step: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, step)
+        self.clock, self.step = clock, step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.clock._step(self.step, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.clock.scheduler))
+        if copied is None:  # only its attributes are copied, to be put back later
+            return self
+        own = getattr(self.step, "__func__", None)
+        return copy.deepcopy(self.step, memo) if own is None else types.MethodType(own, copied)
+
+
 class _ClockHook(ModelHook):
     def __init__(self, clock: StepClock, denoises: bool) -> None:
         super().__init__()
         self.clock, self.denoises = clock, denoises
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.clock.observe(module, bind_forward(module, args, kwargs)["timestep"])
+        named = bind_forward(module, args, kwargs)
+        name = time_argument(named)
+        self.clock.observe(module, named[name] if name else None)
         self.clock.calls += self.denoises
         return args, kwargs
+
+
+def _value(timestep: Any) -> tuple[float, float]:
+    """A timestep as a number, and how much of it may be rounding. With one for each token or frame, the noisiest's."""
+    if not isinstance(timestep, torch.Tensor):
+        return float(timestep), 1e-9
+    rounding = 2 * torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else 1e-9
+    return float(timestep.max()), rounding

@@ -17,6 +17,7 @@ from .changes import Changes
 from .denoisers import called_denoisers, closed_inside, find_controlnet, find_denoisers, models_of_a_call
 from .errors import CallStateError, ConfigurationError, FeatureConflictError, UnsupportedPipelineError
 from .evaluation.flops import count_flops
+from .families import call_arguments
 from .feature import Attachment, Feature, alive
 from .hooks import bind_method
 from .registry import FEATURES, feature_class
@@ -186,6 +187,7 @@ class Acceleration:
                 if type(attachment).process_input is not Attachment.process_input:
                     named = bind_method(type(pipeline)._accelerated_base.__call__, args, kwargs)
                     args, kwargs = (), attachment.process_input(named)
+            clock.arguments = call_arguments(type(pipeline)._accelerated_base.__call__, args, kwargs)
             with Changes() as changes:
                 self._begin(active, clock, changes)
                 output, flops = self._counted(call, args, kwargs)

@@ -6,6 +6,7 @@ exactness and skipped work; they say nothing about quality.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -409,6 +410,70 @@ def svd() -> Built:
     )
     call = {"image": rand(1, 3, 16, 16).sigmoid(), "num_frames": 3, "height": 16, "width": 16, "output_type": "latent"}
     return pipe, call
+
+
+# ---------------------------------------------------------------------- pipelines beside the ones that every law is for
+def panorama() -> Built:
+    """Three views of an image, each through denoiser and scheduler at every step; its guidance is interleaved."""
+    from diffusers import StableDiffusionPanoramaPipeline
+
+    pipe = _sd(StableDiffusionPanoramaPipeline, unet())
+    pipe.vae_scale_factor = 8  # what its views assume
+    pipe.get_views = functools.partial(pipe.get_views, window_size=8, stride=2)  # instead of 64 and 8
+    return pipe, {**text(), "height": 64, "width": 96, "output_type": "latent"}
+
+
+def sd3() -> Built:
+    """Stable Diffusion 3: its last block has no stream of text; flow matching."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    transformer = seeded(
+        lambda: SD3Transformer2DModel(
+            sample_size=8, patch_size=1, in_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=4,
+            caption_projection_dim=32, joint_attention_dim=DIM, pooled_projection_dim=DIM, out_channels=4,
+        )
+    )  # fmt: skip
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae(4), scheduler=FlowMatchEulerDiscreteScheduler(), **dict.fromkeys(encoders)
+    )
+    pooled = {"pooled_prompt_embeds": rand(1, DIM, seed=3), "negative_pooled_prompt_embeds": rand(1, DIM, seed=4)}
+    return pipe, {**text(), **pooled, "height": 16, "width": 16, "output_type": "latent"}
+
+
+def cogview4() -> Built:
+    """CogView 4, which calls its transformer once for each branch of guidance, conditional first; flow matching."""
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    transformer = seeded(
+        lambda: CogView4Transformer2DModel(
+            patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4,
+            text_embed_dim=DIM, time_embed_dim=8, condition_dim=4,
+        )
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True)
+    pipe = CogView4Pipeline(transformer=transformer, vae=vae(4), scheduler=scheduler, text_encoder=None, tokenizer=None)
+    return pipe, {**text(), "height": 16, "width": 16, "output_type": "latent"}
+
+
+def aura_flow(shift: float = 1.0) -> Built:
+    """AuraFlow, whose transformer is told t / 1000: with a shift of 1 that is at first what the last timestep is."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    transformer = seeded(
+        lambda: AuraFlowTransformer2DModel(
+            sample_size=8, patch_size=1, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+            attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=DIM,
+            out_channels=4, pos_embed_max_size=256,
+        )
+    )  # fmt: skip
+    pipe = AuraFlowPipeline(
+        transformer=transformer, vae=vae(4), scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+    mask = torch.ones(1, TOKENS, dtype=torch.long)
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    return pipe, {**text(), **masks, "height": 16, "width": 16, "output_type": "latent"}
 
 
 ZOO: dict[str, Callable[[], Built]] = {

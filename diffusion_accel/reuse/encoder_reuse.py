@@ -35,7 +35,8 @@ class EncoderReuse(Feature):
             by one. Both give the same prediction up to rounding.
         max_group_mb: upper limit in MiB for the features of one decoder batch (≥ 1); larger groups are split.
         prior_noise: α of prior noise injection, 0 (off) … 0.1; the paper uses 0.003. x ← x + α · x_T.
-        prior_noise_below: τ: inject where timestep / num_train_timesteps is below it, 0 … 1; the paper uses 0.5.
+        prior_noise_below: τ: inject where the noise level (`diffusion_accel.noise_level`: timestep /
+            num_train_timesteps for most schedulers) is below it, 0 … 1; the paper uses 0.5.
 
     Counters: `encoder_runs`, `decoder_runs` (calls), `decoder_steps` (steps decoded), `full_steps`, `reused_steps`,
     `controlnet_runs`, `controlnet_skipped`, `peak_cache_bytes`, `noise_injections`.
@@ -51,7 +52,7 @@ class EncoderReuse(Feature):
     batch_decoder: bool = option(True, "decode all steps up to the next key step as one batch")
     max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch")
     prior_noise: float = option(0.0, "strength of prior noise injection (0: off; the paper: 0.003)")
-    prior_noise_below: float = option(0.5, "inject below this fraction of the training timesteps")
+    prior_noise_below: float = option(0.5, "inject below this noise level, a share of the training timesteps")
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, list):
@@ -70,13 +71,16 @@ class EncoderReuse(Feature):
 
     def supports(self, pipeline: Any) -> str | None:
         from ..denoisers import find_denoiser, not_a_unet, reads_every_step
+        from ..families import not_followed
+        from .prior_noise import not_injectable
 
         denoiser = find_denoiser(pipeline)
         if denoiser is None:
             return "the pipeline has no unet"
         if getattr(pipeline, "scheduler", None) is None:
             return "the pipeline has no scheduler to take the steps from"
-        return not_a_unet(denoiser) or reads_every_step(pipeline)
+        reason = not_a_unet(denoiser) or reads_every_step(pipeline) or not_followed(pipeline)
+        return reason or (not_injectable(pipeline.scheduler) if self.prior_noise else None)
 
     def attach(self, pipeline: Any) -> Attachment:
         return EncoderReuseAttachment(self, pipeline)
@@ -86,6 +90,7 @@ class EncoderReuseAttachment(RunAttachment):
     """Encoder reuse on one pipeline; everything it holds lives for one call."""
 
     def before_call(self, clock: StepClock) -> None:
+        from ..denoisers import called_denoisers
         from .executor import ReuseRun
         from .plan import FULL, Plan, Step
         from .prior_noise import PriorNoise
@@ -110,4 +115,6 @@ class EncoderReuseAttachment(RunAttachment):
         )
         self.install(run)
         if feature.prior_noise > 0:
-            PriorNoise(feature, clock, self._counters).install()
+            noise = PriorNoise(feature, clock, self._counters)
+            self.changes.add(noise.uninstall)
+            noise.install(called_denoisers(self.pipeline))

@@ -25,9 +25,11 @@ from ..denoisers import (
     with_prediction,
 )
 from ..errors import ConfigurationError, UnsupportedPipelineError
+from ..families import Branches, family_of, guided, no_branches, time_argument
 from ..hooks import HookSet, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
 from ..prediction import Conversion
 from ..steps import StepClock
+from .changes import Arguments, Snapshot
 from .history import History
 from .plan import FULL, Plan, Step
 
@@ -43,7 +45,7 @@ class Features:
         outlines: shapes of the outputs of parts that may be skipped, with the number of rows they were made with.
         output: what the denoiser returned last, to return the same kind.
         ready: predictions decoded ahead, by step index.
-        conditions: the tensors other than latents and timestep with which `ready` was decoded.
+        conditions, model: what `ready` was decoded with: the arguments other than latents and timestep, the denoiser.
         guided: whether the values kept have both branches of the guidance.
     """
 
@@ -53,8 +55,13 @@ class Features:
     outlines: dict[Any, tuple[int, Any]] = field(default_factory=dict)
     output: Any = None
     ready: dict[int, Any] = field(default_factory=dict)
-    conditions: list[torch.Tensor] = field(default_factory=list)
+    conditions: Arguments | None = None
+    model: Snapshot | None = None
     guided: bool = True
+
+    def still_ready(self, conditions: dict[str, Any]) -> bool:
+        """Whether what was decoded ahead is what would be decoded now."""
+        return bool(self.conditions and self.model and self.conditions.same(conditions) and self.model.holds())
 
     def bytes(self) -> int:
         return tensor_bytes([value for history in self.histories.values() for value in history.values])
@@ -69,6 +76,7 @@ class Pass:
         times, orders: of the steps whose predictions it makes: its own, and those that a decoder decodes ahead.
         rows: rows of one step's batch.
         half: whether it has the conditional half of the rows only.
+        branches: of the guidance, in the batch.
     """
 
     features: Features
@@ -77,6 +85,7 @@ class Pass:
     orders: list[int]
     rows: int
     half: bool
+    branches: Branches = field(default_factory=Branches)
     widths: dict[int, int] = field(default_factory=dict)  # channels of a U-Net's skip connections
     inputs: dict[int, Any] = field(default_factory=dict)  # of a transformer's inner blocks, by depth
 
@@ -92,7 +101,8 @@ class Pass:
         """Keep a value of a full step, with rows for both branches, for forecasts from `size` values."""
         history = self.features.histories.setdefault(key, History(size))
         if self.half:
-            value = _both(value, history.at(self.times[0], self.step.order) if len(history) else value, self.step)
+            before = history.at(self.times[0], self.step.order) if len(history) else None
+            value = self._both(value, None if self.step.guidance == "none" else before)
         history.push(self.times[0], value)
 
     def recall(self, key: Any) -> Any:
@@ -100,11 +110,18 @@ class Pass:
         history = self.features.histories[key]
         values = [history.at(time, order) for time, order in zip(self.times, self.orders, strict=True)]
         if self.half:
-            values = [map_tensors(_conditional, value) for value in values]
+            values = [map_tensors(self.branches.conditional, value) for value in values]
         if len(values) == 1:
             return values[0]
         parts = [iter(tensors_in(value)) for value in values]
         return map_tensors(lambda _: torch.cat([next(part) for part in parts]), values[0])
+
+    def _both(self, value: Any, before: Any) -> Any:
+        """Both branches of a value of which the conditional one is known; their difference is that of `before`."""
+        if before is None:
+            return map_tensors(self.branches.joined, value)
+        differences = iter([self.branches.difference(t) for t in tensors_in(before)])
+        return map_tensors(lambda tensor: self.branches.joined(tensor, next(differences)), value)
 
 
 class ReuseRun:
@@ -135,13 +152,15 @@ class ReuseRun:
         self.controlnet = find_controlnet(pipeline)
         self.unet = all(not_a_unet(denoiser) is None for denoiser in denoisers)
         self.batching = batch_decoder and self.unet and all(map(rows_are_independent, denoisers))
+        self.thrown_away = 0  # times that predictions decoded ahead were of no use
         self.current: Pass | None = None
         self.cache: dict[Any, Features] = {}  # by the denoiser and the number of its call within a step
         self.first = True  # whether the running call of a denoiser is the first at its step
         self._counted = (-1, -1)
         self.plan = Plan((FULL,))
         self._segment = -1
-        self._mirrored: bool | None = None
+        self.family = family_of(pipeline)
+        self.branches = self.family.branches or Branches()
         self.conversion = Conversion(clock.scheduler)
         if any(kinds.spaces) and not self.conversion.possible:
             raise UnsupportedPipelineError(
@@ -213,21 +232,23 @@ class ReuseRun:
         return max(1, min(end - index, int(self.max_group_mb * 2**20 // size)))
 
     def halved(self, named: dict[str, Any]) -> bool:
-        """Whether the rows of this call are an unconditional and a conditional half, of which one may be left out.
+        """Whether the rows of this call are both branches of guidance, of which one may be left out.
+
+        Further calls at a step (SD 3's skipped layers) have the conditional rows only.
 
         Raises:
             ConfigurationError: there is guidance, but its branches are not the two halves of a batch.
         """
-        if not getattr(self.pipeline, "do_classifier_free_guidance", False):
+        if self.clock.call and not self.family.views:
             return False
-        if self._mirrored is None:
-            sample = _sample(named)
-            parts = sample.chunk(2)
-            self._mirrored = sample.shape[0] % 2 == 0 and torch.equal(*parts)
-        if not self._mirrored:
+        if self.family.branches is not None and not guided(self.pipeline, self.clock.arguments):
+            return False
+        reason = no_branches(self.pipeline)
+        if reason is None and _sample(named).shape[0] % 2:
+            reason = f"it calls its denoiser with {_sample(named).shape[0]} rows; use guidance=both"
+        if reason:
             raise ConfigurationError(
-                f"guidance cannot be left out at some steps: {type(self.pipeline).__name__} does not call its denoiser "
-                "with an unconditional and a conditional half of a batch; use guidance=both"
+                f"guidance cannot be left out at some steps of {type(self.pipeline).__name__}: {reason}"
             )
         return True
 
@@ -256,21 +277,20 @@ class DenoiserHook(ModelHook):
         if step.mode == "hold":
             return self._hold(features, step, run.time(index), named)
         given = _sample(named)
-        conditions = tensors_in(
-            {k: v for k, v in named.items() if k not in ("sample", "hidden_states", "timestep", *RESIDUAL_ARGUMENTS)}
-        )
+        moving = {"sample", "hidden_states", time_argument(named), *RESIDUAL_ARGUMENTS}
+        conditions = {k: v for k, v in named.items() if k not in moving}
         if step.mode == "decoder" and index in features.ready:
             output = features.ready.pop(index)
-            if len(conditions) == len(features.conditions) and all(
-                a is b for a, b in zip(conditions, features.conditions, strict=True)
-            ):
+            if features.still_ready(conditions):
                 run.counters["reused_steps"] += run.first
                 return output
-            features.ready.clear()  # text or conditions were changed during the call: decode with the new ones
+            features.ready.clear()  # something was changed during the call: decode with what is there now
+            run.thrown_away += 1
+            run.batching &= run.thrown_away < 3  # it changes at every step
         half = step.guidance != "both" and run.halved(named)
         if half:
             run.counters["unguided_steps"] += run.first
-            named = _conditional_rows(named, sample.shape[0])
+            named = _conditional_rows(named, sample.shape[0], run.branches, run.unet)
         if step.mode == "full" and not half and not features.guided:
             features.histories.clear()  # there was no guidance before: nothing to forecast its branch from
         steps = run.group(index, step, features) if _can_stack(named) else 1
@@ -280,7 +300,7 @@ class DenoiserHook(ModelHook):
             named.update({k: None for k in RESIDUAL_ARGUMENTS if k in named})
         times = [run.time(index + j) for j in range(steps)]
         orders = [run.step_at(index + j).order for j in range(steps)]
-        run.current = current = Pass(features, step, times, orders, _sample(named).shape[0], half)
+        run.current = current = Pass(features, step, times, orders, _sample(named).shape[0], half, run.branches)
         if steps > 1:
             named = _stacked(named, steps, clock.upcoming(steps))
         try:
@@ -300,7 +320,7 @@ class DenoiserHook(ModelHook):
             run.counters["peak_cache_bytes"] = max(run.counters["peak_cache_bytes"], held)
         if steps == 1:
             return output if not half else with_prediction(output, chunks[0])
-        features.conditions = conditions
+        features.conditions, features.model = Arguments(conditions), Snapshot(model_of(module))
         features.ready = {index + j: with_prediction(output, chunk) for j, chunk in enumerate(chunks)}
         return features.ready.pop(index)
 
@@ -309,7 +329,7 @@ class DenoiserHook(ModelHook):
         if step.space:
             value = self.run.conversion.back(step.space, value, _sample(named), time)
         if step.guidance == "none" and self.run.halved(named):
-            value = torch.cat([_conditional(value)] * 2)
+            value = self.run.branches.joined(self.run.branches.conditional(value))
         self.run.counters["reused_steps"] += self.run.first
         self.run.counters["hold_steps"] += self.run.first
         return with_prediction(features.output, value)
@@ -320,12 +340,11 @@ class DenoiserHook(ModelHook):
         history = current.features.histories.setdefault("guidance", History(order + 1))
         if not current.half:
             if value.shape[0] % 2 == 0:
-                unconditional, conditional = value.chunk(2)
-                history.push(time, unconditional - conditional)
+                history.push(time, current.branches.difference(value))
             return value
         if current.step.guidance == "none" or not len(history):
-            return torch.cat([value, value])
-        return torch.cat([value + history.at(time, current.step.order), value])
+            return current.branches.joined(value)
+        return current.branches.joined(value, history.at(time, current.step.order))
 
     def _count(self, features: Features, step: Step, steps: int) -> None:
         counters, first = self.run.counters, self.run.first
@@ -387,27 +406,23 @@ def _stacked(named: dict[str, Any], steps: int, timesteps: torch.Tensor) -> dict
     return stacked
 
 
-def _conditional_rows(named: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The denoiser's arguments for the second half of its rows."""
+# Arguments without a row for each sample, whatever their first dimension is.
+_NOT_ROWS = frozenset({"image_rotary_emb", "rotary_embedding", "img_ids", "txt_ids", "position_ids"})
+
+
+def _conditional_rows(named: dict[str, Any], rows: int, branches: Branches, frames: bool) -> dict[str, Any]:
+    """The denoiser's arguments for the conditional half of its rows; with `frames` also where a row has several."""
 
     def half(tensor: torch.Tensor) -> torch.Tensor:
-        return _conditional(tensor) if tensor.dim() and tensor.shape[0] % rows == 0 else tensor
+        if not tensor.dim() or (tensor.shape[0] % rows if frames else tensor.shape[0] != rows):
+            return tensor
+        return branches.conditional(tensor)
 
-    return {k: v if k == "cross_attention_kwargs" else map_tensors(half, v) for k, v in named.items()}
+    def cut(name: str, value: Any) -> Any:
+        if name in _NOT_ROWS:
+            return value
+        if name == "cross_attention_kwargs":  # only GLIGEN's have rows
+            return {k: map_tensors(half, v) if k == "gligen" else v for k, v in value.items()} if value else value
+        return map_tensors(half, value)
 
-
-def _conditional(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor[tensor.shape[0] // 2 :]
-
-
-def _both(value: Any, before: Any, step: Step) -> Any:
-    """Both halves of a value of which the conditional one is known: the difference is that of the value `before`."""
-    if step.guidance == "none" or before is value:
-        return map_tensors(lambda t: torch.cat([t, t]), value)
-    halves = iter([t.chunk(2) for t in tensors_in(before)])
-
-    def join(tensor: torch.Tensor) -> torch.Tensor:
-        unconditional, conditional = next(halves)
-        return torch.cat([tensor + (unconditional - conditional), tensor])
-
-    return map_tensors(join, value)
+    return {name: cut(name, value) for name, value in named.items()}

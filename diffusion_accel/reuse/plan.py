@@ -255,12 +255,12 @@ def branch_depth(branch: int, layers: int) -> int:
     return block * (layers + 1) + min(place, layers) + 1
 
 
-def with_guidance(plan: Plan, text: str, timesteps: list[float], train_timesteps: float = 1000.0) -> Plan:
+def with_guidance(plan: Plan, text: str, levels: list[float]) -> Plan:
     """The plan with a guidance rule over its steps.
 
     - `both`: unchanged.
     - `reuse:n`: the unconditional branch is computed at every n-th step only.
-    - `interval:low-high`: guidance only while timestep / `train_timesteps` is within low … high.
+    - `interval:low-high`: guidance only while the noise level (of `levels`, one for each step) is within low … high.
 
     Raises:
         ConfigurationError: it is none of these.
@@ -278,8 +278,5 @@ def with_guidance(plan: Plan, text: str, timesteps: list[float], train_timesteps
             f"guidance must be both, reuse:n with n >= 1, or interval:low-high within 0-1, got {text!r}"
         )
     low, high = float(match[1]), float(match[2])
-    changed = [
-        s if low <= timesteps[i] / train_timesteps <= high else replace(s, guidance="none")
-        for i, s in enumerate(plan.steps)
-    ]
+    changed = [s if low <= levels[i] <= high else replace(s, guidance="none") for i, s in enumerate(plan.steps)]
     return Plan(tuple(changed))

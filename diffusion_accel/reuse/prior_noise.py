@@ -5,16 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.hooks import ModelHook
+from torch import nn
 
-from ..errors import UnsupportedPipelineError
+from ..hooks import HookSet, bind_forward, model_of
+from ..noise_level import unknown_noise_levels
 from ..steps import StepClock
 
 
-class PriorNoise:
-    """x ← x + α · x_T at the steps whose timestep is below τ (Faster Diffusion, section 3.3).
+def not_injectable(scheduler: Any) -> str | None:
+    """Why the initial noise cannot be added to the latents of a scheduler; None if it can."""
+    sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if abs(sigma - 1.0) > 1e-6:
+        return (
+            f"prior_noise needs latents of unit variance, but {type(scheduler).__name__} works with latents scaled "
+            "by sigma; use DDIM, DDPM, DPM-Solver, UniPC or DEIS, or set prior_noise=0"
+        )
+    reason = unknown_noise_levels(scheduler)
+    return None if reason is None else f"{reason}; set prior_noise=0"
 
-    Sequential decoding injects before the U-Net sees the latents, that is after the step before; batched decoding
-    injects between the prediction and `scheduler.step`. Both timings are the released code's.
+
+class PriorNoise:
+    """x ← x + α · x_T at the steps whose noise level is below τ (Faster Diffusion, section 3.3).
+
+    Sequential decoding injects before the U-Net sees the latents; batched decoding injects between the prediction and
+    `scheduler.step`. Both timings are the released code's. x_T is what the call starts from.
     """
 
     def __init__(self, feature: Any, clock: StepClock, counters: dict[str, float]) -> None:
@@ -23,41 +38,79 @@ class PriorNoise:
         self.counters = counters
         self._initial: torch.Tensor | None = None
         self._segment = -1
+        self._levels: list[float] = []
+        self._hooks = HookSet("diffusion_accel.prior_noise")
 
-    def install(self) -> None:
-        """Register with the clock. Raises `UnsupportedPipelineError` for schedulers with another latent scale."""
-        scheduler = self.clock.scheduler
-        sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
-        if abs(sigma - 1.0) > 1e-6:
-            raise UnsupportedPipelineError(
-                f"prior_noise needs latents of unit variance, but {type(scheduler).__name__} works with latents scaled "
-                "by sigma; use DDIM, DDPM, DPM-Solver, UniPC or DEIS, or set prior_noise=0"
-            )
+    def install(self, denoisers: list[nn.Module]) -> None:
+        """Register with the clock and, for the first step of sequential decoding, on the denoisers."""
         self.counters["noise_injections"] = 0
-        self._train_timesteps = float(getattr(scheduler.config, "num_train_timesteps", 1000))
         if self.feature.batch_decoder:
             self.clock.on_step(before=self._before)
         else:
-            self.clock.on_step(before=self._remember, after=self._after)
+            for denoiser in denoisers:
+                self._hooks.add(denoiser, _FirstStep(self))
+            self.clock.on_step(before=self._begin, after=self._after)
 
-    def _below(self, index: int) -> bool:
-        timesteps = self.clock.timesteps
-        return index < len(timesteps) and timesteps[index] / self._train_timesteps < self.feature.prior_noise_below
+    def uninstall(self) -> None:
+        self._hooks.remove()
+        self._initial = None
 
-    def _remember(self, step_inputs: dict[str, Any]) -> None:
+    def below(self, index: int) -> bool:
+        """Whether noise is injected at step `index`."""
         if self.clock.segment != self._segment:
-            self._segment = self.clock.segment
-            self._initial = step_inputs["sample"].clone()
+            self._segment, self._initial, self._levels = self.clock.segment, None, self.clock.levels
+        return index < len(self._levels) and self._levels[index] < self.feature.prior_noise_below
 
     def _inject(self, sample: torch.Tensor) -> torch.Tensor:
         assert self._initial is not None
         self.counters["noise_injections"] += 1
         return sample + self.feature.prior_noise * self._initial
 
+    def _remember(self, step_inputs: dict[str, Any]) -> bool:
+        """Keep the latents of the first step; returns whether this is one."""
+        if self._initial is not None:
+            return False
+        self._initial = step_inputs["sample"].clone()
+        return True
+
     def _before(self, step_inputs: dict[str, Any]) -> None:
+        below = self.below(self.clock.index)
         self._remember(step_inputs)
-        if self._below(self.clock.index):
+        if below:
+            step_inputs["sample"] = self._inject(step_inputs["sample"])
+
+    def _begin(self, step_inputs: dict[str, Any]) -> None:
+        below = self.below(self.clock.index)
+        if self._remember(step_inputs) and below:  # the denoiser has seen it so, too
             step_inputs["sample"] = self._inject(step_inputs["sample"])
 
     def _after(self, sample: torch.Tensor) -> torch.Tensor:
-        return self._inject(sample) if self._below(self.clock.index + 1) else sample
+        return self._inject(sample) if self.below(self.clock.index + 1) else sample
+
+
+class _FirstStep(ModelHook):
+    """On the denoiser: at the first step the latents are x_T themselves, so what it is given grows by α."""
+
+    def __init__(self, noise: PriorNoise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        noise = self.noise
+        if noise.clock.index != 0 or not noise.below(0):
+            return args, kwargs
+        named = bind_forward(module, args, kwargs)
+        given = named["sample"]
+        channels = _latent_channels(model_of(module), noise.clock.scheduler, given.shape[1])
+        share = torch.ones(given.shape[1], dtype=given.dtype, device=given.device)
+        share[:channels] += noise.feature.prior_noise
+        named["sample"] = given * share.view(1, -1, *[1] * (given.dim() - 2))
+        return (), named
+
+
+def _latent_channels(module: Any, scheduler: Any, given: int) -> int:
+    """How many channels of a U-Net's input are the latents; behind them may be masks and images."""
+    made = module.config.out_channels
+    if str(getattr(scheduler, "config", {}).get("variance_type", "")).startswith("learned"):
+        made //= 2
+    return min(given, made)

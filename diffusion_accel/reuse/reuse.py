@@ -36,7 +36,8 @@ class Reuse(Feature):
             that have diffusers' own caches also one of those: first-block:threshold, taylorseer:interval,order,
             mag:threshold,skips, pab:range, faster-cache:range,unconditional range.
         guidance: "both" branches at every step; "reuse:n": the unconditional one at every n-th step, its difference
-            reused between them; "interval:low-high": guidance only in this part of the noise range.
+            reused between them; "interval:low-high": guidance only where the noise level, the share of the training
+            timesteps at which there is less noise, is within it (see `diffusion_accel.noise_level`).
         stretch: use a plan for another number of steps too, its full steps at the same places of the trajectory.
         batch_decoder, max_group_mb: of decoder steps, as in `EncoderReuse`.
 
@@ -81,18 +82,36 @@ class Reuse(Feature):
 
     def supports(self, pipeline: Any) -> str | None:
         from ..denoisers import find_denoiser, reads_every_step
+        from ..families import no_branches, not_followed
+        from ..noise_level import unknown_noise_levels
 
         denoiser = find_denoiser(pipeline)
         if denoiser is None:
             return "the pipeline has no unet or transformer"
         if getattr(pipeline, "scheduler", None) is None:
             return "the pipeline has no scheduler to take the steps from"
-        if self.guidance != "both" and not hasattr(type(pipeline), "do_classifier_free_guidance"):
-            return "it does not say whether it uses guidance, so guidance=both is the only choice"
+        if self.leaves_branches_out() and (reason := no_branches(pipeline)):
+            return reason
+        if self.guidance.startswith("interval") and (reason := unknown_noise_levels(pipeline.scheduler)):
+            return f"{reason}, so guidance=interval is not possible"
         cache = CacheSettings.parse(self.plan)
         if cache is not None and self.guidance != "both":
             return "diffusers' own caches do not combine with a guidance rule"
-        return reads_every_step(pipeline) or (cache.supports(pipeline, denoiser) if cache else None)
+        return (
+            reads_every_step(pipeline)
+            or not_followed(pipeline)
+            or (cache.supports(pipeline, denoiser) if cache else None)
+        )
+
+    def leaves_branches_out(self) -> bool:
+        """Whether it computes one branch of guidance only at some steps."""
+        if self.guidance != "both":
+            return True
+        if is_tuned(self.plan):
+            steps = TunedPlan.load(self.plan).plan.steps
+        else:
+            steps = Plan.parse(self.plan[6:]).steps if self.plan.startswith("steps:") else ()
+        return any(step.guidance != "both" for step in steps)
 
     def attach(self, pipeline: Any) -> Attachment:
         return ReuseAttachment(self, pipeline)
@@ -172,5 +191,5 @@ class ReuseAttachment(RunAttachment):
 
     def _guided(self, plan: Plan, clock: StepClock) -> Plan:
         feature: Reuse = self.feature  # type: ignore[assignment]
-        training = float(getattr(clock.scheduler.config, "num_train_timesteps", 1000))
-        return with_guidance(plan, feature.guidance, clock.timesteps, training)
+        levels = clock.levels if feature.guidance.startswith("interval") else []
+        return with_guidance(plan, feature.guidance, levels)

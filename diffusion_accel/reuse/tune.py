@@ -17,6 +17,7 @@ from ..errors import ConfigurationError, UnsupportedPipelineError
 from ..evaluation.fidelity import psnr
 from ..evaluation.flops import count_flops
 from ..evaluation.sampler import Sampler
+from ..families import call_arguments, guided, no_branches
 from .calibration import Reference, measure_costs, measure_forecasts, reusing, scheduling, seconds_of
 from .moves import halved, mutated
 from .plan import FULL, Plan, Preset, Step
@@ -79,7 +80,9 @@ class Tuner:
         self.progress("predictions", 0.0)
         self.forecasts = measure_forecasts(self.sampler, lambda: self.progress("influence of the steps", 0.0))
         self.total = len(self.forecasts[0].times)
-        self.guided = bool(getattr(self.sampler.pipe, "do_classifier_free_guidance", False))
+        pipe = self.sampler.pipe
+        arguments = call_arguments(type(pipe).__call__, (), self.sampler.options)
+        self.guided = no_branches(pipe) is None and guided(pipe, arguments)
         self.costs = measure_costs(
             self.sampler, self.reference, self.total, self.guided, lambda: self.progress("costs", 0.0)
         )

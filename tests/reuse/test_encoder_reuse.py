@@ -9,12 +9,14 @@ import encoder_oracle as oracle
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zoo import ZOO, Built, ddim, rand, run, sd, sdxl, text, unet
 
 from diffusion_accel import AccelerationError, CallStateError, EncoderReuse, accelerate
 from diffusion_accel.hooks import tensors_in
+from diffusion_accel.registry import feature_class
 from diffusion_accel.reuse.schedule import key_steps
 
 VIDEO_AND_IMAGE = pytest.mark.parametrize("kind", ZOO)
@@ -135,11 +137,30 @@ def test_prior_noise_timings_differ_only_at_key_steps() -> None:
 def test_prior_noise_is_refused_where_latents_are_scaled_by_sigma() -> None:
     pipe, call = sdxl()
     base = run(pipe, call)
-    accelerate(pipe, EncoderReuse(prior_noise=0.003))
     with pytest.raises(AccelerationError, match="EulerDiscreteScheduler"):
-        run(pipe, call)
-    pipe.acceleration.disable()
+        accelerate(pipe, EncoderReuse(prior_noise=0.003))
     assert torch.equal(run(pipe, call), base)
+
+
+def test_prior_noise_at_the_first_step_of_an_image() -> None:
+    """An image with a low strength begins below tau: noise is added before the U-Net sees the first latents, too."""
+    pipe, call = ZOO["img2img"]()
+    alpha, firsts = 0.05, []
+    accelerate(pipe, EncoderReuse(schedule="all", batch_decoder=False, prior_noise=alpha))
+    got = run(pipe, call, steps=8, strength=0.4)
+    assert counters(pipe)["noise_injections"] == pipe.acceleration.report().steps == 3
+    pipe.acceleration.remove()
+    prepare = pipe.prepare_latents
+
+    def noisier(*args: Any, **kwargs: Any) -> torch.Tensor:
+        firsts.append(prepare(*args, **kwargs))
+        return firsts[0] + alpha * firsts[0]
+
+    def inject(pipe: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"] + alpha * firsts[0] if i < 2 else values["latents"]}
+
+    pipe.prepare_latents = noisier
+    assert close(got, run(pipe, call, steps=8, strength=0.4, callback_on_step_end=inject))
 
 
 def test_a_non_key_prediction_does_not_see_the_latents() -> None:
@@ -265,6 +286,94 @@ def test_a_prompt_changed_during_the_call_is_used_at_once() -> None:
         results.append(run(pipe, call, steps=8, callback_on_step_end=change, callback_on_step_end_tensor_inputs=wanted))
     assert close(*results)
     assert not close(results[0], run(pipe, call, steps=8), tolerance=1e-4)
+
+
+def _adapter_off(pipe: Any, values: dict[str, Any]) -> None:
+    pipe.set_ip_adapter_scale(0.0)
+
+
+def _text_in_place(pipe: Any, values: dict[str, Any]) -> None:
+    values["prompt_embeds"].mul_(-1.0)
+
+
+def _weights_in_place(pipe: Any, values: dict[str, Any]) -> None:
+    pipe.unet.conv_out.weight.data.mul_(1.5)  # which raises no version
+
+
+def _other_weights(pipe: Any, values: dict[str, Any]) -> None:
+    layer = pipe.unet.up_blocks[1].resnets[0].conv2
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+
+
+def _lora_scale(pipe: Any, values: dict[str, Any]) -> None:
+    pipe.unet.set_adapters("donor", 4.0)
+
+
+def _freeu(pipe: Any, values: dict[str, Any]) -> None:
+    pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+
+
+def _processors(pipe: Any, values: dict[str, Any]) -> None:
+    class Half(AttnProcessor2_0):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return 20 * super().__call__(*args, **kwargs)
+
+    pipe.unet.set_attn_processor(Half())
+
+
+def _attribute(pipe: Any, values: dict[str, Any]) -> None:
+    for module in pipe.unet.up_blocks.modules():
+        if hasattr(module, "to_q"):
+            module.rescale_output_factor = 0.05
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _adapter_off, _text_in_place, _weights_in_place, _other_weights, _lora_scale, _freeu, _processors,
+        _attribute,
+    ],
+    ids=lambda f: f.__name__.strip("_"),
+)  # fmt: skip
+def test_what_was_decoded_ahead_does_not_outlive_a_change(change: Any) -> None:
+    """Whatever a callback changes of what the U-Net reads acts at the next step, as it does without batches."""
+    results = {}
+    for batched in (False, True, None):
+        pipe, call = ZOO["ip_adapter"]() if change is _adapter_off else sd()
+        for i, block in enumerate(pipe.unet.up_blocks):
+            block.resolution_idx = i
+        if change is _lora_scale:
+            from peft import LoraConfig
+
+            torch.manual_seed(0)
+            names = ["to_q", "to_v", "conv1"]
+            pipe.unet.add_adapter(LoraConfig(r=2, target_modules=names, init_lora_weights=False), "donor")
+
+        def act(pipe: Any, i: int, t: Any, values: dict[str, Any], act: bool = batched is not None) -> dict[str, Any]:
+            if i == 3 and act:
+                change(pipe, values)
+            return values
+
+        accelerate(pipe, EncoderReuse(schedule=(0, 2), batch_decoder=batched is not False))
+        seen = {"callback_on_step_end": act, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+        results[batched] = run(pipe, {**call, "prompt_embeds": call["prompt_embeds"].clone()}, steps=8, **seen)
+    assert counters(pipe)["decoder_runs"] < counters(pipe)["decoder_steps"], "nothing changed: all in one batch"
+    assert close(results[True], results[False], tolerance=3e-5)
+    assert not close(results[None], results[False], tolerance=1e-3)
+
+
+def test_what_was_decoded_ahead_does_not_outlive_another_feature() -> None:
+    from transparency_weights import tiny_weights
+
+    results = {}
+    for batched in (False, True):
+        for until in (0.5, 1.0):
+            pipe, call = sd()
+            transparent = feature_class("transparent")(weights=tiny_weights(), until=until)
+            accelerate(pipe, transparent, EncoderReuse(schedule=(0, 2), batch_decoder=batched))
+            results[batched, until] = run(pipe, call, steps=8)
+    assert close(results[True, 0.5], results[False, 0.5]) and close(results[True, 1.0], results[False, 1.0])
+    assert not close(results[False, 0.5], results[False, 1.0], tolerance=3e-4)
 
 
 def test_guidance_switched_off_during_the_call() -> None:

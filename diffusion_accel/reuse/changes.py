@@ -1,0 +1,118 @@
+"""Whether anything that a denoiser reads has changed since a certain moment: its arguments, or the model itself.
+
+Arguments are compared by value. Of a model, everything that is no tensor is compared by value, too (scales of adapters,
+switches, processors put in the place of others); its tensors by identity, by their version, which every write in place
+raises, and by some of their values, for writes through `.data` raise nothing.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hooks import map_tensors
+
+SAMPLES = 64  # values of each tensor of a model that are compared
+# Of a module: what hooks leave there, and what torch keeps for itself.
+_NOT_STATE = frozenset({"_diffusers_hook", "_hf_hook", "_old_forward", "forward"}) | (
+    frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"}
+)
+_LEAVES = (type, types.FunctionType, types.MethodType, types.ModuleType, torch.dtype, torch.device, torch.Generator)
+
+
+class Snapshot:
+    """What a model is at one moment; `holds` says whether it still is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[torch.Tensor, int, int]] = []  # with version and place in memory
+        self._seen: set[int] = set()
+        self._note(model)
+        self._views = [_samples(t) for t, _, _ in self._tensors if t.numel() and t.is_contiguous()]
+        self._values = _by_kind(self._views)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        try:
+            same = all(live == copy for live, copy in self._containers)
+        except RuntimeError:  # another tensor in the place of one cannot be compared by ==
+            return False
+        return (
+            same
+            and all(_version(t) == version and t.data_ptr() == place for t, version, place in self._tensors)
+            and all(torch.equal(a, b) for a, b in zip(self._values, _by_kind(self._views), strict=True))
+        )
+
+    def _note(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._seen and value.layout == torch.strided and not value.is_meta:
+                self._tensors.append((value, _version(value), value.data_ptr()))
+                self._seen.add(id(value))
+            return
+        live = value if isinstance(value, (dict, list, tuple, set)) else _attributes(value)
+        if live is None or id(live) in self._seen:
+            return
+        self._seen.add(id(live))
+        self._containers.append((live, live if isinstance(live, tuple) else live.copy()))
+        if not isinstance(live, dict):
+            parts: Any = live
+        elif isinstance(value, nn.Module):
+            parts = [part for key, part in live.items() if key not in _NOT_STATE]
+        else:
+            parts = live.values()
+        for part in parts:
+            self._note(part)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _samples(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of at most `SAMPLES` values, evenly spread."""
+    flat = tensor.detach().view(-1)
+    return flat[:: max(1, -(-flat.numel() // SAMPLES))]
+
+
+def _by_kind(views: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The values of all views, one tensor for each dtype and device."""
+    kinds: dict[Any, list[torch.Tensor]] = {}
+    for view in views:
+        kinds.setdefault((view.dtype, view.device), []).append(view)
+    return [torch.cat(same) for same in kinds.values()]
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """What an object holds, if it may hold something that changes."""
+    return None if isinstance(value, _LEAVES) else getattr(value, "__dict__", None)
+
+
+class Arguments:
+    """What a denoiser was called with at one moment."""
+
+    def __init__(self, named: dict[str, Any]) -> None:
+        self._values = map_tensors(torch.clone, named)
+
+    def same(self, named: dict[str, Any]) -> bool:
+        """Whether a call with `named` would read the same values."""
+        return _equal(self._values, named)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return (
+            isinstance(a, torch.Tensor)
+            and isinstance(b, torch.Tensor)
+            and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+            and torch.equal(a, b)
+        )
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(v, b[k]) for k, v in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
