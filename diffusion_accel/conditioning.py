@@ -6,7 +6,6 @@ import difflib
 import inspect
 from typing import Any
 
-from .denoisers import find_denoiser
 from .errors import ConfigurationError
 
 PROMPT, CLASS, NOTHING = "prompt", "class", "nothing"
@@ -30,6 +29,8 @@ def call_parameters(pipeline: Any) -> tuple[str, ...]:
 
 def class_count(pipeline: Any) -> int:
     """How many classes the denoiser knows; 0 if none."""
+    from .denoisers import find_denoiser  # imports torch, which the command line does without for as long as it can
+
     config = getattr(find_denoiser(pipeline), "config", {})
     return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
 

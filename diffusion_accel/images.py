@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .errors import AccelerationError, ConfigurationError
+from .io import at_home
 
 PIXEL_LIMIT = 100_000_000  # of an image that is opened: 100 megapixels
 MODES = ("RGB", "RGBA", "L")
@@ -80,7 +81,7 @@ def loaded(
     with ExitStack() as stack:
         try:
             if isinstance(source, (str, Path)):
-                path = Path(source).expanduser()
+                path = at_home(source)
                 if not stat.S_ISREG(path.stat().st_mode):
                     raise error(f"{name} is not an image file")
                 source = stack.enter_context(path.open("rb"))

@@ -31,6 +31,23 @@ _UNPRINTABLE = re.compile(
 
 
 # ---------------------------------------------------------------------- reading
+def at_home(path: Path | str) -> Path:
+    """The path; a leading ~ is the home folder, or stays where there is none of that user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_there(path: Path | str, kind: str = "any") -> bool:
+    """Whether there is something (or a "file", a "dir") of this name; False for a text that cannot be a name."""
+    test = {"any": Path.exists, "file": Path.is_file, "dir": Path.is_dir}[kind]
+    try:
+        return test(at_home(path))
+    except (OSError, ValueError):  # too long, a null byte
+        return False
+
+
 def read_bytes(
     path: Path | str,
     what: str = "",
@@ -50,7 +67,7 @@ def read_bytes(
         AccelerationError (of the kind `error`): there is no such file, it is no regular file (a folder, a pipe, a
             device), it is too large, or it may not be read.
     """
-    file = Path(path).expanduser()
+    file = at_home(path)
     name = " ".join(filter(None, (what, str(path))))
     try:
         status = file.stat()
@@ -60,6 +77,8 @@ def read_bytes(
         if status.st_size > limit:
             raise error(f"{name} cannot be read: it has {status.st_size} bytes, at most {limit} are allowed")
         return file.read_bytes()
+    except AccelerationError:
+        raise
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the path
         raise error(f"{name} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
 

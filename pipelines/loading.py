@@ -20,7 +20,7 @@ from diffusers import (
 
 from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
-from diffusion_accel.io import first_line
+from diffusion_accel.io import at_home, first_line, is_there
 
 from .hub import hub_reason
 from .keywords import check_options
@@ -134,8 +134,8 @@ def _convert(pipe: Any, task: str, net: Any) -> Any:
 
 def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
     """Load a `ControlNetModel` from a folder or a hub id."""
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = at_home(name)
+    if is_there(path, "dir"):
         for file in path.glob("*.safetensors"):
             check_weights(file)
     elif path.suffix or name.startswith((".", "/", "~")):
@@ -150,14 +150,14 @@ def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:
     Raises:
         ModelLoadError: the file is broken, a pickle, or does not fit the model.
     """
-    check_weights(Path(file).expanduser())
+    check_weights(at_home(file))
     loader = getattr(pipe, "load_lora_weights", None)
     if loader is None:
         raise ModelLoadError(f"{type(pipe).__name__} takes no LoRA")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loader(str(Path(file).expanduser()), adapter_name=name, use_safetensors=True)
+            loader(str(at_home(file)), adapter_name=name, use_safetensors=True)
     except ImportError as error:
         raise ModelLoadError("loading a LoRA needs peft: pip install 'diffusion-accel[lora]'") from error
     except Exception as error:  # peft and diffusers raise many kinds for weights that do not fit

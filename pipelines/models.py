@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
-from diffusion_accel.io import read_json
+from diffusion_accel.io import at_home, is_there, read_json
 
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 TRANSPARENCY = "transparency"  # folder beside a model's own parts: weights of latent transparency
@@ -82,11 +82,11 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
     """
     if model in EMBEDDED:
         return ModelSource("embedded", model, str(EMBEDDED[model].path))
-    path = Path(model).expanduser()
-    if model.strip() and path.is_dir():
+    path = at_home(model)
+    if model.strip() and is_there(path, "dir"):
         check_folder(path, allow_pickle)
         return ModelSource("folder", path.resolve().name, str(path))
-    if path.is_file():
+    if is_there(path, "file"):
         check_weights(path, allow_pickle)
         return ModelSource("file", path.stem, str(path))
     if model.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES | {".safetensors"} or model.count("/") > 1:
@@ -96,7 +96,8 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
     near = difflib.get_close_matches(model, EMBEDDED, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"embedded models: {', '.join(EMBEDDED)}"
     raise ConfigurationError(
-        f"unknown model {model!r}; {hint}; a hub id (owner/name), a pipeline folder or a .safetensors file work as well"
+        f"unknown model {model[:200]!r}; {hint}; a hub id (owner/name), a pipeline folder or a .safetensors file work "
+        "as well"
     )
 
 

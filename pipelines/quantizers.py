@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.io import at_home, is_there
 
 # by package, what may stand behind the colon
 TORCHAO = {
@@ -38,7 +39,7 @@ def check_quantize(text: str) -> str:
             )
             raise ConfigurationError(f"--quantize {text}: unknown kind; {package} has {what}")
         return package
-    if not Path(text).expanduser().is_dir():
+    if not is_there(text, "dir"):
         packages = ", ".join(f"{p}:…" for p in PACKAGES)
         raise ConfigurationError(
             f"--quantize {text}: no such folder; give a checkpoint made by `diffusion-accel quantize`, or {packages} "
@@ -50,7 +51,7 @@ def check_quantize(text: str) -> str:
 
 def checkpoint_folder(text: str) -> Path:
     """The folder of the denoiser in a quantized pipeline folder (or itself). Raises `ModelLoadError`."""
-    root = Path(text).expanduser()
+    root = at_home(text)
     for folder in (root, root / "unet", root / "transformer"):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

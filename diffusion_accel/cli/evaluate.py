@@ -10,6 +10,7 @@ import typer
 
 from ..conditioning import CLASS, class_names
 from ..errors import ConfigurationError
+from ..io import is_there
 from .arguments import (
     BATCH,
     AllowPickle,
@@ -27,7 +28,7 @@ from .arguments import (
     number,
 )
 from .options import with_feature_flags
-from .output import check_free, is_there, output_path
+from .output import check_free, output_path
 from .settings import at_least, merge
 from .terminal import console, say
 

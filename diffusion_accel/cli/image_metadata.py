@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AccelerationError, OutputError
-from ..io import parse_json
+from ..io import is_there, parse_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,15 +78,8 @@ def _name(text: str) -> str:
     path, colon, scale = text.rpartition(":")  # a LoRA may have a scale behind it
     if not colon or "/" in scale:
         path, colon, scale = text, "", ""
-    local = text.startswith(("/", "./", "../", "~")) or "/" in path and (_exists(path) or _exists(text))
+    local = text.startswith(("/", "./", "../", "~")) or "/" in path and (is_there(path) or is_there(text))
     return f"{Path(path).name}{colon}{scale}" if local and Path(path).name else text
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
 
 
 # ------------------------------------------------------------------------------------------- writing

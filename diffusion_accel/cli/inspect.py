@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Column, Table
 
 from ..errors import ModelLoadError
@@ -16,6 +15,7 @@ from ..pipelines.models import safetensors_header
 from ..pipelines.quantizers import checkpoint_folder
 from ..quant.spec import LayerSpec, ModelSpec
 from .arguments import AsJson, Debug
+from .terminal import console, say
 
 
 def inspect(
@@ -48,21 +48,20 @@ def inspect(
     if as_json:
         typer.echo(json.dumps({**total, "layers": layers}, indent=1))
         return
-    console = Console(highlight=False)
+    terminal = console()
     table = Table(Column("layer", overflow="fold"), "W bits", "A bits", "KB", "SQNR dB", "sensitivity", box=SIMPLE)
     for name, row in layers.items():
         inputs = "–" if row["activation_bits"] is None else f"{row['activation_bits']}{row['grids']}"
         kilobytes = f"{row['bytes'] / 1e3:.1f}"
         cells = (row["weight_bits"], inputs, kilobytes, row["sqnr"], row["sensitivity"])
         table.add_row(name, *("–" if c is None else str(c) for c in cells))
-    console.print(table)
-    console.print(
+    terminal.print(table)
+    say(
         f"{total['model']}: {size / 1e6:.2f} MB, {len(layers)} quantized layers with {total['average_bits']:.2f} bits "
-        f"a weight, {len(spec.timesteps)} buckets of timesteps",
-        soft_wrap=True,
+        f"a weight, {len(spec.timesteps)} buckets of timesteps"
     )
     for key, value in (spec.recipe or {}).items():
-        console.print(f"  {key}: {value}", markup=False, soft_wrap=True)
+        say(f"  {key}: {value}")
 
 
 def describe(name: str, layer: LayerSpec, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, OutputError
 from ..images import loaded
-from ..io import first_line, replacing
+from ..io import first_line, is_there, replacing
 from .image_metadata import read_embedded, save_options
 
 if TYPE_CHECKING:
@@ -92,15 +92,6 @@ def is_image_file(output: str) -> bool:
             "with /)"
         )
     return True
-
-
-def is_there(path: Path, kind: str = "any") -> bool:
-    """Whether there is something (or a "file", a "dir") of this name; False for what cannot be a name."""
-    test = {"any": Path.exists, "file": Path.is_file, "dir": Path.is_dir}[kind]
-    try:
-        return test(path)
-    except (OSError, ValueError):
-        return False
 
 
 def check_free(paths: list[Path], overwrite: bool) -> None:

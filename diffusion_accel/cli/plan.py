@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
-from .arguments import Debug
+from .arguments import BATCH, Debug, check_range, number
 from .options import parse_feature
-from .settings import DTYPES
+from .settings import DTYPES, LIMITS, at_least
+from .terminal import console, say
 
 if TYPE_CHECKING:
     from ..parallel.patch_parallel import PatchParallel
     from ..parallel.planning import Link, Machine, Prediction
 
 HERE = "here"
+SIDE = at_least(8, 32_768)
 
 
 def plan(
@@ -24,10 +26,10 @@ def plan(
         str, typer.Option("--model", "-m", help="sd15 or sdxl (architectures), embedded name, folder, or hub id.")
     ] = "sdxl",
     devices: Annotated[str, typer.Option(metavar="N,N,…", help="How many devices, 1 to 64.")] = "1,2,4,8",
-    width: Annotated[int, typer.Option(help="Pixels.")] = 1024,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 1024,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    images: Annotated[int, typer.Option(help="Pictures in a call.")] = 1,
+    width: Annotated[int, number("Pixels.", SIDE)] = 1024,
+    height: Annotated[int, number("Pixels.", SIDE)] = 1024,
+    steps: Annotated[int, number("Denoising steps.", LIMITS["steps"])] = 50,
+    images: Annotated[int, number("Pictures in a call.", BATCH)] = 1,
     guidance: Annotated[bool, typer.Option(help="With classifier-free guidance: twice the batch.")] = True,
     decode: Annotated[bool, typer.Option(help="With the VAE's decoder.")] = True,
     patch_parallel: Annotated[
@@ -56,9 +58,11 @@ def plan(
     from ..parallel.patch_parallel import PatchParallel
 
     counts = _counts(devices)
-    for name, value in (("steps", steps), ("images", images), ("threads", threads)):
-        if value < 1:
-            raise ConfigurationError(f"--{name} must be at least 1, got {value}")
+    check_range("--steps", steps, LIMITS["steps"])
+    for name, value in (("images", images), ("threads", threads)):
+        check_range(f"--{name}", value, BATCH)
+    for name, value in (("width", width), ("height", height)):
+        check_range(f"--{name}", value, SIDE)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigurationError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
     feature = parse_feature("patch_parallel", patch_parallel or "on")
@@ -154,7 +158,6 @@ def _row(found: Prediction, first: Prediction, layers: bool = False) -> dict[str
 
 def _show(found: list[Prediction], feature: PatchParallel, steps: int, machine: str, link: str) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Column, Table
 
     def seconds(value: float | None) -> str:
@@ -173,11 +176,9 @@ def _show(found: list[Prediction], feature: PatchParallel, steps: int, machine: 
         picture = seconds(row["picture_s"]), f"{row['speedup']:.2f}"
         table.add_row(str(one.devices), *picture, *times, *sent, hidden, seconds(row["decoding_s"]))
     exact = min(steps, feature.warmup) if any(one.stale for one in found) else steps
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
+    console().print(table)
+    say(
         f"{machine}, {link}; mode {feature.mode}; a picture: {exact} exact steps, {steps - exact} later ones, the VAE; "
         "faster: than the first row; MB: what the busiest device sends in an exact and in a later step; hidden: share "
-        "of the messages' time behind computation",
-        soft_wrap=True,
+        "of the messages' time behind computation"
     )

@@ -13,6 +13,7 @@ from ..errors import AccelerationError, ConfigurationError
 from .arguments import AllowPickle, AsJson, Debug, Device, Model, Quiet
 from .output import check_free_folder
 from .settings import merge, read_jobs
+from .terminal import say
 from .tune import Bar, embedded_prompts
 
 
@@ -158,7 +159,10 @@ def quantize(
         raise Interrupted(f"interrupted; call it again to go on from here ({folder}.work)") from None
     finally:
         bar.close()
-    typer.echo(json.dumps(result.to_dict()) if as_json else result.text())
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        say(result.text(), lines=True)
 
 
 def _clock(seconds: float) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 
 from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Feature
-from ..io import first_line, parse_json, read_json, read_text, read_toml, split_lines
+from ..io import first_line, is_there, parse_json, read_json, read_text, read_toml, split_lines
 from ..pipelines.models import ModelSource, check_weights, find_model
 from ..pipelines.quantizers import check_quantize
 from ..pipelines.schedulers import check_scheduler
 from ..registry import FEATURES
 from .options import parse_feature
-from .output import is_there
 
 MAX_SEED = 2**63 - 1
 MAX_TEXT = 1_000_000  # characters of a prompt

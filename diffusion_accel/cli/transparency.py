@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigurationError, OutputError
+from ..io import is_there
 from .arguments import Debug
-from .output import is_there
 from .settings import Settings, parse_background, refuse_jpeg
 from .terminal import say
 

@@ -14,6 +14,7 @@ from command import call
 from diffusion_accel import EncoderReuse
 from diffusion_accel.cli import main as cli
 from diffusion_accel.cli.options import join_bare_flags
+from diffusion_accel.cli.output import plan_outputs
 from diffusion_accel.cli.settings import merge, read_config, read_jobs, split_lora
 
 
@@ -38,6 +39,24 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "steps 0": ([PROMPT, "--steps", "0"], "--steps must be at least 1"),
     "steps -1": ([PROMPT, "--steps", "-1"], "--steps must be at least 1"),
     "steps text": ([PROMPT, "--steps", "many"], "--steps"),
+    "steps many": ([PROMPT, "--steps", "999999999999"], "--steps must be at least 1 and at most 10000"),
+    "width large": ([PROMPT, "--width", "80000000"], "at most 32768"),
+    "guidance 1e30": ([PROMPT, "--guidance-scale", "1e30"], "at most 1000"),
+    "images many": ([PROMPT, "--num-images", "10001"], "at most 10000"),
+    "images in all": ([PROMPT, "another", "--num-images", "9000"], "at most 10000"),
+    "last seed": ([PROMPT, "--num-images", "2", "--seed", str(2**63 - 1)], "goes beyond"),
+    "no step left": ([PROMPT, "--image", "IMAGE", "--strength", "0.01", "--steps", "20"], "leaves no step to run"),
+    "not UTF-8": (["caf\udce9"], "is not valid UTF-8 at character 4"),
+    "negative not UTF-8": ([PROMPT, "--negative-prompt", "\udce9"], "the negative prompt"),
+    "long prompt": (["x" * 1_000_001], "has 1000001 characters"),
+    "no output": ([PROMPT, "-o", ""], "cannot be the name of a file"),
+    "suffix alone": ([PROMPT, "-o", ".png"], "nothing before its suffix"),
+    "video": ([PROMPT, "-o", "x.mp4"], "allowed: .png, .webp, .jpg, .jpeg, or a folder"),
+    "too wide for webp": ([PROMPT, "-o", "x.webp", "--width", "16384"], "at most 16383 pixels"),
+    "output in the file": (["--prompts-file", "JOBS", "-o", "x.png"], "needs -o to be a folder"),
+    "long model": ([PROMPT, "--model", "a" * 5000], "unknown model"),
+    "long image": ([PROMPT, "--image", "a" * 5000], "no such file"),
+    "long preview": ([PROMPT, "--transparent", "--preview", "a" * 5000], "neither checkerboard"),
     "guidance nan": ([PROMPT, "--guidance-scale", "nan"], "finite number"),
     "guidance inf": ([PROMPT, "--guidance-scale", "inf"], "finite number"),
     "guidance -1": ([PROMPT, "--guidance-scale", "-1"], "finite number"),
@@ -71,6 +90,7 @@ FAILURE: dict[str, tuple[list[str], str]] = {
     "pickle": ([PROMPT, "--model", "PICKLE"], "is a pickle"),
     "pickle lora": ([PROMPT, "--lora", "PICKLE:0.5"], "is a pickle"),
     "broken": ([PROMPT, "--model", "BROKEN"], "safetensors"),
+    "long name": ([PROMPT, "-o", "a" * 240 + ".png"], "is too long"),
     "exists": ([PROMPT, "-o", "IMAGE"], "exists; choose another name or pass --overwrite"),
     "unwritable": ([PROMPT, "-o", "BROKEN/out/apple.png"], "is not a folder"),
 }
@@ -87,15 +107,16 @@ def test_refusals(
     Image.new("RGB", (16, 16)).save("image.png")
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "x", "output": "a.png"}')
     before = sorted(p.name for p in tmp_path.iterdir())
     arguments, message = {**USAGE, **FAILURE}[case]
-    names = {"IMAGE": "image.png", "PICKLE": "model.ckpt", "BROKEN": "broken.safetensors"}
+    names = {"JOBS": "jobs.jsonl", "IMAGE": "image.png", "PICKLE": "model.ckpt", "BROKEN": "broken.safetensors"}
     for key, value in names.items():
         arguments = [a.replace(key, value) for a in arguments]
     code, out, err = call(capsys, "generate", *arguments)
     assert code == (2 if case in USAGE else 1), err
     assert message in err and err.startswith("error: ")
-    assert err.count("\n") == 1 and not out
+    assert err.count("\n") == 1 and not out and len(err) < 1600
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -144,9 +165,21 @@ def test_flags_win_over_the_file_and_the_file_over_the_model(tmp_path: Path) -> 
         ("stepz = 3", "unknown key 'stepz'"),
         ("steps = 2.5", "must be a whole number"),
         ("steps = true", "must be a whole number"),
+        ("guidance_scale = nan", "is not a number that can be used"),
         ("lora = 'x'", "must be a list"),
         ("encoder_reuse = 3", "expected true, false"),
         ("[encoder_reuse]\nschedule = 4", "schedule=4"),
+        ("prompt = 5", "prompt must be a text or a list of texts"),
+        ("prompt = ['a', 5]", "prompt must be a text or a list of texts"),
+        ("prompts_file = 5", "prompts_file must be a text"),
+        ("model = 5", "model must be a text"),
+        ("guidance-scale = 1\nguidance_scale = 2", "given twice"),
+        (f"num_images = {'9' * 4000}", "40 digits"),
+        (f"num_images = 0x{'f' * 5000}", "more than 40 digits"),
+        (f"steps = 1{'0' * 30}", "at most 10000"),
+        (f"lora = {'[' * 5000}{']' * 5000}", "deep in each other"),
+        ('image = "a\\u0000b"', "no character NUL"),
+        (f"'{'k' * 5000}' = 1", "unknown key"),
     ],
 )
 def test_bad_configuration_files(
@@ -155,7 +188,7 @@ def test_bad_configuration_files(
     file = tmp_path / "c.toml"
     file.write_text(text)
     code, _, err = call(capsys, "generate", PROMPT, "--config", str(file))
-    assert code == 2 and message in err and err.count("\n") == 1
+    assert code == 2 and message in err and err.count("\n") == 1 and len(err) < 1600
 
 
 def test_prompts_files(tmp_path: Path) -> None:
@@ -166,6 +199,20 @@ def test_prompts_files(tmp_path: Path) -> None:
     lines.write_text('{"prompt": "a", "seed": 3, "guidance_scale": 4}\n{"prompt": "b", "output": "b.webp"}\n')
     a, b = read_jobs([], str(lines))
     assert (a.seed, a.guidance_scale, b.output) == (3, 4.0, "b.webp")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_texts_in_the_encodings_of_other_systems(encoding: str, tmp_path: Path) -> None:
+    """A byte order mark is no part of a prompt, and only line ends end a line."""
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    for name, text, read in (
+        ("p.txt", "café \u2028 b\r\ntwo", lambda f: [job.prompt for job in read_jobs([], f)]),
+        ("p.jsonl", '{"prompt": "café \u2028 b"}\n{"prompt": "two"}', lambda f: [j.prompt for j in read_jobs([], f)]),
+        ("c.json", '{"prompt": ["café \u2028 b", "two"]}', lambda f: read_config(f)["prompt"]),
+        ("c.toml", 'prompt = ["café \u2028 b", "two"]', lambda f: read_config(f)["prompt"]),
+    ):
+        (tmp_path / name).write_bytes((mark + text).encode(encoding))
+        assert read(str(tmp_path / name)) == ["café \u2028 b", "two"]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +227,13 @@ def test_prompts_files(tmp_path: Path) -> None:
         ('{"prompt": "x", "output": "../x.png"}', "must be a plain file name"),
         ('{"prompt": "x", "output": "x.exe"}', "unknown image type"),
         ('{"prompt": ""}', "a prompt is empty"),
+        ('{"prompt": 5}', "line 2: prompt must be a text, got 5"),
+        ('{"prompt": "\\ud800"}', "is not valid UTF-8"),
+        ('{"prompt": "x", "num_images": ' + "9" * 4000 + "}", "4000 digits"),
+        ('{"prompt": "x", "seed": 1e400}', "line 2: seed must be a whole number"),
+        ('{"prompt": "x", "guidance_scale": ' + "9" * 39 + "}", "at most 1000"),
+        ('{"prompt": "x", "output": "\\ud800.png"}', "cannot be the name of a file"),
+        ("[" * 100_000, "deep in each other"),
     ],
 )
 def test_bad_prompt_lines(
@@ -217,3 +271,28 @@ def test_importing_is_cheap_and_help_needs_no_torch() -> None:
             "assert 'torch' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path: Path) -> None:
+    for name in ("out.v2", "out.png"):
+        (tmp_path / name).mkdir()
+        paths = plan_outputs(str(tmp_path / name), [[3]], [None], False)
+        assert paths == [[tmp_path / name / "0001-3.png"]]
+    assert plan_outputs(f"{tmp_path}/new.v3/", [[3]], [None], False) == [[tmp_path / "new.v3" / "0001-3.png"]]
+
+
+def test_the_help_says_defaults_and_bounds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(call(capsys, "generate", "--help")[1].split())
+    for words in ("20 with sticker", "(1 to 10000)", "a multiple of 8", "float32", "the folder outputs", "mostly 0.8"):
+        assert words in text
+    text = call(capsys, "tune", "--help")[1]
+    for words in ("Target", "Prompts", "What the plan is for", "Search", "Machine", "(6 to 100000)"):
+        assert words in text
+
+
+def test_what_is_printed_holds_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "generate", PROMPT, "--model", "\x1b]0;title\x07\u202e/x\r/y")
+    assert code == 1 and err == "error: no such model file or folder: \\x1b]0;title\\x07\\u202e/x /y\n"
+    code, _, err = call(capsys, "generate", PROMPT, "--\x1b[31mnonsense")
+    assert code == 2 and "\x1b" not in err and "\\x1b[31m" in err

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
+from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError, OutputError
 from diffusion_accel.io import (
     first_line,
+    is_there,
     parse_json,
     printable,
     read_bytes,
@@ -125,3 +126,14 @@ def test_a_file_is_complete_or_not_there(tmp_path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text("whole")
     assert path.read_text() == "whole" and len(list(path.parent.iterdir())) == 1
+
+
+def test_a_reason_is_said_once_and_names_may_be_anything(tmp_path: Path) -> None:
+    for kind in (ConfigurationError, OutputError):  # which are a ValueError and an OSError, too
+        with pytest.raises(kind) as found:
+            read_text(tmp_path, "--config", error=kind)
+        assert str(found.value) == f"--config {tmp_path} cannot be read: it is a folder"
+    for name in ("a" * 5000, "a\0b", "~no-such-user/x"):
+        assert not is_there(name)
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            read_text(name)
