@@ -13,7 +13,6 @@ loads quantized checkpoints (docs/quantization.md) with its own `from_pretrained
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import (
@@ -27,7 +26,10 @@ from .errors import (
 )
 from .quant.register import register as _register_checkpoints
 
+TYPE_CHECKING = False  # without importing `typing`: an interrupt is heard only after this file
 if TYPE_CHECKING:
+    from typing import Any
+
     from .feature import Feature
     from .parallel import PatchParallel
     from .pipelines import AcceleratedPipeline

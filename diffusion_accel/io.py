@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import interrupts
 from .errors import AccelerationError, ConfigurationError
 
 TEXT_LIMIT = 64 * 2**20  # bytes of a text file
@@ -243,8 +244,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` at the end, removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    with interrupts.unfinished(temporary):
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        interrupts.finish(temporary, path)

@@ -1,29 +1,32 @@
-"""Starting a command on several processes of this machine, through torch's elastic launcher."""
+"""Starting a command on several processes of this machine.
+
+The launcher writes no file and runs no server: the processes meet at a socket that it opens and gives to the first of
+them, they say through pipes why they fail, and one more pipe tells them when the launcher has ended, however it did.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
+import selectors
 import signal
+import socket
+import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
+from diffusion_accel import interrupts
 from diffusion_accel.errors import AccelerationError
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-RUN = "diffusion-accel"  # the launcher's name for a job that was started here
-GRACE = 5  # seconds that the others have to end once a process has failed
-_ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of processes that the launcher ended
-_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, n)]  # it hears
+HOST = "127.0.0.1"
+GRACE = 2.0  # seconds that the others have to say why they failed once a process has failed, and then to end
+_JOB = "DIFFUSION_ACCEL_JOB"  # the numbers of a process's ends of the pipes, and of the socket
+_INTERRUPTED = "interrupted; "
+_ends: tuple[int, ...] = ()  # of this process, if `start` started it
 
 
 class ProcessFailedError(AccelerationError):
@@ -38,39 +41,24 @@ def start(ranks: int, arguments: Sequence[str]) -> None:
     """Run Python with `arguments` on so many processes of this machine, and wait for all of them.
 
     Only rank 0 writes to stdout. When a process fails, the others are ended: only the first failure says anything.
-    The processes share the threads that this one may use, unless OMP_NUM_THREADS says how many each has.
+    The processes share the threads that this one may use, unless OMP_NUM_THREADS says how many each has. They end
+    when this one ends.
 
     Raises:
         ProcessFailedError: a process failed, with the message that it left by `leave_message`, or was killed.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    with tempfile.TemporaryDirectory(prefix="diffusion-accel-") as folder, _surroundings(ranks):
-        logs = DefaultLogsSpecs(log_dir=folder, redirects={rank: Std.OUT for rank in range(1, ranks)})
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=ranks,
-            run_id=RUN,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            shutdown_timeout=GRACE,
-            logs_specs=logs,
-        )
-        try:
-            elastic_launch(config, sys.executable)(*arguments)
-        except ChildFailedError as error:
-            raise _failed(error.failures, ranks) from None
-        except SignalException as stop:  # the launcher has ended the processes
-            if stop.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise SystemExit(128 + stop.sigval) from None
+    job = _Job()
+    try:
+        job.begin(ranks, arguments)
+        with interrupts.explaining(job.interrupted):
+            failure = job.wait()
+    finally:
+        job.end()
+    if failure is not None:
+        raise failure
 
 
+# ---------------------------------------------------------------------- in a process that was started
 def leave_message(message: str, exit_code: int, consequence: bool = False) -> bool:
     """In a process that `start` runs: leave the reason of its failure to the one that started it.
 
@@ -81,51 +69,179 @@ def leave_message(message: str, exit_code: int, consequence: bool = False) -> bo
     Returns:
         False in any other process, which has to print it itself.
     """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if os.environ.get("TORCHELASTIC_RUN_ID") != RUN or not file:
-        return False
-    # the form that the launcher reads
-    left = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
-    Path(file).write_text(json.dumps(left | {"consequence": consequence, "exit_code": exit_code}))
-    return True
+    left = {"message": message, "exit_code": exit_code, "consequence": consequence}
+    with suppress(OSError):  # the launcher has ended
+        return bool(_inherited()) and os.write(_inherited()[1], json.dumps(left).encode()) > 0
+    return False
 
 
-def _failed(failures: Mapping[int, ProcessFailure], ranks: int) -> ProcessFailedError:
-    """The failure that the others followed from."""
+def follow() -> None:
+    """In a process that `start` runs: end tidily when interrupted, or when the one that started it ends."""
+    if _inherited():
+        interrupts.install(leave_message)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        interrupts.follow(_inherited()[0])
 
-    def follows(rank: int) -> tuple[bool, int]:
-        failure = failures[rank]
-        left = failure.error_file_data
-        # a process that left its reason may be ended with the others while it is still about to end itself
-        ended = bool(left["consequence"]) if "consequence" in left else failure.exitcode in _ENDED
-        return ended, failure.timestamp
 
-    rank = min(failures, key=follows)
-    failure, name = failures[rank], f"process {rank} of {ranks}"
-    left = failure.error_file_data
-    if "exit_code" in left:
-        return ProcessFailedError(left["message"]["message"], left["exit_code"])
-    if failure.exitcode < 0:
-        message = f"{name} was killed by {failure.signal_name()}; nothing more was written"
-        return ProcessFailedError(message, AccelerationError.exit_code)
-    return ProcessFailedError(f"{name} failed; what it printed says why", failure.exitcode)
+def started_here() -> bool:
+    """Whether `start` runs this process."""
+    return bool(_inherited())
+
+
+def meeting_socket() -> int | None:
+    """In the first process that `start` runs: the socket at which it is to await the others."""
+    return _inherited()[2] if len(_inherited()) > 2 else None
+
+
+def _inherited() -> tuple[int, ...]:
+    global _ends
+    if _JOB in os.environ:  # not for the processes that this one starts
+        _ends = tuple(int(number) for number in os.environ.pop(_JOB).split(","))
+    return _ends
+
+
+# ---------------------------------------------------------------------- in the one that starts them
+@dataclass
+class _Rank:
+    """A process, and what it left."""
+
+    process: subprocess.Popen[bytes]
+    messages: int
+    text: bytearray = field(default_factory=bytearray)
+    hung: bool = False  # it had not ended long after the others gave it up
+
+    def read(self) -> bool:
+        """Read what it wrote; False at the end."""
+        with interrupts.undivided():
+            data = os.read(self.messages, 2**16)
+            self.text += data
+        return bool(data)
+
+    @property
+    def left(self) -> dict[str, Any]:
+        with suppress(ValueError):
+            return json.loads(self.text)
+        return {}
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.left) or bool(self.process.poll())
+
+    @property
+    def follows(self) -> bool:
+        """It failed because another one did."""
+        return bool(self.left.get("consequence"))
 
 
 @contextmanager
-def _surroundings(ranks: int) -> Iterator[None]:
-    """Each process its share of the threads, and nothing of the launcher itself on the terminal or left behind."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS")
-    here = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS} if here else {}
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, cores // ranks))
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that is started here hears of Ctrl-C from `follow` on: before, it could only print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        logging.disable(level)
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Job:
+    """The processes of one call of `start`."""
+
+    def __init__(self) -> None:
+        self.ranks: list[_Rank] = []
+        self._life = -1  # the end of the pipe that nobody but this process has
+        self._said = ""  # by rank 0
+
+    def begin(self, ranks: int, arguments: Sequence[str]) -> None:
+        """Start them."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        others = ("TORCHELASTIC_", "GROUP_", "ROLE_")  # of a launcher that started this process
+        known = {k: v for k, v in os.environ.items() if not k.startswith(others)}
+        known["OMP_NUM_THREADS"] = known.get("OMP_NUM_THREADS") or str(max(1, cores // ranks))
+        known |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        life, self._life = os.pipe()
+        with socket.create_server((HOST, 0)) as meeting:
+            known |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(meeting.getsockname()[1])}
+            for rank in range(ranks):
+                messages, told = os.pipe()
+                ends = [life, told] + ([meeting.fileno()] if rank == 0 else [])
+                with _interrupts_blocked():
+                    process = subprocess.Popen(
+                        [sys.executable, *arguments],
+                        env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank), _JOB: ",".join(map(str, ends))},
+                        stdout=None if rank == 0 else subprocess.DEVNULL,
+                        pass_fds=ends,
+                    )
+                os.close(told)
+                self.ranks.append(_Rank(process, messages))
+        os.close(life)
+
+    def wait(self) -> ProcessFailedError | None:
+        """Until all have ended or one has failed, whose error is returned."""
+        limit = float("inf")
+        with selectors.DefaultSelector() as selector:
+            for rank in self.ranks:
+                selector.register(rank.messages, selectors.EVENT_READ, rank)
+            while selector.get_map():
+                for key, _ in selector.select(max(0.0, min(limit - time.monotonic(), 1.0))):
+                    if not key.data.read():
+                        selector.unregister(key.fileobj)
+                        key.data.process.wait()
+                failed = [rank for rank in self.ranks if rank.failed]
+                if not all(rank.follows for rank in failed):
+                    break
+                if failed:  # because of another one, which may be about to say why
+                    limit = min(limit, time.monotonic() + GRACE)
+                    if time.monotonic() >= limit:
+                        for key in selector.get_map().values():
+                            key.data.hung = True
+                        break
+        return self._failure()
+
+    def _failure(self) -> ProcessFailedError | None:
+        """What the other failures followed from."""
+        size = len(self.ranks)
+        failed = [(number, rank) for number, rank in enumerate(self.ranks) if rank.failed or rank.hung]
+        if not failed:
+            return None
+        number, rank = min(failed, key=lambda each: (each[1].follows, each[1].hung, not each[1].left, each[0]))
+        name, left, code = f"process {number} of {size}", rank.left, rank.process.poll() or 0
+        if rank.hung:
+            message = f"{name} did not answer any more and was ended; nothing more was written"
+            return ProcessFailedError(message, AccelerationError.exit_code)
+        if left:
+            return ProcessFailedError(left["message"], left["exit_code"])
+        if code < 0:
+            message = f"{name} was killed by {signal.Signals(-code).name}; nothing more was written"
+            return ProcessFailedError(message, AccelerationError.exit_code)
+        return ProcessFailedError(f"{name} failed; what it printed says why", code)
+
+    def end(self) -> None:
+        """End those that have not ended, wait for all, and read what they left."""
+        with interrupts.undivided():
+            ranks, self.ranks = self.ranks, []
+            living = [rank.process for rank in ranks if rank.process.poll() is None]
+            for process in living:
+                process.terminate()
+            limit = time.monotonic() + GRACE
+            for process in living:
+                try:
+                    process.wait(max(0.0, limit - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+            for rank in ranks:
+                os.set_blocking(rank.messages, False)
+                with suppress(BlockingIOError):
+                    while rank.read():
+                        pass
+                os.close(rank.messages)
+            if self._life >= 0:
+                os.close(self._life)
+            self._life = -1
+            self._said = str(ranks[0].left.get("message", "")) if ranks else self._said
+
+    def interrupted(self) -> str:
+        """End all when this process is interrupted; what was written, as rank 0 says."""
+        self.end()
+        _, found, words = self._said.partition(_INTERRUPTED)
+        return words if found else "nothing more was written"

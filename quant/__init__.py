@@ -6,7 +6,10 @@ Names are loaded when they are first used, so that importing this package import
 from __future__ import annotations
 
 import importlib
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _LAZY = {
     "QuantizeSettings": ".settings",

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffusion_accel import interrupts
 from diffusion_accel.denoisers import denoiser_name, find_denoiser
 from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.evaluation.sampler import Sampler
@@ -46,7 +47,7 @@ def run(
     sampler = Sampler(pipe, tuple(prompts), steps, settings.seed, batch, options or {})
     done = quantize(sampler, settings, work, minutes, progress)
     made = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with interrupts.unfinished(made):
         progress("writing", 1.0, 0.0)
         save(pipe, source, made)
         parameters = sum(p.numel() for p in done.model.parameters()) + sum(
@@ -73,11 +74,10 @@ def run(
         report.seconds, report.peak, report.buckets = done.seconds, peak_memory(), len(done.spec.timesteps)
         write(report, made)
         shutil.copy(work / "log.jsonl", made / "log.jsonl")
-        put(made, folder, overwrite)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    shutil.rmtree(work)
-    return report
+        with interrupts.undivided():
+            put(made, folder, overwrite)
+    with interrupts.unfinished(work):  # not needed any more
+        return report
 
 
 def shown(source: ModelSource, prompts: list[str], count: int, settings: QuantizeSettings) -> tuple[str, ...]:
@@ -110,8 +110,12 @@ def put(made: Path, folder: Path, overwrite: bool) -> None:
         if overwrite:
             aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             os.replace(folder, aside)
-            os.replace(made, folder)
+            try:
+                interrupts.finish(made, folder)
+            except BaseException:
+                os.replace(aside, folder)
+                raise
             shutil.rmtree(aside)
             return
         folder.rmdir()  # empty, or this fails
-    os.replace(made, folder)
+    interrupts.finish(made, folder)

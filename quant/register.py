@@ -6,13 +6,14 @@ there imports the real classes when a quantized model is loaded.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # without importing `typing`: every start of the command comes by here
+if TYPE_CHECKING:
+    import importlib.machinery
+    from collections.abc import Sequence
+    from types import ModuleType
+    from typing import Any
 
 METHOD = "diffusion_accel"  # `quant_method` of our checkpoints
 _TABLES = "diffusers.quantizers.auto"
@@ -40,7 +41,7 @@ def _fill(tables: Any) -> None:
     tables.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
 
 
-class _Watch(importlib.abc.MetaPathFinder):
+class _Watch:
     """Fills diffusers' tables as soon as somebody has imported them, then steps aside."""
 
     def find_spec(
@@ -48,6 +49,8 @@ class _Watch(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != _TABLES:
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
@@ -66,4 +69,4 @@ def register() -> None:
     if _TABLES in sys.modules:
         _fill(sys.modules[_TABLES])
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+        sys.meta_path.insert(0, _Watch())  # type: ignore[arg-type]

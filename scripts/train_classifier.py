@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from diffusion_accel.training.arguments import (
     guarded,
     make_accelerator,
     number,
+    program,
     report,
     settings_from,
 )
@@ -86,4 +86,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from diffusion_accel.training.arguments import (
     make_accelerator,
     number,
     objective_from,
+    program,
     report,
     routing_from,
     settings_from,
@@ -208,4 +208,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

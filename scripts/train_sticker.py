@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +41,7 @@ from diffusion_accel.training.arguments import (
     make_accelerator,
     number,
     objective_from,
+    program,
     report,
     routing_from,
     settings_from,
@@ -364,4 +364,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import queue
 import resource
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .. import interrupts
 from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
 from .entries import Entry
@@ -139,12 +142,14 @@ class Isolated:
     """A `Runner` for one peer in its own process. Raises `RuntimeError` with the reason if that one fails."""
 
     def __init__(self, job: Job, entry: Entry) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="diffusion-accel-bench-")
-        self.log = (Path(self.folder.name) / "log").open("w+")
+        self._open = contextlib.ExitStack()
+        self.folder = self._open.enter_context(interrupts.temporary_folder())
+        self.log = self._open.enter_context((self.folder / "log").open("w+"))
         command = [sys.executable, "-m", "diffusion_accel.bench.runner"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
+        self._open.enter_context(interrupts.helper(self.process))
         try:
             self.ask({"job": asdict(job), "entry": asdict(entry)})
         except BaseException:
@@ -173,7 +178,7 @@ class Isolated:
         import numpy as np
         import torch
 
-        path = Path(self.folder.name) / "images.npy"
+        path = self.folder / "images.npy"
         self.ask({"do": "images", "to": str(path)})
         return torch.from_numpy(np.load(path, allow_pickle=False))
 
@@ -187,8 +192,7 @@ class Isolated:
         self.process.kill()  # it has nothing to tidy up, for which it would need seconds
         with contextlib.suppress(OSError):
             self.process.communicate()
-        self.log.close()
-        self.folder.cleanup()
+        self._open.close()
 
 
 # ---------------------------------------------------------------------- memory
@@ -216,6 +220,20 @@ def peak_mib(device: str) -> float:
 
 
 # ---------------------------------------------------------------------- the other end
+def _lines() -> Iterator[str]:
+    """What is asked, line by line. When nobody can ask any more, this process ends, also in the middle of its work."""
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            asked.put(line)
+        os._exit(1)
+
+    threading.Thread(target=read, daemon=True, name="asked").start()
+    while True:
+        yield asked.get()
+
+
 def serve() -> None:
     """Answer one `Isolated`."""
     import numpy as np
@@ -225,7 +243,7 @@ def serve() -> None:
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever a package prints
     runner, entry = None, Entry("baseline")
-    for line in sys.stdin:
+    for line in _lines():
         command = json.loads(line)
         try:
             value: Any = None

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import AccelerationError, ConfigurationError
+from .. import interrupts
+from ..errors import ConfigurationError
 from . import processes
 from .arguments import Debug, GuidanceScale, Model, Pixels, Scheduler, Steps, number
 from .options import with_feature_flags
@@ -30,13 +31,6 @@ from .settings import (
 )
 from .terminal import say
 from .transparency import by_picture, drawn_layers, extra_paths, layer_path, save_previews
-
-
-class Interrupted(AccelerationError):
-    """Ctrl-C during generation."""
-
-    exit_code = 130
-
 
 _IMAGES = {"rich_help_panel": "Image and control inputs"}
 _MACHINE = {"rich_help_panel": "Machine"}
@@ -206,35 +200,36 @@ def generate(
         return processes.start(settings)
     writes = processes.writes(settings)
     quiet, json_lines = quiet or not writes, json_lines and writes
-    written = 0
-    try:
-        session = Session(settings, source, device_name, quiet=quiet)
-        session.check([job.prompt for job in jobs], plans)
-        for k, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
-            result = session.generate(job.prompt, plan, seeds[k])
-            if not writes:
-                continue
-            if settings.compare:
-                session.save_comparison(result, job.prompt, compared[k])
-            for images, seed_, path in zip(by_picture(result.images, layers), seeds[k], paths[k], strict=True):
-                for layer, image_ in zip(layers, images, strict=True):
-                    file_ = layer_path(path, layer, settings)
-                    if file_ is None:
-                        continue
-                    session.save(image_, file_, job.prompt, plan, seed_, result)
-                    if json_lines:
-                        typer.echo(json.dumps(session.record(file_, job.prompt, seed_, result)))
-                    elif not quiet:
-                        say(f"{file_}  (seed {seed_})")
-                for file_, words in save_previews(path, dict(zip(layers, images, strict=True)), settings):
-                    if not quiet and not json_lines:
-                        say(f"{file_}  {words}")
-                written += 1
-            if not json_lines and not quiet:
-                session.print_summary(result, compared[k] if compared else None)
-    except KeyboardInterrupt:
-        state = "nothing was written" if not written else f"{written} of {total} images were written"
-        raise Interrupted(f"interrupted; {state}") from None
+    images = [{f for layer in layers if (f := layer_path(p, layer, settings))} for group in paths for p in group]
+
+    def state() -> str:
+        written = sum(files <= interrupts.finished() for files in images)
+        return f"{written} of {len(images)} images were written" if written else interrupts.names()
+
+    interrupts.explain(state)
+    session = Session(settings, source, device_name, quiet=quiet)
+    session.check([job.prompt for job in jobs], plans)
+    for k, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
+        result = session.generate(job.prompt, plan, seeds[k])
+        if not writes:
+            continue
+        if settings.compare:
+            session.save_comparison(result, job.prompt, compared[k])
+        for drawn, seed_, path in zip(by_picture(result.images, layers), seeds[k], paths[k], strict=True):
+            for layer, image_ in zip(layers, drawn, strict=True):
+                file_ = layer_path(path, layer, settings)
+                if file_ is None:
+                    continue
+                session.save(image_, file_, job.prompt, plan, seed_, result)
+                if json_lines:
+                    typer.echo(json.dumps(session.record(file_, job.prompt, seed_, result)))
+                elif not quiet:
+                    say(f"{file_}  (seed {seed_})")
+            for file_, words in save_previews(path, dict(zip(layers, drawn, strict=True)), settings):
+                if not quiet and not json_lines:
+                    say(f"{file_}  {words}")
+        if not json_lines and not quiet:
+            session.print_summary(result, compared[k] if compared else None)
 
 
 def _resolve(settings: Settings, job: Job) -> Settings:

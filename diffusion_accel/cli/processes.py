@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
-import sys
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
-from .settings import Settings
+from ..parallel.launch import started_here
+from ..parallel.place import place
 
 if TYPE_CHECKING:
     from ..parallel import PatchParallel
+    from .settings import Settings
 
 
 command_line: list[str] = []  # of the command that runs: what the other processes are started with
+joined = False  # this process is, or tried to become, one of several
+
+
+def begin(arguments: list[str]) -> None:
+    """A command begins."""
+    global joined
+    command_line[:] = arguments
+    joined = False
 
 
 def launched() -> bool:
     """Whether this process is one of several that a launcher started."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return place().size > 1
 
 
 def must_start(settings: Settings) -> bool:
@@ -50,16 +58,23 @@ def start(settings: Settings) -> None:
 
 def join(settings: Settings) -> Settings:
     """Join the other processes, if there are any: on a CUDA device of its own."""
+    global joined
     feature = _feature(settings)
     if feature is None or not launched():
         return settings
+    here = place()
+    if feature.ranks not in (0, here.size):
+        raise ConfigurationError(
+            f"--patch-parallel {feature.ranks} asks for {feature.ranks} processes, but the launcher started "
+            f"{here.size}; leave the number out"
+        )
+    joined = True
     import torch
 
     from ..parallel.group import join as join_group
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no half-written file is left
     if settings.device in (None, "cuda") and torch.cuda.is_available():
-        settings = dataclasses.replace(settings, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        settings = dataclasses.replace(settings, device=f"cuda:{here.local_rank}")
     join_group(torch.device(settings.device or "cpu"), feature.timeout)
     return settings
 
@@ -79,7 +94,21 @@ def same_seeds(settings: Settings, plans: list[Settings]) -> list[Settings]:
 
 def writes(settings: Settings) -> bool:
     """Whether this process writes files and prints: rank 0, or the only one."""
-    return _feature(settings) is None or not launched() or os.environ["RANK"] == "0"
+    return _feature(settings) is None or place().rank == 0
+
+
+def speaks() -> bool:
+    """Whether this process says that it was interrupted: of several, rank 0 does."""
+    return not (joined or started_here()) or place().rank == 0
+
+
+def rank_0_says(code: int) -> bool:
+    """Whether rank 0 says the same: the same words, read on the same host, mean the same wrong usage there."""
+    if code != 2 or "TORCHELASTIC_RUN_ID" not in os.environ:  # started one by one, they may have been given other words
+        return False
+    asked = any(word.startswith("--patch-parallel") for word in command_line)
+    rank = os.environ.get("RANK", "0")
+    return asked and rank != "0" and rank == os.environ.get("LOCAL_RANK")
 
 
 def _feature(settings: Settings) -> PatchParallel | None:

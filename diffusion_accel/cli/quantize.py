@@ -8,20 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import interrupts
 from ..conditioning import PROMPT, condition_of, usual_texts
-from ..errors import AccelerationError, ConfigurationError
+from ..errors import ConfigurationError
 from .arguments import AllowPickle, AsJson, Debug, Device, Model, Quiet
 from .output import check_free_folder
 from .settings import merge, read_jobs
 from .terminal import say
 from .tune import Bar, embedded_prompts
-
-
-class Interrupted(AccelerationError):
-    """Ctrl-C while quantizing."""
-
-    exit_code = 130
-
 
 _METHOD = {"rich_help_panel": "Method"}
 _SAMPLING = {"rich_help_panel": "Calibration"}
@@ -137,6 +131,13 @@ def quantize(
     from ..quant.command import run
     from .run import Session, check_machine
 
+    work = Path(f"{folder}.work")
+
+    def how_to_go_on() -> str:
+        kept = work.is_dir() and folder not in interrupts.finished()
+        return f"call it again to go on from here ({work})" if kept else interrupts.names()
+
+    interrupts.explain(how_to_go_on)
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
     if not texts:
         if condition_of(session.pipe) == PROMPT:
@@ -155,8 +156,6 @@ def quantize(
             minutes=budget_minutes, pictures=report, batch=batch, steps=settings.steps or 50,
             options={k: getattr(settings, k) for k in ("guidance_scale", "height", "width")},
         )  # fmt: skip
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; call it again to go on from here ({folder}.work)") from None
     finally:
         bar.close()
     if as_json:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..io import printable
+from .processes import speaks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +26,9 @@ def say(text: Any, *, lines: bool = False, err: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Print something worth knowing on stderr."""
-    say(f"note: {text}", err=True)
+    """Print something worth knowing on stderr; of several processes with one picture, rank 0 does."""
+    if speaks():
+        say(f"note: {text}", err=True)
 
 
 def console(err: bool = False, quiet: bool = False) -> Console:
@@ -46,6 +48,8 @@ class _Lines(logging.Handler):
     """Warnings of this package as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not speaks():
+            return
         try:
             say(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
         except Exception:

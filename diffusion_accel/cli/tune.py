@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import interrupts
 from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
 from ..io import printable
@@ -120,6 +121,13 @@ def tune(
     from .run import Session, check_machine
 
     Target(speedup, min_psnr)
+    state, begun = Path(f"{output}.search"), resume
+
+    def how_to_go_on() -> str:
+        kept = begun and Path(output) not in interrupts.finished() and any(state.parent.glob(f"{state.name}*"))
+        return f"call it again with --resume to go on from here ({state})" if kept else interrupts.names()
+
+    interrupts.explain(how_to_go_on)
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
     if not texts:
         if condition_of(session.pipe) == PROMPT:
@@ -132,7 +140,7 @@ def tune(
         set_scheduler(session.pipe, name)
         others.append(session.pipe.scheduler)
         session.pipe.scheduler = own
-    state = Path(f"{output}.search")
+    begun = True
     if not resume:
         forget(state)
     options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
@@ -155,8 +163,9 @@ def tune(
         )
     finally:
         bar.close()
-    plan.save(Path(output), overwrite)
-    forget(state)
+    with interrupts.undivided():
+        plan.save(Path(output), overwrite)
+        forget(state)
     if as_json:
         typer.echo(json.dumps({"file": output, "measured": plan.measured, "search": plan.search}))
     else:

@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from .. import interrupts
 from ..errors import AccelerationError
 from .files import UsageError, read_json
 
@@ -146,9 +147,21 @@ def report(stage: str, **values: Any) -> None:
     print(json.dumps({"stage": stage} | values), flush=True)
 
 
+def program(main: Callable[[], int]) -> NoReturn:
+    """Run the `main` of a script as a process: signals end it with one line, which of several processes rank 0 says."""
+
+    def say(message: str, code: int) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            interrupts.write_line(f"error: {message}")
+
+    interrupts.install(say)
+    sys.exit(main())
+
+
 def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Run a program and turn its errors into one line and an exit code: 0, 1 (failed), 2 (wrong usage), 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    interrupts.begin()
     try:
         run(options)
     except AccelerationError as error:
@@ -158,6 +171,6 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+        print(f"error: interrupted; {interrupts.explanation()}", file=sys.stderr)
+        return interrupts.INTERRUPTED
     return 0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import io
+from .. import interrupts, io
 from ..errors import AccelerationError
 from ..io import replacing
 
@@ -34,15 +34,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)
-    try:
+    with interrupts.unfinished(temporary):
         yield temporary
-        old = path.with_name(f"{temporary.name}.old")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with interrupts.undivided():
+            old = path.with_name(f"{temporary.name}.old")
+            if path.exists():
+                os.rename(path, old)
+            interrupts.finish(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from .. import interrupts
 from .files import UsageError, read_json_lines, write_json_lines
 from .multitask import Weighting
 from .state import STATE, load_state, read_counters, save_state
@@ -114,27 +114,6 @@ class Outcome:
     step: int
     finished: bool
     signal: int | None = None
-
-
-class _StopSignals:
-    """While active, SIGINT and SIGTERM only set `received`; a second one acts as usual."""
-
-    received: int | None = None
-
-    def __enter__(self) -> _StopSignals:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
 
 
 @contextmanager
@@ -252,7 +231,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
             for name, value in _scalars(values):
                 board.add_scalar(name, value, step)
 
-    with _StopSignals() as signals, bar:
+    with interrupts.explaining(lambda: _how_to_go_on(folder)), interrupts.postponed() as signals, bar:
         while counters["step"] < settings.steps:
             step = counters["step"]
             rng = np.random.default_rng([settings.seed, step])
@@ -319,7 +298,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
             late = settings.minutes is not None and time.monotonic() - start >= 60 * settings.minutes
             if _agree(accelerator, signals.received is not None or late):
                 break
-    save()
+        save()
     if board is not None:
         board.close()
     accelerator.wait_for_everyone()
@@ -345,6 +324,12 @@ def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield from ((f"{prefix}{name}/{i}", float(item)) for i, item in enumerate(value))
         else:
             yield prefix + name, float(value)
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not (folder / STATE).exists():
+        return "no state was saved"
+    return f"the state of step {read_counters(folder)['step']} is saved; --resume goes on from there"
 
 
 def _agree(accelerator: Accelerator, stop: bool) -> bool:

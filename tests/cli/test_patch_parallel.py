@@ -44,8 +44,9 @@ def test_what_cannot_work_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixtu
     size = ["--width", "32", "--height", "32"]
     code, out, err = call(capfd, *COMMAND, *size, "--patch-parallel", "2", "-o", tmp_path / "a.png")
     assert code == 2 and not out
-    assert err.startswith("error: latents of 4x4 are too small for 2 processes"), err
-    assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+    note, error = err.splitlines()  # one of the processes says both
+    assert note.startswith("note: the model was trained for 96x96") and not list(tmp_path.iterdir())
+    assert error.startswith("error: latents of 4x4 are too small for 2 processes"), err
 
 
 @pytest.mark.parametrize(
@@ -94,3 +95,19 @@ def test_the_first_failure_is_named(tmp_path: Path, capfd: pytest.CaptureFixture
     start(2, ["-c", "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['WORLD_SIZE'])"])
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == 1 and out.split()[1] == "2" and not err
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "x"}, {"RANK": "1", "WORLD_SIZE": "abc"}])
+def test_what_a_launcher_left_in_the_environment(
+    environment: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes nothing without --patch-parallel, and is refused with it; nothing fails without a word."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert call(capsys, "models")[0] == 0
+    code, _, err = call(capsys, *COMMAND, "--steps", "0")
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+    code, _, err = call(capsys, *COMMAND, "--patch-parallel", "2")
+    assert code == 2 and err.startswith(("error: RANK", "error: WORLD_SIZE")) and len(err.splitlines()) == 1

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import world
 from filelock import FileLock
@@ -166,3 +168,90 @@ def test_importing_the_feature_is_cheap() -> None:
 
     code = "import sys; from diffusion_accel.parallel import PatchParallel as P; P(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------- beginning
+def meet(folder: Path, timeout: float, *processes: dict[str, str]) -> list[str]:
+    """How processes with these environments ended that join at one port: "joined N", or an error."""
+    files = [folder / f"joined-{number}" for number in range(len(processes))]
+    started = [
+        forks.start(world.join, int(own.pop("RANK")), file, timeout, own)
+        for own, file in zip(processes, files, strict=True)
+    ]
+    try:
+        for process in started:
+            process.join(120)
+        logs = "".join(file.with_suffix(".log").read_text() for file in files)
+        assert not logs and all(process.exitcode == 0 for process in started), logs
+        return [file.read_text() for file in files]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_the_processes_of_a_job_meet_or_say_why_not(tmp_path: Path) -> None:
+    """One line each, and nothing else on the terminal; what hangs in C is given up, too."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections, and never answers
+        port = {"MASTER_PORT": str(mute.getsockname()[1]), "WORLD_SIZE": "2"}
+        first, second = meet(tmp_path, 1.0, {"RANK": "0"} | port, {"RANK": "1"} | port)
+    assert f"MASTER_PORT={port['MASTER_PORT']}," in first and "cannot be opened (Address already in use)" in first
+    assert f"no answer from 127.0.0.1:{port['MASTER_PORT']} within 1 s" in second
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port["MASTER_PORT"] = str(other.getsockname()[1])  # free from here on
+    assert meet(tmp_path, 60.0, {"RANK": "0"} | port, {"RANK": "1"} | port) == ["joined 2"] * 2
+    (alone,) = meet(tmp_path, 0.5, {"RANK": "0"} | port)
+    assert "1 did not come" in alone and "(RANK 1)" in alone
+    (nobody,) = meet(tmp_path, 0.5, {"RANK": "1"} | port)
+    assert f"cannot be reached at 127.0.0.1:{port['MASTER_PORT']} within 0.5 s (Connection refused)" in nobody
+    (lost,) = meet(tmp_path, 0.5, {"RANK": "1", "MASTER_ADDR": "nowhere.invalid"} | port)
+    assert "cannot be reached at nowhere.invalid" in lost
+    several = meet(tmp_path, 5.0, *({**port, "RANK": r, "WORLD_SIZE": size} for r, size in (("0", "2"), ("1", "3"))))
+    assert all("was told WORLD_SIZE=" in text and "3" in text and "2" in text for text in several), several
+    port["WORLD_SIZE"] = "3"
+    twice = meet(tmp_path, 2.0, *({"RANK": rank, **port} for rank in "011"))
+    assert sum("two processes with RANK=1" in text for text in twice) == 1, twice
+    assert sum("(RANK 2)" in text for text in twice) == 2, twice
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        ({"RANK": "", "WORLD_SIZE": ""}, None),
+        ({"RANK": "1"}, "RANK=1 is set in the environment, but WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment, but RANK is not"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number, 0 to"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "got '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE must be a whole number, 1 to"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "got '0'"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE must be"),
+        ({"RANK": "7", "WORLD_SIZE": "2"}, "RANK=7 must be below WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "cuda"}, "LOCAL_RANK must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "LOCAL_RANK=2 must be below WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_WORLD_SIZE=1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "1 to 65535, got 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}, "1 to 65535"),
+    ],
+)
+def test_what_a_launcher_may_say(
+    environment: dict[str, str], says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from diffusion_accel.errors import ConfigurationError
+    from diffusion_accel.parallel.group import World, join
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if says is None:
+        assert join(torch.device("cpu"), 1.0) == World(0, 1)
+        return
+    with pytest.raises(ConfigurationError) as refused:
+        join(torch.device("cpu"), 1.0)
+    assert says in str(refused.value) and len(str(refused.value)) < 300

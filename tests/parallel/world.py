@@ -6,7 +6,6 @@ The processes are forks of a server that has imported everything once.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -15,10 +14,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest import mock
+
+import forks
 
 Plan = Mapping[int, list[str]]
-HERE = Path(__file__).parent
 
 
 def start(folder: Path, ranks: int, plan: Plan, timeout: float = 60, **settings: str) -> list[BaseProcess]:
@@ -27,16 +26,7 @@ def start(folder: Path, ranks: int, plan: Plan, timeout: float = 60, **settings:
     Args:
         settings: environment variables of the cases.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["world", "cases"])
-    processes = [
-        context.Process(target=work, args=(rank, folder, plan, timeout, settings), daemon=True) for rank in range(ranks)
-    ]
-    of_the_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
-    with mock.patch.dict(os.environ, of_the_server):  # the first of these processes starts it
-        for process in processes:
-            process.start()
-    return processes
+    return [forks.start(work, rank, folder, plan, timeout, settings) for rank in range(ranks)]
 
 
 def run(folder: Path, ranks: int, plan: Plan) -> None:
@@ -92,3 +82,22 @@ def work(rank: int, folder: Path, plan: Plan, timeout: float, settings: dict[str
                 line = {"size": size, "case": name, "error": error, "seconds": time.perf_counter() - began}
                 file.write(json.dumps(line) + "\n")
         dist.destroy_process_group()
+
+
+def join(rank: int, file: Path, timeout: float, settings: dict[str, str]) -> None:
+    """One process that joins its job as `settings` say, and writes how that ended."""
+    log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.environ.update({"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", **settings})
+    import torch
+
+    from diffusion_accel.errors import AccelerationError
+    from diffusion_accel.parallel.group import join
+
+    try:
+        text = f"joined {join(torch.device('cpu'), timeout).size}"
+    except AccelerationError as error:
+        text = str(error)
+    file.write_text(text)
+    os._exit(0)  # a thread may still wait in C

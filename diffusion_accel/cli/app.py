@@ -1,0 +1,59 @@
+"""The commands of `diffusion-accel`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from . import bench, evaluate, features, generate, info, inspect, metadata, models, plan, quantize, transparency, tune
+from .options import join_bare_flags
+
+app = typer.Typer(
+    name="diffusion-accel",
+    help="Generate images with any diffusers pipeline, faster, and see what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate.generate)
+app.command()(tune.tune)
+app.command()(quantize.quantize)
+app.command()(inspect.inspect)
+app.command()(bench.bench)
+app.command()(plan.plan)
+app.command()(evaluate.evaluate)
+app.command()(transparency.compose)
+app.command()(transparency.cutout)
+app.command()(metadata.metadata)
+app.command()(models.models)
+app.command()(features.features)
+app.command()(info.info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"diffusion-accel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def command(arguments: list[str]) -> Any:
+    """Run one command; returns its exit code, if it has one."""
+    try:
+        return typer.main.get_command(app).main(
+            args=join_bare_flags(arguments), prog_name="diffusion-accel", standalone_mode=False
+        )
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
