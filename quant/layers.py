@@ -174,7 +174,7 @@ class QuantizedLayer(nn.Module):
             grids = (steps, weight.shape[1] if spec.per_channel else spec.parts)
             packed = (steps, packed_bytes(grids[1], spec.packed_zero_points)) if spec.packed_zero_points else grids
             buffer("input_scale", grids, torch.float16 if spec.compact_grids else torch.float32)
-            buffer("input_zero_point", packed, torch.uint8 if spec.activation_bits <= 8 else torch.int32)
+            buffer("input_zero_point", packed, torch.uint8 if spec.zero_point_bits <= 8 else torch.int32)
         if spec.output_bits:
             buffer("output_scale", (steps, 1), torch.float32)
             buffer("output_zero_point", (steps, 1), torch.uint8 if spec.output_bits <= 8 else torch.int32)
@@ -256,8 +256,10 @@ class QuantizedLayer(nn.Module):
         """Take the grids of the "input" or the "output": scales and zero points, (buckets, K), whole numbers."""
         if what == "input" and self.spec.compact_grids:
             scale = half_scale(scale)
-        if what == "input" and self.spec.packed_zero_points:
-            zero_point = pack(zero_point, self.spec.packed_zero_points)
+        if what == "input":
+            zero_point = zero_point + self.spec.zero_margin
+            if self.spec.packed_zero_points:
+                zero_point = pack(zero_point, self.spec.packed_zero_points)
         getattr(self, f"{what}_scale").copy_(scale)
         getattr(self, f"{what}_zero_point").copy_(zero_point)
 
@@ -291,8 +293,10 @@ class QuantizedLayer(nn.Module):
 
     def _rounded(self, x: torch.Tensor, what: str, bits: int) -> torch.Tensor:
         scale, zero = getattr(self, f"{what}_scale"), getattr(self, f"{what}_zero_point")
-        packed = self.spec.packed_zero_points if what == "input" else 0
-        return fake_quantize(x, self.grid_at(scale, x), self.grid_at(zero, x, packed), bits)
+        if what == "output":
+            return fake_quantize(x, self.grid_at(scale, x), self.grid_at(zero, x), bits)
+        zero = self.grid_at(zero, x, self.spec.packed_zero_points).float() - self.spec.zero_margin
+        return fake_quantize(x, self.grid_at(scale, x), zero, bits)
 
     # ------------------------------------------------------------------ computing
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

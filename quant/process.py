@@ -51,6 +51,7 @@ from .work import plan_work, progress_of
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
 _PROBE_ROWS = 16  # of a bucket, on which sensitivities (in some buckets) and validation errors (in all) are measured
+_ZERO_MARGIN = 8  # one bit more for each zero point of 4 bits
 _KEYS_VALUES = r".*\.(to_k|to_v|add_k_proj|add_v_proj)"
 
 
@@ -269,6 +270,7 @@ class Quantization:
                 activation_bits=inputs if s.activation_bits else None,
                 per_channel=by_channel,
                 compact_grids=by_channel and s.activation_bits is not None,
+                zero_margin=_ZERO_MARGIN if by_channel and s.activation_bits else 0,
                 split=split.get(name, 0),
                 output_bits=s.attention_bits if name in queries else None,
                 sensitivity=float(f"{needs[name]:.4g}") if name in needs else None,

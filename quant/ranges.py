@@ -36,8 +36,8 @@ class RangeSettings:
 class Observer:
     """Watches values of one tensor over the chunks of one bucket."""
 
-    def __init__(self, bits: int, parts: list[int] | None, dim: int, settings: RangeSettings) -> None:
-        self.bits, self.parts, self.dim, self.settings = bits, parts, dim, settings
+    def __init__(self, bits: int, parts: list[int] | None, dim: int, settings: RangeSettings, margin: int = 0) -> None:
+        self.bits, self.parts, self.dim, self.settings, self.margin = bits, parts, dim, settings, margin
         self.ends: torch.Tensor | None = None
 
     def see(self, x: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ class Observer:
             rows = [x.transpose(0, self.dim).flatten(1)]
         else:
             rows = [part.reshape(1, -1) for part in x.split(self.parts, self.dim)]
-        found = torch.cat([value_range(r, self.bits, self.settings.percentiles) for r in rows])
+        found = torch.cat([value_range(r, self.bits, self.settings.percentiles, self.margin) for r in rows])
         momentum = self.settings.momentum
         if self.ends is None:
             self.ends = found
@@ -57,7 +57,7 @@ class Observer:
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, (K,)."""
         assert self.ends is not None
-        return grid(self.ends[:, 0], self.ends[:, 1], self.bits)
+        return grid(self.ends[:, 0], self.ends[:, 1], self.bits, margin=self.margin)
 
 
 @torch.no_grad()
@@ -81,7 +81,9 @@ def observe(
             width = draft.weight.shape[1]
             if draft.spec.activation_bits:
                 parts = None if draft.spec.per_channel else draft.spec.part_sizes(width)
-                watchers[draft, "input"] = Observer(draft.spec.activation_bits, parts, draft.channel_dim, settings)
+                watchers[draft, "input"] = Observer(
+                    draft.spec.activation_bits, parts, draft.channel_dim, settings, draft.spec.zero_margin
+                )
             if draft.spec.output_bits:
                 watchers[draft, "output"] = Observer(draft.spec.output_bits, [draft.weight.shape[0]], -1, settings)
         handles = []

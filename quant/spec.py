@@ -11,6 +11,7 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 VERSION = 1  # of the checkpoint layout
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 17)
+MAX_MARGIN = 64
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class LayerSpec:
         per_channel: a grid for each input channel instead of one for the whole input.
         split: the first `split` input channels have grids of their own, because the input is a concatenation with a
             skip connection; 0: not split.
-        compact_grids: the grids of a `per_channel` input take 2 bytes and `activation_bits` bits for each bucket and
+        compact_grids: the grids of a `per_channel` input take 2 bytes and `zero_point_bits` bits for each bucket and
             channel: float16 scales, and zero points of up to 8 bits packed as weights are; else 5 bytes.
+        zero_margin: how many codes the zero points of the input may lie outside of the grid, which then need not hold
+            zero; they are stored with this added. Only with `per_channel`.
         output_bits: of its output (queries, keys and values of attention); None leaves it as it is.
         sqnr: of the weights, 10 log10(signal / rounding error), dB.
         sensitivity: relative squared error of the model's output when this layer's weights alone are quantized.
@@ -36,6 +39,7 @@ class LayerSpec:
     per_channel: bool = False
     compact_grids: bool = False
     split: int = 0
+    zero_margin: int = 0
     output_bits: int | None = None
     sqnr: float | None = None
     sensitivity: float | None = None
@@ -49,11 +53,20 @@ class LayerSpec:
             raise ConfigurationError(f"split must be a number of channels, got {self.split!r}")
         if self.compact_grids and not (self.per_channel and self.activation_bits):
             raise ConfigurationError("compact_grids needs activation_bits and per_channel")
+        if type(self.zero_margin) is not int or not 0 <= self.zero_margin <= MAX_MARGIN:
+            raise ConfigurationError(f"zero_margin must be 0 to {MAX_MARGIN}, got {self.zero_margin!r}")
+        if self.zero_margin and not (self.per_channel and self.activation_bits):
+            raise ConfigurationError("zero_margin needs activation_bits and per_channel")
+
+    @property
+    def zero_point_bits(self) -> int:
+        """Bits that hold every zero point of the input, with the margin added."""
+        return ((1 << (self.activation_bits or 0)) - 1 + 2 * self.zero_margin).bit_length()
 
     @property
     def packed_zero_points(self) -> int:
         """Bits that each zero point of the input takes in packed rows; 0: they are not packed."""
-        bits = self.activation_bits or 0
+        bits = self.zero_point_bits
         return bits if self.compact_grids and bits <= 8 else 0
 
     @property

@@ -1,7 +1,8 @@
 """Uniform quantization: integer codes on a grid of scale and zero point, and how the range of a grid is chosen.
 
 A value x has the code clamp(round(x / scale) + zero_point, 0, 2^bits - 1) and is read back as
-(code - zero_point) * scale. Zero is always a grid point, so padding and ReLU-like zeros stay exact.
+(code - zero_point) * scale. Zero is a grid point unless a margin says otherwise, so padding and ReLU-like zeros stay
+exact.
 """
 
 from __future__ import annotations
@@ -22,23 +23,28 @@ def top(bits: int) -> int:
 
 
 def grid(
-    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool = False
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool = False, margin: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of the grid with 2^bits levels over [low, high], widened to hold zero.
+    """Scale and zero point of the grid with 2^bits levels over [low, high].
 
     Asymmetric: scale = (high - low) / (2^bits - 1), zero_point = round(-low / scale). Symmetric: scale =
     max(|low|, |high|) / (2^(bits-1) - 1), zero_point = 2^(bits-1). Both are float32 (zero points are whole numbers); an
     empty range gets scale 1.
+
+    Args:
+        margin: how many codes the zero point may lie outside 0 ... 2^bits - 1. A range that does not hold zero is
+            widened towards it as far as that needs: with 0 until it holds zero, which is then a grid point.
     """
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    low, high = low.float(), high.float()
+    far = torch.maximum(-low, high)
     if symmetric:
-        scale = torch.maximum(-low, high) / ((1 << (bits - 1)) - 1 or 1)
+        scale = far.clamp(min=0) / ((1 << (bits - 1)) - 1 or 1)
         zero = torch.full_like(scale, 1 << (bits - 1))
     else:
-        scale = (high - low) / top(bits)
+        scale = torch.maximum((high - low) / top(bits), far / (top(bits) + margin))
         zero = -low
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale, zero if symmetric else (zero / scale).round().clamp(0, top(bits))
+    return scale, zero if symmetric else (zero / scale).round().clamp(-margin, top(bits) + margin)
 
 
 def half_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -93,11 +99,13 @@ def search_grid(
     return scale, zero
 
 
-def value_range(values: torch.Tensor, bits: int, percentiles: Iterable[float] = PERCENTILES) -> torch.Tensor:
+def value_range(
+    values: torch.Tensor, bits: int, percentiles: Iterable[float] = PERCENTILES, margin: int = 0
+) -> torch.Tensor:
     """Low and high end (R, 2) of a grid for each row of `values` (R, N): the percentile with the least squared error.
 
     Percentile p stands for the range between the (100 - p)-th and the p-th percentile of the row; 100 is its minimum
-    and maximum.
+    and maximum. `margin`: of the grids, see `grid`.
     """
     values = values.float()
     if values.shape[1] > _SAMPLE:
@@ -108,7 +116,7 @@ def value_range(values: torch.Tensor, bits: int, percentiles: Iterable[float] = 
     for percentile in percentiles:
         place = min(last, round(percentile / 100 * last))
         ends = torch.stack([ordered[:, last - place], ordered[:, place]], 1)
-        tried = grid(ends[:, :1], ends[:, 1:], bits)
+        tried = grid(ends[:, :1], ends[:, 1:], bits, margin=margin)
         error = (fake_quantize(values, *tried, bits) - values).square_().sum(1, keepdim=True)
         if best is None or found is None:
             best, found = error, ends

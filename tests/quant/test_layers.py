@@ -382,15 +382,18 @@ COMPACT: dict[str, Any] = {"per_channel": True, "compact_grids": True}
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 12])
-def test_compact_grids_compute_what_the_draft_computes(kind: str, bits: int) -> None:
-    draft = drafted(LAYERS[kind](), activation_bits=bits, output_bits=8, **COMPACT)
+@pytest.mark.parametrize(("bits", "margin"), [(2, 0), (3, 0), (4, 0), (4, 8), (5, 20), (8, 0), (8, 3), (12, 0)])
+def test_compact_grids_compute_what_the_draft_computes(kind: str, bits: int, margin: int) -> None:
+    draft = drafted(LAYERS[kind](), activation_bits=bits, output_bits=8, zero_margin=margin, **COMPACT)
     draft.input_zero_point += torch.arange(12) % 3 - 1  # others in each channel
+    if margin:
+        draft.input_zero_point[:, :2] = torch.tensor([-float(margin), 2**bits - 1 + margin])
     draft.input_scale.data[0, :4] = torch.tensor([0.0, 1e-6, 5e-5, 1e6])  # what float16 does not hold
     layer = draft.finished(draft.buckets)
     assert layer.input_scale.dtype == torch.float16 and layer.input_scale.shape == (3, 12)
-    packed = (12 * bits + 7) // 8
-    stored = (torch.uint8, (3, packed)) if bits <= 8 else (torch.int32, (3, 12))
+    wide = (2**bits - 1 + 2 * margin).bit_length()
+    packed = (12 * wide + 7) // 8
+    stored = (torch.uint8, (3, packed)) if wide <= 8 else (torch.int32, (3, 12))
     assert (layer.input_zero_point.dtype, tuple(layer.input_zero_point.shape)) == stored
     rounding({"one": draft}, True, True)
     x = inputs(layer, 4)
@@ -427,6 +430,11 @@ def test_compact_grids_without_grids_by_channel_are_refused() -> None:
     for bad in ({"activation_bits": 4}, {"per_channel": True}):
         with pytest.raises(ConfigurationError, match="compact_grids needs"):
             LayerSpec(weight_bits=4, compact_grids=True, **bad)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="zero_margin needs"):
+            LayerSpec(weight_bits=4, zero_margin=8, **bad)  # type: ignore[arg-type]
+    for margin in (-1, 65, 1.0):
+        with pytest.raises(ConfigurationError, match="zero_margin must be 0 to 64"):
+            LayerSpec(weight_bits=4, activation_bits=4, per_channel=True, zero_margin=margin)  # type: ignore[arg-type]
 
 
 def test_bits_out_of_range_are_refused() -> None:

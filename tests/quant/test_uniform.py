@@ -40,6 +40,24 @@ def test_at_most_two_to_the_bits_values_and_zero_among_them(seed: int, bits: int
     assert torch.equal(fake_quantize(torch.zeros(4, 1), scale, zero, bits), torch.zeros(4, 1))
 
 
+@given(seeds, some_bits, st.integers(0, 40), st.floats(-20, 20))
+def test_a_grid_with_a_margin_need_not_hold_zero(seed: int, bits: int, margin: int, shift: float) -> None:
+    """The zero point stays within the margin, all of the range is met to a step, and no range gets wider than the one
+    that holds zero."""
+    x = rows(seed) + shift
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    scale, zero = grid(low, high, bits, margin=margin)
+    whole, _ = grid(low, high, bits)
+    assert (scale <= whole * (1 + 1e-6)).all() and (scale >= (high - low) / (2**bits - 1) * (1 - 1e-6)).all()
+    assert zero.min() >= -margin and zero.max() <= 2**bits - 1 + margin and torch.equal(zero, zero.round())
+    # half a step of rounding, and half a step where the zero point was rounded and cuts an end
+    assert ((fake_quantize(x, scale, zero, bits) - x).abs() <= scale * 1.0001 + 1e-5).all()
+    tight, _ = grid(torch.tensor([9.0]), torch.tensor([10.0]), 4, margin=200)
+    assert float(tight) == pytest.approx(1 / 15)
+    held, at = grid(torch.tensor([9.0]), torch.tensor([10.0]), 4, margin=8)
+    assert float(held) == pytest.approx(10 / 23) and float(at) == -8
+
+
 @given(seeds, some_bits, st.booleans())
 def test_what_lies_on_the_grid_stays(seed: int, bits: int, symmetric: bool) -> None:
     x = rows(seed)
