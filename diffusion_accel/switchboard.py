@@ -19,6 +19,7 @@ from .errors import CallStateError, ConfigurationError, FeatureConflictError, Un
 from .evaluation.flops import count_flops
 from .families import call_arguments
 from .feature import Attachment, Feature, alive
+from .finite import finite_call
 from .hooks import bind_method
 from .registry import FEATURES, feature_class
 from .report import Report
@@ -225,11 +226,13 @@ class Acceleration:
     def _counted(
         self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, float | None]:
-        if not self.count_flops:
-            return call(*args, **kwargs), None
-        with count_flops() as count:
-            output = call(*args, **kwargs)
-        return output, count.total
+        with finite_call(alive(self._pipeline), kwargs) as outputs:
+            if not self.count_flops:
+                outputs.append(call(*args, **kwargs))
+                return outputs[0], None
+            with count_flops() as count:
+                outputs.append(call(*args, **kwargs))
+            return outputs[0], count.total
 
     def _rebind(self, pipeline: Any) -> Acceleration:
         """A handle with the same features and switches for a copy of the pipeline."""

@@ -22,12 +22,15 @@ from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, first_line, is_there
 
+from .components import bounded, check_components, check_keys, check_loaded, check_lora
+from .folders import check_component, check_config, check_folder
 from .hub import hub_reason
 from .keywords import check_options
-from .models import ModelSource, check_weights, find_model, safetensors_header
+from .models import ModelSource, find_model, safetensors_header
 from .quantizers import check_quantize, foreign_config, load_quantized
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
+_CONTROLNET_TENSORS = 5000  # more than any ControlNet has; SDXL's has 800
 _AUTO = {
     "text-to-image": AutoPipelineForText2Image,
     "image-to-image": AutoPipelineForImage2Image,
@@ -85,9 +88,9 @@ def load_pipeline(
         cls = pipeline_class or DiffusionPipeline
         if not allow_pickle:
             options.setdefault("use_safetensors", True)
-        if source.kind != "hub":
-            options.setdefault("local_files_only", True)
-        pipe = _load(source.location, lambda: cls.from_pretrained(source.location, **options))
+        pipe = _load(source.location, lambda: _folder(source, cls, allow_pickle, options))
+    if source.kind != "embedded":
+        check_loaded(getattr(pipe, "components", {}), source.location)
     if quantize and kind == "checkpoint":
         _load(quantize, lambda: load_quantized(pipe, quantize, dtype))
     if runtime is not None or low_memory:
@@ -101,11 +104,27 @@ def load_pipeline(
     return pipe
 
 
+def _folder(source: ModelSource, cls: Any, allow_pickle: bool, options: dict[str, Any]) -> Any:
+    """A pipeline from a folder, or from the hub's: first everything is downloaded and checked, then loaded."""
+    if source.kind == "embedded":
+        return cls.from_pretrained(source.location, **{"local_files_only": True, **options})
+    folder = source.location
+    if source.kind == "hub":
+        folder = str(DiffusionPipeline.download(source.location, **options))
+        check_folder(Path(folder), allow_pickle, bool(options.get("trust_remote_code")))
+    variant = options.get("variant")
+    check_components(Path(folder), variant if isinstance(variant, str) else None, options)
+    pipe = cls.from_pretrained(folder, **{"local_files_only": source.kind != "hub", **options})
+    pipe.register_to_config(_name_or_path=source.location)
+    return pipe
+
+
 def _single_file(source: ModelSource, cls: Any, options: dict[str, Any]) -> Any:
+    keys = safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
     if cls is None:
-        keys = safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
         cls = StableDiffusionXLPipeline if any(k.startswith("conditioner.") for k in keys) else StableDiffusionPipeline
-    return cls.from_single_file(source.location, **options)
+    with bounded(len(keys) or 5000, source.location):
+        return cls.from_single_file(source.location, **options)
 
 
 def _denoiser_part(source: ModelSource) -> str:
@@ -136,12 +155,21 @@ def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -
     """Load a `ControlNetModel` from a folder or a hub id."""
     path = at_home(name)
     if is_there(path, "dir"):
-        for file in path.glob("*.safetensors"):
-            check_weights(file)
+        check_component(path, allow_pickle)
+        check_keys(path, ControlNetModel)
     elif path.suffix or name.startswith((".", "/", "~")):
         raise ModelLoadError(f"no such ControlNet folder: {name}")
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
-    return _load(name, lambda: ControlNetModel.from_pretrained(name, dtype=dtype, **options))
+
+    def load() -> Any:
+        if not path.is_dir():
+            check_config(ControlNetModel.load_config(name), name)
+        with bounded(_CONTROLNET_TENSORS, name):
+            return ControlNetModel.from_pretrained(name, dtype=dtype, **options)
+
+    net = _load(name, load)
+    check_loaded({"ControlNet": net}, name)
+    return net
 
 
 def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:
@@ -150,7 +178,7 @@ def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:
     Raises:
         ModelLoadError: the file is broken, a pickle, or does not fit the model.
     """
-    check_weights(at_home(file))
+    check_lora(at_home(file))
     loader = getattr(pipe, "load_lora_weights", None)
     if loader is None:
         raise ModelLoadError(f"{type(pipe).__name__} takes no LoRA")

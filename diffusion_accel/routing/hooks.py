@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ CONFIG_KEY = "_task_routing"  # diffusers keeps unknown config entries that begi
 def trained_recipe(denoiser: nn.Module) -> Recipe | None:
     """The recipe that the denoiser was trained with, from its config; None if it was trained without routing."""
     values = getattr(getattr(denoiser, "config", None), "get", lambda key: None)(CONFIG_KEY)
-    return None if values is None else Recipe.from_dict(dict(values))
+    return None if values is None else Recipe.from_dict(dict(values) if isinstance(values, Mapping) else values)
 
 
 def not_routable(denoiser: nn.Module) -> str | None:

@@ -1,0 +1,278 @@
+"""What the classes of a pipeline's components expect of their weights, compared before the weights are read.
+
+transformers fills in what is missing with random numbers, and diffusers leaves it out or at the values of a fresh
+model; so a damaged folder would draw, only not what its model draws.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import ModelMixin
+from safetensors.torch import load_file
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+
+from diffusion_accel.errors import AccelerationError, ModelLoadError
+from diffusion_accel.finite import finite
+from diffusion_accel.io import printable, read_json
+
+from .folders import INDEX, TABLES, is_pair
+from .headers import check_weights, safetensors_header
+
+# how the two factors of a low-rank product are called
+_HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
+BUFFERS_LIMIT = 4 * 2**30  # bytes that a model may compute for itself when it is built
+_DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32},
+    **{"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+
+
+# ---------------------------------------------------------------------- before the weights are read
+def check_components(folder: Path, variant: str | None = None, given: Collection[str] = ()) -> None:
+    """Compare the weights of a checked pipeline folder with what its components' classes expect.
+
+    Args:
+        folder: the pipeline folder.
+        variant: of the weights, such as "fp16".
+        given: components that are not loaded from the folder.
+
+    Raises:
+        ModelLoadError: a tensor is missing or has another shape or kind of number, or a configuration describes a
+            model far larger than its weights; with the component and the name of the tensor.
+    """
+    for name, value in read_json(folder / INDEX, error=ModelLoadError).items():
+        if name in given or not is_pair(value) or value[0] is None or not name.isidentifier() or len(name) > 100:
+            continue
+        if not (folder / name).is_dir():
+            # a folder of one model may have its files at the root
+            if not any((folder / file).is_file() for file in (*TABLES, "tokenizer.json")):
+                raise ModelLoadError(f"{folder} has no folder {name}, which its {INDEX} names")
+            continue
+        cls = _component_class(*value)
+        if cls is not None:
+            check_keys(folder / name, cls, variant)
+
+
+def check_keys(folder: Path, cls: Any, variant: str | None = None) -> None:
+    """Compare the weights in one component's folder with what `cls`, a model of diffusers or transformers, expects.
+
+    Only headers are read, and the model is built without memory for its weights. A model that cannot be built so, or
+    is stored in a way of its own (quantized, for example), is left to its own loader.
+
+    Raises:
+        ModelLoadError: see `check_components`.
+    """
+    files = _weight_files(folder, cls, variant)
+    if not files or not (folder / "config.json").is_file():
+        return
+    if "quantization_config" in read_json(folder / "config.json", error=ModelLoadError):
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        header = safetensors_header(file)
+        tensors |= {
+            key: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.uint8), device="meta")
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
+    compare = _compare_diffusers if issubclass(cls, ModelMixin) else _compare_transformers
+    where = f"{folder} does not fit its class {cls.__name__}"
+    try:
+        with bounded(len(tensors), str(folder)), _quiet():
+            missing, other = compare(folder, cls, tensors, len(files) > 1)
+    except (KeyboardInterrupt, AccelerationError):
+        raise
+    except Exception as error:
+        if "overflow" in str(error):
+            raise ModelLoadError(f"{folder}: its config.json describes a model far larger than its weights") from error
+        # built in a way that needs more than shapes: its own loader says what is wrong, if anything is
+        return
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(f"{where}: its weights have no {printable(sorted(missing)[0])}{more}; get a fresh copy")
+    if other:
+        key, found, wanted = sorted(other)[0]
+        raise ModelLoadError(f"{where}: {printable(key)} is {found} instead of {wanted}")
+
+
+def _component_class(library: Any, name: Any) -> Any:
+    """The class of a component if it is a model of one of the two libraries, else None."""
+    if not isinstance(library, str) or not isinstance(name, str):
+        return None
+    place: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    if place is None:
+        place = getattr(diffusers.pipelines, library, None)
+    cls: Any = getattr(place, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, (ModelMixin, PreTrainedModel)):
+        return None
+    loaders = [getattr(c, "from_pretrained").__func__ for c in (cls, ModelMixin, PreTrainedModel)]  # noqa: B009, for mypy
+    return cls if loaders[0] in loaders[1:] else None
+
+
+def _weight_files(folder: Path, cls: type, variant: str | None) -> list[Path]:
+    """The files that the class's loader will read; empty where that is not plain."""
+    ours = issubclass(cls, ModelMixin)
+    stem = "diffusion_pytorch_model" if ours else "model"
+    for mark in (f".{variant}", "") if variant else ("",):
+        single, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
+        if single.is_file() and not (ours and index.is_file()):
+            return [single]
+        if index.is_file():
+            shards = read_json(index, error=ModelLoadError)["weight_map"]
+            files = [folder / str(name) for name in sorted(set(shards.values()))]
+            return files if all(file.is_file() for file in files) else []
+    return []
+
+
+def _compare_diffusers(
+    folder: Path, cls: Any, tensors: dict[str, torch.Tensor], sharded: bool
+) -> tuple[set[str], list[tuple[str, str, str]]]:
+    with torch.device("meta"):
+        model = cls.from_config(cls.load_config(str(folder), local_files_only=True))
+    if not sharded:
+        model._fix_state_dict_keys_on_load(tensors)  # names of older versions
+    expected = model.state_dict()
+    return set(expected) - set(tensors), _others(expected, tensors)
+
+
+def _compare_transformers(
+    folder: Path, cls: Any, tensors: dict[str, torch.Tensor], sharded: bool
+) -> tuple[set[str], list[tuple[str, str, str]]]:
+    config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
+    model, info = cls.from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        device_map={"": "meta"},
+        local_files_only=True,
+    )
+    other = [(key, str(list(found)), str(list(wanted))) for key, found, wanted in info["mismatched_keys"]]
+    return set(info["missing_keys"]), other or _others(model.state_dict(), tensors)
+
+
+def _others(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> list[tuple[str, str, str]]:
+    """Tensors of another shape or kind of number: name, what was found, what was expected."""
+    found = []
+    for key in expected.keys() & tensors.keys():
+        want, have = expected[key], tensors[key]
+        if want.shape != have.shape:
+            found.append((key, str(list(have.shape)), str(list(want.shape))))
+        elif want.is_floating_point() and not have.is_floating_point():
+            found.append((key, str(have.dtype), str(want.dtype)))
+    return found
+
+
+@contextmanager
+def bounded(tensors: int, where: str) -> Iterator[None]:
+    """While a model is built: refuse one that has far more layers, or larger tables, than its weights have tensors.
+
+    Raises:
+        ModelLoadError: in the middle of building.
+    """
+    most, here = 10 * tensors + 5000, threading.get_ident()
+    made = size = 0
+
+    def part(module: torch.nn.Module, name: str, value: Any) -> None:
+        nonlocal made
+        if threading.get_ident() == here:
+            made += 1
+            if made > most:
+                raise ModelLoadError(
+                    f"{where}: its config.json describes a model far larger than its {tensors} weights"
+                )
+
+    def buffer(module: torch.nn.Module, name: str, value: Any) -> None:
+        nonlocal size
+        if threading.get_ident() == here and isinstance(value, torch.Tensor):
+            size += value.nbytes
+            if size > BUFFERS_LIMIT:
+                raise ModelLoadError(f"{where}: its config.json asks for tables of more than {BUFFERS_LIMIT} bytes")
+
+    handles = [
+        torch_module.register_module_module_registration_hook(part),
+        torch_module.register_module_parameter_registration_hook(part),
+        torch_module.register_module_buffer_registration_hook(buffer),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries say what they have to say when they load for real."""
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(log, log.get_verbosity()) for log in logs]
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        for log in logs:
+            log.set_verbosity(log.CRITICAL)
+        yield
+    finally:
+        for log, level in before:
+            log.set_verbosity(level)
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------- after loading
+def check_loaded(parts: dict[str, Any], where: str) -> None:
+    """Refuse models of which a tensor was not loaded or is not a number.
+
+    One pass over the weights in memory. Parts of another package (quantized, offloaded) are left to it.
+
+    Args:
+        parts: components by name; those that are no models are left out.
+        where: what was loaded, the first words of an error.
+
+    Raises:
+        ModelLoadError: with the component and the name of the tensor.
+    """
+    for part, model in parts.items():
+        if not isinstance(model, torch.nn.Module) or hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map"):
+            continue
+        for name, value in model.named_parameters():
+            if value.is_meta:
+                raise ModelLoadError(f"{where} cannot be loaded: the weights of its {part} have no {printable(name)}")
+            if not finite(value):
+                raise ModelLoadError(
+                    f"{where} cannot be used: {printable(name)} of its {part} holds numbers that are not finite "
+                    "(NaN or infinity); get a fresh copy"
+                )
+
+
+def check_lora(file: Path) -> None:
+    """Check a LoRA file: whole, finite, and both halves of every product there.
+
+    peft fills a missing half with random numbers.
+
+    Raises:
+        ModelLoadError: with the name of the tensor.
+    """
+    check_weights(file)
+    names = [name for name in safetensors_header(file) if name != "__metadata__"]
+    known = set(names)
+    for name in names:
+        for one, other in _HALVES:
+            if one in name and name.replace(one, other) not in known:
+                raise ModelLoadError(f"the LoRA {file} is damaged: {printable(name)} is there without its {other}")
+            if other in name and name.replace(other, one) not in known:
+                raise ModelLoadError(f"the LoRA {file} is damaged: {printable(name)} is there without its {one}")
+    for name, value in load_file(file).items():
+        if not finite(value):
+            raise ModelLoadError(f"the LoRA {file} is damaged: {printable(name)} holds numbers that are not finite")
