@@ -55,9 +55,8 @@ def open_image(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     with loaded(source, what=what, error=error) as image:
-        if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP", "AVIF", "TIFF"):
-            frames = getattr(image, "n_frames", 0)
-            logger.warning("%s has %d frames; the first one is taken", _name(source, what), frames)
+        if _is_animated(image):
+            logger.warning("%s has several frames; the first one is taken", _name(source, what))
         try:
             return _converted(image, mode, background)
         except (ValueError, OSError) as problem:
@@ -120,6 +119,14 @@ def _load(stream: IO[bytes], name: str, error: type[AccelerationError]) -> Image
             raise error(f"{name} has no pixels")
         opened.load()
         return opened
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Whether there are frames besides the one that is loaded; a camera's JPEG may hold a preview, which is none."""
+    try:
+        return image.format in ("GIF", "PNG", "WEBP", "AVIF", "TIFF") and bool(getattr(image, "is_animated", False))
+    except Exception:  # it looks for the next frame, in a file that may be broken behind the first
+        return False
 
 
 def _turned(image: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def read_embedded(image: Image.Image, file: str) -> tuple[str | None, dict[str, 
         for name, part in getattr(image, "applist", [])
         if name == "COM" and part.startswith(_MARK)
     )
-    comment, note = _exif_values(image)
+    comment, note, order = _exif_values(image)
     if not segments and isinstance(note, bytes) and note.startswith(_MARK):
         segments = note.removeprefix(_MARK)
     if segments:
@@ -143,23 +144,22 @@ def read_embedded(image: Image.Image, file: str) -> tuple[str | None, dict[str, 
     texts = {k: str(v) for k, v in getattr(image, "text", {}).items()}
     if "parameters" in texts or CHUNK in texts:
         return texts.get("parameters"), _ours(texts[CHUNK], file) if CHUNK in texts else None
-    written = user_comment(comment, _order(image))
+    written = user_comment(comment, order)
     if written is not None and written.startswith("{") and f'"{CHUNK}"' in written:  # as older versions wrote both
         return _both(written, file)
     return written, None
 
 
-def _exif_values(image: Image.Image) -> tuple[Any, Any]:
-    """UserComment and MakerNote; None where EXIF is missing or broken."""
-    try:
-        values = image.getexif().get_ifd(_EXIF_IFD)
-    except Exception:  # Pillow raises many kinds for broken EXIF
-        return None, None
-    return values.get(_USER_COMMENT), values.get(_MAKER_NOTE)
-
-
-def _order(image: Image.Image) -> str:
-    return "le" if getattr(image.getexif(), "endian", None) == "<" else "be"
+def _exif_values(image: Image.Image) -> tuple[Any, Any, str]:
+    """UserComment, MakerNote and the byte order; None where EXIF is missing or broken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exif = image.getexif()
+            values = exif.get_ifd(_EXIF_IFD)
+        except Exception:  # Pillow raises many kinds for broken EXIF
+            return None, None, "be"
+    return values.get(_USER_COMMENT), values.get(_MAKER_NOTE), "le" if exif.endian == "<" else "be"
 
 
 def _both(text: str, file: str) -> tuple[str | None, dict[str, Any] | None]:

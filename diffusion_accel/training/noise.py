@@ -80,7 +80,7 @@ class NoiseChoice:
         kind, _, number = (text or "none").partition(":")
         if kind in ("none", "assign") and not number:
             return cls(kind)
-        if kind == "knn" and number.isdigit() and int(number) >= 1:
+        if kind == "knn" and number.isdecimal() and len(number) < 10 and int(number) >= 1:
             return cls(kind, int(number))
         raise UsageError(f"immiscible noise must be none, assign or knn:k with k >= 1, got {text!r}")
 

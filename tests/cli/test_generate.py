@@ -105,6 +105,7 @@ def test_prompts_file_with_overrides(tmp_path: Path, capsys: pytest.CaptureFixtu
     first, second = (json.loads(line) for line in out.splitlines())
     assert first["report"]["steps"] == 2 and second["seed"] == 9
     assert Image.open(first["path"]).size == (64, 64)
+    assert err == "note: the model was trained for 96x96 pixels; at 64x64 it may not draw what the prompt says\n"
     for line, word in ((first, "panda"), (second, "Negative prompt: grey")):
         code, out, _ = call(capsys, "metadata", line["path"])
         assert code == 0 and word in out
@@ -169,11 +170,17 @@ def test_image_to_image_and_inpainting(
     code, _, err = call(capsys, "generate", PROMPT, "--strength", "0.5", *common, "-o", tmp_path / "a.png")
     assert code == 0, err
     assert Image.open(tmp_path / "a.png").size == (96, 96)
+    out = call(capsys, "metadata", tmp_path / "a.png", "--json")[1]
+    assert json.loads(out)["diffusion_accel"]["settings"]["image"] == "start.png" and str(tmp_path) not in out
+    code, _, err = call(capsys, "generate", PROMPT, "--steps", "1", "--image", start, "-o", tmp_path / "c.png")
+    assert code == 2 and "--strength 0.8 of 1 steps leaves no step to run" in err, "the strength is the pipeline's"
     code, _, err = call(capsys, "generate", PROMPT, "--mask-image", mask, *common, "-o", tmp_path / "b.png")
     assert code == 1 and "cannot do inpainting" in err and err.count("\n") == 1
     tiny = ["--model", four_channel_model, "--width", "64", "--height", "64", "--mask-image", mask]
-    code, _, err = call(capsys, "generate", PROMPT, *tiny, *common, "-o", tmp_path / "b.png")
+    code, _, err = call(capsys, "generate", PROMPT, *tiny, *common, "--paths", "-o", tmp_path / "b.png")
     assert code == 0, err
+    data = json.loads(call(capsys, "metadata", tmp_path / "b.png", "--json")[1])["diffusion_accel"]
+    assert data["settings"]["mask_image"] == str(mask)
     assert Image.open(tmp_path / "b.png").size == (64, 64)
     mask.write_bytes(b"no image")
     code, _, err = call(capsys, "generate", PROMPT, *tiny, *common, "-o", tmp_path / "c.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -47,10 +48,14 @@ def test_transparency_of_palettes_and_colours_becomes_alpha() -> None:
         assert np.asarray(open_image(file_of(image, transparency=clear)))[0, 0].tolist() == [255, 0, 0]
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_of_an_animation_the_first_frame_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
     opened = open_image(file_of(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert opened.getpixel((0, 0)) == (254, 0, 0) or opened.getpixel((0, 0)) == (255, 0, 0)
+    assert "several frames; the first one is taken" in caplog.text
+    caplog.clear()
+    open_image(file_of(frames[0], "GIF"))
+    assert not caplog.text
 
 
 def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +77,48 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path, monkeypatch: 
     large = Image.new("1", (14000, 13000))  # beyond what Pillow opens by itself
     with pytest.raises(ConfigurationError, match="14000x13000 pixels"):
         open_image(file_of(large))
+
+
+def test_a_background_is_seen_through_what_is_transparent() -> None:
+    rgba = Image.fromarray(np.array([[[200, 100, 0, 0], [200, 100, 0, 255]]], dtype=np.uint8))
+    palette = rgba.convert("RGB").quantize(2)
+    clear = palette.getpixel((0, 0))
+    seen = [[[255, 255, 255], [200, 100, 0]]]
+    assert np.asarray(open_image(file_of(rgba), background=(255, 255, 255))).tolist() == seen
+    assert np.asarray(open_image(file_of(rgba.convert("LA")), "L", background=(0, 0, 0)))[0, 0] == 0
+    made = np.asarray(open_image(file_of(palette, transparency=clear), background=(255, 255, 255)))
+    assert made[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(open_image(file_of(rgba.convert("RGB")), background=(0, 0, 0))).tolist() == [[[200, 100, 0]] * 2]
+
+
+def test_colours_of_a_profile_become_those_of_srgb() -> None:
+    from PIL import ImageCms
+
+    grey = Image.new("RGB", (2, 2), (100, 100, 100))
+    profile = ImageCms.createProfile("sRGB")
+    same = ImageCms.ImageCmsProfile(profile).tobytes()
+    assert open_image(file_of(grey, icc_profile=same)).getpixel((0, 0)) == (100, 100, 100)
+    linear = bytearray(same)  # with another tone curve: parametric, gamma 1
+    at = linear.index(b"para\0\0\0\0")
+    linear[at : at + 16] = b"para\0\0\0\0\0\0\0\0\0\1\0\0"
+    name = linear.index("sRGB".encode("utf-16-be"))
+    linear[name : name + 8] = "flat".encode("utf-16-be")
+    assert open_image(file_of(grey, icc_profile=bytes(linear))).getpixel((0, 0))[0] > 140
+    for broken in (b"no profile", same[:100]):
+        assert open_image(file_of(grey, icc_profile=broken)).getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_broken_exif_costs_no_image_and_only_raster_images_are_opened(tmp_path: Path) -> None:
+    assert open_image(file_of(Image.new("L", (2, 3)), exif=b"Exif\0\0II*\0\xff\xff")).size == (2, 3)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    with pytest.raises(ConfigurationError, match="not an image that can be read"):
+        open_image(tmp_path / "a.eps")
+
+
+def test_images_are_opened_in_one_place() -> None:
+    root = Path(images.__file__).parents[1]
+    folders = ("diffusion_accel", "pipelines", "quant", "parallel", "scripts")
+    files = [file for folder in folders for file in (root / folder).rglob("*.py")]
+    found = {f.relative_to(root).as_posix() for f in files if re.search(r"\b(Image|PIL)\.open\(", f.read_text())}
+    mine = {"scripts/calibrate_features.py", "scripts/two_hosts.py"}  # they open what they have just written
+    assert found == {"diffusion_accel/images.py"} | mine
