@@ -18,7 +18,7 @@ from torch import nn
 from ..evaluation.fidelity import psnr
 from ..transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from ..transparency.rgba import checkerboard, composite, on_grey, padded_rgb, straight
-from ..transparency.weights import ADAPTER, load_part, read_tensors
+from ..transparency.weights import ADAPTER, load_part, read_tensors, write_digests
 from . import sticker_data as data
 from .denoising import Process
 from .diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
@@ -481,6 +481,7 @@ def export_transparency(
         if (work / "transparency" / "unet").exists():
             trained = trained_denoiser(work, pipeline, rank)
             save_file(low_rank_changes(trained.core, pipeline.unet), temporary / ADAPTER)
+        write_digests(temporary)
     for file in out.rglob("*.safetensors"):
         file.chmod(0o644)
     return facts | {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}

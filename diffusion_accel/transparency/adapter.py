@@ -16,6 +16,7 @@ from torch import nn
 from ..denoisers import getattr_path
 from ..errors import ConfigurationError, ModelLoadError
 from ..hooks import HookSet
+from ..io import printable
 from .keys import from_ldm
 
 _LOW_RANK = {  # suffix of a file's key -> (which factor, what follows the module's name)
@@ -27,7 +28,7 @@ _LOW_RANK = {  # suffix of a file's key -> (which factor, what follows the modul
     ".lora_up.weight": "up",
 }
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
-_FORGE = re.compile(r"(.+)::(lora|diff)::(\d+)")
+_FORGE = re.compile(r"(.+)::(lora|diff)::(\d{1,3})")
 
 
 @dataclass
@@ -51,6 +52,21 @@ class Change:
             return tuple(self.full.shape)
         assert self.up is not None and self.down is not None
         return (self.up.shape[0], *self.down.shape[1:])
+
+    def impossible(self) -> str | None:
+        """Why this cannot be a change, or None."""
+        factors = [one for one in (self.up, self.down) if one is not None]
+        if self.full is not None:
+            return "is changed as a whole and by low-rank factors" if factors or self.alpha is not None else None
+        if self.up is None or self.down is None:
+            return "has only one of its two low-rank factors"
+        if min(one.dim() for one in factors) < 2 or not self.up.numel() or not self.down.numel():
+            return "has low-rank factors that are no matrices"
+        if self.up.flatten(1).shape[1] != self.down.shape[0]:
+            return f"has low-rank factors of the ranks {self.up.flatten(1).shape[1]} and {self.down.shape[0]}"
+        if self.alpha is not None and self.alpha.numel() != 1:
+            return "has an alpha that is no number"
+        return None
 
     def difference(self, device: torch.device) -> torch.Tensor:
         """What is added to the parameter, float32."""
@@ -88,12 +104,15 @@ def read_changes(file: Path, tensors: dict[str, torch.Tensor]) -> Changes:
             elif not suffix:
                 plain = from_ldm(name) or name
         if part is None:
-            raise ModelLoadError(f"{file}: {key} is nothing an adapter of latent transparency can hold")
+            raise ModelLoadError(f"{file}: {printable(key)} is nothing an adapter of latent transparency can hold")
         change = found.setdefault(plain, Change())
+        if getattr(change, part) is not None:
+            raise ModelLoadError(f"{file} changes {printable(plain)} twice")
         setattr(change, part, value)
     for name, change in found.items():
-        if change.full is None and (change.up is None or change.down is None):
-            raise ModelLoadError(f"{file}: {name} has only one of its two low-rank factors")
+        reason = change.impossible()
+        if reason:
+            raise ModelLoadError(f"{file}: {printable(name)} {reason}")
     return found
 
 
@@ -107,24 +126,27 @@ def _owner(unet: nn.Module, name: str) -> tuple[Any, str]:
     return _base(getattr_path(unet, path)), leaf
 
 
-def check_changes(changes: Iterable[tuple[str, tuple[int, ...]]], unet: nn.Module, file: Path) -> None:
+def check_changes(
+    changes: Iterable[tuple[str, tuple[int, ...]]], unet: nn.Module, file: Path, inputs: int | None = None
+) -> None:
     """Raise `ModelLoadError` unless every change fits a parameter of `unet`; `conv_in` may take more or fewer
-    channels."""
+    channels: `inputs`, if that is known."""
     shapes = {n.replace(".base_layer.", "."): tuple(p.shape) for n, p in unet.named_parameters()}
     for name, shape in changes:
         known = shapes.get(name)
         if known is None:
             try:
                 module, leaf = _owner(unet, name)
-            except AttributeError:
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                 module, leaf = None, ""
-            known = _shape_of(module, leaf)
+            known = _shape_of(module, leaf) if isinstance(module, nn.Module) else None
             if known is None:
                 raise ModelLoadError(
-                    f"{file.name} changes {name}, which this {type(unet).__name__} does not have: "
+                    f"{file.name} changes {printable(name)}, which this {type(unet).__name__} does not have: "
                     "it is for another family of models"
                 )
-        wider = name == "conv_in.weight" and shape[0] == known[0] and shape[2:] == known[2:]
+        wider = name == "conv_in.weight" and len(shape) == 4 and shape[0] == known[0] and shape[2:] == known[2:]
+        wider = wider and (inputs is None or shape[1] == inputs)
         if shape != known and not wider:
             raise ModelLoadError(
                 f"{file.name} changes {name} of shape {shape}, this {type(unet).__name__} has {known}: "

@@ -21,7 +21,7 @@ from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from .pictures import Given, given, overlaid, rgba_tensor, size_of, to_type
 from .rgba import on_grey, resized, straight
 from .sharing import Sharing, is_sharing
-from .weights import find_parts, load_part, read_tensors
+from .weights import check_digests, find_parts, load_part, read_tensors
 
 if TYPE_CHECKING:
     from ..steps import StepClock
@@ -53,6 +53,8 @@ def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> L
     factor = check_pipeline(pipeline)
     unet, channels = find_denoiser(pipeline), pipeline.vae.config.latent_channels
     parts = find_parts(pipeline, feature.weights, feature.variant, feature.adapter)
+    if parts.decoder is not None and parts.decoder.is_dir() and not headers:
+        check_digests(parts.decoder.parent)
     encoder: Any = None
     decoder: Any = None
     if feature.views != 0 and parts.decoder is not None:
@@ -73,7 +75,8 @@ def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> L
             sharing = Sharing(parts.adapter, tensors, unet, len(LAYERS[feature.variant]))
         else:
             changes = read_changes(parts.adapter, tensors)
-            check_changes(((name, change.shape) for name, change in changes.items()), unet, parts.adapter)
+            inputs = channels * (1 + len(CONDITIONS[feature.variant]))
+            check_changes(((name, change.shape) for name, change in changes.items()), unet, parts.adapter, inputs)
             adapter = Adapter(changes)
     views, refine = feature.views, feature.refine
     if views is None:

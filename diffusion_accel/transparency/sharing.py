@@ -7,6 +7,7 @@ low-rank updates of its projections, and after it an attention across the frames
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,17 @@ from torch import nn
 
 from ..errors import ConfigurationError, ModelLoadError
 from ..hooks import HookSet
+from ..io import printable
 from .rgba import resized
 
 _LAYERS = "hookers.layers."
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+_UNIT = re.compile(re.escape(_LAYERS) + r"(\d{1,4})\.(\w+)\.(\w+)(?:\.\w+){0,2}")
+_SIGNAL = 256  # channels of what the given layer's encoder makes
+_CONTROL = [  # its convolutions and their outputs
+    *((f"kwargs_encoder.blocks_0.{2 * k}", width) for k, width in enumerate((32, 32, 64, 64, 128, 128, 256, 256))),
+    *((f"kwargs_encoder.blocks_{block}.{k}", _SIGNAL) for block in (1, 2, 3) for k in (0, 2)),
+]
 _EPSILON = 1e-6  # of the layer norm before the attention across frames
 
 
@@ -51,22 +59,53 @@ class Sharing:
         self.control: torch.Tensor | None = None  # (1, 3, H, W) in 0..1
         self.signals: dict[int, torch.Tensor] = {}
         layers = attention_layers(unet)
-        numbers = {int(name.removeprefix(_LAYERS).split(".")[0]) for name in self.tensors if name.startswith(_LAYERS)}
+        parts = [_UNIT.fullmatch(name) for name in self.tensors]
+        numbers = {int(part[1]) for part in parts if part}
         if numbers != set(range(len(layers))):
             raise ModelLoadError(
                 f"{file.name} shares {len(numbers)} attention layers, this {type(unet).__name__} has {len(layers)}: "
                 "it is for SD 1.5"
             )
-        there = {name.split(".")[4] for name in self.tensors if ".to_q_lora." in name}
+        there = {part[3] for part in parts if part and part[2] == "to_q_lora"}
         if there != {str(f) for f in range(frames)}:
             raise ModelLoadError(f"{file.name} draws {len(there)} layers together, the variant draws {frames}")
         for number, layer in enumerate(layers):
-            shape = tuple(self.tensors[f"{_LAYERS}{number}.to_k_lora.0.down.weight"].shape)
-            if shape[1] != layer.to_k.in_features:
+            down = self.tensors.get(f"{_LAYERS}{number}.to_k_lora.0.down.weight")
+            if down is not None and down.dim() == 2 and down.shape[1] != layer.to_k.in_features:
                 raise ModelLoadError(
-                    f"{file.name}: attention {number} takes {shape[1]} features, this {type(unet).__name__}'s takes "
-                    f"{layer.to_k.in_features}: it is for another family of models"
+                    f"{file.name}: attention {number} takes {down.shape[1]} features, this {type(unet).__name__}'s "
+                    f"takes {layer.to_k.in_features}: it is for another family of models"
                 )
+        self._check(file, layers)
+
+    def _check(self, file: Path, layers: list[Any]) -> None:
+        """Raise `ModelLoadError` unless exactly the tensors that the modules need are there, each of its shape."""
+        found = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        wanted: dict[str, tuple[int, ...]] = {}
+        for number, layer in enumerate(layers):
+            start, width = f"{_LAYERS}{number}.", layer.to_k.out_features
+            for name in _PROJECTIONS:
+                linear = layer.to_out[0] if name == "to_out" else getattr(layer, name)
+                for f in range(self.frames):
+                    rank = (found.get(f"{start}{name}_lora.0.down.weight") or (1,))[0]
+                    wanted[f"{start}{name}_lora.{f}.down.weight"] = (rank, linear.in_features)
+                    wanted[f"{start}{name}_lora.{f}.up.weight"] = (linear.out_features, rank)
+            for part in "iqkvo":
+                wanted[f"{start}temporal_{part}.weight"] = (width, width)
+                wanted[f"{start}temporal_{part}.bias"] = (width,)
+            wanted |= {f"{start}temporal_n.{part}": (width,) for part in ("weight", "bias")}
+            for f in range(self.frames if self.needs_control else 0):
+                first, second = f"{start}control_convs.{f}.0", f"{start}control_convs.{f}.2"
+                wanted |= {f"{first}.weight": (_SIGNAL, _SIGNAL, 3, 3), f"{first}.bias": (_SIGNAL,)}
+                wanted |= {f"{second}.weight": (width, _SIGNAL, 1, 1), f"{second}.bias": (width,)}
+        if self.needs_control:
+            for (name, outputs), inputs in zip(_CONTROL, (3, *(width for _, width in _CONTROL)), strict=False):
+                wanted |= {f"{name}.weight": (outputs, inputs, 3, 3), f"{name}.bias": (outputs,)}
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                have = "nothing of this kind has it" if name not in wanted else f"it should be {wanted[name]}"
+                shape = found.get(name, "missing")
+                raise ModelLoadError(f"{file.name} is damaged: {printable(name)} is {shape}, {have}; get a fresh copy")
 
     @property
     def needs_control(self) -> bool:

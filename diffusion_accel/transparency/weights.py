@@ -9,17 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from .. import io, tensors
 from ..denoisers import find_denoiser
 from ..errors import ModelLoadError
-from ..io import first_line
 from ..pipelines.hub import hub_reason
 from ..pipelines.models import EMBEDDED, safetensors_header
 from ..pipelines.models import TRANSPARENCY as FOLDER
 from .sharing import is_sharing
 
 ADAPTER = "adapter.safetensors"
+DIGESTS = "digests.json"
+LARGEST = 65504.0  # of a weight, in amount: what half precision holds
+_WHOLE, _NUMBER = (int,), (int, float)
+LIMITS: dict[str, tuple[tuple[type, ...], float, float]] = {  # of a configuration: kinds, smallest, largest
+    "in_channels": (_WHOLE, 3, 3),
+    "out_channels": (_WHOLE, 4, 4),
+    "latent_channels": (_WHOLE, 1, 1024),
+    "block_out_channels": (_WHOLE, 1, 8192),
+    "latent_level": (_WHOLE, 1, 11),
+    "attention_levels": (_WHOLE, 0, 12),
+    "layers_per_block": (_WHOLE, 1, 16),
+    "attention_head_dim": (_WHOLE, 1, 8192),
+    "norm_num_groups": (_WHOLE, 1, 8192),
+    "norm_eps": (_NUMBER, 1e-12, 1.0),
+    "recommended_views": (_WHOLE, 0, 8),
+    "recommended_refinement": (_WHOLE, 0, 1000),
+    "offset_scale": (_NUMBER, -1e4, 1e4),
+}
 
 # Published files: family -> part -> names. Encoders: with the factor of their output.
 ENCODERS: dict[str, dict[str, float]] = {
@@ -88,13 +105,13 @@ def find_parts(pipeline: Any, weights: str, variant: str, adapter: str) -> Parts
     if own is not None and not own.is_file():
         raise ModelLoadError(f"transparent: no such adapter file: {adapter}")
     folder = _folder(pipeline, weights)
-    if folder is not None and (folder / "decoder" / "config.json").is_file():
+    if folder is not None and (folder / "decoder" / "config.json").exists():
         encoder = folder / "encoder"
         beside = folder / ADAPTER if variant == "fg" else folder / f"{variant}.safetensors"
-        if own is None and not beside.is_file() and variant != "fg":
+        if own is None and not beside.exists() and variant != "fg":
             raise ModelLoadError(f"{folder} has no weights for the variant {variant!r} ({beside.name})")
-        has_encoder = (encoder / "config.json").is_file()
-        found = own or (beside if beside.is_file() else None)
+        has_encoder = (encoder / "config.json").exists()
+        found = own or (beside if beside.exists() else None)
         return Parts(encoder if has_encoder else None, folder / "decoder", None, found)
     if folder is None and not weights:
         raise ModelLoadError(
@@ -169,7 +186,7 @@ def _from_hub(repository: str, name: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = hub_reason(repository, error) or first_line(error)
+        reason = hub_reason(repository, error) or io.first_line(error)
         raise ModelLoadError(f"{repository} cannot be read: {reason}") from error
 
 
@@ -189,11 +206,45 @@ def kind_of(names: Iterable[str]) -> str:
 
 
 def read_tensors(file: Path, headers: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a checked safetensors file; with `headers` without their values, on the meta device."""
-    header = safetensors_header(file)
-    if not headers:
-        return load_file(file)
-    return {k: torch.empty(v["shape"], device="meta") for k, v in header.items() if k != "__metadata__"}
+    """The tensors of a safetensors file; with `headers` without their values, on the meta device.
+
+    Raises:
+        ModelLoadError: the file is broken, or holds something that no weight can be.
+    """
+    if file.is_file():
+        safetensors_header(file)  # says what is wrong with the length
+    found = tensors.read_tensors(file, error=ModelLoadError, headers=headers)
+    tensors.check_values(found, file, ModelLoadError, LARGEST)
+    return found
+
+
+def check_digests(folder: Path) -> None:
+    """Raise `ModelLoadError` unless the files of a folder are those that its list of digests names, if it has one."""
+    if not (folder / DIGESTS).exists():
+        return  # published files, and folders made by hand, have none
+    known = io.read_json(folder / DIGESTS, error=ModelLoadError, limit=2**20)
+    if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
+        raise ModelLoadError(f"{folder / DIGESTS} is no list of digests")
+    there = {str(file.relative_to(folder)): file for file in files_of(folder)}
+    for name in sorted({*known, *there}):
+        if name not in there:
+            raise ModelLoadError(f"{folder} lacks the file {io.printable(name)[:100]}; get a fresh copy")
+        if known.get(name) != tensors.file_digest(there[name]):
+            raise ModelLoadError(
+                f"{there[name]} is not the file that {DIGESTS} names: it was changed; get a fresh copy"
+            )
+
+
+def write_digests(folder: Path) -> None:
+    """Write the digests of the weights and configurations in a folder beside them."""
+    found = {str(file.relative_to(folder)): tensors.file_digest(file) for file in files_of(folder)}
+    (folder / DIGESTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The weights and configurations in a folder and the folders in it, in order."""
+    names = ("*.safetensors", "*/*.safetensors", "*/config.json")
+    return sorted(file for name in names for file in folder.glob(name) if file.is_file())
 
 
 def load_part(path: Path, cls: Any, headers: bool = False, **config: Any) -> Any:
@@ -205,25 +256,45 @@ def load_part(path: Path, cls: Any, headers: bool = False, **config: Any) -> Any
         ModelLoadError: the file is broken, or is something else; what it is is named.
     """
     file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise ModelLoadError(f"no such file: {file}")
-    tensors = read_tensors(file, headers)
+    found_tensors = read_tensors(file, headers)
     if path.is_dir():
-        try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelLoadError(f"{path / 'config.json'} is not valid JSON: {error}") from error
+        config = read_config(path / "config.json")
     with torch.device("meta"):
         try:
             model = cls.from_config(config)
-        except (TypeError, ValueError) as error:
-            raise ModelLoadError(f"{path / 'config.json'} describes no {cls.__name__}: {error}") from error
+        except Exception as error:  # modules refuse impossible sizes with many kinds of errors
+            reason = io.printable(io.first_line(error))
+            raise ModelLoadError(f"{path / 'config.json'} describes no {cls.__name__}: {reason}") from error
     wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
-    found = {name: list(value.shape) for name, value in tensors.items()}
+    found = {name: list(value.shape) for name, value in found_tensors.items()}
     if wanted != found:
         role = "a transparency encoder" if "Encoder" in cls.__name__ else "a transparent decoder"
-        kind = kind_of(tensors)
+        kind = kind_of(found_tensors)
         other = "of other sizes" if kind == role else f"but {kind}"
         raise ModelLoadError(f"{file} is not {role} as this model needs it, {other}")
-    model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+    model.load_state_dict({name: value.float() for name, value in found_tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The configuration of an encoder or decoder, every value of it within its `LIMITS`.
+
+    Raises:
+        ModelLoadError: it is no table, or a value is something else than a network of this kind can have.
+    """
+    config = io.read_json(file, error=ModelLoadError, limit=2**20)
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{file} describes no network: it is no table")
+    for key, (kind, low, high) in LIMITS.items():
+        if key not in config:
+            continue
+        value = config[key]
+        each = value if key == "block_out_channels" and isinstance(value, list) and 1 < len(value) <= 12 else [value]
+        if (key == "block_out_channels") != isinstance(value, list) or not all(
+            type(one) in kind and low <= one <= high for one in each
+        ):
+            several = "2 to 12 whole numbers" if key == "block_out_channels" else "a number"
+            raise ModelLoadError(f"{file}: {key} must be {several} from {low} to {high}, got {str(value)[:60]}")
+    return config
