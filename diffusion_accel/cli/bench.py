@@ -27,7 +27,7 @@ from .arguments import (
     check_range,
     number,
 )
-from .output import check_free, output_path
+from .output import check_distinct, check_free, output_path
 from .settings import LIMITS, merge, read_jobs
 from .terminal import console, say
 from .tune import embedded_prompts
@@ -83,7 +83,9 @@ def bench(
         check_range(f"--{name}", value, bounds)
     check_range("--seed", seed, LIMITS["seed"])
     files = {"html": html, "plot": plot, "json": json_file, "markdown": markdown_file}
-    check_free([output_path(file, f"--{name}") for name, file in files.items() if file is not None], overwrite)
+    written = [output_path(file, f"--{name}") for name, file in files.items() if file is not None]
+    check_free(written, overwrite)
+    check_distinct(written)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge(given, {})

@@ -28,7 +28,7 @@ from .arguments import (
     number,
 )
 from .options import with_feature_flags
-from .output import check_free, output_path
+from .output import SUFFIXES, check_free, is_image_file, output_path
 from .settings import at_least, merge
 from .terminal import console, say
 
@@ -68,6 +68,8 @@ def evaluate(
         raise ConfigurationError(f"--data: no such folder: {data}")
     if grid is not None:
         check_free([output_path(grid, "--grid")], overwrite)
+        if not is_image_file(grid, "--grid"):
+            raise ConfigurationError(f"--grid {grid} must be an image file: {', '.join(SUFFIXES)}")
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge({**given, **features}, {})

@@ -163,9 +163,10 @@ def generate(
     flags["layers"], flags["paths"] = flags.pop("layers_"), flags.pop("paths_")
     if lora is not None:
         flags["lora"] = tuple(lora)
-    values = read_config(config) if config else {}
+    values = {} if config is None else read_config(config)
     more = values.pop("prompt", [])
-    file = prompts_file or values.pop("prompts_file", None)
+    from_config = values.pop("prompts_file", None)
+    file = from_config if prompts_file is None else prompts_file
     given = [*(prompt or []), *(classes or [])]
     jobs = read_jobs(given or ([more] if isinstance(more, str) else list(more)), file)
     settings, source = merge(flags, values)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError, OutputError
+from ..errors import AccelerationError, ConfigurationError, OutputError
 from ..images import loaded
 from ..io import first_line, is_there, replacing
 from .image_metadata import read_embedded, save_options
@@ -81,15 +81,15 @@ def output_path(text: str, flag: str = "-o") -> Path:
     return Path(text)
 
 
-def is_image_file(output: str) -> bool:
+def is_image_file(output: str, flag: str = "-o") -> bool:
     """Whether `output` means an image file, not a folder. Raises `ConfigurationError` for another type of file."""
     path = Path(output)
     if not path.suffix or output.endswith(("/", os.sep)) or is_there(path, "dir"):
         return False
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigurationError(
-            f"-o {output}: unknown image type {path.suffix}; allowed: {', '.join(SUFFIXES)}, or a folder (end its name "
-            "with /)"
+            f"{flag} {output}: unknown image type {path.suffix}; allowed: {', '.join(SUFFIXES)}, or a folder (end its "
+            "name with /)"
         )
     return True
 
@@ -162,7 +162,12 @@ def save_image(image: Image.Image, path: Path, text: str | None = None, data: di
             return _write(image, path, kind, options | save_options(kind, text, data or {}))
         except (ValueError, TypeError, ArithmeticError, RecursionError, struct.error) as error:
             logger.warning("%s is written without its settings: %s", path, first_line(error))
-    _write(image, path, kind, options)
+    try:
+        _write(image, path, kind, options)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, AccelerationError):
+            raise
+        raise OutputError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def _write(image: Image.Image, path: Path, kind: str, options: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from ..errors import ConfigurationError, ModelLoadError
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.pictures import difference, grid
 from ..images import open_image
+from ..io import printable
 from ..pipelines.loading import load_lora, load_pipeline
 from ..pipelines.models import ModelSource, pipeline_name
 from ..pipelines.schedulers import set_scheduler
@@ -317,7 +318,9 @@ class Session:
         assert c is not None
         rows = [[a, b, difference(a, b)] for a, b in zip(c.baseline, c.accelerated, strict=True)]
         scale = max(1, 256 // rows[0][0].width)
-        captions = [[f"{prompt}   PSNR {p:.1f} dB, SSIM {s:.3f}"] for p, s in zip(c.psnr, c.ssim, strict=True)]
+        shown = printable(prompt)  # a caption is one line, and no longer than anybody reads
+        shown = shown if len(shown) <= 100 else f"{shown[:99]}…"
+        captions = [[f"{shown}   PSNR {p:.1f} dB, SSIM {s:.3f}"] for p, s in zip(c.psnr, c.ssim, strict=True)]
         save_image(grid(rows, ["plain diffusers", "accelerated", "difference x4"], captions, scale), path)
 
     def print_summary(self, result: Result, compared: Path | None) -> None:

@@ -23,6 +23,8 @@ from .options import parse_feature
 MAX_SEED = 2**63 - 1
 MAX_TEXT = 1_000_000  # characters of a prompt
 MAX_IMAGES = 10_000  # of one command
+MAX_SCALE = 1000  # of a LoRA
+_MAY_BE_EMPTY = ("prompt", "negative_prompt", "output")  # or are refused with words of their own
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOAD = ("none", "model", "sequential")
 ATTENTION = ("sdpa", "xformers")
@@ -191,6 +193,8 @@ def _typed(key: str, value: Any, where: str = "") -> Any:
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise ConfigurationError(f"{flag} must be {words[kind]}, got {shown(value)}")
+    if value == "" and key not in _MAY_BE_EMPTY:
+        raise ConfigurationError(f"{flag.replace('_', '-')} is empty")
     return _text(str(value), flag) if kind is str else value
 
 
@@ -280,7 +284,7 @@ def check_transparency(s: Settings) -> None:
     if s.preview is not None:
         parse_background(s.preview)
     drawn = LAYERS[feature.variant]
-    for layer in (s.layers or "").split(",") if s.layers else ():
+    for layer in s.layers.split(",") if s.layers is not None else ():
         if layer.strip() not in drawn:
             raise ConfigurationError(
                 f"--layers {layer.strip()}: the variant {feature.variant} draws {', '.join(drawn)}"
@@ -332,8 +336,10 @@ def split_lora(entry: str) -> tuple[str, float]:
         value = float(scale)
     except ValueError:
         return entry, 1.0
-    if not math.isfinite(value):
-        raise ConfigurationError(f"--lora: the scale must be a finite number, got {scale!r}")
+    if not -MAX_SCALE <= value <= MAX_SCALE:
+        raise ConfigurationError(
+            f"--lora: the scale must be a finite number from -{MAX_SCALE} to {MAX_SCALE}, got {shown(scale)}"
+        )
     return path, value
 
 

@@ -117,7 +117,7 @@ def compose(
     debug: Debug = False,
 ) -> None:
     """Stack pictures with transparency into one."""
-    from .output import plan_outputs, save_image
+    from .output import check_fits, plan_outputs, save_image
 
     path = plan_outputs(output, [[0]], [None], overwrite)[0][0]
     if background is None:
@@ -135,6 +135,7 @@ def compose(
                 "have one size"
             )
         made = Image.alpha_composite(made, image)
+    check_fits([path], *made.size)
     save_image(made if background is None else _over(made, background), path)
     say(str(path))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import interrupts
 from ..errors import AccelerationError
+from ..io import first_line, printable
 from .files import UsageError, read_json
 
 if TYPE_CHECKING:
@@ -165,10 +166,10 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
     try:
         run(options)
     except AccelerationError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except (OSError, ValueError) as error:
-        print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        print(f"error: {printable(first_line(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"error: interrupted; {interrupts.explanation()}", file=sys.stderr)

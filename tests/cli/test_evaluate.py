@@ -17,6 +17,12 @@ from diffusion_accel.routing import Recipe
 FEW = ["--count", "4", "--steps", "2", "--quiet"]
 
 
+@pytest.mark.parametrize("grid", ["grid.txt", "grid", ""])
+def test_a_grid_must_be_an_image_file(grid: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "evaluate", "--grid", grid)
+    assert code == 2 and not out and "--grid" in err and err.count("\n") == 1
+
+
 def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = tmp_path / "grid.png"
     code, out, err = call(capsys, "evaluate", *FEW, "--json", "--grid", grid, "--encoder-reuse")

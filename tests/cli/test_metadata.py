@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusion_accel.cli.image_metadata import names_only, parameters_text, parse_parameters, user_comment
 from diffusion_accel.cli.output import read_metadata, save_image
+from diffusion_accel.errors import OutputError
 
 SUFFIXES = (".png", ".webp", ".jpg")
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
@@ -54,6 +55,9 @@ def test_long_prompts(suffix: str, length: int, tmp_path: Path) -> None:
 def test_an_image_is_not_lost_for_its_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_image(IMAGE, tmp_path / "a.jpg", "text", {"no": {1, 2}})  # a set is no JSON
     assert Image.open(tmp_path / "a.jpg").size == (8, 8) and "without its settings" in caplog.text
+    with pytest.raises(OutputError, match="cannot write"):
+        save_image(Image.new("RGB", (16_384, 8)), tmp_path / "wide.webp", "text", {})
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
 
 
 @settings(max_examples=60)
