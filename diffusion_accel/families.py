@@ -235,6 +235,15 @@ def no_branches(pipeline: Any) -> str | None:
     return None
 
 
+def unlike_halves(pipeline: Any) -> str | None:
+    """Why a method that takes the batch for [unconditional, conditional] halves, or for one branch where a call has no
+    guidance, would draw another image; None if it is right."""
+    family = family_of(pipeline)
+    if family.branches == _HALVES or family.reason in (_CALLS, _DISTILLED):
+        return None
+    return "the conditional half of its batch comes first" if family.branches else family.reason
+
+
 def guided(pipeline: Any, arguments: dict[str, Any]) -> bool:
     """Whether a call with these `arguments` (by name, with their defaults) uses guidance at the present step."""
     how = family_of(pipeline).guided

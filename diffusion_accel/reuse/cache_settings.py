@@ -52,10 +52,17 @@ class CacheSettings:
             return "a cache is enabled on its transformer already; call disable_cache() first"
         if self.name == "mag" and not type(denoiser).__name__.startswith("Flux"):
             return "MagCache's ratios are known for Flux only"
+        if self.name in ("pab", "faster-cache") and not hasattr(type(pipeline), "current_timestep"):
+            return f"{self.name} needs the pipeline's current_timestep, which {type(pipeline).__name__} does not have"
+        if self.name == "faster-cache":
+            from ..families import unlike_halves
+
+            reason = unlike_halves(pipeline)
+            return reason and f"FasterCache takes its batch for an unconditional and a conditional half, but {reason}"
         return None
 
-    def config(self, steps: int, pipeline: Any) -> Any:
-        """The configuration that diffusers' `enable_cache` takes, for a call of `steps` steps."""
+    def config(self, steps: int, pipeline: Any, arguments: dict[str, Any]) -> Any:
+        """The configuration that diffusers' `enable_cache` takes, for a call of `steps` steps with `arguments`."""
         import diffusers
 
         first, second = (*self.numbers, 0)[:2]
@@ -72,6 +79,12 @@ class CacheSettings:
         now = {"current_timestep_callback": lambda: pipeline._current_timestep or pipeline.current_timestep}
         if self.name == "pab":
             return diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=int(first), **now)
+        from ..families import family_of, guided
+
+        halves = family_of(pipeline).branches is not None and guided(pipeline, arguments)
         return diffusers.FasterCacheConfig(
-            spatial_attention_block_skip_range=int(first), unconditional_batch_skip_range=int(second), **now
+            spatial_attention_block_skip_range=int(first),
+            unconditional_batch_skip_range=int(second),
+            is_guidance_distilled=not halves,  # else rows of two images would be taken for the two branches
+            **now,
         )

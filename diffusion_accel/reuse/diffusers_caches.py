@@ -17,8 +17,10 @@ from .cache_settings import CacheSettings
 class CacheRun:
     """One of diffusers' caches during one call: enabled when the steps are known, removed without a trace after it."""
 
-    def __init__(self, settings: CacheSettings, pipeline: Any, counters: dict[str, float]) -> None:
-        self.settings, self.pipeline, self.counters = settings, pipeline, counters
+    def __init__(
+        self, settings: CacheSettings, pipeline: Any, counters: dict[str, float], arguments: dict[str, Any]
+    ) -> None:
+        self.settings, self.pipeline, self.counters, self.arguments = settings, pipeline, counters, arguments
         self.denoisers: list[Any] = find_denoisers(pipeline)
         self.scheduler = pipeline.scheduler
         self.changes = Changes()
@@ -51,7 +53,7 @@ class CacheRun:
         if denoiser.is_cache_enabled:
             denoiser.disable_cache()
         try:
-            denoiser.enable_cache(self.settings.config(steps, self.pipeline))
+            denoiser.enable_cache(self.settings.config(steps, self.pipeline, self.arguments))
         except (ValueError, AttributeError, ImportError) as error:
             text = str(error).strip().splitlines()[0]
             raise UnsupportedPipelineError(f"diffusers' cache {self.settings.name} cannot be used: {text}") from error

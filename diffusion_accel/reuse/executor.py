@@ -367,7 +367,7 @@ class ControlNetHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, clock = self.run, self.run.clock
-        sample = bind_forward(module, args, kwargs)["sample"]
+        sample = _sample(bind_forward(module, args, kwargs))
         state = (clock.segment, tuple(sample.shape), sample.dtype, sample.device)
         kept = self._kept.get(clock.call)
         if not run.follow().is_full(clock.index) and kept is not None and kept[0] == state:

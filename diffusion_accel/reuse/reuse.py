@@ -134,7 +134,7 @@ class ReuseAttachment(RunAttachment):
         if self._tuned is not None:
             self._tuned.check(self.pipeline, self._weights())
         if (cache := CacheSettings.parse(feature.plan)) is not None:
-            self.install(CacheRun(cache, self.pipeline, self._counters))
+            self.install(CacheRun(cache, self.pipeline, self._counters, clock.arguments))
             return
         run = ReuseRun(
             feature.name,

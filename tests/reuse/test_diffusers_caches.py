@@ -71,13 +71,26 @@ def test_diffusers_caches_equal_enable_cache_and_leave_no_trace(build: Any, name
     assert torch.equal(run(pipe, call, steps=8), plain)
     settings = CacheSettings.parse(name)
     assert settings is not None
-    pipe.transformer.enable_cache(settings.config(8, pipe))
+    pipe.transformer.enable_cache(settings.config(8, pipe, call))
     assert torch.equal(run(pipe, call, steps=8), got)
     if name != "taylorseer:3,1":
         blocks = 2 if build is cogvideox else 4
         assert min(n for n in counted.values() if n) < 8 * blocks, "something was skipped"
     with pytest.raises(AccelerationError, match="enabled on its transformer already"):
         accelerate(pipe, Reuse(plan=name))
+
+
+def test_faster_cache_knows_branches_from_images() -> None:
+    """Two images of a pipeline without branches are no unconditional and conditional half: each is as by itself."""
+    pipe, call = flux()
+    two = {k: torch.cat([v, rand(*v.shape, seed=7)]) for k, v in call.items() if k.endswith("embeds")}
+    latents = rand(2, 16, 16, seed=9)
+    accelerate(pipe, Reuse(plan="faster-cache:2,2"))
+    both = pipe(**{**call, **two}, latents=latents, num_inference_steps=6).images
+    for i in range(2):
+        one = {k: v[i : i + 1] for k, v in two.items()}
+        alone = pipe(**{**call, **one}, latents=latents[i : i + 1], num_inference_steps=6).images
+        assert torch.allclose(both[i : i + 1], alone, atol=1e-4)
 
 
 def test_transformers_with_caches_take_our_plans_too() -> None:
