@@ -45,7 +45,8 @@ class Family:
     """What a pipeline class does with its denoiser.
 
     Attributes:
-        branches: the halves of the batch with guidance; None if it has no such halves, for the `reason`.
+        branches: the halves of the batch with guidance; None if it has no such halves.
+        calls: it calls its denoiser for the conditional branch, then, with guidance, for the unconditional one.
         reason: why no branch can be left out, as the end of a sentence; empty if one can.
         guided: how a call says that it uses guidance: "property": `do_classifier_free_guidance`; "above 1" or "not 1":
             by its argument `guidance_scale`; "always".
@@ -55,6 +56,7 @@ class Family:
     """
 
     branches: Branches | None = None
+    calls: bool = False
     reason: str = ""
     guided: str = "property"
     time: str = "t"
@@ -63,7 +65,8 @@ class Family:
 
 
 _HALVES, _SWAPPED = Branches(), Branches(conditional_first=True)
-_CALLS = "it calls its denoiser once for each branch of guidance, not with both in one batch"
+_CALLS = "it calls its denoiser several times for what it guides by"
+_CONDITIONED = "its branches are given different latents"
 _DISTILLED = "it calls its denoiser for one branch only (its guidance, if it has any, is an input of the model)"
 _THREE = "its batch has more than an unconditional and a conditional half"
 _INTERLEAVED = "its batch has the branches of guidance in turn, one view after the other"
@@ -118,18 +121,17 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
     # ------------------------------------------------ halves of a batch, conditional first
     (Family(_SWAPPED, guided="above 1"), "DiT"),
     (Family(_SWAPPED, time="1-t/1000"), "Lumina"),
-    # ------------------------------------------------ a call for each branch
+    # ------------------------------------------------ a call for each branch, conditional first
     (
-        Family(reason=_CALLS),
+        Family(calls=True),
         """
-        ChronoEdit CogView4 CogView4Control CosmosTextToWorld CosmosVideoToWorld Helios HeliosPyramid
-        HunyuanSkyreelsImageToVideo HunyuanVideo HunyuanVideoFramepack HunyuanVideoImageToVideo JoyImageEdit
-        Kandinsky5I2I Kandinsky5I2V Kandinsky5T2I Kandinsky5T2V LucyEdit SkyReelsV2 SkyReelsV2ImageToVideo Wan
-        WanAnimate WanImageToVideo WanVACE WanVideoToVideo
+        ChronoEdit CogView4 CogView4Control Helios HeliosPyramid HunyuanSkyreelsImageToVideo HunyuanVideo
+        HunyuanVideoFramepack HunyuanVideoImageToVideo JoyImageEdit Kandinsky5I2I Kandinsky5I2V Kandinsky5T2I
+        Kandinsky5T2V LucyEdit SkyReelsV2 SkyReelsV2ImageToVideo Wan WanAnimate WanImageToVideo WanVACE WanVideoToVideo
         """,
     ),
     (
-        Family(reason=_CALLS, time="t/1000"),
+        Family(calls=True, time="t/1000"),
         """
         BriaFibo2 Chroma ChromaImg2Img ChromaInpaint Flux FluxControlNet FluxImg2Img FluxInpaint FluxKontext
         FluxKontextInpaint Flux2Klein Flux2KleinInpaint Krea2 LongCatAudioDiT LongCatImage LongCatImageEdit
@@ -137,9 +139,10 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
         QwenImageEditInpaint QwenImageEditPlus QwenImageImg2Img QwenImageInpaint QwenImageLayered
         """,
     ),
-    (Family(reason=_CALLS, time="1-t/1000"), "Lumina2"),
-    (Family(reason=_CALLS, time="sigma"), "Cosmos2_5_PredictBase Cosmos2_5_Transfer"),
-    (Family(reason=_CALLS, time="sigma/(1+sigma)"), "Cosmos2TextToImage Cosmos2VideoToWorld"),
+    (Family(calls=True, time="1-t/1000"), "Lumina2"),
+    (Family(reason=_CONDITIONED), "CosmosTextToWorld CosmosVideoToWorld"),
+    (Family(reason=_CONDITIONED, time="sigma"), "Cosmos2_5_PredictBase Cosmos2_5_Transfer"),
+    (Family(reason=_CONDITIONED, time="sigma/(1+sigma)"), "Cosmos2TextToImage Cosmos2VideoToWorld"),
     (Family(reason=_CALLS), "StableDiffusionGLIGENTextImage"),
     # ------------------------------------------------ one branch
     (
@@ -228,7 +231,7 @@ def not_followed(pipeline: Any) -> str | None:
 def no_branches(pipeline: Any) -> str | None:
     """Why no branch of guidance can be left out at some steps; None if one can."""
     family, denoiser = family_of(pipeline), find_denoiser(pipeline)
-    if family.branches is None:
+    if family.reason:
         return f"{family.reason}, so guidance=both is the only choice"
     if denoiser is not None and not_a_unet(denoiser) is None and not rows_are_independent(denoiser):
         return "its attention processors read more than one row of a batch, so guidance=both is the only choice"
@@ -239,7 +242,7 @@ def unlike_halves(pipeline: Any) -> str | None:
     """Why a method that takes the batch for [unconditional, conditional] halves, or for one branch where a call has no
     guidance, would draw another image; None if it is right."""
     family = family_of(pipeline)
-    if family.branches == _HALVES or family.reason in (_CALLS, _DISTILLED):
+    if family.branches == _HALVES or family.calls or family.reason == _DISTILLED:
         return None
     return "the conditional half of its batch comes first" if family.branches else family.reason
 

@@ -6,6 +6,7 @@ reused guidance. `unet_hooks` and `block_hooks` skip the parts of U-Nets and of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ from ..steps import StepClock
 from .changes import Arguments, Snapshot
 from .history import History
 from .plan import FULL, Plan, Step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -142,6 +145,7 @@ class ReuseRun:
         batch_decoder: bool = True,
         max_group_mb: int = 1024,
     ) -> None:
+        self.name = name
         self.pipeline = pipeline
         self.clock = clock
         self.counters = counters
@@ -152,6 +156,7 @@ class ReuseRun:
         self.controlnet = find_controlnet(pipeline)
         self.unet = all(not_a_unet(denoiser) is None for denoiser in denoisers)
         self.batching = batch_decoder and self.unet and all(map(rows_are_independent, denoisers))
+        self.branch: dict[Any, tuple[Any, Any]] = {}  # by the same: when and what the last call returned
         self.thrown_away = 0  # times that predictions decoded ahead were of no use
         self.current: Pass | None = None
         self.cache: dict[Any, Features] = {}  # by the denoiser and the number of its call within a step
@@ -188,7 +193,21 @@ class ReuseRun:
     def uninstall(self) -> None:
         """Remove the hooks and free every kept tensor."""
         self.hooks.remove()
+        planned = any(step.mode != "full" for step in self.plan.steps)
+        if (
+            planned
+            and self.counters["decoder_runs"] > 2
+            and not self.counters["reused_steps"]
+            and self.clock.steps != 1
+        ):
+            logger.warning(
+                "%s: every step was computed, none was reused: %s calls its denoiser in a way that cannot be followed "
+                "(each call counts as a first one)",
+                self.name,
+                type(self.pipeline).__name__,
+            )
         self.cache.clear()
+        self.branch.clear()
         self.current = None
 
     # ------------------------------------------------------------------ the plan
@@ -239,7 +258,7 @@ class ReuseRun:
         Raises:
             ConfigurationError: there is guidance, but its branches are not the two halves of a batch.
         """
-        if self.clock.call and not self.family.views:
+        if self.family.calls or (self.clock.call and not self.family.views):
             return False
         if self.family.branches is not None and not guided(self.pipeline, self.clock.arguments):
             return False
@@ -261,8 +280,13 @@ class DenoiserHook(ModelHook):
         self.run = run
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = self._served(module, bind_forward(module, args, kwargs))
+        if self.run.family.calls:
+            self._note_branch(output)
+        return output
+
+    def _served(self, module: nn.Module, named: dict[str, Any]) -> Any:
         run, clock = self.run, self.run.clock
-        named = bind_forward(module, args, kwargs)
         slot, index = (id(self), clock.call), clock.index
         run.note_call()
         sample = _sample(named)
@@ -274,6 +298,10 @@ class DenoiserHook(ModelHook):
             step = Step(guidance="none" if step.guidance == "none" else "both")
         elif not features.guided and step.guidance != "none":
             step = FULL  # the unconditional branch was never computed: there is nothing to reuse
+        if run.family.calls and clock.call == 1 and step.guidance != "both":
+            output = self._unconditional(features, step, named)
+            if output is not None:
+                return output
         if step.mode == "hold":
             return self._hold(features, step, run.time(index), named)
         given = _sample(named)
@@ -309,12 +337,10 @@ class DenoiserHook(ModelHook):
             run.current = None
         self._count(features, step, steps)
         chunks = list(prediction(output).chunk(steps)) if steps > 1 else [prediction(output)]
-        if half or run.plan.reuses_guidance:
+        if half or (run.plan.reuses_guidance and not run.family.calls):
             chunks = [self._with_guidance(current, chunk, time) for chunk, time in zip(chunks, times, strict=True)]
         if step.mode == "full":
-            for space, order in run.kinds.spaces.items():
-                value = run.conversion.to(space, chunks[0], given, times[0]) if space else chunks[0]
-                features.histories.setdefault(("prediction", space), History(order + 1)).push(times[0], value)
+            self._keep_prediction(features, chunks[0], given, times[0])
             features.output = output
             held = sum(f.bytes() for f in run.cache.values())
             run.counters["peak_cache_bytes"] = max(run.counters["peak_cache_bytes"], held)
@@ -333,6 +359,46 @@ class DenoiserHook(ModelHook):
         self.run.counters["reused_steps"] += self.run.first
         self.run.counters["hold_steps"] += self.run.first
         return with_prediction(features.output, value)
+
+    def _note_branch(self, output: Any) -> None:
+        """Keep what a call for one branch returned; where both were computed, keep their difference as well."""
+        run, clock = self.run, self.run.clock
+        here = (clock.segment, clock.index)
+        run.branch[id(self), clock.call] = (here, output)
+        step = run.step_at(clock.index)
+        features = run.cache[id(self), clock.call]
+        if clock.call != 1 or not run.plan.reuses_guidance or step.guidance != "both" or step.mode == "hold":
+            return
+        there, conditional = run.branch[id(self), 0]
+        if there == here:
+            history = features.histories.setdefault("guidance", History(run.plan.highest_order + 1))
+            history.push(run.time(clock.index), prediction(output) - prediction(conditional))
+
+    def _unconditional(self, features: Features, step: Step, named: dict[str, Any]) -> Any:
+        """The unconditional branch of a step that leaves it out; None if it must be computed all the same."""
+        run, clock = self.run, self.run.clock
+        there, conditional = run.branch.get((id(self), 0), (None, None))
+        history, time = features.histories.get("guidance"), run.time(clock.index)
+        if there != (clock.segment, clock.index):
+            return None
+        if step.guidance == "none":
+            run.counters["unguided_steps"] += 1
+            features.guided = False
+            return conditional
+        if step.mode == "hold" or history is None:
+            return None
+        run.counters["unguided_steps"] += 1
+        value = prediction(conditional) + history.at(time, step.order)
+        if step.mode == "full":
+            self._keep_prediction(features, value, _sample(named), time)
+        return with_prediction(conditional, value)
+
+    def _keep_prediction(self, features: Features, value: torch.Tensor, given: torch.Tensor, time: float) -> None:
+        """Keep what a full step predicted, in every space in which a held step wants it."""
+        run = self.run
+        for space, order in run.kinds.spaces.items():
+            meant = run.conversion.to(space, value, given, time) if space else value
+            features.histories.setdefault(("prediction", space), History(order + 1)).push(time, meant)
 
     def _with_guidance(self, current: Pass, value: torch.Tensor, time: float) -> torch.Tensor:
         """Both branches of a prediction: keeps their difference where both were computed, or adds it again."""

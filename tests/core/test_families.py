@@ -242,17 +242,54 @@ def pipe_sigmas(steps: int) -> Any:
 
 
 # ---------------------------------------------------------------------- branches, views
-def test_branches_that_are_no_halves_are_refused_before_anything_runs() -> None:
-    """Two prompts with equal latents look like two branches; CogView 4 calls its transformer once for each branch."""
+def test_two_images_with_equal_latents_are_not_two_branches() -> None:
+    """CogView 4 calls its transformer once for each branch; each image of a batch is what it is by itself."""
     pipe, call = zoo.cogview4()
-    for feature in (Reuse(plan="full", guidance="interval:0-0.1"), Reuse(plan="steps:full hold full/reuse")):
-        with pytest.raises(UnsupportedPipelineError, match="once for each branch"):
-            accelerate(pipe, feature)
     two = {k: torch.cat([v, rand(*v.shape, seed=5)]) for k, v in call.items() if k.endswith("embeds")}
-    latents = rand(1, 4, 8, 8, seed=9).repeat(2, 1, 1, 1)
-    base = pipe(**{**call, **two}, latents=latents, num_inference_steps=3).images
-    accelerate(pipe, Reuse(plan="full"))
-    assert torch.equal(pipe(**{**call, **two}, latents=latents, num_inference_steps=3).images, base)
+    latents = rand(1, 4, 8, 8, seed=9)
+    for guidance in ("interval:0-0.1", "reuse:2"):
+        accelerate(pipe, Reuse(plan="full", guidance=guidance))
+        both = pipe(**{**call, **two}, latents=latents.repeat(2, 1, 1, 1), num_inference_steps=4).images
+        for i in range(2):
+            one = {k: v[i : i + 1] for k, v in two.items()}
+            alone = pipe(**{**call, **one}, latents=latents, num_inference_steps=4).images
+            assert torch.allclose(both[i : i + 1], alone, atol=1e-4)
+        assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+def test_the_second_call_of_a_step_is_left_out() -> None:
+    pipe, call = zoo.cogview4()
+    counted: list[int] = []
+    pipe.transformer.norm_out.register_forward_pre_hook(lambda module, args: counted.append(len(args[0])))
+    base = run(pipe, call, steps=6)
+    same = {"negative_prompt_embeds": call["prompt_embeds"]}
+    equal = run(pipe, call, steps=6, **same)
+    for plan, guidance, calls in (
+        ("full", "reuse:3", 8),
+        ("full", "interval:0-0", 6),
+        ("steps:full full/reuse hold full hold/none full/none", "both", 6),
+    ):
+        counted.clear()
+        accelerate(pipe, Reuse(plan=plan, guidance=guidance))
+        got = run(pipe, call, steps=6)
+        assert len(counted) == calls and not torch.equal(got, base)
+        if plan == "full":  # without a difference nothing is lost
+            assert torch.allclose(run(pipe, call, steps=6, **same), equal, atol=1e-5)
+    pipe.acceleration.remove()
+    alone = run(pipe, call, steps=6, guidance_scale=1.0)
+    accelerate(pipe, Reuse(plan="full", guidance="interval:0-0"))
+    assert torch.allclose(run(pipe, call, steps=6), alone, atol=1e-5)
+
+
+def test_branches_that_cannot_be_left_out_are_refused_before_anything_runs() -> None:
+    from diffusers import StableDiffusionPAGPipeline
+
+    plain, _ = sd()
+    pipe = StableDiffusionPAGPipeline(**plain.components, requires_safety_checker=False)
+    for feature in (Reuse(plan="full", guidance="interval:0-0.1"), Reuse(plan="steps:full hold full/reuse")):
+        with pytest.raises(UnsupportedPipelineError, match="more than an unconditional and a conditional half"):
+            accelerate(pipe, feature)
+    accelerate(pipe, Reuse(plan="hold:2"))
 
 
 @pytest.mark.parametrize("build", [zoo.dit, zoo.aura_flow, zoo.sd3, zoo.deepfloyd_if])
@@ -300,6 +337,25 @@ def test_panorama_reuses_by_view() -> None:
     assert torch.equal(run(pipe, call, steps=4), got)
     with pytest.raises(UnsupportedPipelineError, match="in turn"):
         accelerate(pipe, Reuse(guidance="reuse:2"))
+
+
+def test_a_loop_in_which_nothing_is_reused_says_so(caplog: Any) -> None:
+    class Twice(StableDiffusionPipeline):
+        """Begins anew before every step."""
+
+        def __call__(self, steps: int) -> torch.Tensor:
+            x = rand(1, 4, 8, 8)
+            for _ in range(steps):
+                self.scheduler.set_timesteps(steps)
+                t = self.scheduler.timesteps[0]
+                x = self.scheduler.step(self.unet(x, t, zoo.text()["prompt_embeds"]).sample, t, x).prev_sample
+            return x
+
+    plain, _ = sd()
+    pipe = accelerate(Twice(**plain.components, requires_safety_checker=False), Reuse(plan="hold:2"))
+    with torch.no_grad():
+        pipe(4)
+    assert "every step was computed" in caplog.text
 
 
 def test_pipelines_whose_denoiser_cannot_be_followed_are_refused() -> None:
