@@ -396,6 +396,12 @@ def rows_are_independent(module: nn.Module) -> bool:
     return all(usual_attention(p) for p in processors.values())
 
 
+def mixes_rows(module: nn.Module) -> bool:
+    """Whether an attention processor of a U-Net is neither one that treats each row by itself nor made from one."""
+    processors = getattr(module, "attn_processors", {}).values()
+    return any(not {c.__name__ for c in type(p).__mro__} & _ROW_INDEPENDENT_PROCESSORS for p in processors)
+
+
 def usual_attention(processor: Any) -> bool:
     """Whether an attention processor computes attention as usual: each row by itself, on the keys and values it gets
     from `to_k` and `to_v`."""

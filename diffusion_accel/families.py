@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .denoisers import find_denoiser, find_denoisers, not_a_unet, rows_are_independent
+from .denoisers import find_denoiser, find_denoisers, mixes_rows, not_a_unet
 from .hooks import forward_parameters
 
 
@@ -233,8 +233,8 @@ def no_branches(pipeline: Any) -> str | None:
     family, denoiser = family_of(pipeline), find_denoiser(pipeline)
     if family.reason:
         return f"{family.reason}, so guidance=both is the only choice"
-    if denoiser is not None and not_a_unet(denoiser) is None and not rows_are_independent(denoiser):
-        return "its attention processors read more than one row of a batch, so guidance=both is the only choice"
+    if denoiser is not None and not_a_unet(denoiser) is None and mixes_rows(denoiser):
+        return "its attention processors may read other rows of a batch, so guidance=both is the only choice"
     return None
 
 

@@ -36,7 +36,7 @@ class PriorNoise:
         self.feature = feature
         self.clock = clock
         self.counters = counters
-        self._initial: torch.Tensor | None = None
+        self._initial: dict[int, torch.Tensor] = {}  # by view; one is 0
         self._segment = -1
         self._levels: list[float] = []
         self._hooks = HookSet("diffusion_accel.prior_noise")
@@ -53,24 +53,26 @@ class PriorNoise:
 
     def uninstall(self) -> None:
         self._hooks.remove()
-        self._initial = None
+        self._initial.clear()
 
     def below(self, index: int) -> bool:
         """Whether noise is injected at step `index`."""
         if self.clock.segment != self._segment:
-            self._segment, self._initial, self._levels = self.clock.segment, None, self.clock.levels
+            self._segment, self._initial, self._levels = self.clock.segment, {}, self.clock.levels
         return index < len(self._levels) and self._levels[index] < self.feature.prior_noise_below
 
     def _inject(self, sample: torch.Tensor) -> torch.Tensor:
-        assert self._initial is not None
-        self.counters["noise_injections"] += 1
-        return sample + self.feature.prior_noise * self._initial
+        self.counters["noise_injections"] += self._view() == 0
+        return sample + self.feature.prior_noise * self._initial[self._view()]
+
+    def _view(self) -> int:
+        return self.clock.call if self.clock.family.views else 0
 
     def _remember(self, step_inputs: dict[str, Any]) -> bool:
         """Keep the latents of the first step; returns whether this is one."""
-        if self._initial is not None:
+        if self._view() in self._initial:
             return False
-        self._initial = step_inputs["sample"].clone()
+        self._initial[self._view()] = step_inputs["sample"].clone()
         return True
 
     def _before(self, step_inputs: dict[str, Any]) -> None:

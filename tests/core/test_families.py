@@ -283,8 +283,16 @@ def test_the_second_call_of_a_step_is_left_out() -> None:
 
 def test_branches_that_cannot_be_left_out_are_refused_before_anything_runs() -> None:
     from diffusers import StableDiffusionPAGPipeline
+    from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
+        CrossFrameAttnProcessor2_0,
+    )
 
     plain, _ = sd()
+    accelerate(sd()[0], Reuse(guidance="reuse:2"))
+    crossed, _ = sd()
+    crossed.unet.set_attn_processor(CrossFrameAttnProcessor2_0(batch_size=2))
+    with pytest.raises(UnsupportedPipelineError, match="other rows"):
+        accelerate(crossed, Reuse(guidance="reuse:2"))
     pipe = StableDiffusionPAGPipeline(**plain.components, requires_safety_checker=False)
     for feature in (Reuse(plan="full", guidance="interval:0-0.1"), Reuse(plan="steps:full hold full/reuse")):
         with pytest.raises(UnsupportedPipelineError, match="more than an unconditional and a conditional half"):
