@@ -54,11 +54,13 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
 
 def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, vae: bool, check: Any) -> None:
     """Put all hooks of a call on the models of a pipeline."""
-    hooks = changes.hooks("diffusion_accel.patch_parallel")
-    if shared := transformers_of(pipeline):
+    shared = transformers_of(pipeline)
+    for model in shared:
+        changes.add(partial(unshare, model))
+        share(model, run.world)
+    hooks = changes.hooks("diffusion_accel.patch_parallel")  # behind diffusers' own: removed before those
+    if shared:
         for model in shared:
-            changes.add(partial(unshare, model))
-            share(model, run.world)
             hooks.add(model, SharedHook(check, run.count_step))
     else:
         denoiser: Any = find_denoiser(pipeline)

@@ -193,12 +193,12 @@ def generate(
     for group, plan in zip(paths, plans, strict=True):
         check_fits(group, plan.width, plan.height)
 
+    if starts:  # they check the rest: this one need not import torch
+        return processes.start(settings)
     from .run import Session, check_machine, check_takes
 
     check_takes(source, classes or [])
     device_name = check_machine(settings)
-    if starts:
-        return processes.start(settings)
     writes = processes.writes(settings)
     quiet, json_lines = quiet or not writes, json_lines and writes
     images = [{f for layer in layers if (f := layer_path(p, layer, settings))} for group in paths for p in group]
