@@ -90,29 +90,29 @@ def _fail(message: str, code: int, consequence: bool = False) -> int:
     """Say what went wrong: on the terminal, or to the process that started this one and others."""
     from ..io import printable
     from ..parallel.launch import leave_message
-    from .processes import rank_0_says
+    from .processes import name
     from .terminal import LIMIT, say
 
     interrupts.last_word()
     message = printable(" ".join(message.split()))
     message = message if len(message) <= LIMIT else f"{message[: LIMIT - 1]}…"
-    if not leave_message(message, code, consequence) and not rank_0_says(code):
-        say(f"error: {message}", err=True)
+    if not leave_message(message, code, consequence):
+        say(f"error: {name()}{message}", err=True)
     return code
 
 
 def _say_at_first(message: str, code: int) -> None:
-    if "DIFFUSION_ACCEL_JOB" not in os.environ:  # one of several: the one that started them says it
+    if not {"DIFFUSION_ACCEL_JOB", "TORCHELASTIC_RUN_ID"} & {*os.environ}:  # one of several: others say it
         interrupts.write_line(f"error: {message}")
 
 
 def _say_interrupted(message: str, code: int) -> None:
     from ..io import printable
     from ..parallel.launch import leave_message
-    from .processes import speaks
+    from .processes import by_torchrun, speaks
 
     message = printable(message)
-    if not leave_message(message, code) and speaks():
+    if not leave_message(message, code) and speaks() and not by_torchrun():
         interrupts.write_line(f"error: {message}")
 
 

@@ -98,17 +98,19 @@ def writes(settings: Settings) -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process says that it was interrupted: of several, rank 0 does."""
+    """Whether this process says what all of them would say: of several with one picture, rank 0 does."""
     return not (joined or started_here()) or place().rank == 0
 
 
-def rank_0_says(code: int) -> bool:
-    """Whether rank 0 says the same: the same words, read on the same host, mean the same wrong usage there."""
-    if code != 2 or "TORCHELASTIC_RUN_ID" not in os.environ:  # started one by one, they may have been given other words
-        return False
-    asked = any(word.startswith("--patch-parallel") for word in command_line)
-    rank = os.environ.get("RANK", "0")
-    return asked and rank != "0" and rank == os.environ.get("LOCAL_RANK")
+def by_torchrun() -> bool:
+    """Whether torchrun started this process, and others that are interrupted with it before it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def name() -> str:
+    """What an error of this process begins with: which of several it is, unless it is the first."""
+    here = place() if joined else None
+    return f"process {here.rank} of {here.size}: " if here is not None and here.rank > 0 else ""
 
 
 def _feature(settings: Settings) -> PatchParallel | None:
