@@ -36,7 +36,7 @@ from diffusion_accel.training.arguments import (
     routing_from,
     settings_from,
 )
-from diffusion_accel.training.files import UsageError, read_json, write_json
+from diffusion_accel.training.files import TrainingError, UsageError, read_json, write_json
 
 TUNED: dict[str, Any] = {"steps": 5000, "batch": 32, "lr": 1e-3, "warmup": 150}
 
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
     vae = None if options.vae is None else models.load_vae(folder_of(options.vae)).requires_grad_(False).eval()
     wanted = {"data": str(options.data.resolve()), "size": options.size, "vae": str(options.vae)}
     ready = (work / "prepared.json").exists()
-    if ready and {**read_json(work / "prepared.json"), "kind": 0} != {**wanted, "kind": 0}:
+    if ready and {**prepared(work), "kind": 0} != {**wanted, "kind": 0}:
         raise UsageError(f"{work} was prepared from other data, size or VAE; pass --overwrite or another --work")
     if main and not ready:
         kind = datasets.prepare(options.data, work, options.size, options.kind, options.heldout)
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
             datasets.encode(work, vae, accelerator.device)
         write_json(work / "prepared.json", wanted | {"kind": kind})
     accelerator.wait_for_everyone()
-    kind = read_json(work / "prepared.json")["kind"]
+    kind = prepared(work)["kind"]
     if (kind == "captions") != (options.model == "unet-text"):
         raise UsageError(f"--model {options.model} does not go with data of the kind {kind!r}; see --help")
 
@@ -148,7 +148,10 @@ def run(options: argparse.Namespace) -> None:
     clean = examples.clean(torch.tensor([0]))
     width = text.config.hidden_size if text is not None else 0
     config = models.default_config(options.model, clean.shape[-1], clean.shape[1], len(classes), width)
-    config |= read_json(options.model_config) if options.model_config else {}
+    changes = read_json(options.model_config) if options.model_config else {}
+    if not isinstance(changes, dict):
+        raise UsageError(f"{options.model_config} must hold a JSON object of settings")
+    config |= changes
     model = models.build_denoiser(options.model, config)
     if options.init is not None:
         load_initial(model, folder_of(options.init))
@@ -177,6 +180,14 @@ def run(options: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
+def prepared(work: Path) -> dict[str, Any]:
+    """What a work folder was prepared from."""
+    found = read_json(work / "prepared.json")
+    if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
+        raise TrainingError(f"{work / 'prepared.json'} is damaged; pass --overwrite to prepare the folder again")
+    return found
+
+
 def text_parts(options: argparse.Namespace, work: Path) -> tuple[Any, Any]:
     """The text encoder and tokenizer of --text, or new ones for the captions of the data."""
     from diffusion_accel.training import models
@@ -193,13 +204,12 @@ def text_parts(options: argparse.Namespace, work: Path) -> tuple[Any, Any]:
 def load_initial(model: Any, path: Path) -> None:
     """Weights of the same kind of model, from its own folder or a pipeline folder."""
     part = "unet" if "UNet" in type(model).__name__ else "transformer"
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from diffusion_accel.training.files import load_tensors
 
     file = (path / part if (path / part).is_dir() else path) / "diffusion_pytorch_model.safetensors"
     try:
-        model.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        model.load_state_dict(load_tensors(file))
+    except (TrainingError, RuntimeError) as error:
         raise UsageError(f"--init: {file} does not fit this model: {str(error).splitlines()[0]}") from error
 
 

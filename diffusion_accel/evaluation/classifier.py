@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import io, tensors
 from ..errors import ModelLoadError
 
 SIZE = 96  # pixels on a side of what the network sees
@@ -79,16 +80,16 @@ def asset_folder() -> Path:
 
 def load_classifier(folder: Path | None = None) -> StickerClassifier:
     """The classifier of a folder; by default the one that ships. In float32, in evaluation mode."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = folder or asset_folder()
+    classes = io.read_json(folder / "classes.json", error=ModelLoadError)
+    if not isinstance(classes, dict) or not all(_texts(classes.get(head)) and classes[head] for head in HEADS):
+        raise ModelLoadError(f"{folder / 'classes.json'} holds no names of {', '.join(HEADS)}")
+    weights = _finite(folder / "model.safetensors")
     try:
-        classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
         model = StickerClassifier(classes)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelLoadError(f"{folder} holds no sticker classifier: {str(error).splitlines()[0]}") from error
+        model.load_state_dict(weights)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelLoadError(f"{folder} holds no sticker classifier: {io.first_line(error)}") from error
     return model.float().eval()
 
 
@@ -120,12 +121,20 @@ def extract(model: StickerClassifier, pictures: torch.Tensor, batch: int = 64) -
 
 def load_reference(folder: Path | None = None) -> Features:
     """Features of the real stickers that ship with the classifier."""
-    from safetensors.torch import load_file
-
     folder = folder or asset_folder()
-    try:
-        values = load_file(folder / "reference.safetensors")["features"].float()
-        rows: dict[str, Any] = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        return Features(values, rows["concepts"], rows["styles"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"{folder} holds no reference features: {str(error).splitlines()[0]}") from error
+    values = _finite(folder / "reference.safetensors").get("features", torch.zeros(0))
+    rows: Any = io.read_json(folder / "reference.json", error=ModelLoadError)
+    names = [rows.get(key, []) if isinstance(rows, dict) else [] for key in ("concepts", "styles")]
+    if values.shape[1:] != (FEATURES,) or not all(_texts(one) and len(one) == len(values) for one in names):
+        raise ModelLoadError(f"{folder} holds no reference features: {FEATURES} numbers, a concept and a style of each")
+    return Features(values.float(), *names)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _finite(file: Path) -> dict[str, torch.Tensor]:
+    found = tensors.read_tensors(file, error=ModelLoadError)
+    tensors.check_values(found, file, ModelLoadError)
+    return found

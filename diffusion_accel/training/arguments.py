@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .. import interrupts
 from ..errors import AccelerationError
 from ..io import first_line, printable
-from .files import UsageError, read_json
+from .files import UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,7 +104,7 @@ def objective_from(options: argparse.Namespace, process: Process, **fixed: Any) 
         else:
             if options.affinity is None:
                 raise UsageError("--clustering gradient needs --affinity FILE, which --measure-affinity writes")
-            distance = clusters.gradient_distance(read_json(options.affinity)["affinity"])
+            distance = clusters.gradient_distance(clusters.read_affinity(options.affinity))
         intervals = tuple(clusters.cluster(distance, options.task_clusters))
     elif options.task_loss != "none":
         raise UsageError(f"--task-loss {options.task_loss} needs --task-clusters")

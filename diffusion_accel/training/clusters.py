@@ -6,13 +6,14 @@ bounds are those of the optimum (it reports them one step early) and intervals s
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .denoising import TIMESTEPS, Process
-from .files import UsageError
+from .files import UsageError, read_json
 
 if TYPE_CHECKING:
     from .diffusion_task import DenoisingTask
@@ -38,6 +39,21 @@ def gradient_distance(affinity: np.ndarray) -> np.ndarray:
     """-TAS(c, t) for all timesteps from the task affinity score (mean cosine of gradients) on a grid (G, G)."""
     grid = np.arange(TIMESTEPS) * len(affinity) // TIMESTEPS
     return -np.asarray(affinity, np.float64)[np.ix_(grid, grid)]
+
+
+def read_affinity(file: Path) -> np.ndarray:
+    """The task affinities that `--measure-affinity` wrote: cosines, (G, G).
+
+    Raises:
+        UsageError: the file holds something else.
+    """
+    found = read_json(file)
+    values = found.get("affinity") if isinstance(found, dict) else None
+    grid = len(values) if isinstance(values, list) else 0
+    square = 1 <= grid <= TIMESTEPS and all(isinstance(row, list) and len(row) == grid for row in values or ())
+    if not square or not all(type(x) in (int, float) and abs(x) <= 1.001 for row in values or () for x in row):
+        raise UsageError(f"{file} holds no task affinities: a square table of cosines, as --measure-affinity writes it")
+    return np.array(values, np.float64)
 
 
 def cluster(distance: np.ndarray, k: int) -> list[Interval]:

@@ -14,11 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..images import open_image
-from .files import TrainingError, UsageError, read_json_lines, replacing, require, write_json_lines
+from .files import (
+    TrainingError,
+    UsageError,
+    load_array,
+    load_tensors,
+    read_json_lines,
+    replacing,
+    require,
+    rows_of,
+    write_json_lines,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -120,7 +130,7 @@ def as_tensor(pictures: np.ndarray) -> torch.Tensor:
 @torch.no_grad()
 def encode(work: Path, vae: AutoencoderKL, device: torch.device) -> None:
     """Write the latents of every picture: the mean of the VAE's posterior, times its scaling factor."""
-    pictures = np.load(require(work / "pictures.npy", "prepare"), mmap_mode="r", allow_pickle=False)
+    pictures = load_array(require(work / "pictures.npy", "prepare"))
     model: Any = vae.to(device).eval()
     parts = []
     for start in tqdm(range(0, len(pictures), 32), desc="encode", unit="batch", disable=None):
@@ -180,10 +190,15 @@ class PictureExamples:
 
 def load_examples(work: Path, vae: Any = None, tokenizer: CLIPTokenizer | None = None) -> PictureExamples:
     """What `prepare` (and `encode`, if there is a VAE) left in the work folder."""
-    rows = read_json_lines(require(work / "rows.jsonl", "prepare"))
-    space: Any = np.load(require(work / "pictures.npy", "prepare"), mmap_mode="r", allow_pickle=False)
+    rows = rows_of(require(work / "rows.jsonl", "prepare"), file=str, split=str)
+    space: Any = load_array(require(work / "pictures.npy", "prepare"))
     if vae is not None:
-        space = load_file(require(work / "latents.safetensors", "prepare"))["latents"]
+        space = load_tensors(require(work / "latents.safetensors", "prepare"), "latents")["latents"]
+    if len(space) != len(rows):
+        raise TrainingError(f"{work} has {len(rows)} rows and {len(space)} pictures; prepare it again")
+    kinds = {tuple(isinstance(row.get(key), str) for key in ("caption", "label")) for row in rows}
+    if len(kinds) > 1:
+        raise TrainingError(f"{work / 'rows.jsonl'}: some rows have a caption or a label, others have none")
     conditions = empty = None
     if "caption" in rows[0]:
         if tokenizer is None:

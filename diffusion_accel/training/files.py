@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import interrupts, io
 from ..errors import AccelerationError
 from ..io import replacing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 _LIMIT = 2**30  # bytes of a file of JSON: a line an image
 
@@ -59,7 +63,62 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise UsageError(f"{path} is missing")
     lines = enumerate(io.split_lines(io.read_text(path, limit=_LIMIT, error=TrainingError)), 1)
-    return [io.parse_json(line, f"{path}, line {n}", error=TrainingError) for n, line in lines if line.strip()]
+    rows = [(n, io.parse_json(line, f"{path}, line {n}", error=TrainingError)) for n, line in lines if line.strip()]
+    for n, row in rows:
+        if not isinstance(row, dict):
+            raise TrainingError(f"{path}, line {n}: is no table")
+    return [row for _, row in rows]
+
+
+def rows_of(path: Path, **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, at least one.
+
+    Raises:
+        TrainingError: there is none, or one lacks a key of `kinds`, or has something else there.
+    """
+    rows = read_json_lines(path)
+    for n, row in enumerate(rows, 1):
+        for key, kind in kinds.items():
+            if not isinstance(row.get(key), kind):
+                raise TrainingError(f"{path}, row {n}: {key} is missing or not of its kind")
+    if not rows:
+        raise TrainingError(f"{path} has no rows")
+    return rows
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An array of images (N, H, W, channels), uint8, mapped into memory.
+
+    Raises:
+        TrainingError: the file is none, or cut off.
+    """
+    import numpy as np
+
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds for broken headers
+        raise TrainingError(f"{path} is no whole array: {io.first_line(error)}") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 4 or found.dtype != np.uint8:
+        raise TrainingError(f"{path} holds no images")
+    return found
+
+
+def load_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, which must have these names; all numbers finite.
+
+    Raises:
+        TrainingError: it is broken, or lacks one.
+    """
+    from ..tensors import check_values, read_tensors
+
+    found = read_tensors(path, error=TrainingError)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise TrainingError(f"{path} lacks the tensor {missing[0]}")
+    check_values({name: x for name, x in found.items() if x.is_floating_point()}, path, TrainingError)
+    return found
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:

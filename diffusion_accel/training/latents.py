@@ -9,16 +9,16 @@ an ordinary AutoencoderKL that loads, runs and trains like any other.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from .files import TrainingError, replacing, require
+from .files import TrainingError, load_tensors, replacing, require
 from .sticker_data import composite
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class PatchCodec:
 
     @classmethod
     def load(cls, path: Path) -> PatchCodec:
-        return cls(**load_file(require(path, "latents")))
+        names = [field.name for field in fields(cls)]
+        found = load_tensors(require(path, "latents"), *names)
+        return cls(**{name: found[name] for name in names})
 
 
 def fit_codec(pictures: torch.Tensor, channels: int) -> PatchCodec:

@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from .. import interrupts
-from .files import UsageError, read_json_lines, write_json_lines
+from ..io import split_lines
+from .files import UsageError, write_json_lines
 from .multitask import Weighting
 from .state import STATE, load_state, read_counters, save_state
 
@@ -208,7 +209,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
     log_path = folder / "log.jsonl"
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = read_json_lines(log_path) if exists and log_path.exists() else []
+        lines = _log_lines(log_path) if exists and log_path.exists() else []
         write_json_lines(log_path, [line for line in lines if line["step"] <= counters["step"]])
 
     board = _tensorboard(folder) if main else None
@@ -305,6 +306,19 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
     accelerator.free_memory()
     finished = counters["step"] >= settings.steps
     return Outcome(counters["step"], finished, None if finished else signals.received)
+
+
+def _log_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log: a run that was killed may have left half of one."""
+    found = []
+    for line in split_lines(path.read_text(encoding="utf-8", errors="replace")):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            found.append(values)
+    return found
 
 
 def _tensorboard(folder: Path) -> Any:

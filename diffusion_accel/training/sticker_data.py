@@ -17,11 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..images import open_image
-from .files import TrainingError, UsageError, read_json_lines, replacing, replacing_folder, require, write_json_lines
+from .files import (
+    TrainingError,
+    UsageError,
+    load_array,
+    load_tensors,
+    read_json_lines,
+    replacing,
+    replacing_folder,
+    require,
+    rows_of,
+    write_json_lines,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -91,11 +102,12 @@ def cache_images(data: Path, work: Path, size: int) -> tuple[int, ...]:
 
 def load_images(work: Path) -> np.ndarray:
     """The picture cache, mapped into memory and read-only: uint8 (N, size, size, 4), premultiplied."""
-    return np.load(require(work / "images.npy", "cache"), mmap_mode="r", allow_pickle=False)
+    return load_array(require(work / "images.npy", "cache"))
 
 
 def load_rows(work: Path) -> list[Row]:
-    return read_json_lines(require(work / "rows.jsonl", "cache"))
+    file = require(work / "rows.jsonl", "cache")
+    return rows_of(file, slug=str, style=str, name=str, split=str, core=(bool, int))
 
 
 def composite(images: np.ndarray, background: np.ndarray | None = None) -> torch.Tensor:
@@ -231,4 +243,4 @@ def load_tokenizer(work: Path) -> CLIPTokenizer:
 
 
 def load_tokens(work: Path) -> dict[str, torch.Tensor]:
-    return load_file(require(work / "tokens.safetensors", "tokenizer"))
+    return load_tensors(require(work / "tokens.safetensors", "tokenizer"), "captions", "empty")

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from . import sticker_data as data
 from .diffusion_task import PREVIEWS, sample_of
-from .files import TrainingError, require
+from .files import TrainingError, load_tensors, require
 from .latents import PATCH, PatchCodec
 from .loop import Batch
 from .pictures import picture_loss, psnr, save_grid
@@ -102,7 +101,7 @@ class Captioned:
 
     @classmethod
     def load(cls, work: Path) -> Captioned:
-        stored = load_file(require(work / "latents.safetensors", "latents"))
+        stored = load_tensors(require(work / "latents.safetensors", "latents"), "latents", "indices")
         tokens, indices = data.load_tokens(work), stored["indices"]
         rows = data.load_rows(work)
         rows = [rows[i] for i in indices.tolist()]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..evaluation.fidelity import psnr
@@ -22,7 +22,7 @@ from ..transparency.weights import ADAPTER, load_part, read_tensors, write_diges
 from . import sticker_data as data
 from .denoising import Process
 from .diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
-from .files import UsageError, replacing_folder, require
+from .files import UsageError, load_tensors, replacing_folder, require
 from .latents import PATCH
 from .loop import Batch
 from .low_rank import add_low_rank, low_rank_changes, set_low_rank
@@ -316,7 +316,7 @@ class RefineTask(DecoderTask):
     ) -> None:
         super().__init__(work, vae, start, crop=data.load_images(work).shape[1])
         self.captioned = Captioned.load(work).listed()
-        self.indices = load_file(require(work / "latents.safetensors", "latents"))["indices"].numpy()
+        self.indices = load_tensors(require(work / "latents.safetensors", "latents"), "indices")["indices"].numpy()
         self._denoiser, self.process = [denoiser.eval().requires_grad_(False)], process
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
@@ -408,7 +408,7 @@ def adjusted_latents(work: Path, vae: AutoencoderKL, start: Path | None = None, 
 
     The pictures have a margin, so that the denoiser learns to keep it.
     """
-    stored = load_file(require(work / "latents.safetensors", "latents"))
+    stored = load_tensors(require(work / "latents.safetensors", "latents"), "indices", "listed")
     images, listed = data.load_images(work), int(stored["listed"])
     pair = Pair(vae)
     load_pair(work, pair, STAGES[:3], start)
@@ -433,7 +433,7 @@ def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective, start:
 
     It begins at zero, or with the adapter in the folder `start`.
     """
-    latents = load_file(require(work / "transparency" / "latents.safetensors", "latents"))["latents"]
+    latents = load_tensors(require(work / "transparency" / "latents.safetensors", "latents"), "latents")["latents"]
     captioned = replace(Captioned.load(work).listed(), latents=latents)
     torch.manual_seed(0)
     denoiser = Denoiser(pipeline.unet.float(), pipeline.text_encoder.float().requires_grad_(False))
