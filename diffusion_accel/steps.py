@@ -119,7 +119,7 @@ class StepClock:
         current = self.scheduler.timesteps
         fresh = self._is_new(current)
         if fresh:
-            self._tensor, self._version, self._all = current, current._version, [float(t) for t in current.tolist()]
+            self._tensor, self._version, self._all = current, _version(current), [float(t) for t in current.tolist()]
             units = [self.family.time] if self.family.time else list(UNITS)
             self._told = {unit: told(self.pipeline, self.scheduler, unit) for unit in units}
         position = self._locate(timestep, fresh)
@@ -150,7 +150,7 @@ class StepClock:
     def _is_new(self, timesteps: torch.Tensor) -> bool:
         """Whether the scheduler has other timesteps than before; each view of an image has its own copy of them."""
         known = self._tensor
-        if known is None or (timesteps is known and timesteps._version != self._version):
+        if known is None or (timesteps is known and _version(timesteps) != self._version):
             return True
         if timesteps is known or (self.family.views and torch.equal(timesteps, known)):
             return False
@@ -250,3 +250,8 @@ def _value(timestep: Any) -> tuple[float, float]:
         return float(timestep), 1e-9
     rounding = 2 * torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else 1e-9
     return float(timestep.max()), rounding
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; 0 in inference mode, where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version

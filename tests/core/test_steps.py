@@ -47,6 +47,11 @@ def test_every_position_once_in_order(scheduler: Any, pass_as: Any) -> None:
     assert seen == [(i, 0, total, 0) for i in range(total)]
 
 
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        assert walk(DDIMScheduler(), 3) == [(i, 0, 3, 0) for i in range(3)]
+
+
 def test_several_calls_at_one_step() -> None:
     seen = walk(HeunDiscreteScheduler(), 3, calls=2)
     assert [(i, c) for i, c, _, _ in seen] == [(i, c) for i in range(5) for c in range(2)]
