@@ -309,6 +309,32 @@ def flux() -> Built:
     return pipe, {**embeds, "height": 16, "width": 16, "output_type": "latent"}
 
 
+def wan(two: bool = True) -> Built:
+    """Wan 2.2: a transformer for the noisier steps and one for the others, each called twice a step for guidance."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    def transformer(seed: int) -> Any:
+        return seeded(
+            lambda: WanTransformer3DModel(
+                patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+                text_dim=DIM, freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+            ),
+            seed,
+        )  # fmt: skip
+
+    decoder = seeded(
+        lambda: AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+    )
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=decoder, transformer=transformer(0),
+        transformer_2=transformer(1) if two else None, boundary_ratio=0.875 if two else None,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )  # fmt: skip
+    return pipe, {**text(), "height": 16, "width": 16, "num_frames": 5, "output_type": "latent"}
+
+
 def unet2d() -> Built:
     return _ddpm(
         (16, 32),
