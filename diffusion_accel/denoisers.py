@@ -13,7 +13,7 @@ from .hooks import compiled_in_place, forward_parameters, model_of
 
 # Components that denoise. Wan 2.2 has a second transformer for the steps with less noise, Ideogram 4 one for the branch
 # without a prompt.
-_DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 _UNET_PARTS = ("conv_in", "down_blocks", "mid_block", "up_blocks")
 
 # Arguments of an encoder block that have one row for each sample (or sample and frame) of the batch.
@@ -129,7 +129,7 @@ class UNetStages:
 
 def denoiser_names(pipeline: Any) -> tuple[str, ...]:
     """The components that the pipeline calls to denoise: "unet", else its transformers; most have one, some two."""
-    there = [name for name in _DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
+    there = [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
     return tuple(there[:1] if there[:1] == ["unet"] else there)
 
 
@@ -215,9 +215,9 @@ def unet_stages(module: nn.Module) -> UNetStages:
     reason = not_a_unet(module)
     if reason:
         raise ValueError(reason)
-    parts: Any = module
+    parts: Any = model_of(module)
     return UNetStages(
-        head=tuple(m for n in ("conv_in", "transformer_in") if isinstance(m := getattr(module, n, None), nn.Module)),
+        head=tuple(m for n in ("conv_in", "transformer_in") if isinstance(m := getattr(parts, n, None), nn.Module)),
         down=tuple(parts.down_blocks),
         mid=parts.mid_block,
         up=tuple(parts.up_blocks),
@@ -226,6 +226,7 @@ def unet_stages(module: nn.Module) -> UNetStages:
 
 def not_a_unet(module: nn.Module) -> str | None:
     """Why `module` is not a U-Net with conv_in, down_blocks, mid_block and up_blocks; None if it is one."""
+    module = model_of(module)
     name = type(module).__name__
     missing = [p for p in _UNET_PARTS if not hasattr(module, p)]
     if missing:
@@ -313,6 +314,7 @@ def residual_branches(module: nn.Module) -> list[nn.Module]:
 
 def residual_stream_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer that add to its stream of pictures, in order; empty if it is not one we know."""
+    module = model_of(module)
     if hasattr(module, "up_blocks"):
         return []
     lists = [getattr(module, name, ()) for name in ("transformer_blocks", "single_transformer_blocks")]
@@ -322,6 +324,7 @@ def residual_stream_blocks(module: nn.Module) -> list[nn.Module]:
 
 def not_splittable(module: nn.Module) -> str | None:
     """Why the layers of a model cannot work on slices of the picture that exchange their borders; None if they can."""
+    module = model_of(module)
     name = type(module).__name__
     if name not in _SPLITTABLE:
         return f"{name} is not a model whose layers are known to work on a part of the picture"
@@ -380,12 +383,12 @@ def frames_of(module: nn.Module, sample: torch.Tensor) -> int:
     """How many rows of a U-Net's residual blocks belong to one sample: its frames, 1 for pictures."""
     if sample.dim() != 5:
         return 1
-    return sample.shape[1] if type(module).__name__ == "UNetSpatioTemporalConditionModel" else sample.shape[2]
+    return sample.shape[1] if type(model_of(module)).__name__ == "UNetSpatioTemporalConditionModel" else sample.shape[2]
 
 
 def timestep_kind(module: nn.Module, scheduler: Any) -> str:
     """What the denoiser is told: "index" (0 ... 999), "flow" (0 ... 1000) or "unit" (0 ... 1)."""
-    if type(module).__name__ in _UNIT_TIME:
+    if type(model_of(module)).__name__ in _UNIT_TIME:
         return "unit"
     return "flow" if type(scheduler).__name__.startswith("FlowMatch") else "index"
 

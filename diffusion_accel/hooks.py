@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
+if TYPE_CHECKING:
+    from .changes import Changes
+
+logger = logging.getLogger(__name__)
+
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+_OWN = "diffusion_accel."  # how the names of this toolkit's hooks begin
+_COMPILED = "_torchdynamo_orig_callable"  # what torch.compile notes on what it returns
+_CALLED = ("forward", "_compiled_call_impl")  # what a call of a module runs
 _REGISTRY = "_diffusers_hook"
 _CALLS = "_diffusion_accel_calls"
 
@@ -82,6 +91,41 @@ class HookSet:
                     _unchain(registry, self.name)
                     tidy(module, keep_registry=not hasattr(registry, "_own_forward"))
             self._modules.pop()
+
+
+def run_uncompiled(changes: Changes, models: list[Any]) -> None:
+    """Let what is compiled and has hooks inside run uncompiled until `changes` are undone.
+
+    Hooks are not for compiling: what they look up changes with every step. That concerns parts of models (blocks that
+    were compiled each by itself), a ControlNet, a VAE and its methods; hooks around a compiled part do it no harm.
+    """
+    for module in [part for model in models for part in model.modules()]:
+        methods = {k: v for k, v in vars(module).items() if hasattr(v, _COMPILED) and k not in _CALLED}
+        wrapped = type(module).__name__ == "OptimizedModule"
+        if not (methods or wrapped or compiled_in_place(module)):
+            continue
+        inside = model_of(module)
+        if not any(_is_hooked(part) for part in inside.modules() if wrapped or methods or part is not inside):
+            continue
+        logger.warning(
+            "%s runs uncompiled in this call, because an accelerating feature has hooks inside of it",
+            type(inside).__name__,
+        )
+        for name, method in methods.items():
+            changes.set(module, name, getattr(method, _COMPILED))
+        if wrapped or compiled_in_place(module):
+            plain = inside if wrapped else module._call_impl
+            registry = vars(module).get(_REGISTRY if wrapped else _CALLS)
+            if registry is not None and registry._fn_refs:  # hooks around it stay
+                below = registry._fn_refs[0]
+                changes.set(below, "forward" if below.original_forward is None else "original_forward", plain)
+            else:
+                changes.set(module, "forward" if wrapped else "_compiled_call_impl", plain if wrapped else None)
+
+
+def _is_hooked(module: Any) -> bool:
+    registries = [vars(module).get(key) for key in (_REGISTRY, _CALLS)]
+    return any(name.startswith(_OWN) for registry in registries if registry is not None for name in registry.hooks)
 
 
 def _registry(module: Any) -> Any:
@@ -168,6 +212,15 @@ def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named
+
+
+def as_given(
+    module: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by name as positional ones and keywords, in the way in which `args` were: what is compiled need not be
+    compiled again, and a forward that was put on the instance gets what it expects."""
+    first = forward_parameters(module)[: len(args)]
+    return tuple(named[name] for name in first), {name: value for name, value in named.items() if name not in first}
 
 
 def forward_parameters(module: torch.nn.Module) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class StepClock:
         timesteps: the values of the segment's steps, in the scheduler's own unit (0 … num_train_timesteps or sigma).
         segment: how many passes over timesteps were begun before this one.
         call: how many times the module now being called was called at this step before.
+        first: whether no denoiser was called at this step before: steps are counted at these calls.
         steps: how many times the scheduler has stepped in this call.
         calls: how many times a denoiser was called.
         changes: what the clock has changed on objects.
@@ -57,6 +58,7 @@ class StepClock:
         self.timesteps: list[float] = []
         self.segment = -1
         self.call = 0
+        self.first = True
         self.exact = False
         self.steps = 0
         self.calls = 0
@@ -67,6 +69,7 @@ class StepClock:
         self._start = 0
         self._position = -1
         self._stepped = self._counted = False
+        self._begun = (-1, -1)  # the step at which a denoiser was called last
         self._calls: dict[int, int] = {}
         self._before: list[BeforeStep] = []
         self._after: list[AfterStep] = []
@@ -136,6 +139,12 @@ class StepClock:
         model = id(model_of(module))
         self.call = self._calls.get(model, 0)
         self._calls[model] = self.call + 1
+
+    def count(self) -> None:
+        """Note that the module just observed is a denoiser."""
+        here = (self.segment, self.index)
+        self.first, self._begun = here != self._begun, here
+        self.calls += 1
 
     def _begin_segment(self, position: int) -> None:
         self.segment += 1
@@ -240,7 +249,8 @@ class _ClockHook(ModelHook):
         named = bind_forward(module, args, kwargs)
         name = time_argument(named)
         self.clock.observe(module, named[name] if name else None)
-        self.clock.calls += self.denoises
+        if self.denoises:
+            self.clock.count()
         return args, kwargs
 
 

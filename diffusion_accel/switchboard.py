@@ -20,7 +20,7 @@ from .evaluation.flops import count_flops
 from .families import call_arguments
 from .feature import Attachment, Feature, alive
 from .finite import finite_call
-from .hooks import bind_method
+from .hooks import bind_method, run_uncompiled
 from .registry import FEATURES, feature_class
 from .report import Report
 from .steps import StepClock
@@ -214,10 +214,12 @@ class Acceleration:
                 if attachment.feature.works_inside(pipeline):
                     name = attachment.feature.name
                     raise ConfigurationError(f"{name} cannot be used on this pipeline any more: {reason}")
+        models = [*called_denoisers(pipeline), find_controlnet(pipeline), getattr(pipeline, "vae", None)]
         for attachment in active:
             changes.add(attachment.changes.undo)  # also where after_call fails
             changes.add(attachment.after_call)
             attachment.before_call(clock)
+            run_uncompiled(attachment.changes, [m for m in models if isinstance(m, torch.nn.Module)])
         changes.add(clock.changes.undo)
         changes.add(clock.stop)
         controlnet = find_controlnet(pipeline)

@@ -107,7 +107,13 @@ class PatchParallel(Feature):
         return text.partition(",")[0].isdigit()
 
     def supports(self, pipeline: Any) -> str | None:
-        from diffusion_accel.denoisers import find_denoiser, not_a_unet, not_splittable, reads_every_step
+        from diffusion_accel.denoisers import (
+            denoiser_names,
+            find_denoiser,
+            not_a_unet,
+            not_splittable,
+            reads_every_step,
+        )
 
         denoiser = find_denoiser(pipeline)
         if denoiser is None:
@@ -116,7 +122,7 @@ class PatchParallel(Feature):
         if reason is None:
             return not_splittable(denoiser) or reads_every_step(pipeline)
         name = type(denoiser).__name__
-        if getattr(pipeline, "transformer", None) is not denoiser:
+        if "unet" in denoiser_names(pipeline):
             return reason
         if getattr(type(denoiser), "_cp_plan", None) is None:
             return f"{name} is a transformer, and diffusers has no context-parallel plan for it (enable_parallelism)"

@@ -14,12 +14,13 @@ from diffusion_accel.denoisers import (
     RESIDUAL_ARGUMENTS,
     find_controlnet,
     find_denoiser,
+    find_denoisers,
     not_splittable,
     rows_are_independent,
     uses_freeu,
 )
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.hooks import tensors_in
+from diffusion_accel.hooks import model_of, tensors_in
 from diffusion_accel.steps import StepClock
 
 from .context import SharedHook, share, transformers_of, unshare, why_not_shared
@@ -32,7 +33,7 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
     """Why this pipeline, as it is now, cannot be called on several processes; None if it can."""
     denoiser: Any = find_denoiser(pipeline)
     shared = transformers_of(pipeline)
-    autoencoder = getattr(pipeline, "vae", None)
+    autoencoder = model_of(pipeline.vae) if getattr(pipeline, "vae", None) is not None else None
     models = shared or [denoiser]
     if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for d in models for m in d.modules() if m is not d):
         return "its layers are offloaded one by one (sequential offload); use model offload instead"
@@ -66,13 +67,13 @@ def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, 
         denoiser: Any = find_denoiser(pipeline)
         install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)
         hooks.add(denoiser, DenoiserHook(run, cfg_parallel, check))
-    controlnet: Any = find_controlnet(pipeline)
+    controlnet: Any = model_of(net) if (net := find_controlnet(pipeline)) is not None else None
     if controlnet is not None and not cfg_parallel:
-        nets = list(controlnet.nets) if hasattr(controlnet, "nets") else [controlnet]
+        nets = [model_of(net) for net in controlnet.nets] if hasattr(controlnet, "nets") else [controlnet]
         if all(not_splittable(net) is None and not net.config.global_pool_conditions for net in nets):
             for number, net in enumerate(nets):
                 install_controlnet(hooks, run, net, f"controlnet.{number}", check)
-    autoencoder = getattr(pipeline, "vae", None)
+    autoencoder = model_of(pipeline.vae) if getattr(pipeline, "vae", None) is not None else None
     if vae and autoencoder is not None and not_splittable(autoencoder) is None:
         install_vae(hooks, run, autoencoder, check)
 
@@ -108,7 +109,7 @@ class Agreement:
 
     def _asked(self, named: dict[str, Any]) -> dict[str, Any]:
         handle = self.pipeline.acceleration
-        model: Any = find_denoiser(self.pipeline)
+        models: list[Any] = find_denoisers(self.pipeline)
         scheduler = self.pipeline.scheduler
         apart = {"sample", "hidden_states", "timestep", "encoder_hidden_states", "return_dict"}
         if any(name.startswith("controlnet") for name in self._passes):  # its own arguments were compared
@@ -118,8 +119,8 @@ class Agreement:
             "the number of steps": len(self.clock.timesteps),
             "the timesteps": self.clock.timesteps,
             "the scheduler": [type(scheduler).__name__, _settings(scheduler)],
-            "the model": [type(model).__name__, _settings(model), sampled_weights(model)],
-            "the way quantized layers compute": getattr(model, "low_bit_runtime", None),
+            "the model": [[type(model).__name__, _settings(model), sampled_weights(model)] for model in models],
+            "the way quantized layers compute": [getattr(model, "low_bit_runtime", None) for model in models],
             "the guidance scale": getattr(self.pipeline, "_guidance_scale", None),
             "the features": {name: f.to_dict() for name, f in handle.features.items() if handle.enabled(name)},
             "the prompt": named.get("encoder_hidden_states"),

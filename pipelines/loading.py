@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 from diffusion_accel.conditioning import keep_class_names
+from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, first_line, is_there
 
@@ -80,8 +81,8 @@ def load_pipeline(
     if quantize and kind != "checkpoint":
         if source.kind == "file":
             raise ConfigurationError(f"--quantize {quantize} needs a pipeline folder or a hub id, not a single file")
-        part = _load(source.location, lambda: _denoiser_part(source))
-        options["quantization_config"] = foreign_config(quantize, part)
+        parts = _load(source.location, lambda: _denoiser_parts(source))
+        options["quantization_config"] = foreign_config(quantize, parts)
     if source.kind == "file":
         pipe = _load(source.location, lambda: _single_file(source, pipeline_class, options))
     else:
@@ -127,13 +128,14 @@ def _single_file(source: ModelSource, cls: Any, options: dict[str, Any]) -> Any:
         return cls.from_single_file(source.location, **options)
 
 
-def _denoiser_part(source: ModelSource) -> str:
-    """The component that is the denoiser: what a local pipeline folder has; "unet" of a hub id unless it says
-    otherwise."""
+def _denoiser_parts(source: ModelSource) -> list[str]:
+    """The components that denoise: those of a local pipeline folder, or of a hub id's index."""
     if source.kind == "hub":
         index = DiffusionPipeline.load_config(source.location)
-        return "unet" if "unet" in index else "transformer"
-    return "unet" if (Path(source.location) / "unet").is_dir() else "transformer"
+        there = [name for name in DENOISERS if any(index.get(name) or ())]
+    else:
+        there = [name for name in DENOISERS if (Path(source.location) / name).is_dir()]
+    return ["unet"] if "unet" in there or not there else there
 
 
 def _convert(pipe: Any, task: str, net: Any) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion_accel.switchboard import Acceleration
+
+logger = logging.getLogger(__name__)
 
 
 class AcceleratedMixin:
@@ -18,6 +22,25 @@ class AcceleratedMixin:
         if handle._pipeline() is not self:  # a copy: give it a handle of its own
             handle = self.__dict__["_acceleration"] = handle._rebind(self)
         return handle
+
+    # Neither diffusers' files nor its conversions know features. That they are lost is said where it happens.
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' own; the features are not saved, which is logged."""
+        self._tell_what_is_lost("are not saved", "after loading")
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def config(self) -> Any:
+        """diffusers' own. `from_pipe` of any class reads it once from the pipeline that it converts."""
+        if sys._getframe(1).f_code.co_name == "from_pipe":
+            self._tell_what_is_lost("do not come along to another pipeline", "on that one")
+        return super().config  # type: ignore[misc]
+
+    def _tell_what_is_lost(self, what: str, when: str) -> None:
+        features = self.__dict__["_acceleration"].features if "_acceleration" in self.__dict__ else {}
+        if features:
+            again = "accelerate(other, *pipe.acceleration.features.values())"
+            logger.warning("the features of this pipeline (%s) %s; %s: %s", ", ".join(features), what, when, again)
 
     def __reduce__(self) -> Any:
         base = type(self)._accelerated_base  # type: ignore[attr-defined]

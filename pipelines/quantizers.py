@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, is_there
+
+logger = logging.getLogger(__name__)
 
 # by package, what may stand behind the colon
 TORCHAO = {
@@ -50,20 +53,31 @@ def check_quantize(text: str) -> str:
 
 
 def checkpoint_folder(text: str) -> Path:
-    """The folder of the denoiser in a quantized pipeline folder (or itself). Raises `ModelLoadError`."""
-    root = at_home(text)
-    for folder in (root, root / "unet", root / "transformer"):
+    """The first folder of `checkpoint_folders`."""
+    return next(iter(checkpoint_folders(text).values()))
+
+
+def checkpoint_folders(text: str) -> dict[str, Path]:
+    """The folders of the denoisers in a quantized pipeline folder by their names, or the folder itself by the name "".
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    root, found = at_home(text), {}
+    for file in (root / "config.json", *sorted(root.glob("*/config.json"))):
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(config, dict) and config.get("quantization_config", {}).get("quant_method") == "diffusion_accel":
-            return folder
-    raise ModelLoadError(f"{text} holds no checkpoint made by `diffusion-accel quantize`")
+            found["" if file.parent == root else file.parent.name] = file.parent
+    if not found:
+        raise ModelLoadError(f"{text} holds no checkpoint made by `diffusion-accel quantize`")
+    return found
 
 
-def foreign_config(text: str, part: str) -> Any:
-    """diffusers' pipeline quantization config for `PACKAGE:KIND`, applied to the component `part`.
+def foreign_config(text: str, parts: list[str]) -> Any:
+    """diffusers' pipeline quantization config for `PACKAGE:KIND`, applied to the components `parts`.
 
     Raises:
         ModelLoadError: the package is not installed, or does not work here.
@@ -89,22 +103,36 @@ def foreign_config(text: str, part: str) -> Any:
             config = SDNQConfig(weights_dtype=kind, quant_conv=True)
     except ImportError as error:
         raise ModelLoadError(f"--quantize {text} needs {package}: pip install {PACKAGES[package]}") from error
-    return PipelineQuantizationConfig(quant_mapping={part: config})
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, config))
 
 
 def load_quantized(pipe: Any, text: str, dtype: Any) -> None:
-    """Give `pipe` the denoiser of one of our checkpoints in place of its own.
+    """Give `pipe` the denoiser of one of our checkpoints in place of its own; of two, those that the folder has.
 
     Raises:
         ModelLoadError: the checkpoint is damaged, or of another kind of model.
     """
-    from diffusion_accel.denoisers import denoiser_name
+    from diffusion_accel.denoisers import denoiser_names
 
-    part = denoiser_name(pipe)
-    if part is None:
+    parts, folders = denoiser_names(pipe), checkpoint_folders(text)
+    if not parts:
         raise ModelLoadError(f"{type(pipe).__name__} has no unet or transformer to take from {text}")
-    own = getattr(pipe, part)
-    folder = checkpoint_folder(text)
+    if len(parts) == 1:
+        folders = {parts[0]: next(iter(folders.values()))}
+    elif not folders.keys() & {*parts}:
+        raise ModelLoadError(
+            f"{text} is one model, but {type(pipe).__name__} has {' and '.join(parts)}: give a folder in which the "
+            "checkpoints have these names"
+        )
+    models = {part: _quantized(folders[part], text, getattr(pipe, part), dtype) for part in parts if part in folders}
+    for part in parts:
+        if part not in models:
+            logger.warning("%s has no quantized %s: it stays as it is", text, part)
+    pipe.register_modules(**models)
+
+
+def _quantized(folder: Path, text: str, own: Any, dtype: Any) -> Any:
+    """The model of a checkpoint, of the same kind as `own`."""
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     if name != type(own).__name__:
         raise ModelLoadError(f"{text} is a quantized {name}; this pipeline needs a {type(own).__name__}")
@@ -112,4 +140,4 @@ def load_quantized(pipe: Any, text: str, dtype: Any) -> None:
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         if getattr(model.config, key, None) != getattr(own.config, key, None):
             raise ModelLoadError(f"{text} does not fit this pipeline: its {key} is {getattr(model.config, key, None)}")
-    pipe.register_modules(**{part: model})
+    return model

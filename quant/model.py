@@ -84,36 +84,40 @@ def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = Fals
 
     if runtime not in RUNTIMES:
         raise ConfigurationError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
-    layers = quantized_layers(_model(model))
+    layers = [layer for one in _models(model) for layer in quantized_layers(one).values()]
     if not layers:
         raise ConfigurationError(f"{type(model).__name__} has no quantized layers")
-    for layer in layers.values():
+    for layer in layers:
         layer.keep_floats = not low_memory
         layer._floats = None
         layer.runtime = make_runtime(runtime, layer)
     # the processes of a job compare this: machines of two kinds would choose differently
-    _model(model).low_bit_runtime = runtime if runtime != "auto" else f"auto, {products('cpu')}"  # type: ignore[assignment]
+    for one in _models(model):
+        one.low_bit_runtime = runtime if runtime != "auto" else f"auto, {products('cpu')}"  # type: ignore[assignment]
 
 
 def runtime_report(model: nn.Module) -> dict[str, str]:
     """What every quantized layer computes with, by name; of "auto" what it picked."""
-    return {name: layer.runtime.name for name, layer in quantized_layers(_model(model)).items()}
+    models = _models(model)
+    prefixes = [f"{i}." if len(models) > 1 else "" for i in range(len(models))]
+    found = {prefix: quantized_layers(one) for prefix, one in zip(prefixes, models, strict=True)}
+    return {f"{prefix}{name}": layer.runtime.name for prefix, layers in found.items() for name, layer in layers.items()}
 
 
 def computed_with(model: Any) -> dict[str, Any] | None:
     """The runtime of a quantized model (or pipeline) and how many layers compute with what; None if it is not ours."""
-    denoiser = _model(model)
-    counts = Counter(runtime_report(denoiser).values())
-    return {"runtime": getattr(denoiser, "low_bit_runtime", None), "layers": dict(counts)} if counts else None
+    counts = Counter(runtime_report(model).values())
+    runtimes = [getattr(one, "low_bit_runtime", None) for one in _models(model)]
+    return {"runtime": next(filter(None, runtimes), None), "layers": dict(counts)} if counts else None
 
 
-def _model(model: Any) -> nn.Module:
-    from diffusion_accel.denoisers import find_denoiser
+def _models(model: Any) -> list[nn.Module]:
+    """A model, or the denoisers of a pipeline."""
+    from diffusion_accel.denoisers import find_denoisers
+    from diffusion_accel.hooks import model_of
 
-    if isinstance(model, nn.Module):
-        return model
-    found = find_denoiser(model)
-    if found is None:
+    found = [model_of(model)] if isinstance(model, nn.Module) else find_denoisers(model)
+    if not found:
         raise ConfigurationError(f"expected a model or a pipeline with one, got {type(model).__name__}")
     return found
 

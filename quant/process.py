@@ -19,7 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusion_accel._version import __version__
-from diffusion_accel.denoisers import concatenated_inputs, edge_layers, find_denoiser, fingerprint, getattr_path
+from diffusion_accel.denoisers import (
+    closed_inside,
+    concatenated_inputs,
+    denoiser_names,
+    edge_layers,
+    find_denoiser,
+    fingerprint,
+    getattr_path,
+)
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.hooks import forward_parameters
@@ -105,6 +113,13 @@ class Quantization:
         if denoiser is None or not candidates(denoiser):
             what = type(sampler.pipe).__name__
             raise UnsupportedPipelineError(f"{what} has no unet or transformer with layers that can be quantized")
+        if len(names := denoiser_names(sampler.pipe)) > 1:
+            raise UnsupportedPipelineError(
+                f"{type(sampler.pipe).__name__} has {len(names)} denoisers ({', '.join(names)}), and one is quantized "
+                "at a time; load it with a quantizer that takes both (--quantize torchao:int8wo)"
+            )
+        if closed := closed_inside(sampler.pipe):
+            raise UnsupportedPipelineError(f"{type(sampler.pipe).__name__} cannot be quantized: {closed}")
         if "timestep" not in forward_parameters(denoiser):
             raise UnsupportedPipelineError(f"{type(denoiser).__name__} takes no timestep")
         self.denoiser: Any = denoiser

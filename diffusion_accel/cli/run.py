@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..conditioning import CLASS, NOTHING, call_arguments, condition_of
-from ..denoisers import find_denoiser
+from ..denoisers import find_denoisers
 from ..errors import ConfigurationError, ModelLoadError
 from ..evaluation.compare import Comparison, compare
 from ..evaluation.pictures import difference, grid
@@ -149,7 +149,8 @@ class Session:
         if settings.attention == "xformers":
             pipe.enable_xformers_memory_efficient_attention()
         if settings.compile:
-            (getattr(pipe, "unet", None) or pipe.transformer).compile_repeated_blocks()
+            for denoiser in find_denoisers(pipe):
+                denoiser.compile_repeated_blocks()  # type: ignore[operator]
         return pipe
 
     def _load_loras(self, pipe: Any) -> None:
@@ -340,24 +341,23 @@ class Session:
 
 
 def how_quantized(pipe: Any) -> str | None:
-    """How many layers of the denoiser are quantized and what they compute with; None if it is a plain model."""
-    denoiser: Any = find_denoiser(pipe)
-    if not getattr(denoiser, "is_quantized", False):
+    """How many layers of the denoisers are quantized and what they compute with; None if it is a plain model."""
+    quantized: list[Any] = [d for d in find_denoisers(pipe) if getattr(d, "is_quantized", False)]
+    if not quantized:
         return None
     ways = low_bit_ways(pipe)
     if ways is None:
-        return f"quantized with {denoiser.hf_quantizer.quantization_config.quant_method.value}"
+        return f"quantized with {quantized[0].hf_quantizer.quantization_config.quant_method.value}"
     return f"quantized layers: {', '.join(f'{n} {way}' for way, n in ways['layers'].items())}"
 
 
 def low_bit_ways(pipe: Any) -> dict[str, Any] | None:
-    """The runtime of the denoiser and how many layers compute with what; None if it is no quantized one of ours."""
-    denoiser = find_denoiser(pipe)
-    if not getattr(denoiser, "is_quantized", False):
+    """The runtime of the denoisers and how many layers compute with what; None if none is a quantized one of ours."""
+    if not any(getattr(denoiser, "is_quantized", False) for denoiser in find_denoisers(pipe)):
         return None
     from ..quant.model import computed_with
 
-    return computed_with(denoiser)
+    return computed_with(pipe)
 
 
 def versions() -> dict[str, str]:

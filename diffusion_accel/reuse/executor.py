@@ -27,7 +27,7 @@ from ..denoisers import (
 )
 from ..errors import ConfigurationError, UnsupportedPipelineError
 from ..families import Branches, family_of, guided, no_branches, time_argument
-from ..hooks import HookSet, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
+from ..hooks import HookSet, as_given, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
 from ..prediction import Conversion
 from ..steps import StepClock
 from .changes import Arguments, Snapshot
@@ -160,8 +160,6 @@ class ReuseRun:
         self.thrown_away = 0  # times that predictions decoded ahead were of no use
         self.current: Pass | None = None
         self.cache: dict[Any, Features] = {}  # by the denoiser and the number of its call within a step
-        self.first = True  # whether the running call of a denoiser is the first at its step
-        self._counted = (-1, -1)
         self.plan = Plan((FULL,))
         self._segment = -1
         self.family = family_of(pipeline)
@@ -211,12 +209,6 @@ class ReuseRun:
         self.current = None
 
     # ------------------------------------------------------------------ the plan
-    def note_call(self) -> None:
-        """A call of a denoiser begins. Steps are counted by their first call: there are more where the branches of
-        guidance are calls of their own."""
-        here = (self.clock.segment, self.clock.index)
-        self.first, self._counted = here != self._counted, here
-
     def follow(self) -> Plan:
         """The plan of the current segment."""
         if self._segment != self.clock.segment:
@@ -288,7 +280,6 @@ class DenoiserHook(ModelHook):
     def _served(self, module: nn.Module, named: dict[str, Any]) -> Any:
         run, clock = self.run, self.run.clock
         slot, index = (id(self), clock.call), clock.index
-        run.note_call()
         sample = _sample(named)
         shape = (tuple(sample.shape), sample.dtype, sample.device)
         step = run.step_at(index)
@@ -310,14 +301,14 @@ class DenoiserHook(ModelHook):
         if step.mode == "decoder" and index in features.ready:
             output = features.ready.pop(index)
             if features.still_ready(conditions):
-                run.counters["reused_steps"] += run.first
+                run.counters["reused_steps"] += clock.first
                 return output
             features.ready.clear()  # something was changed during the call: decode with what is there now
             run.thrown_away += 1
             run.batching &= run.thrown_away < 3  # it changes at every step
         half = step.guidance != "both" and run.halved(named)
         if half:
-            run.counters["unguided_steps"] += run.first
+            run.counters["unguided_steps"] += clock.first
             named = _conditional_rows(named, sample.shape[0], run.branches, run.unet)
         if step.mode == "full" and not half and not features.guided:
             features.histories.clear()  # there was no guidance before: nothing to forecast its branch from
@@ -332,7 +323,8 @@ class DenoiserHook(ModelHook):
         if steps > 1:
             named = _stacked(named, steps, clock.upcoming(steps))
         try:
-            output = self.fn_ref.original_forward(**named)
+            positional, keywords = as_given(module, args, named)
+            output = self.fn_ref.original_forward(*positional, **keywords)
         finally:
             run.current = None
         self._count(features, step, steps)
@@ -356,8 +348,8 @@ class DenoiserHook(ModelHook):
             value = self.run.conversion.back(step.space, value, _sample(named), time)
         if step.guidance == "none" and self.run.halved(named):
             value = self.run.branches.joined(self.run.branches.conditional(value))
-        self.run.counters["reused_steps"] += self.run.first
-        self.run.counters["hold_steps"] += self.run.first
+        self.run.counters["reused_steps"] += self.run.clock.first
+        self.run.counters["hold_steps"] += self.run.clock.first
         return with_prediction(features.output, value)
 
     def _note_branch(self, output: Any) -> None:
@@ -413,7 +405,7 @@ class DenoiserHook(ModelHook):
         return current.branches.joined(value, history.at(time, current.step.order))
 
     def _count(self, features: Features, step: Step, steps: int) -> None:
-        counters, first = self.run.counters, self.run.first
+        counters, first = self.run.counters, self.run.clock.first
         if step.mode in ("full", "decoder"):
             counters["encoder_runs"] += step.mode == "full"
             counters["decoder_runs"] += 1

@@ -113,6 +113,17 @@ class Reuse(Feature):
             steps = Plan.parse(self.plan[6:]).steps if self.plan.startswith("steps:") else ()
         return any(step.guidance != "both" for step in steps)
 
+    def works_inside(self, pipeline: Any) -> bool:
+        if CacheSettings.parse(self.plan) is not None:
+            return True
+        if is_tuned(self.plan):
+            plan = TunedPlan.load(self.plan).plan
+        elif self.plan.startswith("steps:"):
+            plan = Plan.parse(self.plan[6:])
+        else:
+            plan = Preset.parse(self.plan).kinds()
+        return any(step.mode in ("decoder", "shallow") for step in plan.steps)
+
     def attach(self, pipeline: Any) -> Attachment:
         return ReuseAttachment(self, pipeline)
 

@@ -126,6 +126,15 @@ class LatentTransparency(Feature):
             return str(error)
         return None
 
+    def works_inside(self, pipeline: Any) -> bool:
+        from .attachment import load
+
+        try:
+            loaded = None if self.idle else load(self, pipeline, headers=True)
+        except AccelerationError:  # `supports` says why
+            return False
+        return loaded is not None and (loaded.adapter is not None or loaded.sharing is not None)
+
     def attach(self, pipeline: Any) -> Attachment:
         from .attachment import TransparencyAttachment
 

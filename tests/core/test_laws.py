@@ -13,15 +13,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transparency_weights import tiny_weights
+from laws import Stop, default, stop_at, traces
 from zoo import ZOO, ddim, rand, run, sd, unet
 
 from diffusion_accel import AccelerationError, UnsupportedPipelineError, accelerate
 from diffusion_accel.registry import all_features
 
 FEATURES = all_features()
-# What a feature needs before it attaches to a model with random weights, beside the recommended settings.
-NEEDED: dict[str, dict[str, Any]] = {"task_routing": {"untrained": True}, "transparent": {"weights": tiny_weights()}}
 PAIRS = [
     (a, b) for a, b in itertools.combinations(FEATURES, 2) if a.name not in b.conflicts and b.name not in a.conflicts
 ]
@@ -30,20 +28,6 @@ IDS = ["+".join(f.name for f in s) for s in SETS]
 PAIRED = ("sd", "sdxl", "controlnet", "unet2d", "svd")  # kinds on which pairs are tried
 STEPS = 4
 each_set = pytest.mark.parametrize("features", SETS, ids=IDS)
-
-
-def traces(pipe: Any) -> list[str]:
-    """Everything a feature could have left behind on the modules and the scheduler."""
-    left = []
-    for name, component in pipe.components.items():
-        if isinstance(component, torch.nn.Module):
-            for path, module in component.named_modules():
-                left += [f"{name}.{path}: {key}" for key in ("_diffusers_hook", "forward") if key in module.__dict__]
-    return left + [f"scheduler: {k}" for k in ("step", "set_timesteps") if k in pipe.scheduler.__dict__]
-
-
-def default(feature: Any) -> Any:
-    return feature(**NEEDED.get(feature.name, {}))
 
 
 def supported(features: tuple[Any, ...], pipe: Any) -> bool:
@@ -81,19 +65,6 @@ def test_off_is_bit_identical_and_neutral_is_exact(kind: str, features: tuple[An
     assert type(pipe) is base_class and not hasattr(pipe, "acceleration")
     assert torch.equal(run(pipe, call, STEPS), base), "removed"
     assert not traces(pipe)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step: int, error: type[BaseException]) -> Any:
-    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if index == step:
-            raise error
-        return values
-
-    return callback
 
 
 @each_set

@@ -1,0 +1,277 @@
+"""What a call changes on objects is put back as it was: whoever put it there, whatever raises, however often."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from diffusers.hooks import ModelHook
+from laws import Stop, default, stop_at, traces
+from zoo import flux, run, sd
+
+from diffusion_accel import AccelerationError, CallStateError, Reuse, accelerate, switchboard
+from diffusion_accel.changes import Changes
+from diffusion_accel.feature import Attachment, Feature
+from diffusion_accel.registry import all_features
+from diffusion_accel.steps import StepClock
+
+KINDS = [pytest.param(sd, f, id=f.name) for f in all_features()] + [pytest.param(flux, Reuse, id="diffusers-cache")]
+each_kind = pytest.mark.parametrize(("build", "feature"), KINDS)
+
+
+def put_on(owner: Any, name: str) -> tuple[Any, str, Any, list[int]]:
+    """A wrapper as a user would put it on one object: (owner, name, the wrapper, how often it was called)."""
+    original, calls = getattr(owner, name), [0]
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+    return owner, name, wrapper, calls
+
+
+def set_for(build: Any, feature: Any) -> Any:
+    return Reuse(plan="first-block") if build is flux else default(feature)
+
+
+@each_kind
+def test_what_the_user_put_on_an_instance_stays(build: Callable[[], Any], feature: Any) -> None:
+    pipe, call = build()
+    call = {**call, "output_type": "np"} if build is sd else call
+    reference, _ = build()
+    accelerate(reference, set_for(build, feature))
+    expected = run(reference, call, 4)
+    denoiser = pipe.unet if build is sd else pipe.transformer
+    block = denoiser.down_blocks[0] if build is sd else denoiser.transformer_blocks[0]
+    owned = [(pipe.scheduler, "step"), (pipe.scheduler, "set_timesteps"), (denoiser, "forward"), (block, "forward")]
+    if build is sd:
+        owned += [(pipe.vae, "decode"), (pipe.vae.decoder, "forward"), (denoiser.conv_in, "forward")]
+    put = [put_on(owner, name) for owner, name in owned]
+    accelerate(pipe, set_for(build, feature))
+    assert torch.equal(run(pipe, call, 4), expected)
+    with pytest.raises(Stop):
+        run(pipe, call, 4, callback_on_step_end=stop_at(1, Stop))
+    for owner, name, wrapper, calls in put:
+        assert vars(owner)[name] is wrapper, f"{name} of {type(owner).__name__} was thrown away"
+        assert calls[0], f"{name} of {type(owner).__name__} was passed by"
+
+
+# ---------------------------------------------------------------------- exceptions in the middle
+class Boom(Exception):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Feature):
+    """A feature with a hook and a changed attribute that raises somewhere."""
+
+    name: ClassVar[str] = "part"
+    summary: ClassVar[str] = "test"
+    paper: ClassVar[str] = "test"
+
+    where: str = "nowhere"
+    error: type[BaseException] = Boom
+
+    def supports(self, pipeline: Any) -> str | None:
+        return None
+
+    def attach(self, pipeline: Any) -> Attachment:
+        return PartAttachment(self, pipeline)
+
+
+class Second(Part):
+    name: ClassVar[str] = "second"
+    order: ClassVar[int] = 200
+
+
+class PartAttachment(Attachment):
+    ended = 0
+
+    def _reach(self, where: str) -> None:
+        feature: Any = self.feature
+        if where == feature.where:
+            raise feature.error
+
+    def before_call(self, clock: Any) -> None:
+        self.changes.hooks(f"diffusion_accel.{self.feature.name}").add(self.pipeline.unet.conv_in, ModelHook())
+        self.changes.set(self.pipeline.vae, "decode", self.pipeline.vae.decode)
+        self._reach("before_call")
+
+    def after_call(self) -> None:
+        self.ended += 1
+        self._reach("after_call")
+        super().after_call()
+
+    def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._reach("process_input")
+        return arguments
+
+
+@pytest.fixture(scope="module")
+def shared() -> tuple[Any, Any, Any]:
+    pipe, call = sd()
+    return pipe, call, run(pipe, call, 2)
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("part", [Part, Second])
+@pytest.mark.parametrize("where", ["process_input", "before_call", "after_call"])
+def test_a_feature_that_raises_leaves_nothing(
+    where: str, part: Any, interrupted: bool, error: Any, shared: tuple[Any, Any, Any]
+) -> None:
+    pipe, call, base = shared
+    accelerate(pipe, Part(), Second())
+    accelerate(pipe, part(where=where, error=error))
+    with pytest.raises((error, KeyboardInterrupt) if interrupted else error):
+        run(pipe, call, 2, **({"callback_on_step_end": stop_at(0, KeyboardInterrupt)} if interrupted else {}))
+    assert not traces(pipe) and "decode" not in vars(pipe.vae) and not switchboard._busy
+    ended = {name: a.ended for name, a in pipe.acceleration._attachments.items()}  # type: ignore[attr-defined]
+    if where == "after_call":
+        assert all(ended.values()), "after_call of the others runs"
+    pipe.acceleration.remove()
+    assert torch.equal(run(pipe, call, 2), base)
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["start", "stop"])
+def test_a_clock_that_raises_leaves_nothing(where: str, error: Any, monkeypatch: Any) -> None:
+    pipe, call = sd()
+    accelerate(pipe, Part(), Second())
+
+    def fail(self: Any, *args: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepClock, where, fail)
+        with pytest.raises(error):
+            run(pipe, call, 2)
+    assert not traces(pipe) and not switchboard._busy
+    run(pipe, call, 2)
+
+
+def test_undoing_goes_on_whatever_raises(caplog: Any) -> None:
+    """Steps that fail are passed by, steps that are interrupted are begun again; the first error is raised."""
+    done: list[str] = []
+
+    def step(name: str, *errors: type[BaseException]) -> Callable[[], None]:
+        left = list(errors)
+
+        def undo() -> None:
+            if left:
+                raise left.pop(0)(name)
+            done.append(name)
+
+        return undo
+
+    owner = types.SimpleNamespace(kept=1)
+    changes = Changes()
+    changes.set(owner, "kept", 2)
+    changes.set(owner, "new", 3)
+    changes.add(step("a"))
+    changes.add(step("b", KeyboardInterrupt, KeyboardInterrupt))
+    changes.add(step("c", Boom))
+    with pytest.raises(Boom, match="c"):
+        changes.undo()
+    assert done == ["b", "a"] and vars(owner) == {"kept": 1}
+    changes.undo()
+    with caplog.at_level(logging.WARNING), pytest.raises(Stop), Changes() as changes:
+        changes.add(step("d", Boom))
+        raise Stop  # what ended the call counts, the other is told
+    assert "Boom('d')" in caplog.text
+
+
+def test_an_interrupt_between_two_steps_costs_nothing() -> None:
+    """Ctrl-C arrives anywhere in the code that undoes, not only inside of a step."""
+    import sys
+
+    def interrupted_at(line: int) -> bool:
+        done: list[int] = []
+        changes = Changes()
+        for i in range(3):
+            changes.add(functools.partial(done.append, i))
+        seen = [0]
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            if frame.f_code is not Changes._run.__code__:
+                return None
+
+            def inside(frame: Any, event: str, _: Any) -> Any:
+                if event == "line":
+                    seen[0] += 1
+                    if seen[0] == line:
+                        raise KeyboardInterrupt
+                return inside
+
+            return inside
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            changes.undo()
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        assert {*done} == {0, 1, 2}, f"interrupted at line event {line}: {done}"
+        return interrupted
+
+    lines = 1
+    while interrupted_at(lines):
+        lines += 1
+    assert lines > 10
+
+
+# ---------------------------------------------------------------------- who keeps what alive
+@each_kind
+@pytest.mark.parametrize("fails", [False, True], ids=["", "failed"])
+def test_a_pipeline_is_freed_with_its_last_user(build: Callable[[], Any], feature: Any, fails: bool) -> None:
+    """Not only at the next garbage collection, which knows nothing of memory on other devices."""
+    pipe, call = build()
+    accelerate(pipe, set_for(build, feature))
+    handle = pipe.acceleration
+    gc.collect()
+    gc.disable()
+    try:
+        if fails:
+            with pytest.raises(Stop) as failed:
+                run(pipe, call, 4, callback_on_step_end=stop_at(1, Stop))
+            del failed
+        else:
+            run(pipe, call, 4)
+        denoiser = weakref.ref(pipe.unet if build is sd else pipe.transformer)
+        del pipe
+        assert denoiser() is None
+    finally:
+        gc.enable()
+    assert list(handle.features) == [set_for(build, feature).name]
+    with pytest.raises(CallStateError, match="does not exist any more"):
+        handle.remove()
+
+
+def test_the_models_of_a_call_are_claimed_whatever_is_around_them() -> None:
+    """A second pipeline with the same U-Net, here around its compiled form, is refused while a call runs."""
+    pipe, call = sd()
+    other, _ = sd()
+    other.unet = torch.compile(pipe.unet, backend="eager")
+    accelerate(pipe, Reuse())
+    accelerate(other, Reuse())
+
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(AccelerationError, match="in use by a pipeline call"):
+            run(other, call, 2)
+        return values
+
+    run(pipe, call, 2, callback_on_step_end=callback)
+    assert not switchboard._busy

@@ -1,0 +1,38 @@
+"""What tests of features share: settings for models with random weights, ways to stop a call, what it left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transparency_weights import tiny_weights
+
+# What a feature needs before it attaches to a model with random weights, beside the recommended settings.
+NEEDED: dict[str, dict[str, Any]] = {"task_routing": {"untrained": True}, "transparent": {"weights": tiny_weights()}}
+
+
+def traces(pipe: Any) -> list[str]:
+    """Everything a feature could have left behind on the modules and the scheduler."""
+    left = []
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            for path, module in component.named_modules():
+                left += [f"{name}.{path}: {key}" for key in ("_diffusers_hook", "forward") if key in module.__dict__]
+    return left + [f"scheduler: {k}" for k in ("step", "set_timesteps") if k in pipe.scheduler.__dict__]
+
+
+def default(feature: Any) -> Any:
+    return feature(**NEEDED.get(feature.name, {}))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int, error: type[BaseException]) -> Any:
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == step:
+            raise error
+        return values
+
+    return callback
