@@ -89,7 +89,7 @@ class HookSet:
                 registry = vars(module).get(key)
                 if registry is not None:
                     _unchain(registry, self.name)
-                    tidy(module, keep_registry=not hasattr(registry, "_own_forward"))
+                    tidy(module)
             self._modules.pop()
 
 
