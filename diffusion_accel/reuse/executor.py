@@ -272,12 +272,12 @@ class DenoiserHook(ModelHook):
         self.run = run
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = self._served(module, bind_forward(module, args, kwargs))
+        output = self._served(module, args, bind_forward(module, args, kwargs))
         if self.run.family.calls:
             self._note_branch(output)
         return output
 
-    def _served(self, module: nn.Module, named: dict[str, Any]) -> Any:
+    def _served(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         run, clock = self.run, self.run.clock
         slot, index = (id(self), clock.call), clock.index
         sample = _sample(named)
