@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
     if options.init is not None:
         load_initial(model, folder_of(options.init))
     fixed = {"dropout": options.dropout, "uniform": options.uniform, "t_mean": options.t_mean}
-    objective = objective_from(options, process, **fixed)
+    objective = objective_from(options, process, scalable=vae is not None, **fixed)
     denoiser = Denoiser(model, text)
     task = DenoisingTask(denoiser, examples, objective, routing_from(options, process))
 
@@ -172,6 +172,8 @@ def run(options: argparse.Namespace) -> None:
     if main and outcome.finished:
         load_average(folder, denoiser, "train")
         core = denoiser.core.to(memory_format=torch.contiguous_format)
+        if vae is not None and objective.noise.scale != 1:  # what is drawn is divided by it before it is decoded
+            vae.register_to_config(scaling_factor=vae.config.scaling_factor * objective.noise.scale)
         made = models.save_trained(out, core, process, vae, text, tokenizer, classes, not options.fp32)
         report("train", step=outcome.step, finished=True, processes=accelerator.num_processes, out=str(out), saved=made)
     elif main:

@@ -74,8 +74,9 @@ def settings_from(tuned: dict[str, Any], options: argparse.Namespace, steps: int
 # ------------------------------------------------------------------------------------------- what is minimised
 def add_objective_options(group: Any, immiscible: str = "none") -> None:
     """The training accelerators, each a switch of its own."""
-    text = f"which noise a picture gets: none, knn:k (the nearest of k) or assign (default: {immiscible})"
-    group.add_argument("--immiscible", default=immiscible, metavar="none|knn:k|assign", help=text)
+    text = f"which noise a picture gets: none, knn:k (the nearest of k) or assign (default: {immiscible}); "
+    text += "scale=S (1 to 100) enlarges pictures beside noise, alone or behind a comma"
+    group.add_argument("--immiscible", default=immiscible, metavar="none|knn:k|assign[,scale=S]", help=text)
     text = "route the channels by noise level; without a value beta=0.8,alpha=4"
     group.add_argument("--task-routing", nargs="?", const="", metavar="KEY=VALUE,…", help=text)
     group.add_argument("--task-clusters", type=number(1), metavar="K", help="train K groups of timesteps as tasks")
@@ -89,8 +90,12 @@ def add_objective_options(group: Any, immiscible: str = "none") -> None:
     group.add_argument("--min-snr", type=float, metavar="GAMMA", help=text)
 
 
-def objective_from(options: argparse.Namespace, process: Process, **fixed: Any) -> Objective:
-    """The objective that the switches ask for."""
+def objective_from(options: argparse.Namespace, process: Process, scalable: bool = False, **fixed: Any) -> Objective:
+    """The objective that the switches ask for; `scalable`: what the model draws is divided by a factor that is saved.
+
+    Raises:
+        UsageError: they do not go together.
+    """
     from . import clusters
     from .diffusion_task import Objective
     from .noise import NoiseChoice
@@ -109,6 +114,11 @@ def objective_from(options: argparse.Namespace, process: Process, **fixed: Any) 
     elif options.task_loss != "none":
         raise UsageError(f"--task-loss {options.task_loss} needs --task-clusters")
     noise = NoiseChoice.parse(options.immiscible)
+    if noise.scale != 1 and not scalable:
+        raise UsageError(
+            f"--immiscible {options.immiscible}: image scaling is for latents, whose scale the saved VAE knows; use "
+            "scripts/train_diffusion.py with --vae, or leave scale out"
+        )
     switches = {"intervals": intervals, "task_loss": options.task_loss, "min_snr": options.min_snr}
     return Objective(process=process, noise=noise, **switches, **fixed)
 

@@ -129,13 +129,19 @@ class DenoisingTask:
         if routing is not None:
             route(denoiser.core, routing)
             denoiser.core.register_to_config(**{CONFIG_KEY: routing.to_dict()})
-        self.facts = {} if routing is None else {"task_routing": routing.to_dict()}
+        self.scale = objective.noise.scale
+        self.facts = {"task_routing": None if routing is None else routing.to_dict(), "image_scale": self.scale}
         self.weighting: Weighting | None = None
         if objective.intervals:
             self.weighting = weighting(objective.task_loss, len(objective.intervals))
         self._weights = None if objective.min_snr is None else objective.process.min_snr(objective.min_snr)
 
     # ------------------------------------------------------------------ training
+    def clean(self, indices: torch.Tensor) -> torch.Tensor:
+        """The samples as they are noised, and as the model draws them: (N, C, h, w), `scale` times what they are."""
+        clean = self.examples.clean(indices)
+        return clean if self.scale == 1 else clean * self.scale
+
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         """Which pictures, conditions, timesteps and noise seeds: small tensors; `loss` makes the rest of a slice."""
         objective, batch = self.objective, {}
@@ -164,7 +170,7 @@ class DenoisingTask:
         """The loss of every sample of a slice, (N,)."""
         process, device = self.objective.process, batch["timesteps"].device
         index, timesteps = batch["index"].cpu(), batch["timesteps"]
-        x = self.examples.clean(index).to(device)
+        x = self.clean(index).to(device)
         condition = self.examples.condition(index, batch["variant"].cpu(), batch["dropped"].cpu())
         noise = self.objective.noise.noise_for(x, batch["seed"])
         noisy, target = process.noisy(x, noise, timesteps)
@@ -186,7 +192,7 @@ class DenoisingTask:
 
     def _fixed(self, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         index, zeros = torch.from_numpy(chosen), torch.zeros(len(chosen), dtype=torch.int64)
-        return self.examples.clean(index), self.examples.condition(index, zeros, zeros.bool())
+        return self.clean(index), self.examples.condition(index, zeros, zeros.bool())
 
     def preview(self, path: Path) -> None:
         """Samples of up to 18 trained and, at the end, 6 held-out conditions."""
@@ -195,7 +201,7 @@ class DenoisingTask:
         clean, condition = self._fixed(chosen)
         empty = self.empty(len(chosen))
         made = sample(self.model, self.objective.process, tuple(clean.shape), condition, empty, guidance=3.0)
-        save_grid(self.examples.decode(made), 6, path)
+        save_grid(self.examples.decode(made / self.scale), 6, path)
 
     def empty(self, count: int) -> torch.Tensor | None:
         """The empty condition, `count` times; None if conditions were never dropped."""

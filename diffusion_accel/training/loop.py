@@ -178,6 +178,8 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
     exists = (folder / STATE).exists()
     if exists and not resume:
         raise UsageError(f"{folder} holds a run at step {read_counters(folder)['step']}; pass --resume or --overwrite")
+    if exists:
+        _check_facts(folder, getattr(task, "facts", {}))
     if exists and read_counters(folder)["step"] >= settings.steps:
         return Outcome(read_counters(folder)["step"], True)
 
@@ -306,6 +308,17 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
     accelerator.free_memory()
     finished = counters["step"] >= settings.steps
     return Outcome(counters["step"], finished, None if finished else signals.received)
+
+
+def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Raise `UsageError` if a run was made with other facts than the task that goes on with it has."""
+    known = read_counters(folder)
+    for key, value in json.loads(json.dumps(facts)).items():
+        if known.get(key) != value:
+            raise UsageError(
+                f"the run in {folder} was made with {key.replace('_', ' ')} {known.get(key)}, not {value}; go on with "
+                "the same, or start again with --overwrite"
+            )
 
 
 def _log_lines(path: Path) -> list[dict[str, Any]]:

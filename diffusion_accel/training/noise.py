@@ -69,26 +69,51 @@ def _gather(value: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class NoiseChoice:
-    """Which noise a sample gets: "none" (its own), "knn" (the nearest of `k`) or "assign" (linear assignment)."""
+    """Which noise a sample gets, and how large the sample is beside it.
+
+    Attributes:
+        kind: "none" (its own), "knn" (the nearest of `k`) or "assign" (linear assignment).
+        k: candidates of "knn".
+        scale: what a sample is multiplied by before it meets noise, 1 to 100. Images that lie further apart are mixed
+            less by the same noise ("image scaling" of Li et al. 2025, "Improved Immiscible Diffusion"; the paper's
+            factors are not published). What the model draws is as much larger, so whoever decodes divides by it.
+    """
 
     kind: str = "none"
     k: int = 1
+    scale: float = 1.0
 
     @classmethod
     def parse(cls, text: str | None) -> NoiseChoice:
-        """From "none", "assign" or "knn:k"."""
-        kind, _, number = (text or "none").partition(":")
-        if kind in ("none", "assign") and not number:
-            return cls(kind)
-        if kind == "knn" and number.isdecimal() and len(number) < 10 and int(number) >= 1:
-            return cls(kind, int(number))
-        raise UsageError(f"immiscible noise must be none, assign or knn:k with k >= 1, got {text!r}")
+        """From "none", "assign" or "knn:k", "scale=S", or one of the former and the latter with a comma between."""
+        known = text or "none"
+        choice, _, scaling = known.partition(",")
+        if choice.startswith("scale=") and not scaling:
+            choice, scaling = "none", choice
+        kind, _, number = choice.partition(":")
+        counted = kind == "knn" and number.isdecimal() and len(number) < 10 and int(number) >= 1
+        if not counted and not (kind in ("none", "assign") and ":" not in choice):
+            raise UsageError(f"immiscible noise must be none, assign or knn:k with k >= 1, got {text!r}")
+        return cls(kind, int(number) if counted else 1, cls._scale(scaling, known))
+
+    @staticmethod
+    def _scale(text: str, known: str) -> float:
+        if not text and not known.endswith(","):
+            return 1.0
+        try:
+            value = float(text.removeprefix("scale=")) if text.startswith("scale=") else float("nan")
+        except ValueError:
+            value = float("nan")
+        if not 1 <= value <= 100:
+            raise UsageError(f"image scaling is written scale=S with S from 1 to 100, got {known!r}")
+        return value
 
     def __str__(self) -> str:
-        return f"knn:{self.k}" if self.kind == "knn" else self.kind
+        choice = f"knn:{self.k}" if self.kind == "knn" else self.kind
+        return choice if self.scale == 1 else f"{choice},scale={self.scale:g}"
 
     def noise_for(self, x: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-        """The noise of the samples `x` (N, ...), whose seeds are `seeds` (N,)."""
+        """The noise of the samples `x` (N, ...), already scaled, whose seeds are `seeds` (N,)."""
         noise = sample_noise(seeds, tuple(x.shape[1:]), self.k).to(x.device)
         if self.kind == "knn":
             return nearest_noise(x, noise)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -99,7 +100,7 @@ def arguments(data: Path, work: Path, model: str, *more: str) -> list[str]:
         ("unet", ["--prediction", "epsilon", "--task-clusters", "2", "--clustering", "timestep"], "DDIMPipeline"),
         ("dit", ["--vae", "VAE", "--task-routing", "--task-clusters", "3", "--task-loss", "uw"], "DiTPipeline"),
         ("dit", ["--prediction", "flow", "--task-routing", "--min-snr", "5"], "DiTTransformer2DModel without"),
-        ("unet-text", ["--vae", "VAE", "--immiscible", "knn:4"], "StableDiffusionPipeline"),
+        ("unet-text", ["--vae", "VAE", "--immiscible", "knn:4,scale=2"], "StableDiffusionPipeline"),
         ("unet-text", ["--vae", "VAE", "--task-clusters", "2", "--task-loss", "pcgrad"], "StableDiffusionPipeline"),
     ],
 )
@@ -131,6 +132,12 @@ def test_every_model_trains_and_saves(
             model
         ]
         assert np.isfinite(np.asarray(pipe(**call, num_inference_steps=2, output_type="np").images)).all()
+        if "knn:4,scale=2" in more:
+            known = AutoencoderKL.from_pretrained(data / "vae").config.scaling_factor
+            assert pipe.vae.config.scaling_factor == pytest.approx(2 * known), "what is drawn is divided by it"
+            again = [word.replace(",scale=2", "") for word in more]
+            assert trainer.main(arguments(data, tmp_path / "work", model, *again, "--fp32", "--resume")) == 2
+            assert "was made with image scale 2.0, not 1.0" in capsys.readouterr().err
         if model == "dit":
             assert pipe.labels == {name: i for i, name in enumerate(sorted(COLOURS))}
 
@@ -218,6 +225,29 @@ def test_one_cluster_and_k_one_are_plain_training(data: Path, tmp_path: Path) ->
     assert losses["epsilon"] == pytest.approx(losses["min-snr, huge"], rel=1e-6)
 
 
+def test_scaled_pictures_meet_the_nearest_noise(data: Path, tmp_path: Path) -> None:
+    """By brute force, sample by sample: enlarge, then choose the noise, then mix."""
+
+    class Watched(torch.nn.Module):
+        def forward(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Any) -> torch.Tensor:
+            self.seen = x
+            return torch.zeros_like(x)
+
+    task, watched = tiny_task(data, tmp_path, noise=NoiseChoice.parse("knn:5,scale=3")), Watched()
+    batch = task.draw(np.random.default_rng(0), 6)
+    errors = task.errors(watched, batch)
+    signal, sigma = task.objective.process.levels()
+    for i in range(6):
+        x = 3 * task.examples.clean(batch["index"][i : i + 1])[0]
+        rng = np.random.Generator(np.random.Philox(int(batch["seed"][i])))
+        candidates = [torch.from_numpy(rng.standard_normal(x.shape, np.float32)) for _ in range(5)]
+        noise = min(candidates, key=lambda e: float((e - x).norm()))
+        a, s = (float(level[batch["timesteps"][i]]) for level in (signal, sigma))
+        torch.testing.assert_close(watched.seen[i], a * x + s * noise, rtol=1e-4, atol=1e-5)
+        assert float(errors[i]) == pytest.approx(float(((a * noise - s * x) ** 2).mean()), rel=1e-4)
+    assert torch.equal(task._fixed(np.array([0]))[0], 3 * task.examples.clean(torch.tensor([0])))
+
+
 def test_losses_of_clusters_add_up(data: Path, tmp_path: Path) -> None:
     task = tiny_task(data, tmp_path, intervals=((0, 400), (400, 700), (700, 1000)), task_loss="none")
     batch = task.draw(np.random.default_rng(0), 9)
@@ -294,6 +324,8 @@ def test_kinds_of_data(data: Path, tmp_path: Path) -> None:
         (["--data", "nowhere"], 2, "not a folder of pictures"),
         (["--model", "dit"], 2, "does not go with|needs classes"),
         (["--immiscible", "knn:0"], 2, "knn:k with k >= 1"),
+        (["--immiscible", "knn:2,scale=0.5"], 2, "scale=S with S from 1 to 100"),
+        (["--immiscible", "scale=2"], 2, "image scaling is for latents"),
         (["--task-clusters", "5"], 2, "use --batch"),
         (["--task-loss", "uw"], 2, "needs --task-clusters"),
         (["--clustering", "gradient", "--task-clusters", "2"], 2, "--affinity FILE"),

@@ -132,6 +132,31 @@ def test_assignment_agrees_with_scipy_on_a_batch() -> None:
     assert torch.equal(assigned_noise(x, noise), noise[torch.from_numpy(columns)])
 
 
+def test_image_scaling_is_read_and_written() -> None:
+    assert NoiseChoice.parse("knn:4") == NoiseChoice("knn", 4, 1.0) and NoiseChoice.parse(None).scale == 1
+    for text, choice in (
+        ("knn:4,scale=2", NoiseChoice("knn", 4, 2.0)),
+        ("assign,scale=1.5", NoiseChoice("assign", 1, 1.5)),
+        ("scale=8", NoiseChoice("none", 1, 8.0)),
+    ):
+        assert NoiseChoice.parse(text) == choice and NoiseChoice.parse(str(choice)) == choice
+    for text in ("knn:4,scale=0.5", "scale=nan", "scale=inf", "knn:4,", "knn:4,2", "scale=2,knn:4", "scale=", "none:"):
+        with pytest.raises(UsageError):
+            NoiseChoice.parse(text)
+
+
+def test_scaling_mixes_pictures_less() -> None:
+    """How often a noisy sample is nearer to another picture than to its own, by brute force: less with every step."""
+    x, noise, process = rand(40, 3), rand(40, 3, seed=1), Process()
+    mixed = []
+    for scale in (1.0, 2.0, 4.0, 8.0):
+        noisy, _ = process.noisy(scale * x, noise, torch.full((40,), 500))
+        level = float(process.levels()[0][500])
+        nearest = [min(range(40), key=lambda j: float((row - level * scale * x[j]).norm())) for row in noisy]
+        mixed.append(sum(j != i for i, j in enumerate(nearest)))
+    assert mixed == sorted(mixed, reverse=True) and mixed[0] > 2 * mixed[-1]
+
+
 # ------------------------------------------------------------------------------------------- task clusters
 def brute_force(distance: np.ndarray, k: int) -> float:
     count = len(distance)
