@@ -57,12 +57,80 @@ _ROW_INDEPENDENT_PROCESSORS = frozenset(
 )
 
 
-# Residual blocks of U-Nets (the branch begins with `norm1`), and transformer blocks that add to one stream of pictures:
-# they take it as `hidden_states` and return it, alone or behind the text's.
+# Residual blocks of U-Nets (the branch begins with `norm1`), and transformer blocks whose branches can be told apart.
 _RESIDUAL_BLOCKS = frozenset({"ResnetBlock2D", "ResnetBlockCondNorm2D"})
 _STREAM_BLOCKS = frozenset(
     {"BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
 )
+# Transformers whose blocks add to streams: where the blocks are, in the order in which `forward` runs them; "a|b": a
+# block of each list in turn. What lies between two blocks only moves values or adds what does not come from the stream.
+_STREAM_LISTS: dict[str, tuple[str, ...]] = {
+    "AllegroTransformer3DModel": ("transformer_blocks",),
+    "AuraFlowTransformer2DModel": ("joint_transformer_blocks", "single_transformer_blocks"),
+    "ChromaTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "CogVideoXTransformer3DModel": ("transformer_blocks",),
+    "CogView3PlusTransformer2DModel": ("transformer_blocks",),
+    "CogView4Transformer2DModel": ("transformer_blocks",),
+    "DiTTransformer2DModel": ("transformer_blocks",),
+    "Flux2Transformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "FluxTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "HunyuanDiT2DModel": ("blocks",),
+    "HunyuanVideoTransformer3DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "LTXVideoTransformer3DModel": ("transformer_blocks",),
+    "LatteTransformer3DModel": ("transformer_blocks|temporal_transformer_blocks",),
+    "Lumina2Transformer2DModel": ("layers",),
+    "MochiTransformer3DModel": ("transformer_blocks",),
+    "PixArtTransformer2DModel": ("transformer_blocks",),
+    "QwenImageTransformer2DModel": ("transformer_blocks",),
+    "SD3Transformer2DModel": ("transformer_blocks",),
+    "SanaTransformer2DModel": ("transformer_blocks",),
+    "StableAudioDiTModel": ("transformer_blocks",),
+    "Transformer2DModel": ("transformer_blocks",),
+    "WanTransformer3DModel": ("blocks",),
+}
+# What their blocks take and return, in the order in which they return it; one stream comes as a tensor.
+_TEXT_FIRST, _TEXT_LAST = ("encoder_hidden_states", "hidden_states"), ("hidden_states", "encoder_hidden_states")
+_STREAMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "AllegroTransformerBlock",
+            "AuraFlowSingleTransformerBlock",
+            "BasicTransformerBlock",
+            "ChromaSingleTransformerBlock",
+            "Flux2SingleTransformerBlock",
+            "HunyuanDiTBlock",
+            "LTXVideoTransformerBlock",
+            "Lumina2TransformerBlock",
+            "SanaTransformerBlock",
+            "StableAudioDiTBlock",
+            "WanTransformerBlock",
+        ),
+        ("hidden_states",),
+    ),
+    **dict.fromkeys(
+        (
+            "AuraFlowJointTransformerBlock",
+            "ChromaTransformerBlock",
+            "Flux2TransformerBlock",
+            "FluxSingleTransformerBlock",
+            "FluxTransformerBlock",
+            "JointTransformerBlock",
+            "QwenImageTransformerBlock",
+        ),
+        _TEXT_FIRST,
+    ),
+    **dict.fromkeys(
+        (
+            "CogVideoXBlock",
+            "CogView3PlusTransformerBlock",
+            "CogView4TransformerBlock",
+            "HunyuanVideoSingleTransformerBlock",
+            "HunyuanVideoTransformerBlock",
+            "MochiTransformerBlock",
+        ),
+        _TEXT_LAST,
+    ),
+}
 # Transformers that are told the noise level as a fraction, not in thousandths.
 _UNIT_TIME = frozenset({"FluxTransformer2DModel"})
 
@@ -159,12 +227,23 @@ def fingerprint(*modules: nn.Module) -> str:
     The same for a model in float32 and in half precision, except where rounding twice differs from rounding once.
     """
     digest = hashlib.sha256()
-    for name, parameter in (pair for module in modules for pair in sorted(model_of(module).named_parameters())):
-        flat = parameter.detach().flatten()
-        taken = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16)
+    named = [pair for module in modules for pair in sorted(model_of(module).named_parameters())]
+    taken = [_sampled(parameter.detach()) for _, parameter in named]
+    together = torch.cat([part.to(taken[0].device) for part in taken]).cpu() if taken else torch.empty(0)
+    parts = together.split([part.numel() for part in taken])
+    for (name, parameter), part in zip(named, parts, strict=True):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(taken.view(torch.int16).numpy().tobytes())
+        digest.update(part.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """At most 16 numbers of a tensor, evenly spaced in the order of its elements, in bfloat16."""
+    step = max(1, tensor.numel() // 16)
+    if tensor.is_contiguous():
+        return tensor.flatten()[::step][:16].to(torch.bfloat16)
+    places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:16]
+    return tensor[torch.unravel_index(places, tensor.shape)].to(torch.bfloat16)
 
 
 def find_controlnet(pipeline: Any) -> nn.Module | None:
@@ -298,10 +377,19 @@ def _list(block: nn.Module, name: str) -> Any:
 
 
 def _of_layer(block: nn.Module, i: int) -> tuple[nn.Module, ...]:
-    lists = [part for name, part in block.named_children() if name not in ("downsamplers", "upsamplers")]
-    found = [part[i] for part in lists if isinstance(part, nn.ModuleList) and i < len(part)]
-    first = _list(block, "resnets")[i]
-    return (first, *(m for m in found if m is not first and m is not None))
+    """The modules of layer `i` of a block, its residual block first; a list with several for each layer (AudioLDM 2)
+    holds them in order."""
+    lists: dict[str, Any] = dict(block.named_children())
+    resnets = lists.pop("resnets")
+    found = [resnets[i]]
+    for name, part in lists.items():
+        if name in ("downsamplers", "upsamplers") or not isinstance(part, nn.ModuleList) or not len(part):
+            continue
+        each, rest = divmod(len(part), len(resnets))
+        if rest:
+            raise ValueError(f"{type(block).__name__} has {len(part)} {name} for {len(resnets)} layers")
+        found += [m for m in part[i * each : (i + 1) * each] if m is not None]
+    return tuple(found)
 
 
 def residual_branches(module: nn.Module) -> list[nn.Module]:
@@ -312,8 +400,43 @@ def residual_branches(module: nn.Module) -> list[nn.Module]:
     return [block.norm1 for block in blocks]
 
 
+@dataclass(frozen=True)
+class StreamBlock:
+    """A block of a transformer that adds to its streams.
+
+    Attributes:
+        group: of blocks whose streams have the same form, so that what they add can be summed up.
+        streams: the arguments that it adds to, in the order in which it returns them.
+    """
+
+    module: nn.Module
+    group: str
+    streams: tuple[str, ...]
+
+
+def stream_blocks(module: nn.Module) -> list[StreamBlock]:
+    """The blocks of a transformer that add to its streams, in the order in which its `forward` runs them.
+
+    Raises:
+        ValueError: with the reason if they are not known.
+    """
+    known: Any = next((c for c in type(module).__mro__ if c.__name__ in _STREAM_LISTS), None)
+    if known is None or known.forward is not type(module).forward:
+        raise ValueError(f"the blocks of {type(module).__name__} are not known to this toolkit")
+    blocks: list[StreamBlock] = []
+    for names in _STREAM_LISTS[known.__name__]:
+        lists = [[(name, block) for block in getattr(module, name, None) or ()] for name in names.split("|")]
+        for turn in zip(*lists, strict=True):
+            for name, block in turn:
+                streams = _STREAMS.get(type(block).__name__)
+                if streams is None:
+                    raise ValueError(f"{type(block).__name__} is not a block that is known to this toolkit")
+                blocks.append(StreamBlock(block, name if "|" in names else "+".join(streams), streams))
+    return blocks
+
+
 def residual_stream_blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer that add to its stream of pictures, in order; empty if it is not one we know."""
+    """The blocks of a transformer whose branches can be told apart, in order; empty if it is not one we know."""
     module = model_of(module)
     if hasattr(module, "up_blocks"):
         return []

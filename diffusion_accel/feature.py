@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import types
 import typing
 import weakref
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .changes import Changes
 from .errors import CallStateError, ConfigurationError
+from .io import shown
 
 if TYPE_CHECKING:
     from .steps import StepClock
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
 class Feature:
     """Base class of every feature: a frozen, keyword-only dataclass whose fields are its whole configuration.
 
-    A subclass validates its fields in `__post_init__` (raising `ConfigurationError`), gives every field a default
-    that is the recommended value and a `doc` in its metadata (see `option`), and states its facts as class
-    attributes. Fields are bool, int, float, str or tuples of them, so that a configuration survives JSON and the
-    `key=value,…` syntax of the CLI.
+    A subclass gives every field a default that is the recommended value, its documentation and, if it is a number, its
+    limits (see `option`), and states its facts as class attributes. Fields are bool, int, float, str or tuples of
+    them, so that a configuration survives JSON and the `key=value,…` syntax of the CLI. Types and limits are checked
+    here; a subclass that checks more does so in `__post_init__` behind `super().__post_init__()`, and raises
+    `ConfigurationError`.
     """
 
     name: ClassVar[str]
@@ -34,6 +38,13 @@ class Feature:
     shorthand: ClassVar[str | None] = None
     #: it changes what is drawn, not how fast: comparisons keep it on both sides
     redraws: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _from_json(type(self), field.name, getattr(self, field.name), hints[field.name])
+            _check_limits(type(self), field, value)
+            object.__setattr__(self, field.name, value)
 
     @classmethod
     def neutral(cls) -> Self:
@@ -54,6 +65,11 @@ class Feature:
         allow. False: it acts on calls of the denoiser, on the VAE or on the scheduler only."""
         return True
 
+    def unfit_for(self, steps: int, scheduler: str) -> str | None:
+        """Why this feature cannot do a call of so many steps with a scheduler (its short name), as far as that is known
+        before a model is loaded; None if it can."""
+        return None
+
     def attach(self, pipeline: Any) -> Attachment:
         """Attach to `pipeline` (already known to be supported) and return the attachment."""
         raise NotImplementedError
@@ -66,14 +82,13 @@ class Feature:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises `ConfigurationError` for an unknown key or a value of the wrong type."""
-        hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
                 raise ConfigurationError(
-                    f"{cls.flag()}: unknown key {key!r}; the keys are: {', '.join(sorted(known)) or 'none'}"
+                    f"{cls.flag()}: unknown key {shown(key)}; the keys are: {', '.join(sorted(known)) or 'none'}"
                 )
-        return cls(**{k: _from_json(cls, k, v, hints[k]) for k, v in values.items()})
+        return cls(**values)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -121,9 +136,12 @@ class Feature:
         return f"{self.name}({', '.join(pairs)})"
 
 
-def option(default: Any, doc: str) -> Any:
-    """A dataclass field with its documentation, which the CLI help and the docs print."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def option(default: Any, doc: str, within: tuple[float, float] | None = None) -> Any:
+    """A dataclass field with its documentation, which the CLI help and the docs print.
+
+    `within`: the lowest and the highest value of a number, or of each number of a list; every number has them.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "within": within})
 
 
 class Attachment:
@@ -209,7 +227,7 @@ def _from_text(cls: type[Feature], key: str, text: str, hint: Any) -> Any:
                 continue
         if kind is str:
             return text
-    raise ConfigurationError(f"{cls.flag()}: {key}={text!r} is not allowed; it must be {_describe(hint)}")
+    raise ConfigurationError(f"{cls.flag()}: {key}={shown(text)} is not allowed; it must be {_describe(hint)}")
 
 
 def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:
@@ -217,18 +235,35 @@ def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)[0]
-            if isinstance(value, (list, tuple)) and all(type(v) is inner for v in value):
-                return tuple(value)
-        elif kind is float and type(value) in (int, float):
-            return float(value)
-        elif type(value) is kind:
-            return value
-    raise ConfigurationError(f"{cls.flag()}: {key}={value!r} is not {_describe(hint)}")
+            if isinstance(value, (list, tuple)) and all(_is_a(v, inner) for v in value):
+                return tuple(map(inner, value))
+        elif _is_a(value, kind):
+            return value if kind is types.NoneType else kind(value)
+    raise ConfigurationError(f"{cls.flag()}: {key}={shown(value)} is not {_describe(hint)}")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a value may stand for a field of this type: numbers of other packages do, true is no number."""
+    if kind is bool or isinstance(value, bool):
+        return type(value) is kind
+    if kind is float:
+        return isinstance(value, numbers.Real) and not (isinstance(value, int) and abs(value) > 2**1000)
+    return isinstance(value, numbers.Integral if kind is int else kind)
+
+
+def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: Any) -> None:
+    low, high = field.metadata.get("within") or (-math.inf, math.inf)
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        if not (math.isfinite(number) and low <= number <= high):
+            allowed = f"between {low:g} and {high:g}" if math.isfinite(high - low) else "finite"
+            raise ConfigurationError(f"{cls.flag()}: {field.name} must be {allowed}, got {shown(number)}")
 
 
 def _describe(hint: Any) -> str:
     kinds = _alternatives(hint)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "nothing"}
     return " or ".join(
         f"a list of {words[typing.get_args(k)[0]].split(' ')[-1]}s (a+b+c)"
         if typing.get_origin(k) is tuple

@@ -228,6 +228,16 @@ def forward_parameters(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(_signature(type(model_of(module)).forward).parameters)
 
 
+def first_argument(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives for the first parameter of `module`, or of the module that it hands its arguments to."""
+    if args:
+        return args[0]
+    wrapped: Any = module
+    while "args" in forward_parameters(wrapped)[:1] and isinstance(getattr(wrapped, "module", None), torch.nn.Module):
+        wrapped = wrapped.module
+    return kwargs[forward_parameters(wrapped)[0]]
+
+
 def map_tensors(fn: Callable[[Any], Any], value: Any, kind: type = torch.Tensor) -> Any:
     """`value` with `fn` applied to every tensor (or `kind`) in it: nested lists, tuples and dicts; the rest stays."""
     if isinstance(value, kind):
@@ -244,6 +254,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(found.append, value)
     return found
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How many times a tensor was changed in place; 0 where that is not counted (torch.inference_mode)."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def tensor_bytes(value: Any) -> int:

@@ -229,6 +229,16 @@ def printable(text: Any, *, lines: bool = False) -> str:
     return _UNPRINTABLE.sub(escaped, str(text))
 
 
+def shown(value: Any, limit: int = 80) -> str:
+    """A value in an error message: as Python writes it, on one line, cut where it is long."""
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    except ValueError:
+        return "a number with thousands of digits"
+    text = printable(text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def first_line(error: BaseException | str, limit: int = 300) -> str:
     """The first line of an error's message that says something, at most `limit` characters long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

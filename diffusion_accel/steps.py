@@ -16,7 +16,7 @@ from diffusers.hooks import ModelHook
 from .changes import Changes
 from .errors import CallStateError
 from .families import UNITS, family_of, time_argument, told
-from .hooks import bind_forward, model_of
+from .hooks import bind_forward, model_of, version_of
 from .noise_level import noise_levels
 
 # (scheduler inputs by name) -> None: may replace values
@@ -97,6 +97,16 @@ class StepClock:
         if after is not None:
             self._after.append(after)
 
+    @property
+    def scheduled(self) -> int:
+        """How many timesteps the scheduler has, also those that this segment leaves out."""
+        return len(self._all)
+
+    @property
+    def offset(self) -> int:
+        """The place of this segment's first step among them."""
+        return self._start
+
     def upcoming(self, count: int) -> torch.Tensor:
         """The scheduler's timesteps of this step and the `count` − 1 after it, shape (count,)."""
         assert self._tensor is not None
@@ -122,7 +132,7 @@ class StepClock:
         current = self.scheduler.timesteps
         fresh = self._is_new(current)
         if fresh:
-            self._tensor, self._version, self._all = current, _version(current), [float(t) for t in current.tolist()]
+            self._tensor, self._version, self._all = current, version_of(current), [float(t) for t in current.tolist()]
             units = [self.family.time] if self.family.time else list(UNITS)
             self._told = {unit: told(self.pipeline, self.scheduler, unit) for unit in units}
         position = self._locate(timestep, fresh)
@@ -159,7 +169,7 @@ class StepClock:
     def _is_new(self, timesteps: torch.Tensor) -> bool:
         """Whether the scheduler has other timesteps than before; each view of an image has its own copy of them."""
         known = self._tensor
-        if known is None or (timesteps is known and _version(timesteps) != self._version):
+        if known is None or (timesteps is known and version_of(timesteps) != self._version):
             return True
         if timesteps is known or (self.family.views and torch.equal(timesteps, known)):
             return False
@@ -260,8 +270,3 @@ def _value(timestep: Any) -> tuple[float, float]:
         return float(timestep), 1e-9
     rounding = 2 * torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else 1e-9
     return float(timestep.max()), rounding
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; 0 in inference mode, where nobody counts."""
-    return 0 if tensor.is_inference() else tensor._version

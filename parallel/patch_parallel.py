@@ -68,17 +68,18 @@ class PatchParallel(Feature):
     order: ClassVar[int] = 10
     shorthand: ClassVar[str | None] = "ranks"
 
-    ranks: int = option(0, "how many processes; 0: as many as were launched")
+    ranks: int = option(0, "how many processes; 0: as many as were launched", (0, 1024))
     mode: str = option("displaced", " or ".join(MODES) + "; sync is exact")
-    warmup: int = option(5, "exact steps at the beginning, at least 1 (naive: 0)")
-    p: float = option(0.3, "share of each neighbour's part that partial attends to, 0 to 1")
+    warmup: int = option(5, "exact steps at the beginning, at least 1 (naive: 0)", (0, 9_999))
+    p: float = option(0.3, "share of each neighbour's part that partial attends to, 0 to 1", (0, 1))
     group_norm: str = option("corrected", "statistics at displaced steps: " + " or ".join(GROUP_NORMS))
     cfg_parallel: bool = option(False, "split the two branches of guidance first")
     vae: bool = option(True, "decode and encode in parts, exactly")
-    comm_checkpoint: int = option(60, "displaced messages of so many layers travel together")
-    timeout: float = option(300.0, "seconds after which a process that does not answer is given up")
+    comm_checkpoint: int = option(60, "displaced messages of so many layers travel together", (1, 9_999))
+    timeout: float = option(300.0, "seconds after which a process that does not answer is given up", (0, 1e6))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (("mode", MODES), ("group_norm", GROUP_NORMS)):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(

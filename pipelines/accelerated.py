@@ -32,13 +32,27 @@ class AcceleratedPipeline:
 
     @classmethod
     def from_pretrained(cls, model: str, **kwargs: Any) -> Any:
-        """Load an embedded model, a folder, a single `.safetensors` file or a hub id; see `loading.load_pipeline`."""
+        """Load an embedded model, a folder, a single `.safetensors` file or a hub id; see `loading.load_pipeline`.
+
+        `scheduler` may be a short name of the command line's ("ddim", "dpm++", …). An embedded model gets its
+        recommended one, as on the command line: its plans are tuned for that.
+        """
         from .loading import load_pipeline
+        from .models import find_model
+        from .schedulers import check_scheduler, set_scheduler
 
         features, options = split_features(kwargs)
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
-        return _accelerated(load_pipeline(model, pipeline_class=cls.pipeline_class, **options), features)
+        source = find_model(model, bool(options.get("allow_pickle", False)))
+        name = options.get("scheduler", source.defaults.get("scheduler"))
+        if isinstance(name, str):
+            check_scheduler(name)
+            options.pop("scheduler", None)
+        pipe = load_pipeline(source, pipeline_class=cls.pipeline_class, **options)
+        if isinstance(name, str):
+            set_scheduler(pipe, name)
+        return _accelerated(pipe, features)
 
     from_single_file = from_pretrained
 

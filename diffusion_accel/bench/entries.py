@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..io import shown
 from ..pipelines.schedulers import check_scheduler
 from ..registry import FEATURES, feature_class
 
 PEERS = ("deepcache", "tomesd", "tgate", "pab")
+PACKAGES = {"deepcache": "DeepCache", "tomesd": "tomesd", "tgate": "tgate"}  # pab is diffusers' own
 KINDS = (*(name.replace("_", "-") for name in FEATURES), "fewer-steps", *PEERS)
 
 
@@ -44,25 +48,37 @@ class Entry:
         """
         kind, _, settings = text.partition(":")
         if kind not in KINDS:
-            raise ConfigurationError(f"unknown entry {text!r}; the kinds are: {', '.join(KINDS)}")
+            raise ConfigurationError(f"unknown entry {shown(text)}; the kinds are: {', '.join(KINDS)}")
         entry = cls(kind, settings)
         if kind == "fewer-steps":
             entry.fewer_steps()
         elif entry.is_peer:
             entry.numbers()
         else:
-            entry.feature()
+            _ = entry.feature
         return entry
 
+    @functools.cached_property
     def feature(self) -> Any:
         return feature_class(self.kind).parse(self.settings)
+
+    def refusal(self, steps: int, scheduler: str) -> str | None:
+        """Why it cannot be compared with a baseline of so many steps, as far as that is known before a model is loaded;
+        None if it can."""
+        if self.is_peer:
+            package = PACKAGES.get(self.kind)
+            if package is not None and importlib.util.find_spec(package) is None:
+                return f"the package {package} is not installed (pip install {package})"
+        elif self.kind not in ("baseline", "fewer-steps"):
+            return self.feature.unfit_for(steps, scheduler)
+        return None
 
     def fewer_steps(self) -> tuple[int, str | None]:
         """The number of steps, and the scheduler if it is another one."""
         steps, _, scheduler = self.settings.partition(",")
         if not re.fullmatch(r"[0-9]{1,5}", steps) or not 1 <= int(steps) <= 10_000:
             raise ConfigurationError(
-                f"fewer-steps takes STEPS[,SCHEDULER], such as fewer-steps:25,dpm++; got {self.settings!r}"
+                f"fewer-steps takes STEPS[,SCHEDULER], such as fewer-steps:25,dpm++; got {shown(self.settings)}"
             )
         if scheduler:
             check_scheduler(scheduler)
@@ -71,11 +87,15 @@ class Entry:
     def numbers(self) -> tuple[float, ...]:
         """A peer's settings; its recommended ones if none are given."""
         usual = {"deepcache": (3, 0), "tomesd": (0.5,), "tgate": (10,), "pab": (2,)}[self.kind]
-        if self.settings and not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", self.settings):
+        number = r"[0-9]{1,4}(\.[0-9]{1,9})?"
+        if self.settings and not re.fullmatch(rf"{number}(,{number})*", self.settings):
             raise ConfigurationError(
-                f"{self.kind} takes numbers, such as {self.kind}:{usual[0]:g}; got {self.settings!r}"
+                f"{self.kind} takes numbers, such as {self.kind}:{usual[0]:g}; got {shown(self.settings)}"
             )
         given = tuple(float(v) for v in self.settings.split(",")) if self.settings else usual
         if len(given) > len(usual):
-            raise ConfigurationError(f"{self.kind} takes at most {len(usual)} numbers, got {self.settings!r}")
+            raise ConfigurationError(f"{self.kind} takes at most {len(usual)} numbers, got {shown(self.settings)}")
+        if given[0] == 0 or (self.kind == "tomesd" and given[0] > 1):
+            allowed = "above 0 and at most 1" if self.kind == "tomesd" else "at least 1"
+            raise ConfigurationError(f"{self.kind}: the first number must be {allowed}, got {shown(self.settings)}")
         return (*given, *usual[len(given) :])

@@ -64,7 +64,8 @@ def bench(
     """Compare entries with the baseline on one model.
 
     One step fewer, fewer steps at the time of each of our entries, and another seed come with them, as anchors: what a
-    given PSNR means on this model. An entry that fails is a row that says why.
+    given PSNR means on this model. What cannot work is refused before anything is measured; an entry that fails all the
+    same is a row that says why.
 
     Args:
         job: model, prompts, steps and scheduler of the baseline.
@@ -75,6 +76,8 @@ def bench(
     """
     progress("loading the model")
     local = Runner(job)
+    for entry in entries:
+        local.check(entry)
     rows = measure(local, job, entries, rounds, progress)
     rows += anchors(local, job, rows, progress)
     goal = None

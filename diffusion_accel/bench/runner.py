@@ -33,7 +33,7 @@ class Job:
 
     Attributes:
         model: embedded name, folder, file or hub id.
-        steps, scheduler: of the baseline; None: the model's own scheduler.
+        steps, scheduler: of the baseline; None: the scheduler that an embedded model recommends, else the model's own.
         options: further arguments of the pipeline.
         allow_pickle: also load weights that are pickles.
         threads: CPU threads.
@@ -62,6 +62,7 @@ class Runner:
 
         from ..evaluation.sampler import Sampler
         from ..pipelines.loading import load_pipeline
+        from ..pipelines.models import find_model
         from ..pipelines.schedulers import set_scheduler
 
         for library in (diffusers, transformers):
@@ -73,11 +74,27 @@ class Runner:
             if condition_of(self.pipe) == PROMPT:
                 raise ConfigurationError("prompts are needed (--prompts-file): fidelity depends on what is drawn")
             job = replace(job, prompts=tuple(usual_texts(self.pipe, len(job.prompts))))
-        if job.scheduler:
-            set_scheduler(self.pipe, job.scheduler)
+        self.scheduler = job.scheduler or find_model(job.model, job.allow_pickle).defaults.get("scheduler", "")
+        if self.scheduler:
+            set_scheduler(self.pipe, self.scheduler)
         self.pipe.set_progress_bar_config(disable=True)
         self.job = job
         self.sampler = Sampler(self.pipe, job.prompts, job.steps, job.seed, job.batch, job.options)
+
+    def check(self, entry: Entry) -> None:
+        """Raise `ConfigurationError` if an entry cannot work on this pipeline, before anything is measured."""
+        from ..pipelines.schedulers import set_scheduler
+        from ..switchboard import why_not
+
+        reason = entry.refusal(self.job.steps, self.scheduler)
+        if entry.kind == "fewer-steps" and (name := entry.fewer_steps()[1]):
+            before = self.pipe.scheduler
+            set_scheduler(self.pipe, name)
+            self.pipe.scheduler = before
+        elif not entry.is_peer and entry.kind not in ("baseline", "fewer-steps"):
+            reason = reason or why_not(entry.feature, self.pipe)
+        if reason:
+            raise ConfigurationError(f"the entry {entry.name} cannot work on {type(self.pipe).__name__}: {reason}")
 
     @contextlib.contextmanager
     def active(self, entry: Entry, seed: int | None = None, sampler: Any = None) -> Iterator[Any]:
@@ -98,7 +115,7 @@ class Runner:
                 if name:
                     set_scheduler(self.pipe, name)
             elif entry.kind != "baseline":
-                accelerate(self.pipe, entry.feature())
+                accelerate(self.pipe, entry.feature)
             with torch.inference_mode():
                 yield sampler
         finally:

@@ -89,6 +89,9 @@ def bench(
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge(given, {})
+    for entry in parsed:
+        if reason := entry.refusal(settings.steps or 50, settings.scheduler or ""):
+            raise ConfigurationError(f"the entry {entry.name} cannot work: {reason}")
     if prompts_file is not None:
         prompts = [job.prompt for job in read_jobs([], prompts_file)][:count]
     else:

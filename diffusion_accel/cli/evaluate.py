@@ -29,7 +29,7 @@ from .arguments import (
 )
 from .options import with_feature_flags
 from .output import SUFFIXES, check_free, is_image_file, output_path
-from .settings import at_least, merge
+from .settings import at_least, check_features, merge
 from .terminal import console, say
 
 COUNT = at_least(4, 100_000)  # distances between distributions need a few
@@ -73,6 +73,7 @@ def evaluate(
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge({**given, **features}, {})
+    check_features(settings)
 
     from .run import Session, check_machine
 

@@ -23,6 +23,7 @@ from .settings import (
     RUNTIMES,
     Job,
     Settings,
+    check_features,
     check_strength,
     merge,
     read_config,
@@ -178,6 +179,7 @@ def generate(
 
     for plan in plans:
         check_strength(plan)
+        check_features(plan)
     if (total := sum(plan.num_images for plan in plans)) > MAX_IMAGES:
         raise ConfigurationError(f"{total} images are asked for; one command draws at most {MAX_IMAGES}")
     seeds = [_seeds(plan) for plan in plans]

@@ -260,6 +260,13 @@ def check(settings: Settings) -> None:
         raise ConfigurationError("--compile cannot be combined with --offload sequential")
 
 
+def check_features(s: Settings) -> None:
+    """Refuse features that cannot do so many steps. Without `steps` only the pipeline knows them."""
+    for feature in s.features.values():
+        if s.steps is not None and (reason := feature.unfit_for(s.steps, s.scheduler or "")):
+            raise ConfigurationError(f"{feature.flag()} with --steps {s.steps}: {reason}")
+
+
 def check_strength(s: Settings) -> None:
     """Refuse a strength at which no step is left to run. Without `strength` or `steps` only the pipeline knows them."""
     if s.strength is not None and s.steps is not None and int(s.steps * s.strength) < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ from .. import interrupts
 from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
 from ..io import printable
+from ..pipelines.schedulers import check_scheduler
+from ..reuse.search_state import read_search
 from .arguments import (
     BATCH,
     SECONDS,
@@ -116,6 +119,13 @@ def tune(
     else:
         texts = []
 
+    for name in try_scheduler or []:
+        check_scheduler(name)
+    state = Path(f"{output}.search")
+    if resume:
+        for file in search_files(state):
+            read_search(file)
+
     from ..reuse.tune import Target
     from ..reuse.tune import tune as search
     from .run import Session, check_machine
@@ -174,8 +184,15 @@ def tune(
 
 def forget(state: Path) -> None:
     """Remove the files of a search."""
-    for file in state.parent.glob(f"{state.name}*"):
+    for file in search_files(state):
         file.unlink()
+
+
+def search_files(state: Path) -> list[Path]:
+    """The files of a search: one for each scheduler and number of steps that it tries."""
+    own = re.compile(rf"{re.escape(state.name)}(\.[0-9]+)?")
+    folder = state.parent
+    return sorted(f for f in folder.iterdir() if own.fullmatch(f.name)) if folder.is_dir() else []
 
 
 def embedded_prompts(count: int, skip: int = 0) -> list[str]:

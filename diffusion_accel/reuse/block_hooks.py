@@ -8,36 +8,45 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..denoisers import residual_stream_blocks
-from ..errors import UnsupportedPipelineError
+from ..denoisers import StreamBlock, stream_blocks
 from ..hooks import bind_forward
 from .executor import ReuseRun
+from .plan import Plan
+
+Streams = tuple[Any, ...]
+
+
+def missing_parts(denoiser: nn.Module, kinds: Plan) -> str | None:
+    """Why a transformer cannot run the kinds of steps of a plan; None if it can."""
+    name = type(denoiser).__name__
+    if kinds.orders("decoder") >= 0:
+        return f"{name} is not a U-Net: it has no decoder to run alone; use hold:n or shallow:n,depth"
+    if not kinds.depths:
+        return None
+    try:
+        blocks = stream_blocks(denoiser)
+    except ValueError as error:
+        return f"{error}; use hold:n"
+    if len(blocks) < 2:
+        return f"{name} has {len(blocks)} block: a shallow step would leave out nothing or all; use hold:n"
+    if max(kinds.depths) >= len(blocks):
+        return (
+            f"{name} has {len(blocks)} blocks: the depth of a shallow step must be 1 to {len(blocks) - 1}, "
+            f"got {max(kinds.depths)}"
+        )
+    return None
 
 
 def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
-    """The hooks on a denoiser that the kinds of steps of `run` need.
-
-    Raises:
-        UnsupportedPipelineError: decoder steps, which only U-Nets have, or shallow steps on blocks that are not known.
-    """
-    name = type(denoiser).__name__
-    if run.kinds.orders("decoder") >= 0:
-        raise UnsupportedPipelineError(
-            f"{name} is not a U-Net: it has no decoder to run alone; use hold:n or shallow:n,depth"
-        )
-    depths = run.kinds.depths
-    if not depths:
+    """The hooks on a transformer that the kinds of steps of `run` need; see `missing_parts`."""
+    if not run.kinds.depths:
         return
-    blocks = residual_stream_blocks(denoiser)
-    if not blocks:
-        raise UnsupportedPipelineError(f"the blocks of {name} are not known to this toolkit; use hold:n")
-    if max(depths) >= len(blocks):
-        raise UnsupportedPipelineError(
-            f"{name} has {len(blocks)} blocks: the depth of a shallow step must be 1 to {len(blocks) - 1}, "
-            f"got {max(depths)}"
-        )
+    blocks = stream_blocks(denoiser)
+    spans = {depth: inner(depth, len(blocks)) for depth in run.kinds.depths}
     for i, block in enumerate(blocks):
-        run.hooks.add(block, BlockHook(run, i, len(blocks)))
+        inside = frozenset(depth for depth, (first, end) in spans.items() if first <= i < end)
+        if inside:
+            run.hooks.add(block.module, BlockHook(run, block, inside))
 
 
 def inner(depth: int, blocks: int) -> tuple[int, int]:
@@ -46,39 +55,64 @@ def inner(depth: int, blocks: int) -> tuple[int, int]:
 
 
 class BlockHook(ModelHook):
-    """On every block. The inner blocks become one sum: h + (what they added at the last full steps, forecast)."""
+    """On every inner block. The inner blocks of a list become one sum: h + (what they added at the last full steps,
+    forecast), at the first of them that is called.
 
-    def __init__(self, run: ReuseRun, number: int, blocks: int) -> None:
+    What lies between two blocks (another list's block, a ControlNet's residual, another layout) runs at every step; so
+    it must not be in the sum.
+    """
+
+    def __init__(self, run: ReuseRun, block: StreamBlock, inside: frozenset[int]) -> None:
         super().__init__()
-        self.run = run
-        spans = {depth: inner(depth, blocks) for depth in run.kinds.depths}
-        self.inside = {depth for depth, (first, end) in spans.items() if first <= number < end}
-        self.begins = {depth for depth, (first, _) in spans.items() if first == number}
-        self.ends = {depth for depth, (_, end) in spans.items() if end == number + 1}
+        self.run, self.inside = run, inside
+        self.group, self.streams = block.group, block.streams
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = self.run.current
-        if current is None:
+        shallow = current is not None and current.step.mode == "shallow" and current.step.depth in self.inside
+        if current is None or not (shallow or current.full):
             return self.fn_ref.original_forward(*args, **kwargs)
         named = bind_forward(module, args, kwargs)
-        streams = (named.get("encoder_hidden_states"), named["hidden_states"])
-        depth = current.step.depth
-        if current.step.mode == "shallow" and depth in self.inside:
-            if depth in self.begins:
-                current.inputs[depth] = added = current.recall(("added", depth))
-                streams = _plus(streams[-len(added) :], added)
-            return streams[-1] if len(current.inputs[depth]) == 1 else streams
-        if current.full:
-            for d in self.begins:
-                current.inputs[d] = streams
+        given: Streams = tuple(named.get(name) for name in self.streams)
+        if shallow:
+            key = (current.step.depth, self.group)
+            if key not in current.entered:
+                current.entered.add(key)
+                given = _plus(given, current.recall(("added", *key)))
+            return given if len(given) > 1 else given[0]
         output = self.fn_ref.original_forward(*args, **kwargs)
-        for d in self.ends if current.full else ():
-            results = output if isinstance(output, tuple) else (output,)
-            added = _plus(results, current.inputs.pop(d)[-len(results) :], -1)
-            current.keep(("added", d), self.run.kinds.orders("shallow", d) + 1, added)
+        for depth in self.inside:
+            sums = current.added.setdefault((depth, self.group), Added())
+            sums.follow(given, output if isinstance(output, tuple) else (output,))
         return output
 
 
-def _plus(streams: tuple[Any, ...], others: tuple[Any, ...], sign: int = 1) -> tuple[Any, ...]:
-    """The sums of two lists of streams, [text and] pictures; a last block may have no text any more."""
-    return tuple(None if s is None else torch.add(s, o, alpha=sign) for s, o in zip(streams, others, strict=True))
+class Added:
+    """What blocks add to their streams. As long as each takes what the one before it returned, that is one difference;
+    where something lies between them, one difference more."""
+
+    def __init__(self) -> None:
+        self.start: Streams = ()
+        self.last: Streams = ()
+        self.sum: Streams | None = None
+
+    def follow(self, given: Streams, returned: Streams) -> None:
+        """A block has made `returned` of `given`."""
+        if not self.last:
+            self.start = given
+        elif any(a is not b for a, b in zip(given, self.last, strict=True)):
+            self.sum, self.start = self.total(), given
+        self.last = returned
+
+    def total(self) -> Streams:
+        """The sum of all differences; a stream that a block no longer returns (SD 3's text) adds nothing."""
+        difference = _plus(self.last, self.start, -1)
+        return difference if self.sum is None else _plus(self.sum, difference)
+
+
+def _plus(streams: Streams, others: Streams, sign: int = 1) -> Streams:
+    """The sums of two lists of streams; None where one has ended."""
+    pairs = zip(streams, others, strict=True)
+    if sign > 0:
+        return tuple(s if o is None else o if s is None else s + o for s, o in pairs)
+    return tuple(None if s is None or o is None else torch.sub(s, o) for s, o in pairs)

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..io import shown
 
-# name -> (what its numbers mean, how many it takes at most, the usual ones)
-CACHES: dict[str, tuple[str, int, tuple[float, ...]]] = {
-    "first-block": ("threshold", 1, (0.05,)),
-    "taylorseer": ("interval,order", 2, (5, 1)),
-    "mag": ("threshold,skips", 2, (0.06, 3)),
-    "pab": ("range", 1, (2,)),
-    "faster-cache": ("range,unconditional range", 2, (2, 5)),
+# name -> (what its numbers mean, the usual ones, the highest ones)
+CACHES: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
+    "first-block": ("threshold", (0.05,), (10.0,)),
+    "taylorseer": ("interval,order", (5, 1), (1000, 4)),
+    "mag": ("threshold,skips", (0.06, 3), (10.0, 1000)),
+    "pab": ("range", (2,), (1000,)),
+    "faster-cache": ("range,unconditional range", (2, 5), (1000, 1000)),
 }
-_TEXT = re.compile(r"([a-z-]+)(?::(\d*\.?\d+)(?:,(\d*\.?\d+))?)?")
+_NUMBER = r"([0-9]{0,4}(?:\.[0-9]{1,16})?)"
+_TEXT = re.compile(rf"([a-z-]+)(?::{_NUMBER}(?:,{_NUMBER})?)?")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class CacheSettings:
             return None
         match = _TEXT.fullmatch(text)
         name = text.partition(":")[0]
-        meaning, most, usual = CACHES[name]
-        given = tuple(float(n) for n in match.groups()[1:] if n is not None) if match else ()
+        meaning, usual, highest = CACHES[name]
+        texts = [n for n in match.groups()[1:] if n is not None] if match else []
+        given = tuple(float(n or 0) for n in texts)
         whole = [n for n, default in zip(given, usual, strict=False) if isinstance(default, int)]
-        if match is None or len(given) > most or any(n != int(n) or n < 1 for n in whole) or 0 in given:
-            raise ConfigurationError(f"{name} takes {name}:{meaning}, such as {name}:{usual[0]:g}; got {text!r}")
+        wrong = match is None or len(given) > len(usual) or any(n != int(n) for n in whole)
+        if wrong or any(not 0 < n <= most for n, most in zip(given, highest, strict=False)):
+            limits = " and ".join(f"{n:g}" for n in highest)
+            raise ConfigurationError(
+                f"{name} takes {name}:{meaning}, such as {name}:{usual[0]:g}, above 0 and at most {limits}; "
+                f"got {shown(text)}"
+            )
         return cls(name, (*given, *usual[len(given) :]))
 
     def supports(self, pipeline: Any, denoiser: Any) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import map_tensors
+from ..hooks import map_tensors, version_of
 
 SAMPLES = 64  # values of each tensor of a model that are compared
 # Of a module: what hooks leave there, and what torch keeps for itself.
@@ -42,14 +42,14 @@ class Snapshot:
             return False
         return (
             same
-            and all(_version(t) == version and t.data_ptr() == place for t, version, place in self._tensors)
+            and all(version_of(t) == version and t.data_ptr() == place for t, version, place in self._tensors)
             and all(torch.equal(a, b) for a, b in zip(self._values, _by_kind(self._views), strict=True))
         )
 
     def _note(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             if id(value) not in self._seen and value.layout == torch.strided and not value.is_meta:
-                self._tensors.append((value, _version(value), value.data_ptr()))
+                self._tensors.append((value, version_of(value), value.data_ptr()))
                 self._seen.add(id(value))
             return
         live = value if isinstance(value, (dict, list, tuple, set)) else _attributes(value)
@@ -65,10 +65,6 @@ class Snapshot:
             parts = live.values()
         for part in parts:
             self._note(part)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
 from .attachment import RunAttachment
-from .schedule import check_schedule, key_steps
+from .schedule import MORE_TIMESTEPS, check_schedule, key_steps
 
 if TYPE_CHECKING:
     from ..steps import StepClock
@@ -48,22 +46,17 @@ class EncoderReuse(Feature):
     order: ClassVar[int] = 50
     conflicts: ClassVar[frozenset[str]] = frozenset({"reuse"})
 
-    schedule: tuple[int, ...] | str = option("uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5")
+    schedule: tuple[int, ...] | str = option(
+        "uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5", (0, 9_999)
+    )
     batch_decoder: bool = option(True, "decode all steps up to the next key step as one batch")
-    max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch")
-    prior_noise: float = option(0.0, "strength of prior noise injection (0: off; the paper: 0.003)")
-    prior_noise_below: float = option(0.5, "inject below this noise level, a share of the training timesteps")
+    max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch", (1, 2**20))
+    prior_noise: float = option(0.0, "strength of prior noise injection (0: off; the paper: 0.003)", (0, 0.1))
+    prior_noise_below: float = option(0.5, "inject below this noise level, a share of the training timesteps", (0, 1))
 
     def __post_init__(self) -> None:
-        if isinstance(self.schedule, list):
-            object.__setattr__(self, "schedule", tuple(self.schedule))
+        super().__post_init__()
         check_schedule(self.schedule)
-        if self.max_group_mb < 1:
-            raise ConfigurationError(f"max_group_mb must be at least 1 (MiB), got {self.max_group_mb}")
-        for name, upper in (("prior_noise", 0.1), ("prior_noise_below", 1.0)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and 0 <= value <= upper):
-                raise ConfigurationError(f"{name} must be between 0 and {upper:g}, got {value}")
 
     @classmethod
     def neutral(cls) -> Self:
@@ -81,6 +74,12 @@ class EncoderReuse(Feature):
             return "the pipeline has no scheduler to take the steps from"
         reason = not_a_unet(denoiser) or reads_every_step(pipeline) or not_followed(pipeline)
         return reason or (not_injectable(pipeline.scheduler) if self.prior_noise else None)
+
+    def unfit_for(self, steps: int, scheduler: str) -> str | None:
+        last = self.schedule[-1] if isinstance(self.schedule, tuple) else 0
+        if last < steps or not scheduler or scheduler.lower().startswith(MORE_TIMESTEPS):
+            return None
+        return f"key step {last} lies beyond {steps} steps; shorten the list or use a preset, which fits any number"
 
     def attach(self, pipeline: Any) -> Attachment:
         return EncoderReuseAttachment(self, pipeline)

@@ -25,7 +25,7 @@ from ..denoisers import (
     rows_are_independent,
     with_prediction,
 )
-from ..errors import ConfigurationError, UnsupportedPipelineError
+from ..errors import ConfigurationError
 from ..families import Branches, family_of, guided, no_branches, time_argument
 from ..hooks import HookSet, as_given, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
 from ..prediction import Conversion
@@ -90,7 +90,8 @@ class Pass:
     half: bool
     branches: Branches = field(default_factory=Branches)
     widths: dict[int, int] = field(default_factory=dict)  # channels of a U-Net's skip connections
-    inputs: dict[int, Any] = field(default_factory=dict)  # of a transformer's inner blocks, by depth
+    added: dict[Any, Any] = field(default_factory=dict)  # by a transformer's inner blocks, by (depth, list)
+    entered: set[Any] = field(default_factory=set)  # which of these sums a shallow step has added
 
     @property
     def full(self) -> bool:
@@ -165,11 +166,6 @@ class ReuseRun:
         self.family = family_of(pipeline)
         self.branches = self.family.branches or Branches()
         self.conversion = Conversion(clock.scheduler)
-        if any(kinds.spaces) and not self.conversion.possible:
-            raise UnsupportedPipelineError(
-                f"with {type(clock.scheduler).__name__} a prediction cannot be turned into noise or clean sample; "
-                "use hold without epsilon or sample"
-            )
         self.hooks = HookSet(f"diffusion_accel.{name}")
         names = ("encoder_runs", "decoder_runs", "decoder_steps", "full_steps", "reused_steps", "peak_cache_bytes")
         counters.update(dict.fromkeys(names, 0))
@@ -327,6 +323,8 @@ class DenoiserHook(ModelHook):
             output = self.fn_ref.original_forward(*positional, **keywords)
         finally:
             run.current = None
+        for (depth, group), sums in current.added.items():
+            current.keep(("added", depth, group), run.kinds.orders("shallow", depth) + 1, sums.total())
         self._count(features, step, steps)
         chunks = list(prediction(output).chunk(steps)) if steps > 1 else [prediction(output)]
         if half or (run.plan.reuses_guidance and not run.family.calls):

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigurationError
-from .schedule import key_steps
+from ..io import shown
+from .schedule import around_center, key_steps
 
 MODES = ("full", "decoder", "shallow", "hold")
 GUIDANCE = ("both", "reuse", "none")
 MAX_ORDER = 3
-_NUMBER = r"-?\d+(?:\.\d+)?"
+MAX_STEPS = 10_000  # of a plan, and between two full steps of a preset
+MAX_DEPTH = 1_000
+MAX_WEIGHT = 10_000.0
+_NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
 _TOKEN = re.compile(
-    r"(full|decoder|hold(?::(epsilon|sample))?|shallow:([1-9]\d*))"
+    r"(full|decoder|hold(?::(epsilon|sample))?|shallow:([1-9][0-9]*))"
     rf"(?:@([0-3])|=({_NUMBER}(?:,{_NUMBER}){{0,3}}))?(?:/(reuse|none))?"
 )
+
+
+def bounded(weight: float) -> float:
+    """A weight as a plan may have it."""
+    return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,16 @@ class Step:
             raise ConfigurationError(
                 "a step of a plan is full, decoder, shallow:DEPTH, hold, hold:epsilon or hold:sample, then @ORDER and "
                 f"/reuse or /none if wanted, such as hold@2 (the order is at most {MAX_ORDER}), hold also =WEIGHTS, "
-                f"such as hold=1.5,-0.5; got {token!r}"
+                f"such as hold=1.5,-0.5; got {shown(token)}"
             )
         mode, space, depth, order, numbers, guidance = match.groups()
         mode, given = mode.partition(":")[0], tuple(float(n) for n in (numbers or "").split(",") if n)
         if given and mode != "hold":
-            raise ConfigurationError(f"only hold takes weights, got {token!r}")
+            raise ConfigurationError(f"only hold takes weights, got {shown(token)}")
+        if any(abs(weight) > MAX_WEIGHT for weight in given):
+            raise ConfigurationError(f"a weight of hold must be at most {MAX_WEIGHT:g}, got {shown(token)}")
+        if len(depth or "") > 4 or int(depth or 0) > MAX_DEPTH:
+            raise ConfigurationError(f"the depth of a shallow step must be at most {MAX_DEPTH}, got {shown(token)}")
         degree = len(given) - 1 if given else int(order or 0)
         return cls(mode, int(depth or 0), degree, guidance or "both", space or "", given)
 
@@ -98,7 +112,10 @@ class Plan:
     @classmethod
     def parse(cls, tokens: list[str] | str) -> Plan:
         """From the tokens of `Step`, as a list or separated by spaces."""
-        return cls(tuple(Step.parse(t) for t in (tokens.split() if isinstance(tokens, str) else tokens)))
+        tokens = tokens.split() if isinstance(tokens, str) else tokens
+        if len(tokens) > MAX_STEPS:
+            raise ConfigurationError(f"a plan has at most {MAX_STEPS} steps, got {len(tokens)}")
+        return cls(tuple(map(Step.parse, tokens)))
 
     @property
     def depths(self) -> frozenset[int]:
@@ -126,6 +143,11 @@ class Plan:
     def is_full(self, index: int) -> bool:
         """Whether step `index` is computed in full; steps behind the plan's end are."""
         return index >= len(self.steps) or self.steps[index].mode == "full"
+
+    def part(self, first: int, end: int) -> Plan:
+        """Its steps `first` to `end` − 1, of which the first is computed whatever the plan says."""
+        begin, *rest = self.steps[first:end]
+        return Plan((Step(guidance="none") if begin.guidance == "none" else FULL, *rest))
 
     def stretched(self, total: int) -> Plan:
         """This plan for another number of steps: the full steps keep their places along the trajectory.
@@ -159,10 +181,12 @@ PRESETS = (
     "faster-diffusion",
     "uniform:m",
     "deepcache:n[,branch]",
+    "deepcache-pow:n,center,power[,branch]",
     "shallow:n,depth",
     "hold:n[,epsilon|sample]",
 )
-_PRESET = re.compile(r"([a-z-]+)(?::(\d+)(?:,(\d+))?(?:,(epsilon|sample))?)?(?:@([0-3]))?")
+_PRESET = re.compile(r"([a-z-]+)(?::([0-9]{1,9})(?:,([0-9]{1,9}))?(?:,(epsilon|sample))?)?(?:@([0-3]))?")
+_POWER = re.compile(r"deepcache-pow:([0-9]{1,9}),([0-9]{1,9}),([0-9](?:\.[0-9]{1,9})?)(?:,([0-9]{1,9}))?(?:@([0-3]))?")
 # name -> how many numbers it takes: (at least, at most), default order (None: by the number of steps)
 _ARGUMENTS: dict[str, tuple[int, int, int | None]] = {
     "full": (0, 0, 0),
@@ -177,7 +201,7 @@ FINE = 12  # a forecast is better than plain reuse where full steps divide the t
 
 def looks_like_a_preset(text: str) -> bool:
     """Whether `text` begins like a preset or a list of steps, right or wrong."""
-    return re.split(r"[:@,]", text, maxsplit=1)[0] in (*_ARGUMENTS, "steps")
+    return re.split(r"[:@,]", text, maxsplit=1)[0] in (*_ARGUMENTS, "deepcache-pow", "steps")
 
 
 @dataclass(frozen=True)
@@ -189,6 +213,8 @@ class Preset:
     argument: int = 0
     order: int | None = 0
     space: str = ""
+    center: int = 0
+    power: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Preset:
@@ -198,6 +224,8 @@ class Preset:
         - `faster-diffusion`: Faster Diffusion's published key steps, the decoder at the others.
         - `uniform:m`: the encoder at every m-th step, the decoder at the others.
         - `deepcache:n[,branch]`: DeepCache with interval n and its branch index (0).
+        - `deepcache-pow:n,center,power[,branch]`: the same number of full steps, placed by DeepCache's non-uniform
+          schedule: most of them around step `center`, fewer with a higher `power` (above 1; 1.4 in its examples).
         - `shallow:n,depth`: the same by depth.
         - `hold:n`: every n-th step, the prediction is reused at the others, or the noise or the clean sample that it
           means.
@@ -207,17 +235,22 @@ class Preset:
         Raises:
             ConfigurationError: it is none of these.
         """
+        if (match := _POWER.fullmatch(text)) is not None and 1 < float(match[3]) <= 5 and int(match[1]) >= 2:
+            interval, center, branch = (int(n or 0) for n in match.group(1, 2, 4))
+            _check_numbers(text, (interval, center), branch)
+            return cls("deepcache-pow", interval, branch, int(match[5] or 0), "", center, float(match[3]))
         match = _PRESET.fullmatch(text)
         if match is not None and match[1] in _ARGUMENTS:
             name, numbers = match[1], [int(n) for n in match.groups()[1:3] if n is not None]
             least, most, order = _ARGUMENTS[name]
             depth_is_right = name != "shallow" or (len(numbers) == 2 and numbers[1] >= 1)
             depth_is_right &= match[4] is None or name == "hold"
+            _check_numbers(text, numbers[:1], *numbers[1:])
             if least <= len(numbers) <= most and (not numbers or numbers[0] >= 1) and depth_is_right:
                 interval, argument = (*numbers, 1, 0)[:2] if not numbers else (*numbers, 0)[:2]
                 return cls(name, interval, argument, order if match[5] is None else int(match[5]), match[4] or "")
         raise ConfigurationError(
-            f"unknown reuse plan {text!r}; allowed: {', '.join(PRESETS)}, each with @ORDER (0 to {MAX_ORDER}) if "
+            f"unknown reuse plan {shown(text)}; allowed: {', '.join(PRESETS)}, each with @ORDER (0 to {MAX_ORDER}) if "
             "wanted; tuned:quality, tuned:balanced, tuned:fast; or a tuned plan's JSON file"
         )
 
@@ -230,10 +263,14 @@ class Preset:
             full, other = key_steps("paper", total), Step("decoder", order=order)
         else:
             full, other = frozenset(range(0, total, self.interval)), self._other(order, layers)
+            if self.name == "deepcache-pow":
+                full = around_center(total, self.interval, self.center, self.power)
         return Plan(tuple(FULL if i in full else other for i in range(total)))
 
     def kinds(self, layers: int = 2) -> Plan:
         """A plan that has every kind of step, of the highest order, that plans of any length have."""
+        if self.name == "deepcache-pow":  # which cannot be placed in any number of steps
+            return Plan((FULL, self._other(self.order or 0, layers)))
         return self.plan(FINE * self.interval + 6, layers)
 
     def _other(self, order: int, layers: int) -> Step:
@@ -243,6 +280,13 @@ class Preset:
             return Step("hold", order=order, space=self.space)
         depth = self.argument if self.name == "shallow" else branch_depth(self.argument, layers)
         return Step("shallow", depth, order)
+
+
+def _check_numbers(text: str, steps: Sequence[int], depth: int = 0) -> None:
+    if max(steps, default=0) > MAX_STEPS or depth > MAX_DEPTH:
+        raise ConfigurationError(
+            f"the numbers of a plan are at most {MAX_STEPS} (steps) and {MAX_DEPTH} (depth, branch), got {shown(text)}"
+        )
 
 
 def branch_depth(branch: int, layers: int) -> int:
@@ -268,14 +312,14 @@ def with_guidance(plan: Plan, text: str, levels: list[float]) -> Plan:
     if text == "both":
         return plan
     kind, _, value = text.partition(":")
-    if kind == "reuse" and value.isdigit() and int(value) >= 1:
+    if kind == "reuse" and re.fullmatch(r"[1-9][0-9]{0,3}", value):
         n = int(value)
         changed = [s if i % n == 0 else replace(s, guidance="reuse") for i, s in enumerate(plan.steps)]
         return Plan(tuple(changed))
     match = re.fullmatch(r"(0?\.\d+|0|1(?:\.0)?)-(0?\.\d+|0|1(?:\.0)?)", value) if kind == "interval" else None
     if match is None or float(match[1]) > float(match[2]):
         raise ConfigurationError(
-            f"guidance must be both, reuse:n with n >= 1, or interval:low-high within 0-1, got {text!r}"
+            f"guidance must be both, reuse:n with n >= 1, or interval:low-high within 0-1, got {shown(text)}"
         )
     low, high = float(match[1]), float(match[2])
     changed = [s if low <= levels[i] <= high else replace(s, guidance="none") for i, s in enumerate(plan.steps)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .history import weights
-from .plan import Plan, Step
+from .plan import Plan, Step, bounded
 
 STEP = 0.01
 DAMPING = (0.01, 0.1, 1.0)
@@ -31,7 +31,7 @@ def weighted(plan: Plan, times: list[float]) -> Plan:
         if step.mode == "hold" and not step.weights:
             used = nodes[: step.order + 1]
             shares = weights([times[n] for n in used], times[i])
-            step = replace(step, order=len(used) - 1, weights=tuple(shares))
+            step = replace(step, order=len(used) - 1, weights=tuple(map(bounded, shares)))
         steps.append(step)
     return Plan(tuple(steps))
 
@@ -53,7 +53,7 @@ def moved(plan: Plan, places: list[tuple[range, int]], by: np.ndarray) -> Plan:
     for (run, place), change in zip(places, by, strict=True):
         for i in run:
             values = list(steps[i].weights)
-            values[place] = round(values[place] + float(change), 4)
+            values[place] = round(bounded(values[place] + float(change)), 4)
             steps[i] = replace(steps[i], weights=tuple(values))
     return Plan(tuple(steps))
 

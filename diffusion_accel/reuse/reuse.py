@@ -10,11 +10,21 @@ from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
 from .attachment import RunAttachment
 from .cache_settings import CACHES, CacheSettings
-from .plan import Plan, Preset, looks_like_a_preset, with_guidance
+from .plan import FULL, Plan, Preset, looks_like_a_preset, with_guidance
+from .schedule import MORE_TIMESTEPS
 from .tuned import TunedPlan, is_tuned
 
 if TYPE_CHECKING:
     from ..steps import StepClock
+
+Source = Preset | Plan | TunedPlan | CacheSettings
+
+
+def read_source(text: str) -> Source:
+    """What a plan's text names: steps, a file, a cache of diffusers, or a preset."""
+    if text.startswith("steps:"):
+        return Plan.parse(text[6:])
+    return TunedPlan.load(text) if is_tuned(text) else CacheSettings.parse(text) or Preset.parse(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +68,11 @@ class Reuse(Feature):
     guidance: str = option("both", "both, reuse:n, or interval:low-high")
     stretch: bool = option(False, "use a tuned plan for another number of steps as well")
     batch_decoder: bool = option(True, "decode all steps up to the next full step as one batch")
-    max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch")
+    max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch", (1, 2**20))
 
     def __post_init__(self) -> None:
-        if self.max_group_mb < 1:
-            raise ConfigurationError(f"max_group_mb must be at least 1 (MiB), got {self.max_group_mb}")
-        if self.plan.startswith("steps:"):
-            Plan.parse(self.plan[6:])
-        elif not is_tuned(self.plan) and CacheSettings.parse(self.plan) is None:
-            Preset.parse(self.plan)
+        super().__post_init__()
+        object.__setattr__(self, "_source", read_source(self.plan))
         with_guidance(Plan.parse("full"), self.guidance, [0.0])
 
     @classmethod
@@ -81,12 +87,13 @@ class Reuse(Feature):
         return known or re.fullmatch(r"[\w-]+:\S+", text) is not None
 
     def supports(self, pipeline: Any) -> str | None:
-        from ..denoisers import find_denoiser, reads_every_step
+        from ..denoisers import find_denoisers, reads_every_step
         from ..families import no_branches, not_followed
         from ..noise_level import unknown_noise_levels
+        from .needs import unmet_need
 
-        denoiser = find_denoiser(pipeline)
-        if denoiser is None:
+        denoisers = find_denoisers(pipeline)
+        if not denoisers:
             return "the pipeline has no unet or transformer"
         if getattr(pipeline, "scheduler", None) is None:
             return "the pipeline has no scheduler to take the steps from"
@@ -94,35 +101,57 @@ class Reuse(Feature):
             return reason
         if self.guidance.startswith("interval") and (reason := unknown_noise_levels(pipeline.scheduler)):
             return f"{reason}, so guidance=interval is not possible"
-        cache = CacheSettings.parse(self.plan)
-        if cache is not None and self.guidance != "both":
-            return "diffusers' own caches do not combine with a guidance rule"
-        return (
-            reads_every_step(pipeline)
-            or not_followed(pipeline)
-            or (cache.supports(pipeline, denoiser) if cache else None)
-        )
+        if reason := reads_every_step(pipeline) or not_followed(pipeline):
+            return reason
+        source = self.source
+        if isinstance(source, CacheSettings):
+            if self.guidance != "both":
+                return "diffusers' own caches do not combine with a guidance rule"
+            reasons = [source.supports(pipeline, denoiser) for denoiser in denoisers]
+        else:
+            kinds = self.kinds(pipeline)
+            reasons = [unmet_need(denoiser, pipeline.scheduler, kinds) for denoiser in denoisers]
+        if isinstance(source, TunedPlan):
+            reasons.insert(0, source.for_another_denoiser(denoisers))
+        return next(filter(None, reasons), None)
+
+    def works_inside(self, pipeline: Any) -> bool:
+        if isinstance(self.source, CacheSettings):
+            return True
+        return any(step.mode in ("decoder", "shallow") for step in self.kinds(pipeline).steps)
+
+    def unfit_for(self, steps: int, scheduler: str) -> str | None:
+        plan, source = self.plan_of_its_own(), self.source
+        if not scheduler and isinstance(source, TunedPlan):  # the model's own: presumably the one of the plan
+            scheduler = str(source.conditions.get("scheduler"))
+        more = not scheduler or scheduler.lower().startswith(MORE_TIMESTEPS)
+        if plan is None or self.stretch or len(plan) == steps or more:
+            return None
+        return f"the plan {self.plan} is for {len(plan)} steps; use {len(plan)} steps, or stretch=true"
+
+    # ------------------------------------------------------------------ the plan
+    @property
+    def source(self) -> Source:
+        """What `plan` names; a file was read when the feature was made."""
+        return self.__dict__["_source"]
+
+    def plan_of_its_own(self) -> Plan | None:
+        """The steps of a plan for one number of steps."""
+        source = self.source
+        return source.plan if isinstance(source, TunedPlan) else source if isinstance(source, Plan) else None
+
+    def kinds(self, pipeline: Any) -> Plan:
+        """A plan that has the kinds of steps of the plans for any number of steps."""
+        from ..denoisers import layers_per_block
+
+        if isinstance(self.source, Preset):
+            return self.source.kinds(layers_per_block(pipeline))
+        return self.plan_of_its_own() or Plan((FULL,))
 
     def leaves_branches_out(self) -> bool:
         """Whether it computes one branch of guidance only at some steps."""
-        if self.guidance != "both":
-            return True
-        if is_tuned(self.plan):
-            steps = TunedPlan.load(self.plan).plan.steps
-        else:
-            steps = Plan.parse(self.plan[6:]).steps if self.plan.startswith("steps:") else ()
-        return any(step.guidance != "both" for step in steps)
-
-    def works_inside(self, pipeline: Any) -> bool:
-        if CacheSettings.parse(self.plan) is not None:
-            return True
-        if is_tuned(self.plan):
-            plan = TunedPlan.load(self.plan).plan
-        elif self.plan.startswith("steps:"):
-            plan = Plan.parse(self.plan[6:])
-        else:
-            plan = Preset.parse(self.plan).kinds()
-        return any(step.mode in ("decoder", "shallow") for step in plan.steps)
+        plan = self.plan_of_its_own()
+        return self.guidance != "both" or (plan is not None and any(s.guidance != "both" for s in plan.steps))
 
     def attach(self, pipeline: Any) -> Attachment:
         return ReuseAttachment(self, pipeline)
@@ -131,76 +160,49 @@ class Reuse(Feature):
 class ReuseAttachment(RunAttachment):
     """The reuse engine on one pipeline; everything it holds lives for one call."""
 
-    def __init__(self, feature: Reuse, pipeline: Any) -> None:
-        super().__init__(feature, pipeline)
-        self._tuned = TunedPlan.load(feature.plan) if is_tuned(feature.plan) else None
-        self._fingerprint: tuple[Any, str] | None = None
+    feature: Reuse
 
     def before_call(self, clock: StepClock) -> None:
         from .diffusers_caches import CacheRun
         from .executor import ReuseRun
 
-        feature: Reuse = self.feature  # type: ignore[assignment]
+        feature, source = self.feature, self.feature.source
         self.begin()
-        if self._tuned is not None:
-            self._tuned.check(self.pipeline, self._weights())
-        if (cache := CacheSettings.parse(feature.plan)) is not None:
-            self.install(CacheRun(cache, self.pipeline, self._counters, clock.arguments))
+        if isinstance(source, TunedPlan):
+            source.check(self.pipeline)
+        if isinstance(source, CacheSettings):
+            self.install(CacheRun(source, self.pipeline, self._counters, clock.arguments))
             return
         run = ReuseRun(
             feature.name,
             self.pipeline,
             clock,
             self._counters,
-            self._kinds(),
-            lambda total: self._guided(self._plan(total), clock),
+            feature.kinds(self.pipeline),
+            lambda total: self._guided(self._plan(clock, total), clock),
             feature.batch_decoder,
             feature.max_group_mb,
         )
         self.install(run)
 
-    def _weights(self) -> str:
-        """The denoisers' fingerprint, computed again only for another denoiser or other names (such as a LoRA's)."""
-        from ..denoisers import find_denoisers, fingerprint
+    def _plan(self, clock: StepClock, total: int) -> Plan:
+        """The plan for a segment of `total` steps."""
+        from ..denoisers import layers_per_block
 
-        denoisers = find_denoisers(self.pipeline)
-        state = [(id(denoiser), [name for name, _ in denoiser.named_parameters()]) for denoiser in denoisers]
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(*denoisers))
-        return self._fingerprint[1]
-
-    def _kinds(self) -> Plan:
-        """A plan that has the kinds of steps of the plans for any number of steps."""
-        if (preset := self._preset()) is not None:
-            from ..denoisers import layers_per_block
-
-            return preset.kinds(layers_per_block(self.pipeline))
-        return self._steps()
-
-    def _plan(self, total: int) -> Plan:
-        """The plan for `total` steps."""
-        feature: Reuse = self.feature  # type: ignore[assignment]
-        if (preset := self._preset()) is not None:
-            from ..denoisers import layers_per_block
-
-            return preset.plan(total, layers_per_block(self.pipeline))
-        plan = self._steps()
+        feature, source = self.feature, self.feature.source
+        if isinstance(source, Preset):
+            return source.plan(total, layers_per_block(self.pipeline))
+        plan = feature.plan_of_its_own()
+        assert plan is not None
+        if len(plan) != total and len(plan) == clock.scheduled:  # img2img and others run a part of the timesteps
+            return plan.part(clock.offset, clock.offset + total)
         if len(plan) != total and not feature.stretch:
+            of = f" of {clock.scheduled} (its strength, or where it starts and ends)" if total < clock.scheduled else ""
             raise ConfigurationError(
-                f"the plan is for {len(plan)} steps, this call has {total}; use {len(plan)} steps, or stretch=true"
+                f"the plan is for {len(plan)} steps, this call has {total}{of}; use {len(plan)} steps, or stretch=true"
             )
         return plan.stretched(total)
 
-    def _preset(self) -> Preset | None:
-        feature: Reuse = self.feature  # type: ignore[assignment]
-        own = self._tuned is not None or feature.plan.startswith("steps:")
-        return None if own else Preset.parse(feature.plan)
-
-    def _steps(self) -> Plan:
-        feature: Reuse = self.feature  # type: ignore[assignment]
-        return Plan.parse(feature.plan[6:]) if self._tuned is None else self._tuned.plan
-
     def _guided(self, plan: Plan, clock: StepClock) -> Plan:
-        feature: Reuse = self.feature  # type: ignore[assignment]
-        levels = clock.levels if feature.guidance.startswith("interval") else []
-        return with_guidance(plan, feature.guidance, levels)
+        levels = clock.levels if self.feature.guidance.startswith("interval") else []
+        return with_guidance(plan, self.feature.guidance, levels)

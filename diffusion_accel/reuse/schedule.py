@@ -7,9 +7,13 @@ carried over to any other number.
 from __future__ import annotations
 
 import math
+import re
 
 from ..errors import ConfigurationError
+from ..io import shown
 
+# How the names of schedulers begin that have more timesteps than steps.
+MORE_TIMESTEPS = ("heun", "kdpm2", "pndm")
 # Faster Diffusion's non-uniform set for 50 steps (Li et al. 2023, section 3.3 and the released "50ls" setting).
 PAPER = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 PAPER_STEPS = 50
@@ -41,16 +45,16 @@ def check_schedule(schedule: str | tuple[int, ...]) -> None:
     if isinstance(schedule, tuple):
         if not schedule or schedule[0] != 0 or list(schedule) != sorted(set(schedule)):
             raise ConfigurationError(
-                f"key steps must be increasing, without repeats, and begin with 0 (the first step), got {schedule}"
+                "key steps must be increasing, without repeats, and begin with 0 (the first step), "
+                f"got {shown(schedule)}"
             )
         return
     if schedule in PRESETS:
         return
-    kind, colon, interval = schedule.partition(":")
-    if kind == "uniform" and colon and interval.isdigit() and int(interval) >= 1:
+    if re.fullmatch(r"uniform:[1-9][0-9]{0,3}", schedule):
         return
     raise ConfigurationError(
-        f"unknown key-step schedule {schedule!r}; allowed: {', '.join(PRESETS)}, uniform:m with m >= 1, "
+        f"unknown key-step schedule {shown(schedule)}; allowed: {', '.join(PRESETS)}, uniform:m with m >= 1, "
         "or a list of steps such as 0+1+2+5+10"
     )
 
@@ -83,6 +87,29 @@ def key_steps(schedule: str | tuple[int, ...], total: int) -> frozenset[int]:
         reference, keys = _SETS[schedule]
         return scale(keys, reference, total)
     return frozenset(range(0, total, int(schedule.partition(":")[2])))
+
+
+def around_center(total: int, interval: int, center: int, power: float) -> frozenset[int]:
+    """DeepCache's non-uniform schedule (Ma et al., CVPR 2024, appendix; `sample_from_quad_center` of its code).
+
+    As many steps as every `interval`-th would be, at center + x^power for evenly spaced x, where the roots of negative
+    numbers are complex and the real part counts. The power becomes less by 0.02 until no two steps coincide.
+
+    Raises:
+        ConfigurationError: they coincide with every power above 1.
+    """
+    import numpy as np
+
+    wanted = -(-total // interval)
+    while power > 1 and center < total:
+        spaced = np.linspace((-center) ** (1 / power), (total - center) ** (1 / power), wanted + 1)
+        places = np.unique((spaced**power).real.astype(int))[1:-1]
+        if len(places) + 1 == wanted:
+            return frozenset({0, *(int(place) + center for place in places)})
+        power -= 0.02
+    raise ConfigurationError(
+        f"deepcache-pow: {wanted} of {total} steps cannot be placed around step {center}; use a lower center or power"
+    )
 
 
 def scale(keys: tuple[int, ...], reference: int, total: int) -> frozenset[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .history import weights
-from .plan import FULL, Plan, Step
+from .plan import FULL, Plan, Step, bounded
 
 SPAN = 32  # longest run of held steps that is considered
 BEAM = 4000
@@ -154,7 +154,7 @@ def refitted(plan: Plan, forecasts: Sequence[Forecasts]) -> Plan:
         if step.mode == "hold" and step.weights and step.space in spaces:
             rule = Rule(min(len(step.weights), len(nodes)), True)
             shares = spaces[step.space].weights(nodes[: rule.count], [i], rule)[0]
-            step = rule.hold(step.space, tuple(round(float(w), 4) for w in shares))
+            step = rule.hold(step.space, tuple(round(bounded(float(w)), 4) for w in shares))
         steps.append(step)
     return Plan(tuple(steps))
 

@@ -24,6 +24,7 @@ from .plan import FULL, Plan, Preset, Step
 from .polish import polish, weighted
 from .reuse import Reuse
 from .search import Rule, best_plans, predicted_error, refitted
+from .search_state import add_score, read_search, write_search
 from .tuned import TunedPlan, conditions
 
 MANY, FEW = 20, 6  # families of plans that are tried: for a speed-up, and for each step towards a fidelity
@@ -113,8 +114,7 @@ class Tuner:
         self.known[name] = values
         self.evaluated += 1
         if self.state is not None:
-            with self.state.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"plan": name, "psnr": [round(v, 3) for v in values]}) + "\n")
+            add_score(self.state, name, values)
 
     # ------------------------------------------------------------------ searching
     def search(self) -> Plan:
@@ -256,12 +256,10 @@ class Tuner:
             return
         head = {"conditions": self.conditions(), "prompts": list(self.sampler.prompts)}
         if self.state.exists():
-            text = self.state.read_text(encoding="utf-8").splitlines()
-            lines = [json.loads(line) for line in text if line.endswith("}")]  # the last one may be cut
-            if lines and lines[0] == json.loads(json.dumps(head)):
-                self.known = {line["plan"]: line["psnr"] for line in lines[1:]}
-                return
-        self.state.write_text(json.dumps(head) + "\n", encoding="utf-8")
+            before, known = read_search(self.state)
+            if before == json.loads(json.dumps(head)):
+                self.known = known
+        write_search(self.state, head, self.known)
 
     def conditions(self) -> dict[str, Any]:
         return conditions(self.sampler.pipe, self.total) | {"call": {**self.sampler.options, "seed": self.sampler.seed}}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..io import replacing
+from ..io import printable, read_json, replacing, shown
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -25,23 +25,25 @@ def is_tuned(text: str) -> bool:
     return text.startswith("tuned:") or text.endswith(".json")
 
 
-def conditions(pipeline: Any, steps: int, weights: str | None = None) -> dict[str, Any]:
-    """What a plan depends on: the denoiser, the scheduler and the number of steps.
-
-    `weights`: the denoiser's `fingerprint`, if it is known.
-    """
+def conditions(pipeline: Any, steps: int) -> dict[str, Any]:
+    """What a plan depends on: the denoiser, its weights (None where they are offloaded to another place), the scheduler
+    and the number of steps."""
     from ..denoisers import find_denoisers, fingerprint
 
     denoisers, scheduler = find_denoisers(pipeline), pipeline.scheduler
     config = getattr(scheduler, "config", {})
     kept = ("prediction_type", "timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas")
     return {
-        "denoiser": "+".join(type(denoiser).__name__ for denoiser in denoisers),
-        "weights": weights or fingerprint(*denoisers),
+        "denoiser": _kind(denoisers),
+        "weights": None if any(p.is_meta for d in denoisers for p in d.parameters()) else fingerprint(*denoisers),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": {key: config[key] for key in kept if key in config},
         "steps": steps,
     }
+
+
+def _kind(denoisers: list[Any]) -> str:
+    return "+".join(type(denoiser).__name__ for denoiser in denoisers)
 
 
 @dataclass
@@ -90,45 +92,57 @@ class TunedPlan:
         if text.startswith("tuned:") and (SHIPPED / f"{name}.json").is_file() and "/" not in name:
             path = SHIPPED / f"{name}.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            known = ", ".join(sorted(f.stem for f in SHIPPED.glob("*.json"))) or "none"
-            why = getattr(error, "strerror", None) or "it is not JSON"
-            raise ConfigurationError(f"cannot read the plan {name}: {why}; shipped plans: {known}") from error
+            values = read_json(path, "the plan")
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error}; shipped plans: {', '.join(shipped()) or 'none'}") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ConfigurationError(f"{path} is not a reuse plan; make one with diffusion-accel tune")
         if values.get("version") != VERSION:
             raise ConfigurationError(
-                f"{path} is a plan of version {values.get('version')}, this program reads version {VERSION}"
+                f"{path} is a plan of version {shown(values.get('version'))}, this program reads version {VERSION}"
             )
-        tokens, valid_for = values.get("plan"), values.get("conditions")
-        if (
-            not isinstance(tokens, list)
-            or not all(isinstance(t, str) for t in tokens)
-            or not isinstance(valid_for, dict)
-        ):
-            raise ConfigurationError(f"{path}: plan must be a list of steps and conditions an object")
-        return cls(Plan.parse(tokens), valid_for, values.get("measured", {}), values.get("search", {}))
+        tokens = values.get("plan")
+        if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
+            raise ConfigurationError(f"{path}: plan must be a list of steps")
+        tables = [values.get("conditions"), values.get("measured", {}), values.get("search", {})]
+        if not all(isinstance(table, dict) for table in tables):
+            raise ConfigurationError(f"{path}: conditions, measured and search must be objects")
+        try:
+            return cls(Plan.parse(tokens), *tables)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from error
 
-    def check(self, pipeline: Any, weights: str | None = None) -> None:
-        """Compare the conditions with a pipeline: another kind of denoiser is refused, other differences are logged.
+    def for_another_denoiser(self, denoisers: list[Any]) -> str | None:
+        """That the plan was tuned for another class of denoiser; None if it is for this one."""
+        made_for = self.conditions.get("denoiser")
+        if made_for == _kind(denoisers):
+            return None
+        name = made_for if isinstance(made_for, str) else "a model that it does not name"
+        return f"the plan was tuned for {printable(name)[:80]}, this pipeline has {_kind(denoisers)}"
 
-        `weights`: the denoiser's `fingerprint`, if it is known.
-
-        Raises:
-            ConfigurationError: the plan is for another class of denoiser.
-        """
-        here = conditions(pipeline, len(self.plan), weights)
-        if here["denoiser"] != self.conditions.get("denoiser"):
-            raise ConfigurationError(
-                f"the plan was tuned for {self.conditions.get('denoiser')}, this pipeline has {here['denoiser']}"
-            )
+    def check(self, pipeline: Any) -> None:
+        """Log how a pipeline differs from the one that the plan was tuned for, and which shipped plan fits it."""
+        here = conditions(pipeline, len(self.plan))
         for key, what in (("weights", "other weights"), ("scheduler", "another scheduler"), ("scheduler_config", "")):
-            if here[key] != self.conditions.get(key):
-                logger.warning(
-                    "the plan was tuned with %s (%s, here %s): what it was measured to keep does not hold here",
-                    what or "other settings of the scheduler",
-                    self.conditions.get(key),
-                    here[key],
-                )
-                return
+            if here[key] == self.conditions.get(key) or here[key] is None:
+                continue
+            fitting = [name for name in shipped() if TunedPlan.load(f"tuned:{name}")._same(here)]
+            logger.warning(
+                "the plan was tuned with %s (%s, here %s): what it was measured to keep does not hold here; %s",
+                what or "other settings of the scheduler",
+                shown(self.conditions.get(key)),
+                shown(here[key]),
+                f"plans for what is here: {', '.join(f'tuned:{name}' for name in fitting)}"
+                if fitting
+                else "make one with diffusion-accel tune",
+            )
+            return
+
+    def _same(self, here: dict[str, Any]) -> bool:
+        keys = ("denoiser", "weights", "scheduler", "scheduler_config")
+        return all(here[key] == self.conditions.get(key) for key in keys)
+
+
+def shipped() -> list[str]:
+    """The names of the plans that ship with the embedded model, behind "tuned:"."""
+    return sorted(file.stem for file in SHIPPED.glob("*.json"))

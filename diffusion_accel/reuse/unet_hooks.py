@@ -9,24 +9,38 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..denoisers import BATCH_ARGUMENTS, unet_layers, unet_stages
-from ..errors import UnsupportedPipelineError
-from ..hooks import bind_forward, forward_parameters, map_tensors
+from ..denoisers import BATCH_ARGUMENTS, UNetLayers, unet_layers, unet_stages
+from ..hooks import bind_forward, first_argument, map_tensors
 from .executor import Pass, ReuseRun
+from .plan import Plan
+
+
+def missing_parts(denoiser: nn.Module, kinds: Plan) -> str | None:
+    """Why a U-Net cannot run the kinds of steps of a plan; None if it can."""
+    if not kinds.depths:
+        return None
+    try:
+        layers = unet_layers(denoiser)
+    except ValueError as error:
+        return f"shallow steps are not possible: {error}; use hold:n or uniform:m"
+    if max(kinds.depths) > layers.count:
+        return (
+            f"{type(denoiser).__name__} has {layers.count} skip connections: the depth of a shallow step must "
+            f"be 1 to {layers.count}, got {max(kinds.depths)}"
+        )
+    return None
 
 
 def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
-    """The hooks on a denoiser that the kinds of steps of `run` need.
-
-    Raises:
-        UnsupportedPipelineError: a shallow step on a U-Net whose layers are not known, or deeper than it is.
-    """
+    """The hooks on a U-Net that the kinds of steps of `run` need; see `missing_parts`."""
     kinds = run.kinds
     decoding, depths = kinds.orders("decoder") >= 0, sorted(kinds.depths)
     if not decoding and not depths:
         return
     stages = unet_stages(denoiser)
-    down, up = _layers(denoiser, depths) if depths else ([()] * len(stages.down), [()] * len(stages.up))
+    none = UNetLayers(((),) * len(stages.down), ((),) * len(stages.up), 0)
+    layers = unet_layers(denoiser) if depths else none
+    down, up = layers.down, layers.up
     for direction, blocks in (("down", down), ("up", up)):
         for units in blocks:
             numbers = [number for number, _ in units]
@@ -45,19 +59,6 @@ def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
 
 
 _DEEPEST = 10**6  # further in than any skip connection
-
-
-def _layers(denoiser: nn.Module, depths: list[int]) -> tuple[Any, Any]:
-    try:
-        layers = unet_layers(denoiser)
-    except ValueError as error:
-        raise UnsupportedPipelineError(f"shallow steps are not possible: {error}") from error
-    if depths[-1] > layers.count:
-        raise UnsupportedPipelineError(
-            f"{type(denoiser).__name__} has {layers.count} skip connections: the depth of a shallow step must "
-            f"be 1 to {layers.count}, got {depths[-1]}"
-        )
-    return layers.down, layers.up
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class LayerHook(PartHook):
         if self.skipped(current):
             return _skipped(current, key)
         if self.size and (current.full or current.step.depth == self.number + 1):
-            hidden = args[0] if args else kwargs[forward_parameters(module)[0]]
+            hidden = first_argument(module, args, kwargs)
             channels = hidden.shape[1] - current.widths[self.number]
             if current.full:
                 last = hidden.is_contiguous(memory_format=torch.channels_last)

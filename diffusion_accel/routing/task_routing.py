@@ -42,12 +42,13 @@ class TaskRouting(Feature):
     paper: ClassVar[str] = "Denoising Task Routing (Park et al., ICLR 2024)"
     order: ClassVar[int] = 20
 
-    beta: float | None = option(None, "share of active channels, above 0, at most 1 (default: as trained; 0.8)")
-    alpha: float | None = option(None, "how unevenly the window moves, above 0 (default: as trained; 4)")
+    beta: float | None = option(None, "share of active channels, above 0, at most 1 (default: as trained; 0.8)", (0, 1))
+    alpha: float | None = option(None, "how unevenly the window moves, above 0 (default: as trained; 4)", (0, 1_000))
     kind: str | None = option(None, f"{' or '.join(KINDS)} (default: as trained; window)")
     untrained: bool = option(False, "attach to a model that was trained without it: its pictures get worse")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.recipe(Recipe())
 
     @classmethod

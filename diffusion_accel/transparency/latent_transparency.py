@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -74,18 +73,22 @@ class LatentTransparency(Feature):
     variant: str = option("fg", f"what is drawn: {', '.join(CONDITIONS)}")
     adapter: str = option("", "another adapter file than the one in weights")
     views: int | None = option(
-        None, "sides from which the decoder looks: 8, 4 or 1; 0 leaves RGB as it is (default: as the weights recommend)"
+        None,
+        "sides from which the decoder looks: 8, 4 or 1; 0 leaves RGB as it is (default: as the weights recommend)",
+        (0, 8),
     )
     refine: int | None = option(
-        None, "steps that refine the latents of a picture that is given (default: as the weights recommend)"
+        None, "steps that refine the latents of a picture that is given (default: as the weights recommend)", (0, 9_999)
     )
-    strength: float = option(1.0, "of the adapter; 0 leaves the base model as it is")
-    until: float = option(1.0, "share of the steps with the adapter, above 0, at most 1")
+    strength: float = option(1.0, "of the adapter; 0 leaves the base model as it is", (0, 100))
+    until: float = option(1.0, "share of the steps with the adapter, above 0, at most 1", (0, 1))
     foreground: str = option("", "picture file, where the variant needs one")
     background: str = option("", "picture file, where the variant needs one")
     blend: str = option("", "picture file, where the variant needs one")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def refuse(key: str, allowed: str) -> None:
             raise ConfigurationError(f"transparent: {key} must be {allowed}, got {getattr(self, key)!r}")
 
@@ -93,11 +96,7 @@ class LatentTransparency(Feature):
             refuse("variant", f"one of {', '.join(CONDITIONS)}")
         if self.views is not None and self.views not in VIEWS:
             refuse("views", "8, 4, 1 or 0")
-        if self.refine is not None and self.refine < 0:
-            refuse("refine", "at least 0")
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            refuse("strength", "a finite number of at least 0")
-        if not 0 < self.until <= 1:
+        if not self.until:
             refuse("until", "above 0 and at most 1")
         for name in PICTURES:
             needed, given = name in CONDITIONS[self.variant], getattr(self, name)

@@ -61,6 +61,25 @@ def test_pickles_need_permission(tmp_path: Path) -> None:
     assert len(list(Runner(replace(job, allow_pickle=True)).pipe.unet.parameters())) > 0
 
 
+def test_what_cannot_work_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*args: Any) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(run, "measure", measure)
+    for text, words in (
+        ("reuse:shallow:2,99", "4 skip connections|skip connections: the depth"),
+        ("reuse:tuned:fast", "is for 20 steps"),
+        ("reuse:first-block", "none of diffusers' caches"),
+        ("fewer-steps:2,FlowMatchEulerDiscreteScheduler", "does not fit this model"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            bench(JOB, [Entry.parse("reuse:full"), Entry.parse(text)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert Entry.parse("deepcache:3").refusal(20, "ddim") == (
+        "the package DeepCache is not installed (pip install DeepCache)"
+    )
+
+
 @pytest.fixture(scope="module")
 def result() -> Result:
     texts = ("reuse:full", "reuse:deepcache:2", "deepcache:2", "fewer-steps:2")

@@ -83,6 +83,11 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "device": ([PROMPT, "--device", "warp9"], "not usable here"),
     "feature key": ([PROMPT, "--encoder-reuse", "schedul=all"], "unknown key 'schedul'"),
     "feature value": ([PROMPT, "--encoder-reuse", "schedule=papr"], "unknown key-step schedule"),
+    "missing plan": ([PROMPT, "--reuse", "missing.json"], "the plan missing.json cannot be read"),
+    "plan of other steps": ([PROMPT, "--reuse", "tuned:fast", "--steps", "12"], "is for 20 steps; use 20 steps"),
+    "steps of other steps": ([PROMPT, "--reuse", "steps:full hold"], "is for 2 steps; use 2 steps"),
+    "endless plan": ([PROMPT, "--reuse", "steps:full hold=" + "9" * 400], "at most 10000"),
+    "key step beyond": ([PROMPT, "--steps", "4", "--encoder-reuse", "schedule=0+9"], "key step 9 lies beyond"),
     "feature unknown": ([PROMPT, "--encoder-reus"], "--encoder-reus"),
     "compare nothing": ([PROMPT, "--compare"], "--compare needs a feature"),
     "suffix": ([PROMPT, "-o", "a.gif"], "unknown image type"),
@@ -124,6 +129,32 @@ def test_refusals(
     assert message in err and err.startswith("error: ")
     assert err.count("\n") == 1 and not out and len(err) < 1600
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--reuse", "missing.json"], "the plan missing.json cannot be read"),
+        (["evaluate", "--reuse", "tuned:fast", "--steps", "9"], "is for 20 steps"),
+        (["bench", "reuse:hold:2", "reuse:missing.json"], "the plan missing.json cannot be read"),
+        (["bench", "reuse:tuned:fast", "--steps", "9"], "the entry reuse tuned:fast cannot work: the plan"),
+        (["bench", "deepcache:0"], "the first number must be at least 1"),
+        (["bench", "tgate:" + "9" * 400], "tgate takes numbers"),
+        (["tune", "-o", "x.json", "--speedup", "2", "--try-scheduler", "eulr"], "did you mean 'euler'"),
+        (["tune", "-o", "damaged.json", "--speedup", "2", "--resume"], "line 1 of the search damaged.json.search"),
+        (["generate", PROMPT, "--config", "c.toml"], "the plan missing.json cannot be read"),
+    ],
+)
+def test_plans_are_read_before_a_model_is(
+    arguments: list[str], message: str, no_model: None, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("damaged.json.search").write_text("{{\n")
+    Path("c.toml").write_text('[reuse]\nplan = "missing.json"\n')
+    code, out, err = call(capsys, *arguments)
+    assert code == 2 and not out and err.count("\n") == 1
+    assert message in err
 
 
 def test_debug_shows_the_traceback(no_model: None) -> None:

@@ -6,9 +6,13 @@ A feature joins by being registered; nothing here names one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import math
+import typing
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 from laws import Stop, default, stop_at, traces
 from zoo import ZOO, ddim, rand, run, sd, unet
 
-from diffusion_accel import AccelerationError, UnsupportedPipelineError, accelerate
+from diffusion_accel import AccelerationError, ConfigurationError, UnsupportedPipelineError, accelerate
 from diffusion_accel.registry import all_features
 
 FEATURES = all_features()
@@ -290,3 +294,37 @@ def test_configuration_survives_json_and_text(feature: Any) -> None:
 def test_conflicts_are_symmetric_and_known(pair: tuple[Any, Any]) -> None:
     a, b = pair
     assert (a.name in b.conflicts) == (b.name in a.conflicts)
+
+
+# ---------------------------------------------------------------------- settings
+FIELDS = [pytest.param(f, field, id=f"{f.name}.{field.name}") for f in FEATURES for field in dataclasses.fields(f)]
+ODD: dict[str, Any] = {
+    "none": None, "a text": "0.3", "bytes": b"1", "a list": [1, "x"], "deep": [[1]], "a dict": {}, "true": True,
+    "an object": object(),
+    "nan": math.nan, "inf": math.inf, "-inf": -math.inf, "1e999": float("1e999"), "huge": 10**400, "endless": 10**6000,
+    "-1": -1, "0": 0, "0.5": 0.5, "of numpy": np.float32(np.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("feature", "field"), FIELDS)
+def test_no_setting_takes_what_it_cannot_mean(feature: Any, field: Any) -> None:
+    """A value of another type, or a number beyond its limits, is refused by the constructor in one line."""
+    hint = typing.get_type_hints(feature)[field.name]
+    kinds = {typing.get_origin(k) or k for k in (typing.get_args(hint) or (hint,))}
+    if kinds & {int, float, tuple} - {bool}:
+        low, high = field.metadata["within"]
+        assert math.isfinite(low) and math.isfinite(high)
+        for number in (low - 1, high + 1):
+            whole = int(number)
+            with pytest.raises(ConfigurationError, match=field.name):
+                feature(**{field.name: (whole,) if tuple in kinds else whole})
+    for value in ODD.values():
+        try:
+            made = getattr(feature(**{field.name: value}), field.name)
+        except ConfigurationError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        else:
+            kept = tuple if isinstance(made, tuple) else type(made)
+            assert kept in kinds or (made is None and type(None) in kinds)
+            assert not isinstance(made, float) or math.isfinite(made)
+            assert not isinstance(value, bool) or made is value

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from zoo import run, sd
 
+from diffusion_accel import Reuse, accelerate
 from diffusion_accel.steps import StepClock
 
 
@@ -105,3 +107,12 @@ def test_observers_see_and_change_samples() -> None:
         assert torch.allclose(result, 2 * plain + 1)
     clock.stop()
     assert torch.equal(scheduler.step(out, t, x).prev_sample, plain)
+
+
+def test_inference_mode_is_followed() -> None:
+    """Its tensors count no changes."""
+    pipe, call = sd()
+    accelerate(pipe, Reuse(plan="steps:full decoder full hold"))
+    with torch.inference_mode():
+        inside = run(pipe, call, steps=4)
+    assert torch.equal(run(pipe, call, steps=4), inside)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib.util
+import itertools
+import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -28,7 +33,9 @@ def counters(pipe: Any) -> dict[str, float]:
 
 
 def reused(pipe: Any, call: dict[str, Any], plan: str, **options: Any) -> torch.Tensor:
-    changes = {k: options.pop(k) for k in ("steps", "latents", "height", "width", "guidance_scale") if k in options}
+    changes = {
+        k: options.pop(k) for k in ("steps", "latents", "height", "width", "guidance_scale", "strength") if k in options
+    }
     accelerate(pipe, Reuse(plan=plan, **options))
     return run(pipe, call, **changes)
 
@@ -340,6 +347,21 @@ def test_repeated_blocks_are_compiled_once_for_all_modes() -> None:
         ({"plan": "steps:full full=1"}, "only hold takes weights"),
         ({"plan": "steps:full hold=1,2,3,4,5"}, "hold=1,2,3,4,5"),
         ({"plan": "steps:full hold=1e9"}, "hold=1e9"),
+        ({"plan": "steps:full hold=" + "9" * 400}, "a weight of hold must be at most 10000"),
+        ({"plan": "steps:full hold=10001"}, "at most 10000"),
+        ({"plan": f"steps:full shallow:{10**22}"}, "depth of a shallow step must be at most 1000"),
+        ({"plan": "steps:" + "full " * 10**5}, "at most 10000 steps, got 100000"),
+        ({"plan": f"hold:{10**8}"}, "at most 10000"),
+        ({"plan": "hold:" + "9" * 5000}, "unknown reuse plan"),
+        ({"plan": "deepcache:3,9999"}, "and 1000"),
+        ({"plan": "deepcache-pow:5,15,1"}, "deepcache-pow:n,center,power"),
+        ({"plan": "deepcache-pow:5,15,1e9"}, "deepcache-pow:n,center,power"),
+        ({"plan": "first-block:1e999"}, "first-block:threshold"),
+        ({"plan": "first-block:" + "9" * 400}, "at most 10"),
+        ({"plan": "taylorseer:2,99"}, "at most 1000 and 4"),
+        ({"guidance": "reuse:\u00b2"}, "reuse:n"),
+        ({"guidance": f"reuse:{10**9}"}, "reuse:n"),
+        ({"stretch": "no"}, "true or false"),
         ({"guidance": "reuse:0"}, "reuse:n"),
         ({"guidance": "interval:0.8-0.2"}, "interval:low-high"),
         ({"max_group_mb": 0}, "max_group_mb"),
@@ -355,7 +377,7 @@ def test_bad_settings_are_refused(options: dict[str, Any], words: str) -> None:
 def test_plans_that_do_not_fit_are_refused() -> None:
     pipe, call = sd()
     with pytest.raises(AccelerationError, match="4 skip connections"):
-        reused(pipe, call, "shallow:2,5")
+        accelerate(pipe, Reuse(plan="shallow:2,5"))
     with pytest.raises(ConfigurationError, match="for 3 steps, this call has 6"):
         reused(pipe, call, "steps:full hold hold")
     reused(pipe, call, "steps:full hold hold", stretch=True)
@@ -363,12 +385,58 @@ def test_plans_that_do_not_fit_are_refused() -> None:
     pipe, call = dit()
     for plan, words in (("uniform:2", "not a U-Net"), ("shallow:2,4", "4 blocks")):
         with pytest.raises(AccelerationError, match=words):
-            reused(pipe, call, plan)
+            accelerate(pipe, Reuse(plan=plan))
     with pytest.raises(AccelerationError, match="one branch only"):
         accelerate(ZOO["unet2d"]()[0], Reuse(guidance="reuse:2"))
     pipe, call = ZOO["unet2d_skip"]()
     with pytest.raises(AccelerationError, match="SkipDownBlock2D"):
-        reused(pipe, call, "shallow:2,1")
+        accelerate(pipe, Reuse(plan="shallow:2,1"))
+
+
+def test_a_part_of_the_steps_takes_that_part_of_the_plan() -> None:
+    """img2img with a strength: the plan for as many steps as were asked for is followed from where the call begins."""
+    pipe, call = ZOO["img2img"]()
+    plan = "full hold full hold full/reuse hold@1 hold@1 full full hold"
+    got = reused(pipe, call, f"steps:{plan}", steps=10, strength=0.6)
+    assert counters(pipe) == counters(pipe) | {"full_steps": 3, "hold_steps": 3}
+    tail = "full hold@1 hold@1 full full hold"  # nothing is known of the step before it
+    assert torch.equal(got, reused(pipe, call, f"steps:{tail}", steps=10, strength=0.6))
+    with pytest.raises(ConfigurationError, match=r"for 8 steps, this call has 6 of 10 \(its strength.*use 8 steps"):
+        reused(pipe, call, "steps:full hold full hold full hold full hold", steps=10, strength=0.6)
+    assert str(Plan.parse("full/none full/none hold full").part(1, 3)) == "full/none hold"
+
+
+def test_deepcache_pow_places_steps_as_the_package_does() -> None:
+    assert [i for i, s in enumerate(Preset.parse("deepcache-pow:5,15,1.4").plan(50).steps) if s.mode == "full"] == [
+        0, 5, 9, 13, 17, 21, 26, 31, 37, 43,
+    ]  # fmt: skip
+    assert (
+        str(Preset.parse("deepcache-pow:3,2,1.2,4@1").plan(6))
+        == "full shallow:5@1 full shallow:5@1 shallow:5@1 shallow:5@1"
+    )
+    spec = importlib.util.find_spec("DeepCache")
+    if spec is None or spec.origin is None:
+        pytest.skip("DeepCache is not installed")
+    source = ast.parse((Path(spec.origin).parent / "sd/pipeline_stable_diffusion.py").read_text())
+    of_the_package: dict[str, Any] = {"np": np}
+    function = next(n for n in source.body if getattr(n, "name", "") == "sample_from_quad_center")
+    exec(ast.unparse(function), of_the_package)  # its module itself does not work with this diffusers
+    for total, interval, center, power in itertools.product(
+        (10, 25, 50, 100), (2, 3, 5), (0, 7, 15, 40), (1.2, 1.4, 2.0)
+    ):
+        preset = Preset.parse(f"deepcache-pow:{interval},{center},{power}")
+        try:
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                slow = -(-total // interval)
+                want = {int(i) for i in of_the_package["sample_from_quad_center"](total, slow, center, power)[0]}
+        except ValueError:
+            want = None
+        if want is None or center >= total:
+            with pytest.raises(ConfigurationError, match="lower center"):
+                preset.plan(total)
+        else:
+            assert {i for i, step in enumerate(preset.plan(total).steps) if step.mode == "full"} == want
 
 
 # ---------------------------------------------------------------------- plans and forecasts as data

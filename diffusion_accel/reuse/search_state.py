@@ -1,0 +1,57 @@
+"""The file of a search: what it is about, then a line for every plan that was evaluated, so that it can go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..io import parse_json, read_text, replacing, split_lines
+
+
+def read_search(path: Path) -> tuple[Any, dict[str, list[float]]]:
+    """What a search is about, and the PSNR of every picture by plan. A last line that was cut off does not count.
+
+    Raises:
+        ConfigurationError: it is no file of a search, or damaged in another place.
+    """
+    text = read_text(path, "the search")
+    lines = split_lines(text)
+    if lines and not text.endswith(("\n", "\r")):
+        lines.pop()
+    known: dict[str, list[float]] = {}
+    head: Any = None
+    for number, line in enumerate(lines, 1):
+        where = f"line {number} of the search {path}"
+        value = parse_json(line, where)
+        if number == 1:
+            head = value
+        elif _is_score(value):
+            known[value["plan"]] = [float(score) for score in value["psnr"]]
+        else:
+            raise ConfigurationError(f"{where} is not the scores of a plan; remove the file to begin again")
+    return head, known
+
+
+def _is_score(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("plan"), str) or not isinstance(value.get("psnr"), list):
+        return False
+    return bool(value["psnr"]) and all(type(score) in (int, float) and abs(score) < 1e6 for score in value["psnr"])
+
+
+def write_search(path: Path, head: Any, known: dict[str, list[float]]) -> None:
+    """Write the whole file anew, complete or not at all."""
+    lines = [json.dumps(head), *(_line(plan, scores) for plan, scores in known.items())]
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def add_score(path: Path, plan: str, scores: list[float]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(plan, scores) + "\n")
+
+
+def _line(plan: str, scores: list[float]) -> str:
+    return json.dumps({"plan": plan, "psnr": [round(score, 3) if math.isfinite(score) else 0.0 for score in scores]})
