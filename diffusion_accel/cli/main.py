@@ -71,6 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         code = _fail(str(error), error.exit_code, error.consequence)
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        code = _fail(f"{where}{error.strerror or error}", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the argument parser
             if type(error).__name__ == "NoArgsIsHelpError":

@@ -106,6 +106,13 @@ def quantize(
     weights, inputs = parse_bits(bits)
     folder = Path(output)
     check_free_folder(folder, overwrite)
+    work = Path(f"{folder}.work")
+
+    def how_to_go_on() -> str:
+        kept = work.is_dir() and folder not in interrupts.finished()
+        return f"call it again to go on from here ({work})" if kept else interrupts.names()
+
+    interrupts.explain(how_to_go_on)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
     given |= {"width": width, "height": height, "device": device, "allow_pickle": allow_pickle}
     settings, source = merge(given, {})
@@ -131,13 +138,6 @@ def quantize(
     from ..quant.command import run
     from .run import Session, check_machine
 
-    work = Path(f"{folder}.work")
-
-    def how_to_go_on() -> str:
-        kept = work.is_dir() and folder not in interrupts.finished()
-        return f"call it again to go on from here ({work})" if kept else interrupts.names()
-
-    interrupts.explain(how_to_go_on)
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
     if not texts:
         if condition_of(session.pipe) == PROMPT:

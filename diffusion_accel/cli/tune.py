@@ -109,6 +109,13 @@ def tune(
     for number_of_steps in try_steps or []:
         check_range("--try-steps", number_of_steps, LIMITS["steps"])
     check_free([output_path(output)], overwrite)
+    state, begun = Path(f"{output}.search"), resume
+
+    def how_to_go_on() -> str:
+        kept = begun and Path(output) not in interrupts.finished() and any(state.parent.glob(f"{state.name}*"))
+        return f"call it again with --resume to go on from here ({state})" if kept else interrupts.names()
+
+    interrupts.explain(how_to_go_on)
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge(given, {})
@@ -131,13 +138,6 @@ def tune(
     from .run import Session, check_machine
 
     Target(speedup, min_psnr)
-    state, begun = Path(f"{output}.search"), resume
-
-    def how_to_go_on() -> str:
-        kept = begun and Path(output) not in interrupts.finished() and any(state.parent.glob(f"{state.name}*"))
-        return f"call it again with --resume to go on from here ({state})" if kept else interrupts.names()
-
-    interrupts.explain(how_to_go_on)
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
     if not texts:
         if condition_of(session.pipe) == PROMPT:
