@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,24 @@ def launcher(folder: Path, how: str) -> None:
     _install(folder)
     with mock.patch.dict(os.environ, {"PYTHONPATH": str(Path(__file__).parent)}):
         launch.start(2, ["-c", LAUNCHED, str(folder), how])
+
+
+def peer(folder: Path) -> None:
+    """A benchmark's process for another package, in the middle of its work."""
+    begin(folder)
+    sys.stdin = (folder / "asked").open()
+    _replace("diffusion_accel.bench.runner.Runner", lambda job: arrive(folder))
+    from diffusion_accel.bench.runner import serve
+
+    serve()
+
+
+def trainer(folder: Path, script: Path, words: list[str]) -> None:
+    """A script of a maintainer, run as a program."""
+    begin(folder)
+    _replace("diffusion_accel.training.arguments.make_accelerator", lambda options: arrive(folder))
+    sys.argv = [str(script), *words]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def fork(folder: Path) -> None:

@@ -11,10 +11,12 @@ from importlib import metadata
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, Signals
+from unittest import mock
 
 import forks
 import interrupted
 import pytest
+from command import call
 
 WAIT = 120  # seconds, for a busy machine; nothing here takes one
 
@@ -111,6 +113,23 @@ def test_a_fork_is_another_program(tmp_path: Path) -> None:
     assert process.exitcode == 0, (tmp_path / "err").read_text()
 
 
+def test_called_in_a_program_it_is_python_s_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion_accel.cli.info.collect", mock.Mock(side_effect=KeyboardInterrupt))
+    assert call(capsys, "info") == (130, "", "error: interrupted; nothing was written\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("train_diffusion", ["--data", "x", "--model", "unet"]), ("train_sticker", ["unet"])],
+)
+def test_scripts(name: str, words: list[str], tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    process = forks.start(interrupted.trainer, tmp_path, script, [*words, "--work", str(tmp_path / "runs")])
+    assert end(process, tmp_path, SIGTERM) == (143, "error: interrupted; nothing was written\n")
+
+
 # ---------------------------------------------------------------------- processes that a process started
 @pytest.fixture
 def alive(tmp_path: Path) -> Callable[[], bool]:
@@ -133,6 +152,17 @@ def test_helpers_end_with_it(tmp_path: Path, alive: Callable[[], bool]) -> None:
     assert alive()
     assert end(process, tmp_path, SIGINT)[0] == 130
     until(lambda: not alive())
+
+
+def test_a_benchmark_s_other_process_ends_with_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "asked")
+    process = forks.start(interrupted.peer, tmp_path)
+    with (tmp_path / "asked").open("w") as asking:
+        asking.write('{"job": {"model": "sticker", "prompts": [], "steps": 1}, "entry": {"kind": "baseline"}}\n')
+        asking.flush()
+        until((tmp_path / "arrived").exists, process.is_alive)
+    process.join(WAIT)
+    assert process.exitcode == 1
 
 
 @pytest.mark.parametrize(("number", "how"), [(SIGINT, "running"), (SIGKILL, "running"), (SIGKILL, "stopped")])
