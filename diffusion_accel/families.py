@@ -78,6 +78,7 @@ _TWO_MODELS = "its branches are computed by two models"
 _CACHED = "its denoiser writes keys and values that later calls read"
 _UNSTEPPED = "it moves the latents by other methods than its scheduler's step"
 _TWO_KINDS = "its denoiser predicts two things at once (such as video and sound)"
+_THROUGH = "it moves the latents by gradients through its denoiser"
 _PARALLEL = "it denoises several timesteps in one batch"
 
 # A text of class names for each family; "Name" stands for "NamePipeline".
@@ -169,7 +170,7 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
         LEditsPPPipelineStableDiffusionXL OmniGen PixArtSigmaPAG SemanticStableDiffusion
         StableDiffusion3PAG StableDiffusion3PAGImg2Img StableDiffusionAttendAndExcite StableDiffusionControlNetPAG
         StableDiffusionControlNetPAGInpaint StableDiffusionDiffEdit StableDiffusionInstructPix2Pix StableDiffusionPAG
-        StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionPipelineSafe StableDiffusionPix2PixZero
+        StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionPipelineSafe
         StableDiffusionSAG StableDiffusionXLControlNetPAG StableDiffusionXLControlNetPAGImg2Img
         StableDiffusionXLInstructPix2Pix StableDiffusionXLPAG StableDiffusionXLPAGImg2Img StableDiffusionXLPAGInpaint
         """,
@@ -190,6 +191,7 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
     (Family(reason=_DISTILLED, time="", whole=_UNSTEPPED), "ScoreSdeVe KarrasVe"),
     (Family(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo"),
     (Family(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcingVideoToVideo"),
+    (Family(reason=_THREE, whole=_THROUGH), "StableDiffusionPix2PixZero"),
     (Family(reason=_MIXED, whole=_PARALLEL), "StableDiffusionParadigms"),
     (Family(reason=_MIXED, whole=_TWO_KINDS), "LTX2 LTX2Condition LTX2HDR LTX2ImageToVideo LTX2InContext LTX2DFR"),
     (Family(reason=_CALLS, whole=_TWO_KINDS), "Cosmos3Omni Kandinsky6TI2VA LTX2DFRTemporalRefine UniDiffuser"),
@@ -233,9 +235,20 @@ def no_branches(pipeline: Any) -> str | None:
     family, denoiser = family_of(pipeline), find_denoiser(pipeline)
     if family.reason:
         return f"{family.reason}, so guidance=both is the only choice"
+    if _is_distilled(pipeline, denoiser):
+        return "its guidance is an input of the distilled model, so guidance=both is the only choice"
     if denoiser is not None and not_a_unet(denoiser) is None and mixes_rows(denoiser):
         return "its attention processors may read other rows of a batch, so guidance=both is the only choice"
     return None
+
+
+def _is_distilled(pipeline: Any, denoiser: Any) -> bool:
+    """Whether the pipeline never uses guidance with this model, whatever its scale: it asks one of two configs."""
+    asks = getattr(getattr(type(pipeline), "do_classifier_free_guidance", None), "fget", None)
+    names = asks.__code__.co_names if asks is not None else ()
+    proj = getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None)
+    distilled = getattr(getattr(pipeline, "config", None), "is_distilled", False)
+    return ("time_cond_proj_dim" in names and proj is not None) or ("is_distilled" in names and bool(distilled))
 
 
 def unlike_halves(pipeline: Any) -> str | None:
@@ -259,9 +272,9 @@ def guided(pipeline: Any, arguments: dict[str, Any]) -> bool:
 
 
 def call_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a method is called with, by name and with its defaults, without self; empty if it cannot be called so."""
+    """What a method is called with, by name and with its defaults; empty if it does not take that."""
     try:
-        bound = inspect.signature(call).bind(None, *args, **kwargs)
+        bound = inspect.signature(call).bind_partial(None, *args, **kwargs)
     except TypeError:
         return {}  # the call itself says why
     bound.apply_defaults()

@@ -293,6 +293,9 @@ def test_branches_that_cannot_be_left_out_are_refused_before_anything_runs() -> 
     crossed.unet.set_attn_processor(CrossFrameAttnProcessor2_0(batch_size=2))
     with pytest.raises(UnsupportedPipelineError, match="other rows"):
         accelerate(crossed, Reuse(guidance="reuse:2"))
+    distilled = zoo._sd(StableDiffusionPipeline, zoo.unet(time_cond_proj_dim=8))
+    with pytest.raises(UnsupportedPipelineError, match="distilled"):
+        accelerate(distilled, Reuse(guidance="reuse:2"))
     pipe = StableDiffusionPAGPipeline(**plain.components, requires_safety_checker=False)
     for feature in (Reuse(plan="full", guidance="interval:0-0.1"), Reuse(plan="steps:full hold full/reuse")):
         with pytest.raises(UnsupportedPipelineError, match="more than an unconditional and a conditional half"):
