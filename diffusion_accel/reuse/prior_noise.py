@@ -8,7 +8,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..hooks import HookSet, bind_forward, model_of
+from ..hooks import HookSet, as_given, bind_forward, model_of
 from ..noise_level import unknown_noise_levels
 from ..steps import StepClock
 
@@ -107,7 +107,7 @@ class _FirstStep(ModelHook):
         share = torch.ones(given.shape[1], dtype=given.dtype, device=given.device)
         share[:channels] += noise.feature.prior_noise
         named["sample"] = given * share.view(1, -1, *[1] * (given.dim() - 2))
-        return (), named
+        return as_given(module, args, named)
 
 
 def _latent_channels(module: Any, scheduler: Any, given: int) -> int:
