@@ -172,8 +172,8 @@ def check_config(values: dict[str, Any], where: Path | str) -> None:
         found = values.get(key)
         if not all(type(n) in (int, float) and (n or key != "latents_std") for n in _as_list(found)):
             _refuse(where, key, found, "numbers other than 0" if key == "latents_std" else "numbers")
-    steps = values.get("num_train_timesteps", 1000)
-    if type(steps) is not int or not 1 <= steps <= TIMESTEPS_LIMIT:
+    steps = values.get("num_train_timesteps")
+    if steps is not None and (type(steps) is not int or not 1 <= steps <= TIMESTEPS_LIMIT):
         _refuse(where, "num_train_timesteps", steps, f"a whole number from 1 to {TIMESTEPS_LIMIT}")
     for side in _as_list(values.get("sample_size")):
         if type(side) not in (int, float) or not 0 < side <= SIDE_LIMIT:

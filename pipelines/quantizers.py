@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
-from diffusion_accel.io import at_home, is_there
+from diffusion_accel.io import at_home, is_there, read_json
+
+from .folders import check_config
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,11 @@ def checkpoint_folders(text: str) -> dict[str, Path]:
     root, found = at_home(text), {}
     for file in (root / "config.json", *sorted(root.glob("*/config.json"))):
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            config = read_json(file, error=ModelLoadError, nonfinite=True)
+        except ModelLoadError:
             continue
-        if isinstance(config, dict) and config.get("quantization_config", {}).get("quant_method") == "diffusion_accel":
+        method = config.get("quantization_config") if isinstance(config, dict) else None
+        if isinstance(method, dict) and method.get("quant_method") == "diffusion_accel":
             found["" if file.parent == root else file.parent.name] = file.parent
     if not found:
         raise ModelLoadError(f"{text} holds no checkpoint made by `diffusion-accel quantize`")
@@ -133,9 +135,11 @@ def load_quantized(pipe: Any, text: str, dtype: Any) -> None:
 
 def _quantized(folder: Path, text: str, own: Any, dtype: Any) -> Any:
     """The model of a checkpoint, of the same kind as `own`."""
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    config = read_json(folder / "config.json", error=ModelLoadError, nonfinite=True)
+    check_config(config, folder / "config.json")
+    name = config.get("_class_name")
     if name != type(own).__name__:
-        raise ModelLoadError(f"{text} is a quantized {name}; this pipeline needs a {type(own).__name__}")
+        raise ModelLoadError(f"{text} is a quantized {str(name)[:80]}; this pipeline needs a {type(own).__name__}")
     model = type(own).from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         if getattr(model.config, key, None) != getattr(own.config, key, None):

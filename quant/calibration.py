@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_accel.denoisers import find_denoiser, prediction
-from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.hooks import bind_forward
 from diffusion_accel.io import replacing
+
+from .folder import load, read, write
 
 _OUTPUT = "output"
 _SHARED = frozenset(
@@ -61,22 +62,28 @@ class CalibrationSet:
 
     Attributes:
         timesteps: the recorded timesteps, one a bucket, noisiest first.
-        rows: recorded rows of every bucket (both branches of guidance count).
+        rows: recorded rows of the first bucket (both branches of guidance count); `counts` has those of each.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        self.timesteps = tuple(float(t) for t in index["timesteps"])
-        self.rows = int(index["rows"])
-        self.plain: dict[str, Any] = index["plain"]
+        index = read(folder / "index.json")
+        try:
+            self.timesteps = tuple(float(t) for t in index["timesteps"])
+            self.counts: list[int] = [int(count) for count in index["counts"]]
+            self.chunks: list[str] = [str(name) for name in index["chunks"]]
+            self.plain: dict[str, Any] = dict(index["plain"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{folder} is damaged; forget the run (--restart)") from error
+        self.rows = self.counts[0]
 
     def bucket(self, number: int) -> Rows:
-        """Everything recorded at one timestep."""
-        parts: list[dict[str, torch.Tensor]] = []
-        for file in sorted(self.folder.glob(f"b{number:03d}-*.safetensors")):
-            with safe_open(str(file), framework="pt") as stored:
-                parts.append({key: stored.get_tensor(key) for key in stored.keys()})
+        """Everything recorded at one timestep. Raises `ConfigurationError` if not all of it is there."""
+        parts = [load(self.folder / f"b{number:03d}-{chunk}.safetensors") for chunk in self.chunks]
+        if sum(len(part[_OUTPUT]) for part in parts) != self.counts[number]:
+            raise ConfigurationError(
+                f"{self.folder} has lost rows of its timestep {number}; forget the run (--restart)"
+            )
         flat = {key: _joined(key, parts) for key in parts[0]}
         output = flat.pop(_OUTPUT)
         arguments: dict[str, Any] = dict(self.plain)
@@ -129,31 +136,60 @@ def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, in
 
     handle = model.register_forward_hook(note, with_kwargs=True)
     times: list[float] = []
-    total = 0
+    counts: list[int] = []
+    names = {chunk: f"{chunk[0]:05d}-{chunk[1]:05d}" for chunk in sampler.chunks()}
     try:
-        for number, (start, end) in enumerate(sampler.chunks()):
-            files = sorted(folder.glob(f"b*-{number:04d}.safetensors"))
-            if files and len(files) == buckets and times:
-                tell(end, len(sampler.prompts))
-                continue
-            calls.clear()
-            sampler.call(start, end)
-            found = list(dict.fromkeys(t for t, _ in calls))
-            if not times:
-                buckets = min(buckets, len(found))
-                times = [found[round(i * (len(found) - 1) / max(1, buckets - 1))] for i in range(buckets)]
-            for bucket, time in enumerate(times):
-                same = [flat for t, flat in calls if t == time]
-                tensors = {key: _joined(key, same) for key in same[0]}
-                with replacing(folder / f"b{bucket:03d}-{number:04d}.safetensors") as file:
-                    save_file({k: v.contiguous() for k, v in tensors.items()}, file)
-            total += sum(len(flat[_OUTPUT]) for t, flat in calls if t == times[0])
+        for (start, end), name in names.items():
+            stored = [folder / f"b{bucket:03d}-{name}.safetensors" for bucket in range(len(times))]
+            if not stored or not all(file.is_file() for file in stored):
+                calls.clear()
+                sampler.call(start, end)
+                times = times or _spread([t for t, _ in calls], buckets)
+                for bucket, time in enumerate(times):
+                    _store(folder / f"b{bucket:03d}-{name}.safetensors", [flat for t, flat in calls if t == time], time)
+            found = [_rows(folder / f"b{bucket:03d}-{name}.safetensors") for bucket in range(len(times))]
+            counts = [a + b for a, b in zip(counts or [0] * len(times), found, strict=True)]
             tell(end, len(sampler.prompts))
     finally:
         handle.remove()
-    with replacing(folder / "index.json") as file:
-        file.write_text(json.dumps({"timesteps": times, "rows": total, "plain": plain, "device": str(device)}))
+    index = {
+        "timesteps": times,
+        "counts": counts,
+        "chunks": list(names.values()),
+        "plain": plain,
+        "device": str(device),
+    }
+    write(folder / "index.json", index)
     return CalibrationSet(folder)
+
+
+def _spread(found: list[float], buckets: int) -> list[float]:
+    """At most `buckets` of the timesteps of a trajectory, evenly spaced, each once, in the order of their noise."""
+    each = list(dict.fromkeys(found))
+    each.sort(reverse=each[0] >= each[-1])
+    count = min(buckets, len(each))
+    return [each[round(i * (len(each) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _store(file: Path, same: list[dict[str, torch.Tensor]], time: float) -> None:
+    if not same:
+        raise ConfigurationError(f"a call of the pipeline did not come to timestep {time:g}, as the first one did")
+    tensors = {key: _joined(key, same).contiguous() for key in same[0]}
+    if not bool(torch.isfinite(tensors[_OUTPUT]).all()):
+        raise ConfigurationError(
+            f"the model's answers at timestep {time:g} are no finite numbers, so nothing can be measured on them"
+        )
+    with replacing(file) as temporary:
+        save_file(tensors, temporary)
+
+
+def _rows(file: Path) -> int:
+    """The rows that a file holds."""
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            return stored.get_slice(_OUTPUT).get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise ConfigurationError(f"{file} is damaged; forget the run (--restart)") from error
 
 
 def _joined(key: str, parts: list[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -5,19 +5,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from diffusion_accel import interrupts
 from diffusion_accel.denoisers import denoiser_name, find_denoiser
+from diffusion_accel.errors import AccelerationError, OutputError
 from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.io import first_line
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.models import PICKLE_SUFFIXES, TRANSPARENCY, ModelSource
 
+from .folder import clear, held
 from .process import Progress, peak_memory, quantize
 from .report import QuantizationReport, measure, write
 from .settings import QuantizeSettings
+from .work import plan_report
 
 
 def run(
@@ -42,9 +52,40 @@ def run(
     What lies between is kept in `<folder>.work` until the folder is complete. See `process.quantize` for the rest.
     """
     work = folder.with_name(f"{folder.name}.work")
-    if restart and work.is_dir():
-        shutil.rmtree(work)
-    sampler = Sampler(pipe, tuple(prompts), steps, settings.seed, batch, options or {})
+    with held(work), writable(folder):
+        if restart:
+            clear(work)
+        sampler = Sampler(pipe, tuple(prompts), steps, settings.seed, batch, options or {})
+        report = _run(sampler, source, settings, folder, work, progress, overwrite, minutes, pictures)
+        with interrupts.unfinished(work):  # not needed any more
+            return report
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Errors of writing, in one line; whatever kind the libraries raise."""
+    try:
+        yield
+    except (shutil.Error, SafetensorError) as error:
+        raise OutputError(f"{folder} cannot be written: {first_line(error)}") from error
+    except OSError as error:
+        if isinstance(error, AccelerationError):
+            raise
+        raise OutputError(f"{folder} cannot be written: {error.strerror or first_line(error)}") from error
+
+
+def _run(
+    sampler: Sampler,
+    source: ModelSource,
+    settings: QuantizeSettings,
+    folder: Path,
+    work: Path,
+    progress: Progress,
+    overwrite: bool,
+    minutes: float | None,
+    pictures: int,
+) -> QuantizationReport:
+    began, pipe = time.monotonic(), sampler.pipe
     done = quantize(sampler, settings, work, minutes, progress)
     made = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with interrupts.unfinished(made):
@@ -61,26 +102,27 @@ def run(
         twin.to(device)
         report = QuantizationReport(settings.name, str(folder), {}, validation=done.validation, losses=done.losses)
         progress("measuring", 1.0, 0.0)
-        seen = shown(source, prompts, pictures, settings)
-        other = settings.seed + 100_000
-        measure(
-            Sampler(pipe, seen, steps, other, batch, options or {}),
-            Sampler(twin, seen, steps, other, batch, options or {}),
-            done.heldout,
-            report,
-        )
+        measuring = time.monotonic()
+        whole = 60 * (minutes or 0.0)
+        each = done.seconds["calibration"] / len(sampler.prompts)
+        left = None if minutes is None else whole - (time.monotonic() - began)
+        pictures, rounds = plan_report(pictures, each, left, whole)
+        seen = shown(source, sampler.prompts, pictures, settings)
+        full = replace(sampler, prompts=seen, seed=settings.seed + 100_000)
+        measure(full, replace(full, pipe=twin), done.heldout, report, rounds)
         files = sorted((made / str(denoiser_name(pipe))).glob("*.safetensors"))
         report.bytes = {"checkpoint": sum(f.stat().st_size for f in files), "float32": 4 * parameters}
         report.seconds, report.peak, report.buckets = done.seconds, peak_memory(), len(done.spec.timesteps)
+        report.budget = None if minutes is None else whole
+        report.seconds["report"] = round(time.monotonic() - measuring, 1)
         write(report, made)
         shutil.copy(work / "log.jsonl", made / "log.jsonl")
         with interrupts.undivided():
             put(made, folder, overwrite)
-    with interrupts.unfinished(work):  # not needed any more
-        return report
+    return report
 
 
-def shown(source: ModelSource, prompts: list[str], count: int, settings: QuantizeSettings) -> tuple[str, ...]:
+def shown(source: ModelSource, prompts: Sequence[str], count: int, settings: QuantizeSettings) -> tuple[str, ...]:
     """Prompts for the pictures of the report: never those that were calibrated on."""
     if source.kind == "embedded":
         return tuple(embedded_prompts(count, max(200, len(prompts))))

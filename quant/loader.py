@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import json
+import logging
+import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +17,12 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 
 from .layers import QuantizedLayer
-from .model import digest, install, set_runtime
+from .model import digest, digest_of_version_1, install, set_runtime
 from .register import METHOD
 from .spec import ModelSpec
+from .stored import Tensor, find_tensors, verify
+
+logger = logging.getLogger(__name__)
 
 
 class Method(str, enum.Enum):  # noqa: UP042, diffusers compares it as a text and reads `.value`
@@ -25,15 +32,32 @@ class Method(str, enum.Enum):  # noqa: UP042, diffusers compares it as a text an
 
 
 class LowBitConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a quantized model: a `ModelSpec` in diffusers' clothes."""
+    """The `quantization_config` of a quantized model: a `ModelSpec` in diffusers' clothes.
 
-    def __init__(self, spec: ModelSpec | None = None, **values: Any) -> None:
-        values.pop("quant_method", None)
+    One that belongs to a model is written with the digest of what the model is at that moment.
+    """
+
+    def __init__(self, spec: ModelSpec, model: Any = None) -> None:
         self.quant_method = Method.LOW_BIT
-        self.spec = ModelSpec.from_dict(values) if spec is None else spec
+        self.spec = spec
+        self._model = None if model is None else weakref.ref(model)
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        made = cls(ModelSpec.from_dict(config_dict))
+        return (made, kwargs) if return_unused_kwargs else made
+
+    def of(self, model: Any) -> LowBitConfig:
+        """The same for `model`."""
+        return LowBitConfig(self.spec, model)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method.value, **self.spec.to_dict()}
+        values = self.spec.to_dict()
+        model = self._model() if self._model is not None else None
+        if model is not None:
+            values.pop("digest", None)
+            values["digest"] = digest(model, values)
+        return {"quant_method": self.quant_method.value, **values}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -41,12 +65,33 @@ class LowBitConfig(QuantizationConfigMixin):
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_dict()) + "\n"
 
+    def __repr__(self) -> str:
+        return f"LowBitConfig({len(self.spec.layers)} layers, {len(self.spec.timesteps)} timesteps)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LowBitConfig) and other.spec == self.spec
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowBitConfig:
+        model = self._model() if self._model is not None else None
+        return LowBitConfig(copy.deepcopy(self.spec, memo), memo.get(id(model)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}
+
 
 class LowBitQuantizer(DiffusersQuantizer):
     """Loads and saves models whose layers are quantized; see docs/checkpoint-format.md."""
 
     requires_calibration = True
     use_keep_in_fp32_modules = True
+    quantization_config: LowBitConfig
+    _files: tuple[Path, ...] = ()
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
+        self._files = tuple(Path(file) for file in checkpoint_files)
+        return loaded_keys
 
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -94,12 +139,18 @@ class LowBitQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         install(model, self.quantization_config.spec)
-        model.config["quantization_config"] = self.quantization_config.to_dict()
+        model.config["quantization_config"] = self.quantization_config
+        _check_shapes(model, find_tensors(self._files))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        expected = self.quantization_config.spec.digest
-        if expected is not None and digest(model) != expected:
+        spec = self.quantization_config.spec
+        if self._files:
+            verify(self._files[0].parent, self._files, logger.warning)
+        if spec.version == 1 and spec.digest is not None and digest_of_version_1(model) != spec.digest:
             raise ModelLoadError("the checkpoint is damaged: its weights are not the ones it was saved with")
+        self.quantization_config = self.quantization_config.of(model)
+        known = model.config
+        known["quantization_config"] = known.quantization_config = self.quantization_config
         set_runtime(model)
 
     @property
@@ -112,3 +163,13 @@ class LowBitQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         raise ConfigurationError("a quantized checkpoint is not turned back; load the model it was made from")
+
+
+def _check_shapes(model: Any, stored: dict[str, Tensor]) -> None:
+    """What is stored must fit the model, before anything is allocated for it."""
+    for name, tensor in model.state_dict().items():
+        found = stored.get(name)
+        if found is not None and found.shape != tuple(tensor.shape):
+            raise ModelLoadError(
+                f"the checkpoint is damaged: {name} has shape {found.shape} instead of {tuple(tensor.shape)}"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,14 @@ from diffusion_accel.hooks import forward_parameters
 from .attention import QuantizedSoftmax, quantizable_attention
 from .layers import Buckets, QuantizedLayer, SelectBucket, quantizable, quantized_layers, quantized_like
 from .spec import ModelSpec
+from .stored import settings_digest, tensors_digest
 
+# as safetensors names them
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 RUNTIMES = ("auto", "integer", "dequantize", "simulated")  # cli/settings.py has them too, to import no torch
 
 
@@ -43,6 +50,10 @@ def install(model: nn.Module, spec: ModelSpec) -> Buckets:
         if module is None or not quantizable(module):
             what = "has no layer" if module is None else f"has a {type(module).__name__}, not a quantizable layer, at"
             raise ModelLoadError(f"the checkpoint does not fit the model: {type(model).__name__} {what} {name}")
+        if layer.split >= module.weight.shape[1] and layer.split:  # type: ignore[union-attr,operator]
+            raise ModelLoadError(
+                f"the checkpoint does not fit the model: {name} has no {layer.split} channels to split"
+            )
         model.set_submodule(name, quantized_like(module, layer, buckets))
     for name, bits in (spec.softmax or {}).items():
         module = modules.get(name)
@@ -132,10 +143,20 @@ def quantized_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"{name}.{key}", tensor
 
 
-def digest(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of the quantized tensors."""
+def digest_of_version_1(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of the quantized tensors: what the first layout had."""
     found = hashlib.sha256()
     for name, tensor in quantized_tensors(model):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(_bytes(tensor))
     return found.hexdigest()
+
+
+def digest(model: Any, spec: Mapping[str, Any]) -> str:
+    """The digest of a model as it would be saved now; `spec` as it is written, see `stored`."""
+    stored = ((n, _DTYPES[t.dtype], tuple(t.shape), (_bytes(t),)) for n, t in model.state_dict().items())
+    return settings_digest(model.config, spec) + tensors_digest(stored)
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import math
 import resource
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_accel._version import __version__
@@ -25,7 +27,6 @@ from diffusion_accel.denoisers import (
     denoiser_names,
     edge_layers,
     find_denoiser,
-    fingerprint,
     getattr_path,
 )
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
@@ -46,19 +47,21 @@ from .finetune import (
     relative_error,
     stage_one_epochs,
 )
+from .folder import agree, held, load, read, write
 from .layers import QuantizedLayer, quantized_layers
 from .loader import LowBitConfig, LowBitQuantizer
-from .model import candidates, digest, install, set_runtime, uninstall
+from .model import candidates, install, set_runtime, uninstall
 from .ranges import observe
 from .reconstruct import capture, reconstruct, units
 from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivity
 from .settings import QuantizeSettings
 from .spec import LayerSpec, ModelSpec
-from .work import plan_work, progress_of
+from .work import PROBE_ROWS, plan_probe, plan_work, progress_of
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
-_PROBE_ROWS = 16  # of a bucket, on which sensitivities (in some buckets) and validation errors (in all) are measured
+_PROBE_ROWS = PROBE_ROWS
 _ZERO_MARGIN = 8  # one bit more for each zero point of 4 bits
 _KEYS_VALUES = r".*\.(to_k|to_v|add_k_proj|add_v_proj)"
 
@@ -136,15 +139,16 @@ class Quantization:
         self._way_back.callback(_set_training, training)
         self.denoiser.eval()
         try:
-            self._run(minutes)
+            with held(self.work):
+                self._run(minutes)
         except BaseException:
             self.restore()
             raise
 
     def _run(self, minutes: float | None) -> None:
-        self.began = time.monotonic()
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._check_folder()
+        self.began, self.minutes = time.monotonic(), minutes
+        self._check()
+        agree(self.work, self._asked(minutes))
         with self._stage("calibration"):
             self._record()
         with self._stage("sensitivity"):
@@ -152,7 +156,7 @@ class Quantization:
         specs = self._specs(found)
         self.drafts = Drafts(self.denoiser, specs, self.calibration.timesteps, self.settings.search)
         self._way_back.callback(self.drafts.restore)
-        self._decide(minutes)
+        self._decide()
         self._note_error("nearest, weights only", True, False)
         if self.plan["iterations"]:
             with self._stage("rounding"):
@@ -175,31 +179,42 @@ class Quantization:
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)
 
-    def _check_folder(self) -> None:
-        file = self.work / "settings.json"
-        s = self.sampler
-        wanted = json.loads(
-            json.dumps(
-                {
-                    "settings": self.settings.to_dict(),
-                    "sampler": [list(s.prompts), s.steps, s.seed, s.options, type(s.pipe.scheduler).__name__],
-                    "model": [type(self.denoiser).__name__, fingerprint(self.denoiser)],
-                    "version": __version__,
-                }
+    def _check(self) -> None:
+        """What can be refused before anything is done."""
+        count, kept = len(self.sampler.prompts), self._kept_for_validation()
+        if count < kept + 1:
+            raise ConfigurationError(f"{count} prompts are too few: {kept} of them are kept for validation")
+        wrong = next((n for n, p in self.denoiser.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        if wrong is not None:
+            raise ConfigurationError(
+                f"{wrong} of the {type(self.denoiser).__name__} has values that are no finite numbers"
             )
-        )
-        if file.is_file():
-            if json.loads(file.read_text(encoding="utf-8")) != wanted:
-                raise ConfigurationError(
-                    f"{self.work} holds a run with other settings or another model; forget it (--restart), or name "
-                    "another output"
-                )
-            return
-        self._write(file, wanted)
+        if self.settings.bits_budget is not None:  # an allocation of the fewest bits says whether there are enough
+            self._allocate(dict.fromkeys(candidates(self.denoiser), 1.0), (min(CHOICES), PROBE_BITS))
 
-    def _write(self, file: Path, values: Any) -> None:
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    def _kept_for_validation(self) -> int:
+        return self.settings.validation or max(1, len(self.sampler.prompts) // 8)
+
+    def _asked(self, minutes: float | None) -> dict[str, Any]:
+        """All that must be the same for a run to go on: what it is asked for, and the model."""
+        s = self.sampler
+        scheduler = getattr(s.pipe.scheduler, "config", {})
+        return {
+            **self.settings.to_dict(),
+            "budget minutes": minutes,
+            "prompts": list(s.prompts),
+            "steps": s.steps,
+            "seed of the pictures": s.seed,
+            "batch": s.batch,
+            "options": {k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in s.options.items()},
+            "scheduler": type(s.pipe.scheduler).__name__,
+            "settings of the scheduler": {k: str(v) for k, v in scheduler.items() if not k.startswith("_")},
+            "pipeline": type(s.pipe).__name__.removeprefix("Accelerated"),
+            "model": type(self.denoiser).__name__,
+            "type of numbers": str(next(self.denoiser.parameters()).dtype),
+            "weights": _hash(s.pipe),
+            "version": __version__,
+        }
 
     def _log(self, stage: str, **values: Any) -> None:
         self.losses.setdefault(stage, []).append(values)
@@ -209,32 +224,52 @@ class Quantization:
     def _note_error(self, what: str, weights: bool, inputs: bool) -> None:
         rounding(self.drafts, weights, inputs)
         count = len(self.heldout.timesteps)
-        rows = (self.heldout.sample(b, _PROBE_ROWS, self.settings.seed) for b in range(count))
+        each = self.plan["error_rows"]
+        rows = (self.heldout.sample(b, each, self.settings.seed) for b in range(count))
         self.validation[what] = relative_error(self.denoiser, rows)
         self._log("validation", what=what, error=round(self.validation[what], 6))
 
     # ------------------------------------------------------------------ calibration
     def _record(self) -> None:
         s, prompts = self.sampler, self.sampler.prompts
-        kept = self.settings.validation or max(1, len(prompts) // 8)
-        if len(prompts) < kept + 1:
-            raise ConfigurationError(f"{len(prompts)} prompts are too few: {kept} of them are kept for validation")
+        kept = self._kept_for_validation()
         parts = {"calibration": s.part(0, len(prompts) - kept), "validation": s.part(len(prompts) - kept, len(prompts))}
         for name, part in parts.items():
             folder = self.work / name
             if not (folder / "index.json").is_file():
 
-                def tell(done: int, total: int, name: str = name) -> None:
+                def tell(done: int, total: int, name: str = name, began: float = time.monotonic()) -> None:
                     self.progress(f"{name}: {done} of {total} prompts", 0.0, float("nan"))
+                    self._note_long_calibration(done, (time.monotonic() - began) * total / done)
 
-                with torch.inference_mode():
+                with torch.no_grad():  # what a pipeline keeps of it must be good for training as well
                     record(part, self.settings.bucket_count, folder, tell)
         self.calibration = CalibrationSet(self.work / "calibration")
         self.heldout = CalibrationSet(self.work / "validation")
 
-    def _probe_rows(self) -> list[Rows]:
-        count = len(self.heldout.timesteps)
-        return [self.heldout.sample(b, _PROBE_ROWS, self.settings.seed) for b in range(0, count, max(1, count // 5))]
+    def _note_long_calibration(self, done: int, seconds: float) -> None:
+        """The set is drawn whole, whatever the budget is; after its first pictures it is known how long that takes."""
+        if self.minutes is not None and done == self.sampler.batch and seconds > 30 * self.minutes:
+            logger.warning(
+                "drawing the calibration set takes about %.0f of the %.0f seconds of the budget; fewer pictures "
+                "(--count) take less",
+                seconds,
+                60 * self.minutes,
+            )
+
+    def _probe_rows(self, layers: int) -> list[Rows]:
+        """Rows on which sensitivities are measured; how many is written down, so that a resumed run repeats it."""
+        file = self.work / "probe.json"
+        if not file.is_file():
+            write(file, plan_probe(self.denoiser, self.heldout, layers, self._left()))
+        probe, count = read(file), len(self.heldout.timesteps)
+        numbers = range(0, count, max(1, count // 5))
+        numbers = numbers[:: -(-len(numbers) // probe["timesteps"])]
+        return [self.heldout.sample(b, probe["rows"], self.settings.seed) for b in numbers]
+
+    def _left(self) -> float | None:
+        """Seconds of the budget that are left; None without one."""
+        return None if self.minutes is None else self.minutes * 60 - (time.monotonic() - self.began)
 
     # ------------------------------------------------------------------ bits
     def _sensitivities(self) -> dict[str, float]:
@@ -242,7 +277,7 @@ class Quantization:
         if not wanted:
             return {}
         file = self.work / "sensitivity.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = read(file) if file.is_file() else {}
         layers = candidates(self.denoiser)
         if len(known) == len(layers):
             return known
@@ -251,16 +286,16 @@ class Quantization:
         found = dict(known)
         saved = time.monotonic()
         try:
-            rows = self._probe_rows()
+            rows = self._probe_rows(len(layers))
             for name in [n for n in drafts if n not in known]:
                 found[name] = sensitivity(self.denoiser, drafts[name], rows)
                 self.progress(f"sensitivity: {len(found)} of {len(layers)} layers", 0.0, float("nan"))
                 if time.monotonic() - saved > _SAVE_EVERY:
-                    self._write(file, found)
+                    write(file, found)
                     saved = time.monotonic()
         finally:
             drafts.restore()
-        self._write(file, found)
+        write(file, found)
         return found
 
     def _specs(self, needs: dict[str, float]) -> dict[str, LayerSpec]:
@@ -269,12 +304,7 @@ class Quantization:
         split = concatenated_inputs(self.denoiser) if s.split else {}
         bits = {name: s.edge_bits if name in edges else s.weight_bits for name in layers}
         if s.bits_budget is not None:
-            sizes = {name: _weight(layer).numel() for name, layer in layers.items()}
-            errors = {}
-            for name, layer in layers.items():
-                table = rounding_errors(_weight(layer), CHOICES)
-                errors[name] = {b: needs[name] * e / max(table[PROBE_BITS], 1e-30) for b, e in table.items()}
-            bits = allocate(errors, sizes, s.bits_budget, {n: s.edge_bits for n in edges if n in layers})
+            bits = self._allocate(needs, CHOICES)
         queries = matching(layers, (QUERIES, _KEYS_VALUES)) if s.activation_bits and s.attention_bits else []
         specs = {}
         for name in layers:
@@ -292,15 +322,25 @@ class Quantization:
             )
         return specs
 
-    def _decide(self, minutes: float | None) -> None:
+    def _allocate(self, needs: dict[str, float], choices: tuple[int, ...]) -> dict[str, int]:
+        """Bits of each layer within the budget, by how much they are needed."""
+        s, layers = self.settings, candidates(self.denoiser)
+        assert s.bits_budget is not None
+        errors = {}
+        for name, layer in layers.items():
+            table = rounding_errors(_weight(layer), choices) if len(choices) > 2 else dict.fromkeys(choices, 1.0)
+            errors[name] = {b: needs[name] * e / max(table[PROBE_BITS], 1e-30) for b, e in table.items()}
+        fixed = {n: s.edge_bits for n in edge_layers(self.denoiser) if n in layers}
+        return allocate(errors, {n: _weight(layer).numel() for n, layer in layers.items()}, s.bits_budget, fixed)
+
+    def _decide(self) -> None:
         """How much every stage does; written down, so that a resumed run repeats it."""
         file = self.work / "plan.json"
         if file.is_file():
-            self.plan = json.loads(file.read_text(encoding="utf-8"))
+            self.plan = read(file)
             return
-        left = None if minutes is None else minutes * 60 - (time.monotonic() - self.began)
-        self.plan = plan_work(self.settings, self.denoiser, self.drafts, self.calibration, left)
-        self._write(file, self.plan)
+        self.plan = plan_work(self.settings, self.denoiser, self.drafts, self.calibration, self._left())
+        write(file, self.plan)
 
     # ------------------------------------------------------------------ weights
     def _round(self) -> None:
@@ -308,7 +348,7 @@ class Quantization:
         assert r is not None
         settings = dataclasses.replace(r, iterations=self.plan["iterations"], rate=self.plan["rate"])
         buckets = len(self.calibration.timesteps)
-        each = max(1, r.rows // buckets)
+        each = max(1, self.plan["rounding_rows"] // buckets)
         parts = units(self.denoiser, self.calibration.sample(0, 1, 0))
         rows: list[Rows] | None = None
         done: dict[str, Draft] = {}
@@ -322,7 +362,7 @@ class Quantization:
             mine = {name: unit} if isinstance(unit, Draft) else {f"{name}.{k}": d for k, d in drafts_in(unit).items()}
             file = self.work / f"rounding-{number:04d}.safetensors"
             if file.is_file():
-                stored = load_file(file)
+                stored = load(file)
                 for key, draft in mine.items():
                     draft.up = stored[key].bool()
             else:
@@ -347,7 +387,7 @@ class Quantization:
         for number in range(count):
             file = self.work / f"ranges-{number:04d}.safetensors"
             if file.is_file():
-                stored = load_file(file)
+                stored = load(file)
                 for name, draft in self.drafts.items():
                     for key in _grids(draft):
                         getattr(draft, key).data[number] = stored[f"{name}.{key}"]
@@ -357,7 +397,7 @@ class Quantization:
             self.progress(
                 f"ranges: timestep {number + 1} of {count}", *progress_of(self.plan, "ranges", number / count)
             )
-            watch = self.settings.observation
+            watch = dataclasses.replace(self.settings.observation, rows=self.plan["range_rows"])
             found = observe(self.denoiser, self.drafts, self.calibration, watch, [number], softmax, lambda n: None)
             tensors = {
                 f"{n}.{k}": getattr(d, k).data[number].clone() for n, d in self.drafts.items() for k in _grids(d)
@@ -463,7 +503,7 @@ class Quantization:
     def _restore(self, file: Path, learning: set[str]) -> tuple[int, int, dict[str, torch.Tensor] | None]:
         if not file.is_file():
             return 1, 0, None
-        stored = load_file(file)
+        stored = load(file)
         stage, at = stored.pop("position").tolist()
         moments = {k.removeprefix("moments/"): stored.pop(k) for k in list(stored) if k.startswith("moments/")}
         for name in learning:
@@ -508,13 +548,13 @@ class Quantization:
             assert s.softmax_bits is not None
             scale = (peak / ((1 << s.softmax_bits) - 1)).clamp(min=1e-8)
             getattr_path(self.denoiser, name).softmax_scale.copy_(scale[:, None])
-        self.spec = dataclasses.replace(spec, digest=digest(self.denoiser))
-        config = LowBitConfig(self.spec)
+        self.spec = spec
+        config = LowBitConfig(spec, self.denoiser)
         self.denoiser.hf_quantizer = LowBitQuantizer(config)
         self.denoiser.is_quantized = True
         self.denoiser.quantization_method = config.quant_method
         known = self.denoiser.config  # changed in place: IP-Adapter keeps attributes on it
-        known["quantization_config"] = known.quantization_config = config.to_dict()
+        known["quantization_config"] = known.quantization_config = config
         set_runtime(self.denoiser, "simulated")
         self.denoiser.eval()
         self.model = self.denoiser
@@ -529,6 +569,22 @@ class Quantization:
 
 
 # ---------------------------------------------------------------------- helpers
+@torch.no_grad()
+def _hash(pipe: Any) -> str:
+    """SHA-256 over all weights of a pipeline, with the strength of adapters."""
+    found = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if not isinstance(part, nn.Module):
+            continue
+        for key, tensor in sorted(part.state_dict().items()):
+            found.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            if tensor.device.type != "meta":
+                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        scales = [sorted(m.scaling.items()) for m in part.modules() if isinstance(getattr(m, "scaling", None), dict)]
+        found.update(repr(scales).encode())
+    return found.hexdigest()
+
+
 def _set_training(modules: list[tuple[nn.Module, bool]]) -> None:
     for module, training in modules:
         module.training = training

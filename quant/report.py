@@ -21,7 +21,13 @@ from .calibration import CalibrationSet
 from .layers import quantized_layers
 from .model import RUNTIMES, runtime_report, set_runtime
 
-_ROUNDS = 5
+# what the errors after each stage are errors of
+_ERRORS = {
+    "nearest, weights only": "weights rounded to nearest, inputs as they are",
+    "learnt rounding, weights only": "weights rounded as learnt, inputs as they are",
+    "quantized": "weights and inputs rounded",
+    "finetuned": "weights and inputs rounded, finetuned",
+}
 _ROWS = 16  # of each timestep, for the error over time
 
 
@@ -42,6 +48,7 @@ class QuantizationReport:
         seconds: by stage of quantizing.
         peak: most memory the process held, bytes.
         buckets: timesteps with grids of their own; 0: inputs are not quantized.
+        budget: seconds that were asked for, or None.
     """
 
     name: str
@@ -58,6 +65,7 @@ class QuantizationReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak: int = 0
     buckets: int = 0
+    budget: float | None = None
     pictures: Any = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,23 +83,34 @@ class QuantizationReport:
                 f"PSNR to full precision {middle[0]:.1f} dB, SSIM {middle[1]:.3f} "
                 f"(medians of {len(self.psnr)} pictures, held-out prompts)"
             )
-        lines += [f"prediction error, {what}: {error:.5f}" for what, error in self.validation.items()]
+        if self.validation:
+            lines.append(
+                "squared error of predictions over their squares, held-out prompts; each line rounds what it says:"
+            )
+            lines += [f"  {error:.5f}  {_ERRORS.get(what, what)}" for what, error in self.validation.items()]
         if self.ratio:
             times = ", ".join(f"{k} {v:.2f}x" for k, v in self.ratio.items())
             picked = ", ".join(f"{n} layers {what}" for what, n in self.picked.items())
             lines.append(f"speed of one picture against float32: {times}; auto picked {picked}")
         took = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
+        if self.budget is not None:
+            took += (
+                f", of a budget of {self.budget:.0f} s (loading, calibration, grids of weights and writing are not cut)"
+            )
         lines.append(f"took {took}; peak memory {self.peak / 2**20:.0f} MiB")
         return "\n".join(lines)
 
 
-def measure(full: Sampler, quantized: Sampler, heldout: CalibrationSet, report: QuantizationReport) -> None:
-    """Pictures, errors over time and interleaved times of a pipeline and its quantized twin, into `report`."""
+def measure(
+    full: Sampler, quantized: Sampler, heldout: CalibrationSet, report: QuantizationReport, rounds: int = 5
+) -> None:
+    """Pictures, errors over time and interleaved times (`rounds` of them) of a pipeline and its quantized twin, into
+    `report`."""
     model = find_denoiser(quantized.pipe)
     assert model is not None
     layers = quantized_layers(model)
     set_runtime(model, "simulated")
-    with torch.inference_mode():
+    with torch.no_grad():
         for number, timestep in enumerate(heldout.timesteps):
             rows = heldout.sample(number, _ROWS, 0)
             wrong = (rows.run(model).float() - rows.output).square().sum() / rows.output.square().sum()
@@ -102,7 +121,7 @@ def measure(full: Sampler, quantized: Sampler, heldout: CalibrationSet, report: 
             if min(base.shape[-2:]) >= 11:
                 report.ssim = [round(float(v), 4) for v in ssim(base, ours)]
             report.pictures = (base, ours)
-            report.ratio, report.picked = _times(full.part(0, 1), quantized.part(0, 1), model)
+            report.ratio, report.picked = _times(full.part(0, 1), quantized.part(0, 1), model, rounds)
     report.layers = {
         name: {
             "shape": list(layer.weight_shape),
@@ -113,7 +132,7 @@ def measure(full: Sampler, quantized: Sampler, heldout: CalibrationSet, report: 
     }
 
 
-def _times(full: Sampler, quantized: Sampler, model: Any) -> tuple[dict[str, float], dict[str, int]]:
+def _times(full: Sampler, quantized: Sampler, model: Any, rounds: int) -> tuple[dict[str, float], dict[str, int]]:
     names = [r for r in RUNTIMES if r != "auto"] + ["auto"]
     seconds: dict[str, list[float]] = {"float32": [], **{n: [] for n in names}}
     picked: dict[str, int] = {}
@@ -122,7 +141,7 @@ def _times(full: Sampler, quantized: Sampler, model: Any) -> tuple[dict[str, flo
     for name in names:  # each runtime keeps its packed weights while the others have their turns
         set_runtime(model, name)
         keep[name] = [layer.runtime for layer in layers]
-    for turn in range(_ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, took in seconds.items():
             if name in keep:
                 for layer, runtime in zip(layers, keep[name], strict=True):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.io import printable
 
-VERSION = 1  # of the checkpoint layout
+VERSION = 2  # of the checkpoint layout
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 17)
 MAX_MARGIN = 64
+LAYERS_LIMIT = 100_000  # of a model
+TIMESTEPS_LIMIT = 4096
+NUMBER_LIMIT = 1e9  # of timesteps and channels
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,18 @@ class LayerSpec:
         for name in ("activation_bits", "output_bits"):
             if getattr(self, name) is not None:
                 checked(getattr(self, name), ACTIVATION_BITS, name)
-        if type(self.split) is not int or self.split < 0:
-            raise ConfigurationError(f"split must be a number of channels, got {self.split!r}")
+        if type(self.split) is not int or not 0 <= self.split <= NUMBER_LIMIT:
+            raise ConfigurationError(f"split must be a number of channels, got {shown(self.split)}")
+        for name in ("per_channel", "compact_grids"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigurationError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+        for name in ("sqnr", "sensitivity"):
+            if getattr(self, name) is not None and not finite(getattr(self, name)):
+                raise ConfigurationError(f"{name} must be a finite number, got {shown(getattr(self, name))}")
         if self.compact_grids and not (self.per_channel and self.activation_bits):
             raise ConfigurationError("compact_grids needs activation_bits and per_channel")
         if type(self.zero_margin) is not int or not 0 <= self.zero_margin <= MAX_MARGIN:
-            raise ConfigurationError(f"zero_margin must be 0 to {MAX_MARGIN}, got {self.zero_margin!r}")
+            raise ConfigurationError(f"zero_margin must be 0 to {MAX_MARGIN}, got {shown(self.zero_margin)}")
         if self.zero_margin and not (self.per_channel and self.activation_bits):
             raise ConfigurationError("zero_margin needs activation_bits and per_channel")
 
@@ -93,7 +104,8 @@ class ModelSpec:
         timesteps: the calibrated timesteps, one a bucket, noisiest first; empty: activations are not quantized.
         softmax: bits of the attention probabilities by name of the attention module.
         recipe: how it was made, for the reader: settings and versions.
-        digest: SHA-256 of the quantized layers' tensors, or None.
+        digest: of config and tensors, see docs/checkpoint-format.md; None until it is saved.
+        version: of the layout that it was read from.
     """
 
     layers: dict[str, LayerSpec]
@@ -101,6 +113,7 @@ class ModelSpec:
     softmax: dict[str, int] | None = None
     recipe: dict[str, Any] | None = None
     digest: str | None = None
+    version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in the order in which they are written."""
@@ -112,39 +125,94 @@ class ModelSpec:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Any) -> Self:
         """The inverse of `to_dict`. Raises `ModelLoadError` for another version or values that are not allowed."""
+        if not isinstance(values, Mapping):
+            raise ModelLoadError(f"quantization_config must be a table, got {shown(values)}")
         version = values.get("version")
         if type(version) is not int or version < 1:
-            raise ModelLoadError(f"quantization_config has no version this package knows (got {version!r})")
+            raise ModelLoadError(f"quantization_config has no version this package knows (got {shown(version)})")
         if version > VERSION:
             raise ModelLoadError(
-                f"the checkpoint has layout version {version}, this package reads up to {VERSION}; "
+                f"the checkpoint has layout version {shown(version)}, this package reads up to {VERSION}; "
                 "upgrade it: pip install -U diffusion-accel"
             )
-        known = {f.name for f in fields(LayerSpec)}
-        layers = values.get("layers")
-        if not isinstance(layers, Mapping) or not layers:
-            raise ModelLoadError("quantization_config names no layers")
-        found = {}
-        for name, spec in layers.items():
-            extra = set(spec) - known if isinstance(spec, Mapping) else {"not a table"}
-            if extra:
-                raise ModelLoadError(f"quantization_config, layer {name}: unknown {', '.join(sorted(extra))}")
-            try:
-                found[name] = LayerSpec(**spec)
-            except (ConfigurationError, TypeError) as error:
-                raise ModelLoadError(f"quantization_config, layer {name}: {error}") from error
-        steps = values.get("timesteps", ())
-        if not isinstance(steps, (list, tuple)) or not all(isinstance(t, (int, float)) for t in steps):
-            raise ModelLoadError("quantization_config: timesteps must be a list of numbers")
-        if not steps and any(s.activation_bits or s.output_bits for s in found.values()):
+        layers = _layers(values.get("layers"))
+        steps = _timesteps(values.get("timesteps", ()))
+        if not steps and any(s.activation_bits or s.output_bits for s in layers.values()):
             raise ModelLoadError("quantization_config has activation bits but no timesteps")
-        return cls(found, tuple(steps), values.get("softmax"), values.get("recipe"), values.get("digest"))
+        softmax, recipe, digest = (values.get(key) for key in ("softmax", "recipe", "digest"))
+        if softmax is not None:
+            if not isinstance(softmax, Mapping) or len(softmax) > LAYERS_LIMIT:
+                raise ModelLoadError(f"quantization_config: softmax must be a table, got {shown(softmax)}")
+            for name, bits in softmax.items():
+                if type(bits) is not int or bits not in ACTIVATION_BITS:
+                    raise ModelLoadError(
+                        f"quantization_config: the softmax bits of {shown(name)} must be 2 to 16, got {shown(bits)}"
+                    )
+            if not steps:
+                raise ModelLoadError("quantization_config has softmax bits but no timesteps")
+        if recipe is not None and not isinstance(recipe, Mapping):
+            raise ModelLoadError(f"quantization_config: recipe must be a table, got {shown(recipe)}")
+        if digest is not None and not (isinstance(digest, str) and len(digest) <= 128):
+            raise ModelLoadError(f"quantization_config: digest must be a hash, got {shown(digest)}")
+        return cls(
+            layers,
+            steps,
+            None if softmax is None else dict(softmax),
+            None if recipe is None else dict(recipe),
+            digest,
+            version,
+        )
+
+
+def _layers(values: Any) -> dict[str, LayerSpec]:
+    if not isinstance(values, Mapping) or not values:
+        raise ModelLoadError("quantization_config names no layers")
+    if len(values) > LAYERS_LIMIT:
+        raise ModelLoadError(f"quantization_config names {len(values)} layers, at most {LAYERS_LIMIT} are allowed")
+    known = {f.name for f in fields(LayerSpec)}
+    found = {}
+    for name, spec in values.items():
+        extra = set(spec) - known if isinstance(spec, Mapping) else {"not a table"}
+        if extra:
+            raise ModelLoadError(f"quantization_config, layer {shown(name)}: unknown {shown(min(map(str, extra)))}")
+        try:
+            found[str(name)] = LayerSpec(**spec)
+        except (ConfigurationError, TypeError) as error:
+            raise ModelLoadError(f"quantization_config, layer {shown(name)}: {error}") from error
+    return found
+
+
+def _timesteps(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or not all(type(t) in (int, float) for t in values):
+        raise ModelLoadError("quantization_config: timesteps must be a list of numbers")
+    if len(values) > TIMESTEPS_LIMIT:
+        raise ModelLoadError(f"quantization_config has {len(values)} timesteps, at most {TIMESTEPS_LIMIT} are allowed")
+    wrong = next((t for t in values if not finite(t) or abs(t) > NUMBER_LIMIT), None)
+    if wrong is not None:
+        raise ModelLoadError(f"quantization_config: {shown(wrong)} is no timestep")
+    pairs = list(zip(values, values[1:], strict=False))
+    if not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
+        raise ModelLoadError("quantization_config: the timesteps are not in order")
+    return tuple(values)
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a finite number, and no boolean."""
+    return type(value) is int and abs(value) < 10**300 or type(value) is float and math.isfinite(value)
+
+
+def shown(value: Any) -> str:
+    """A value from outside as a few characters that fit into an error's line."""
+    if type(value) is int and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    text = printable(value if isinstance(value, str) else repr(value)[:200])
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def checked(bits: Any, allowed: range, name: str) -> int:
     """`bits`, or a `ConfigurationError` that says what is allowed."""
     if type(bits) is not int or bits not in allowed:
-        raise ConfigurationError(f"{name} must be {allowed.start} to {allowed.stop - 1}, got {bits!r}")
+        raise ConfigurationError(f"{name} must be {allowed.start} to {allowed.stop - 1}, got {shown(bits)}")
     return bits

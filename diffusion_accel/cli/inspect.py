@@ -11,11 +11,15 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from ..errors import ModelLoadError
-from ..pipelines.models import safetensors_header
 from ..pipelines.quantizers import checkpoint_folder
-from ..quant.spec import LayerSpec, ModelSpec
+from ..quant.spec import LayerSpec
+from ..quant.stored import Tensor, read_config, verify
 from .arguments import AsJson, Debug
-from .terminal import console, say
+from .terminal import console, note, say
+
+PARTS = (  # of a layer in the file
+    "weight_codes weight_scale weight_zero_point bias input_scale input_zero_point output_scale output_zero_point"
+).split()
 
 
 def inspect(
@@ -27,17 +31,13 @@ def inspect(
     if not Path(folder).is_dir():
         raise ModelLoadError(f"no such folder: {folder}")
     place = checkpoint_folder(folder)
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    spec = ModelSpec.from_dict(config["quantization_config"])
-    tensors: dict[str, Any] = {}
-    for file in sorted(place.glob("*.safetensors")):
-        tensors |= {k: v for k, v in safetensors_header(file).items() if k != "__metadata__"}
+    spec, tensors = verify(place, sorted(place.glob("*.safetensors")), note)
     layers = {name: describe(name, layer, tensors) for name, layer in spec.layers.items()}
-    size = sum(v["data_offsets"][1] - v["data_offsets"][0] for v in tensors.values())
+    size = sum(t.size for t in tensors.values())
     packed = sum(layer["bytes"] for layer in layers.values())
     weights = sum(layer["weights"] for layer in layers.values())
     total = {
-        "model": config.get("_class_name"),
+        "model": read_config(place).get("_class_name"),
         "bytes": size,
         "quantized_layers": len(layers),
         "bytes_of_quantized_layers": packed,
@@ -64,19 +64,19 @@ def inspect(
         say(f"  {key}: {value}")
 
 
-def describe(name: str, layer: LayerSpec, tensors: dict[str, Any]) -> dict[str, Any]:
+def describe(name: str, layer: LayerSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """One layer, from its spec and the headers of the files. Raises `ModelLoadError` if it has no weights there."""
     codes = tensors.get(f"{name}.weight_codes")
-    if codes is None:
+    if codes is None or len(codes.shape) != 2:
         raise ModelLoadError(f"the checkpoint is damaged: it has no {name}.weight_codes")
-    own = {k: v for k, v in tensors.items() if k.startswith(f"{name}.")}
-    rows, width = codes["shape"]
+    own = (tensors.get(f"{name}.{part}") for part in PARTS)
+    rows, width = codes.shape
     return {
         "weights": rows * (width * 8 // layer.weight_bits),
         "weight_bits": layer.weight_bits,
         "activation_bits": layer.activation_bits,
         "grids": " by channel" if layer.per_channel else " split" if layer.split else "",
-        "bytes": sum(v["data_offsets"][1] - v["data_offsets"][0] for v in own.values()),
+        "bytes": sum(t.size for t in own if t is not None),
         "sqnr": layer.sqnr,
         "sensitivity": layer.sensitivity,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,41 @@ def test_quantize_values_that_are_refused(
 ) -> None:
     found, _, err = call(capsys, "generate", "red apple", "--quantize", value, "-o", tmp_path / "a.png")
     assert found == code and says in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("where", ["config", "header", "weights"])
+def test_what_is_wrong_in_a_checkpoint_is_one_line(
+    sticker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    shutil.copytree(sticker / "unet", tmp_path / "unet")
+    config, weights = tmp_path / "unet" / "config.json", tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = json.loads(config.read_text())
+    spec = whole["quantization_config"]
+    data = weights.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    changes: dict[str, list[str | bytes]] = {
+        "config": [
+            "[" * 100_000,
+            json.dumps(whole | {"quantization_config": "w4a8"}),
+            json.dumps(whole | {"quantization_config": spec | {"layers": {"[/bold]\x1b]0;": {"weight_bits": 4}}}}),
+            json.dumps(whole | {"quantization_config": spec | {"timesteps": [1e400, 0]}}),
+            json.dumps(whole | {"quantization_config": spec | {"recipe": {"\x1b[2J": 1}}}),
+            json.dumps(whole | {"quantization_config": {k: v for k, v in spec.items() if k != "digest"}}),
+        ],
+        "header": [
+            data[:8] + b"[" * length + data[8 + length :],
+            data[:8] + data[8 : 8 + length].replace(b'"F32"', b'"F99"', 1) + data[8 + length :],
+            data[:8] + data[8 : 8 + length].replace(b'"shape":[1', b'"shape":[9', 1) + data[8 + length :],
+        ],
+        "weights": [data[:-4], data[:-1] + bytes([data[-1] ^ 1])],
+    }
+    for change in changes[where]:
+        if isinstance(change, str):
+            config.write_text(change)
+        else:
+            weights.write_bytes(change)
+        code, out, err = call(capsys, "inspect", tmp_path)
+        assert code == 1 and not out and len(err.splitlines()) == 1 and "\x1b" not in err, err
 
 
 def test_other_refusals(tiny: Path, sticker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

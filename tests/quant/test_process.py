@@ -6,6 +6,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +19,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.quant import process
 from diffusion_accel.quant.calibration import CalibrationSet, record
 from diffusion_accel.quant.draft import Drafts, rounding
 from diffusion_accel.quant.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching, relative_error
+from diffusion_accel.quant.folder import held
 from diffusion_accel.quant.layers import quantized_layers
 from diffusion_accel.quant.model import set_runtime
 from diffusion_accel.quant.process import quantize
 from diffusion_accel.quant.reconstruct import RoundingSettings, capture, reconstruct, units
+from diffusion_accel.quant.report import QuantizationReport
 from diffusion_accel.quant.sensitivity import allocate
 from diffusion_accel.quant.settings import QuantizeSettings, parse_bits
 from diffusion_accel.quant.spec import LayerSpec
-from diffusion_accel.quant.work import shares
+from diffusion_accel.quant.work import plan_report, shares
 from tests import zoo
 
 WHOLE = QuantizeSettings(
@@ -390,9 +396,91 @@ def test_a_run_that_is_stopped_leaves_the_model_as_it_was(tmp_path: Path) -> Non
 
 def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
     quick = replace(WHOLE, rounding=None, finetune=None)
-    quantize(sampler(), quick, tmp_path)
-    with pytest.raises(ConfigurationError, match="other settings"):
-        quantize(sampler(), replace(quick, weight_bits=4), tmp_path)
+    quantize(sampler(4), quick, tmp_path)
+    other_scheduler, other_weights, trained = sampler(4), sampler(4), sampler(4)
+    other_scheduler.pipe.scheduler.register_to_config(beta_end=0.03)
+    with torch.no_grad():
+        other_weights.pipe.unet.conv_in.weight.view(-1)[5] += 1e-3
+    trained.pipe.unet.to(torch.bfloat16)
+    for s, settings, minutes, says in (
+        (sampler(4), replace(quick, weight_bits=4), None, r"weight_bits \(3 then, 4 now\)"),
+        (replace(sampler(4), batch=3), quick, None, r"batch \(4 then, 3 now\)"),
+        (replace(sampler(4), seed=1), quick, None, r"seed of the pictures \(0 then, 1 now\)"),
+        (replace(sampler(4), prompts=("", "", "", "x")), quick, None, "another model: prompts;"),
+        (sampler(4), quick, 5.0, r"budget minutes \(None then, 5.0 now\)"),
+        (other_scheduler, quick, None, "settings of the scheduler.beta_end"),
+        (other_weights, quick, None, "another model: weights"),
+        (trained, quick, None, "type of numbers"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"holds a run with other settings.*{says}"):
+            quantize(s, settings, tmp_path, minutes)
+
+
+def test_rows_are_counted_and_belong_to_their_chunks(tmp_path: Path) -> None:
+    """A recording that goes on with another number of pictures a call takes nothing of the old one for its own."""
+
+    def quiet(done: int, total: int) -> None:
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done >= 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        record(replace(sampler(), batch=3), 3, tmp_path, stop)
+    found = record(sampler(), 3, tmp_path, quiet)
+    assert found.rows == 8 and [len(found.bucket(b)) for b in range(3)] == found.counts == [8, 8, 8]
+    whole = record(sampler(), 3, tmp_path / "whole", quiet)
+    assert all(torch.equal(found.bucket(b).output, whole.bucket(b).output) for b in range(3))
+    (tmp_path / f"b001-{found.chunks[0]}.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigurationError, match="is damaged; forget the run"):
+        found.bucket(1)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    code = (
+        "import sys, pathlib; from diffusion_accel.quant.folder import held\n"
+        "with held(pathlib.Path(sys.argv[1])) as lock: print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(work)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=rf"in use by another quantize \(process {other.pid} on .*, since 20"):
+            quantize(sampler(4), SHORT, work)
+        other.kill()
+    assert (work / "lock").is_file()  # of a process that is no more
+    with held(work), held(work):
+        seen: list[str] = []
+
+        def other_thread() -> None:
+            try:
+                with held(work):
+                    seen.append("held")
+            except OutputError as error:
+                seen.append(str(error))
+
+        thread = threading.Thread(target=other_thread)
+        thread.start()
+        thread.join()
+        assert f"process {os.getpid()}" in seen[0]
+    assert not work.exists()  # nothing was done
+
+
+def test_a_run_that_fails_before_any_work_leaves_nothing(tmp_path: Path) -> None:
+    broken = sampler(4)
+    broken.pipe.unet.register_forward_pre_hook(lambda *a: 1 / 0)
+    not_finite = sampler(4)
+    not_finite.pipe.unet.conv_norm_out.bias.data[0] = float("nan")
+    for s, settings, error, says in (
+        (sampler(1), SHORT, ConfigurationError, "too few"),
+        (sampler(4), replace(SHORT, bits_budget=2.0), ConfigurationError, "not enough"),
+        (not_finite, SHORT, ConfigurationError, "conv_norm_out.bias of the UNet2DModel has values"),
+        (broken, SHORT, ZeroDivisionError, "division"),
+    ):
+        with pytest.raises(error, match=says):
+            quantize(s, settings, tmp_path / "work")
+        assert not list(tmp_path.iterdir())
 
 
 def test_softmax_and_attention_grids(tmp_path: Path) -> None:
@@ -430,3 +518,36 @@ def test_minutes_cut_the_work_down(tmp_path: Path) -> None:
     huge = QuantizeSettings(weight_bits=4, buckets=3)  # the published numbers of steps
     run = quantize(sampler(), huge, tmp_path, minutes=0.1)
     assert run.plan["iterations"] < 20_000 and run.plan["epochs"] < 20
+
+
+def test_a_budget_that_is_over_leaves_the_least_to_measure(tmp_path: Path) -> None:
+    """Counted in rows that the model sees, not in seconds."""
+    seen: dict[float | None, int] = {}
+    for minutes in (None, 1e-4):
+        s, settings = sampler(16), replace(WHOLE, rounding=None, finetune=None, bits_budget=4.0)
+        rows: list[int] = []
+
+        def note(module: Any, args: Any, kwargs: Any, rows: list[int] = rows) -> None:
+            rows.append(len(args[0] if args else kwargs["sample"]))
+
+        s.pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+        run = quantize(s, settings, tmp_path / str(minutes), minutes)
+        seen[minutes] = sum(rows)
+    assert json.loads((tmp_path / "0.0001" / "probe.json").read_text()) == {"rows": 1, "timesteps": 1}
+    assert (run.plan["error_rows"], run.plan["range_rows"]) == (1, 4)
+    drawn = 16 * 4  # pictures and steps, which no budget cuts
+    assert seen[1e-4] - drawn < 0.5 * (seen[None] - drawn)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(None, (16, 5)), (1000.0, (16, 5)), (50.0, (8, 3)), (0.0, (1, 1))])
+def test_the_report_keeps_within_what_is_left(seconds: float | None, expected: tuple[int, int]) -> None:
+    assert plan_report(16, 1.0, seconds, 60.0) == expected
+    assert plan_report(0, 1.0, seconds, 60.0)[0] == 0
+
+
+def test_a_report_says_what_each_error_is_an_error_of() -> None:
+    errors = {"nearest, weights only": 0.00146, "quantized": 0.00373}
+    report = QuantizationReport("w4a8", "x", {}, bytes={"checkpoint": 1, "float32": 4}, validation=errors, budget=60.0)
+    text = report.text()
+    assert "0.00146  weights rounded to nearest, inputs as they are" in text
+    assert "0.00373  weights and inputs rounded" in text and "of a budget of 60 s" in text
