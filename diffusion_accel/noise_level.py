@@ -56,12 +56,15 @@ def _kind(scheduler: Any) -> str | None:
         return None  # σ begins anew in every stage
     if kind == "training" and config.get("use_flow_sigmas"):
         return "flow"
-    if kind == "training" and (config.get("timestep_type"), config.get("prediction_type")) == (
-        "continuous",
-        "v_prediction",
-    ):
-        return "sigma"
+    continuous = (config.get("timestep_type"), config.get("prediction_type")) == ("continuous", "v_prediction")
+    if kind == "training" and (continuous or config.get("interpolation_type") == "log_linear"):
+        return "sigma"  # Euler's timesteps are log(σ)/4, or do not have these σ in the table
     return kind
+
+
+def counts_by_sigma(scheduler: Any) -> bool:
+    """Whether a scheduler's timesteps do not say how noisy the latents are: its σ do."""
+    return _kind(scheduler) == "sigma"
 
 
 def unknown_noise_levels(scheduler: Any) -> str | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .noise_level import counts_by_sigma
+
 SPACES = ("epsilon", "sample")
 _LEAST = 1e-4
 
@@ -27,7 +29,7 @@ class Conversion:
         table = getattr(scheduler, "alphas_cumprod", None)
         self.table: list[float] = [] if table is None or self.flow else [float(value) for value in table]
         self.inverted = bool(config.get("invert_sigmas"))
-        self.continuous = config.get("timestep_type") == "continuous" and self.kind == "v_prediction"  # told log(σ)/4
+        self.by_sigma = counts_by_sigma(scheduler)
         self._sigmas: tuple[Any, dict[float, float]] = (None, {})
 
     @property
@@ -40,22 +42,22 @@ class Conversion:
     def coefficients(self, timestep: float) -> tuple[float, float]:
         """α and σ at a timestep, which need not be a whole number."""
         if self.flow:
-            sigma = min(1.0, max(0.0, self._flow_sigma(timestep)))
+            sigma = min(1.0, max(0.0, self._sigma(timestep, timestep / self.training)))
             return max(_LEAST, 1 - sigma), max(_LEAST, sigma)
-        if self.continuous:
-            return _scaled(math.exp(min(4 * timestep, 50.0)))
+        if self.by_sigma:
+            return _scaled(self._sigma(timestep, math.exp(min(4 * timestep, 50.0))))
         low = min(len(self.table) - 1, max(0, math.floor(timestep)))
         high, share = min(len(self.table) - 1, low + 1), max(0.0, timestep - low)
         ratios = [math.sqrt((1 - self.table[i]) / max(self.table[i], 1e-12)) for i in (low, high)]
         ratio = ratios[0] + share * (ratios[1] - ratios[0])  # σ/α, interpolated as sigma schedulers do
         return _scaled(ratio)
 
-    def _flow_sigma(self, timestep: float) -> float:
-        """σ at one of the scheduler's timesteps: they need not be σ in thousandths (CogView 4 shifts σ only)."""
+    def _sigma(self, timestep: float, otherwise: float) -> float:
+        """σ at one of the scheduler's timesteps: it need not follow from them (CogView 4 shifts σ only)."""
         times, sigmas = getattr(self.scheduler, "timesteps", None), getattr(self.scheduler, "sigmas", None)
         if isinstance(times, torch.Tensor) and isinstance(sigmas, torch.Tensor) and times is not self._sigmas[0]:
             self._sigmas = (times, dict(zip(times.tolist(), sigmas.tolist(), strict=False)))
-        return self._sigmas[1].get(timestep, timestep / self.training)
+        return self._sigmas[1].get(timestep, otherwise)
 
     def to(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """A prediction in another space; `x` is what the denoiser was given, in at least as many channels."""

@@ -21,6 +21,7 @@ from zoo import ddim, rand, run, sd
 from diffusion_accel import Reuse, UnsupportedPipelineError, accelerate
 from diffusion_accel.families import _BY_NAME, UNITS, UNKNOWN, Family, family_of
 from diffusion_accel.noise_level import noise_levels, share_of, unknown_noise_levels
+from diffusion_accel.prediction import Conversion
 from diffusion_accel.steps import StepClock
 
 SOURCES = pathlib.Path(diffusers.__file__).parent / "pipelines"
@@ -200,13 +201,20 @@ def test_equal_noise_is_an_equal_level_whatever_the_timestep_is() -> None:
     continuous.set_timesteps(5)
     edm = diffusers.EDMEulerScheduler()
     edm.set_timesteps(5)
-    for other in (continuous, edm):
+    uneven = diffusers.EulerDiscreteScheduler(**table, interpolation_type="log_linear")
+    uneven.set_timesteps(5)
+    for other in (continuous, edm, uneven):
         other.sigmas = torch.tensor([*sigmas, 0.0])
         other.timesteps = 0.25 * other.sigmas[:-1].log()
     known = noise_levels(discrete)
     assert known == pytest.approx([t / 1000 for t in discrete.timesteps.tolist()])
     assert noise_levels(continuous) == pytest.approx(known, abs=2e-3)
     assert noise_levels(edm) == pytest.approx(known, abs=2e-3)
+    assert noise_levels(uneven) == pytest.approx(known, abs=2e-3)
+    for scheduler in (discrete, continuous, uneven):  # and what a prediction means follows from it
+        for t, sigma in zip(scheduler.timesteps.tolist(), sigmas, strict=True):
+            a, s = Conversion(scheduler).coefficients(t)
+            assert s / a == pytest.approx(sigma, rel=2e-2)
     shifted = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     shifted.set_timesteps(sigmas=[1.0, 0.5, 0.1], timesteps=[1000.0, 500.0, 100.0], mu=1.0)  # as CogView 4 does
     assert noise_levels(shifted) == pytest.approx(shifted.sigmas[:-1].tolist())
