@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from .denoisers import called_denoisers, compiled_in_place
+from .changes import Changes
+from .denoisers import called_denoisers
 from .errors import CallStateError, ConfigurationError
+from .hooks import compiled_anywhere, compiled_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +60,17 @@ def finite_call(pipeline: Any, given: dict[str, Any]) -> Iterator[list[Any]]:
         if tensor is not None and threading.get_ident() == here:
             seen["what the VAE decoded"] = tensor
 
-    decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
+    vae = getattr(pipeline, "vae", None)
+    decoder = getattr(vae, "decoder", None)
     pairs = [(module, predicted) for module in called_denoisers(pipeline)]
-    pairs += [(decoder, decoded)] if isinstance(decoder, torch.nn.Module) else []
-    handles = [m.register_forward_hook(hook) for m, hook in pairs if not compiled_in_place(m)]
+    if isinstance(decoder, torch.nn.Module) and not compiled_anywhere(vae):  # the hook would be compiled with it
+        pairs.append((decoder, decoded))
     output: list[Any] = []
-    try:
+    with Changes() as changes:
+        for module, hook in pairs:
+            if not compiled_in_place(module):
+                changes.add(module.register_forward_hook(hook).remove)
         yield output
-    finally:
-        for handle in handles:
-            handle.remove()
     result = _first_tensor(output)
     if result is not None:
         seen["the result"] = result

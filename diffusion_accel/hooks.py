@@ -100,8 +100,7 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
     were compiled each by itself), a ControlNet, a VAE and its methods; hooks around a compiled part do it no harm.
     """
     for module in [part for model in models for part in model.modules()]:
-        methods = {k: v for k, v in vars(module).items() if hasattr(v, _COMPILED) and k not in _CALLED}
-        wrapped = type(module).__name__ == "OptimizedModule"
+        methods, wrapped = _compiled_methods(module), type(module).__name__ == "OptimizedModule"
         if not (methods or wrapped or compiled_in_place(module)):
             continue
         inside = model_of(module)
@@ -121,6 +120,19 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
                 changes.set(below, "forward" if below.original_forward is None else "original_forward", plain)
             else:
                 changes.set(module, "forward" if wrapped else "_compiled_call_impl", plain if wrapped else None)
+
+
+def _compiled_methods(module: Any) -> dict[str, Any]:
+    """Compiled functions that were put on one module in the place of its methods."""
+    return {k: v for k, v in vars(module).items() if hasattr(v, _COMPILED) and k not in _CALLED}
+
+
+def compiled_anywhere(model: Any) -> bool:
+    """Whether a model, one of its parts or one of their methods is compiled."""
+    return any(
+        type(part).__name__ == "OptimizedModule" or compiled_in_place(part) or _compiled_methods(part)
+        for part in model.modules()
+    )
 
 
 def _is_hooked(module: Any) -> bool:

@@ -69,8 +69,8 @@ def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
     handle = existing or Acceleration(pipeline)
     handle._attach(wanted)
     if existing is None:
-        pipeline.__class__ = accelerated_class(type(pipeline))
         pipeline.__dict__["_acceleration"] = handle
+        pipeline.__class__ = accelerated_class(type(pipeline))
     return pipeline
 
 

@@ -58,11 +58,18 @@ class AcceleratedPipeline:
 
     @classmethod
     def from_pipe(cls, pipe: Any, **kwargs: Any) -> Any:
-        """Accelerate a pipeline; with a named drop-in, convert it to that class first (its own `from_pipe`)."""
+        """Accelerate a pipeline; with a named drop-in, convert it to that class first (its own `from_pipe`).
+
+        The features that it has come along, unless they are given anew or as False.
+        """
+        from .mixin import plain_twin
+
         features, options = split_features(kwargs)
         if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):
             check_keywords(options, CONVERSION | components_of(cls.pipeline_class))
-            pipe = cls.pipeline_class.from_pipe(pipe, **{"dtype": pipe.dtype, **options})
+            there = pipe.acceleration.features if hasattr(pipe, "acceleration") else {}
+            features += [feature for name, feature in there.items() if name not in kwargs]
+            pipe = cls.pipeline_class.from_pipe(plain_twin(pipe), **{"dtype": pipe.dtype, **options})
         else:
             check_keywords(options, ())
         return _accelerated(pipe, features)

@@ -47,6 +47,16 @@ class AcceleratedMixin:
         return _rebuild, (base,), self.__dict__
 
 
+def plain_twin(pipe: Any) -> Any:
+    """A pipeline of its own class with the same components and without features; a pipeline without is itself."""
+    base = getattr(type(pipe), "_accelerated_base", None)
+    if base is None:
+        return pipe
+    twin = base.__new__(base)
+    twin.__dict__.update({key: value for key, value in pipe.__dict__.items() if key != "_acceleration"})
+    return twin
+
+
 def _rebuild(base: type) -> Any:
     from diffusion_accel.switchboard import accelerated_class
 

@@ -67,10 +67,13 @@ class SelectBucket:
 
     def __init__(self, module: nn.Module, buckets: Buckets) -> None:
         self.module, self.buckets = module, buckets
+        self.own = vars(module).get("forward")  # what was put on the instance
         self.__signature__ = inspect.signature(module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.buckets.select(bind_forward(self.module, args, kwargs)["timestep"])
+        if self.own is not None:
+            return self.own(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     @classmethod
@@ -81,8 +84,11 @@ class SelectBucket:
     @staticmethod
     def uninstall(module: nn.Module) -> None:
         """Take it off again."""
-        if isinstance(module.__dict__.get("forward"), SelectBucket):
-            del module.__dict__["forward"]
+        ours = vars(module).get("forward")
+        if isinstance(ours, SelectBucket):
+            vars(module).pop("forward")
+            if ours.own is not None:
+                vars(module)["forward"] = ours.own
 
 
 class Runtime(Protocol):

@@ -61,12 +61,16 @@ class TaskRouting(Feature):
         return Recipe(**{**trained.to_dict(), **{key: value for key, value in given.items() if value is not None}})
 
     def supports(self, pipeline: Any) -> str | None:
-        from ..denoisers import find_denoiser
+        from ..denoisers import find_denoisers
+
+        denoisers = find_denoisers(pipeline)
+        if not denoisers:
+            return "the pipeline has no unet or transformer"
+        return next(filter(None, map(self._why_not, denoisers)), None)
+
+    def _why_not(self, denoiser: Any) -> str | None:
         from .hooks import not_routable, trained_recipe
 
-        denoiser = find_denoiser(pipeline)
-        if denoiser is None:
-            return "the pipeline has no unet or transformer"
         reason = not_routable(denoiser)
         if reason:
             return reason
@@ -96,40 +100,39 @@ class TaskRoutingAttachment(Attachment):
     """Task routing on one pipeline; its hooks live for one call."""
 
     def __init__(self, feature: TaskRouting, pipeline: Any) -> None:
+        from ..denoisers import find_denoisers
         from .hooks import trained_recipe
 
         super().__init__(feature, pipeline)
         self._counters: dict[str, float] = {}
-        trained = trained_recipe(self._denoiser())
-        if self._recipe() != trained and self._recipe().beta < 1:
-            how = "without task routing" if trained is None else "with another task routing"
-            logger.warning("task_routing: the model was trained %s, its pictures get worse", how)
+        for denoiser in find_denoisers(pipeline):
+            trained, recipe = trained_recipe(denoiser), self._recipe(denoiser)
+            if recipe != trained and recipe.beta < 1:
+                how = "without task routing" if trained is None else "with another task routing"
+                logger.warning("task_routing: the model was trained %s, its pictures get worse", how)
 
-    def _denoiser(self) -> Any:
-        from ..denoisers import find_denoiser
-
-        return find_denoiser(self.pipeline)
-
-    def _recipe(self) -> Recipe:
+    def _recipe(self, denoiser: Any) -> Recipe:
         from ..denoisers import timestep_kind
         from .hooks import trained_recipe
 
         feature: TaskRouting = self.feature  # type: ignore[assignment]
-        denoiser = self._denoiser()
         trained = trained_recipe(denoiser)
         return feature.recipe(trained or Recipe(time=timestep_kind(denoiser, self.pipeline.scheduler)))
 
     def before_call(self, clock: StepClock) -> None:
+        from ..denoisers import find_denoisers
         from .hooks import route
 
         feature: TaskRouting = self.feature  # type: ignore[assignment]
         reason = feature.supports(self.pipeline)  # the user may have replaced the denoiser since accelerate()
         if reason:
             raise ConfigurationError(f"task_routing cannot be used on this pipeline any more: {reason}")
-        recipe = self._recipe()
         hooks = self.changes.hooks("diffusion_accel.task_routing")
-        route(self._denoiser(), recipe, hooks)
-        self._counters = {"routed_blocks": len(hooks) - 1, "active_share": recipe.beta}
+        denoisers = find_denoisers(self.pipeline)
+        recipes = [self._recipe(denoiser) for denoiser in denoisers]
+        for denoiser, recipe in zip(denoisers, recipes, strict=True):
+            route(denoiser, recipe, hooks)
+        self._counters = {"routed_blocks": len(hooks) - len(denoisers), "active_share": recipes[0].beta}
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)

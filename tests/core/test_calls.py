@@ -275,3 +275,39 @@ def test_the_models_of_a_call_are_claimed_whatever_is_around_them() -> None:
 
     run(pipe, call, 2, callback_on_step_end=callback)
     assert not switchboard._busy
+
+
+def test_what_saving_and_converting_lose_is_said(tmp_path: Any, caplog: Any) -> None:
+    from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
+    from zoo import unet2d
+
+    from diffusion_accel.pipelines import AcceleratedStableDiffusionImg2ImgPipeline  # type: ignore[attr-defined]
+
+    again = "accelerate(other, *pipe.acceleration.features.values())"
+    small, _ = unet2d()
+    accelerate(small, Reuse(plan="hold:3"))
+    pipe, call = sd()
+    accelerate(pipe, Reuse(plan="hold:3"))
+
+    def said(doing: Callable[[], Any]) -> tuple[Any, list[str]]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="diffusion_accel"):
+            made = doing()
+        return made, [r.getMessage() for r in caplog.records if r.name.startswith("diffusion_accel")]
+
+    _, told = said(lambda: small.save_pretrained(tmp_path))
+    assert len(told) == 1 and "(reuse) are not saved" in told[0] and again in told[0]
+    for converter in (AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline):
+        other, told = said(functools.partial(converter.from_pipe, pipe))
+        assert type(other) is StableDiffusionImg2ImgPipeline
+        assert len(told) == 1 and "(reuse) do not come along" in told[0] and again in told[0]
+    accelerate(other, *pipe.acceleration.features.values())
+    assert other.acceleration.features == pipe.acceleration.features
+    ours = AcceleratedStableDiffusionImg2ImgPipeline
+    other, told = said(lambda: ours.from_pipe(pipe))
+    assert not told and other.acceleration.features == pipe.acceleration.features
+    assert not ours.from_pipe(pipe, reuse=False).acceleration.features
+    _, told = said(lambda: (pipe.config, pipe.components, run(pipe, call, 2)))
+    assert not told
+    pipe.acceleration.remove()
+    assert not said(lambda: AutoPipelineForImage2Image.from_pipe(pipe))[1]
