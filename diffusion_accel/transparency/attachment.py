@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from .weights import check_digests, find_parts, load_part, read_tensors
 if TYPE_CHECKING:
     from ..steps import StepClock
     from .latent_transparency import LatentTransparency
+
+logger = logging.getLogger(__name__)
 
 NEAR = 0.02  # mean distance in -1..1 below which a tensor is a given image; half precision rounds by up to 0.004
 ROUGHLY = 0.1  # the same where the image was resized in another way
@@ -96,6 +99,7 @@ class TransparencyAttachment(Attachment):
         self._given: list[tuple[Any, Given]] = []  # what the pipeline is called with, and what is known of it
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # pixels as it processed them, and straight RGBA
         self._overlays: list[tuple[Any, torch.Tensor, Any]] = []
+        self._unread = False  # whether an image with alpha was given whose alpha nothing has read yet
         self._concatenated: Concatenated | None = None
         self._size = (0, 0)
         self._unet: Any = None
@@ -129,6 +133,7 @@ class TransparencyAttachment(Attachment):
                 )
             changed[name] = found.flat
             self._given += found.parts()
+        self._unread = not all(found.opaque for _, found in self._given)
         self._size = self._picture_size(arguments)
         return changed
 
@@ -256,6 +261,7 @@ class TransparencyAttachment(Attachment):
         assert loaded.encoder is not None
         if rgba is None:
             return made
+        self._unread = False
         known = made[0] if isinstance(made, tuple) else made.latent_dist
         rgb, alpha = rgba[:, :3], rgba[:, 3:]
         moved = known.mean + known.std * offset_of(loaded.encoder.to(x.device), rgb, alpha).to(known.mean)
@@ -273,6 +279,8 @@ class TransparencyAttachment(Attachment):
         """The same output with RGBA images in the place of RGB ones."""
         decoder, decoded, overlays = self._loaded.decoder, self._decoded, self._overlays
         self._decoded, self._overlays = [], []
+        if self._unread:
+            logger.warning("transparent: this call does not encode the image with its VAE; it is seen on grey")
         images = output[0] if isinstance(output, tuple) else getattr(output, "images", None)
         size = size_of(images)
         if decoder is None or images is None or (size is None and not decoded):

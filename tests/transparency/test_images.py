@@ -148,6 +148,16 @@ def test_rgba_goes_in_in_every_kind(build: Any, tmp_path: Path) -> None:
     assert "preprocess" not in pipe.image_processor.__dict__
 
 
+def test_alpha_that_is_not_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An upscaler puts the image beside the latents, without its VAE."""
+    for build, side, warned in ((img2img, 16, False), (upscaled, 8, True)):
+        pipe, call = build()
+        transparent(pipe, tmp_path / build.__name__, strength=0.0)
+        caplog.clear()
+        draw(pipe, call, image=rgba(side))
+        assert ("does not encode the image with its VAE" in caplog.text) is warned
+
+
 def test_hidden_colours_do_not_matter(tmp_path: Path) -> None:
     pipe, call = img2img()
     transparent(pipe, tmp_path)
