@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import statistics
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 
 from ..evaluation.fidelity import psnr, ssim
+from ..pipelines.sizes import far_from_trained
 from .entries import Entry
 from .runner import Isolated, Job, Runner
+
+logger = logging.getLogger(__name__)
 
 BASELINE = Entry("baseline")
 CONVERGED_STEPS = 200
@@ -78,6 +82,9 @@ def bench(
     local = Runner(job)
     for entry in entries:
         local.check(entry)
+    words = far_from_trained(local.pipe, job.options.get("width"), job.options.get("height"))
+    if words:
+        logger.warning("%s", words)
     rows = measure(local, job, entries, rounds, progress)
     rows += anchors(local, job, rows, progress)
     goal = None

@@ -24,6 +24,7 @@ from .settings import (
     Job,
     Settings,
     check_features,
+    check_images,
     check_strength,
     merge,
     read_config,
@@ -194,6 +195,8 @@ def generate(
     check_distinct([path for group in paths for path in group if len(layers) == 1] + beside + compared)
     for group, plan in zip(paths, plans, strict=True):
         check_fits(group, plan.width, plan.height)
+
+    check_images(settings)
 
     if starts:  # they check the rest: this one need not import torch
         return processes.start(settings)

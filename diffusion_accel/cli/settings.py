@@ -267,6 +267,15 @@ def check_features(s: Settings) -> None:
             raise ConfigurationError(f"{feature.flag()} with --steps {s.steps}: {reason}")
 
 
+def check_images(s: Settings) -> None:
+    """Refuse files that hold no image that can be read: opened here, so that it is said before a model is loaded."""
+    for name in ("image", "mask_image", "control_image"):
+        if getattr(s, name) is not None:
+            from ..images import open_image
+
+            open_image(getattr(s, name), what=f"--{name.replace('_', '-')}")
+
+
 def check_strength(s: Settings) -> None:
     """Refuse a strength at which no step is left to run. Without `strength` or `steps` only the pipeline knows them."""
     if s.strength is not None and s.steps is not None and int(s.steps * s.strength) < 1:

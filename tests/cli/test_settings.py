@@ -74,6 +74,8 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "strength alone": ([PROMPT, "--strength", "0.5"], "--strength needs --image"),
     "control alone": ([PROMPT, "--control-image", "IMAGE"], "--control-image needs --controlnet"),
     "controlnet alone": ([PROMPT, "--controlnet", "x/y"], "--controlnet needs --control-image"),
+    "no image": ([PROMPT, "--image", "BROKEN"], "--image broken.safetensors is not an image that can be read"),
+    "no mask": ([PROMPT, "--image", "IMAGE", "--mask-image", "JOBS"], "--mask-image jobs.jsonl is not an image"),
     "missing image": ([PROMPT, "--image", "missing.png"], "no such file: missing.png"),
     "scheduler": ([PROMPT, "--scheduler", "eulr"], "did you mean 'euler'"),
     "dtype": ([PROMPT, "--dtype", "int3"], "--dtype must be one of"),
