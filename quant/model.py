@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,9 +16,18 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.hooks import forward_parameters
 
 from .attention import QuantizedSoftmax, quantizable_attention
-from .layers import Buckets, QuantizedLayer, SelectBucket, quantizable, quantized_layers, quantized_like
-from .spec import ModelSpec
+from .layers import (
+    Buckets,
+    QuantizedLayer,
+    SelectBucket,
+    quantizable,
+    quantizable_table,
+    quantized_layers,
+    quantized_like,
+)
+from .spec import LayerSpec, ModelSpec
 from .stored import settings_digest, tensors_digest
+from .uniform import quantize, search_grid
 
 # as safetensors names them
 _DTYPES = {
@@ -24,6 +35,8 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+TABLE_BITS = 8
+_TABLES_MATTER = 0.01  # of the parameters
 RUNTIMES = ("auto", "integer", "dequantize", "simulated")  # cli/settings.py has them too, to import no torch
 
 
@@ -37,6 +50,29 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not any(part in name for part in added)}
 
 
+def tables(model: nn.Module) -> dict[str, nn.Embedding]:
+    """The embedding tables of a model by name, where they hold a share of its parameters that matters: those of the
+    classes of a DiT can be half of it."""
+    added = (".processor.", "encoder_hid_proj.image_projection_layers.")
+    found = {n: m for n, m in model.named_modules() if quantizable_table(m) and not any(part in n for part in added)}
+    size = sum(m.weight.numel() for m in found.values())
+    whole = sum(p.numel() for p in model.parameters())
+    return found if size >= _TABLES_MATTER * whole else {}  # type: ignore[return-value]
+
+
+def quantized_table(table: nn.Embedding) -> QuantizedLayer:
+    """A table with 8 bits a value and a grid for every row."""
+    rows = table.weight.detach().float()
+    scale, zero = search_grid(rows, TABLE_BITS, symmetric=True)
+    made = quantized_like(table, LayerSpec(weight_bits=TABLE_BITS), Buckets(()))
+    made.store(quantize(rows, scale, zero, TABLE_BITS), scale.T, zero.T)
+    noise = (made.floats() - rows).square().sum().clamp(min=1e-30)
+    made._floats = None  # rows are unpacked when they are looked up
+    sqnr = float(10 * torch.log10(rows.square().sum() / noise))
+    made.spec = dataclasses.replace(made.spec, sqnr=round(sqnr, 2) if math.isfinite(sqnr) else None)
+    return made
+
+
 def install(model: nn.Module, spec: ModelSpec) -> Buckets:
     """Replace the layers that `spec` names by empty quantized ones (also on the meta device).
 
@@ -47,7 +83,8 @@ def install(model: nn.Module, spec: ModelSpec) -> Buckets:
     modules = dict(model.named_modules())
     for name, layer in spec.layers.items():
         module = modules.get(name)
-        if module is None or not quantizable(module):
+        plain = not (layer.activation_bits or layer.output_bits or layer.split)
+        if module is None or not (quantizable(module) or (plain and quantizable_table(module))):
             what = "has no layer" if module is None else f"has a {type(module).__name__}, not a quantizable layer, at"
             raise ModelLoadError(f"the checkpoint does not fit the model: {type(model).__name__} {what} {name}")
         if layer.split >= module.weight.shape[1] and layer.split:  # type: ignore[union-attr,operator]

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from .finetune import (
 from .folder import agree, held, load, read, write
 from .layers import QuantizedLayer, quantized_layers
 from .loader import LowBitConfig, LowBitQuantizer
-from .model import candidates, install, set_runtime, uninstall
+from .model import candidates, install, quantized_table, set_runtime, tables, uninstall
 from .ranges import observe
 from .reconstruct import capture, reconstruct, units
 from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivity
@@ -154,6 +154,7 @@ class Quantization:
         with self._stage("sensitivity"):
             found = self._sensitivities()
         specs = self._specs(found)
+        self._quantize_tables()
         self.drafts = Drafts(self.denoiser, specs, self.calibration.timesteps, self.settings.search)
         self._way_back.callback(self.drafts.restore)
         self._decide()
@@ -332,6 +333,13 @@ class Quantization:
             errors[name] = {b: needs[name] * e / max(table[PROBE_BITS], 1e-30) for b, e in table.items()}
         fixed = {n: s.edge_bits for n in edge_layers(self.denoiser) if n in layers}
         return allocate(errors, {n: _weight(layer).numel() for n, layer in layers.items()}, s.bits_budget, fixed)
+
+    def _quantize_tables(self) -> None:
+        """Embedding tables are rounded to nearest before anything else, so that all errors are with them."""
+        self._plain_tables = tables(self.denoiser)
+        self._way_back.callback(_put, self.denoiser, self._plain_tables)
+        self._tables = {name: quantized_table(table) for name, table in self._plain_tables.items()}
+        _put(self.denoiser, self._tables)
 
     def _decide(self) -> None:
         """How much every stage does; written down, so that a resumed run repeats it."""
@@ -535,10 +543,12 @@ class Quantization:
         }
         timesteps = self.calibration.timesteps if s.activation_bits else ()
         made = {name: draft.finished(self.drafts.buckets) for name, draft in self.drafts.items()}
+        made |= self._tables
         softmax = {n: s.softmax_bits for n in peaks} if s.softmax_bits else None
         spec = ModelSpec({n: m.spec for n, m in made.items()}, timesteps, softmax, recipe)
         self.drafts.restore()
         self.drafts.clear()
+        _put(self.denoiser, self._plain_tables)
         self._way_back.callback(_forget, self.denoiser)
         buckets = install(self.denoiser, spec)
         for name, layer in made.items():
@@ -583,6 +593,11 @@ def _hash(pipe: Any) -> str:
         scales = [sorted(m.scaling.items()) for m in part.modules() if isinstance(getattr(m, "scaling", None), dict)]
         found.update(repr(scales).encode())
     return found.hexdigest()
+
+
+def _put(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    for name, part in parts.items():
+        model.set_submodule(name, part)
 
 
 def _set_training(modules: list[tuple[nn.Module, bool]]) -> None:

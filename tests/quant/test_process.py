@@ -27,7 +27,7 @@ from diffusion_accel.quant.draft import Drafts, rounding
 from diffusion_accel.quant.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching, relative_error
 from diffusion_accel.quant.folder import held
 from diffusion_accel.quant.layers import quantized_layers
-from diffusion_accel.quant.model import set_runtime
+from diffusion_accel.quant.model import set_runtime, tables
 from diffusion_accel.quant.process import quantize
 from diffusion_accel.quant.reconstruct import RoundingSettings, capture, reconstruct, units
 from diffusion_accel.quant.report import QuantizationReport
@@ -502,6 +502,38 @@ def test_softmax_and_attention_grids(tmp_path: Path) -> None:
             assert torch.equal(rows.run(again), answers[bits])
     assert (answers[4] - answers[None]).norm() > 20 * (answers[16] - answers[None]).norm()
     assert (answers[4] - answers[None]).norm() < 0.1 * answers[None].norm()
+
+
+def test_embedding_tables_that_matter_are_quantized_by_row(tmp_path: Path) -> None:
+    from tests.quant.test_checkpoint import TINY, Prompted
+
+    pipe, call = zoo.dit()
+    model = pipe.transformer
+    plain = {n: m.weight.detach().clone() for n, m in model.named_modules() if type(m) is torch.nn.Embedding}
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(t.numel() for t in plain.values()) > 0.5 * whole
+    run = quantize(Prompted(pipe, call), replace(TINY, weight_bits=8), tmp_path / "work")
+    layers = run.layers()
+    for name, weight in plain.items():
+        table = layers[name]
+        assert isinstance(table, torch.nn.Embedding) and table.spec.sqnr is not None and table.spec.sqnr > 35
+        assert ((table.weight - weight).abs() <= 0.5001 * table.weight_scale.T + 0.2 * weight.abs()).all()
+        labels = torch.tensor([[3, 1000], [0, 3]])
+        assert torch.equal(table(labels), table.weight[labels].clone()) and table(labels).shape == (2, 2, 16)
+    model.save_pretrained(tmp_path / "saved")
+    size = (tmp_path / "saved" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert size < 0.5 * 4 * whole  # of rows of 16 values, with 5 bytes for each grid
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    for one in (model, again):
+        set_runtime(one, "simulated")
+    rows = run.heldout.bucket(0)
+    assert torch.equal(rows.run(model), rows.run(again))
+    run.restore()
+    assert all(torch.equal(model.get_submodule(n).weight, w) for n, w in plain.items())
+    small, _ = zoo.sd()
+    small.unet.class_embedding = torch.nn.Embedding(2, 8)
+    assert not tables(small.unet)  # less than a hundredth
 
 
 @given(st.tuples(*[st.floats(0, 1e5)] * 3), st.floats(0, 2e5))
