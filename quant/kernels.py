@@ -215,13 +215,20 @@ class IntMatmul:
 
 
 def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Product (M, K) x (K, N) of int8 as int32; CUDA wants more than 16 rows and multiples of 8, so zeros fill up."""
+    """Product (M, K) x (K, N) of int8 as int32; CUDA wants more than 16 rows and multiples of 8, so zeros fill up.
+
+    Where a CPU adds products in 16 bits, `torch._int_mm` cuts off sums as oneDNN does, for it is the same code.
+    """
     rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
     more = (max(0, 17 - rows), -inner % 8, -columns % 8)
     if any(more):
         a = nn.functional.pad(a, (0, more[1], 0, more[0]))
         b = nn.functional.pad(b, (0, more[2], 0, more[1]))
-    return torch._int_mm(a, b)[:rows, :columns]
+    terms = unsaturated(b, 8) if a.device.type == "cpu" and saturates() else [b]
+    found = torch._int_mm(a, terms[0])
+    for term in terms[1:]:
+        found = found + torch._int_mm(a, term)
+    return found[:rows, :columns]
 
 
 class Integer:

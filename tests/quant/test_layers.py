@@ -105,6 +105,17 @@ def test_integers_without_enough_bits_to_add_them_are_split(
     assert way.weights is not None and [len(terms) for terms in way.weights] == [1 + saturates]
 
 
+@pytest.mark.parametrize("saturates", [False, True])
+def test_products_of_bytes_are_exact_on_every_cpu(saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if saturates:
+        monkeypatch.setattr(kernels, "saturates", lambda: True)
+    extremes = torch.tensor([-128, -1, 0, 1, 127], dtype=torch.int8)
+    for rows in (1, 5, 40):
+        a = extremes[torch.randint(5, (rows, 70))]
+        b = extremes[torch.randint(5, (70, 9))]
+        assert torch.equal(kernels.int_mm(a, b), a.int() @ b.int())
+
+
 @given(st.integers(0, 2**32), st.integers(1, 8))
 def test_terms_of_weights_sum_to_them_and_fit_sixteen_bits(seed: int, bits: int) -> None:
     weight = torch.randint(-128, 128, (6, 5), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
