@@ -65,6 +65,14 @@ class Feature:
         allow. False: it acts on calls of the denoiser, on the VAE or on the scheduler only."""
         return True
 
+    def leaves_branches_out(self) -> bool:
+        """Whether it computes one branch of guidance only at some steps."""
+        return False
+
+    def clash(self, other: Feature) -> str | None:
+        """Why this setting cannot be combined with that of another feature, beside `conflicts`; None if it can."""
+        return None
+
     def unfit_for(self, steps: int, scheduler: str) -> str | None:
         """Why this feature cannot do a call of so many steps with a scheduler (its short name), as far as that is known
         before a model is loaded; None if it can."""

@@ -298,6 +298,9 @@ def _check_conflicts(features: list[Feature]) -> None:
             raise FeatureConflictError(
                 f"{feature.name} cannot be combined with {', '.join(clash)}; remove one of them first"
             )
+        for other in features:
+            if reason := feature.clash(other):
+                raise FeatureConflictError(f"{feature.name} cannot be combined with {other}: {reason}")
 
 
 def _claim(models: list[torch.nn.Module], changes: Changes) -> None:

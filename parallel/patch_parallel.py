@@ -131,6 +131,14 @@ class PatchParallel(Feature):
             return f"{name} is a transformer, which is shared exactly: use mode=sync instead of mode={self.mode}"
         return None
 
+    def clash(self, other: Feature) -> str | None:
+        if self.cfg_parallel and other.leaves_branches_out():
+            return (
+                "cfg_parallel=true gives each branch of guidance to other processes, and its steps leave out a branch; "
+                "use guidance=both, or cfg_parallel=false"
+            )
+        return None
+
     def attach(self, pipeline: Any) -> Attachment:
         return PatchAttachment(self, pipeline)
 
