@@ -101,7 +101,7 @@ CASES: list[tuple[str, Damage]] = [
     ("does not have", renamed(ADAPTER, "down_blocks.99.weight")),
     ("does not have", renamed(ADAPTER, "forward.weight")),
     (r"\\x1b\]52", renamed(ADAPTER, "\x1b]52;c;x")),
-    ("a name in it has 5000 characters", renamed(ADAPTER, "x" * 5000)),
+    ("a name .*has 5000 characters", renamed(ADAPTER, "x" * 5000)),
     ("nothing an adapter", renamed(ADAPTER, "conv_in.weight::lora::7")),
     ("cut off", cut(DECODER, -9)),
     ("header is missing", cut(ENCODER, 5)),
