@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..changes import Changes
 from ..errors import ConfigurationError
 from .fidelity import psnr, ssim
 
@@ -80,7 +81,11 @@ def compare(
             handle.enable(*enabled) if on else handle.disable(*enabled)
         return pipe if on or plain is None else plain
 
-    try:
+    with Changes() as changes:
+        changes.add(lambda: side(True))
+        for one in (pipe, plain):
+            if one is not None:
+                changes.set(one.acceleration, "count_flops", False)
         for on in (False, True):
             current = side(on)
             current.acceleration.count_flops = flop_ratio is None
@@ -94,11 +99,6 @@ def compare(
                 call(current)
                 seconds[on].append(time.perf_counter() - began)
         report = handle.report()
-    finally:
-        for one in (pipe, plain):
-            if one is not None:
-                one.acceleration.count_flops = False
-        side(True)
     pairs = zip(seconds[False], seconds[True], strict=True)
     a, b = as_tensor(images[False]), as_tensor(images[True])
     return Comparison(

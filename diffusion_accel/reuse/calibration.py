@@ -146,6 +146,7 @@ class reusing:
     def __enter__(self) -> None:
         handle = getattr(self.pipe, "acceleration", None)
         self.before = None if handle is None else handle.features.get("reuse")
+        self.enabled = handle is not None and handle.enabled("reuse")
         self.accelerated = handle is not None
         accelerate(self.pipe, self.feature)
 
@@ -154,6 +155,8 @@ class reusing:
             self.pipe.acceleration.remove()
         elif self.before is not None:
             accelerate(self.pipe, self.before)
+            if not self.enabled:
+                self.pipe.acceleration.disable("reuse")
         else:
             self.pipe.acceleration.remove("reuse")
 

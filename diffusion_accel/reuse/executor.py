@@ -194,11 +194,11 @@ class ReuseRun:
             and not self.counters["reused_steps"]
             and self.clock.steps != 1
         ):
+            cause = "calls its denoiser in a way that cannot be followed (each call counts as a first one)"
+            if len(called_denoisers(self.pipeline)) > 1:
+                cause = "has two denoisers, and the first step of each is computed: use more steps"
             logger.warning(
-                "%s: every step was computed, none was reused: %s calls its denoiser in a way that cannot be followed "
-                "(each call counts as a first one)",
-                self.name,
-                type(self.pipeline).__name__,
+                "%s: every step was computed, none was reused: %s %s", self.name, type(self.pipeline).__name__, cause
             )
         self.cache.clear()
         self.branch.clear()

@@ -311,3 +311,25 @@ def test_what_saving_and_converting_lose_is_said(tmp_path: Any, caplog: Any) -> 
     assert not told
     pipe.acceleration.remove()
     assert not said(lambda: AutoPipelineForImage2Image.from_pipe(pipe))[1]
+
+
+def test_what_measures_a_pipeline_leaves_its_switches() -> None:
+    from diffusion_accel.evaluation.compare import compare
+    from diffusion_accel.reuse.calibration import reusing
+    from diffusion_accel.reuse.plan import Plan
+
+    pipe, _ = sd()
+    accelerate(pipe, Reuse(plan="hold:3"))
+    pipe.acceleration.disable("reuse")
+    with reusing(pipe, Plan.parse("full hold")):
+        assert pipe.acceleration.enabled("reuse")
+    assert pipe.acceleration.features["reuse"] == Reuse(plan="hold:3") and not pipe.acceleration.enabled("reuse")
+    pipe.acceleration.enable()
+    pipe.acceleration.count_flops = True
+
+    def stopped(pipe: Any) -> Any:
+        raise Stop
+
+    with pytest.raises(Stop):
+        compare(pipe, stopped)
+    assert pipe.acceleration.count_flops and pipe.acceleration.enabled("reuse")
