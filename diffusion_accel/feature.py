@@ -264,7 +264,7 @@ def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: Any)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        if not (math.isfinite(number) and low <= number <= high):
+        if not low <= number <= high or not (isinstance(number, int) or math.isfinite(number)):
             allowed = f"between {low:g} and {high:g}" if math.isfinite(high - low) else "finite"
             raise ConfigurationError(f"{cls.flag()}: {field.name} must be {allowed}, got {shown(number)}")
 

@@ -82,11 +82,12 @@ class Runner:
         self.sampler = Sampler(self.pipe, job.prompts, job.steps, job.seed, job.batch, job.options)
 
     def check(self, entry: Entry) -> None:
-        """Raise `ConfigurationError` if an entry cannot work on this pipeline, before anything is measured."""
+        """Raise `ConfigurationError` if an entry cannot work on this pipeline, before anything is measured. What a peer
+        needs only its own process knows."""
         from ..pipelines.schedulers import set_scheduler
         from ..switchboard import why_not
 
-        reason = entry.refusal(self.job.steps, self.scheduler)
+        reason = None if entry.is_peer else entry.refusal(self.job.steps, self.scheduler)
         if entry.kind == "fewer-steps" and (name := entry.fewer_steps()[1]):
             before = self.pipe.scheduler
             set_scheduler(self.pipe, name)
