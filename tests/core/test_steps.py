@@ -116,3 +116,18 @@ def test_inference_mode_is_followed() -> None:
     with torch.inference_mode():
         inside = run(pipe, call, steps=4)
     assert torch.equal(run(pipe, call, steps=4), inside)
+
+
+def test_timesteps_made_under_inference_mode_and_changed_in_place() -> None:
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert walk(DDIMScheduler(), 3) == [(i, 0, 3, 0) for i in range(3)]
+    scheduler = DDIMScheduler()
+    clock, model = StepClock(types.SimpleNamespace(scheduler=scheduler)), Denoiser()
+    clock.start([model])
+    scheduler.set_timesteps(4)
+    model(torch.ones(1), scheduler.timesteps[0])
+    scheduler.timesteps -= 1
+    model(torch.ones(1), scheduler.timesteps[0])
+    clock.stop()
+    assert clock.timesteps == [float(t) for t in scheduler.timesteps]
