@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py -o demo
@@ -16,6 +16,10 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy diffusion_accel pipelines quant parallel
+
+# files broken on purpose, every kind in turn: make fuzz MINUTES=10 (each), KIND=folder
+fuzz: $(STAMP)
+	$(BIN)/python scripts/fuzz.py $(or $(KIND),all) --minutes $(or $(MINUTES),2)
 
 # the table of docs/reuse.md; other packages are a part of it once they are installed: make bench PEERS=1
 BENCH ?= $(addprefix reuse:,tuned:ddim-quality tuned:ddim-balanced tuned:ddim-fast hold:2 hold:3 deepcache:3 faster-diffusion) \

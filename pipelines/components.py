@@ -6,6 +6,7 @@ model; so a damaged folder would draw, only not what its model draws.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from diffusion_accel.errors import AccelerationError, ModelLoadError
 from diffusion_accel.finite import finite
 from diffusion_accel.io import printable, read_json
 
-from .folders import INDEX, TABLES, is_pair
+from .folders import CONFIGS, INDEX, TABLES, is_pair
 from .headers import check_weights, safetensors_header
 
 # how the two factors of a low-rank product are called
@@ -58,8 +59,10 @@ def check_components(folder: Path, variant: str | None = None, given: Collection
             if not any((folder / file).is_file() for file in (*TABLES, "tokenizer.json")):
                 raise ModelLoadError(f"{folder} has no folder {name}, which its {INDEX} names")
             continue
-        cls = _component_class(*value)
-        if cls is not None:
+        cls = _class_of(*value)
+        if isinstance(cls, type) and issubclass(cls, ConfigMixin):
+            _check_types(cls, folder / name)
+        if _is_plain_model(cls):
             check_keys(folder / name, cls, variant)
 
 
@@ -105,18 +108,32 @@ def check_keys(folder: Path, cls: Any, variant: str | None = None) -> None:
         raise ModelLoadError(f"{where}: {printable(key)} is {found} instead of {wanted}")
 
 
-def _component_class(library: Any, name: Any) -> Any:
-    """The class of a component if it is a model of one of the two libraries, else None."""
-    if not isinstance(library, str) or not isinstance(name, str):
-        return None
+def _class_of(library: str, name: str) -> Any:
+    """The class of a component; None if the two libraries have none of this name."""
     place: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
     if place is None:
         place = getattr(diffusers.pipelines, library, None)
-    cls: Any = getattr(place, name, None)
+    return getattr(place, name, None)
+
+
+def _is_plain_model(cls: Any) -> bool:
+    """Whether a class is a model that is loaded in the way of its library."""
     if not isinstance(cls, type) or not issubclass(cls, (ModelMixin, PreTrainedModel)):
-        return None
-    loaders = [getattr(c, "from_pretrained").__func__ for c in (cls, ModelMixin, PreTrainedModel)]  # noqa: B009, for mypy
-    return cls if loaders[0] in loaders[1:] else None
+        return False
+    own, *loaders = (getattr(c, "from_pretrained").__func__ for c in (cls, ModelMixin, PreTrainedModel))  # noqa: B009, for mypy
+    return own in loaders
+
+
+def _check_types(cls: Any, folder: Path) -> None:
+    """Refuse texts and tables where a class of diffusers takes numbers, and the other way round."""
+    file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    values = {} if file is None else read_json(file, error=ModelLoadError)
+    for key, parameter in inspect.signature(cls.__init__).parameters.items():
+        hint, value = str(parameter.annotation).removeprefix("<class '").removesuffix("'>"), values.get(key)
+        wrong = {"int": (str, dict), "float": (str, dict, list), "bool": (str, dict, list), "str": (int, float, dict)}
+        if isinstance(value, wrong.get(hint, ())):
+            words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+            raise ModelLoadError(f"{file}: {key} must be {words[hint]}, got {printable(value)[:60]}")
 
 
 def _weight_files(folder: Path, cls: type, variant: str | None) -> list[Path]:

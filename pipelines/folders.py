@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ModelLoadError
-from diffusion_accel.io import printable, read_json
+from diffusion_accel.io import is_there, printable, read_json
 
 from .headers import PICKLE_SUFFIXES, check_regular, check_weights
 
@@ -24,7 +24,10 @@ NUMBER_LIMIT = 1 << 40  # of any whole number in a configuration
 LAYERS_LIMIT = 10_000  # of anything that counts layers
 TIMESTEPS_LIMIT = 100_000
 SIDE_LIMIT = 1 << 16  # of a sample, in latents or pixels
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample")
+CHOICES = {
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+}
 _LAYERS = ("layers", "blocks", "depth")
 _READ = (".json", ".safetensors", ".txt", ".model")  # kinds of files that libraries open by name
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "vocab.tsv", "tekken.json", "*.model", "*.tiktoken")
@@ -63,7 +66,7 @@ def check_folder(folder: Path, allow_pickle: bool = False, trusted: bool = False
             raise ModelLoadError(f"{index}: {name} must name a library and a class, got {printable(value)[:60]}")
         check_component(part, allow_pickle, folder)
         if value[1] and "Tokenizer" in value[1] and "ByT5" not in value[1]:
-            _check_vocabulary(part)
+            _check_tokenizer(part, folder / name.replace("tokenizer", "text_encoder"), value[1].startswith("CLIP"))
 
 
 def check_component(folder: Path, allow_pickle: bool = False, root: Path | None = None) -> None:
@@ -140,12 +143,27 @@ def _check_library(index: Path, name: str, library: str, part: Path) -> None:
     )
 
 
-def _check_vocabulary(part: Path) -> None:
-    """Without its files a tokenizer is made up, and every prompt means something else."""
+def _check_tokenizer(part: Path, encoder: Path, clip: bool) -> None:
+    """Without its files a tokenizer is made up, and every prompt means something else.
+
+    Args:
+        part: the tokenizer's folder.
+        encoder: that of its text encoder.
+        clip: it is CLIP's, whose length pipelines fill prompts up to.
+    """
     if not any(any(part.glob(pattern)) for pattern in _VOCABULARIES):
         raise ModelLoadError(f"{part} has no vocabulary (tokenizer.json, vocab.json, …)")
     if (part / "vocab.json").is_file() and not any((part / n).is_file() for n in ("tokenizer.json", "merges.txt")):
         raise ModelLoadError(f"{part} has a vocab.json without its merges.txt")
+    file = part / "tokenizer_config.json"
+    length = _table(file).get("model_max_length") if file.is_file() else None
+    config = encoder / "config.json"
+    most = _table(config).get("max_position_embeddings") if is_there(config, "file") else None
+    most = most if clip and type(most) is int else None
+    if most is not None and (type(length) is not int or not 1 <= length <= most):
+        _refuse(file, "model_max_length", length, f"a whole number from 1 to {most}, the length of its text encoder")
+    if length is not None and (type(length) not in (int, float) or length < 1):
+        _refuse(file, "model_max_length", length, "a number of at least 1")
 
 
 # ---------------------------------------------------------------------- numbers
@@ -178,9 +196,9 @@ def check_config(values: dict[str, Any], where: Path | str) -> None:
     for side in _as_list(values.get("sample_size")):
         if type(side) not in (int, float) or not 0 < side <= SIDE_LIMIT:
             _refuse(where, "sample_size", side, f"from 1 to {SIDE_LIMIT}")
-    prediction = values.get("prediction_type")
-    if prediction is not None and prediction not in PREDICTIONS:
-        _refuse(where, "prediction_type", prediction, f"one of {', '.join(PREDICTIONS)}")
+    for key, known in CHOICES.items():
+        if values.get(key) is not None and values[key] not in known:
+            _refuse(where, key, values[key], f"one of {', '.join(known)}")
     betas = values.get("trained_betas")
     for key, found in (
         *((key, values.get(key)) for key in ("beta_start", "beta_end")),

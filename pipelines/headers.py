@@ -104,6 +104,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _span(name: str, entry: Any) -> tuple[int, int]:
     if len(name) > NAME_LIMIT:
         raise ValueError(f"a name has {len(name)} characters")
+    if any("\ud800" <= sign <= "\udfff" for sign in name):
+        raise ValueError(f"{name[:80]!r} is no text")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name[:80]!r} has no dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
