@@ -34,9 +34,11 @@ class AcceleratedPipeline:
     def from_pretrained(cls, model: str, **kwargs: Any) -> Any:
         """Load an embedded model, a folder, a single `.safetensors` file or a hub id; see `loading.load_pipeline`.
 
-        `scheduler` may be a short name of the command line's ("ddim", "dpm++", …). An embedded model gets its
-        recommended one, as on the command line: its plans are tuned for that.
+        `scheduler` may be a short name of the command line's ("ddim", "dpm++", …). With a tuned plan, an embedded model
+        gets its recommended one, as on the command line: its plans are tuned for that.
         """
+        from diffusion_accel.reuse.tuned import is_tuned
+
         from .loading import load_pipeline
         from .models import find_model
         from .schedulers import check_scheduler, set_scheduler
@@ -45,7 +47,8 @@ class AcceleratedPipeline:
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
         source = find_model(model, bool(options.get("allow_pickle", False)))
-        name = options.get("scheduler", source.defaults.get("scheduler"))
+        tuned = any(is_tuned(str(getattr(feature, "plan", ""))) for feature in features)
+        name = options.get("scheduler", source.defaults.get("scheduler") if tuned else None)
         if isinstance(name, str):
             check_scheduler(name)
             options.pop("scheduler", None)

@@ -51,7 +51,7 @@ def check_components(folder: Path, variant: str | None = None, given: Collection
         ModelLoadError: a tensor is missing or has another shape or kind of number, or a configuration describes a
             model far larger than its weights; with the component and the name of the tensor.
     """
-    for name, value in read_json(folder / INDEX, error=ModelLoadError).items():
+    for name, value in read_json(folder / INDEX, error=ModelLoadError, nonfinite=True).items():
         if name in given or not is_pair(value) or value[0] is None or not name.isidentifier() or len(name) > 100:
             continue
         if not (folder / name).is_dir():
@@ -78,7 +78,7 @@ def check_keys(folder: Path, cls: Any, variant: str | None = None) -> None:
     files = _weight_files(folder, cls, variant)
     if not files or not (folder / "config.json").is_file():
         return
-    if "quantization_config" in read_json(folder / "config.json", error=ModelLoadError):
+    if "quantization_config" in read_json(folder / "config.json", error=ModelLoadError, nonfinite=True):
         return
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -127,7 +127,7 @@ def _is_plain_model(cls: Any) -> bool:
 def _check_types(cls: Any, folder: Path) -> None:
     """Refuse texts and tables where a class of diffusers takes numbers, and the other way round."""
     file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
-    values = {} if file is None else read_json(file, error=ModelLoadError)
+    values = {} if file is None else read_json(file, error=ModelLoadError, nonfinite=True)
     for key, parameter in inspect.signature(cls.__init__).parameters.items():
         hint, value = str(parameter.annotation).removeprefix("<class '").removesuffix("'>"), values.get(key)
         wrong = {"int": (str, dict), "float": (str, dict, list), "bool": (str, dict, list), "str": (int, float, dict)}
@@ -145,7 +145,7 @@ def _weight_files(folder: Path, cls: type, variant: str | None) -> list[Path]:
         if single.is_file() and not (ours and index.is_file()):
             return [single]
         if index.is_file():
-            shards = read_json(index, error=ModelLoadError)["weight_map"]
+            shards = read_json(index, error=ModelLoadError, nonfinite=True)["weight_map"]
             files = [folder / str(name) for name in sorted(set(shards.values()))]
             return files if all(file.is_file() for file in files) else []
     return []

@@ -28,6 +28,7 @@ CHOICES = {
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
 }
+_UNBOUNDED = ("lambda_min_clipped",)  # -Infinity is what DPM-Solver's is by default
 _LAYERS = ("layers", "blocks", "depth")
 _READ = (".json", ".safetensors", ".txt", ".model")  # kinds of files that libraries open by name
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "vocab.tsv", "tekken.json", "*.model", "*.tiktoken")
@@ -50,7 +51,7 @@ def check_folder(folder: Path, allow_pickle: bool = False, trusted: bool = False
         raise ModelLoadError(f"{folder} is not a diffusers pipeline folder: it has no {INDEX}")
     check_regular(index)
     _check_link(index, folder.resolve())
-    values = read_json(index, error=ModelLoadError)
+    values = read_json(index, error=ModelLoadError, nonfinite=True)
     kind = values.get("_class_name") if isinstance(values, dict) else None
     if not isinstance(kind, str) and not is_pair(kind):
         raise ModelLoadError(f"{index} names no pipeline class (_class_name)")
@@ -118,7 +119,7 @@ def _check_link(file: Path, inside: Path) -> None:
 
 
 def _table(file: Path) -> dict[str, Any]:
-    values = read_json(file, error=ModelLoadError)
+    values = read_json(file, error=ModelLoadError, nonfinite=True)
     if not isinstance(values, dict):
         raise ModelLoadError(f"{file} is not a table of settings")
     return values
@@ -175,7 +176,8 @@ def check_config(values: dict[str, Any], where: Path | str) -> None:
     """
     for key, value in _numbers(values):
         name = key.rpartition(".")[2]
-        if isinstance(value, float) and not math.isfinite(value):
+        unbounded = name in _UNBOUNDED or "_class_name" not in values  # transformers has keys of its own
+        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not unbounded)):
             _refuse(where, key, value, "finite")
         if isinstance(value, int) and abs(value) > NUMBER_LIMIT:
             _refuse(where, key, value, f"at most {NUMBER_LIMIT}")

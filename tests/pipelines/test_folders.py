@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, DPMSolverMultistepScheduler, UNet2DConditionModel
 from model_folder import edit_json, edit_tensors, write_folder
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
@@ -162,6 +162,15 @@ def test_configurations_that_cannot_be_used(whole: Path, folder: Path) -> None:
         shutil.copy(whole / file, folder / file)
     (folder / "tokenizer" / "tokenizer.json").write_text(f'{{"a": {DEEP}}}')
     refused(folder)
+
+
+def test_a_bound_that_is_infinite_by_default(folder: Path) -> None:
+    """DPM-Solver writes -Infinity into its configuration."""
+    pipe = load_pipeline(str(folder))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(folder)
+    assert "-Infinity" in (folder / "scheduler" / "scheduler_config.json").read_text()
+    assert load_pipeline(str(folder)).scheduler.config.lambda_min_clipped == -float("inf")
 
 
 def test_names_that_are_no_components_are_left_alone(whole: Path, folder: Path) -> None:

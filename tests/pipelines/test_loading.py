@@ -60,6 +60,8 @@ def test_the_drop_in_is_an_accelerated_diffusers_pipeline(sticker: Any) -> None:
     assert torch.equal(draw(pipe), draw(sticker))
     for off in (False, None):
         assert not AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=off).acceleration.features
+    tuned = AcceleratedPipeline.from_pretrained("sticker", reuse="tuned:balanced")
+    assert "DPMSolver" in type(tuned.scheduler).__name__, "the plan is tuned for the recommended scheduler"
     with pytest.raises(ConfigurationError, match="encoder_reuse must be"):
         AcceleratedPipeline.from_pretrained("sticker", encoder_reuse=3)
     with pytest.raises(TypeError, match="from_pretrained"):
