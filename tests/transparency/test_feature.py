@@ -143,8 +143,8 @@ def test_blocked_pictures_stay_blocked() -> None:
     ("values", "words"),
     [
         ({"views": 3}, "views must be 8, 4, 1 or 0, got 3"),
-        ({"refine": -1}, "refine must be at least 0, got -1"),
-        ({"strength": -1.0}, "strength must be a finite number"),
+        ({"refine": -1}, "refine must be between 0 and 9999, got -1"),
+        ({"strength": -1.0}, "strength must be between 0 and 100, got -1.0"),
         ({"until": 0.0}, "until must be above 0"),
         ({"variant": "nothing"}, "variant must be one of fg, "),
         ({"variant": "fg2blend"}, "needs a picture foreground=FILE"),
