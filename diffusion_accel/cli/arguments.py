@@ -20,7 +20,7 @@ SECONDS = Bounds(1, 10_000_000, "at least 1 and at most 10000000")
 def check_range(flag: str, value: float | None, bounds: Bounds) -> None:
     """Raise `ConfigurationError` for a number outside of its bounds."""
     if value is not None and value not in bounds:
-        raise ConfigurationError(f"{flag} must be {bounds}, got {shown(value)}")
+        raise ConfigurationError(f"{flag} must be {bounds.allowed(value)}, got {shown(value)}")
 
 
 def number(text: str, bounds: Bounds, *declarations: str, **options: Any) -> Any:

@@ -11,12 +11,18 @@ import typer
 from .. import interrupts
 from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
-from .arguments import AllowPickle, AsJson, Debug, Device, Model, Quiet
-from .output import check_free_folder
-from .settings import merge, read_jobs
+from .arguments import BATCH, AllowPickle, AsJson, Debug, Device, Model, Quiet, check_range, number, recommended
+from .output import check_free_folder, output_path
+from .settings import LIMITS, at_least, merge, read_jobs
 from .terminal import say
 from .tune import Bar, embedded_prompts
 
+COUNT, BUCKETS, PICTURES, REPEATED = (
+    at_least(2, 100_000),
+    at_least(1, 1000),
+    at_least(0, 10_000),
+    at_least(0, 1_000_000),
+)
 _METHOD = {"rich_help_panel": "Method"}
 _SAMPLING = {"rich_help_panel": "Calibration"}
 
@@ -45,11 +51,11 @@ def quantize(
         bool | None,
         typer.Option("--layer-loss/--output-loss", help="Finetune on layers' outputs, too (SD), or not.", **_METHOD),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of finetuning's stage 2.", **_METHOD)] = None,
+    epochs: Annotated[int | None, number("Epochs of finetuning's stage 2.", REPEATED, **_METHOD)] = None,
     time_epochs: Annotated[
-        int | None, typer.Option(help="Epochs of stage 1 at the first timestep (200 published).", **_METHOD)
+        int | None, number("Epochs of stage 1 at the first timestep, 200 published.", REPEATED, **_METHOD)
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="Steps of AdaRound a block.", **_METHOD)] = None,
+    iterations: Annotated[int | None, number("Steps of AdaRound a block.", REPEATED, **_METHOD)] = None,
     softmax_bits: Annotated[int | None, typer.Option(help="Also round attention probabilities.", **_METHOD)] = None,
     attention_bits: Annotated[int, typer.Option(help="Of queries, keys and values; 0: as they are.", **_METHOD)] = 8,
     split: Annotated[
@@ -58,21 +64,47 @@ def quantize(
     calibration_prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.", **_SAMPLING)
     ] = None,
-    count: Annotated[int, typer.Option(help="How many prompts to use, or pictures to draw.", **_SAMPLING)] = 64,
+    count: Annotated[int, number("How many prompts to use, or pictures to draw.", COUNT, **_SAMPLING)] = 64,
     buckets: Annotated[
         int | None,
-        typer.Option(help="Timesteps with grids of their own; 25, or 16 with inputs below 6 bits.", **_SAMPLING),
+        number(
+            "Timesteps with grids of their own.",
+            BUCKETS,
+            show_default="25, or 16 with inputs below 6 bits",
+            **_SAMPLING,
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of the trajectories.", **_SAMPLING)] = None,
+    steps: Annotated[
+        int | None,
+        number(
+            "Denoising steps of the trajectories.",
+            LIMITS["steps"],
+            show_default="20 with sticker, else 50",
+            **_SAMPLING,
+        ),
+    ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.", **_SAMPLING)
+        float | None,
+        number(
+            "Classifier-free guidance; 1 switches it off.",
+            LIMITS["guidance_scale"],
+            show_default=recommended("guidance_scale"),
+            **_SAMPLING,
+        ),
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler, unipc, …", **_SAMPLING)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.", **_SAMPLING)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.", **_SAMPLING)] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="ddim, dpm++, euler, unipc, …", show_default=recommended("scheduler"), **_SAMPLING),
+    ] = None,
+    width: Annotated[
+        int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"), **_SAMPLING)
+    ] = None,
+    height: Annotated[
+        int | None, number("Pixels.", LIMITS["height"], show_default=recommended("height"), **_SAMPLING)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.", **_SAMPLING)] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures in a call.", **_SAMPLING)] = 8,
-    report: Annotated[int, typer.Option(help="Pictures that the report compares; 0: no pictures.")] = 16,
+    batch: Annotated[int, number("Pictures in a call.", BATCH, **_SAMPLING)] = 8,
+    report: Annotated[int, number("Pictures that the report compares; 0: no pictures.", PICTURES)] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
     device: Device = None,
@@ -94,17 +126,21 @@ def quantize(
     ):
         if value not in allowed:
             raise ConfigurationError(f"--{name} must be {' or '.join(allowed)}, got {value!r}")
-    for name, amount, low in (("count", count, 2), ("batch", batch, 1), ("report", report, 0), ("buckets", buckets, 1)):
-        if amount is not None and amount < low:
-            raise ConfigurationError(f"--{name} must be at least {low}, got {amount}")
-    for name, number in (("epochs", epochs), ("time-epochs", time_epochs), ("iterations", iterations)):
-        if number is not None and number < 0:
-            raise ConfigurationError(f"--{name} must be at least 0, got {number}")
+    for flag, amount, bounds in (
+        ("--count", count, COUNT),
+        ("--batch", batch, BATCH),
+        ("--report", report, PICTURES),
+        ("--buckets", buckets, BUCKETS),
+        ("--epochs", epochs, REPEATED),
+        ("--time-epochs", time_epochs, REPEATED),
+        ("--iterations", iterations, REPEATED),
+    ):
+        check_range(flag, amount, bounds)
     for name, real in (("budget-minutes", budget_minutes), ("rate", rate), ("scale-rate", scale_rate)):
         if real is not None and not 0 < real < float("inf"):
             raise ConfigurationError(f"--{name} must be a number above 0, got {real}")
     weights, inputs = parse_bits(bits)
-    folder = Path(output)
+    folder = output_path(output)
     check_free_folder(folder, overwrite)
     work = Path(f"{folder}.work")
 

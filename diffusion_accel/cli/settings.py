@@ -43,8 +43,9 @@ class Bounds:
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high and (not self.step or value % self.step == 0)  # False for nan
 
-    def __str__(self) -> str:
-        return self.words
+    def allowed(self, value: float) -> str:
+        """The words for an error about `value`: without the upper end where it is only too low."""
+        return self.words.partition(" and at most ")[0] if not self.step and value < self.low else self.words
 
     @property
     def short(self) -> str:
@@ -340,7 +341,7 @@ def check_numbers(values: dict[str, Any], prefix: str) -> None:
         value = values.get(key)
         if value is not None and value not in bounds:
             name = f"{prefix}{key.replace('_', '-')}"
-            raise ConfigurationError(f"{name} must be {bounds}, got {shown(value)}")
+            raise ConfigurationError(f"{name} must be {bounds.allowed(value)}, got {shown(value)}")
 
 
 def split_lora(entry: str) -> tuple[str, float]:

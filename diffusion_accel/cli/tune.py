@@ -27,7 +27,7 @@ from .arguments import (
     recommended,
 )
 from .output import check_free, output_path
-from .settings import DTYPES, LIMITS, Bounds, at_least, merge, read_jobs
+from .settings import DTYPES, LIMITS, at_least, merge, read_jobs
 from .terminal import say
 
 COUNT = at_least(6, 100_000)  # the search needs some, and others to test what it found
@@ -42,10 +42,10 @@ def tune(
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The plan to write, a .json file.")],
     model: Model = None,
     speedup: Annotated[
-        float | None, number("The best fidelity at this speed-up.", Bounds(1, 1000, ""), **_TARGET)
+        float | None, typer.Option(help="The best fidelity at this speed-up. (above 1)", **_TARGET)
     ] = None,
     min_psnr: Annotated[
-        float | None, typer.Option(help="The highest speed-up at this median PSNR (dB).", **_TARGET)
+        float | None, typer.Option(help="The highest speed-up at this median PSNR. (5 to 80 dB)", **_TARGET)
     ] = None,
     prompts_file: Annotated[
         str | None,

@@ -13,6 +13,7 @@ import torch
 from .. import io, tensors
 from ..denoisers import find_denoiser
 from ..errors import ModelLoadError
+from ..io import at_home
 from ..pipelines.hub import hub_reason
 from ..pipelines.models import EMBEDDED, safetensors_header
 from ..pipelines.models import TRANSPARENCY as FOLDER
@@ -158,7 +159,7 @@ def _folder(pipeline: Any, weights: str) -> Path | None:
     if weights in EMBEDDED:
         return EMBEDDED[weights].path / FOLDER
     if weights:
-        path = Path(weights).expanduser()
+        path = at_home(weights)
         if path.is_dir():
             return path / FOLDER if (path / FOLDER).is_dir() else path
         if path.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
