@@ -68,7 +68,7 @@ def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--model", "nope"], 2, "unknown model 'nope'"),
         (["--steps", "0"], 2, "--steps must be at least 1"),
         (["--task-routing"], 2, "trained without task routing"),
-        (["--task-routing", "beta=3"], 2, "beta of task routing must be"),
+        (["--task-routing", "beta=3"], 2, "--task-routing: beta must be between 0 and 1"),
     ],
 )
 def test_bad_input(arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -329,7 +329,7 @@ def test_kinds_of_data(data: Path, tmp_path: Path) -> None:
         (["--task-clusters", "5"], 2, "use --batch"),
         (["--task-loss", "uw"], 2, "needs --task-clusters"),
         (["--clustering", "gradient", "--task-clusters", "2"], 2, "--affinity FILE"),
-        (["--task-routing", "beta=2"], 2, "beta of task routing"),
+        (["--task-routing", "beta=2"], 2, "beta must be between 0 and 1"),
         (["--min-snr", "-1"], 2, "must be above 0"),
         (["--model-config", "MISSING"], 2, "is missing"),
         (["--vae", "MISSING"], 2, "is not a folder"),
