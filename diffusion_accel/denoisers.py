@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .hooks import compiled_in_place, forward_parameters, model_of
+from .hooks import compiled_in_place, forward_parameters, is_compiled, model_of
 
 # Components that denoise. Wan 2.2 has a second transformer for the steps with less noise, Ideogram 4 one for the branch
 # without a prompt.
@@ -265,14 +265,20 @@ def closed_inside(pipeline: Any) -> str | None:
     """Why hooks cannot reach the inside of the pipeline's denoisers; None if they can."""
     for name, module in zip(denoiser_names(pipeline), called_denoisers(pipeline), strict=True):
         model = model_of(module)
+        if hasattr(module, "_orig_mod"):
+            how, first = "torch.compile", f"pipe.{name} = pipe.{name}._orig_mod; "
+        elif compiled_in_place(model):
+            how, first = f"{name}.compile()", "load it anew and call "
+        elif is_compiled(vars(model).get("forward")):
+            how, first = "its forward, torch.compile", f"del pipe.{name}.forward; "
+        else:
+            continue
         blocks = ", ".join(getattr(model, "_repeated_blocks", None) or ())
-        instead = f"compile its blocks instead ({blocks}): " if blocks else "use it uncompiled"
-        if module is not model and hasattr(module, "_orig_mod"):
-            call = f"pipe.{name} = pipe.{name}._orig_mod; pipe.{name}.compile_repeated_blocks()" if blocks else ""
-            return f"its {name} is compiled as a whole (torch.compile), and this works inside of it; {instead}{call}"
-        if compiled_in_place(module):
-            call = f"load it anew and call pipe.{name}.compile_repeated_blocks()" if blocks else ""
-            return f"its {name} is compiled as a whole ({name}.compile()), and this works inside of it; {instead}{call}"
+        instead = f"compile its blocks instead ({blocks}): {first}pipe.{name}.compile_repeated_blocks()"
+        return (
+            f"its {name} is compiled as a whole ({how}), and this works inside of it; "
+            f"{instead if blocks else 'use it uncompiled'}"
+        )
     return None
 
 

@@ -99,40 +99,42 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
     Hooks are not for compiling: what they look up changes with every step. That concerns parts of models (blocks that
     were compiled each by itself), a ControlNet, a VAE and its methods; hooks around a compiled part do it no harm.
     """
+    parts: dict[str, int] = {}
     for module in [part for model in models for part in model.modules()]:
-        methods, wrapped = _compiled_methods(module), type(module).__name__ == "OptimizedModule"
-        if not (methods or wrapped or compiled_in_place(module)):
-            continue
-        inside = model_of(module)
-        if not any(_is_hooked(part) for part in inside.modules() if wrapped or methods or part is not inside):
-            continue
-        logger.warning(
-            "%s runs uncompiled in this call, because an accelerating feature has hooks inside of it",
-            type(inside).__name__,
-        )
-        for name, method in methods.items():
-            changes.set(module, name, getattr(method, _COMPILED))
-        if wrapped or compiled_in_place(module):
-            plain = inside if wrapped else module._call_impl
-            registry = vars(module).get(_REGISTRY if wrapped else _CALLS)
-            if registry is not None and registry._fn_refs:  # hooks around it stay
-                below = registry._fn_refs[0]
-                changes.set(below, "forward" if below.original_forward is None else "original_forward", plain)
-            else:
-                changes.set(module, "forward" if wrapped else "_compiled_call_impl", plain if wrapped else None)
+        compiled, inside = _compiled_functions(module), model_of(module)
+        if compiled and any(_is_hooked(part) for part in inside.modules() if part is not module):
+            parts[type(inside).__name__] = parts.get(type(inside).__name__, 0) + 1
+            for owner, name, function in compiled:
+                changes.set(owner, name, getattr(function, _COMPILED))
+    if parts:
+        which = ", ".join(f"{count} {name}" for name, count in parts.items())
+        logger.warning("%s: run uncompiled in this call, because a feature has hooks inside", which)
 
 
-def _compiled_methods(module: Any) -> dict[str, Any]:
-    """Compiled functions that were put on one module in the place of its methods."""
-    return {k: v for k, v in vars(module).items() if hasattr(v, _COMPILED) and k not in _CALLED}
+def _compiled_functions(module: Any) -> list[tuple[Any, str, Any]]:
+    """Compiled functions on one module in the place of its forward, its call or other methods: where, name, function.
+
+    Below hooks it is in their chain.
+    """
+    places = [(module, name) for name in vars(module) if name not in _CALLED]
+    for name, key in zip(_CALLED, (_REGISTRY, _CALLS), strict=True):
+        registry = vars(module).get(key)
+        first = registry._fn_refs[0] if registry is not None and registry._fn_refs else None
+        below = "forward" if first is None or first.original_forward is None else "original_forward"
+        places.append((module, name) if first is None else (first, below))
+    found = [(owner, name, vars(owner).get(name)) for owner, name in places]
+    return [(owner, name, function) for owner, name, function in found if is_compiled(function)]
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether torch.compile made a function; not one that somebody put around such a function."""
+    original = getattr(function, _COMPILED, None)
+    return original is not None and getattr(function, "__wrapped__", original) == original
 
 
 def compiled_anywhere(model: Any) -> bool:
     """Whether a model, one of its parts or one of their methods is compiled."""
-    return any(
-        type(part).__name__ == "OptimizedModule" or compiled_in_place(part) or _compiled_methods(part)
-        for part in model.modules()
-    )
+    return any(_compiled_functions(part) for part in model.modules())
 
 
 def _is_hooked(module: Any) -> bool:
