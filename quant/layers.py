@@ -3,7 +3,9 @@ computes."""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, Self
@@ -65,10 +67,24 @@ class SelectBucket:
     stacked from several steps), and is copied together with the model.
     """
 
-    def __init__(self, module: nn.Module, buckets: Buckets) -> None:
-        self.module, self.buckets = module, buckets
-        self.own = vars(module).get("forward")  # what was put on the instance
-        self.__signature__ = inspect.signature(module.forward)
+    def __init__(self, module: nn.Module, buckets: Buckets, own: Any = None) -> None:
+        """`own`: what was put on the instance in place of its class's `forward`."""
+        self._module, self.buckets, self.own = weakref.ref(module), buckets, own  # weak, so that no cycle keeps a model
+        self.__signature__ = inspect.signature(type(module).forward.__get__(module) if own is None else own)
+
+    @property
+    def module(self) -> nn.Module:
+        """The denoiser."""
+        found = self._module()
+        assert found is not None
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelectBucket:
+        twin = memo.get(id(self.module), self.module)
+        return SelectBucket(twin, copy.deepcopy(self.buckets, memo), copy.deepcopy(self.own, memo))
+
+    def __reduce__(self) -> Any:
+        return SelectBucket, (self.module, self.buckets, self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.buckets.select(bind_forward(self.module, args, kwargs)["timestep"])
@@ -79,7 +95,7 @@ class SelectBucket:
     @classmethod
     def install(cls, module: nn.Module, buckets: Buckets) -> None:
         """Put it on `module`."""
-        module.forward = cls(module, buckets)
+        module.forward = cls(module, buckets, vars(module).get("forward"))
 
     @staticmethod
     def uninstall(module: nn.Module) -> None:
@@ -132,7 +148,9 @@ class _StraightThrough(torch.autograd.Function):
 
 def lasting() -> AbstractContextManager[Any]:
     """Within it tensors are made that may be kept: not those of inference mode, through which no gradient flows."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # compilers cannot ask for the mode
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 class QuantizedLayer(nn.Module):

@@ -55,6 +55,11 @@ class LowBitConfig(QuantizationConfigMixin):
         values = self.spec.to_dict()
         model = self._model() if self._model is not None else None
         if model is not None:
+            if any(hasattr(part, "base_layer") for part in model.modules()):
+                raise ConfigurationError(
+                    f"the {type(model).__name__} has adapters (LoRA), no part of a quantized checkpoint: save "
+                    "them with save_lora_weights, and unload_lora_weights() before the model is saved"
+                )
             values.pop("digest", None)
             values["digest"] = digest(model, values)
         return {"quant_method": self.quant_method.value, **values}

@@ -113,6 +113,11 @@ class Quantization:
         denoiser = find_denoiser(sampler.pipe)
         if getattr(denoiser, "is_quantized", False):
             raise UnsupportedPipelineError(f"the {type(denoiser).__name__} is quantized already")
+        if any(hasattr(m, "base_layer") for m in (denoiser.modules() if denoiser is not None else ())):
+            raise UnsupportedPipelineError(
+                f"the {type(denoiser).__name__} has adapters (LoRA): fuse them (fuse_lora, then unload_lora_weights) "
+                "or take them off before it is quantized; LoRAs work beside the quantized model"
+            )
         if denoiser is None or not candidates(denoiser):
             what = type(sampler.pipe).__name__
             raise UnsupportedPipelineError(f"{what} has no unet or transformer with layers that can be quantized")
@@ -588,7 +593,7 @@ def _hash(pipe: Any) -> str:
             continue
         for key, tensor in sorted(part.state_dict().items()):
             found.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            if tensor.device.type != "meta":
+            if tensor.device.type != "meta" and type(tensor) in (torch.Tensor, nn.Parameter):
                 found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         scales = [sorted(m.scaling.items()) for m in part.modules() if isinstance(getattr(m, "scaling", None), dict)]
         found.update(repr(scales).encode())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import gc
 import json
+import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +241,23 @@ def test_the_first_layout_is_read_with_a_warning_and_saved_in_the_current_one(
         UNet2DModel.from_pretrained(folder)
 
 
+def test_a_model_that_nobody_needs_is_freed_at_once(checkpoint: Path) -> None:
+    model = UNet2DModel.from_pretrained(checkpoint / "unet")
+    sample = torch.randn(1, 3, 8, 8)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    expected = model(sample, 750).sample
+    for twin in twins:
+        assert twin.forward.module is twin and torch.equal(twin(sample, 750).sample, expected)
+    left = [weakref.ref(one) for one in (model, *twins)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, twin, twins
+        assert [reference() for reference in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
 def test_what_was_changed_on_purpose_is_saved_whole(checkpoint: Path, tmp_path: Path) -> None:
     """Biases, norms and types belong to the user; the digest is of what is saved, also by a copy."""
     model = UNet2DModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.bfloat16)
@@ -438,6 +458,9 @@ def test_loras_on_convolutions_work_beside_and_are_not_fused(tmp_path: Path) -> 
             with pytest.raises(ConfigurationError, match="without fusing"):
                 pipe.fuse_lora(safe_fusing=safe)
         assert torch.equal(answer(), changed)
+        with pytest.raises(ConfigurationError, match="unload_lora_weights"):
+            model.save_pretrained(tmp_path / "saved")
+        assert not list(tmp_path.glob("saved/*.safetensors"))
         model.delete_adapters("one")
         assert torch.equal(answer(), before)
 
@@ -466,3 +489,15 @@ def test_every_runtime_counts_the_same_work(checkpoint: Path) -> None:
             model(x, 10)
         counts[runtime] = count.total
     assert len(set(counts.values())) == 1 and counts["integer"] > 1e5
+
+
+def test_a_model_with_adapters_is_not_quantized(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from diffusion_accel import UnsupportedPipelineError
+
+    pipe, call = zoo.sd()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(UnsupportedPipelineError, match="has adapters"):
+        quantize(Prompted(pipe, call), TINY, tmp_path / "work")
+    assert not list(tmp_path.iterdir())
