@@ -18,8 +18,12 @@ class AcceleratedMixin:
     @property
     def acceleration(self) -> Acceleration:
         """The features of this pipeline and the report of its last call."""
-        handle: Acceleration = self.__dict__["_acceleration"]
-        if handle._pipeline() is not self:  # a copy: give it a handle of its own
+        handle: Acceleration | None = self.__dict__.get("_acceleration")
+        if handle is None:  # made by a class method of the generated class, such as type(pipe).from_pretrained
+            from diffusion_accel.switchboard import Acceleration
+
+            handle = self.__dict__["_acceleration"] = Acceleration(self)
+        elif handle._pipeline() is not self:  # a copy: give it a handle of its own
             handle = self.__dict__["_acceleration"] = handle._rebind(self)
         return handle
 

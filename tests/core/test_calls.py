@@ -284,7 +284,8 @@ def test_what_saving_and_converting_lose_is_said(tmp_path: Any, caplog: Any) -> 
     from diffusion_accel.pipelines import AcceleratedStableDiffusionImg2ImgPipeline  # type: ignore[attr-defined]
 
     again = "accelerate(other, *pipe.acceleration.features.values())"
-    small, _ = unet2d()
+    small, small_call = unet2d()
+    base = run(small, small_call, 2)
     accelerate(small, Reuse(plan="hold:3"))
     pipe, call = sd()
     accelerate(pipe, Reuse(plan="hold:3"))
@@ -297,6 +298,8 @@ def test_what_saving_and_converting_lose_is_said(tmp_path: Any, caplog: Any) -> 
 
     _, told = said(lambda: small.save_pretrained(tmp_path))
     assert len(told) == 1 and "(reuse) are not saved" in told[0] and again in told[0]
+    loaded = type(small).from_pretrained(tmp_path)
+    assert torch.equal(run(loaded, small_call, 2), base) and not loaded.acceleration.features
     for converter in (AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline):
         other, told = said(functools.partial(converter.from_pipe, pipe))
         assert type(other) is StableDiffusionImg2ImgPipeline
