@@ -145,11 +145,13 @@ def test_layers_that_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFi
     from safetensors.torch import save_file
 
     from diffusion_accel.pipelines.models import EMBEDDED
+    from diffusion_accel.transparency.weights import write_digests
 
     folder = tmp_path / "weights"
     shutil.copytree(EMBEDDED["sticker"].path / "transparency", folder)
     unet = UNet2DConditionModel.from_pretrained(EMBEDDED["sticker"].path / "unet")
     save_file({k: v * 0.1 for k, v in sharing_tensors(unet, 3).items()}, folder / "joint.safetensors")
+    write_digests(folder)  # of a folder that was changed on purpose
     flags = ["--transparent", f"weights={folder},variant=joint,views=1", "--num-images", 2, "--preview", "white"]
     code, out, err = call(capsys, "generate", PROMPT, *FEW, *flags, "-o", tmp_path / "a.png")
     assert code == 0 and not err and out.count("recomposition error against blend 0.") == 2
