@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
+from ..io import printable
 from .attachment import RunAttachment
 from .cache_settings import CACHES, CacheSettings
 from .plan import FULL, Plan, Preset, looks_like_a_preset, with_guidance
@@ -127,7 +128,10 @@ class Reuse(Feature):
         more = not scheduler or scheduler.lower().startswith(MORE_TIMESTEPS)
         if plan is None or self.stretch or len(plan) == steps or more:
             return None
-        return f"the plan {self.plan} is for {len(plan)} steps; use {len(plan)} steps, or stretch=true"
+        return (
+            f"the plan {printable(self.plan[:60])} is for {len(plan)} steps, this call has {steps}; "
+            f"use {len(plan)} steps, or stretch=true"
+        )
 
     # ------------------------------------------------------------------ the plan
     @property

@@ -86,8 +86,11 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "feature key": ([PROMPT, "--encoder-reuse", "schedul=all"], "unknown key 'schedul'"),
     "feature value": ([PROMPT, "--encoder-reuse", "schedule=papr"], "unknown key-step schedule"),
     "missing plan": ([PROMPT, "--reuse", "missing.json"], "the plan missing.json cannot be read"),
-    "plan of other steps": ([PROMPT, "--reuse", "tuned:fast", "--steps", "12"], "is for 20 steps; use 20 steps"),
-    "steps of other steps": ([PROMPT, "--reuse", "steps:full hold"], "is for 2 steps; use 2 steps"),
+    "plan of other steps": (
+        [PROMPT, "--reuse", "tuned:fast", "--steps", "12"],
+        "for 20 steps, this call has 12; use 20",
+    ),
+    "steps of other steps": ([PROMPT, "--reuse", "steps:full hold"], "for 2 steps, this call has 20; use 2"),
     "endless plan": ([PROMPT, "--reuse", "steps:full hold=" + "9" * 400], "at most 10000"),
     "key step beyond": ([PROMPT, "--steps", "4", "--encoder-reuse", "schedule=0+9"], "key step 9 lies beyond"),
     "feature unknown": ([PROMPT, "--encoder-reus"], "--encoder-reus"),
