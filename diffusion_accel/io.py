@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import interrupts
-from .errors import AccelerationError, ConfigurationError
+from .errors import AccelerationError, ConfigurationError, OutputError
 
 TEXT_LIMIT = 64 * 2**20  # bytes of a text file
 DEPTH_LIMIT = 64  # of lists and objects within each other
@@ -249,6 +249,26 @@ def first_line(error: BaseException | str, limit: int = 300) -> str:
 
 
 # ---------------------------------------------------------------------- writing
+@contextmanager
+def writing(what: Path | str) -> Iterator[None]:
+    """Around what writes files: a full disk and its like are one line, whoever notices them.
+
+    Raises:
+        OutputError: in place of an OSError, of the list that shutil makes of several, or of safetensors' own error.
+    """
+    try:
+        yield
+    except AccelerationError:
+        raise
+    except Exception as problem:
+        if not isinstance(problem, OSError) and type(problem).__name__ != "SafetensorError":
+            raise
+        reason: Any = getattr(problem, "strerror", None) or problem
+        while isinstance(reason, BaseException) and reason.args and isinstance(reason.args[0], list):
+            reason = str(reason.args[0][0][-1])  # shutil.Error: a list of (from, to, why)
+        raise OutputError(f"{what} cannot be written: {first_line(str(reason))}") from problem
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` at the end, removed after an error."""

@@ -25,7 +25,7 @@ LAYERS_LIMIT = 10_000  # of anything that counts layers
 TIMESTEPS_LIMIT = 100_000
 SIDE_LIMIT = 1 << 16  # of a sample, in latents or pixels
 CHOICES = {
-    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample"),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample", "trigflow"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
 }
 _UNBOUNDED = ("lambda_min_clipped",)  # -Infinity is what DPM-Solver's is by default

@@ -6,20 +6,16 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from diffusion_accel import interrupts
 from diffusion_accel.denoisers import denoiser_name, find_denoiser
-from diffusion_accel.errors import AccelerationError, OutputError
 from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.evaluation.sampler import Sampler
-from diffusion_accel.io import first_line
+from diffusion_accel.io import writing
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.models import PICKLE_SUFFIXES, TRANSPARENCY, ModelSource
 
@@ -52,26 +48,13 @@ def run(
     What lies between is kept in `<folder>.work` until the folder is complete. See `process.quantize` for the rest.
     """
     work = folder.with_name(f"{folder.name}.work")
-    with held(work), writable(folder):
+    with held(work), writing(folder):
         if restart:
             clear(work)
         sampler = Sampler(pipe, tuple(prompts), steps, settings.seed, batch, options or {})
         report = _run(sampler, source, settings, folder, work, progress, overwrite, minutes, pictures)
         with interrupts.unfinished(work):  # not needed any more
             return report
-
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Errors of writing, in one line; whatever kind the libraries raise."""
-    try:
-        yield
-    except (shutil.Error, SafetensorError) as error:
-        raise OutputError(f"{folder} cannot be written: {first_line(error)}") from error
-    except OSError as error:
-        if isinstance(error, AccelerationError):
-            raise
-        raise OutputError(f"{folder} cannot be written: {error.strerror or first_line(error)}") from error
 
 
 def _run(

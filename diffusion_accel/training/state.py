@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..io import first_line, printable
+from ..io import first_line, printable, writing
 from ..tensors import check_values, file_digest, read_tensors
 from .files import TrainingError, read_json, replacing, require, write_json
 
@@ -46,7 +46,7 @@ def save_state(
     for index, moments in state["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
     file = f"state-{counters['step']:08d}.safetensors"
-    with replacing(folder / file) as temporary:
+    with writing(folder / file), replacing(folder / file) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
         digest = file_digest(temporary)
     content = counters | {"tensors": file, "tensors_digest": digest, "optimizer": state["param_groups"]}

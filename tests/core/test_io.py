@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError, OutputError
 from diffusion_accel.io import (
@@ -23,6 +25,7 @@ from diffusion_accel.io import (
     read_toml,
     replacing,
     split_lines,
+    writing,
 )
 
 
@@ -137,3 +140,17 @@ def test_a_reason_is_said_once_and_names_may_be_anything(tmp_path: Path) -> None
         assert not is_there(name)
         with pytest.raises(ConfigurationError, match="cannot be read"):
             read_text(name)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    full = "[Errno 28] No space left on device"
+    errors = [
+        OSError(28, "No space left on device"),
+        shutil.Error([("a", "b", full), ("c", "d", full)]),
+        SafetensorError(f"Error while serializing: I/O error: {full}"),
+    ]
+    for error in errors:
+        with pytest.raises(OutputError, match=r"cannot be written: .*No space left on device"), writing(tmp_path / "x"):
+            raise error
+    with pytest.raises(KeyError), writing(tmp_path):
+        raise KeyError("another fault stays what it is")
