@@ -11,7 +11,8 @@ class Report:
     """The record of one call of an accelerated pipeline.
 
     Attributes:
-        steps: denoising steps that ran; a solver of second order has two for most of its timesteps.
+        steps: denoising steps that ran; a solver of second order has two for most of its timesteps. None if no feature
+            was enabled and the pipeline itself does not say how many there were (DiT, DDPM).
         seconds: wall-clock time of the whole call, text encoding and decoding included.
         flops: floating-point operations (2 for a multiply-add) of the whole call; None unless they were counted.
         calls: how many times a denoiser was called, which is more than once a step where the branches of guidance are
@@ -21,7 +22,7 @@ class Report:
         details: of some features the same by layer; long, and therefore neither printed nor a part of `to_dict`.
     """
 
-    steps: int
+    steps: int | None
     seconds: float
     flops: float | None = None
     calls: int | None = None
@@ -42,7 +43,8 @@ class Report:
 
     def __str__(self) -> str:
         several = f" ({self.calls} calls of the denoiser)" if self.calls not in (None, self.steps) else ""
-        head = f"{self.steps} steps{several} in {self.seconds:.2f} s"
+        steps = "done" if self.steps is None else f"{self.steps} steps"
+        head = f"{steps}{several} in {self.seconds:.2f} s"
         if self.flops is not None:
             head += f", {self.flops / 1e9:.1f} GFLOP"
         lines = [head]

@@ -195,7 +195,7 @@ class Acceleration:
             for attachment in reversed(active):
                 output = attachment.process_output(output)
         self._report = Report(
-            steps=clock.steps if clock is not None else getattr(pipeline, "_num_timesteps", 0) or 0,
+            steps=clock.steps if clock is not None else getattr(pipeline, "_num_timesteps", None),
             seconds=time.perf_counter() - began,
             flops=flops,
             calls=None if clock is None else clock.calls,

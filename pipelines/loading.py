@@ -27,7 +27,7 @@ from .components import bounded, check_components, check_keys, check_loaded, che
 from .folders import check_component, check_config, check_folder
 from .hub import hub_reason
 from .keywords import check_options
-from .models import ModelSource, find_model, safetensors_header
+from .models import HUB_ID, ModelSource, find_model, safetensors_header
 from .quantizers import check_quantize, foreign_config, load_quantized
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
@@ -71,12 +71,15 @@ def load_pipeline(
     Raises:
         ConfigurationError, ModelLoadError: with one line that says what was wrong.
     """
+    if task is not None and task not in TASKS:
+        raise ConfigurationError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle)
     kind = check_quantize(quantize) if quantize else None
     dtype = options.pop("torch_dtype", None) or dtype
     if controlnet is not None and not isinstance(controlnet, (str, Path)):
         options["controlnet"], controlnet = controlnet, None
     _load(source.location, lambda: check_options(source, pipeline_class, options))
+    net = load_controlnet(str(controlnet), dtype, allow_pickle) if controlnet else None
     options = {"dtype": dtype, **options}
     if quantize and kind != "checkpoint":
         if source.kind == "file":
@@ -98,7 +101,6 @@ def load_pipeline(
         from diffusion_accel.quant.model import set_runtime
 
         set_runtime(pipe, runtime or "auto", low_memory)
-    net = load_controlnet(str(controlnet), dtype, allow_pickle) if controlnet else None
     if net is not None or (task is not None and task != "text-to-image"):
         pipe = _convert(pipe, task or "text-to-image", net)
     keep_class_names(pipe)
@@ -161,6 +163,8 @@ def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -
         check_keys(path, ControlNetModel)
     elif path.suffix or name.startswith((".", "/", "~")):
         raise ModelLoadError(f"no such ControlNet folder: {name}")
+    elif not HUB_ID.fullmatch(name):
+        raise ConfigurationError(f"unknown ControlNet {name!r}; a folder or a hub id (owner/name) works")
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
 
     def load() -> Any:

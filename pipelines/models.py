@@ -18,7 +18,7 @@ from .headers import PICKLE_SUFFIXES, check_regular, check_weights, safetensors_
 __all__ = ["EMBEDDED", "EmbeddedModel", "ModelSource", "check_weights", "find_model", "safetensors_header"]
 
 TRANSPARENCY = "transparency"  # folder beside a model's own parts: weights of latent transparency
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
         return ModelSource("file", path.stem, str(path))
     if model.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES | {".safetensors"} or model.count("/") > 1:
         raise ModelLoadError(f"no such model file or folder: {model}")
-    if _HUB_ID.fullmatch(model):
+    if HUB_ID.fullmatch(model):
         return ModelSource("hub", model, model)
     near = difflib.get_close_matches(model, EMBEDDED, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"embedded models: {', '.join(EMBEDDED)}"

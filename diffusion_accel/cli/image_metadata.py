@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,12 +207,16 @@ def user_comment(value: Any, order: str = "be") -> str | None:
 
 
 def _utf16(body: bytes, order: str) -> str:
-    """Text whose byte order nobody can rely on: that of the mark in front, otherwise the one with more ASCII in it."""
-    body = body[: len(body) // 2 * 2]
+    """Text whose byte order nobody can rely on: that of the mark in front, otherwise the one with more ASCII in it.
+    What has no zero byte and is UTF-8 is taken for that."""
+    whole, body = body, body[: len(body) // 2 * 2]
     for mark, name in ((b"\xff\xfe", "le"), (b"\xfe\xff", "be")):
         if body.startswith(mark):
             return body[2:].decode(f"utf-16-{name}", "replace")
     high, low = body[::2], body[1::2]
+    if 0 not in body:  # settings in UTF-16 have ASCII in them: this is what some programs call Unicode
+        with suppress(UnicodeDecodeError):
+            return whole.decode("utf-8")
     ascii_be = sum(not a and 0 < b < 128 for a, b in zip(high, low, strict=True))
     ascii_le = sum(not b and 0 < a < 128 for a, b in zip(high, low, strict=True))
     if ascii_be != ascii_le:

@@ -230,7 +230,8 @@ class Session:
             if file:
                 wanted[name] = _open(file, mode, plan, flag) if opening else file
         given = {k: v for k, v in wanted.items() if v is not None}
-        unknown = [k for k in given if k not in self.parameters and k not in ("width", "height")]
+        resized = ("width", "height") if plan.image else ()  # to them, before the pipeline gets it
+        unknown = [k for k in given if k not in self.parameters and k not in resized]
         if unknown:
             flags = ", ".join("--" + k.replace("_", "-") for k in unknown)
             raise ConfigurationError(f"{type(self.pipe).__name__} does not take {flags}")

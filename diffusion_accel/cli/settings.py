@@ -272,9 +272,10 @@ def check_images(s: Settings) -> None:
     """Refuse files that hold no image that can be read: opened here, so that it is said before a model is loaded."""
     for name in ("image", "mask_image", "control_image"):
         if getattr(s, name) is not None:
-            from ..images import open_image
+            from ..images import loaded
 
-            open_image(getattr(s, name), what=f"--{name.replace('_', '-')}")
+            with loaded(getattr(s, name), what=f"--{name.replace('_', '-')}"):
+                pass
 
 
 def check_strength(s: Settings) -> None:

@@ -1,8 +1,8 @@
 """Whether anything that a denoiser reads has changed since a certain moment: its arguments, or the model itself.
 
 Arguments are compared by value. Of a model, everything that is no tensor is compared by value, too (scales of adapters,
-switches, processors put in the place of others); its tensors by identity, by their version, which every write in place
-raises, and by some of their values, for writes through `.data` raise nothing.
+switches, hooks, processors put in the place of others); its tensors by identity, by their version, which every write in
+place raises, and by some of their values, for writes through `.data` raise nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ SAMPLES = 64  # values of each tensor of a model that are compared
 # Of a module: what hooks leave there, and what torch keeps for itself.
 _NOT_STATE = frozenset({"_diffusers_hook", "_hf_hook", "_old_forward", "forward"}) | (
     frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"}
+)
+_TORCH_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
 )
 _LEAVES = (type, types.FunctionType, types.MethodType, types.ModuleType, torch.dtype, torch.device, torch.Generator)
 
@@ -61,6 +67,8 @@ class Snapshot:
             parts: Any = live
         elif isinstance(value, nn.Module):
             parts = [part for key, part in live.items() if key not in _NOT_STATE]
+            # which hooks there are, not what they hold: one that counts calls changes nothing that is computed
+            self._containers.extend((live[key], live[key].copy()) for key in _TORCH_HOOKS)
         else:
             parts = live.values()
         for part in parts:

@@ -13,6 +13,7 @@ import zoo
 from command import call
 from PIL import Image
 
+from diffusion_accel import accelerate
 from diffusion_accel.conditioning import CLASS, NOTHING, PROMPT, call_arguments, class_ids, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.pipelines.loading import load_pipeline
@@ -79,16 +80,19 @@ def test_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     images = {n: np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("a-1", "a-2", "b-1", "b-2", "c-1")}
     assert (images["a-1"] == images["b-1"]).all() and (images["a-2"] == images["b-2"]).all()
     assert (images["a-1"] != images["c-1"]).any() and (images["a-1"] != images["a-2"]).any()
-    pipe = load_pipeline(str(folder))
+    pipe = accelerate(load_pipeline(str(folder)))
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(s) for s in (4, 5)]
     plain = pipe(class_labels=[0, 0], num_inference_steps=2, generator=generators).images
     assert (np.asarray(plain[1]) == images["a-2"]).all()
+    report = pipe.acceleration.report()
+    assert report.steps is None and str(report).startswith("done in "), "no number of steps that nobody counted"
     for words, said in (
         (["pear", *common], "no class 'pear'"),
         (["cat", "--class", "dog", *common], "did you mean 'dog face'"),
         (["--class", "cat", "--steps", "2"], "takes a prompt"),
         (["cat", "--negative-prompt", "x", *common], "does not take --negative-prompt"),
+        (["cat", "--width", "64", "--height", "64", *common], "does not take --width, --height"),
     ):
         code, _, err = call(capsys, "generate", *words, "-o", tmp_path / "no.png")
         assert code == 2 and said in err and err.count("\n") == 1

@@ -174,6 +174,11 @@ def test_image_to_image_and_inpainting(
     assert json.loads(out)["diffusion_accel"]["settings"]["image"] == "start.png" and str(tmp_path) not in out
     code, _, err = call(capsys, "generate", PROMPT, "--steps", "1", "--image", start, "-o", tmp_path / "c.png")
     assert code == 2 and "--strength 0.8 of 1 steps leaves no step to run" in err, "the strength is the pipeline's"
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    moving = ["--steps", "2", "--image", tmp_path / "moving.gif", "-o", tmp_path / "moving.png"]
+    code, _, err = call(capsys, "generate", PROMPT, *moving)
+    assert code == 0 and err.count("the first one is taken") == 1, err
     code, _, err = call(capsys, "generate", PROMPT, "--mask-image", mask, *common, "-o", tmp_path / "b.png")
     assert code == 1 and "cannot do inpainting" in err and err.count("\n") == 1
     tiny = ["--model", four_channel_model, "--width", "64", "--height", "64", "--mask-image", mask]

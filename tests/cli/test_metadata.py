@@ -82,7 +82,7 @@ def test_user_comments_of_other_tools(order: str, prompt: str, tmp_path: Path) -
     mark = "\ufeff".encode(f"utf-16-{order}")
     for body in (b"", mark):
         assert user_comment(b"UNICODE\0" + body + text.encode(f"utf-16-{order}")) == text
-    for head in (b"ASCII\0\0\0", b"\0" * 8, b""):
+    for head in (b"ASCII\0\0\0", b"\0" * 8, b"", b"UNICODE\0"):
         assert user_comment(head + text.encode()) == text
     assert user_comment(b"ASCII\0\0\0caf\xe9") == "café" and user_comment(b"\0" * 20) is None
     exif = Image.Exif()

@@ -86,6 +86,10 @@ def test_tasks(sticker: Any) -> None:
     assert type(load_pipeline("sticker", task="image-to-image")) is StableDiffusionImg2ImgPipeline
     with pytest.raises(ModelLoadError, match="4 latent channels"):
         load_pipeline("sticker", task="inpainting")
+    with pytest.raises(ConfigurationError, match="unknown task 'img2img'; allowed: text-to-image, image-to-image"):
+        load_pipeline("sticker", task="img2img")
+    with pytest.raises(ConfigurationError, match="unknown ControlNet 'nowhere'; a folder or a hub id"):
+        load_pipeline("sticker", controlnet="nowhere")  # nothing asks the hub for it
 
 
 def test_a_folder_loads_and_features_survive_saving(sticker: Any, tmp_path: Path) -> None:

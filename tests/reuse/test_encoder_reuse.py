@@ -327,11 +327,19 @@ def _attribute(pipe: Any, values: dict[str, Any]) -> None:
             module.rescale_output_factor = 0.05
 
 
+def _hook(pipe: Any, values: dict[str, Any]) -> None:
+    pipe.unet.up_blocks[0].register_forward_hook(lambda module, given, output: -output)
+
+
+def _hook_removed(pipe: Any, values: dict[str, Any]) -> None:
+    pipe.unet.up_blocks[0].resnets[0]._forward_pre_hooks.clear()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         _adapter_off, _text_in_place, _weights_in_place, _other_weights, _lora_scale, _freeu, _processors,
-        _attribute,
+        _attribute, _hook, _hook_removed,
     ],
     ids=lambda f: f.__name__.strip("_"),
 )  # fmt: skip
@@ -342,6 +350,8 @@ def test_what_was_decoded_ahead_does_not_outlive_a_change(change: Any) -> None:
         pipe, call = ZOO["ip_adapter"]() if change is _adapter_off else sd()
         for i, block in enumerate(pipe.unet.up_blocks):
             block.resolution_idx = i
+        if change is _hook_removed:
+            pipe.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda module, given: (-given[0], *given[1:]))
         if change is _lora_scale:
             from peft import LoraConfig
 
