@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment, Feature, option
+from diffusion_accel.io import shown
 
 if TYPE_CHECKING:
     from diffusion_accel.steps import StepClock
@@ -83,7 +84,7 @@ class PatchParallel(Feature):
         for name, allowed in (("mode", MODES), ("group_norm", GROUP_NORMS)):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(
-                    f"patch_parallel: {name}={getattr(self, name)!r} is not allowed; use {', '.join(allowed)}"
+                    f"patch_parallel: {name}={shown(getattr(self, name))} is not allowed; use {', '.join(allowed)}"
                 )
         least = 1 if self.mode in ("displaced", "partial") else 0
         checks = {

@@ -7,6 +7,8 @@ model; so a damaged folder would draw, only not what its model draws.
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -26,7 +28,9 @@ from diffusion_accel.finite import finite
 from diffusion_accel.io import printable, read_json
 
 from .folders import CONFIGS, INDEX, TABLES, is_pair
-from .headers import check_weights, safetensors_header
+from .headers import PICKLE_SUFFIXES, check_weights, safetensors_header
+
+logger = logging.getLogger(__name__)
 
 # how the two factors of a low-rank product are called
 _HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
@@ -39,13 +43,16 @@ _DTYPES = {
 
 
 # ---------------------------------------------------------------------- before the weights are read
-def check_components(folder: Path, variant: str | None = None, given: Collection[str] = ()) -> None:
+def check_components(
+    folder: Path, variant: str | None = None, given: Collection[str] = (), allow_pickle: bool = False
+) -> None:
     """Compare the weights of a checked pipeline folder with what its components' classes expect.
 
     Args:
         folder: the pipeline folder.
         variant: of the weights, such as "fp16".
         given: components that are not loaded from the folder.
+        allow_pickle: weights may be pickles.
 
     Raises:
         ModelLoadError: a tensor is missing or has another shape or kind of number, or a configuration describes a
@@ -63,36 +70,32 @@ def check_components(folder: Path, variant: str | None = None, given: Collection
         if isinstance(cls, type) and issubclass(cls, ConfigMixin):
             _check_types(cls, folder / name)
         if _is_plain_model(cls):
-            check_keys(folder / name, cls, variant)
+            check_keys(folder / name, cls, variant, allow_pickle)
 
 
-def check_keys(folder: Path, cls: Any, variant: str | None = None) -> None:
+def check_keys(folder: Path, cls: Any, variant: str | None = None, allow_pickle: bool = False) -> None:
     """Compare the weights in one component's folder with what `cls`, a model of diffusers or transformers, expects.
 
-    Only headers are read, and the model is built without memory for its weights. A model that cannot be built so, or
-    is stored in a way of its own (quantized, for example), is left to its own loader.
+    Only names and shapes are read, and the model is built without memory for its weights. A model that cannot be built
+    so, or is stored in a way of its own (quantized, for example), is left to its own loader. Tensors that the class
+    does not use are worth a warning: the configuration may be that of a smaller model.
 
     Raises:
         ModelLoadError: see `check_components`.
     """
-    files = _weight_files(folder, cls, variant)
+    files = _weight_files(folder, cls, variant, allow_pickle)
     if not files or not (folder / "config.json").is_file():
         return
-    if "quantization_config" in read_json(folder / "config.json", error=ModelLoadError, nonfinite=True):
+    if read_json(folder / "config.json", error=ModelLoadError, nonfinite=True).get("quantization_config"):
         return
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        header = safetensors_header(file)
-        tensors |= {
-            key: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.uint8), device="meta")
-            for key, entry in header.items()
-            if key != "__metadata__"
-        }
     compare = _compare_diffusers if issubclass(cls, ModelMixin) else _compare_transformers
     where = f"{folder} does not fit its class {cls.__name__}"
     try:
+        for file in files:
+            tensors |= _shapes(file)
         with bounded(len(tensors), str(folder)), _quiet():
-            missing, other = compare(folder, cls, tensors, len(files) > 1)
+            missing, unused, other = compare(folder, cls, tensors, len(files) > 1)
     except (KeyboardInterrupt, AccelerationError):
         raise
     except Exception as error:
@@ -106,6 +109,26 @@ def check_keys(folder: Path, cls: Any, variant: str | None = None) -> None:
     if other:
         key, found, wanted = sorted(other)[0]
         raise ModelLoadError(f"{where}: {printable(key)} is {found} instead of {wanted}")
+    if unused:
+        logger.warning(
+            "%s has %d tensors that %s does not use, %s for example; its config.json may be that of another model",
+            folder,
+            len(unused),
+            cls.__name__,
+            printable(sorted(unused)[0]),
+        )
+
+
+def _shapes(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, without their values."""
+    if file.suffix in PICKLE_SUFFIXES:
+        found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    return {
+        key: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.uint8), device="meta")
+        for key, entry in safetensors_header(file).items()
+        if key != "__metadata__"
+    }
 
 
 def _class_of(library: str, name: str) -> Any:
@@ -136,35 +159,39 @@ def _check_types(cls: Any, folder: Path) -> None:
             raise ModelLoadError(f"{file}: {key} must be {words[hint]}, got {printable(value)[:60]}")
 
 
-def _weight_files(folder: Path, cls: type, variant: str | None) -> list[Path]:
+def _weight_files(folder: Path, cls: type, variant: str | None, allow_pickle: bool) -> list[Path]:
     """The files that the class's loader will read; empty where that is not plain."""
     ours = issubclass(cls, ModelMixin)
     stem = "diffusion_pytorch_model" if ours else "model"
-    for mark in (f".{variant}", "") if variant else ("",):
-        single, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
-        if single.is_file() and not (ours and index.is_file()):
-            return [single]
-        if index.is_file():
-            shards = read_json(index, error=ModelLoadError, nonfinite=True)["weight_map"]
-            files = [folder / str(name) for name in sorted(set(shards.values()))]
-            return files if all(file.is_file() for file in files) else []
+    kinds = [(stem, "safetensors"), (stem if ours else "pytorch_model", "bin")]
+    for name, kind in kinds if allow_pickle else kinds[:1]:
+        for mark in (f".{variant}", "") if variant else ("",):
+            single, index = folder / f"{name}{mark}.{kind}", folder / f"{name}.{kind}.index{mark}.json"
+            if single.is_file() and not (ours and index.is_file()):
+                return [single]
+            if index.is_file():
+                shards = read_json(index, error=ModelLoadError, nonfinite=True)["weight_map"]
+                files = [folder / str(shard) for shard in sorted(set(shards.values()))]
+                return files if all(file.is_file() for file in files) else []
     return []
 
 
 def _compare_diffusers(
     folder: Path, cls: Any, tensors: dict[str, torch.Tensor], sharded: bool
-) -> tuple[set[str], list[tuple[str, str, str]]]:
+) -> tuple[set[str], set[str], list[tuple[str, str, str]]]:
     with torch.device("meta"):
         model = cls.from_config(cls.load_config(str(folder), local_files_only=True))
     if not sharded:
         model._fix_state_dict_keys_on_load(tensors)  # names of older versions
     expected = model.state_dict()
-    return set(expected) - set(tensors), _others(expected, tensors)
+    ignored = cls._keys_to_ignore_on_load_unexpected or ()
+    unused = {key for key in tensors.keys() - expected.keys() if not any(re.search(p, key) for p in ignored)}
+    return set(expected) - set(tensors), unused, _others(expected, tensors)
 
 
 def _compare_transformers(
     folder: Path, cls: Any, tensors: dict[str, torch.Tensor], sharded: bool
-) -> tuple[set[str], list[tuple[str, str, str]]]:
+) -> tuple[set[str], set[str], list[tuple[str, str, str]]]:
     config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
     model, info = cls.from_pretrained(
         None,
@@ -176,7 +203,7 @@ def _compare_transformers(
         local_files_only=True,
     )
     other = [(key, str(list(found)), str(list(wanted))) for key, found, wanted in info["mismatched_keys"]]
-    return set(info["missing_keys"]), other or _others(model.state_dict(), tensors)
+    return set(info["missing_keys"]), set(info["unexpected_keys"]), other or _others(model.state_dict(), tensors)
 
 
 def _others(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> list[tuple[str, str, str]]:

@@ -23,6 +23,7 @@ TABLES = (*CONFIGS, "tokenizer_config.json", "special_tokens_map.json", "preproc
 NUMBER_LIMIT = 1 << 40  # of any whole number in a configuration
 LAYERS_LIMIT = 10_000  # of anything that counts layers
 TIMESTEPS_LIMIT = 100_000
+FACTOR_LIMITS = (1e-9, 1e9)  # of what latents are multiplied with or divided by
 SIDE_LIMIT = 1 << 16  # of a sample, in latents or pixels
 CHOICES = {
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample", "trigflow"),
@@ -30,6 +31,7 @@ CHOICES = {
 }
 _UNBOUNDED = ("lambda_min_clipped",)  # -Infinity is what DPM-Solver's is by default
 _LAYERS = ("layers", "blocks", "depth")
+_COUNTS = (*_LAYERS, "channels", "groups", "heads", "dim")
 _READ = (".json", ".safetensors", ".txt", ".model")  # kinds of files that libraries open by name
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "vocab.tsv", "tekken.json", "*.model", "*.tiktoken")
 
@@ -95,7 +97,7 @@ def check_component(folder: Path, allow_pickle: bool = False, root: Path | None 
             values = _table(folder / name)
             if name in CONFIGS:
                 check_config(values, folder / name)
-    for file in folder.glob("*.safetensors.index*.json"):
+    for file in folder.glob("*.index*.json"):
         shards = _table(file).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ModelLoadError(f"{file} has no weight_map")
@@ -179,19 +181,24 @@ def check_config(values: dict[str, Any], where: Path | str) -> None:
         unbounded = name in _UNBOUNDED or "_class_name" not in values  # transformers has keys of its own
         if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not unbounded)):
             _refuse(where, key, value, "finite")
-        if isinstance(value, int) and abs(value) > NUMBER_LIMIT:
+        if abs(value) > NUMBER_LIMIT and (isinstance(value, int) or not unbounded):
             _refuse(where, key, value, f"at most {NUMBER_LIMIT}")
         words = name.split("_")
+        if "eps" in words and not 0 <= value <= 1:
+            _refuse(where, key, value, "from 0 to 1")
+        if value < 0 and "_class_name" in values and key in values and any(word in words for word in _COUNTS):
+            _refuse(where, key, value, "at least 0")
         if any(word in words for word in _LAYERS) and value > LAYERS_LIMIT:
             _refuse(where, key, value, f"at most {LAYERS_LIMIT}")
     factor = values.get("scaling_factor", 1)
     unset = factor is None and values.get("_class_name") != "AutoencoderKL"
-    if not unset and (type(factor) not in (int, float) or not factor):
-        _refuse(where, "scaling_factor", factor, "a number other than 0")
-    for key in ("latents_std", "shift_factor", "latents_mean"):
+    least, most = FACTOR_LIMITS
+    if not unset and (type(factor) not in (int, float) or not least <= abs(factor) <= most):
+        _refuse(where, "scaling_factor", factor, f"a number other than 0, from {least:g} to {most:g}")
+    for key, low in (("latents_std", least), ("shift_factor", 0), ("latents_mean", 0)):
         found = values.get(key)
-        if not all(type(n) in (int, float) and (n or key != "latents_std") for n in _as_list(found)):
-            _refuse(where, key, found, "numbers other than 0" if key == "latents_std" else "numbers")
+        if not all(type(n) in (int, float) and low <= abs(n) <= most for n in _as_list(found)):
+            _refuse(where, key, found, f"numbers from {low:g} to {most:g}" + (" other than 0" if low else ""))
     steps = values.get("num_train_timesteps")
     if steps is not None and (type(steps) is not int or not 1 <= steps <= TIMESTEPS_LIMIT):
         _refuse(where, "num_train_timesteps", steps, f"a whole number from 1 to {TIMESTEPS_LIMIT}")
@@ -201,7 +208,11 @@ def check_config(values: dict[str, Any], where: Path | str) -> None:
     for key, known in CHOICES.items():
         if values.get(key) is not None and values[key] not in known:
             _refuse(where, key, values[key], f"one of {', '.join(known)}")
+    if not isinstance(values.get("quantization_config") or {}, dict):
+        _refuse(where, "quantization_config", values["quantization_config"], "a table")
     betas = values.get("trained_betas")
+    if isinstance(betas, list) and isinstance(steps, int) and len(betas) < steps:
+        _refuse(where, "trained_betas", f"{len(betas)} numbers", f"as many as num_train_timesteps, {steps}")
     for key, found in (
         *((key, values.get(key)) for key in ("beta_start", "beta_end")),
         *(("trained_betas", beta) for beta in (betas if isinstance(betas, list) else [])),

@@ -116,7 +116,7 @@ def _folder(source: ModelSource, cls: Any, allow_pickle: bool, options: dict[str
         folder = str(DiffusionPipeline.download(source.location, **options))
         check_folder(Path(folder), allow_pickle, bool(options.get("trust_remote_code")))
     variant = options.get("variant")
-    check_components(Path(folder), variant if isinstance(variant, str) else None, options)
+    check_components(Path(folder), variant if isinstance(variant, str) else None, options, allow_pickle)
     pipe = cls.from_pretrained(folder, **{"local_files_only": source.kind != "hub", **options})
     pipe.register_to_config(_name_or_path=source.location)
     return pipe
@@ -160,7 +160,7 @@ def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -
     path = at_home(name)
     if is_there(path, "dir"):
         check_component(path, allow_pickle)
-        check_keys(path, ControlNetModel)
+        check_keys(path, ControlNetModel, allow_pickle=allow_pickle)
     elif path.suffix or name.startswith((".", "/", "~")):
         raise ModelLoadError(f"no such ControlNet folder: {name}")
     elif not HUB_ID.fullmatch(name):

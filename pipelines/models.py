@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, field
 from importlib import resources
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
-from diffusion_accel.io import at_home, is_there, read_json
+from diffusion_accel.io import at_home, is_there, read_json, shown
 
 from .folders import check_folder
 from .headers import PICKLE_SUFFIXES, check_regular, check_weights, safetensors_header
@@ -82,6 +83,9 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
         ConfigurationError: the name is none of these.
         ModelLoadError: a local file or folder is missing, broken, or would need pickle (unless `allow_pickle`).
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigurationError(f"a model is a name, a folder, a file or a hub id, got {shown(model)}")
+    model = os.fspath(model)
     if model in EMBEDDED:
         return ModelSource("embedded", model, str(EMBEDDED[model].path))
     path = at_home(model)

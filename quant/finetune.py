@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from diffusion_accel.errors import ConfigurationError
 
 from .calibration import CalibrationSet, Rows
 from .draft import Draft, rounding
+from .spec import ROWS_LIMIT, STEPS_LIMIT, within
 
 # names of layers by what they do, in diffusers' models
 TIME_LAYERS = r".*(time_emb_proj|time_embedding\.linear_[12]|timestep_embedder\.linear_[12]|norm1(_context)?\.linear)"
@@ -62,8 +64,12 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if self.moments not in MOMENTS:
             raise ConfigurationError(f"moments must be one of {', '.join(MOMENTS)}, got {self.moments!r}")
-        if self.batch < 1:
-            raise ConfigurationError(f"batch must be at least 1 row, got {self.batch}")
+        for name in ("time_epochs", "epochs"):
+            within(getattr(self, name), 0, STEPS_LIMIT, name.replace("_", " "))
+        for name in ("time_rows", "rows", "batch"):
+            within(getattr(self, name), 1, ROWS_LIMIT, name.replace("_", " "))
+        for name in ("rate", "scale_rate"):
+            within(getattr(self, name), math.ulp(0), 1.0, name.replace("_", " "))
 
 
 def preset_for(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from .attention import WithScores
 from .calibration import CalibrationSet
 from .draft import Draft
+from .spec import ROWS_LIMIT, within
 from .uniform import PERCENTILES, grid, value_range
 
 
@@ -31,6 +32,13 @@ class RangeSettings:
     momentum: float | None = 0.95
     rows: int = 64
     chunk: int = 32
+
+    def __post_init__(self) -> None:
+        within(self.percentiles, 50.0, 100.0, "percentiles of ranges")
+        if self.momentum is not None:
+            within(self.momentum, 0.0, 1.0, "momentum of ranges")
+        for name in ("rows", "chunk"):
+            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of ranges")
 
 
 class Observer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from diffusion_accel.hooks import map_tensors, tensors_in
 
 from .calibration import Rows
 from .draft import Draft, drafts_in
+from .spec import ROWS_LIMIT, STEPS_LIMIT, within
 
 # blocks with one way through them that are reconstructed as a whole; everything else goes layer by layer
 _BLOCK = re.compile(r"(\w*Res(net)?Block\w*|\w*TransformerBlock)")
@@ -42,6 +44,15 @@ class RoundingSettings:
     weight: float = 0.01
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
+
+    def __post_init__(self) -> None:
+        within(self.iterations, 0, STEPS_LIMIT, "iterations of rounding")
+        for name in ("rows", "batch"):
+            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of rounding")
+        within(self.rate, math.ulp(0), 1.0, "rate of rounding")
+        within(self.weight, 0.0, 1e6, "weight of rounding")
+        within(self.beta, 1.0, 1000.0, "beta of rounding")
+        within(self.warmup, 0.0, 1.0, "warmup of rounding")
 
 
 class _Reached(Exception):

@@ -11,7 +11,7 @@ from diffusion_accel.errors import ConfigurationError
 from .finetune import PRESETS, FinetuneSettings
 from .ranges import RangeSettings
 from .reconstruct import RoundingSettings
-from .spec import ACTIVATION_BITS, WEIGHT_BITS, checked
+from .spec import ACTIVATION_BITS, ROWS_LIMIT, WEIGHT_BITS, checked, within
 
 _BITS = re.compile(r"w(\d+)(?:a(\d+))?", re.IGNORECASE)
 LAYERS = ("preset", "measured", "all")
@@ -70,6 +70,8 @@ class QuantizeSettings:
         for name in ("activation_bits", "attention_bits", "softmax_bits"):
             if getattr(self, name) is not None:
                 checked(getattr(self, name), ACTIVATION_BITS, name.replace("_", " "))
+        within(self.validation, 0, ROWS_LIMIT, "validation")
+        within(self.seed, 0, 2**63 - 1, "seed")
         if self.bits_budget is not None and not 2 <= self.bits_budget <= 8:
             raise ConfigurationError(f"--bits-budget must be between 2 and 8 bits a weight, got {self.bits_budget:g}")
         if self.layers not in (*LAYERS, *PRESETS):

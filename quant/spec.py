@@ -16,6 +16,8 @@ ACTIVATION_BITS = range(2, 17)
 MAX_MARGIN = 64
 LAYERS_LIMIT = 100_000  # of a model
 TIMESTEPS_LIMIT = 4096
+STEPS_LIMIT = 1_000_000_000  # iterations or epochs of a stage
+ROWS_LIMIT = 1_000_000_000  # rows that a stage looks at
 NUMBER_LIMIT = 1e9  # of timesteps and channels
 
 
@@ -209,6 +211,16 @@ def shown(value: Any) -> str:
         return "a number of more than 40 digits"
     text = printable(value if isinstance(value, str) else repr(value)[:200])
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def within(values: Any, low: float, high: float, name: str) -> None:
+    """Raise `ConfigurationError` unless a number, or each of a tuple, is from `low` to `high`; whole numbers where the
+    two are."""
+    kinds = (int,) if type(low) is int and type(high) is int else (int, float)
+    for value in values if isinstance(values, tuple) else (values,):
+        if type(value) not in kinds or not low <= value <= high:
+            what = "a whole number" if kinds == (int,) else "a number"
+            raise ConfigurationError(f"{name} must be {what} from {low:g} to {high:g}, got {shown(value)}")
 
 
 def checked(bits: Any, allowed: range, name: str) -> int:

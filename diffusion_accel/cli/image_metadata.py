@@ -77,6 +77,9 @@ def names_only(value: Any) -> Any:
 
 
 def _name(text: str) -> str:
+    kind, colon, rest = text.partition(":")  # tuned:FILE
+    if colon and kind.isalpha() and not rest.startswith("//"):
+        return f"{kind}:{_name(rest)}"
     path, colon, scale = text.rpartition(":")  # a LoRA may have a scale behind it
     if not colon or "/" in scale:
         path, colon, scale = text, "", ""

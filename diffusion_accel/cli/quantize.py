@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
 from .arguments import BATCH, AllowPickle, AsJson, Debug, Device, Model, Quiet, check_range, number, recommended
 from .output import check_free_folder, output_path
-from .settings import LIMITS, at_least, merge, read_jobs
+from .settings import LIMITS, Bounds, at_least, merge, read_jobs
 from .terminal import say
 from .tune import Bar, embedded_prompts
 
@@ -23,6 +24,8 @@ COUNT, BUCKETS, PICTURES, REPEATED = (
     at_least(0, 10_000),
     at_least(0, 1_000_000),
 )
+MINUTES = Bounds(math.ulp(0), 1_000_000, "a number above 0 and at most 1000000")
+RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 _METHOD = {"rich_help_panel": "Method"}
 _SAMPLING = {"rich_help_panel": "Calibration"}
 
@@ -136,9 +139,12 @@ def quantize(
         ("--iterations", iterations, REPEATED),
     ):
         check_range(flag, amount, bounds)
-    for name, real in (("budget-minutes", budget_minutes), ("rate", rate), ("scale-rate", scale_rate)):
-        if real is not None and not 0 < real < float("inf"):
-            raise ConfigurationError(f"--{name} must be a number above 0, got {real}")
+    for name, real, bounds in (
+        ("budget-minutes", budget_minutes, MINUTES),
+        ("rate", rate, RATE),
+        ("scale-rate", scale_rate, RATE),
+    ):
+        check_range(f"--{name}", real, bounds)
     weights, inputs = parse_bits(bits)
     folder = output_path(output)
     check_free_folder(folder, overwrite)
@@ -167,7 +173,7 @@ def quantize(
         finetune=finetune_settings(rate, scale_rate, epochs, time_epochs, layer_loss) if finetune == "quest" else None,
     )
     if calibration_prompts is not None:
-        texts = [job.prompt for job in read_jobs([], calibration_prompts)][:count]
+        texts = [job.prompt for job in read_jobs([], calibration_prompts, "--calibration-prompts")][:count]
     else:
         texts = embedded_prompts(count) if source.kind == "embedded" else []
 

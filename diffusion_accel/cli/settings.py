@@ -361,17 +361,21 @@ def split_lora(entry: str) -> tuple[str, float]:
     return path, value
 
 
-def read_jobs(prompts: list[str], file: str | None) -> list[Job]:
+def read_jobs(prompts: list[str], file: str | None, flag: str = "--prompts-file") -> list[Job]:
     """The prompts of the command line, then those of a prompts file (a prompt a line, or JSON objects a line)."""
     jobs = [Job(prompt=p) for p in prompts]
     if file is not None:
-        text = read_text(file, "--prompts-file")
+        text = read_text(file, flag)
         jsonl = Path(file).suffix.lower() in (".jsonl", ".json", ".ndjson")
         for number, line in enumerate(split_lines(text), 1):
             if line.strip():
                 jobs.append(_json_job(line, f"{file}, line {number}") if jsonl else Job(prompt=line.strip()))
     if not jobs:
-        raise ConfigurationError("there is no prompt; give one, --class, or --prompts-file")
+        raise ConfigurationError(
+            f"there is no prompt in {flag} {file}"
+            if file is not None
+            else "there is no prompt; give one, --class, or --prompts-file"
+        )
     for job in jobs:
         if not job.prompt.strip():
             raise ConfigurationError("a prompt is empty")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..io import shown
 
 KINDS = ("window", "random")
 TIMES = ("index", "flow", "unit")
@@ -40,11 +41,15 @@ class Recipe:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigurationError(f"the alpha of task routing must be above 0, got {self.alpha}")
         if self.kind not in KINDS:
-            raise ConfigurationError(f"the kind of task routing must be one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise ConfigurationError(
+                f"the kind of task routing must be one of {', '.join(KINDS)}, got {shown(self.kind)}"
+            )
         if self.tasks < 2:
             raise ConfigurationError(f"task routing needs at least 2 timesteps, got {self.tasks}")
         if self.time not in TIMES:
-            raise ConfigurationError(f"the time of task routing must be one of {', '.join(TIMES)}, got {self.time!r}")
+            raise ConfigurationError(
+                f"the time of task routing must be one of {', '.join(TIMES)}, got {shown(self.time)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,9 +60,9 @@ class Recipe:
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) - names:
             raise ConfigurationError(
-                f"not a recipe of task routing: {values!r}; its keys are {', '.join(sorted(names))}"
+                f"not a recipe of task routing: {shown(values)}; its keys are {', '.join(sorted(names))}"
             )
         try:
             return cls(**values)
         except TypeError as error:
-            raise ConfigurationError(f"not a recipe of task routing: {values!r}") from error
+            raise ConfigurationError(f"not a recipe of task routing: {shown(values)}") from error

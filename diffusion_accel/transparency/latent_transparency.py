@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 from ..errors import AccelerationError, ConfigurationError
 from ..feature import Attachment, Feature, option
+from ..io import shown
 
 VIEWS = (8, 4, 1, 0)
 CONDITIONS = {  # variant -> the pictures it needs, in the order in which their latents are given
@@ -90,7 +91,7 @@ class LatentTransparency(Feature):
         super().__post_init__()
 
         def refuse(key: str, allowed: str) -> None:
-            raise ConfigurationError(f"transparent: {key} must be {allowed}, got {getattr(self, key)!r}")
+            raise ConfigurationError(f"transparent: {key} must be {allowed}, got {shown(getattr(self, key))}")
 
         if self.variant not in CONDITIONS:
             refuse("variant", f"one of {', '.join(CONDITIONS)}")

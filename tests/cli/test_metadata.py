@@ -131,12 +131,16 @@ def test_local_paths_are_names(tmp_path: Path) -> None:
     plan = str(tmp_path / "plan.json")
     data = {"prompt": plan, "settings": {"lora": [f"{plan}:0.5", "./x.safetensors"], "quantize": "~/w4", "n": 3}}
     data |= {"model": "owner/name", "plan": "full hold=0.5", "report": {"features": {"reuse": {"plan": plan}}}}
+    data |= {"tuned": [f"tuned:{plan}", "tuned:fast"], "page": "https://example.com/a", "quantizer": "torchao:int8wo"}
     assert names_only(data) == {
         "prompt": plan,
         "settings": {"lora": ["plan.json:0.5", "x.safetensors"], "quantize": "w4", "n": 3},
         "model": "owner/name",
         "plan": "full hold=0.5",
         "report": {"features": {"reuse": {"plan": "plan.json"}}},
+        "tuned": ["tuned:plan.json", "tuned:fast"],
+        "page": "https://example.com/a",
+        "quantizer": "torchao:int8wo",
     }
 
 

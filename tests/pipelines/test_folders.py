@@ -86,6 +86,40 @@ def test_names_of_older_versions_ties_variants_and_shards_are_known(whole: Path,
         load_pipeline(str(folder), variant="fp16")
 
 
+def test_pickles_and_empty_notes_of_a_quantizer_are_compared_as_well(whole: Path, folder: Path) -> None:
+    expected = draw(load_pipeline(str(whole)))
+    for file, name in ((TEXT, "pytorch_model.bin"), (UNET, "diffusion_pytorch_model.bin")):
+        tensors = load_file(folder / file)
+        (folder / file).unlink()
+        pickle = (folder / file).with_name(name)
+        torch.save(tensors, pickle)
+        assert torch.equal(draw(load_pipeline(str(folder), allow_pickle=True)), expected)
+        torch.save(
+            {k: v for k, v in tensors.items() if not k.endswith("norm_out.bias") and "fc1.bias" not in k}, pickle
+        )
+        with pytest.raises(ModelLoadError, match="its weights have no"):
+            load_pipeline(str(folder), allow_pickle=True)
+        pickle.unlink()
+        save_file(tensors, folder / file, {"format": "pt"})
+    edit_json(folder / "text_encoder/config.json", quantization_config=None)
+    edit_tensors(folder / TEXT, lambda t: t.pop("final_layer_norm.bias"))
+    refused(folder, "final_layer_norm.bias")
+
+
+def test_a_configuration_of_fewer_layers_than_there_are_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_pipeline(str(folder))
+    assert not caplog.messages
+    edit_json(folder / "text_encoder/config.json", num_hidden_layers=0)
+    edit_tensors(folder / UNET, lambda t: t.update(left_over=torch.ones(2)))
+    load_pipeline(str(folder))
+    assert ["16 tensors that CLIPTextModel", "1 tensors that UNet2DConditionModel"] == [
+        part
+        for m in caplog.messages
+        for part in ("16 tensors that CLIPTextModel", "1 tensors that UNet2DConditionModel")
+        if f" {part} does not use" in m
+    ]
+
+
 def test_attention_weights_of_old_autoencoders(folder: Path) -> None:
     """diffusers renames query, key and value; the comparison must do so as well."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -132,6 +166,15 @@ def test_a_model_in_the_hubs_cache(whole: Path, tmp_path: Path) -> None:
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
     *(("vae/config.json", {"scaling_factor": v}) for v in (float("nan"), float("inf"), 0, "0.2", None, [1])),
     ("vae/config.json", {"latents_std": [1.0, 0.0]}),
+    *(("vae/config.json", {"scaling_factor": v}) for v in (1e300, 1e-300)),
+    ("vae/config.json", {"shift_factor": 1e20}),
+    ("vae/config.json", {"norm_num_groups": -1}),
+    ("unet/config.json", {"norm_eps": 1e9}),
+    ("unet/config.json", {"attention_head_dim": -4}),
+    ("unet/config.json", {"quantization_config": 5}),
+    ("text_encoder/config.json", {"layer_norm_eps": -1}),
+    ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}),
+    ("scheduler/scheduler_config.json", {"sample_max_value": 1e300}),
     *(("scheduler/scheduler_config.json", {"beta_start": v}) for v in (float("nan"), "x", -1, 5)),
     *(("scheduler/scheduler_config.json", {"num_train_timesteps": v}) for v in (0, 10**9, "7")),
     ("scheduler/scheduler_config.json", {"prediction_type": "guess"}),

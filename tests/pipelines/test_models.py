@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,9 @@ def test_a_component_that_points_outside_its_folder_is_not_followed(tmp_path: Pa
     (outside / "broken.safetensors").write_bytes(b"x")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "X", "../outside": ["diffusers", "Y"]}))
     assert find_model(str(folder)).kind == "folder"
+
+
+@pytest.mark.parametrize("model", [5, None, [], ["sticker"]])
+def test_a_model_is_a_text(model: Any) -> None:
+    with pytest.raises(ConfigurationError, match="a model is a name, a folder, a file or a hub id, got "):
+        find_model(model)

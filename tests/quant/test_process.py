@@ -29,6 +29,7 @@ from diffusion_accel.quant.folder import held
 from diffusion_accel.quant.layers import quantized_layers
 from diffusion_accel.quant.model import set_runtime, tables
 from diffusion_accel.quant.process import quantize
+from diffusion_accel.quant.ranges import RangeSettings
 from diffusion_accel.quant.reconstruct import RoundingSettings, capture, reconstruct, units
 from diffusion_accel.quant.report import QuantizationReport
 from diffusion_accel.quant.sensitivity import allocate
@@ -90,6 +91,28 @@ def test_both_branches_of_guidance_are_recorded(tmp_path: Path) -> None:
     text = rows.arguments["encoder_hidden_states"]
     assert not torch.equal(text[0], text[1]) and torch.equal(text[0], text[2])
     assert torch.allclose(rows.run(pipe.unet), rows.output, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- settings
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        *((FinetuneSettings, name, v) for name in ("rate", "scale_rate") for v in (float("nan"), 1e300, 0, True, "1")),
+        *((FinetuneSettings, "epochs", v) for v in (-1, 10**30, 1.5)),
+        (FinetuneSettings, "time_epochs", (1, 10**30, 1)),
+        (FinetuneSettings, "rows", 0),
+        (RoundingSettings, "iterations", 10**30),
+        (RoundingSettings, "beta", (20.0, float("inf"))),
+        (RangeSettings, "momentum", float("nan")),
+        (RangeSettings, "percentiles", (99.0, 101.0)),
+        (QuantizeSettings, "seed", -1),
+    ],
+)
+def test_numbers_of_settings_have_bounds(cls: Any, name: str, value: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=rf"{name.replace('_', ' ')}.* must be a (whole )?number from .*, got "
+    ):
+        cls(**{name: value})
 
 
 # ---------------------------------------------------------------------- drafts
