@@ -30,9 +30,9 @@ from ..families import Branches, family_of, guided, no_branches, time_argument
 from ..hooks import HookSet, as_given, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
 from ..prediction import Conversion
 from ..steps import StepClock
-from .changes import Arguments, Snapshot
 from .history import History
 from .plan import FULL, Plan, Step
+from .snapshot import Arguments, Snapshot
 
 logger = logging.getLogger(__name__)
 
