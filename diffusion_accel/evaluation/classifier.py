@@ -7,6 +7,8 @@ drawings with each other. They are no FID, which is measured on another network'
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -81,15 +83,13 @@ def asset_folder() -> Path:
 def load_classifier(folder: Path | None = None) -> StickerClassifier:
     """The classifier of a folder; by default the one that ships. In float32, in evaluation mode."""
     folder = folder or asset_folder()
-    classes = io.read_json(folder / "classes.json", error=ModelLoadError)
-    if not isinstance(classes, dict) or not all(_texts(classes.get(head)) and classes[head] for head in HEADS):
-        raise ModelLoadError(f"{folder / 'classes.json'} holds no names of {', '.join(HEADS)}")
-    weights = _finite(folder / "model.safetensors")
-    try:
+    with _reading(folder, "sticker classifier"):
+        classes = io.read_json(folder / "classes.json", error=ModelLoadError)
+        if not isinstance(classes, dict) or not all(_texts(classes.get(head)) and classes[head] for head in HEADS):
+            raise ModelLoadError(f"{folder / 'classes.json'} holds no names of {', '.join(HEADS)}")
+        weights = _finite(folder / "model.safetensors")
         model = StickerClassifier(classes)
         model.load_state_dict(weights)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ModelLoadError(f"{folder} holds no sticker classifier: {io.first_line(error)}") from error
     return model.float().eval()
 
 
@@ -122,12 +122,22 @@ def extract(model: StickerClassifier, pictures: torch.Tensor, batch: int = 64) -
 def load_reference(folder: Path | None = None) -> Features:
     """Features of the real stickers that ship with the classifier."""
     folder = folder or asset_folder()
-    values = _finite(folder / "reference.safetensors").get("features", torch.zeros(0))
-    rows: Any = io.read_json(folder / "reference.json", error=ModelLoadError)
-    names = [rows.get(key, []) if isinstance(rows, dict) else [] for key in ("concepts", "styles")]
-    if values.shape[1:] != (FEATURES,) or not all(_texts(one) and len(one) == len(values) for one in names):
-        raise ModelLoadError(f"{folder} holds no reference features: {FEATURES} numbers, a concept and a style of each")
+    with _reading(folder, "reference features"):
+        values = _finite(folder / "reference.safetensors").get("features", torch.zeros(0))
+        rows: Any = io.read_json(folder / "reference.json", error=ModelLoadError)
+        names = [rows.get(key, []) if isinstance(rows, dict) else [] for key in ("concepts", "styles")]
+        if values.shape[1:] != (FEATURES,) or not all(_texts(one) and len(one) == len(values) for one in names):
+            raise ModelLoadError(f"they are {FEATURES} numbers, a concept and a style of each")
     return Features(values.float(), *names)
+
+
+@contextmanager
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """Say what a folder was to hold, whatever is wrong with it."""
+    try:
+        yield
+    except (ModelLoadError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelLoadError(f"{folder} holds no {what}: {io.first_line(error)}") from error
 
 
 def _texts(value: Any) -> bool:

@@ -124,7 +124,7 @@ def test_settings_are_checked() -> None:
     assert PatchParallel.parse("mode=naive,warmup=0") == PatchParallel(mode="naive", warmup=0)
     for text, says in {
         "mode=fast": "sync, displaced",
-        "p=1.5": "0 to 1",
+        "p=1.5": "between 0 and 1",
         "warmup=0": "at least 1",
         "group_norm=none": "corrected",
         "-1": "0 \\(all",
