@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ABSENT: Any = object()
-_TRIES = 3  # a step of the way back that Ctrl-C interrupts is begun again so often
+_TRIES = 3  # a step of the way back that something interrupts is begun again so often
 
 
 class Changes:
@@ -68,16 +68,15 @@ class Changes:
 
     def _run(self, raised: list[BaseException]) -> None:
         while self._undo:
-            undo = self._undo[-1]
+            undo, failed = self._undo[-1], False
             for _ in range(_TRIES):
                 try:
                     undo()
                     break
-                except KeyboardInterrupt as error:  # it may be half done
-                    raised.append(error)
-                except BaseException as error:
-                    raised.append(error)
-                    break
+                except BaseException as error:  # Ctrl-C, or what a signal's handler raises: it may be half done
+                    if not failed:
+                        raised.append(error)
+                    failed = True
             if self._undo and self._undo[-1] is undo:
                 self._undo.pop()
 
@@ -88,7 +87,10 @@ class Changes:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.undo()
+            try:
+                self.undo()
+            finally:
+                self.undo()  # an interrupt that came before the first step
         except Exception as later:
             if error is None:
                 raise

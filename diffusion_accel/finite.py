@@ -6,11 +6,13 @@ Looking costs one synchronisation at the first step and one after the last.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from .changes import Changes
@@ -35,11 +37,11 @@ def finite_call(pipeline: Any, given: dict[str, Any]) -> Iterator[list[Any]]:
         given: the arguments of the call by name.
 
     Raises:
-        ConfigurationError: a tensor among the arguments is not finite.
+        ConfigurationError: a number, tensor or array among the arguments is not finite.
         CallStateError: the first prediction is not finite.
     """
     for name, value in given.items():
-        if isinstance(value, torch.Tensor) and not finite(value):
+        if not _all_finite(value):
             raise ConfigurationError(f"{name} holds numbers that are not finite (NaN or infinity)")
     here, seen = threading.get_ident(), dict[str, torch.Tensor]()
 
@@ -93,6 +95,17 @@ def finite(value: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(value.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _all_finite(value: Any) -> bool:
+    """Whether an argument of a call, or what its lists hold, is finite; what is no number is."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, torch.Tensor):
+        return finite(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return bool(np.isfinite(value).all())
+    return all(map(_all_finite, value)) if isinstance(value, (list, tuple)) else True
 
 
 def _first_tensor(value: Any, depth: int = 3) -> torch.Tensor | None:

@@ -165,10 +165,19 @@ def _unchain(registry: Any, name: str) -> None:
     place, hook = registry._hook_order.index(name), registry.hooks[name]
     removed, following = registry._fn_refs[place], registry._fn_refs[place + 1 : place + 2]
     below = removed.forward if removed.original_forward is None else removed.original_forward
-    kept = [(ref, ref.forward) for ref in following if ref.original_forward is not None]
-    registry.remove_hook(name, recurse=False)
-    for ref, forward in kept:
-        ref.forward, ref.original_forward = forward, below
+    links = [(ref, ref.forward, ref.original_forward) for ref in following]
+    hooks, order, refs = dict(registry.hooks), list(registry._hook_order), list(registry._fn_refs)
+    try:
+        registry.remove_hook(name, recurse=False)
+        for ref, forward, original in links:
+            if original is not None:
+                ref.forward, ref.original_forward = forward, below
+    except BaseException:  # an interrupt in the middle: whole again, so that it can be begun again
+        registry.hooks.update(hooks)
+        registry._hook_order[:], registry._fn_refs[:] = order, refs
+        for ref, forward, original in links:
+            ref.forward, ref.original_forward = forward, original
+        raise
     forget(hook)
 
 
@@ -194,13 +203,14 @@ def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
     registry, calls = attributes.get(_REGISTRY), attributes.get(_CALLS)
     if calls is not None and not calls.hooks:
         del attributes[_CALLS]
+    # The registry puts back the bound method it found as an instance attribute; drop that trace as well, and first: an
+    # interrupt in between leaves the registry, by which this is done again.
     found = getattr(registry, "_own_forward", None)
-    if registry is not None and not registry.hooks and not keep_registry:
-        del attributes[_REGISTRY]
-    # The registry puts back the bound method it found as an instance attribute; drop that trace as well.
     forward: Any = attributes.get("forward")
     if forward is not found and _is_own(forward, module):
         del attributes["forward"]
+    if registry is not None and not registry.hooks and not keep_registry:
+        del attributes[_REGISTRY]
 
 
 def _is_own(forward: Any, module: Any) -> bool:

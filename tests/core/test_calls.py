@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers.hooks import ModelHook
+from diffusers.hooks import HookRegistry, ModelHook
 from laws import Stop, default, stop_at, traces
 from zoo import flux, run, sd
 
-from diffusion_accel import AccelerationError, CallStateError, Reuse, accelerate, switchboard
+from diffusion_accel import AccelerationError, CallStateError, Reuse, accelerate, hooks, switchboard
 from diffusion_accel.changes import Changes
 from diffusion_accel.feature import Attachment, Feature
 from diffusion_accel.registry import all_features
@@ -161,7 +161,8 @@ def test_a_clock_that_raises_leaves_nothing(where: str, error: Any, monkeypatch:
 
 
 def test_undoing_goes_on_whatever_raises(caplog: Any) -> None:
-    """Steps that fail are passed by, steps that are interrupted are begun again; the first error is raised."""
+    """Steps that are interrupted, by whatever is raised, are begun again; what fails every time is passed by, and the
+    first error is raised."""
     done: list[str] = []
 
     def step(name: str, *errors: type[BaseException]) -> Callable[[], None]:
@@ -180,15 +181,61 @@ def test_undoing_goes_on_whatever_raises(caplog: Any) -> None:
     changes.set(owner, "new", 3)
     changes.add(step("a"))
     changes.add(step("b", KeyboardInterrupt, KeyboardInterrupt))
-    changes.add(step("c", Boom))
-    with pytest.raises(Boom, match="c"):
+    changes.add(step("c", Boom, Boom))
+    changes.add(step("e", *(Boom,) * 9))
+    with pytest.raises(Boom, match="e"):
         changes.undo()
-    assert done == ["b", "a"] and vars(owner) == {"kept": 1}
+    assert done == ["c", "b", "a"] and vars(owner) == {"kept": 1}
     changes.undo()
     with caplog.at_level(logging.WARNING), pytest.raises(Stop), Changes() as changes:
         changes.add(step("d", Boom))
         raise Stop  # what ended the call counts, the other is told
     assert "Boom('d')" in caplog.text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Boom])
+def test_hooks_are_removed_whatever_line_is_interrupted(error: type[BaseException]) -> None:
+    """By Ctrl-C, or by what the handler of another signal raises."""
+    import sys
+
+    codes = {hooks._unchain.__code__, hooks.tidy.__code__, hooks.HookSet.remove.__code__}
+    codes |= {HookRegistry.remove_hook.__code__, Changes._run.__code__}
+
+    def interrupted_at(line: int) -> bool:
+        module = torch.nn.Linear(2, 2)
+        changes, seen = Changes(), [0]
+        for name in ("one", "two"):
+            changes.hooks(name).add(module, ModelHook())
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            if frame.f_code not in codes:
+                return None
+
+            def inside(frame: Any, event: str, _: Any) -> Any:
+                if event == "line":
+                    seen[0] += 1
+                    if seen[0] == line:
+                        raise error
+                return inside
+
+            return inside
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            changes.undo()
+        except error:
+            pass
+        finally:
+            sys.settrace(before)
+        assert not {"_diffusers_hook", "forward"} & set(vars(module)), line
+        assert module(torch.ones(2)).shape == (2,)
+        return seen[0] >= line
+
+    line = 1
+    while interrupted_at(line):
+        line += 1
+    assert line > 50
 
 
 def test_an_interrupt_between_two_steps_costs_nothing() -> None:

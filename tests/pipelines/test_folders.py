@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -346,6 +347,21 @@ def test_no_image_that_is_not_a_number_comes_out_silently(whole: Path, caplog: p
         with pytest.raises(CallStateError, match="first prediction"):
             draw(pipe)
     assert not pipe.unet._forward_hooks and not pipe.vae.decoder._forward_hooks
+
+
+def test_arguments_of_a_call_are_finite(whole: Path) -> None:
+    pipe = accelerate(load_pipeline(str(whole)))
+    broken = np.full((1, 8, 8, 3), np.nan, np.float32)
+    for name, value in {
+        "guidance_scale": float("nan"),
+        "guidance_rescale": float("inf"),
+        "prompt_embeds": torch.full((1, 8, 16), torch.nan),
+        "ip_adapter_image_embeds": [torch.full((2, 1, 4), torch.nan)],
+        "ip_adapter_image": broken,
+        "sigmas": [1.0, float("nan")],
+    }.items():
+        with pytest.raises(ConfigurationError, match=f"^{name} holds numbers that are not finite"):
+            draw(pipe, **{name: value})
 
 
 def test_classes_that_are_built_in_their_own_way_are_left_to_their_loader(tmp_path: Path) -> None:
