@@ -94,7 +94,7 @@ class Feature:
         for key in values:
             if key not in known:
                 raise ConfigurationError(
-                    f"{cls.flag()}: unknown key {shown(key)}; the keys are: {', '.join(sorted(known)) or 'none'}"
+                    f"{cls.name}: unknown key {shown(key)}; the keys are: {', '.join(sorted(known)) or 'none'}"
                 )
         return cls(**values)
 
@@ -118,9 +118,9 @@ class Feature:
         for part in parts:
             key, eq, value = part.partition("=")
             if not eq:
-                raise ConfigurationError(f"{cls.flag()}: expected key=value, got {part!r}")
+                raise ConfigurationError(f"{cls.name}: expected key=value, got {part!r}")
             if key in values:
-                raise ConfigurationError(f"{cls.flag()}: {key!r} is given twice")
+                raise ConfigurationError(f"{cls.name}: {key!r} is given twice")
             if key not in hints or key not in {f.name for f in dataclasses.fields(cls)}:
                 cls.from_dict({key: value})  # raises, naming the keys
             values[key] = _from_text(cls, key, value, hints[key])
@@ -235,7 +235,7 @@ def _from_text(cls: type[Feature], key: str, text: str, hint: Any) -> Any:
                 continue
         if kind is str:
             return text
-    raise ConfigurationError(f"{cls.flag()}: {key}={shown(text)} is not allowed; it must be {_describe(hint)}")
+    raise ConfigurationError(f"{cls.name}: {key}={shown(text)} is not allowed; it must be {_describe(hint)}")
 
 
 def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:
@@ -247,7 +247,7 @@ def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:
                 return tuple(map(inner, value))
         elif _is_a(value, kind):
             return value if kind is types.NoneType else kind(value)
-    raise ConfigurationError(f"{cls.flag()}: {key}={shown(value)} is not {_describe(hint)}")
+    raise ConfigurationError(f"{cls.name}: {key}={shown(value)} is not {_describe(hint)}")
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -266,7 +266,7 @@ def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: Any)
             continue
         if not low <= number <= high or not (isinstance(number, int) or math.isfinite(number)):
             allowed = f"between {low:g} and {high:g}" if math.isfinite(high - low) else "finite"
-            raise ConfigurationError(f"{cls.flag()}: {field.name} must be {allowed}, got {shown(number)}")
+            raise ConfigurationError(f"{cls.name}: {field.name} must be {allowed}, got {shown(number)}")
 
 
 def _describe(hint: Any) -> str:

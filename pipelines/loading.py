@@ -83,7 +83,7 @@ def load_pipeline(
     options = {"dtype": dtype, **options}
     if quantize and kind != "checkpoint":
         if source.kind == "file":
-            raise ConfigurationError(f"--quantize {quantize} needs a pipeline folder or a hub id, not a single file")
+            raise ConfigurationError(f"quantize {quantize} needs a pipeline folder or a hub id, not a single file")
         parts = _load(source.location, lambda: _denoiser_parts(source))
         options["quantization_config"] = foreign_config(quantize, parts)
     if source.kind == "file":

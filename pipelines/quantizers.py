@@ -41,12 +41,12 @@ def check_quantize(text: str) -> str:
             what = (
                 ", ".join(f"{package}:{k}" for k in known) if known else "sdnq:int8, sdnq:uint4, … (its weight types)"
             )
-            raise ConfigurationError(f"--quantize {text}: unknown kind; {package} has {what}")
+            raise ConfigurationError(f"quantize {text}: unknown kind; {package} has {what}")
         return package
     if not is_there(text, "dir"):
         packages = ", ".join(f"{p}:…" for p in PACKAGES)
         raise ConfigurationError(
-            f"--quantize {text}: no such folder; give a checkpoint made by `diffusion-accel quantize`, or {packages} "
+            f"quantize {text}: no such folder; give a checkpoint made by `diffusion-accel quantize`, or {packages} "
             "(torchao:int8wo for example)"
         )
     checkpoint_folder(text)
@@ -104,7 +104,7 @@ def foreign_config(text: str, parts: list[str]) -> Any:
         else:
             config = SDNQConfig(weights_dtype=kind, quant_conv=True)
     except ImportError as error:
-        raise ModelLoadError(f"--quantize {text} needs {package}: pip install {PACKAGES[package]}") from error
+        raise ModelLoadError(f"quantize {text} needs {package}: pip install {PACKAGES[package]}") from error
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, config))
 
 

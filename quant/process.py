@@ -124,7 +124,7 @@ class Quantization:
         if len(names := denoiser_names(sampler.pipe)) > 1:
             raise UnsupportedPipelineError(
                 f"{type(sampler.pipe).__name__} has {len(names)} denoisers ({', '.join(names)}), and one is quantized "
-                "at a time; load it with a quantizer that takes both (--quantize torchao:int8wo)"
+                "at a time; load it with a quantizer that takes both (quantize torchao:int8wo)"
             )
         if closed := closed_inside(sampler.pipe):
             raise UnsupportedPipelineError(f"{type(sampler.pipe).__name__} cannot be quantized: {closed}")

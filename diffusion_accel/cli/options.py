@@ -66,4 +66,10 @@ def parse_feature(name: str, value: Any) -> Feature | None:
     if not isinstance(value, (bool, dict, str)):
         flag = feature_class(name).flag()
         raise ConfigurationError(f"{flag}: expected true, false, a table of keys or key=value text, got {value!r}")
-    return make_feature(name, True if value == "on" else value)
+    try:
+        return make_feature(name, True if value == "on" else value)
+    except ConfigurationError as error:
+        problem = str(error).removeprefix(f"{name}: ")
+        if problem == str(error):
+            raise
+        raise ConfigurationError(f"{feature_class(name).flag()}: {problem}") from error

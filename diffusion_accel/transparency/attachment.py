@@ -120,6 +120,7 @@ class TransparencyAttachment(Attachment):
         self._given, self._seen, self._overlays = [], [], []
         if self._feature.idle:
             return arguments
+        self._check_vae()
         vae, changed = getattr(self.pipeline, "vae", None), dict(arguments)
         channels = getattr(vae, "config", {}).get("latent_channels")
         for name in read_by_vae(self.pipeline):
@@ -136,6 +137,21 @@ class TransparencyAttachment(Attachment):
         self._unread = not all(found.opaque for _, found in self._given)
         self._size = self._picture_size(arguments)
         return changed
+
+    def _check_vae(self) -> None:
+        """Refuse a VAE that these weights are not for: the user may have replaced it since accelerate()."""
+        name = "transparent cannot be used on this pipeline any more"
+        try:
+            factor = check_pipeline(self.pipeline)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}: {error}") from error
+        channels = self.pipeline.vae.config.latent_channels
+        for part in (self._loaded.encoder, self._loaded.decoder):
+            if part is not None and (part.config.latent_channels, part.factor) != (channels, factor):
+                raise ConfigurationError(
+                    f"{name}: its weights are for latents of {part.config.latent_channels} channels and "
+                    f"1/{part.factor} of the pictures' sides, the VAE that it has now has {channels} and 1/{factor}"
+                )
 
     def _known(self, image: Any) -> Given | None:
         """What is known of an image, if it is one that the call was given."""

@@ -229,6 +229,8 @@ def test_unknown_keywords_of_conversions(sticker: Any) -> None:
         diffusion_accel.pipelines.AcceleratedStableDiffusionImg2ImgPipeline.from_pipe(sticker, torch_dtyp=1)
     with pytest.raises(ConfigurationError, match="unknown feature 'reus'; the features are"):
         make_feature("reus", True)
+    with pytest.raises(ConfigurationError, match="^reuse: unknown key 'plam'"):  # as it is said in Python: no flag
+        make_feature("reuse", {"plam": "hold:2"})
 
 
 def test_keywords_of_diffusers_pass(sticker: Any) -> None:

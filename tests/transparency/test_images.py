@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
+    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -347,6 +348,23 @@ def test_what_cannot_return_rgba_is_refused(build: Any, words: str, tmp_path: Pa
     with pytest.raises(UnsupportedPipelineError, match=words):
         transparent(pipe, tmp_path)
     assert not hasattr(pipe, "acceleration")
+
+
+def test_a_vae_that_is_replaced_later_is_refused_too(tmp_path: Path) -> None:
+    pipe, call = img2img()
+    transparent(pipe, tmp_path)
+    ours, three = pipe.vae, {"block_out_channels": (8,) * 3, "norm_num_groups": 4}
+    three |= {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    for other, words in (
+        (tiny_vae()[0].vae, "any more: its VAE is AutoencoderTiny"),
+        (vae(8), "any more: its weights are for latents of 4 channels and 1/2 .* it has now has 8 and 1/2"),
+        (AutoencoderKL(**three), "it has now has 4 and 1/4"),
+    ):
+        pipe.vae = other
+        with pytest.raises(ConfigurationError, match=words):
+            draw(pipe, call, image=rgba())
+    pipe.vae = ours
+    assert draw(pipe, call, image=rgba())[0].mode == "RGBA"
 
 
 def test_an_asymmetric_autoencoder_works(tmp_path: Path) -> None:
