@@ -147,14 +147,14 @@ def verify(folder: Path, files: Iterable[Path], warn: Callable[[str], None]) -> 
     config = read_config(folder)
     spec, tensors = read_spec(config), find_tensors(files)
     found = tensors_digest((name, t.dtype, t.shape, _finite(name, t)) for name, t in tensors.items())
+    if spec.digest is None:
+        raise ModelLoadError("the checkpoint is damaged: its quantization_config has no digest")
     if spec.version == 1:
         warn(
             f"{folder} has layout version 1, whose digest covers the quantized layers alone: whether its other numbers "
             "are the ones it was saved with is not known; save it again to have all of it checked"
         )
         return spec, tensors
-    if spec.digest is None:
-        raise ModelLoadError("the checkpoint is damaged: its quantization_config has no digest")
     settings = settings_digest(config, config["quantization_config"])
     if spec.digest[64:] != found:
         raise ModelLoadError("the checkpoint is damaged: its weights are not the ones it was saved with")
