@@ -87,7 +87,7 @@ def _run(
         progress("measuring", 1.0, 0.0)
         measuring = time.monotonic()
         whole = 60 * (minutes or 0.0)
-        each = done.seconds["calibration"] / len(sampler.prompts)
+        each = done.seconds["calibration"] / len(done.sampler.prompts)
         left = None if minutes is None else whole - (time.monotonic() - began)
         pictures, rounds = plan_report(pictures, each, left, whole)
         seen = shown(source, sampler.prompts, pictures, settings)
@@ -97,6 +97,7 @@ def _run(
         report.bytes = {"checkpoint": sum(f.stat().st_size for f in files), "float32": 4 * parameters}
         report.seconds, report.peak, report.buckets = done.seconds, peak_memory(), len(done.spec.timesteps)
         report.budget = None if minutes is None else whole
+        report.prompts = (len(done.sampler.prompts), len(sampler.prompts))
         report.seconds["report"] = round(time.monotonic() - measuring, 1)
         write(report, made)
         shutil.copy(work / "log.jsonl", made / "log.jsonl")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import resource
 import sys
@@ -56,9 +55,8 @@ from .reconstruct import capture, reconstruct, units
 from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivity
 from .settings import QuantizeSettings
 from .spec import LayerSpec, ModelSpec
-from .work import PROBE_ROWS, plan_probe, plan_work, progress_of
+from .work import PROBE_ROWS, plan_probe, plan_prompts, plan_work, progress_of
 
-logger = logging.getLogger(__name__)
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
 _PROBE_ROWS = PROBE_ROWS
@@ -155,6 +153,7 @@ class Quantization:
         self._check()
         agree(self.work, self._asked(minutes))
         with self._stage("calibration"):
+            self._cut_prompts()
             self._record()
         with self._stage("sensitivity"):
             found = self._sensitivities()
@@ -244,24 +243,30 @@ class Quantization:
             folder = self.work / name
             if not (folder / "index.json").is_file():
 
-                def tell(done: int, total: int, name: str = name, began: float = time.monotonic()) -> None:
+                def tell(done: int, total: int, name: str = name) -> None:
                     self.progress(f"{name}: {done} of {total} prompts", 0.0, float("nan"))
-                    self._note_long_calibration(done, (time.monotonic() - began) * total / done)
 
                 with torch.no_grad():  # what a pipeline keeps of it must be good for training as well
                     record(part, self.settings.bucket_count, folder, tell)
         self.calibration = CalibrationSet(self.work / "calibration")
         self.heldout = CalibrationSet(self.work / "validation")
 
-    def _note_long_calibration(self, done: int, seconds: float) -> None:
-        """The set is drawn whole, whatever the budget is; after its first pictures it is known how long that takes."""
-        if self.minutes is not None and done == self.sampler.batch and seconds > 30 * self.minutes:
-            logger.warning(
-                "drawing the calibration set takes about %.0f of the %.0f seconds of the budget; fewer pictures "
-                "(--count) take less",
-                seconds,
-                60 * self.minutes,
-            )
+    def _cut_prompts(self) -> None:
+        """Take as many of the prompts as the time for drawing the calibration set allows; decided once, and written
+        down for a run that goes on."""
+        file, count = self.work / "prompts.json", len(self.sampler.prompts)
+        if file.is_file():
+            count = int(read(file)["prompts"])
+        elif self.minutes is not None:
+            self.progress("how long an image takes", 0.0, float("nan"))
+            began = time.monotonic()
+            with torch.no_grad():
+                self.sampler.call(0, 1)
+            count = plan_prompts(count, time.monotonic() - began, 60 * self.minutes)
+            write(file, {"prompts": count})
+        if count < len(self.sampler.prompts):
+            self.progress(f"calibration on {count} of {len(self.sampler.prompts)} prompts", 0.0, float("nan"))
+            self.sampler = self.sampler.part(0, count)
 
     def _probe_rows(self, layers: int) -> list[Rows]:
         """Rows on which sensitivities are measured; how many is written down, so that a resumed run repeats it."""

@@ -49,6 +49,7 @@ class QuantizationReport:
         peak: most memory the process held, bytes.
         buckets: timesteps with grids of their own; 0: inputs are not quantized.
         budget: seconds that were asked for, or None.
+        prompts: how many were calibrated on and kept for validation, of how many.
     """
 
     name: str
@@ -65,6 +66,7 @@ class QuantizationReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak: int = 0
     buckets: int = 0
+    prompts: tuple[int, int] = (0, 0)
     budget: float | None = None
     pictures: Any = None
 
@@ -94,9 +96,9 @@ class QuantizationReport:
             lines.append(f"speed of one picture against float32: {times}; auto picked {picked}")
         took = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
         if self.budget is not None:
-            took += (
-                f", of a budget of {self.budget:.0f} s (loading, calibration, grids of weights and writing are not cut)"
-            )
+            took += f", of a budget of {self.budget:.0f} s (loading, grids of weights and writing are not cut)"
+            if self.prompts[0] < self.prompts[1]:
+                lines.append(f"calibrated on {self.prompts[0]} of {self.prompts[1]} prompts, for the budget")
         lines.append(f"took {took}; peak memory {self.peak / 2**20:.0f} MiB")
         return "\n".join(lines)
 

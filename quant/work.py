@@ -20,6 +20,7 @@ _WEIGHTS = {"rounding": 0.5, "time": 0.1, "stage two": 0.4}  # shares of the tim
 _SENSITIVITY, _RANGES, _ERRORS, _REPORT = 0.2, 0.25, 0.05, 0.15
 PROBE_ROWS = 16  # of a timestep, on which sensitivities and validation errors are measured
 PROBE_TIMESTEPS = 10  # at most, for sensitivities; errors are measured at all
+_CALIBRATION, _LEAST_PROMPTS = 0.25, 8  # of the whole time; of prompts
 _LEAST_RANGE_ROWS, _LEAST_ROUNDING_ROWS = 4, 32
 _ERRORS_MEASURED = 4  # times
 
@@ -39,6 +40,16 @@ def plan_probe(denoiser: Any, heldout: CalibrationSet, layers: int, seconds: flo
         if layers * timesteps * each <= allowed:
             return {"rows": rows, "timesteps": timesteps}
     return {"rows": 1, "timesteps": 1}
+
+
+def plan_prompts(count: int, each: float, seconds: float) -> int:
+    """How many of `count` prompts the calibration set is drawn with.
+
+    Args:
+        each: seconds that drawing one image takes.
+        seconds: of the whole budget.
+    """
+    return max(min(count, _LEAST_PROMPTS), min(count, int(_CALIBRATION * seconds / max(each, 1e-9))))
 
 
 def plan_report(pictures: int, each: float, seconds: float | None, whole: float) -> tuple[int, int]:

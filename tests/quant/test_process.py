@@ -35,7 +35,7 @@ from diffusion_accel.quant.report import QuantizationReport
 from diffusion_accel.quant.sensitivity import allocate
 from diffusion_accel.quant.settings import QuantizeSettings, parse_bits
 from diffusion_accel.quant.spec import LayerSpec
-from diffusion_accel.quant.work import plan_report, shares
+from diffusion_accel.quant.work import plan_prompts, plan_report, shares
 from tests import zoo
 
 WHOLE = QuantizeSettings(
@@ -590,8 +590,14 @@ def test_a_budget_that_is_over_leaves_the_least_to_measure(tmp_path: Path) -> No
         seen[minutes] = sum(rows)
     assert json.loads((tmp_path / "0.0001" / "probe.json").read_text()) == {"rows": 1, "timesteps": 1}
     assert (run.plan["error_rows"], run.plan["range_rows"]) == (1, 4)
-    drawn = 16 * 4  # pictures and steps, which no budget cuts
-    assert seen[1e-4] - drawn < 0.5 * (seen[None] - drawn)
+    assert len(run.sampler.prompts) == 8 and run.spec.recipe and run.spec.recipe["prompts"] == 8
+    drawn = {None: 16 * 4, 1e-4: (8 + 1) * 4}  # images and steps; one image is drawn to see how long it takes
+    assert seen[1e-4] - drawn[1e-4] < 0.5 * (seen[None] - drawn[None])
+
+
+def test_the_calibration_set_keeps_within_a_quarter_of_the_budget() -> None:
+    assert plan_prompts(64, 1.0, 60.0) == 15 and plan_prompts(64, 1.0, 6000.0) == 64
+    assert plan_prompts(64, 10.0, 60.0) == 8 and plan_prompts(5, 10.0, 60.0) == 5 and plan_prompts(64, 0.0, 1.0) == 64
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(None, (16, 5)), (1000.0, (16, 5)), (50.0, (8, 3)), (0.0, (1, 1))])
