@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from diffusion_accel.errors import AccelerationError, ModelLoadError
 from diffusion_accel.finite import finite
-from diffusion_accel.io import printable, read_json
+from diffusion_accel.io import first_line, printable, read_json
 
 from .folders import CONFIGS, INDEX, TABLES, is_pair
 from .headers import PICKLE_SUFFIXES, check_weights, safetensors_header
@@ -298,6 +298,35 @@ def check_loaded(parts: dict[str, Any], where: str) -> None:
                     f"{where} cannot be used: {printable(name)} of its {part} holds numbers that are not finite "
                     "(NaN or infinity); get a fresh copy"
                 )
+
+
+def check_tokenizers(parts: dict[str, Any], where: str) -> None:
+    """Refuse a tokenizer that cannot read a prompt, or whose ids its text encoder does not know: a special token that
+    is not in the vocabulary is found out at the first call only.
+
+    Args:
+        parts: the components of a loaded pipeline by name.
+        where: what was loaded, the first words of an error.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    for name, tokenizer in parts.items():
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            continue
+        encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+        length = min(tokenizer.model_max_length, 16)
+        try:
+            padding: Any = "max_length" if tokenizer.pad_token is not None else False
+            ids = tokenizer("a \u0001", padding=padding, max_length=length, truncation=True).input_ids
+        except Exception as error:  # tokenizers raise bare ones
+            raise ModelLoadError(f"{Path(where) / name} cannot read a prompt: {first_line(error)}") from error
+        embeddings = getattr(encoder, "get_input_embeddings", lambda: None)()
+        count = getattr(embeddings, "num_embeddings", None)
+        if count is not None and max(ids, default=0) >= count:
+            raise ModelLoadError(
+                f"{Path(where) / name} has a token of number {max(ids)}, and its text encoder knows {count}; look at "
+                "the special tokens in tokenizer_config.json"
+            )
 
 
 def check_lora(file: Path) -> None:

@@ -24,6 +24,7 @@ NUMBER_LIMIT = 1 << 40  # of any whole number in a configuration
 LAYERS_LIMIT = 10_000  # of anything that counts layers
 TIMESTEPS_LIMIT = 100_000
 FACTOR_LIMITS = (1e-9, 1e9)  # of what latents are multiplied with or divided by
+PADDING_LIMIT = 64  # of a convolution, in pixels
 SIDE_LIMIT = 1 << 16  # of a sample, in latents or pixels
 CHOICES = {
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample", "trigflow"),
@@ -199,6 +200,12 @@ def check_config(values: dict[str, Any], where: Path | str) -> None:
         found = values.get(key)
         if not all(type(n) in (int, float) and low <= abs(n) <= most for n in _as_list(found)):
             _refuse(where, key, found, f"numbers from {low:g} to {most:g}" + (" other than 0" if low else ""))
+    offset = values.get("steps_offset")
+    if offset is not None and (type(offset) is not int or not 0 <= offset <= TIMESTEPS_LIMIT):
+        _refuse(where, "steps_offset", offset, f"a whole number from 0 to {TIMESTEPS_LIMIT}")
+    for pixels in _as_list(values.get("downsample_padding")):
+        if type(pixels) is not int or not 0 <= pixels <= PADDING_LIMIT:
+            _refuse(where, "downsample_padding", pixels, f"a whole number from 0 to {PADDING_LIMIT}")
     steps = values.get("num_train_timesteps")
     if steps is not None and (type(steps) is not int or not 1 <= steps <= TIMESTEPS_LIMIT):
         _refuse(where, "num_train_timesteps", steps, f"a whole number from 1 to {TIMESTEPS_LIMIT}")

@@ -23,7 +23,7 @@ from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, first_line, is_there
 
-from .components import bounded, check_components, check_keys, check_loaded, check_lora
+from .components import bounded, check_components, check_keys, check_loaded, check_lora, check_tokenizers
 from .folders import check_component, check_config, check_folder
 from .hub import hub_reason
 from .keywords import check_options
@@ -95,6 +95,7 @@ def load_pipeline(
         pipe = _load(source.location, lambda: _folder(source, cls, allow_pickle, options))
     if source.kind != "embedded":
         check_loaded(getattr(pipe, "components", {}), source.location)
+        check_tokenizers(getattr(pipe, "components", {}), source.location)
     if quantize and kind == "checkpoint":
         _load(quantize, lambda: load_quantized(pipe, quantize, dtype))
     if runtime is not None or low_memory:
