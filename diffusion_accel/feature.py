@@ -266,7 +266,11 @@ def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: Any)
             continue
         if not low <= number <= high or not (isinstance(number, int) or math.isfinite(number)):
             allowed = f"between {low:g} and {high:g}" if math.isfinite(high - low) else "finite"
-            raise ConfigurationError(f"{cls.name}: {field.name} must be {allowed}, got {shown(number)}")
+            meaning = field.metadata.get("doc", "")
+            raise ConfigurationError(
+                f"{cls.name}: {field.name} must be {allowed}, got {shown(number)}"
+                + (f" ({meaning})" if meaning else "")
+            )
 
 
 def _describe(hint: Any) -> str:

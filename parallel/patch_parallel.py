@@ -88,9 +88,7 @@ class PatchParallel(Feature):
                 )
         least = 1 if self.mode in ("displaced", "partial") else 0
         checks = {
-            "ranks": (self.ranks >= 0, "0 (all that were launched) or more"),
             "warmup": (self.warmup >= least, f"at least {least} with mode={self.mode}"),
-            "p": (0 <= self.p <= 1, "0 to 1"),
             "comm_checkpoint": (self.comm_checkpoint >= 1, "at least 1"),
             "timeout": (0 < self.timeout < 1e6, "above 0, in seconds"),
         }

@@ -54,7 +54,7 @@ def test_what_cannot_work_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixtu
     [
         ([], "number of processes"),
         (["2,mode=fast"], "sync, displaced"),
-        (["2,p=7"], "between 0 and 1"),
+        (["2,p=7"], "0 to 1"),
         (["x=1"], "unknown key"),
     ],
 )

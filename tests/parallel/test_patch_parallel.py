@@ -124,12 +124,12 @@ def test_settings_are_checked() -> None:
     assert PatchParallel.parse("mode=naive,warmup=0") == PatchParallel(mode="naive", warmup=0)
     for text, says in {
         "mode=fast": "sync, displaced",
-        "p=1.5": "between 0 and 1",
+        "p=1.5": "0 to 1",
         "warmup=0": "at least 1",
         "group_norm=none": "corrected",
-        "-1": "0 \\(all",
+        "-1": "0: as many as were launched",
         "timeout=0": "above 0",
-        "comm_checkpoint=0": "at least 1",
+        "comm_checkpoint=0": "between 1 and 9999",
         "two": "whole number",
     }.items():
         with pytest.raises(ConfigurationError, match=says):

@@ -227,12 +227,14 @@ def test_the_first_layout_is_read_with_a_warning_and_saved_in_the_current_one(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = damaged(checkpoint, tmp_path)
-    change_config(folder, version=1, digest=digest_of_version_1(UNet2DModel.from_pretrained(folder)))
+    digest = digest_of_version_1(UNet2DModel.from_pretrained(folder))
+    change_config(folder, version=1, digest=digest)
     model = UNet2DModel.from_pretrained(folder)
     assert "layout version 1, whose digest covers the quantized layers alone" in caplog.text
     change_config(folder, digest=None)
     with pytest.raises(ModelLoadError, match="no digest"):
         UNet2DModel.from_pretrained(folder)
+    change_config(folder, digest=digest)
     model.save_pretrained(tmp_path / "again")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         saved, first = ((f / name).read_bytes() for f in (tmp_path / "again", checkpoint / "unet"))
