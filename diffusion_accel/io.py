@@ -231,10 +231,12 @@ def printable(text: Any, *, lines: bool = False) -> str:
 
 def shown(value: Any, limit: int = 80) -> str:
     """A value in an error message: as Python writes it, on one line, cut where it is long."""
+    if type(value) is int and value.bit_length() > 200:  # Python refuses to write out very long ones
+        return f"a number of about {int(value.bit_length() * 0.30103) + 1} digits"
     try:
         text = repr(value[: limit + 1] if isinstance(value, str) else value)
-    except ValueError:
-        return "a number with thousands of digits"
+    except (ValueError, RecursionError):  # such a number, or very deep, inside of it
+        return f"a {type(value).__name__}"
     text = printable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from diffusion_accel.errors import AccelerationError, ConfigurationError
 from diffusion_accel.hooks import tensors_in
+from diffusion_accel.io import first_line
 
 from .launch import meeting_socket
 from .place import Place, meeting_point, place
@@ -121,7 +122,7 @@ def lost_peer() -> Iterator[None]:
             raise
         _lost = True
         raise PeerError(
-            f"another process of this job does not answer any more ({_first_line(error)}); its own error, if it "
+            f"another process of this job does not answer any more ({first_line(error, 160)}); its own error, if it "
             "printed one, says why; start the job again"
         ) from error
 
@@ -157,7 +158,7 @@ def _within(timeout: float, task: Callable[[], Any]) -> Any:
         raise error
     if error is not None and not isinstance(error, RuntimeError | ValueError):
         raise error
-    reason = _first_line(error) if error is not None else f"no answer from {_where()} within {timeout:g} s"
+    reason = first_line(error, 160) if error is not None else f"no answer from {_where()} within {timeout:g} s"
     raise PeerError(
         f"the processes of this job did not find each other ({reason}); start all of them with torchrun, and check "
         "MASTER_ADDR and MASTER_PORT"
@@ -264,11 +265,6 @@ def _await_all(store: Any, here: Place, missing: list[int], timeout: float) -> N
 
 def _where() -> str:
     return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 # ---------------------------------------------------------------------- agreement

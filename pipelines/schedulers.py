@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import first_line
 
 # short name -> (diffusers class, changes of its configuration)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,4 +61,4 @@ def set_scheduler(pipe: Any, name: str) -> None:
     try:
         pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
     except (ImportError, ValueError) as error:
-        raise ConfigurationError(f"scheduler {name!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigurationError(f"scheduler {name!r} cannot be used: {first_line(error)}") from error

@@ -30,6 +30,7 @@ from diffusion_accel.denoisers import (
 )
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.finite import finite
 from diffusion_accel.hooks import forward_parameters
 from diffusion_accel.io import replacing
 
@@ -55,11 +56,10 @@ from .reconstruct import capture, reconstruct, units
 from .sensitivity import CHOICES, PROBE_BITS, allocate, rounding_errors, sensitivity
 from .settings import QuantizeSettings
 from .spec import LayerSpec, ModelSpec
-from .work import PROBE_ROWS, plan_probe, plan_prompts, plan_work, progress_of
+from .work import plan_probe, plan_prompts, plan_work, progress_of
 
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
-_PROBE_ROWS = PROBE_ROWS
 _ZERO_MARGIN = 8  # one bit more for each zero point of 4 bits
 _KEYS_VALUES = r".*\.(to_k|to_v|add_k_proj|add_v_proj)"
 
@@ -189,7 +189,7 @@ class Quantization:
         count, kept = len(self.sampler.prompts), self._kept_for_validation()
         if count < kept + 1:
             raise ConfigurationError(f"{count} prompts are too few: {kept} of them are kept for validation")
-        wrong = next((n for n, p in self.denoiser.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        wrong = next((n for n, p in self.denoiser.named_parameters() if not finite(p)), None)
         if wrong is not None:
             raise ConfigurationError(
                 f"{wrong} of the {type(self.denoiser).__name__} has values that are no finite numbers"

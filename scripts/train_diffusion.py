@@ -22,6 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffusion_accel.io import first_line
 from diffusion_accel.training.arguments import (
     add_loop_options,
     add_objective_options,
@@ -212,7 +213,7 @@ def load_initial(model: Any, path: Path) -> None:
     try:
         model.load_state_dict(load_tensors(file))
     except (TrainingError, RuntimeError) as error:
-        raise UsageError(f"--init: {file} does not fit this model: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--init: {file} does not fit this model: {first_line(error)}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

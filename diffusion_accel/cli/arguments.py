@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigurationError
+from ..io import shown
 from ..pipelines.models import EMBEDDED
-from .settings import DTYPES, LIMITS, Bounds, Settings, at_least, shown
+from .settings import DTYPES, LIMITS, Bounds, Settings, at_least
 
 # numbers that only some commands have; those of `settings.LIMITS` are in every one of them
 COUNT = at_least(1, 100_000)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Feature
-from ..io import first_line, is_there, parse_json, read_json, read_text, read_toml, split_lines
+from ..io import first_line, is_there, parse_json, read_json, read_text, read_toml, shown, split_lines
 from ..pipelines.models import ModelSource, check_weights, find_model
 from ..pipelines.quantizers import check_quantize
 from ..pipelines.schedulers import check_scheduler
@@ -204,17 +204,6 @@ def _text(value: str, flag: str) -> str:
         what = "no character NUL" if "\0" in value else f"at most {MAX_TEXT} characters"
         raise ConfigurationError(f"{flag} must have {what}, got {shown(value)}")
     return value
-
-
-def shown(value: Any) -> str:
-    """A value of somebody's file in an error message: cut where it is long."""
-    if type(value) is int and value.bit_length() > 200:  # Python refuses to write out very long ones
-        return f"a number of about {int(value.bit_length() * 0.30103) + 1} digits"
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # such a number, or very deep, inside of it
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def check(settings: Settings) -> None:

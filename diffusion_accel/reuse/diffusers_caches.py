@@ -11,6 +11,7 @@ from ..changes import Changes
 from ..denoisers import find_denoisers, residual_stream_blocks
 from ..errors import UnsupportedPipelineError
 from ..hooks import forget, tidy
+from ..io import first_line
 from .cache_settings import CacheSettings
 
 
@@ -55,7 +56,7 @@ class CacheRun:
         try:
             denoiser.enable_cache(self.settings.config(steps, self.pipeline, self.arguments))
         except (ValueError, AttributeError, ImportError) as error:
-            text = str(error).strip().splitlines()[0]
+            text = first_line(error)
             raise UnsupportedPipelineError(f"diffusers' cache {self.settings.name} cannot be used: {text}") from error
 
     def uninstall(self) -> None:

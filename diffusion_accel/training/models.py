@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..conditioning import keep_class_names
+from ..io import first_line
 from .denoising import Process
 from .files import TrainingError, UsageError, replacing_folder
 from .sampling import scheduler_for
@@ -68,7 +69,7 @@ def build_denoiser(kind: str, config: dict[str, Any]) -> Any:
     try:
         return cls(**config)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UsageError(f"{names[kind]} cannot be built so: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{names[kind]} cannot be built so: {first_line(error)}") from error
 
 
 def build_pipeline(model: Any, process: Process, vae: Any, text: Any, tokenizer: Any, classes: list[str]) -> Any:
@@ -148,4 +149,4 @@ def _load(cls: Any, path: Path) -> Any:
     try:
         return cls.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"{path} cannot be loaded: {first_line(error)}") from error

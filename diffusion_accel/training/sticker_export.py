@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..evaluation.distribution import hit_shares
+from ..io import first_line
 from ..routing.hooks import CONFIG_KEY
 from . import sticker_data as data
 from .denoising import Process
@@ -90,7 +91,7 @@ def load_pipeline(path: Path, device: torch.device | None = None) -> StableDiffu
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"{path} cannot be loaded: {first_line(error)}") from error
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or "cpu")

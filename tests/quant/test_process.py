@@ -35,7 +35,7 @@ from diffusion_accel.quant.report import QuantizationReport
 from diffusion_accel.quant.sensitivity import allocate
 from diffusion_accel.quant.settings import QuantizeSettings, parse_bits
 from diffusion_accel.quant.spec import LayerSpec
-from diffusion_accel.quant.work import plan_prompts, plan_report, shares
+from diffusion_accel.quant.work import PROBE_ROWS, plan_prompts, plan_report, shares
 from tests import zoo
 
 WHOLE = QuantizeSettings(
@@ -334,7 +334,7 @@ def test_what_is_measured_is_what_the_checkpoint_computes(tmp_path: Path) -> Non
 
         def error(model: Any, run: Any = run) -> float:
             count = len(run.heldout.timesteps)
-            return relative_error(model, [run.heldout.sample(b, process._PROBE_ROWS, 0) for b in range(count)])
+            return relative_error(model, [run.heldout.sample(b, PROBE_ROWS, 0) for b in range(count)])
 
         assert error(run.model) == run.validation[name]
         run.model.save_pretrained(tmp_path / "saved")
