@@ -14,8 +14,8 @@ import torch
 from diffusers.hooks import ModelHook
 
 from .changes import Changes
+from .denoisers.families import UNITS, family_of, time_argument, told
 from .errors import CallStateError
-from .families import UNITS, family_of, time_argument, told
 from .hooks import bind_forward, model_of, version_of
 from .noise_level import noise_levels
 

@@ -15,11 +15,11 @@ from diffusers import DiffusionPipeline
 
 from .changes import Changes
 from .denoisers import called_denoisers, closed_inside, find_controlnet, find_denoisers, models_of_a_call
+from .denoisers.families import call_arguments
 from .errors import CallStateError, ConfigurationError, FeatureConflictError, UnsupportedPipelineError
-from .evaluation.flops import count_flops
-from .families import call_arguments
 from .feature import Attachment, Feature, alive
 from .finite import finite_call
+from .flops import count_flops
 from .hooks import bind_method, run_uncompiled
 from .registry import FEATURES, feature_class
 from .report import Report
@@ -80,7 +80,7 @@ def accelerated_class(base: Any) -> type:
     It keeps the name of `base`, because diffusers looks pipelines up by class name (`AutoPipeline…from_pipe`) and
     writes that name into `model_index.json`; its qualified name is `Accelerated<Base>`.
     """
-    from .pipelines.mixin import AcceleratedMixin
+    from .mixin import AcceleratedMixin
 
     if base in _classes:
         return _classes[base]

@@ -25,7 +25,7 @@ from diffusion_accel.steps import StepClock
 
 from .context import SharedHook, share, transformers_of, unshare, why_not_shared
 from .group import World, agree
-from .models import DenoiserHook, install_controlnet, install_layers, install_vae
+from .model_hooks import DenoiserHook, install_controlnet, install_layers, install_vae
 from .run import PatchRun
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusion_accel.mixin import AcceleratedMixin
+
 from .accelerated import AcceleratedPipeline, named_drop_in
-from .mixin import AcceleratedMixin
 
 __all__ = ["AcceleratedMixin", "AcceleratedPipeline"]
 

@@ -37,10 +37,10 @@ class AcceleratedPipeline:
         `scheduler` may be a short name of the command line's ("ddim", "dpm++", …). With a tuned plan, an embedded model
         gets its recommended one, as on the command line: its plans are tuned for that.
         """
-        from diffusion_accel.reuse.tuned import is_tuned
+        from diffusion_accel.model_files.names import find_model
+        from diffusion_accel.reuse.plan_file import is_tuned
 
         from .loading import load_pipeline
-        from .models import find_model
         from .schedulers import check_scheduler, set_scheduler
 
         features, options = split_features(kwargs)
@@ -65,7 +65,7 @@ class AcceleratedPipeline:
 
         The features that it has come along, unless they are given anew or as False.
         """
-        from .mixin import plain_twin
+        from diffusion_accel.mixin import plain_twin
 
         features, options = split_features(kwargs)
         if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):

@@ -26,9 +26,8 @@ from transformers import PreTrainedModel
 from diffusion_accel.errors import AccelerationError, ModelLoadError
 from diffusion_accel.finite import finite
 from diffusion_accel.io import first_line, printable, read_json
-
-from .folders import CONFIGS, INDEX, TABLES, is_pair
-from .headers import PICKLE_SUFFIXES, check_weights, safetensors_header
+from diffusion_accel.model_files.folders import CONFIGS, INDEX, TABLES, is_pair
+from diffusion_accel.model_files.headers import PICKLE_SUFFIXES, check_weights, safetensors_header
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.registry import FEATURES
-
-from .models import ModelSource
 
 #: what diffusers' `from_pretrained` and `from_single_file` take besides the components of a pipeline (a test compares)
 HUB = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"})

@@ -22,12 +22,12 @@ from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, first_line, is_there
+from diffusion_accel.model_files.folders import check_component, check_config, check_folder
+from diffusion_accel.model_files.hub import hub_reason
+from diffusion_accel.model_files.names import HUB_ID, ModelSource, find_model, safetensors_header
 
 from .components import bounded, check_components, check_keys, check_loaded, check_lora, check_tokenizers
-from .folders import check_component, check_config, check_folder
-from .hub import hub_reason
 from .keywords import check_options
-from .models import HUB_ID, ModelSource, find_model, safetensors_header
 from .quantizers import check_quantize, foreign_config, load_quantized
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")

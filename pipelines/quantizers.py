@@ -8,8 +8,7 @@ from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, is_there, read_json
-
-from .folders import check_config
+from diffusion_accel.model_files.folders import check_config
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from .affine import fake_quantize
 from .layers import Buckets
-from .uniform import fake_quantize
 
 
 def quantizable_attention(module: nn.Module) -> bool:

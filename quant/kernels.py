@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_accel.evaluation.flops import uncounted
+from diffusion_accel.flops import uncounted
 
+from .affine import quantize
 from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simulated, lasting
-from .uniform import quantize
 
 # Weights of a layer from which on integers are faster on a CPU, measured with inputs of 2 to 2,000 rows: with products
 # in 32 bits; with those in 16 bits; in bfloat16 beside AMX, which multiplies it as well

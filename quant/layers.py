@@ -16,10 +16,10 @@ from torch import nn
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import bind_forward
 
+from .affine import dequantize, fake_quantize, half_scale
 from .packing import pack, packed_bytes, unpack
 from .sealed import REASON, sealed
 from .spec import LayerSpec
-from .uniform import dequantize, fake_quantize, half_scale
 
 
 class Buckets:

@@ -15,6 +15,7 @@ from torch import nn
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.hooks import forward_parameters
 
+from .affine import quantize, search_grid
 from .attention import QuantizedSoftmax, quantizable_attention
 from .layers import (
     Buckets,
@@ -27,7 +28,6 @@ from .layers import (
 )
 from .spec import LayerSpec, ModelSpec
 from .stored import settings_digest, tensors_digest
-from .uniform import quantize, search_grid
 
 # as safetensors names them
 _DTYPES = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.io import printable, read_json
-from diffusion_accel.pipelines.models import safetensors_header
+from diffusion_accel.model_files.names import safetensors_header
 
 from .spec import ModelSpec, shown
 

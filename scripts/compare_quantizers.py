@@ -27,19 +27,19 @@ from typing import Any
 import torch
 
 from diffusion_accel.cli.tune import embedded_prompts
-from diffusion_accel.evaluation.fidelity import psnr, ssim
-from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines.loading import load_pipeline
-from diffusion_accel.pipelines.models import EMBEDDED
 from diffusion_accel.pipelines.quantizers import load_quantized
 from diffusion_accel.pipelines.schedulers import set_scheduler
-from diffusion_accel.quant.calibration import CalibrationSet, record
-from diffusion_accel.quant.finetune import relative_error
 from diffusion_accel.quant.model import set_runtime
-from diffusion_accel.quant.process import quantize
-from diffusion_accel.quant.ranges import RangeSettings
-from diffusion_accel.quant.settings import QuantizeSettings, parse_bits
-from diffusion_accel.training.pictures import save_grid
+from diffusion_accel.quant.ptq.calibration import CalibrationSet, record
+from diffusion_accel.quant.ptq.finetune import relative_error
+from diffusion_accel.quant.ptq.ranges import RangeSettings
+from diffusion_accel.quant.ptq.run import quantize
+from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
+from diffusion_accel.training.images import save_grid
 
 SETTINGS = EMBEDDED["sticker"].settings
 OPTIONS = {k: SETTINGS[k] for k in ("guidance_scale", "height", "width")}

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.training.arguments import guarded, number
 from diffusion_accel.training.files import read_json, write_json
 
@@ -57,8 +57,9 @@ def prepare(options: argparse.Namespace) -> Any:
     """The pictures as latents with their captions and concepts."""
     import torch
     from safetensors.torch import load_file, save_file
+    from sticker import data as sticker_data
 
-    from diffusion_accel.training import datasets, models, sticker_data
+    from diffusion_accel.training import archives, datasets, models
 
     work, path = options.work / "data", options.base
     if not (work / "latents.safetensors").exists():
@@ -66,7 +67,7 @@ def prepare(options: argparse.Namespace) -> Any:
         sticker_data.cache_images(options.data, work, size)
         rows, images = sticker_data.load_rows(work), sticker_data.load_images(work)
         chosen = sticker_data.select(rows, STYLES, sticker_data.read_concepts(options.concepts))
-        vae, pictures = models.load_vae(path), sticker_data.composite(images[chosen])
+        vae, pictures = models.load_vae(path), archives.composite(images[chosen])
         with torch.no_grad():
             parts = [vae.encode(part).latent_dist.mean for part in pictures.split(32)]
         save_file({"latents": torch.cat(parts), "indices": torch.from_numpy(chosen)}, work / "latents.safetensors")
@@ -75,7 +76,7 @@ def prepare(options: argparse.Namespace) -> Any:
     if options.model == "unet":
         encoder, tokenizer = models.load_text(path)
         padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        captions = [sticker_data.caption_variants(row)[0] for row in rows]
+        captions = [archives.caption_variants(row)[0] for row in rows]
         conditions = torch.tensor(tokenizer(captions, **padding).input_ids)
         empty = torch.tensor(tokenizer([""], **padding).input_ids[0])
         return datasets.PictureExamples(rows, stored["latents"], conditions, empty), encoder.requires_grad_(False)
@@ -188,10 +189,11 @@ def measure(options: argparse.Namespace) -> None:
     """Add the distances of every run's samples to its result."""
     import torch
     from safetensors.torch import load_file
+    from sticker import data as sticker_data
 
     from diffusion_accel.evaluation.classifier import extract, load_classifier
     from diffusion_accel.evaluation.distribution import frechet_distance, retrieval
-    from diffusion_accel.training import models, sticker_data
+    from diffusion_accel.training import models
 
     work, path = options.work / "data", options.base
     vae, classifier = models.load_vae(path), load_classifier()

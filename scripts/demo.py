@@ -27,11 +27,11 @@ from rich.table import Table
 
 from diffusion_accel import AccelerationError, Reuse, accelerate
 from diffusion_accel.cli.output import check_writable, save_image
-from diffusion_accel.evaluation.compare import Comparison, compare
-from diffusion_accel.evaluation.pictures import grid
+from diffusion_accel.measure.comparison import Comparison, compare
+from diffusion_accel.measure.grids import grid
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
-from diffusion_accel.reuse.tuned import TunedPlan
+from diffusion_accel.reuse.plan_file import TunedPlan
 
 PLAN = "tuned:ddim-balanced"
 PROMPTS = [

@@ -26,10 +26,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusion_accel import AccelerationError, EncoderReuse, Feature, Reuse, accelerate
-from diffusion_accel.evaluation.fidelity import psnr, ssim
-from diffusion_accel.evaluation.flops import count_flops
+from diffusion_accel.flops import count_flops
+from diffusion_accel.measure.fidelity import psnr, ssim
 from diffusion_accel.pipelines.loading import load_pipeline
-from diffusion_accel.reuse.tuned import LEVELS
+from diffusion_accel.reuse.plan_file import LEVELS
 
 SUBJECTS = (
     "red apple, banana, strawberry, pizza, hamburger, birthday cake, cat face, dog face, tiger face, panda, penguin, "

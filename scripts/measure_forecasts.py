@@ -15,9 +15,9 @@ import torch
 
 from diffusion_accel import Reuse, accelerate
 from diffusion_accel.cli.tune import embedded_prompts
-from diffusion_accel.evaluation.fidelity import psnr
-from diffusion_accel.evaluation.sampler import Sampler
-from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines.schedulers import set_scheduler
 
 BASELINES = (("ddim", 50), ("dpm++", 20))

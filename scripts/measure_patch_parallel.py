@@ -69,7 +69,7 @@ def fidelity_worker(options: argparse.Namespace) -> None:
     import torch
 
     from diffusion_accel import PatchParallel, accelerate
-    from diffusion_accel.evaluation.fidelity import psnr
+    from diffusion_accel.measure.fidelity import psnr
 
     torch.set_num_threads(1)
     pipe = load(options)
@@ -115,7 +115,7 @@ def fidelity(options: argparse.Namespace) -> None:
             torch.save(draw(pipe, options, first), Path(folder) / f"{first}.pt")
         # the anchor beside every number: another way to spend less, one step fewer
         fewer = argparse.Namespace(**{**vars(options), "steps": options.steps - 1})
-        from diffusion_accel.evaluation.fidelity import psnr
+        from diffusion_accel.measure.fidelity import psnr
 
         anchor = []
         for first in range(0, options.count, options.batch):
@@ -140,7 +140,7 @@ def sheet(folder: Path, options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from diffusion_accel.evaluation.pictures import grid
+    from diffusion_accel.measure.grids import grid
 
     rows = []
     for name in ("0", *SHOWN):

@@ -25,12 +25,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import nn
 
 import diffusion_accel  # noqa: F401, so that diffusers loads the checkpoint
-from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import QuantizedConv2d, QuantizedLinear, quantized_layers
 from diffusion_accel.quant.model import runtime_report, set_runtime
-from diffusion_accel.quant.process import peak_memory, quantize
-from diffusion_accel.quant.ranges import RangeSettings
-from diffusion_accel.quant.settings import QuantizeSettings
+from diffusion_accel.quant.ptq.ranges import RangeSettings
+from diffusion_accel.quant.ptq.run import peak_memory, quantize
+from diffusion_accel.quant.ptq.settings import QuantizeSettings
 
 LOAD = """
 import json, sys

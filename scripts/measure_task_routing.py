@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.routing import Recipe, route
 
 

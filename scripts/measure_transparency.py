@@ -28,11 +28,11 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from diffusion_accel import LatentTransparency, accelerate
-from diffusion_accel.evaluation.compare import as_tensor
+from diffusion_accel.compositing import checkerboard, over
 from diffusion_accel.evaluation.cutouts import cutout_faults, flood_filled, thresholded
-from diffusion_accel.evaluation.fidelity import psnr
-from diffusion_accel.evaluation.pictures import checkerboard, over
 from diffusion_accel.evaluation.quality import embedded_reference
+from diffusion_accel.measure.comparison import as_tensor
+from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.registry import feature_class
@@ -68,8 +68,9 @@ def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------- parts
 @torch.no_grad()
 def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
-    from diffusion_accel.training import sticker_data as data
-    from diffusion_accel.training.transparency_tasks import rgba_of
+    from sticker import data
+    from sticker.transparency import rgba_of
+
     from diffusion_accel.transparency.attachment import load
     from diffusion_accel.transparency.codec import decode_rgba, encode_rgba, refine_latents
     from diffusion_accel.transparency.rgba import checkerboard as fields
@@ -188,7 +189,7 @@ def cutouts(options: argparse.Namespace) -> dict[str, Any]:
 
 def real_share(options: argparse.Namespace) -> dict[str, Any] | None:
     """The same of the real stickers that the model was trained on, where the picture cache is."""
-    from diffusion_accel.training import sticker_data as data
+    from sticker import data
 
     if not (options.work / "images.npy").is_file():
         return None
@@ -266,7 +267,7 @@ def with_alpha(image: Image.Image, alpha: np.ndarray) -> Image.Image:
 
 def sheet(ours: list[Any], flooded: list[Any], plain: list[Any], path: Path, label: str) -> None:
     """Rows: plain; ours on black, white and checkerboard; the best flood fill on black."""
-    from diffusion_accel.evaluation.pictures import grid
+    from diffusion_accel.measure.grids import grid
 
     chosen = range(0, 48, 5)
     rows = [

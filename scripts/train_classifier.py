@@ -36,10 +36,11 @@ TUNED |= {"ema": 0.998, "grid_every": 0, "eval_every": 250}
 def run(options: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
+    from sticker import data as sticker_data
+    from sticker.classifier import ClassifierTask
 
     from diffusion_accel.evaluation.classifier import save_classifier
-    from diffusion_accel.training import sticker_data
-    from diffusion_accel.training.classifier_task import ClassifierTask
+    from diffusion_accel.training import archives
     from diffusion_accel.training.loop import train
     from diffusion_accel.training.state import load_average
 
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     known = {
         "concepts": reference.concepts,
         "styles": reference.styles,
-        "captions": [sticker_data.caption_variants(row)[0] for row in rows],
+        "captions": [archives.caption_variants(row)[0] for row in rows],
         "splits": [row["split"] if row["slug"] in drawn else "" for row in rows],
     }
     (options.out / "reference.json").write_text(json.dumps(known) + "\n", encoding="utf-8")

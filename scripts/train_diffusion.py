@@ -95,7 +95,7 @@ def check_clusters(count: int, settings: Any, processes: int) -> None:
 
 def folder_of(path: Path) -> Path:
     """`path`, or the folder of the embedded model that it names."""
-    from diffusion_accel.pipelines.models import EMBEDDED
+    from diffusion_accel.model_files.names import EMBEDDED
 
     return EMBEDDED[str(path)].path if str(path) in EMBEDDED and not path.exists() else path
 
@@ -193,10 +193,11 @@ def prepared(work: Path) -> dict[str, Any]:
 
 def text_parts(options: argparse.Namespace, work: Path) -> tuple[Any, Any]:
     """The text encoder and tokenizer of --text, or new ones for the captions of the data."""
+    from sticker.data import train_tokenizer
+    from sticker.models import Shape, build_text_encoder
+
     from diffusion_accel.training import models
     from diffusion_accel.training.files import read_json_lines
-    from diffusion_accel.training.sticker_data import train_tokenizer
-    from diffusion_accel.training.sticker_models import Shape, build_text_encoder
 
     if options.text is not None:
         return models.load_text(folder_of(options.text))

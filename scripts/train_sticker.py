@@ -50,9 +50,9 @@ from diffusion_accel.training.files import UsageError, write_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from sticker.models import Shape
 
     from diffusion_accel.training.loop import Task
-    from diffusion_accel.training.sticker_models import Shape
 
 CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts.txt"
 STYLES = "noto,flat,3d,twemoji"
@@ -72,7 +72,7 @@ Stage = Callable[[argparse.Namespace], None]
 
 # ------------------------------------------------------------------------------------------- stages on one process
 def shape_of(options: argparse.Namespace) -> Shape:
-    from diffusion_accel.training.sticker_models import Shape
+    from sticker.models import Shape
 
     shape = Shape() if options.shape is None else Shape.load(options.shape)
     if shape.size % 8:
@@ -81,7 +81,7 @@ def shape_of(options: argparse.Namespace) -> Shape:
 
 
 def run_cache(options: argparse.Namespace) -> None:
-    from diffusion_accel.training.sticker_data import cache_images
+    from sticker.data import cache_images
 
     shape = shape_of(options)
     cached = cache_images(options.data, options.work, shape.size)
@@ -90,12 +90,14 @@ def run_cache(options: argparse.Namespace) -> None:
 
 
 def run_tokenizer(options: argparse.Namespace) -> None:
-    from diffusion_accel.training import sticker_data
-    from diffusion_accel.training.sticker_models import Shape
+    from sticker import data as sticker_data
+    from sticker.models import Shape
+
+    from diffusion_accel.training import archives
 
     shape = Shape.of_work(options.work)
     tokenizer = sticker_data.build_tokenizer(options.work, shape.vocabulary, shape.max_length)
-    captions = [sticker_data.caption_variants(row)[0] for row in sticker_data.load_rows(options.work) if row["core"]]
+    captions = [archives.caption_variants(row)[0] for row in sticker_data.load_rows(options.work) if row["core"]]
     lengths = [len(ids) for ids in tokenizer(captions).input_ids]
     report("tokenizer", vocabulary=len(tokenizer), longest=max(lengths), mean=sum(lengths) / len(lengths))
 
@@ -104,18 +106,19 @@ def run_latents(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
     from safetensors.torch import save_file
+    from sticker import data as sticker_data
+    from sticker.latents import encode_images, fit_codec
+    from sticker.models import Shape
 
-    from diffusion_accel.training import sticker_data
+    from diffusion_accel.training import archives
     from diffusion_accel.training.files import replacing
-    from diffusion_accel.training.latents import encode_images, fit_codec
-    from diffusion_accel.training.sticker_models import Shape
 
     shape, rows = Shape.of_work(options.work), sticker_data.load_rows(options.work)
     images = sticker_data.load_images(options.work)
     chosen = sticker_data.select(rows, options.styles.split(","), sticker_data.read_concepts(options.concepts))
     fitted = sticker_data.of_split(rows, "train", [i for i, row in enumerate(rows) if row["core"]])
     fitted = np.sort(np.random.default_rng(0).permutation(fitted)[:1500])
-    codec = fit_codec(sticker_data.composite(images[fitted]), shape.latent_channels)
+    codec = fit_codec(archives.composite(images[fitted]), shape.latent_channels)
     codec.save(options.work / "codec.safetensors")
     heldout = len(sticker_data.of_split(rows, "heldout", chosen))
     around = np.array([], int)
@@ -133,15 +136,16 @@ def run_latents(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    from diffusion_accel.training.sticker_export import export
+    from sticker.export import export
 
     replace = options.overwrite or options.stage == "all"
     report("export", out=str(options.out), **export(options.work, options.out, replace))
 
 
 def run_grid(options: argparse.Namespace) -> None:
-    from diffusion_accel.training.pictures import save_grid
-    from diffusion_accel.training.sticker_export import generate, load_pipeline
+    from sticker.export import generate, load_pipeline
+
+    from diffusion_accel.training.images import save_grid
 
     styles = options.styles.split(",")
     if options.every:
@@ -156,9 +160,10 @@ def run_grid(options: argparse.Namespace) -> None:
 
 def run_every(options: argparse.Namespace, styles: list[str]) -> None:
     """Every concept of the list, a WebP file a style."""
-    from diffusion_accel.training import sticker_data
-    from diffusion_accel.training.pictures import save_grid
-    from diffusion_accel.training.sticker_export import generate, load_pipeline
+    from sticker import data as sticker_data
+    from sticker.export import generate, load_pipeline
+
+    from diffusion_accel.training.images import save_grid
 
     names = {row["slug"]: row["name"] for row in sticker_data.load_rows(options.work)}
     concepts = [names[slug] for slug in sticker_data.read_concepts(options.concepts)]
@@ -172,10 +177,10 @@ def run_every(options: argparse.Namespace, styles: list[str]) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     import torch
+    from sticker import data as sticker_data
+    from sticker.export import evaluate, load_pipeline
 
-    from diffusion_accel.training import sticker_data
-    from diffusion_accel.training.pictures import save_grid
-    from diffusion_accel.training.sticker_export import evaluate, load_pipeline
+    from diffusion_accel.training.images import save_grid
 
     rows, styles = sticker_data.load_rows(options.work), options.styles.split(",")
     chosen = sticker_data.select(rows, styles, sticker_data.read_concepts(options.concepts))
@@ -196,26 +201,26 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------- trained stages
 def decoder_task(options: argparse.Namespace) -> Task:
-    from diffusion_accel.training.sticker_tasks import DecoderTask
+    from sticker.tasks import DecoderTask
 
     return DecoderTask(options.work, crop=options.crop, noise=options.latent_noise)
 
 
 def text_task(options: argparse.Namespace) -> Task:
-    from diffusion_accel.training.sticker_tasks import TextTask
+    from sticker.tasks import TextTask
 
     return TextTask(options.work)
 
 
 def unet_task(options: argparse.Namespace, finishing: bool = False) -> Task:
     import torch
+    from sticker.data import load_tokenizer
+    from sticker.models import build_text_encoder, build_unet
+    from sticker.tasks import Captioned, TextTask
 
     from diffusion_accel.training.denoising import Process
     from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask
     from diffusion_accel.training.state import load_average
-    from diffusion_accel.training.sticker_data import load_tokenizer
-    from diffusion_accel.training.sticker_models import build_text_encoder, build_unet
-    from diffusion_accel.training.sticker_tasks import Captioned, TextTask
 
     captioned = Captioned.load(options.work)
     torch.manual_seed(0)

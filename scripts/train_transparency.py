@@ -62,36 +62,38 @@ def load_base(options: argparse.Namespace) -> Any:
 
 
 def encoder_task(options: argparse.Namespace) -> Task:
-    from diffusion_accel.training.transparency_tasks import EncoderTask
+    from sticker.transparency import EncoderTask
 
     return EncoderTask(options.work, load_base(options).vae, options.start)
 
 
 def decoder_task(options: argparse.Namespace) -> Task:
-    from diffusion_accel.training.transparency_tasks import DecoderTask
+    from sticker.transparency import DecoderTask
 
     return DecoderTask(options.work, load_base(options).vae, options.start)
 
 
 def joint_task(options: argparse.Namespace) -> Task:
-    from diffusion_accel.training.transparency_tasks import JointTask
+    from sticker.transparency import JointTask
 
     return JointTask(options.work, load_base(options).vae, options.start)
 
 
 def unet_task(options: argparse.Namespace) -> Task:
+    from sticker.transparency import unet_task
+
     from diffusion_accel.training.denoising import Process
     from diffusion_accel.training.diffusion_task import Objective
     from diffusion_accel.training.noise import NoiseChoice
-    from diffusion_accel.training.transparency_tasks import unet_task
 
     objective = Objective(process=Process(), noise=NoiseChoice("knn", 4), uniform=0.4)
     return unet_task(options.work, load_base(options), options.rank, objective, options.start)
 
 
 def refine_task(options: argparse.Namespace) -> Task:
+    from sticker.transparency import RefineTask, trained_denoiser
+
     from diffusion_accel.training.denoising import Process
-    from diffusion_accel.training.transparency_tasks import RefineTask, trained_denoiser
 
     base = load_base(options)
     denoiser = trained_denoiser(options.work, base, options.rank)
@@ -123,9 +125,9 @@ def run_training(stage: str, options: argparse.Namespace, accelerator: Accelerat
 
 def run_latents(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
+    from sticker.transparency import adjusted_latents
 
     from diffusion_accel.training.files import replacing
-    from diffusion_accel.training.transparency_tasks import adjusted_latents
 
     latents = adjusted_latents(options.work, load_base(options).vae, options.start)
     with replacing(options.work / "transparency" / "latents.safetensors") as temporary:
@@ -134,7 +136,7 @@ def run_latents(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    from diffusion_accel.training.transparency_tasks import export_transparency
+    from sticker.transparency import export_transparency
 
     base = load_base(options)
     facts = export_transparency(options.work, base, options.out, options.rank, options.overwrite, options.start)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from zoo import sd, seeded
 
+from diffusion_accel.transparency.attention_sharing import attention_layers
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
-from diffusion_accel.transparency.sharing import attention_layers
 from diffusion_accel.transparency.weights import ADAPTER
 
 # names and shapes of the published weights

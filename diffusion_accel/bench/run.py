@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.fidelity import psnr, ssim
+from ..measure.fidelity import psnr, ssim
 from ..pipelines.sizes import far_from_trained
 from .entries import Entry
 from .runner import Isolated, Job, Runner

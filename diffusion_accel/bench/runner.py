@@ -60,9 +60,9 @@ class Runner:
         import torch
         import transformers
 
-        from ..evaluation.sampler import Sampler
+        from ..measure.sampler import Sampler
+        from ..model_files.names import find_model
         from ..pipelines.loading import load_pipeline
-        from ..pipelines.models import find_model
         from ..pipelines.schedulers import set_scheduler
 
         for library in (diffusers, transformers):
@@ -140,7 +140,7 @@ class Runner:
 
     def facts(self, entry: Entry) -> dict[str, float]:
         """FLOPs of one picture's call, and the peak memory in MiB while it runs (None where it cannot be measured)."""
-        from ..evaluation.flops import count_flops
+        from ..flops import count_flops
 
         with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
             with count_flops() as count:

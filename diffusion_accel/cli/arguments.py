@@ -8,7 +8,7 @@ import typer
 
 from ..errors import ConfigurationError
 from ..io import shown
-from ..pipelines.models import EMBEDDED
+from ..model_files.names import EMBEDDED
 from .settings import DTYPES, LIMITS, Bounds, Settings, at_least
 
 # numbers that only some commands have; those of `settings.LIMITS` are in every one of them

@@ -101,7 +101,7 @@ def bench(
 
     from ..bench import report, run
     from ..bench.runner import Job
-    from .run import check_machine
+    from .session import check_machine
 
     options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
     job = Job(

@@ -75,7 +75,7 @@ def evaluate(
     settings, source = merge({**given, **features}, {})
     check_features(settings)
 
-    from .run import Session, check_machine
+    from .session import Session, check_machine
 
     session = Session(settings, source, check_machine(settings), quiet=True)
     result = measure(session, settings, data, count, batch, grid, quiet)
@@ -128,7 +128,7 @@ def measure(
     if pictures is not None and (reason := quality.not_measurable(session.pipe)):
         result["no_loss"] = reason
     if grid is not None:
-        from ..training.pictures import save_grid
+        from ..training.images import save_grid
 
         save_grid(torch.cat(shown), min(12, sum(map(len, shown))), Path(grid))
     return result

@@ -200,7 +200,7 @@ def generate(
 
     if starts:  # they check the rest: this one need not import torch
         return processes.start(settings)
-    from .run import Session, check_machine, check_takes
+    from .session import Session, check_machine, check_takes
 
     check_takes(source, classes or [])
     device_name = check_machine(settings)

@@ -7,7 +7,7 @@ import json
 
 import typer
 
-from ..pipelines.models import EMBEDDED
+from ..model_files.names import EMBEDDED
 from .arguments import AsJson, Debug
 from .terminal import say
 

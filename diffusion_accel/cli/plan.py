@@ -15,7 +15,7 @@ from .terminal import console, say
 
 if TYPE_CHECKING:
     from ..parallel.patch_parallel import PatchParallel
-    from ..parallel.planning import Link, Machine, Prediction
+    from ..parallel.planner.simulate import Link, Machine, Prediction
 
 HERE = "here"
 SIDE = at_least(8, 32_768)
@@ -73,10 +73,10 @@ def plan(
     speed, wire = _machine(machine), _link(link)
     import torch
 
-    from ..parallel.planning import predict
-    from ..parallel.recording import record_busiest
-    from ..parallel.weightless import ARCHITECTURES, make_subject
-    from ..pipelines.models import find_model
+    from ..model_files.names import find_model
+    from ..parallel.planner.architectures import ARCHITECTURES, make_subject
+    from ..parallel.planner.recording import record_busiest
+    from ..parallel.planner.simulate import predict
 
     measured = machine == HERE
     if measured:
@@ -110,7 +110,7 @@ def _counts(devices: str) -> list[int]:
 
 
 def _machine(name: str) -> Machine:
-    from ..parallel.planning import MACHINES
+    from ..parallel.planner.simulate import MACHINES
 
     if name not in MACHINES and name != HERE:
         raise ConfigurationError(f"--machine {name} is not known; use {', '.join(MACHINES)} or {HERE}")
@@ -118,12 +118,12 @@ def _machine(name: str) -> Machine:
 
 
 def _link(text: str) -> Link:
-    from ..parallel.planning import LINKS, Link
+    from ..parallel.planner.simulate import LINKS, Link
 
     if text in LINKS:
         return LINKS[text]
     if text == HERE:
-        from ..parallel.link import measure_link
+        from ..parallel.planner.measure_link import measure_link
 
         return measure_link()
     bandwidth, _, latency = text.partition(":")

@@ -121,7 +121,7 @@ def quantize(
     Writes a pipeline folder that `generate --model DIR` and diffusers' from_pretrained load, with report.html in it. An
     interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work.
     """
-    from ..quant.settings import QuantizeSettings, parse_bits
+    from ..quant.ptq.settings import QuantizeSettings, parse_bits
 
     for name, value, allowed in (
         ("finetune", finetune, ("quest", "none")),
@@ -177,8 +177,8 @@ def quantize(
     else:
         texts = embedded_prompts(count) if source.kind == "embedded" else []
 
-    from ..quant.command import run
-    from .run import Session, check_machine
+    from ..quant.ptq.export import run
+    from .session import Session, check_machine
 
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
     if not texts:
@@ -212,7 +212,7 @@ def _clock(seconds: float) -> str:
 
 
 def rounding_settings(iterations: int | None) -> Any:
-    from ..quant.reconstruct import RoundingSettings
+    from ..quant.ptq.reconstruct import RoundingSettings
 
     return RoundingSettings() if iterations is None else RoundingSettings(iterations=iterations)
 
@@ -220,7 +220,7 @@ def rounding_settings(iterations: int | None) -> Any:
 def finetune_settings(
     rate: float | None, scale_rate: float | None, epochs: int | None, time_epochs: int | None, layer_loss: bool | None
 ) -> Any:
-    from ..quant.finetune import FinetuneSettings
+    from ..quant.ptq.finetune import FinetuneSettings
 
     given: dict[str, Any] = {"rate": rate, "scale_rate": scale_rate, "epochs": epochs, "layer_loss": layer_loss}
     if time_epochs is not None:  # the later ones in proportion

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigurationError, ModelLoadError
 from ..feature import Feature
 from ..io import first_line, is_there, parse_json, read_json, read_text, read_toml, shown, split_lines
-from ..pipelines.models import ModelSource, check_weights, find_model
+from ..model_files.names import ModelSource, check_weights, find_model
 from ..pipelines.quantizers import check_quantize
 from ..pipelines.schedulers import check_scheduler
 from ..registry import FEATURES

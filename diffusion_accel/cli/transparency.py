@@ -56,14 +56,14 @@ def as_written(image: Image.Image, settings: Settings) -> Image.Image:
     """The image as its file holds it."""
     if not settings.premultiplied or image.mode != "RGBA":
         return image
-    from ..evaluation.pictures import premultiplied
+    from ..compositing import premultiplied
 
     return premultiplied(image)
 
 
 def save_previews(path: Path, layers: dict[str, Image.Image], settings: Settings) -> list[tuple[Path, str]]:
     """Write what `extra_paths` names besides layers; returns the files, each with what it shows."""
-    from ..evaluation.pictures import over
+    from ..compositing import over
     from .output import save_image
 
     written = []
@@ -82,14 +82,14 @@ def save_previews(path: Path, layers: dict[str, Image.Image], settings: Settings
 
 
 def _over(image: Image.Image, background: str) -> Image.Image:
-    from ..evaluation.pictures import checkerboard, over
+    from ..compositing import checkerboard, over
 
     return over(image, parse_background(background) or checkerboard(image.size))
 
 
 def _recomposition(layers: dict[str, Image.Image]) -> float:
+    from ..transparency.images import rgba_tensor
     from ..transparency.layers import recomposition_error
-    from ..transparency.pictures import rgba_tensor
 
     tensors = [rgba_tensor(layers[name]) for name in ("bg", "fg", "blend")]
     below, above, blend = (t for t in tensors if t is not None)
@@ -177,7 +177,7 @@ def cutout(
     import diffusers
     import transformers
 
-    from ..evaluation.pictures import premultiplied as multiplied
+    from ..compositing import premultiplied as multiplied
     from ..pipelines.loading import load_pipeline
 
     for library in (diffusers, transformers):
@@ -196,10 +196,10 @@ def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Im
     import torch.nn.functional as F
 
     from ..errors import UnsupportedPipelineError
-    from ..evaluation.fidelity import psnr
+    from ..measure.fidelity import psnr
     from ..transparency.attachment import load
     from ..transparency.codec import decode_rgba, encode_rgba, refine_latents
-    from ..transparency.pictures import rgba_tensor, to_pil
+    from ..transparency.images import rgba_tensor, to_pil
 
     reason = feature.supports(pipe)
     if reason:

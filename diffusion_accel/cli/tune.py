@@ -14,18 +14,8 @@ from ..conditioning import PROMPT, condition_of, usual_texts
 from ..errors import ConfigurationError
 from ..io import printable
 from ..pipelines.schedulers import check_scheduler
-from ..reuse.search_state import read_search
-from .arguments import (
-    BATCH,
-    SECONDS,
-    AsJson,
-    Debug,
-    Model,
-    Quiet,
-    check_range,
-    number,
-    recommended,
-)
+from ..tuning.state import read_search
+from .arguments import BATCH, SECONDS, AsJson, Debug, Model, Quiet, check_range, number, recommended
 from .output import check_free, output_path
 from .settings import DTYPES, LIMITS, at_least, merge, read_jobs
 from .terminal import say
@@ -133,9 +123,9 @@ def tune(
         for file in search_files(state):
             read_search(file)
 
-    from ..reuse.tune import Target
-    from ..reuse.tune import tune as search
-    from .run import Session, check_machine
+    from ..tuning.tuner import Target
+    from ..tuning.tuner import tune as search
+    from .session import Session, check_machine
 
     Target(speedup, min_psnr)
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)

@@ -72,21 +72,21 @@ def reference_of(data: Path, classifier: StickerClassifier) -> tuple[Asked, Feat
 
     A sticker data set keeps its concepts and styles; elsewhere a caption is its own concept.
     """
-    from ..training import datasets, sticker_data
+    from ..training import archives, datasets
     from ..training.files import read_json_lines
 
     listed = data / "captions.jsonl"
     if listed.is_file() and all(key in (read_json_lines(listed) or [{}])[0] for key in ("slug", "style", "split")):
-        rows = [row for row in sticker_data.read_rows(data) if row["core"] and row["style"] in STICKER_STYLES]
+        rows = [row for row in archives.read_rows(data) if row["core"] and row["style"] in STICKER_STYLES]
         cache: dict[int, Any] = {}
 
         def pictures(indices: list[int]) -> Any:
             missing = [i for i in indices if i not in cache]
-            images = sticker_data.read_images(data, [rows[i] for i in missing], classifier.size)
-            cache.update(zip(missing, sticker_data.composite(images), strict=True))
+            images = archives.read_images(data, [rows[i] for i in missing], classifier.size)
+            cache.update(zip(missing, archives.composite(images), strict=True))
             return torch.stack([cache[i] for i in indices])
 
-        captions = [sticker_data.caption_variants(row)[0] for row in rows]
+        captions = [archives.caption_variants(row)[0] for row in rows]
         names, styles = [row["slug"] for row in rows], [row["style"] for row in rows]
     else:
         kind, found = datasets.find_rows(data)

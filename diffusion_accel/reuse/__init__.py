@@ -2,7 +2,7 @@
 
 from .encoder_reuse import EncoderReuse
 from .plan import Plan, Step
+from .plan_file import TunedPlan
 from .reuse import Reuse
-from .tuned import TunedPlan
 
 __all__ = ["EncoderReuse", "Plan", "Reuse", "Step", "TunedPlan"]

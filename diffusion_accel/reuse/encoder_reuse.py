@@ -64,7 +64,7 @@ class EncoderReuse(Feature):
 
     def supports(self, pipeline: Any) -> str | None:
         from ..denoisers import find_denoiser, not_a_unet, reads_every_step
-        from ..families import not_followed
+        from ..denoisers.families import not_followed
         from .prior_noise import not_injectable
 
         denoiser = find_denoiser(pipeline)

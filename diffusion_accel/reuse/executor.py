@@ -25,8 +25,8 @@ from ..denoisers import (
     rows_are_independent,
     with_prediction,
 )
+from ..denoisers.families import Branches, family_of, guided, no_branches, time_argument
 from ..errors import ConfigurationError
-from ..families import Branches, family_of, guided, no_branches, time_argument
 from ..hooks import HookSet, as_given, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
 from ..prediction import Conversion
 from ..steps import StepClock

@@ -12,8 +12,8 @@ from ..io import printable
 from .attachment import RunAttachment
 from .cache_settings import CACHES, CacheSettings
 from .plan import FULL, Plan, Preset, looks_like_a_preset, with_guidance
+from .plan_file import TunedPlan, is_tuned
 from .schedule import MORE_TIMESTEPS
-from .tuned import TunedPlan, is_tuned
 
 if TYPE_CHECKING:
     from ..steps import StepClock
@@ -43,7 +43,7 @@ class Reuse(Feature):
 
     Attributes:
         plan: a preset by name, a tuned plan's file, or the steps themselves behind "steps:"; see
-            `diffusion_accel.reuse.plan.Preset.parse` and `diffusion_accel.reuse.tuned.TunedPlan`. On transformers
+            `diffusion_accel.reuse.plan.Preset.parse` and `diffusion_accel.reuse.plan_file.TunedPlan`. On transformers
             that have diffusers' own caches also one of those: first-block:threshold, taylorseer:interval,order,
             mag:threshold,skips, pab:range, faster-cache:range,unconditional range.
         guidance: "both" branches at every step; "reuse:n": the unconditional one at every n-th step, its difference
@@ -89,7 +89,7 @@ class Reuse(Feature):
 
     def supports(self, pipeline: Any) -> str | None:
         from ..denoisers import find_denoisers, reads_every_step
-        from ..families import no_branches, not_followed
+        from ..denoisers.families import no_branches, not_followed
         from ..noise_level import unknown_noise_levels
         from .needs import unmet_need
 

@@ -14,10 +14,10 @@ from ..routing.hooks import CONFIG_KEY, Recipe, route
 from .clusters import Interval, draw_clustered
 from .denoising import TIMESTEPS, Process, draw_timesteps
 from .files import UsageError
+from .images import save_grid
 from .loop import Batch
 from .multitask import Weighting, weighting
 from .noise import NoiseChoice
-from .pictures import save_grid
 from .sampling import sample
 
 PREVIEWS = 24  # pictures in a preview

@@ -111,7 +111,7 @@ def load_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
     Raises:
         TrainingError: it is broken, or lacks one.
     """
-    from ..tensors import check_values, read_tensors
+    from ..model_files.tensors import check_values, read_tensors
 
     found = read_tensors(path, error=TrainingError)
     missing = [name for name in names if name not in found]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..io import first_line, printable, writing
-from ..tensors import check_values, file_digest, read_tensors
+from ..model_files.tensors import check_values, file_digest, read_tensors
 from .files import TrainingError, read_json, replacing, require, write_json
 
 STATE = "state.json"

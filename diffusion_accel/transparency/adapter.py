@@ -17,7 +17,7 @@ from ..denoisers import getattr_path
 from ..errors import ConfigurationError, ModelLoadError
 from ..hooks import HookSet
 from ..io import printable
-from .keys import from_ldm
+from .ldm_keys import from_ldm
 
 _LOW_RANK = {  # suffix of a file's key -> (which factor, what follows the module's name)
     ".lora_A.weight": "down",

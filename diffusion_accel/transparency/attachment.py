@@ -14,14 +14,14 @@ from ..denoisers import find_denoiser
 from ..errors import AccelerationError, ConfigurationError, ModelLoadError, UnsupportedPipelineError
 from ..feature import Attachment
 from .adapter import Adapter, check_changes, read_changes
+from .attention_sharing import Sharing, is_sharing
 from .codec import decode_rgba, offset_of, refine_latents
 from .conditions import Concatenated, Until, condition_latents, open_layer
 from .fit import check_pipeline, read_by_vae
+from .images import Given, given, overlaid, rgba_tensor, size_of, to_type
 from .latent_transparency import CONDITIONS, LAYERS
 from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
-from .pictures import Given, given, overlaid, rgba_tensor, size_of, to_type
 from .rgba import on_grey, resized, straight
-from .sharing import Sharing, is_sharing
 from .weights import check_digests, find_parts, load_part, read_tensors
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 
 from ..images import open_image
-from .pictures import rgba_tensor
+from .images import rgba_tensor
 from .rgba import on_grey, resized
 
 if TYPE_CHECKING:

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from .. import io, tensors
+from .. import io
 from ..denoisers import find_denoiser
 from ..errors import ModelLoadError
 from ..io import at_home
-from ..pipelines.hub import hub_reason
-from ..pipelines.models import EMBEDDED, safetensors_header
-from ..pipelines.models import TRANSPARENCY as FOLDER
-from .sharing import is_sharing
+from ..model_files import tensors
+from ..model_files.hub import hub_reason
+from ..model_files.names import EMBEDDED, safetensors_header
+from ..model_files.names import TRANSPARENCY as FOLDER
+from .attention_sharing import is_sharing
 
 ADAPTER = "adapter.safetensors"
 DIGESTS = "digests.json"

@@ -11,7 +11,7 @@ import pytest
 from command import call
 from PIL import Image
 
-from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.routing import Recipe
 
 FEW = ["--count", "4", "--steps", "2", "--quiet"]

@@ -23,7 +23,7 @@ FEW = ["--steps", "3", "--seed", "1"]
 @pytest.fixture(scope="module", autouse=True)
 def one_loaded_model() -> Any:
     """Load the embedded model once a task; each command gets a pipeline of its own around it."""
-    import diffusion_accel.cli.run as run
+    import diffusion_accel.cli.session as run
     from diffusion_accel.pipelines.loading import load_pipeline
 
     patch = pytest.MonkeyPatch()

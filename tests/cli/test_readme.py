@@ -14,8 +14,8 @@ from command import call
 from PIL import Image
 
 from diffusion_accel.errors import ModelLoadError
-from diffusion_accel.pipelines.models import EMBEDDED
-from diffusion_accel.reuse.tuned import TunedPlan
+from diffusion_accel.model_files.names import EMBEDDED
+from diffusion_accel.reuse.plan_file import TunedPlan
 
 README = Path(__file__).parents[2] / "README.md"
 STICKER = str(EMBEDDED["sticker"].path)
@@ -85,7 +85,7 @@ def test_the_commands_are_understood(
             continue  # tests/parallel/test_planning.py
         if number == 0:
             assert call(capsys, name, *words, *cheap[name])[0] == 0 and Path("apple.png").is_file()
-            monkeypatch.setattr("diffusion_accel.cli.run.load_pipeline", load)
+            monkeypatch.setattr("diffusion_accel.cli.session.load_pipeline", load)
             monkeypatch.setattr("diffusion_accel.pipelines.loading.load_pipeline", load)
             monkeypatch.setattr("diffusion_accel.cli.processes.start", load)
             continue

@@ -21,7 +21,7 @@ from diffusion_accel.cli.settings import merge, read_config, read_jobs, split_lo
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model fails the test."""
-    import diffusion_accel.cli.run as run
+    import diffusion_accel.cli.session as run
 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")

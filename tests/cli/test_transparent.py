@@ -11,7 +11,7 @@ from command import call
 from PIL import Image
 from transparency_weights import sharing_tensors
 
-from diffusion_accel.evaluation.pictures import checkerboard, over
+from diffusion_accel.compositing import checkerboard, over
 
 PROMPT = "red apple, 3d style"
 FEW = ["--steps", "3", "--seed", "1"]
@@ -144,7 +144,7 @@ def test_layers_that_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFi
     from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
 
-    from diffusion_accel.pipelines.models import EMBEDDED
+    from diffusion_accel.model_files.names import EMBEDDED
     from diffusion_accel.transparency.weights import write_digests
 
     folder = tmp_path / "weights"

@@ -364,9 +364,9 @@ def test_what_saving_and_converting_lose_is_said(tmp_path: Any, caplog: Any) -> 
 
 
 def test_what_measures_a_pipeline_leaves_its_switches() -> None:
-    from diffusion_accel.evaluation.compare import compare
-    from diffusion_accel.reuse.calibration import reusing
+    from diffusion_accel.measure.comparison import compare
     from diffusion_accel.reuse.plan import Plan
+    from diffusion_accel.tuning.measure import reusing
 
     pipe, _ = sd()
     accelerate(pipe, Reuse(plan="hold:3"))

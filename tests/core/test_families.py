@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from zoo import ddim, rand, run, sd
 
 from diffusion_accel import Reuse, UnsupportedPipelineError, accelerate
-from diffusion_accel.families import _BY_NAME, UNITS, UNKNOWN, Family, family_of
+from diffusion_accel.denoisers.families import _BY_NAME, UNITS, UNKNOWN, Family, family_of
 from diffusion_accel.noise_level import noise_levels, share_of, unknown_noise_levels
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.steps import StepClock

@@ -10,8 +10,8 @@ from PIL import Image
 from zoo import sd
 
 from diffusion_accel import ConfigurationError, EncoderReuse, accelerate
-from diffusion_accel.evaluation.compare import as_tensor, compare
-from diffusion_accel.evaluation.pictures import difference, grid
+from diffusion_accel.measure.comparison import as_tensor, compare
+from diffusion_accel.measure.grids import difference, grid
 
 
 def drawing(pipe: Any, call: dict[str, Any]) -> Any:

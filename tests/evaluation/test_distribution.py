@@ -81,7 +81,7 @@ def test_the_classifier_that_ships_knows_degraded_pictures() -> None:
     """Calibration at small scale: noise and blur move the features further than a small shift does."""
     from diffusers import AutoencoderKL
 
-    from diffusion_accel.pipelines.models import EMBEDDED
+    from diffusion_accel.model_files.names import EMBEDDED
 
     model = classifier.load_classifier()
     asked, real = quality.embedded_reference()

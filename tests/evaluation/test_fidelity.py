@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from diffusion_accel import ConfigurationError
-from diffusion_accel.evaluation.fidelity import psnr, ssim
+from diffusion_accel.measure.fidelity import psnr, ssim
 
 
 def pictures(seed: int, n: int = 3, size: tuple[int, int] = (24, 31)) -> torch.Tensor:

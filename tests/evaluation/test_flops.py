@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from diffusion_accel.evaluation.flops import count_flops
+from diffusion_accel.flops import count_flops
 
 
 def test_linear_convolution_and_attention_by_hand() -> None:

@@ -29,12 +29,12 @@ from diffusion_accel.cli.inspect import inspect
 from diffusion_accel.cli.metadata import metadata
 from diffusion_accel.cli.output import read_metadata, save_image
 from diffusion_accel.cli.settings import merge, read_config, read_jobs
-from diffusion_accel.evaluation.sampler import Sampler
 from diffusion_accel.finite import finite
+from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.pipelines.loading import load_controlnet, load_lora, load_pipeline
 from diffusion_accel.pipelines.quantizers import check_quantize, load_quantized
-from diffusion_accel.quant.process import quantize
-from diffusion_accel.quant.settings import QuantizeSettings
+from diffusion_accel.quant.ptq.run import quantize
+from diffusion_accel.quant.ptq.settings import QuantizeSettings
 from diffusion_accel.reuse import Reuse
 from diffusion_accel.training.state import load_average, load_state, read_counters, save_state
 from diffusion_accel.transparency.latent_transparency import LatentTransparency
@@ -141,7 +141,7 @@ def _sd() -> tuple[Any, dict[str, Any]]:
 
 def make_plan(folder: Path) -> None:
     from diffusion_accel.reuse.plan import Plan
-    from diffusion_accel.reuse.tuned import TunedPlan, conditions
+    from diffusion_accel.reuse.plan_file import TunedPlan, conditions
 
     pipe, _ = _sd()
     plan = Plan.parse("full hold:sample@1 full shallow:1 full/none hold=1.5,-0.5/reuse".split())

@@ -15,7 +15,7 @@ from diffusion_accel.denoisers import spatial_attentions
 from diffusion_accel.hooks import HookSet
 from diffusion_accel.parallel.communicator import Communicator
 from diffusion_accel.parallel.group import join
-from diffusion_accel.parallel.models import DenoiserHook, install_layers
+from diffusion_accel.parallel.model_hooks import DenoiserHook, install_layers
 from diffusion_accel.parallel.run import PatchRun
 
 

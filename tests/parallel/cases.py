@@ -23,10 +23,10 @@ from diffusion_accel.hooks import map_tensors
 from diffusion_accel.parallel import PatchParallel
 from diffusion_accel.parallel.geometry import Level, Split, Window
 from diffusion_accel.parallel.group import DisagreementError, PeerError, World
-from diffusion_accel.parallel.recording import Sent, Subject, record
-from diffusion_accel.quant.draft import Draft
+from diffusion_accel.parallel.planner.recording import Sent, Subject, record
 from diffusion_accel.quant.kernels import make_runtime
 from diffusion_accel.quant.layers import Buckets
+from diffusion_accel.quant.ptq.trainable_layer import Draft
 from diffusion_accel.quant.spec import LayerSpec
 
 STEPS = 4

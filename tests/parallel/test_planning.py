@@ -13,11 +13,12 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_accel.evaluation.flops import count_flops
+from diffusion_accel.flops import count_flops
+from diffusion_accel.model_files.names import find_model
 from diffusion_accel.parallel import PatchParallel
 from diffusion_accel.parallel.group import World
-from diffusion_accel.parallel.planning import LINKS, Link, Machine, predict, simulate
-from diffusion_accel.parallel.recording import (
+from diffusion_accel.parallel.planner.architectures import ARCHITECTURES, make_models, make_subject
+from diffusion_accel.parallel.planner.recording import (
     Event,
     Operation,
     Recording,
@@ -27,8 +28,7 @@ from diffusion_accel.parallel.recording import (
     record,
     record_busiest,
 )
-from diffusion_accel.parallel.weightless import ARCHITECTURES, make_models, make_subject
-from diffusion_accel.pipelines.models import find_model
+from diffusion_accel.parallel.planner.simulate import LINKS, Link, Machine, predict, simulate
 
 UNIT = Machine(flops16=1.0, flops32=1.0, memory=1.0, launch=0.0)
 

@@ -21,8 +21,8 @@ from zoo import rand, unet
 
 from diffusion_accel import ConfigurationError, ModelLoadError, UnsupportedPipelineError, accelerate
 from diffusion_accel.errors import CallStateError
+from diffusion_accel.model_files.headers import safetensors_header
 from diffusion_accel.pipelines.components import bounded, check_keys
-from diffusion_accel.pipelines.headers import safetensors_header
 from diffusion_accel.pipelines.loading import load_controlnet, load_lora, load_pipeline
 
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"

@@ -21,11 +21,11 @@ from diffusion_accel import (
     ModelLoadError,
     UnsupportedPipelineError,
 )
+from diffusion_accel.model_files.hub import hub_reason
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines import keywords
 from diffusion_accel.pipelines.accelerated import make_feature
-from diffusion_accel.pipelines.hub import hub_reason
 from diffusion_accel.pipelines.loading import load_lora, load_pipeline
-from diffusion_accel.pipelines.models import EMBEDDED
 from diffusion_accel.pipelines.schedulers import SCHEDULERS, check_scheduler, set_scheduler
 
 STICKER = EMBEDDED["sticker"].path

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_accel import ConfigurationError, ModelLoadError
-from diffusion_accel.pipelines.models import EMBEDDED, check_weights, find_model, safetensors_header
+from diffusion_accel.model_files.names import EMBEDDED, check_weights, find_model, safetensors_header
 
 
 def test_embedded_models_are_whole_and_small() -> None:

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from diffusion_accel import ModelLoadError, accelerate
 from diffusion_accel.denoisers import find_denoiser
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.evaluation.sampler import Sampler
+from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
 from diffusion_accel.quant.model import RUNTIMES, digest_of_version_1, runtime_report, set_runtime
-from diffusion_accel.quant.process import Quantization, quantize
-from diffusion_accel.quant.settings import QuantizeSettings
+from diffusion_accel.quant.ptq.run import Quantization, quantize
+from diffusion_accel.quant.ptq.settings import QuantizeSettings
 from diffusion_accel.quant.spec import VERSION
 from diffusion_accel.reuse import Reuse
 from tests import zoo
@@ -483,7 +483,7 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
 
 
 def test_every_runtime_counts_the_same_work(checkpoint: Path) -> None:
-    from diffusion_accel.evaluation.flops import count_flops
+    from diffusion_accel.flops import count_flops
 
     model = DiffusionPipeline.from_pretrained(checkpoint).unet
     x = torch.randn(2, 3, 8, 8)

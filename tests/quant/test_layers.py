@@ -13,11 +13,11 @@ from torch import nn
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.quant import kernels
-from diffusion_accel.quant.draft import Draft, rounding
+from diffusion_accel.quant.affine import fake_quantize, half_scale
 from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, unsaturated, why_not_integer
 from diffusion_accel.quant.layers import Buckets, Dequantize, QuantizedLayer, Simulated
+from diffusion_accel.quant.ptq.trainable_layer import Draft, rounding
 from diffusion_accel.quant.spec import LayerSpec
-from diffusion_accel.quant.uniform import fake_quantize, half_scale
 
 TIMES = (900.0, 500.0, 100.0)
 

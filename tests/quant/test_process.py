@@ -20,22 +20,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_accel.errors import ConfigurationError, OutputError
-from diffusion_accel.evaluation.sampler import Sampler
-from diffusion_accel.quant import process
-from diffusion_accel.quant.calibration import CalibrationSet, record
-from diffusion_accel.quant.draft import Drafts, rounding
-from diffusion_accel.quant.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching, relative_error
-from diffusion_accel.quant.folder import held
+from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import quantized_layers
 from diffusion_accel.quant.model import set_runtime, tables
-from diffusion_accel.quant.process import quantize
-from diffusion_accel.quant.ranges import RangeSettings
-from diffusion_accel.quant.reconstruct import RoundingSettings, capture, reconstruct, units
-from diffusion_accel.quant.report import QuantizationReport
-from diffusion_accel.quant.sensitivity import allocate
-from diffusion_accel.quant.settings import QuantizeSettings, parse_bits
+from diffusion_accel.quant.ptq import run as process
+from diffusion_accel.quant.ptq.budget import PROBE_ROWS, plan_prompts, plan_report, shares
+from diffusion_accel.quant.ptq.calibration import CalibrationSet, record
+from diffusion_accel.quant.ptq.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching, relative_error
+from diffusion_accel.quant.ptq.folder import held
+from diffusion_accel.quant.ptq.ranges import RangeSettings
+from diffusion_accel.quant.ptq.reconstruct import RoundingSettings, capture, reconstruct, units
+from diffusion_accel.quant.ptq.report import QuantizationReport
+from diffusion_accel.quant.ptq.run import quantize
+from diffusion_accel.quant.ptq.sensitivity import allocate
+from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
+from diffusion_accel.quant.ptq.trainable_layer import Drafts, rounding
 from diffusion_accel.quant.spec import LayerSpec
-from diffusion_accel.quant.work import PROBE_ROWS, plan_prompts, plan_report, shares
 from tests import zoo
 
 WHOLE = QuantizeSettings(
@@ -459,7 +459,7 @@ def test_rows_are_counted_and_belong_to_their_chunks(tmp_path: Path) -> None:
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     work = tmp_path / "work"
     code = (
-        "import sys, pathlib; from diffusion_accel.quant.folder import held\n"
+        "import sys, pathlib; from diffusion_accel.quant.ptq.folder import held\n"
         "with held(pathlib.Path(sys.argv[1])) as lock: print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(work)]

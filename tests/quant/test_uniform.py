@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brute
 
-from diffusion_accel.quant.packing import pack, packed_bytes, unpack
-from diffusion_accel.quant.uniform import (
+from diffusion_accel.quant.affine import (
     SEARCH_NORM,
     dequantize,
     fake_quantize,
@@ -19,6 +18,7 @@ from diffusion_accel.quant.uniform import (
     search_grid,
     value_range,
 )
+from diffusion_accel.quant.packing import pack, packed_bytes, unpack
 
 seeds = st.integers(0, 2**31)
 some_bits = st.integers(2, 8)

@@ -13,14 +13,14 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from zoo import ddim
 
-from diffusion_accel.evaluation.sampler import Sampler
-from diffusion_accel.pipelines.models import EMBEDDED
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.prediction import Conversion
-from diffusion_accel.reuse.calibration import Costs, measure_forecasts, measure_influence, record, reusing
-from diffusion_accel.reuse.moves import mutated
 from diffusion_accel.reuse.plan import Plan, Step
-from diffusion_accel.reuse.polish import handles, polish, weighted
-from diffusion_accel.reuse.search import Choice, Forecasts, Rule, best_plans, held_plan, predicted_error, refitted
+from diffusion_accel.tuning.fit_weights import handles, polish, weighted
+from diffusion_accel.tuning.measure import Costs, measure_forecasts, measure_influence, record, reusing
+from diffusion_accel.tuning.neighbours import mutated
+from diffusion_accel.tuning.search import Choice, Forecasts, Rule, best_plans, held_plan, predicted_error, refitted
 
 
 def random_forecasts(n: int, seed: int, space: str = "") -> tuple[Forecasts, np.ndarray]:

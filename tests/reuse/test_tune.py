@@ -22,23 +22,23 @@ from zoo import ZOO, run, sd
 from diffusion_accel import AccelerationError, ConfigurationError, Reuse, accelerate
 from diffusion_accel.cli.main import main
 from diffusion_accel.denoisers import fingerprint
-from diffusion_accel.evaluation.sampler import Sampler
-from diffusion_accel.pipelines.models import EMBEDDED
-from diffusion_accel.reuse import calibration
-from diffusion_accel.reuse.calibration import Reference, measure_costs
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.reuse.plan import Plan, Step
-from diffusion_accel.reuse.polish import polish, weighted
-from diffusion_accel.reuse.search import Rule, best_plans
-from diffusion_accel.reuse.search_state import read_search
-from diffusion_accel.reuse.tune import Target, Tuner, tune
-from diffusion_accel.reuse.tuned import TunedPlan
+from diffusion_accel.reuse.plan_file import TunedPlan
+from diffusion_accel.tuning import measure as calibration
+from diffusion_accel.tuning.fit_weights import polish, weighted
+from diffusion_accel.tuning.measure import Reference, measure_costs
+from diffusion_accel.tuning.search import Rule, best_plans
+from diffusion_accel.tuning.state import read_search
+from diffusion_accel.tuning.tuner import Target, Tuner, tune
 
 TINY = sd()[0]
 
 
 # ---------------------------------------------------------------------- files
 def tuned(pipe: Any, tokens: str) -> TunedPlan:
-    from diffusion_accel.reuse.tuned import conditions
+    from diffusion_accel.reuse.plan_file import conditions
 
     plan = Plan.parse(tokens)
     return TunedPlan(plan, conditions(pipe, len(plan)))
@@ -189,7 +189,7 @@ def work_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
             work()
         return done[0] / 1e9
 
-    monkeypatch.setattr("diffusion_accel.reuse.calibration.seconds_of", seconds_of)
+    monkeypatch.setattr("diffusion_accel.tuning.measure.seconds_of", seconds_of)
 
 
 CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
@@ -197,7 +197,7 @@ SMALL = CALL | {"height": 48, "width": 48}  # where it does not matter what the 
 
 
 def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any) -> None:
-    from diffusion_accel.evaluation.fidelity import psnr
+    from diffusion_accel.measure.fidelity import psnr
 
     sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
     sampler = Sampler(sticker, tuple(PROMPTS[:3]), 8, 0, 6, CALL)

@@ -18,7 +18,7 @@ from torch import nn
 
 from diffusion_accel import ModelLoadError
 from diffusion_accel.evaluation.classifier import asset_folder, load_classifier, load_reference
-from diffusion_accel.tensors import file_digest
+from diffusion_accel.model_files.tensors import file_digest
 from diffusion_accel.training.clusters import read_affinity
 from diffusion_accel.training.datasets import load_examples
 from diffusion_accel.training.files import TrainingError, load_array, load_tensors

@@ -20,13 +20,14 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from sticker import data as sticker_data
+from sticker.latents import PatchCodec, write_encoder
+from sticker.models import Shape, build_vae
+from sticker.tasks import Captioned, DecoderTask, TextTask
 
-from diffusion_accel.training import sticker_data
+from diffusion_accel.training import archives
 from diffusion_accel.training.files import UsageError
-from diffusion_accel.training.latents import PatchCodec, write_encoder
 from diffusion_accel.training.loop import Settings, train
-from diffusion_accel.training.sticker_models import Shape, build_vae
-from diffusion_accel.training.sticker_tasks import Captioned, DecoderTask, TextTask
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONCEPTS = ("red disc", "blue disc", "green ring", "yellow square", "orange ring", "pink square")
@@ -136,7 +137,7 @@ def test_pictures_around_the_list_are_drawn_a_third_as_often_and_not_watched(wor
 
 def test_written_encoder_equals_the_convolution(work: Path) -> None:
     codec = PatchCodec.load(work / "codec.safetensors")
-    pictures = sticker_data.composite(sticker_data.load_images(work))
+    pictures = archives.composite(sticker_data.load_images(work))
     vae = build_vae(Shape.of_work(work))
     write_encoder(vae, codec, pictures)
     with torch.no_grad():
@@ -155,7 +156,7 @@ def test_tokenizer_round_trip(work: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a red disc , 3 d style"
     assert tokenizer.decode(tokenizer("zebra Ünï 7").input_ids, skip_special_tokens=True) == "zebra ünï 7"
     tokens = sticker_data.load_tokens(work)
-    first = sticker_data.caption_variants(sticker_data.load_rows(work)[0])[0]
+    first = archives.caption_variants(sticker_data.load_rows(work)[0])[0]
     padded = tokenizer(first, padding="max_length", max_length=24).input_ids
     assert tokens["captions"][0, 0].tolist() == padded
 
@@ -301,10 +302,10 @@ def test_builder_names_and_pixels() -> None:
 
 def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
+    from sticker.low_rank import add_low_rank, low_rank_changes, set_low_rank
+    from sticker.transparency import JointTask, Pair, sharpen
 
     from diffusion_accel import LatentTransparency, accelerate
-    from diffusion_accel.training.low_rank import add_low_rank, low_rank_changes, set_low_rank
-    from diffusion_accel.training.transparency_tasks import JointTask, Pair, sharpen
     from diffusion_accel.transparency.adapter import Adapter, read_changes
 
     transparency, out = load_script("train_transparency"), tmp_path / "weights"
@@ -398,8 +399,8 @@ def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path
 
 def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
     from diffusers import AutoencoderKL
+    from sticker.transparency import AMPLITUDE, COMPONENTS, alpha_code, rgba_of
 
-    from diffusion_accel.training.transparency_tasks import AMPLITUDE, COMPONENTS, alpha_code, rgba_of
     from diffusion_accel.transparency.rgba import on_grey
 
     vae = AutoencoderKL.from_pretrained(work / "pipeline", subfolder="vae")
@@ -428,7 +429,7 @@ def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
 
 
 def test_only_pictures_that_come_near_the_border_get_a_margin() -> None:
-    from diffusion_accel.training.transparency_tasks import with_margin
+    from sticker.transparency import with_margin
 
     alpha = torch.zeros(3, 1, 48, 48)
     alpha[0, :, 5:43, 4:44] = 1
@@ -444,7 +445,7 @@ def test_only_pictures_that_come_near_the_border_get_a_margin() -> None:
 
 
 def test_an_uncertain_pixel_is_best_at_one_of_its_values() -> None:
-    from diffusion_accel.training.transparency_tasks import decisive
+    from sticker.transparency import decisive
 
     error = torch.arange(-100, 101) / 100
     cost = decisive(error)
@@ -458,8 +459,8 @@ def test_an_uncertain_pixel_is_best_at_one_of_its_values() -> None:
 
 def test_the_encoder_pays_beyond_its_budget(work: Path) -> None:
     from diffusers import AutoencoderKL
+    from sticker.transparency import QUIET, JointTask
 
-    from diffusion_accel.training.transparency_tasks import QUIET, JointTask
     from diffusion_accel.transparency.rgba import on_grey
 
     task = JointTask(work, AutoencoderKL.from_pretrained(work / "pipeline", subfolder="vae"))
@@ -484,9 +485,9 @@ def test_the_encoder_pays_beyond_its_budget(work: Path) -> None:
 
 def test_a_denoiser_that_knows_the_picture_gives_it_back(work: Path) -> None:
     from diffusers import AutoencoderKL
+    from sticker.transparency import RefineTask
 
     from diffusion_accel.training.denoising import Process
-    from diffusion_accel.training.transparency_tasks import RefineTask
 
     process, asked = Process(), []
 

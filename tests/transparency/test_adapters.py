@@ -16,9 +16,9 @@ import diffusion_accel.transparency.adapter as adapter_module
 from diffusion_accel import ConfigurationError, ModelLoadError
 from diffusion_accel.hooks import HookSet
 from diffusion_accel.transparency.adapter import Adapter, check_changes, read_changes
+from diffusion_accel.transparency.attention_sharing import Sharing, attention_layers
 from diffusion_accel.transparency.conditions import Concatenated
-from diffusion_accel.transparency.keys import from_ldm
-from diffusion_accel.transparency.sharing import Sharing, attention_layers
+from diffusion_accel.transparency.ldm_keys import from_ldm
 from diffusion_accel.transparency.weights import read_tensors
 
 

@@ -17,7 +17,7 @@ from transparency_weights import sharing_tensors, write_weights
 from zoo import sd, unet
 
 from diffusion_accel import AccelerationError, LatentTransparency, ModelLoadError, accelerate
-from diffusion_accel.transparency.sharing import Sharing
+from diffusion_accel.transparency.attention_sharing import Sharing
 from diffusion_accel.transparency.weights import ADAPTER, DIGESTS, check_digests, files_of, write_digests
 
 Damage = Callable[[Path], None]
@@ -170,7 +170,7 @@ def _same_values(one: bytes, other: bytes) -> bool:
 
 
 def test_the_embedded_weights_are_whole() -> None:
-    from diffusion_accel.pipelines.models import EMBEDDED, TRANSPARENCY
+    from diffusion_accel.model_files.names import EMBEDDED, TRANSPARENCY
 
     folder = EMBEDDED["sticker"].path / TRANSPARENCY
     assert (folder / DIGESTS).is_file()

@@ -47,7 +47,7 @@ from zoo import (
 
 from diffusion_accel import ConfigurationError, LatentTransparency, UnsupportedPipelineError, accelerate
 from diffusion_accel.transparency import attachment
-from diffusion_accel.transparency.pictures import given, overlaid, rgba_tensor
+from diffusion_accel.transparency.images import given, overlaid, rgba_tensor
 from diffusion_accel.transparency.rgba import composite, on_grey, resized
 
 Case = tuple[Any, dict[str, Any]]

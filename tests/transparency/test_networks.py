@@ -15,9 +15,9 @@ from zoo import rand, vae
 
 from diffusion_accel import ConfigurationError
 from diffusion_accel.transparency.codec import decode_rgba, encode_rgba, refine_latents
+from diffusion_accel.transparency.images import rgba_tensor, to_pil
 from diffusion_accel.transparency.layers import recomposition_error, stack_layers
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
-from diffusion_accel.transparency.pictures import rgba_tensor, to_pil
 from diffusion_accel.transparency.rgba import checkerboard, composite, on_grey, padded_rgb, shrink, straight
 from diffusion_accel.transparency.views import VIEWS, decode_views, turned, turned_back
 

@@ -1,0 +1,1 @@
+"""How anything here is measured: the same images again, their fidelity, times in turn."""

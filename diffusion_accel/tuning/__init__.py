@@ -1,0 +1,1 @@
+"""The tuner: plans for `Reuse` that are searched for and fitted, offline."""

@@ -1,0 +1,206 @@
+"""What the tuner measures of a pipeline: the baseline, its predictions, and what a step of each kind costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UnsupportedPipelineError
+from ..measure.sampler import Sampler
+from ..prediction import SPACES, Conversion
+from ..reuse.plan import FULL, Plan, Step
+from ..reuse.reuse import Reuse
+from ..steps import StepClock
+from ..switchboard import accelerate
+from .search import Forecasts
+
+PROBES = 12  # steps at which the influence is measured, along the trajectory
+ENDING = 4  # and all of the last ones, where it changes quickly
+CONDITIONAL = Step(order=1, guidance="reuse")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times as parts of the baseline's: `fixed` for everything that no plan saves, and what each kind of step adds."""
+
+    fixed: float
+    steps: dict[str, float]
+
+    def time(self, plan: Plan) -> float:
+        return self.fixed + sum(self.steps[kind(step)] for step in plan.steps)
+
+    def speedup(self, plan: Plan) -> float:
+        return 1 / self.time(plan)
+
+
+def kind(step: Step) -> str:
+    """The kind of a step by what it costs; the order of a forecast costs next to nothing."""
+    half = step.guidance != "both" and step.mode != "hold"
+    return str(replace(step, order=0, space="", weights=(), guidance="reuse" if half else "both"))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The baseline that everything is compared with.
+
+    Attributes:
+        sampler: calls it, for the calibration prompts.
+        heldout: the same with prompts that the search does not see.
+        scheduler: its scheduler.
+        pictures: of the calibration prompts, (N, 3, H, W) in 0..1.
+    """
+
+    sampler: Sampler
+    heldout: Sampler
+    scheduler: Any
+    pictures: torch.Tensor
+
+    @classmethod
+    def measure(cls, sampler: Sampler, heldout: Sampler) -> Reference:
+        return cls(sampler, heldout, sampler.pipe.scheduler, sampler.images())
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """How long a piece of work takes; all that a search and its result say of time comes from here."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bool, tell: Callable[[], None]) -> Costs:
+    """From whole calls of one picture: all steps full, all but the first held, all but the first half.
+
+    In turn with calls of the baseline: what slows down the machine for a while slows down all of them.
+    """
+    rest = total - 1
+    plans = {"full": Plan((FULL,) * total), "hold": Plan((FULL, *(Step("hold"),) * rest))}
+    if guided:
+        plans["full/reuse"] = Plan((FULL, *(CONDITIONAL,) * rest))
+    one, base = sampler.part(0, 1), reference.sampler.part(0, 1)
+    parts: dict[str, list[float]] = {name: [] for name in plans}
+    for turn in range(4):
+        with scheduling(sampler.pipe, reference.scheduler):
+            whole = seconds_of(base.images)
+        for name, plan in plans.items():
+            tell()
+            with reusing(sampler.pipe, plan):
+                part = seconds_of(one.images) / whole
+                if turn:  # the first warms up
+                    parts[name].append(part)
+    took = {name: statistics.median(values) for name, values in parts.items()}
+    each = {name: max(0.0, (took[name] - took["hold"]) / rest) for name in plans}
+    return Costs(took["hold"] - each["full"], each)
+
+
+def measure_forecasts(sampler: Sampler, tell: Callable[[], None]) -> list[Forecasts]:
+    """What the predictions of the baseline say, in every space that the scheduler allows."""
+    predictions, inputs, times = record(sampler)
+    influence = measure_influence(sampler, predictions, tell)
+    conversion, found = Conversion(sampler.pipe.scheduler), []
+    for space in ("", *SPACES) if conversion.possible else ("",):
+        if space == conversion.kind:
+            continue  # the prediction itself
+        values, scale = predictions, np.ones(len(times))
+        if space:
+            pairs = zip(predictions, inputs, times, strict=True)
+            values = torch.stack([conversion.to(space, p, x, t) for p, x, t in pairs])
+            scale = np.array([conversion.slope(space, t) for t in times])
+        gram = sum(one @ one.T for one in (v.double() for v in values.unbind(1))) / values[0].numel()
+        found.append(Forecasts(times, gram.numpy(), influence / np.abs(scale), space))
+    return found
+
+
+def measure_influence(sampler: Sampler, predictions: torch.Tensor, tell: Callable[[], None]) -> np.ndarray:
+    """How much the pictures change, root mean square, for a change of the prediction at one step by 1: (steps,).
+
+    Measured by holding the prediction before it, so that what the later steps make of the change is in it: they correct
+    much of what happens early. At `PROBES` steps and the last ones, and between them by interpolation.
+    """
+    total = len(predictions)
+    few = sampler.part(0, min(4, len(sampler.prompts)))
+    spread = {round(i) for i in np.linspace(1, total - 1, min(PROBES, total - 1))}
+    places = sorted(spread | set(range(max(1, total - ENDING), total)))
+    base, found = few.images(), []
+    for i in places:
+        tell()
+        with reusing(few.pipe, Plan(tuple(Step("hold") if j == i else FULL for j in range(total)))):
+            moved = (few.images() - base).pow(2).mean().sqrt()
+        changed = (predictions[i] - predictions[i - 1])[: len(base)].pow(2).mean().sqrt()
+        found.append(float(moved / changed.clamp(min=1e-8)))
+    return np.exp(np.interp(np.arange(total), places, np.log(np.maximum(found, 1e-8))))
+
+
+class reusing:
+    """Within this context the pipeline reuses by one plan; after it everything is as it was before."""
+
+    def __init__(self, pipe: Any, plan: Plan) -> None:
+        self.pipe, self.feature = pipe, Reuse(plan=f"steps:{plan}")
+
+    def __enter__(self) -> None:
+        handle = getattr(self.pipe, "acceleration", None)
+        self.before = None if handle is None else handle.features.get("reuse")
+        self.enabled = handle is not None and handle.enabled("reuse")
+        self.accelerated = handle is not None
+        accelerate(self.pipe, self.feature)
+
+    def __exit__(self, *exception: object) -> None:
+        if not self.accelerated:
+            self.pipe.acceleration.remove()
+        elif self.before is not None:
+            accelerate(self.pipe, self.before)
+            if not self.enabled:
+                self.pipe.acceleration.disable("reuse")
+        else:
+            self.pipe.acceleration.remove("reuse")
+
+
+@contextmanager
+def scheduling(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """Within this context the pipeline has another scheduler."""
+    before = pipe.scheduler
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
+
+
+def record(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """What the scheduler is given at every step, prediction and latents as the denoiser sees them, and the timesteps.
+
+    Both are (steps, pictures, values) in float32.
+    """
+    clock = StepClock(sampler.pipe)
+    seen: list[torch.Tensor] = []
+
+    def note(named: dict[str, Any]) -> None:
+        x = clock.scheduler.scale_model_input(named["sample"], named["timestep"])
+        predicted = named["model_output"]
+        if predicted.shape[1] > x.shape[1]:
+            predicted = predicted[:, : x.shape[1]]  # a learned variance behind it
+        seen.append(torch.stack([v.detach().float().cpu().flatten(1) for v in (predicted, x)]))
+
+    parts = []
+    clock.on_step(before=note)
+    for start, end in sampler.chunks():
+        seen.clear()
+        clock.start([])
+        try:
+            sampler.call(start, end)
+        finally:
+            clock.stop()
+        parts.append(torch.stack(seen, 1))
+    times = [float(t) for t in sampler.pipe.scheduler.timesteps]
+    predictions, inputs = torch.cat(parts, 2)
+    if len(predictions) != len(times):
+        raise UnsupportedPipelineError(
+            f"{type(sampler.pipe).__name__} calls its scheduler {len(predictions)} times for {len(times)} timesteps"
+        )
+    return predictions, inputs, times

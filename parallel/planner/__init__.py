@@ -1,0 +1,1 @@
+"""What patch parallelism would bring, estimated without the machines."""

@@ -1,0 +1,146 @@
+"""Ranges of activations, observed on the calibration set: a grid for every layer and bucket of timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+
+from ..affine import PERCENTILES, grid, value_range
+from ..attention import WithScores
+from ..spec import ROWS_LIMIT, within
+from .calibration import CalibrationSet
+from .trainable_layer import Draft
+
+
+@dataclass(frozen=True)
+class RangeSettings:
+    """How ranges are chosen.
+
+    Attributes:
+        percentiles: candidates of which the least squared error decides; (100,) is minimum and maximum.
+        momentum: of the running mean over chunks; None: the first chunk decides (QuEST advises so for 4-bit inputs).
+        rows: rows of a bucket that are looked at.
+        chunk: rows in a forward pass.
+    """
+
+    percentiles: tuple[float, ...] = PERCENTILES
+    momentum: float | None = 0.95
+    rows: int = 64
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        within(self.percentiles, 50.0, 100.0, "percentiles of ranges")
+        if self.momentum is not None:
+            within(self.momentum, 0.0, 1.0, "momentum of ranges")
+        for name in ("rows", "chunk"):
+            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of ranges")
+
+
+class Observer:
+    """Watches values of one tensor over the chunks of one bucket."""
+
+    def __init__(self, bits: int, parts: list[int] | None, dim: int, settings: RangeSettings, margin: int = 0) -> None:
+        self.bits, self.parts, self.dim, self.settings, self.margin = bits, parts, dim, settings, margin
+        self.ends: torch.Tensor | None = None
+
+    def see(self, x: torch.Tensor) -> None:
+        """Update the range with one chunk of values."""
+        x = x.detach().float()
+        if self.parts is None:  # a grid for each channel
+            rows = [x.transpose(0, self.dim).flatten(1)]
+        else:
+            rows = [part.reshape(1, -1) for part in x.split(self.parts, self.dim)]
+        found = torch.cat([value_range(r, self.bits, self.settings.percentiles, self.margin) for r in rows])
+        momentum = self.settings.momentum
+        if self.ends is None:
+            self.ends = found
+        elif momentum is not None:
+            self.ends = momentum * self.ends + (1 - momentum) * found
+
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point, (K,)."""
+        assert self.ends is not None
+        return grid(self.ends[:, 0], self.ends[:, 1], self.bits, margin=self.margin)
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    drafts: dict[str, Draft],
+    calibration: CalibrationSet,
+    settings: RangeSettings,
+    buckets: Iterable[int],
+    attentions: dict[str, int],
+    tell: Callable[[int], None],
+) -> dict[str, torch.Tensor]:
+    """Set the grids of inputs and outputs of all drafts at `buckets`; returns the largest attention probabilities.
+
+    The model runs as it is switched: with rounded weights, what they do to the ranges is in them.
+    """
+    peaks: dict[str, torch.Tensor] = {name: torch.zeros(len(calibration.timesteps)) for name in attentions}
+    for number in buckets:
+        watchers: dict[tuple[Draft, str], Observer] = {}
+        for draft in drafts.values():
+            width = draft.weight.shape[1]
+            if draft.spec.activation_bits:
+                parts = None if draft.spec.per_channel else draft.spec.part_sizes(width)
+                watchers[draft, "input"] = Observer(
+                    draft.spec.activation_bits, parts, draft.channel_dim, settings, draft.spec.zero_margin
+                )
+            if draft.spec.output_bits:
+                watchers[draft, "output"] = Observer(draft.spec.output_bits, [draft.weight.shape[0]], -1, settings)
+        handles = []
+        for (draft, what), watcher in watchers.items():
+            if what == "input":
+                see = lambda m, args, w=watcher: w.see(args[0])  # noqa: E731
+                handles.append(draft.register_forward_pre_hook(see))
+            else:
+                look = lambda m, args, out, w=watcher: w.see(out)  # noqa: E731
+                handles.append(draft.register_forward_hook(look))
+        for name, peak in peaks.items():
+            handles.append(_watch_scores(model.get_submodule(name), peak, number))
+        try:
+            for rows in _some(calibration, number, settings):
+                rows.run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for (draft, what), watcher in watchers.items():
+            if watcher.ends is None:  # a layer that did not run keeps what it has, a step of 1
+                continue
+            scale, zero = watcher.grid()
+            getattr(draft, f"{what}_scale").data[number] = scale
+            getattr(draft, f"{what}_zero_point")[number] = zero
+        tell(number)
+    return peaks
+
+
+def _some(calibration: CalibrationSet, number: int, settings: RangeSettings):  # type: ignore[no-untyped-def]
+    rows = calibration.sample(number, settings.rows, seed=0)
+    for start in range(0, len(rows), settings.chunk):
+        yield rows.pick(torch.arange(start, min(start + settings.chunk, len(rows))))
+
+
+class _watch_scores:
+    """Notes the largest probability that an attention module computes, until it is removed."""
+
+    def __init__(self, attention: Any, peak: torch.Tensor, number: int) -> None:
+        self.attention, self.before = attention, attention.processor
+
+        def note(probabilities: torch.Tensor) -> torch.Tensor:
+            peak[number] = max(float(peak[number]), float(probabilities.max()))
+            return probabilities
+
+        class Watching(AttnProcessor):
+            def __call__(self, attn, *args, **kwargs):  # type: ignore[no-untyped-def]
+                return super().__call__(WithScores(attn, note), *args, **kwargs)
+
+        attention.set_processor(Watching())
+
+    def remove(self) -> None:
+        self.attention.set_processor(self.before)

@@ -1,0 +1,209 @@
+"""AdaRound block reconstruction: whether each weight is rounded up or down, learnt a block at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion_accel.hooks import map_tensors, tensors_in
+
+from ..spec import ROWS_LIMIT, STEPS_LIMIT, within
+from .calibration import Rows
+from .trainable_layer import Draft, drafts_in
+
+# blocks with one way through them that are reconstructed as a whole; everything else goes layer by layer
+_BLOCK = re.compile(r"(\w*Res(net)?Block\w*|\w*TransformerBlock)")
+_NOT_A_BLOCK = re.compile(r"\w*(Downsample|Upsample)Block\w*")
+
+
+@dataclass(frozen=True)
+class RoundingSettings:
+    """AdaRound as Q-Diffusion and QuEST run it.
+
+    Attributes:
+        iterations: steps of Adam a block.
+        rows: rows of the calibration set that a block sees, spread over all timesteps.
+        batch: rows in a step.
+        rate: learning rate of the rounding variables, for the published number of iterations; it is raised, up to
+            tenfold, where a run has less than a tenth of them.
+        weight: of the regularizer that drives every weight to up or down.
+        beta: its exponent, from … to.
+        warmup: share of the steps without the regularizer.
+    """
+
+    iterations: int = 20_000
+    rows: int = 512
+    batch: int = 32
+    rate: float = 1e-3
+    weight: float = 0.01
+    beta: tuple[float, float] = (20.0, 2.0)
+    warmup: float = 0.2
+
+    def __post_init__(self) -> None:
+        within(self.iterations, 0, STEPS_LIMIT, "iterations of rounding")
+        for name in ("rows", "batch"):
+            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of rounding")
+        within(self.rate, math.ulp(0), 1.0, "rate of rounding")
+        within(self.weight, 0.0, 1e6, "weight of rounding")
+        within(self.beta, 1.0, 1000.0, "beta of rounding")
+        within(self.warmup, 0.0, 1.0, "warmup of rounding")
+
+
+class _Reached(Exception):
+    pass
+
+
+@dataclass
+class Captured:
+    """Calls of one module: positional and named arguments and the answers of another precision, row by row."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: torch.Tensor
+
+    def pick(self, index: torch.Tensor) -> Captured:
+        count = len(self.target)
+
+        def some(t: torch.Tensor) -> torch.Tensor:
+            return t[index] if t.dim() and len(t) == count else t
+
+        return Captured(map_tensors(some, self.args), map_tensors(some, self.kwargs), self.target[index])
+
+
+def units(model: nn.Module, rows: Rows) -> dict[str, nn.Module]:
+    """The modules that are reconstructed one after the other, by name in the order in which the model runs them:
+    residual and transformer blocks, and layers outside of them."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(name: str, module: nn.Module) -> None:
+        kind = type(module).__name__
+        if isinstance(module, Draft):
+            found[name] = module
+        elif _BLOCK.fullmatch(kind) and not _NOT_A_BLOCK.fullmatch(kind):
+            if drafts_in(module):
+                found[name] = module
+        else:
+            for child, part in module.named_children():
+                walk(f"{name}.{child}" if name else child, part)
+
+    walk("", model)
+    order: list[str] = []
+    handles = [m.register_forward_hook(lambda m, a, o, name=name: order.append(name)) for name, m in found.items()]
+    try:
+        with torch.no_grad():
+            rows.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found[name] for name in dict.fromkeys(order)}
+
+
+@torch.no_grad()
+def capture(model: nn.Module, unit: nn.Module, rows: Iterable[Rows], switch: Callable[[bool], None]) -> Captured:
+    """What reaches `unit` when the model is quantized as far as it is, and what it answers in full precision.
+
+    `switch(True)` makes the model full precision, `switch(False)` quantized.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    answers: list[torch.Tensor] = []
+
+    def take_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Reached
+
+    def take_answer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        answers.append(tensors_in(output)[0])
+        raise _Reached
+
+    for batch in rows:
+        for full in (True, False):
+            switch(full)
+            handle = (
+                unit.register_forward_hook(take_answer)
+                if full
+                else unit.register_forward_pre_hook(take_arguments, with_kwargs=True)
+            )
+            try:
+                batch.run(model)
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+    sizes = [len(a) for a in answers]
+    return Captured(
+        _join([args for args, _ in seen], sizes), _join([kwargs for _, kwargs in seen], sizes), torch.cat(answers)
+    )
+
+
+def _join(values: Sequence[Any], sizes: list[int]) -> Any:
+    """Nested arguments of several calls as one, tensors with a row for each row of the batch one after the other."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        if first.dim() and all(len(v) == n for v, n in zip(values, sizes, strict=True)):
+            return torch.cat(list(values))
+        return first
+    if isinstance(first, dict):
+        return {k: _join([v[k] for v in values], sizes) for k in first}
+    if type(first) in (list, tuple):
+        return type(first)(_join(list(part), sizes) for part in zip(*values, strict=True))
+    return first
+
+
+def reconstruct(unit: nn.Module, data: Captured, settings: RoundingSettings, seed: int) -> tuple[float, float]:
+    """Learn the rounding of all weights in `unit`; returns the loss with rounding to nearest and with the learnt one.
+
+    Minimises |unit(inputs of the quantized model) - answers in full precision|², summed over channels, plus
+    weight · Σ (1 - |2h - 1|^β), where h is how far a weight is rounded up.
+
+    Source: Nagel et al., "Up or Down? Adaptive Rounding" (ICML 2020), in the setting of Q-Diffusion and QuEST.
+    """
+    drafts = drafts_in(unit) if not isinstance(unit, Draft) else {"": unit}
+    for draft in drafts.values():
+        draft.plain, draft.round_weights, draft.round_inputs = False, True, False
+    before = _loss(unit, data, settings.batch)
+    kept = {name: draft.up.clone() for name, draft in drafts.items()}
+    variables = [draft.start_rounding() for draft in drafts.values()]
+    optimizer = torch.optim.Adam(variables, settings.rate)
+    generator = torch.Generator().manual_seed(seed)
+    quiet = round(settings.iterations * settings.warmup)
+    with torch.enable_grad():
+        for step in range(settings.iterations):
+            index = torch.randint(len(data.target), (min(settings.batch, len(data.target)),), generator=generator)
+            batch = data.pick(index)
+            loss = _error(tensors_in(unit(*batch.args, **batch.kwargs))[0], batch.target)
+            if step >= quiet:
+                along = (step - quiet) / max(1, settings.iterations - quiet)
+                beta = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - along)
+                for draft in drafts.values():
+                    loss = loss + settings.weight * (1 - (2 * draft.softness() - 1).abs().pow(beta)).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    for draft in drafts.values():
+        draft.end_rounding()
+    after = _loss(unit, data, settings.batch)
+    if after > before:  # too few steps to arrive
+        for name, draft in drafts.items():
+            draft.up = kept[name]
+        after = before
+    return before, after
+
+
+def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    channels = target.shape[1] if target.dim() == 4 else target.shape[-1]
+    return (output - target).square().mean() * channels
+
+
+@torch.no_grad()
+def _loss(unit: nn.Module, data: Captured, batch: int) -> float:
+    total = 0.0
+    for start in range(0, len(data.target), batch):
+        part = data.pick(torch.arange(start, min(start + batch, len(data.target))))
+        total += float(_error(tensors_in(unit(*part.args, **part.kwargs))[0], part.target)) * len(part.target)
+    return total / len(data.target)

@@ -1,0 +1,232 @@
+"""What quantizing a pipeline cost and brought: measured, as JSON, text and one HTML page."""
+
+from __future__ import annotations
+
+import html
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_accel.bench.report import data_url
+from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure.sampler import Sampler
+
+from ..layers import quantized_layers
+from ..model import RUNTIMES, runtime_report, set_runtime
+from .calibration import CalibrationSet
+
+# what the errors after each stage are errors of
+_ERRORS = {
+    "nearest, weights only": "weights rounded to nearest, inputs as they are",
+    "learnt rounding, weights only": "weights rounded as learnt, inputs as they are",
+    "quantized": "weights and inputs rounded",
+    "finetuned": "weights and inputs rounded, finetuned",
+}
+_ROWS = 16  # of each timestep, for the error over time
+
+
+@dataclass
+class QuantizationReport:
+    """Everything measured about one quantized pipeline.
+
+    Attributes:
+        name: such as w4a8.
+        folder: the checkpoint.
+        layers: bits, size and SQNR (dB) of every quantized layer.
+        steps: relative squared error of the prediction at each calibrated timestep, on prompts not calibrated on.
+        psnr, ssim: of each picture against full precision with the same seed, simulated runtime.
+        bytes: of the denoiser's file, and what its parameters take as float32.
+        ratio: full-precision time / quantized time of one picture, by runtime, interleaved.
+        picked: what "auto" picked, by number of layers.
+        validation: relative squared error of predictions after each stage.
+        seconds: by stage of quantizing.
+        peak: most memory the process held, bytes.
+        buckets: timesteps with grids of their own; 0: inputs are not quantized.
+        budget: seconds that were asked for, or None.
+        prompts: how many were calibrated on and kept for validation, of how many.
+    """
+
+    name: str
+    folder: str
+    layers: dict[str, dict[str, Any]]
+    steps: dict[str, float] = field(default_factory=dict)
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    bytes: dict[str, int] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
+    picked: dict[str, int] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak: int = 0
+    buckets: int = 0
+    prompts: tuple[int, int] = (0, 0)
+    budget: float | None = None
+    pictures: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {k: v for k, v in vars(self).items() if k != "pictures"}
+
+    def text(self) -> str:
+        """A few lines for the terminal."""
+        size, full = self.bytes["checkpoint"], self.bytes["float32"]
+        grids = f", {self.buckets} buckets of timesteps" if self.buckets else ""
+        lines = [f"{self.folder}: {self.name}, {size / 1e6:.2f} MB, {size / full:.3f} of float32{grids}"]
+        if self.psnr:
+            middle = statistics.median(self.psnr), statistics.median(self.ssim or [0.0])
+            lines.append(
+                f"PSNR to full precision {middle[0]:.1f} dB, SSIM {middle[1]:.3f} "
+                f"(medians of {len(self.psnr)} pictures, held-out prompts)"
+            )
+        if self.validation:
+            lines.append(
+                "squared error of predictions over their squares, held-out prompts; each line rounds what it says:"
+            )
+            lines += [f"  {error:.5f}  {_ERRORS.get(what, what)}" for what, error in self.validation.items()]
+        if self.ratio:
+            times = ", ".join(f"{k} {v:.2f}x" for k, v in self.ratio.items())
+            picked = ", ".join(f"{n} layers {what}" for what, n in self.picked.items())
+            lines.append(f"speed of one picture against float32: {times}; auto picked {picked}")
+        took = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
+        if self.budget is not None:
+            took += f", of a budget of {self.budget:.0f} s (loading, grids of weights and writing are not cut)"
+            if self.prompts[0] < self.prompts[1]:
+                lines.append(f"calibrated on {self.prompts[0]} of {self.prompts[1]} prompts, for the budget")
+        lines.append(f"took {took}; peak memory {self.peak / 2**20:.0f} MiB")
+        return "\n".join(lines)
+
+
+def measure(
+    full: Sampler, quantized: Sampler, heldout: CalibrationSet, report: QuantizationReport, rounds: int = 5
+) -> None:
+    """Pictures, errors over time and interleaved times (`rounds` of them) of a pipeline and its quantized twin, into
+    `report`."""
+    model = find_denoiser(quantized.pipe)
+    assert model is not None
+    layers = quantized_layers(model)
+    set_runtime(model, "simulated")
+    with torch.no_grad():
+        for number, timestep in enumerate(heldout.timesteps):
+            rows = heldout.sample(number, _ROWS, 0)
+            wrong = (rows.run(model).float() - rows.output).square().sum() / rows.output.square().sum()
+            report.steps[f"{timestep:g}"] = float(wrong)
+        if full.prompts:
+            base, ours = full.images(), quantized.images()
+            report.psnr = [round(float(v), 2) for v in psnr(base, ours).clamp(max=200)]
+            if min(base.shape[-2:]) >= 11:
+                report.ssim = [round(float(v), 4) for v in ssim(base, ours)]
+            report.pictures = (base, ours)
+            report.ratio, report.picked = _times(full.part(0, 1), quantized.part(0, 1), model, rounds)
+    report.layers = {
+        name: {
+            "shape": list(layer.weight_shape),
+            **{k: v for k, v in layer.spec.to_dict().items()},
+            "bytes": sum(b.numel() * b.element_size() for n, b in layer.named_buffers(recurse=False) if n[0] != "_"),
+        }
+        for name, layer in layers.items()
+    }
+
+
+def _times(full: Sampler, quantized: Sampler, model: Any, rounds: int) -> tuple[dict[str, float], dict[str, int]]:
+    names = [r for r in RUNTIMES if r != "auto"] + ["auto"]
+    seconds: dict[str, list[float]] = {"float32": [], **{n: [] for n in names}}
+    picked: dict[str, int] = {}
+    keep: dict[str, list[Any]] = {}
+    layers = list(quantized_layers(model).values())
+    for name in names:  # each runtime keeps its packed weights while the others have their turns
+        set_runtime(model, name)
+        keep[name] = [layer.runtime for layer in layers]
+    for turn in range(rounds + 1):
+        for name, took in seconds.items():
+            if name in keep:
+                for layer, runtime in zip(layers, keep[name], strict=True):
+                    layer.runtime = runtime
+            began = time.perf_counter()
+            (full if name == "float32" else quantized).images()
+            if turn:
+                took.append(time.perf_counter() - began)
+            if name == "auto":
+                picked = dict(Counter(runtime_report(model).values()))
+    set_runtime(model)
+    base = seconds.pop("float32")
+    return {
+        n: round(statistics.median(b / o for b, o in zip(base, t, strict=True)), 3) for n, t in seconds.items()
+    }, picked
+
+
+# ---------------------------------------------------------------------- HTML
+def page(report: QuantizationReport) -> str:
+    """The whole report as one HTML page."""
+    worst = sorted(report.layers.items(), key=lambda item: -(item[1].get("sensitivity") or 0))
+    rows = "".join(
+        f"<tr><td>{html.escape(n)}</td><td>{'x'.join(map(str, v['shape']))}</td>"
+        + "".join(f"<td>{v.get(k, '–')}</td>" for k in ("weight_bits", "activation_bits", "sqnr", "sensitivity"))
+        + "</tr>"
+        for n, v in worst
+    )
+    shown = ""
+    if report.pictures is not None:
+        for label, batch in zip(("float32", report.name), report.pictures, strict=True):
+            images = "".join(f'<img src="{data_url(p)}" alt="">' for p in batch[:16])
+            shown += f"<tr><td>{label}</td><td>{images}</td></tr>"
+    summary = html.escape(report.text()).replace("\n", "<br>")
+    return PAGE.format(
+        title=f"quantized: {html.escape(report.name)}",
+        summary=summary,
+        pictures=shown,
+        steps=bars(report.steps, "relative squared error of the prediction, by timestep"),
+        rows=rows,
+    )
+
+
+def bars(values: dict[str, float], label: str) -> str:
+    """A bar chart as SVG."""
+    if not values:
+        return ""
+    width, height, top = 640, 220, max(values.values()) or 1.0
+    each = (width - 60) / len(values)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
+    for i, (name, value) in enumerate(values.items()):
+        tall = value / top * (height - 70)
+        x, y = 50 + i * each, height - 40 - tall
+        tip = f"<title>{html.escape(name)}: {value:.5f}</title>"
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{each * 0.8:.1f}" height="{tall:.1f}" fill="#47c">{tip}</rect>'
+        )
+        if i % max(1, len(values) // 8) == 0:
+            parts.append(f'<text x="{x:.1f}" y="{height - 24}" font-size="11">{html.escape(name)}</text>')
+    parts.append(f'<text x="4" y="24" font-size="11">{top:.4f}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 6}" font-size="12" text-anchor="middle">{label}</text></svg>')
+    return "".join(parts)
+
+
+def write(report: QuantizationReport, folder: Path) -> None:
+    """report.json and report.html into a folder."""
+    import json
+
+    (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }}
+svg {{ width: min(640px, 100%); }} img {{ height: 96px; margin: 1px; }}
+table {{ border-collapse: collapse; margin: 1em 0; }} td, th {{ padding: .2em .7em; text-align: right; }}
+td:first-child, th:first-child, .pictures td {{ text-align: left; }} tr:nth-child(even) {{ background: #f6f6f6; }}
+</style></head><body>
+<h1>{title}</h1><p>{summary}</p>
+<table class="pictures">{pictures}</table>
+{steps}
+<table><thead><tr><th>layer (most sensitive first)</th><th>shape</th><th>W bits</th><th>A bits</th><th>SQNR dB</th>
+<th>sensitivity</th></tr></thead><tbody>{rows}</tbody></table>
+</body></html>
+"""

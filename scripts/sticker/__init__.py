@@ -1,0 +1,1 @@
+"""The recipe of the embedded model: its data, networks, training tasks and export."""

@@ -1,0 +1,181 @@
+"""From trained stages to a diffusers folder, and from a diffusers folder to pictures and numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from diffusion_accel.evaluation.distribution import hit_shares
+from diffusion_accel.io import first_line
+from diffusion_accel.routing.hooks import CONFIG_KEY
+from diffusion_accel.training import archives
+from diffusion_accel.training.denoising import Process
+from diffusion_accel.training.diffusion_task import Denoiser, prediction_error, sample_of
+from diffusion_accel.training.files import TrainingError, UsageError, replacing_folder
+from diffusion_accel.training.images import psnr
+from diffusion_accel.training.models import float32_text
+from diffusion_accel.training.state import STATE, load_average, read_counters
+
+from . import data
+from .latents import PatchCodec, write_encoder
+from .models import Shape, build_pipeline, build_text_encoder, build_unet, build_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+THUMBNAIL = 24  # pixels on a side of the pictures that retrieval compares
+
+
+# ------------------------------------------------------------------------------------------- export
+def build_trained_vae(work: Path) -> tuple[AutoencoderKL, dict[str, float]]:
+    """The analytic encoder with the trained decoder, and how exact it is on held-out pictures (dB, relative error)."""
+    rows, images, shape = data.load_rows(work), data.load_images(work), Shape.of_work(work)
+    codec, vae = PatchCodec.load(work / "codec.safetensors"), build_vae(shape)
+    core = np.array([i for i, row in enumerate(rows) if row["core"]])
+    write_encoder(vae, codec, archives.composite(images[core[:: max(1, len(core) // 140)]]))
+    load_average(work / "decoder", vae.decoder, "decoder")
+    heldout = data.of_split(rows, "heldout")[:96]
+    pictures = archives.composite(images[heldout if len(heldout) else core[:96]])
+    with torch.no_grad():
+        exact, written = codec.encode(pictures), vae.encode(pictures).latent_dist.mean
+        check = {
+            "encoder_relative_error": float((written - exact).norm() / exact.norm()),
+            "psnr_vae": psnr(vae.decode(written).sample.clamp(-1, 1), pictures),
+        }
+    return vae, check
+
+
+def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write the averaged weights as a StableDiffusionPipeline folder, float16 safetensors; returns facts about it.
+
+    The text encoder's config says float32: transformers loads a model in the dtype that its config names, diffusers in
+    float32, and a pipeline with both would fail at its first call.
+    """
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; pass --overwrite to replace it")
+    if out.exists() and not (out / "model_index.json").exists():
+        raise UsageError(f"{out} is not a pipeline folder; refusing to replace it")
+    shape, tokenizer = Shape.of_work(work), data.load_tokenizer(work)
+    denoiser = Denoiser(build_unet(shape), build_text_encoder(shape, tokenizer))
+    last = work / ("finish" if (work / "finish" / STATE).exists() else "unet")
+    load_average(last, denoiser, last.name)
+    routing = read_counters(last).get("task_routing")
+    if routing:
+        denoiser.core.register_to_config(**{CONFIG_KEY: routing})
+    vae, facts = build_trained_vae(work)
+    unet = denoiser.core.to(memory_format=torch.contiguous_format)
+    pipeline = build_pipeline(vae, denoiser.text, tokenizer, unet).to(dtype=torch.float16)
+    with replacing_folder(out) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        float32_text(folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return facts | {"megabytes": round(size / 1e6, 1)}
+
+
+# ------------------------------------------------------------------------------------------- sampling
+def load_pipeline(path: Path, device: torch.device | None = None) -> StableDiffusionPipeline:
+    """A pipeline folder in float32 with DPM-Solver++, without progress bars."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    if not (path / "model_index.json").exists():
+        raise UsageError(f"{path} is not a pipeline folder; run the 'export' stage first")
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"{path} cannot be loaded: {first_line(error)}") from error
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device or "cpu")
+
+
+def generate(
+    pipeline: StableDiffusionPipeline, prompts: list[str], steps: int = 20, guidance: float = 3.0, seed: int = 0
+) -> torch.Tensor:
+    """Pictures (N, 3, H, W) in -1..1; prompt i starts from the noise of seed + i."""
+    pictures = []
+    for start in tqdm(range(0, len(prompts), 16), desc="generate", unit="batch", disable=None):
+        part = prompts[start : start + 16]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        arguments = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        pictures.append(pipeline(part, generator=generators, **arguments).images.float().cpu() * 2 - 1)
+    return torch.cat(pictures)
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+def evaluate(
+    pipeline: StableDiffusionPipeline,
+    work: Path,
+    chosen: np.ndarray,
+    candidates: np.ndarray,
+    count: int = 96,
+    steps: int = 20,
+    guidance: float = 3.0,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Prediction error and retrieval of an exported pipeline, for trained and for held-out pictures.
+
+    Args:
+        pipeline: any pipeline for this data set; its own VAE and tokenizer are used.
+        work: the work folder with the picture cache.
+        chosen: indices of the pictures that the pipeline was trained on, or that were held out from it.
+        candidates: indices of the pictures among which retrieval looks for the nearest one.
+        count: pictures generated per split, at most.
+        steps, guidance: of sampling.
+
+    Returns:
+        Numbers per split: "v_error" (see `prediction_error`), and "retrieval" (see `retrieval`); and per split real
+        pictures (first half) with the generated ones (second half).
+    """
+    rows, images = data.load_rows(work), data.load_images(work)
+    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder)
+    result: dict[str, Any] = {"candidates": len(candidates), "steps": steps, "guidance": guidance}
+    shown = {}
+    for split in ("train", "heldout"):
+        indices = data.of_split(rows, split, chosen)
+        if not len(indices):
+            continue
+        probes = sample_of(indices, 128, seed=3)
+        pictures = archives.composite(images[probes])
+        with torch.no_grad():
+            encoded = [pipeline.vae.encode(part).latent_dist.mean for part in pictures.split(32)]
+            ids = _tokenize(pipeline, [archives.caption_variants(rows[i])[0] for i in probes])
+            clean = torch.cat(encoded) * pipeline.vae.config.scaling_factor
+            error = prediction_error(denoiser, clean, ids, Process())
+        asked = sample_of(indices, count, seed=5)
+        made = generate(pipeline, [archives.caption_variants(rows[i])[0] for i in asked], steps, guidance, seed=100)
+        result[split] = {"v_error": error, "retrieval": retrieval(made, rows, images, asked, candidates)}
+        shown[split] = torch.cat([archives.composite(images[asked]), made])
+    return result, shown
+
+
+def _tokenize(pipeline: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor:
+    tokenizer = pipeline.tokenizer
+    padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return torch.tensor(tokenizer(captions, **padding).input_ids)
+
+
+def retrieval(
+    made: torch.Tensor, rows: list[data.Row], images: np.ndarray, asked: np.ndarray, candidates: np.ndarray
+) -> dict[str, Any]:
+    """Is the real sticker nearest to a generated one (24x24 RGB on white) of the asked concept?
+
+    The shares of `evaluation.distribution.retrieval`; "psnr24" is the mean PSNR in dB to the asked sticker at 24x24.
+    """
+    if made.shape[-1] % THUMBNAIL:
+        raise UsageError(f"retrieval compares at {THUMBNAIL} px: the picture side must be a multiple of it")
+
+    def small(pictures: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(pictures, THUMBNAIL)
+
+    real = torch.cat(
+        [small(archives.composite(images[candidates[i : i + 256]])) for i in range(0, len(candidates), 256)]
+    )
+    thumbnails = small(made)
+    order = torch.cdist(thumbnails.flatten(1), real.flatten(1)).argsort(1).tolist()
+    wanted, found = ([[rows[i][key] for i in part] for key in ("slug", "style")] for part in (asked, candidates))
+    target = small(archives.composite(images[asked]))
+    return hit_shares(order, *wanted, *found) | {"psnr24": round(psnr(thumbnails, target), 2)}

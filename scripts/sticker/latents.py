@@ -1,0 +1,202 @@
+"""Latents without a trained encoder: principal components of picture patches, written into an AutoencoderKL.
+
+An autoencoder trained from scratch on a CPU spends most of its time on finding a latent space. The principal components
+of 8x8x3 patches are a good one, known at once: the latents are fixed before any training, so the decoder and the
+denoiser can train independently. `write_encoder` puts the projection into a genuine diffusers encoder, so the result is
+an ordinary AutoencoderKL that loads, runs and trains like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from diffusion_accel.training.archives import composite
+from diffusion_accel.training.files import TrainingError, load_tensors, replacing, require
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+PATCH = 8  # pixels on a side of one latent
+
+
+@dataclass(frozen=True)
+class PatchCodec:
+    """A linear codec of 8x8 patches.
+
+    Attributes:
+        weight: (C, 3, 8, 8), the encoder: a convolution of stride 8 on pictures in -1..1.
+        bias: (C,), so that latents have mean zero over the fitted pictures.
+        inverse: (C, 3, 8, 8), the linear decoder: a transposed convolution of stride 8.
+        mean: (3, 8, 8), the mean patch, which the linear decoder adds.
+        std: (C,), standard deviation of each latent channel over the fitted pictures.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    inverse: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) in -1..1 -> latents (N, C, H/8, W/8)."""
+        return F.conv2d(pictures, self.weight, self.bias, stride=PATCH)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The best linear reconstruction: latents (N, C, h, w) -> (N, 3, 8h, 8w), about 24 dB on stickers."""
+        mean = self.mean.repeat(1, *latents.shape[-2:])
+        return F.conv_transpose2d(latents, self.inverse, stride=PATCH) + mean
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as temporary:
+            save_file({name: value.contiguous() for name, value in vars(self).items()}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> PatchCodec:
+        names = [field.name for field in fields(cls)]
+        found = load_tensors(require(path, "latents"), *names)
+        return cls(**{name: found[name] for name in names})
+
+
+def fit_codec(pictures: torch.Tensor, channels: int) -> PatchCodec:
+    """Principal components of the 8x8x3 patches of `pictures` (N, 3, H, W) in -1..1.
+
+    Each component is divided by the square root of its standard deviation, and all together are brought to a root mean
+    square of 1: halfway between plain PCA, where the first channels dominate the loss, and whitening, where the noise
+    in the last channels would count as much as the layout in the first. Signs are fixed, so that results are the same
+    on every machine: the largest weight of a component is positive.
+    """
+    values = pictures.numpy()
+    n, _, height, width = values.shape
+    if height % PATCH or width % PATCH:
+        raise TrainingError(f"picture sides must be multiples of {PATCH} pixels, got {height}x{width}")
+    patches = values.reshape(n, 3, height // PATCH, PATCH, width // PATCH, PATCH).transpose(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(-1, 3 * PATCH * PATCH)
+    mean = patches.mean(0)
+    patches = patches - mean
+    variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    variances, vectors = variances[::-1][:channels], vectors[:, ::-1][:, :channels]
+    if variances[-1] <= 1e-9:
+        raise TrainingError(f"the pictures have fewer than {channels} independent patch components")
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(channels)])
+    std = np.sqrt(variances)
+    scale = 1 / np.sqrt(std)
+    scale /= np.sqrt(np.mean((std * scale) ** 2))
+
+    def tensor(value: np.ndarray, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(value, np.float32)).reshape(*shape)
+
+    patch = (3, PATCH, PATCH)
+    return PatchCodec(
+        weight=tensor((vectors * scale).T, channels, *patch),
+        bias=tensor(-mean @ (vectors * scale), channels),
+        inverse=tensor((vectors / scale).T, channels, *patch),
+        mean=tensor(mean, *patch),
+        std=tensor(std * scale, channels),
+    )
+
+
+def encode_images(codec: PatchCodec, images: np.ndarray, indices: np.ndarray) -> torch.Tensor:
+    """Latents (len(indices), C, h, w) of pictures of the cache on white."""
+    batches = [indices[i : i + 64] for i in range(0, len(indices), 64)]
+    return torch.cat([codec.encode(composite(images[batch])) for batch in batches])
+
+
+@torch.no_grad()
+def write_encoder(vae: AutoencoderKL, codec: PatchCodec, pictures: torch.Tensor) -> None:
+    """Write the codec's convolution into the encoder of an AutoencoderKL with four levels, to about 0.1 %.
+
+    The encoder computes a linear map although it is full of GroupNorm and SiLU:
+    - residual blocks become identities (their second convolution is zero);
+    - the stride-2 convolutions collect 2x2 blocks into channels; after the second one a 4x4x3 patch (48 numbers) is
+      projected to as many channels as there are (32) with the smallest error in the latents of `pictures`;
+    - the last one computes every latent twice, as u and -u, and GroupNorm is held constant by large constant channels;
+    - conv_out uses silu(u) - silu(-u) = u.
+    All of it stays trainable.
+
+    Args:
+        vae: channels (c0, c1, c2, c2) with c0 >= 12, one layer per block, no attention in the middle.
+        codec: the projection to write, with as many channels as the VAE has latent channels.
+        pictures: (N, 3, H, W) in -1..1, examples for the projection to 32 channels.
+
+    Raises:
+        TrainingError: the VAE has another shape.
+    """
+    config, encoder, latents = vae.config, vae.encoder, len(codec.weight)
+    widths, groups = list(config.block_out_channels), config.norm_num_groups
+    pairs = -(-latents // groups)  # latents per normalization group of the last level
+    constants = widths[-1] // groups - 2 * pairs  # channels left in each group
+    constants -= constants % 2
+    fits = len(widths) == 4 and widths[2] == widths[3] and widths[0] >= 12 and config.latent_channels == latents
+    if not fits or constants < 4 or config.mid_block_add_attention or not config.use_quant_conv:
+        raise TrainingError(f"the linear encoder cannot be written into a VAE of channels {widths}, {latents} latents")
+
+    for block in [r for down in encoder.down_blocks for r in down.resnets] + list(encoder.mid_block.resnets):
+        _zero(block.conv2)
+        if block.conv_shortcut is not None:
+            _zero(block.conv_shortcut)
+            kept = range(min(block.conv_shortcut.weight.shape[:2]))
+            block.conv_shortcut.weight[kept, kept, 0, 0] = 1
+    for conv in [down.downsamplers[0].conv for down in encoder.down_blocks[:3]] + [encoder.conv_in, encoder.conv_out]:
+        _zero(conv)
+    encoder.conv_in.weight[range(3), range(3), 1, 1] = 1
+
+    first, second, third = (down.downsamplers[0].conv for down in encoder.down_blocks[:3])
+    for colour, y, x in np.ndindex(3, 2, 2):
+        first.weight[colour * 4 + y * 2 + x, colour, y, x] = 1
+
+    middle, rebuild = _best_projection(codec, pictures, min(widths[1], 4 * latents, 48))
+    rank = len(middle)
+    second.weight[:rank, :12, :2, :2] = middle.view(rank, 2, 2, 12).permute(0, 3, 1, 2).float()
+
+    group_width, large = widths[3] // groups, 30.0
+    for c in range(latents):
+        u = (c // pairs) * group_width + 2 * (c % pairs)
+        kernel = rebuild[:, :, c].permute(2, 0, 1).float()
+        for channel, sign in ((u, 1), (u + 1, -1)):
+            third.weight[channel, :rank, :2, :2] = sign * kernel
+            third.bias[channel] = sign * codec.bias[c]
+            encoder.conv_out.weight[c, channel, 1, 1] = sign
+    for group in range(groups):
+        start = group * group_width + 2 * pairs
+        third.bias[start : start + constants : 2] = large
+        third.bias[start + 1 : start + constants : 2] = -large
+    encoder.conv_norm_out.weight.fill_(math.sqrt(constants / group_width) * large)  # undoes the normalization
+    encoder.conv_norm_out.bias.zero_()
+
+    every = range(latents)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        _zero(conv)
+        conv.weight[every, every, 0, 0] = 1
+    vae.quant_conv.bias[latents:] = -8.0  # log variance: the posterior is next to a point
+
+
+def _zero(conv: torch.nn.Module) -> None:
+    for parameter in conv.parameters():
+        parameter.zero_()
+
+
+def _best_projection(codec: PatchCodec, pictures: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """4x4x3 patch -> `rank` numbers -> latents, with the smallest mean square error over `pictures`.
+
+    Returns float64 tensors: the projection (rank, 48), its columns ordered (2x2 block, colour, pixel in the block), and
+    (2, 2, C, rank), which rebuilds a latent from the projections of the four 4x4 patches of its 8x8 patch.
+    """
+    latents = len(codec.weight)
+    # (C, colour, 4x4 patch y, block y, pixel y, 4x4 patch x, block x, pixel x)
+    weight = codec.weight.double().reshape(latents, 3, 2, 2, 2, 2, 2, 2)
+    target = weight.permute(2, 5, 0, 3, 6, 1, 4, 7).reshape(4 * latents, 48)
+    n, _, height, width = pictures.shape
+    blocks = pictures.double().reshape(n, 3, height // 4, 2, 2, width // 4, 2, 2)
+    patches = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, 48)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T  # square root of the patches' second moment
+    left = torch.linalg.svd(target @ root, full_matrices=False)[0][:, :rank]
+    return left.T @ target, left.reshape(2, 2, latents, rank)
