@@ -15,7 +15,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy diffusion_accel pipelines quant parallel
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy diffusion_accel pipelines quant parallel \
+	  && $(BIN)/python scripts/floors.py
 
 # files broken on purpose, every kind in turn: make fuzz MINUTES=10 (each), KIND=folder
 fuzz: $(STAMP)

@@ -6,10 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .hooks import HookSet
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +35,6 @@ class Changes:
         """Set an attribute of one object; undone, the object has the one that it had, or none of its own."""
         self.add(functools.partial(_put_back, owner, name, vars(owner).get(name, _ABSENT)))
         vars(owner)[name] = value
-
-    def hooks(self, name: str) -> HookSet:
-        """A set of hooks that is removed when the changes are undone."""
-        from .hooks import HookSet  # only where there are hooks does torch have to be there
-
-        hooks = HookSet(name)
-        self.add(hooks.remove)
-        return hooks
 
     def undo(self) -> None:
         """Undo everything, the last change first. Safe to call twice.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import numbers
 import types
@@ -38,6 +39,10 @@ class Feature:
     shorthand: ClassVar[str | None] = None
     #: it changes what is drawn, not how fast: comparisons keep it on both sides
     redraws: ClassVar[bool] = False
+    #: the module that does the work on a pipeline, imported when it is first needed, so that a configuration costs no
+    #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside`, which are
+    #: called with the feature and the pipeline
+    runtime: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -58,12 +63,12 @@ class Feature:
 
     def supports(self, pipeline: Any) -> str | None:
         """Why this feature cannot work on `pipeline` (one sentence), or None if it can. Changes nothing."""
-        raise NotImplementedError
+        return self._runtime().supports(self, pipeline)
 
     def works_inside(self, pipeline: Any) -> bool:
         """Whether this setting hooks or changes the inside of a denoiser, which a model compiled as a whole does not
         allow. False: it acts on calls of the denoiser, on the VAE or on the scheduler only."""
-        return True
+        return not self.runtime or getattr(self._runtime(), "works_inside", _always)(self, pipeline)
 
     def leaves_branches_out(self) -> bool:
         """Whether it computes one branch of guidance only at some steps."""
@@ -80,7 +85,12 @@ class Feature:
 
     def attach(self, pipeline: Any) -> Attachment:
         """Attach to `pipeline` (already known to be supported) and return the attachment."""
-        raise NotImplementedError
+        return self._runtime().attach(self, pipeline)
+
+    def _runtime(self) -> Any:
+        if not self.runtime:
+            raise NotImplementedError(f"{type(self).__name__} names no module that does its work (Feature.runtime)")
+        return importlib.import_module(self.runtime)
 
     # ------------------------------------------------------------------ configuration as data
     def to_dict(self) -> dict[str, Any]:
@@ -200,6 +210,10 @@ class Attachment:
     def details(self) -> dict[str, float]:
         """The same by layer, where that is known."""
         return {}
+
+
+def _always(feature: Feature, pipeline: Any) -> bool:
+    return True
 
 
 def alive(pipeline: weakref.ref[Any]) -> Any:

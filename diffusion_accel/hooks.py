@@ -73,6 +73,13 @@ class HookSet:
         self.name = name
         self._modules: list[torch.nn.Module] = []
 
+    @classmethod
+    def within(cls, changes: Changes, name: str) -> HookSet:
+        """A set that is removed when `changes` are undone."""
+        hooks = cls(name)
+        changes.add(hooks.remove)
+        return hooks
+
     def add(self, module: torch.nn.Module, hook: ModelHook) -> None:
         """Install `hook` on `module` under this set's name."""
         self._modules.append(module)

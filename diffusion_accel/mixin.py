@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from diffusion_accel.switchboard import Acceleration
+    from .switchboard import Acceleration
 
 logger = logging.getLogger(__name__)
 
 
 class AcceleratedMixin:
-    """Adds the handle `acceleration` to a pipeline class. Calls are bracketed by the generated subclass."""
+    """Adds the handle `acceleration` to a pipeline class. Calls are bracketed by the generated subclass.
+
+    The switchboard generates that class, and says there how a handle and the class itself are made.
+    """
+
+    _new_handle: ClassVar[Callable[[Any], Acceleration]]
+    _accelerated_class: ClassVar[Callable[[type], type]]
 
     @property
     def acceleration(self) -> Acceleration:
         """The features of this pipeline and the report of its last call."""
         handle: Acceleration | None = self.__dict__.get("_acceleration")
         if handle is None:  # made by a class method of the generated class, such as type(pipe).from_pretrained
-            from diffusion_accel.switchboard import Acceleration
-
-            handle = self.__dict__["_acceleration"] = Acceleration(self)
+            handle = self.__dict__["_acceleration"] = type(self)._new_handle(self)
         elif handle._pipeline() is not self:  # a copy: give it a handle of its own
             handle = self.__dict__["_acceleration"] = handle._rebind(self)
         return handle
@@ -48,7 +53,7 @@ class AcceleratedMixin:
 
     def __reduce__(self) -> Any:
         base = type(self)._accelerated_base  # type: ignore[attr-defined]
-        return _rebuild, (base,), self.__dict__
+        return _rebuild, (base, type(self)._accelerated_class), self.__dict__
 
 
 def plain_twin(pipe: Any) -> Any:
@@ -61,8 +66,6 @@ def plain_twin(pipe: Any) -> Any:
     return twin
 
 
-def _rebuild(base: type) -> Any:
-    from diffusion_accel.switchboard import accelerated_class
-
-    cls: Any = accelerated_class(base)
+def _rebuild(base: type, accelerated_class: Callable[[type], Any]) -> Any:
+    cls = accelerated_class(base)
     return cls.__new__(cls)

@@ -16,7 +16,7 @@ from diffusers.hooks import ModelHook
 from .changes import Changes
 from .denoisers.families import UNITS, family_of, time_argument, told
 from .errors import CallStateError
-from .hooks import bind_forward, model_of, version_of
+from .hooks import HookSet, bind_forward, model_of, version_of
 from .noise_level import noise_levels
 
 # (scheduler inputs by name) -> None: may replace values
@@ -79,7 +79,7 @@ class StepClock:
     # ------------------------------------------------------------------ life of one call
     def start(self, modules: list[torch.nn.Module], beside: Sequence[torch.nn.Module] = ()) -> None:
         """Watch the scheduler, the denoisers `modules`, and what runs `beside` them at each step."""
-        hooks = self.changes.hooks("diffusion_accel.steps")
+        hooks = HookSet.within(self.changes, "diffusion_accel.steps")
         for module in (*beside, *modules):
             hooks.add(module, _ClockHook(self, module not in beside))
         step = self.scheduler.step

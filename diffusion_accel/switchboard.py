@@ -21,6 +21,7 @@ from .feature import Attachment, Feature, alive
 from .finite import finite_call
 from .flops import count_flops
 from .hooks import bind_method, run_uncompiled
+from .mixin import AcceleratedMixin
 from .registry import FEATURES, feature_class
 from .report import Report
 from .steps import StepClock
@@ -80,8 +81,6 @@ def accelerated_class(base: Any) -> type:
     It keeps the name of `base`, because diffusers looks pipelines up by class name (`AutoPipeline…from_pipe`) and
     writes that name into `model_index.json`; its qualified name is `Accelerated<Base>`.
     """
-    from .mixin import AcceleratedMixin
-
     if base in _classes:
         return _classes[base]
 
@@ -95,6 +94,8 @@ def accelerated_class(base: Any) -> type:
         "__module__": base.__module__,
         "__qualname__": f"Accelerated{base.__name__}",
         "_accelerated_base": base,
+        "_new_handle": Acceleration,
+        "_accelerated_class": staticmethod(accelerated_class),
     }
     return _classes.setdefault(base, type(base.__name__, (AcceleratedMixin, base), namespace))
 

@@ -20,7 +20,7 @@ from diffusion_accel.denoisers import (
     uses_freeu,
 )
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.hooks import model_of, tensors_in
+from diffusion_accel.hooks import HookSet, model_of, tensors_in
 from diffusion_accel.steps import StepClock
 
 from .context import SharedHook, share, transformers_of, unshare, why_not_shared
@@ -59,7 +59,7 @@ def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, 
     for model in shared:
         changes.add(partial(unshare, model))
         share(model, run.world)
-    hooks = changes.hooks("diffusion_accel.patch_parallel")  # behind diffusers' own: removed before those
+    hooks = HookSet.within(changes, "diffusion_accel.patch_parallel")  # behind diffusers' own: removed before those
     if shared:
         for model in shared:
             hooks.add(model, SharedHook(check, run.count_step))

@@ -17,8 +17,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 
 from .layers import QuantizedLayer
+from .method import METHOD
 from .model import digest, digest_of_version_1, install, set_runtime
-from .register import METHOD
 from .spec import ModelSpec
 from .stored import Tensor, find_tensors, verify
 

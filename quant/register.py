@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 
+from .method import METHOD
+
 TYPE_CHECKING = False  # without importing `typing`: every start of the command comes by here
 if TYPE_CHECKING:
     import importlib.machinery
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-METHOD = "diffusion_accel"  # `quant_method` of our checkpoints
 _TABLES = "diffusers.quantizers.auto"
 
 

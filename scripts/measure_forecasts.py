@@ -14,7 +14,7 @@ import time
 import torch
 
 from diffusion_accel import Reuse, accelerate
-from diffusion_accel.cli.tune import embedded_prompts
+from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED

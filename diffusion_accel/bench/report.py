@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
-from typing import Any
-
-from PIL import Image
 
 from ..io import printable
+from ..measure.grids import data_url
 from .run import Result, Row
 
 COLUMNS = ("entry", "time ratio", "FLOP ratio", "peak MiB", "PSNR dB", "worst decile", "SSIM", "to converged dB")
@@ -172,16 +168,6 @@ def pictures(result: Result, count: int = 6) -> str:
             shown = "".join(f'<img src="{data_url(picture)}" alt="">' for picture in row.pictures[:count])
             rows.append(f"<tr><td>{escape(row.name)}</td><td>{shown}</td></tr>")
     return "".join(rows)
-
-
-def data_url(picture: Any, side: int = 192) -> str:
-    """A picture (3, H, W) in 0..1 as a data URL, at most `side` pixels wide."""
-    array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-    image = Image.fromarray(array)
-    image.thumbnail((side, side))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 SVG_STYLE = (

@@ -177,6 +177,7 @@ def quantize(
     else:
         texts = embedded_prompts(count) if source.kind == "embedded" else []
 
+    from ..pipelines.loading import load_pipeline
     from ..quant.ptq.export import run
     from .session import Session, check_machine
 
@@ -194,7 +195,7 @@ def quantize(
 
     try:
         result = run(
-            session.pipe, source, texts, choice, folder, tell, overwrite=overwrite, restart=restart,
+            session.pipe, source, texts, choice, folder, tell, load=load_pipeline, overwrite=overwrite, restart=restart,
             minutes=budget_minutes, pictures=report, batch=batch, steps=settings.steps or 50,
             options={k: getattr(settings, k) for k in ("guidance_scale", "height", "width")},
         )  # fmt: skip

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from typing import Any
+
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from ..compositing import shown_as_rgb
@@ -56,3 +60,13 @@ def difference(a: Image.Image, b: Image.Image, gain: int = 4) -> Image.Image:
     return ImageChops.invert(
         ImageChops.difference(shown_as_rgb(a), shown_as_rgb(b)).point(lambda v: min(255, v * gain))
     )
+
+
+def data_url(picture: Any, side: int = 192) -> str:
+    """A picture (3, H, W) in 0..1 as a data URL, at most `side` pixels wide."""
+    array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+    image = Image.fromarray(array)
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -10,7 +10,7 @@ from diffusers.hooks import ModelHook
 from ..changes import Changes
 from ..denoisers import find_denoisers, residual_stream_blocks
 from ..errors import UnsupportedPipelineError
-from ..hooks import forget, tidy
+from ..hooks import HookSet, forget, tidy
 from ..io import first_line
 from .cache_settings import CacheSettings
 
@@ -31,7 +31,7 @@ class CacheRun:
     def install(self) -> None:
         """Wait for the pipeline to set its timesteps."""
         self._before = {id(m) for d in self.denoisers for m in d.modules() if "_diffusers_hook" in vars(m)}
-        counting = self.changes.hooks("diffusion_accel.reuse")
+        counting = HookSet.within(self.changes, "diffusion_accel.reuse")
         self.changes.add(self._remove_caches)
         for denoiser in self.denoisers:
             for module in residual_stream_blocks(denoiser):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ConfigurationError
 from ..feature import Attachment, Feature, option
+from ..hooks import HookSet
 from .recipe import KINDS, Recipe
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class TaskRoutingAttachment(Attachment):
         reason = feature.supports(self.pipeline)  # the user may have replaced the denoiser since accelerate()
         if reason:
             raise ConfigurationError(f"task_routing cannot be used on this pipeline any more: {reason}")
-        hooks = self.changes.hooks("diffusion_accel.task_routing")
+        hooks = HookSet.within(self.changes, "diffusion_accel.task_routing")
         denoisers = find_denoisers(self.pipeline)
         recipes = [self._recipe(denoiser) for denoiser in denoisers]
         for denoiser, recipe in zip(denoisers, recipes, strict=True):

@@ -13,6 +13,7 @@ import torch
 from ..denoisers import find_denoiser
 from ..errors import AccelerationError, ConfigurationError, ModelLoadError, UnsupportedPipelineError
 from ..feature import Attachment
+from ..hooks import HookSet
 from .adapter import Adapter, check_changes, read_changes
 from .attention_sharing import Sharing, is_sharing
 from .codec import decode_rgba, offset_of, refine_latents
@@ -87,6 +88,30 @@ def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> L
     if refine is None:
         refine = 0 if encoder is None else encoder.config.recommended_refinement
     return Loaded(encoder, decoder, adapter, sharing, views, refine if decoder is not None else 0)
+
+
+def supports(feature: LatentTransparency, pipeline: Any) -> str | None:
+    """Why the pipeline cannot be made transparent, or None."""
+    try:
+        if not feature.idle:
+            load(feature, pipeline, headers=True)
+    except AccelerationError as error:
+        return str(error)
+    return None
+
+
+def works_inside(feature: LatentTransparency, pipeline: Any) -> bool:
+    """Whether the weights have something that changes the denoiser."""
+    try:
+        loaded = None if feature.idle else load(feature, pipeline, headers=True)
+    except AccelerationError:  # `supports` says why
+        return False
+    return loaded is not None and (loaded.adapter is not None or loaded.sharing is not None)
+
+
+def attach(feature: LatentTransparency, pipeline: Any) -> Attachment:
+    """The feature on a pipeline."""
+    return TransparencyAttachment(feature, pipeline)
 
 
 class TransparencyAttachment(Attachment):
@@ -174,7 +199,7 @@ class TransparencyAttachment(Attachment):
         self._decoded, self._unet = [], find_denoiser(self.pipeline)
         vae, loaded, feature = getattr(self.pipeline, "vae", None), self._loaded, self._feature
         self._counters = {"views": float(loaded.views)}
-        hooks = self.changes.hooks("diffusion_accel.transparency")
+        hooks = HookSet.within(self.changes, "diffusion_accel.transparency")
         if loaded.adapter is not None:
             self.changes.add(loaded.adapter.restore)
             loaded.adapter.apply(self._unet, feature.strength)
@@ -187,7 +212,7 @@ class TransparencyAttachment(Attachment):
             self._concatenated = Concatenated(condition_latents(vae, pictures, *self._size))
             hooks.add(self._unet.conv_in, self._concatenated)
         if feature.until < 1:
-            until = self.changes.hooks("diffusion_accel.transparency.until")
+            until = HookSet.within(self.changes, "diffusion_accel.transparency.until")
             until.add(self._unet, Until(clock, feature.until, self._unadapted))
         self._read = None if vae is None else vae.decode
         if loaded.decoder is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-from ..errors import AccelerationError, ConfigurationError
-from ..feature import Attachment, Feature, option
+from ..errors import ConfigurationError
+from ..feature import Feature, option
 from ..io import shown
 
 VIEWS = (8, 4, 1, 0)
@@ -69,6 +69,7 @@ class LatentTransparency(Feature):
     paper: ClassVar[str] = "LayerDiffuse (Zhang and Agrawala, 2024)"
     order: ClassVar[int] = 80
     redraws: ClassVar[bool] = True
+    runtime: ClassVar[str] = "diffusion_accel.transparency.attachment"
 
     weights: str = option("", "embedded name, folder or hub id (default: beside the model)")
     variant: str = option("fg", f"what is drawn: {', '.join(CONDITIONS)}")
@@ -114,28 +115,3 @@ class LatentTransparency(Feature):
     def idle(self) -> bool:
         """Whether nothing is adapted and nothing decoded."""
         return self.views == 0 and not self.strength
-
-    def supports(self, pipeline: Any) -> str | None:
-        from .attachment import load
-
-        if self.idle:
-            return None
-        try:
-            load(self, pipeline, headers=True)
-        except AccelerationError as error:
-            return str(error)
-        return None
-
-    def works_inside(self, pipeline: Any) -> bool:
-        from .attachment import load
-
-        try:
-            loaded = None if self.idle else load(self, pipeline, headers=True)
-        except AccelerationError:  # `supports` says why
-            return False
-        return loaded is not None and (loaded.adapter is not None or loaded.sharing is not None)
-
-    def attach(self, pipeline: Any) -> Attachment:
-        from .attachment import TransparencyAttachment
-
-        return TransparencyAttachment(self, pipeline)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.io import writing
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import PICKLE_SUFFIXES, TRANSPARENCY, ModelSource
-from diffusion_accel.pipelines.loading import load_pipeline
 
 from .budget import plan_report
 from .folder import clear, held
@@ -34,6 +33,7 @@ def run(
     folder: Path,
     progress: Progress,
     *,
+    load: Callable[[ModelSource], Any],
     overwrite: bool = False,
     restart: bool = False,
     minutes: float | None = None,
@@ -52,7 +52,7 @@ def run(
         if restart:
             clear(work)
         sampler = Sampler(pipe, tuple(prompts), steps, settings.seed, batch, options or {})
-        report = _run(sampler, source, settings, folder, work, progress, overwrite, minutes, pictures)
+        report = _run(sampler, source, settings, folder, work, progress, overwrite, minutes, pictures, load)
         with interrupts.unfinished(work):  # not needed any more
             return report
 
@@ -67,6 +67,7 @@ def _run(
     overwrite: bool,
     minutes: float | None,
     pictures: int,
+    load: Callable[[ModelSource], Any],
 ) -> QuantizationReport:
     began, pipe = time.monotonic(), sampler.pipe
     done = quantize(sampler, settings, work, minutes, progress)
@@ -78,7 +79,7 @@ def _run(
             layer.weight_shape.numel() for layer in done.layers().values()
         )
         done.restore()
-        twin = load_pipeline(ModelSource("folder", folder.name, str(made)))
+        twin = load(ModelSource("folder", folder.name, str(made)))
         twin.set_progress_bar_config(disable=True)
         twin.scheduler = pipe.scheduler
         device = next(find_denoiser(pipe).parameters()).device  # type: ignore[union-attr]

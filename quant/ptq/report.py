@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from diffusion_accel.bench.report import data_url
 from diffusion_accel.denoisers import find_denoiser
 from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure.grids import data_url
 from diffusion_accel.measure.sampler import Sampler
 
 from ..layers import quantized_layers

@@ -20,6 +20,7 @@ from zoo import flux, run, sd
 from diffusion_accel import AccelerationError, CallStateError, Reuse, accelerate, hooks, switchboard
 from diffusion_accel.changes import Changes
 from diffusion_accel.feature import Attachment, Feature
+from diffusion_accel.hooks import HookSet
 from diffusion_accel.registry import all_features
 from diffusion_accel.steps import StepClock
 
@@ -103,7 +104,9 @@ class PartAttachment(Attachment):
             raise {"Boom": Boom, "KeyboardInterrupt": KeyboardInterrupt}[feature.error]
 
     def before_call(self, clock: Any) -> None:
-        self.changes.hooks(f"diffusion_accel.{self.feature.name}").add(self.pipeline.unet.conv_in, ModelHook())
+        HookSet.within(self.changes, f"diffusion_accel.{self.feature.name}").add(
+            self.pipeline.unet.conv_in, ModelHook()
+        )
         self.changes.set(self.pipeline.vae, "decode", self.pipeline.vae.decode)
         self._reach("before_call")
 
@@ -205,7 +208,7 @@ def test_hooks_are_removed_whatever_line_is_interrupted(error: type[BaseExceptio
         module = torch.nn.Linear(2, 2)
         changes, seen = Changes(), [0]
         for name in ("one", "two"):
-            changes.hooks(name).add(module, ModelHook())
+            HookSet.within(changes, name).add(module, ModelHook())
 
         def trace(frame: Any, event: str, _: Any) -> Any:
             if frame.f_code not in codes:

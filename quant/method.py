@@ -1,0 +1,3 @@
+"""`quant_method` of our checkpoints."""
+
+METHOD = "diffusion_accel"
