@@ -16,7 +16,7 @@ def over(image: Image.Image, background: Image.Image | tuple[int, ...]) -> Image
 
 
 def checkerboard(size: tuple[int, int], low: int = 115, high: int = 140) -> Image.Image:
-    """Fields of two greys: 64 pixels on a side, or an eighth of a small picture's."""
+    """Fields of two greys: 64 pixels on a side, or an eighth of a small image's."""
     width, height = size
     side = max(1, min(64, min(size) // 8))
     odd = (np.arange(height)[:, None] // side + np.arange(width) // side) % 2

@@ -1,4 +1,4 @@
-"""Patch parallelism: one picture on several processes, through torch.distributed.
+"""Patch parallelism: one image on several processes, through torch.distributed.
 
 Names are loaded when they are first used, so that importing this package imports neither torch nor diffusers.
 """

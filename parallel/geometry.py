@@ -1,4 +1,4 @@
-"""Which rows (or columns) of a picture each process has, at every resolution of a model. No torch in here."""
+"""Which rows (or columns) of an image each process has, at every resolution of a model. No torch in here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ ROWS, COLUMNS = -2, -1
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a split picture.
+    """One resolution of a split image.
 
     Attributes:
-        size: rows of the whole picture (columns if it is split by columns).
+        size: rows of the whole image (columns if it is split by columns).
         other: its extent in the direction that is not split.
         bounds: where the slices begin, and `size` at the end; slice r is `bounds[r]` … `bounds[r + 1]`.
     """
@@ -34,7 +34,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Split:
-    """A picture in `parts` slices, at each resolution that a model has.
+    """An image in `parts` slices, at each resolution that a model has.
 
     Resolutions are told apart by the extent that is not split, which every process sees whole, and layers over tokens
     by how many of them a process has.
@@ -63,7 +63,7 @@ class Split:
 
 
 def plan_split(height: int, width: int, parts: int, part: int, halvings: int = 0, doublings: int = 0) -> Split | None:
-    """Split a picture by rows, or by columns where there are too few rows; None if there are too few of both.
+    """Split an image by rows, or by columns where there are too few rows; None if there are too few of both.
 
     Slices begin at multiples of 2^halvings, so that they stay slices at every coarser resolution and each part has at
     least one row of the coarsest; sizes that are no such multiple end in an incomplete unit, halved rounding up, as a
@@ -83,7 +83,7 @@ def plan_split(height: int, width: int, parts: int, part: int, halvings: int = 0
         for k in range(halvings + 1):
             levels.append(Level(_halved(size, k), _halved(other, k), tuple(_halved(b, k) for b in bounds)))
         split = Split(dim, parts, part, tuple(levels))
-        if len(split.by_other) == len(levels):  # else two resolutions look alike (a picture one position wide)
+        if len(split.by_other) == len(levels):  # else two resolutions look alike (an image one position wide)
             return split
     return None
 
@@ -98,7 +98,7 @@ class Window:
 
     Attributes:
         kernel, stride, dilation: of the convolution.
-        before, after: rows of zeros that it adds at the borders of the whole picture.
+        before, after: rows of zeros that it adds at the borders of the whole image.
     """
 
     kernel: int
@@ -113,7 +113,7 @@ class Window:
         return (*(min(-(-b // self.stride), size) for b in level.bounds[:-1]), size)
 
     def needed(self, level: Level, part: int) -> Interval:
-        """The rows of its input from which one part computes its output; may reach over the picture's borders."""
+        """The rows of its input from which one part computes its output; may reach over the image's borders."""
         bounds = self.output(level)
         first, last = bounds[part], bounds[part + 1] - 1
         reach = self.dilation * (self.kernel - 1) + 1
@@ -122,10 +122,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Halo:
-    """What one part exchanges with the others for one convolution, in rows of the whole picture.
+    """What one part exchanges with the others for one convolution, in rows of the whole image.
 
     Attributes:
-        above, below: rows of zeros at the picture's borders.
+        above, below: rows of zeros at the image's borders.
         own: the rows of its own that it computes from.
         sends: by part, the rows of its own that it sends.
         receives: by part, the rows that it gets, in order.

@@ -1,4 +1,4 @@
-"""The processes that share a picture: joining them, comparing what they were asked for, and losing one."""
+"""The processes that share an image: joining them, comparing what they were asked for, and losing one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class NoDeviceError(ConfigurationError):
 
 
 class DisagreementError(ConfigurationError):
-    """The processes of a job were asked for different pictures."""
+    """The processes of a job were asked for different images."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def agree(world: World, asked: dict[str, Any], device: torch.device) -> None:
     ]
     if found:
         raise DisagreementError(
-            f"the processes of this job must be asked for the same picture, but these differ from rank 0: "
+            f"the processes of this job must be asked for the same image, but these differ from rank 0: "
             f"{'; '.join(found)}; give all the same arguments and a generator with the same seed"
         )
 

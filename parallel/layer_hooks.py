@@ -1,7 +1,7 @@
 """Hooks on the layers that look beyond one position: convolutions, group normalisation and self-attention.
 
 They act on what goes into a layer and comes out of it, so that quantized layers, LoRA and attention processors keep
-working: a convolution gets the rows around its own, a group normalisation the statistics of the whole picture, and the
+working: a convolution gets the rows around its own, a group normalisation the statistics of the whole image, and the
 keys and values of self-attention are those of all parts. All other layers treat every position by itself.
 """
 
@@ -20,7 +20,7 @@ from .run import PatchRun
 
 
 class HaloHook(ModelHook):
-    """On a convolution: gives it the rows around its own, and zeros only at the borders of the picture.
+    """On a convolution: gives it the rows around its own, and zeros only at the borders of the image.
 
     Args:
         entry: the rows around its own are already there (the first layer of a model: every process has its input).
@@ -108,7 +108,7 @@ def conv_window(module: Any, axis: int, asymmetric: bool = False) -> Window:
 
 
 class NormHook(ModelHook):
-    """On a group normalisation: the statistics are those of the whole picture.
+    """On a group normalisation: the statistics are those of the whole image.
 
     At exact steps each part sends mean and biased variance of its own, and they are put together by Chan's formula. At
     the others (DistriFusion, section 4.2), "corrected" adds the change of the own statistics to the others' old ones
@@ -143,7 +143,7 @@ class NormHook(ModelHook):
         return torch.addcmul(offset, wide, factor).to(x.dtype)
 
     def _whole(self, fresh: torch.Tensor, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of the whole picture, in double precision, from this part's (2, batch, groups)."""
+        """Mean and variance of the whole image, in double precision, from this part's (2, batch, groups)."""
         run = self.run
         assert run.split is not None
         others, what = run.others(), ("norm", self.name)
@@ -263,7 +263,7 @@ def gather_tokens(
     columns = split.dim == -1
 
     def ordered(tokens: torch.Tensor, part: int, back: bool = False) -> torch.Tensor:
-        """Tokens in the order of the split: column after column where the picture is split by columns."""
+        """Tokens in the order of the split: column after column where the image is split by columns."""
         if not columns:
             return tokens
         grid = (level.rows(part), level.other) if back else (level.other, level.rows(part))

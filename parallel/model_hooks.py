@@ -73,7 +73,7 @@ class DenoiserHook(ModelHook):
     """On the U-Net: this process computes its rows of the prediction, and gets those of the others.
 
     With `cfg_parallel` the first half of the ranks takes the first half of the batch (guidance's unconditional
-    predictions), the second half the other, and each half splits the picture among its ranks.
+    predictions), the second half the other, and each half splits the image among its ranks.
 
     Args:
         check: called with the arguments of the call, before anything is exchanged.
@@ -138,7 +138,7 @@ class DenoiserHook(ModelHook):
             raise ConfigurationError(
                 f"latents of {height}x{width} are too small for {parts} processes: {type(module).__name__} halves them "
                 f"{depth} times, so {parts} processes need more than {2**depth * (parts - 1)} rows or columns; use "
-                f"{max(-(-height // 2**depth), -(-width // 2**depth))} processes at most, or a larger picture"
+                f"{max(-(-height // 2**depth), -(-width // 2**depth))} processes at most, or a larger image"
             )
         return split
 
@@ -177,7 +177,7 @@ class PartHook(ModelHook):
     """On an encoder, a decoder or a ControlNet: exact at every call.
 
     Args:
-        pictures: names of the arguments that are cut.
+        images: names of the arguments that are cut.
         halves, doubles: how many times it halves, or doubles, the size of the first argument.
         gathers: put the output together; a ControlNet's goes to the denoiser in parts.
         check: called with the arguments of the call, before anything is exchanged.
@@ -189,24 +189,24 @@ class PartHook(ModelHook):
         name: str,
         halves: int,
         doubles: int,
-        pictures: tuple[str, ...],
+        images: tuple[str, ...],
         gathers: bool,
         check: Any,
     ) -> None:
         super().__init__()
         self.run, self.name, self.check = run, name, check
-        self.halves, self.doubles, self.pictures, self.gathers = halves, doubles, pictures, gathers
+        self.halves, self.doubles, self.images, self.gathers = halves, doubles, images, gathers
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, world = self.run, self.run.world
         named = bind_forward(module, args, kwargs)
         self.check(named, self.name)
-        first = named[self.pictures[0]]
+        first = named[self.images[0]]
         height, width = first.shape[-2:]
         split = plan_split(height, width, world.size, world.rank, self.halves, self.doubles)
         if split is None:  # too small to share: every process computes it
             return self.fn_ref.original_forward(*args, **kwargs)
-        for name in self.pictures:
+        for name in self.images:
             named[name] = own_rows(run, split, named[name], module)
         with run.running(self.name, split, tuple(range(world.size)), exact=True):
             output = self.fn_ref.original_forward(**named)
@@ -218,7 +218,7 @@ class PartHook(ModelHook):
 
 
 def install_vae(hooks: HookSet, run: PatchRun, vae: Any, check: Any) -> None:
-    """Decode and encode in parts: each process has its rows, the result is the whole picture everywhere."""
+    """Decode and encode in parts: each process has its rows, the result is the whole image everywhere."""
     for name, halves, doubles in (("decoder", 0, doublings(vae.decoder)), ("encoder", halvings(vae.encoder), 0)):
         part = getattr(vae, name)
         install_layers(hooks, run, part, f"vae.{name}", None)

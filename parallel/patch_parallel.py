@@ -1,4 +1,4 @@
-"""The feature: one picture on several processes."""
+"""The feature: one image on several processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ GROUP_NORMS = ("corrected", "stale", "sync", "local")
 
 @dataclass(frozen=True, kw_only=True)
 class PatchParallel(Feature):
-    """Split one picture among the processes of a job, so that each computes its rows of every layer.
+    """Split one image among the processes of a job, so that each computes its rows of every layer.
 
-    Run under torchrun or accelerate launch, every process with the same arguments; all return the same picture. With
+    Run under torchrun or accelerate launch, every process with the same arguments; all return the same image. With
     one process it does nothing. Modes:
 
     - "sync": every layer waits for what it needs of the others: rows around its own, keys and values, statistics of
-      group normalisation. The picture is that of one process, up to rounding.
+      group normalisation. The image is that of one process, up to rounding.
     - "displaced" (DistriFusion): after `warmup` exact steps a layer uses what the others had at the step before, which
       travelled while it computed.
     - "partial" (PCPP): displaced, and self-attention sees its own part and the `p` nearest share of its neighbours';
@@ -50,8 +50,8 @@ class PatchParallel(Feature):
         p: share of each neighbour's part that "partial" attends to, 0 (own part only) to 1.
         group_norm: statistics at displaced steps: "corrected" (the others' old ones plus one's own change), "stale",
             "sync" (fresh, waited for) or "local" (one's own).
-        cfg_parallel: give the two halves of guidance's batch to two halves of the processes, and split the picture
-            within each. Calls without guidance split the picture only.
+        cfg_parallel: give the two halves of guidance's batch to two halves of the processes, and split the image
+            within each. Calls without guidance split the image only.
         vae: decode and encode in parts, exactly.
         comm_checkpoint: displaced messages of so many layers travel together, at least 1 (DistriFusion's 60).
         timeout: seconds after which a process that does not answer is given up, above 0.
@@ -64,7 +64,7 @@ class PatchParallel(Feature):
     """
 
     name: ClassVar[str] = "patch_parallel"
-    summary: ClassVar[str] = "one picture on several processes, exactly or with activations of the step before"
+    summary: ClassVar[str] = "one image on several processes, exactly or with activations of the step before"
     paper: ClassVar[str] = "DistriFusion (Li et al., CVPR 2024); PCPP (Zhang et al., 2024)"
     order: ClassVar[int] = 10
     shorthand: ClassVar[str | None] = "ranks"

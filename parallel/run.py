@@ -31,7 +31,7 @@ class PatchRun:
         warmup: how many steps at the beginning are exact.
         fraction: of the neighbours' keys and values that "partial" uses.
         group_norm: "corrected", "stale", "sync" or "local" statistics at steps that are not exact.
-        split: of the pass that is running; None between passes, or if this process has the whole picture.
+        split: of the pass that is running; None between passes, or if this process has the whole image.
         exact: whether the running pass waits for fresh values of the others.
     """
 
@@ -103,14 +103,14 @@ class PatchRun:
     def _found(self, level: Level | None, layer: str, shape: tuple[int, ...]) -> Level:
         if level is None:
             raise CallStateError(
-                f"patch_parallel cannot tell which part of the picture {layer} has (shape {shape}); "
+                f"patch_parallel cannot tell which part of the image {layer} has (shape {shape}); "
                 "this size or condition is not supported: use a multiple of 64 pixels, or switch it off"
             )
         return level
 
     # ------------------------------------------------------------------ exchanges with every other part
     def others(self) -> list[int]:
-        """The other parts of the picture."""
+        """The other parts of the image."""
         assert self.split is not None
         return [part for part in range(self.split.parts) if part != self.split.part]
 

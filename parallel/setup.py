@@ -101,7 +101,7 @@ class Agreement:
         attention = named.get("cross_attention_kwargs") or {}
         for key in ("ip_adapter_masks", "gligen"):
             if attention.get(key) is not None:
-                raise ConfigurationError(f"patch_parallel does not support {key}: it refers to the whole picture")
+                raise ConfigurationError(f"patch_parallel does not support {key}: it refers to the whole image")
         if first:
             agree(self.world, self._asked(named), latents_of(named).device)
         elif self._passes[name] == 2:
@@ -115,7 +115,7 @@ class Agreement:
         if any(name.startswith("controlnet") for name in self._passes):  # its own arguments were compared
             apart |= set(RESIDUAL_ARGUMENTS)
         return {
-            "the size or number of pictures": [*latents_of(named).shape],
+            "the size or number of images": [*latents_of(named).shape],
             "the number of steps": len(self.clock.timesteps),
             "the timesteps": self.clock.timesteps,
             "the scheduler": [type(scheduler).__name__, _settings(scheduler)],

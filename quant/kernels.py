@@ -248,7 +248,7 @@ class Auto:
     """`Integer` where it is the faster one by a rule, else `Dequantize`.
 
     The rule knows the layer, the type of numbers and the kind of machine; no clock and no batch. So a machine draws the
-    same picture every time, and the processes of a job on machines of one kind choose alike.
+    same image every time, and the processes of a job on machines of one kind choose alike.
     """
 
     def __init__(self, layer: QuantizedLayer) -> None:

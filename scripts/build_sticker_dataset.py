@@ -8,7 +8,7 @@ Needs `npm` (about 45 MB of downloads, checked against the pinned SHA-512 sums) 
 
 Writes into the output folder:
     <style>.zip      stored zip; one lossless WebP per concept, RGBA with straight alpha, named <hexcode>.webp
-    captions.jsonl   one line per picture: id, style, name, keywords, caption, licence, author, source, file, split
+    captions.jsonl   one line per image: id, style, name, keywords, caption, licence, author, source, file, split
     split.json       ids of the held-out concept x style combinations
     stats.json       counts per style
 
@@ -156,7 +156,7 @@ NAMES = Package(  # MIT: names, keywords and groups of all concepts
     "17.0.0",
     "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
 )
-WEBP_STYLE = "3d"  # ships rendered WebP pictures; all other styles are Iconify SVG collections
+WEBP_STYLE = "3d"  # ships rendered WebP images; all other styles are Iconify SVG collections
 CORE_STYLES = ("noto", "gradient", "flat", "3d", "twemoji")
 PEOPLE, COMPONENTS = 1, 2  # emojibase group numbers; 2 holds skin tones and hair styles
 CORE_GROUPS = (0, 3, 4, 5, 6, 7)  # faces, animals, food, places, activities, objects
@@ -297,15 +297,15 @@ def read_concepts(tarball: Path) -> dict[str, dict[str, Any]]:
     return concepts
 
 
-# --------------------------------------------------------------------------------------------- pictures
-def webp_pictures(tarball: Path, concepts: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
+# --------------------------------------------------------------------------------------------- images
+def webp_images(tarball: Path, concepts: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
     by_hexcode = {plain_hexcode(concept["hexcode"]): key for key, concept in concepts.items()}
-    pictures = {}
+    images = {}
     for name, content in members(tarball, ".webp"):
         key = by_hexcode.get(plain_hexcode(Path(name).stem))
         if key:
-            pictures[key] = open_image(io.BytesIO(content), "RGBA", what=name)
-    return pictures
+            images[key] = open_image(io.BytesIO(content), "RGBA", what=name)
+    return images
 
 
 def iconify_svg(collection: dict[str, Any], name: str, size: int) -> str | None:
@@ -325,14 +325,14 @@ def iconify_svg(collection: dict[str, Any], name: str, size: int) -> str | None:
     )
 
 
-def svg_pictures(tarball: Path, concepts: dict[str, Any], size: int) -> tuple[dict[str, Image.Image], int]:
-    """Pictures drawn by resvg, and how many SVGs it could not draw."""
+def svg_images(tarball: Path, concepts: dict[str, Any], size: int) -> tuple[dict[str, Image.Image], int]:
+    """Images drawn by resvg, and how many SVGs it could not draw."""
     try:
         import resvg_py
     except ImportError as error:
         raise BuildError("resvg-py is not installed; run: pip install resvg-py==0.5.0") from error
     collection = read_json(tarball, "icons.json")
-    pictures, failed = {}, 0
+    images, failed = {}, 0
     for key in tqdm(concepts, desc=tarball.name, unit="svg", leave=False, disable=None):
         svg = iconify_svg(collection, key, size)
         if svg is None:
@@ -343,8 +343,8 @@ def svg_pictures(tarball: Path, concepts: dict[str, Any], size: int) -> tuple[di
             failed += 1
             tqdm.write(f"{tarball.name}: {key}: {error}", file=sys.stderr)
             continue
-        pictures[key] = open_image(io.BytesIO(bytes(png)), "RGBA", what=key)
-    return pictures, failed
+        images[key] = open_image(io.BytesIO(bytes(png)), "RGBA", what=key)
+    return images, failed
 
 
 def resize_rgba(image: Image.Image, size: int) -> np.ndarray:
@@ -369,17 +369,17 @@ def write_style(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Draw one style into `folder`/<style>.zip; returns its caption rows and its counts.
 
-    Pictures that are nearly empty, or equal byte for byte to one already in `seen`, are left out.
+    Images that are nearly empty, or equal byte for byte to one already in `seen`, are left out.
     """
     source = STYLES[style]
     if style == WEBP_STYLE:
-        pictures, failed = webp_pictures(tarball, concepts), 0
+        images, failed = webp_images(tarball, concepts), 0
     else:
-        pictures, failed = svg_pictures(tarball, concepts, size)
+        images, failed = svg_images(tarball, concepts, size)
     rows, duplicates, empty = [], 0, 0
     with zipfile.ZipFile(folder / f"{style}.zip", "w", zipfile.ZIP_STORED) as archive:
-        for key in tqdm(sorted(pictures), desc=f"{style}.zip", unit="picture", leave=False, disable=None):
-            concept, pixels = concepts[key], resize_rgba(pictures[key], size)
+        for key in tqdm(sorted(images), desc=f"{style}.zip", unit="picture", leave=False, disable=None):
+            concept, pixels = concepts[key], resize_rgba(images[key], size)
             coverage = float((pixels[..., 3] > 127).mean())
             if coverage < 0.02:
                 empty += 1
@@ -417,7 +417,7 @@ def write_style(
         "package": source.package.spec,
         "licence": source.licence,
         "author": source.author,
-        "matched": len(pictures),
+        "matched": len(images),
         "kept": len(rows),
         "duplicates": duplicates,
         "empty": empty,
@@ -430,7 +430,7 @@ def write_style(
 
 # --------------------------------------------------------------------------------------------- the whole set
 def choose_heldout(rows: list[dict[str, Any]]) -> list[str]:
-    """Ids of the held-out pictures: a quarter of the core concepts loses one style, and keeps at least three.
+    """Ids of the held-out images: a quarter of the core concepts loses one style, and keeps at least three.
 
     The choice hashes the concept's slug, so it does not change when concepts are added.
     """
@@ -493,7 +493,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/stickers"), help="output folder (default: %(default)s)")
     parser.add_argument("--npm-cache", type=Path, help="folder for the tarballs (default: npm-cache beside --out)")
-    parser.add_argument("--size", type=int, default=128, help="picture side in pixels (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="image side in pixels (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     options = parser.parse_args(arguments)
     if not 8 <= options.size <= 1024:

@@ -29,10 +29,10 @@ from diffusion_accel.training.models import load_vae
 
 
 def through_pil(change: Callable[[Image.Image], Image.Image]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(pictures: torch.Tensor) -> torch.Tensor:
+    def run(images: torch.Tensor) -> torch.Tensor:
         import numpy as np
 
-        pixels = ((pictures + 1) * 127.5 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        pixels = ((images + 1) * 127.5 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return as_tensor(np.stack([np.asarray(change(Image.fromarray(p)).convert("RGB")) for p in pixels]))
 
     return run
@@ -48,9 +48,9 @@ def jpeg(quality_: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def noise(strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(pictures: torch.Tensor) -> torch.Tensor:
-        made = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-        return (pictures + 2 * strength * made).clamp(-1, 1)
+    def run(images: torch.Tensor) -> torch.Tensor:
+        made = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        return (images + 2 * strength * made).clamp(-1, 1)
 
     return run
 
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     known = [i for i, split in enumerate(reference.splits) if split]
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(1)).tolist()
     first, second = ([known[i] for i in order[a : a + options.count]] for a in (0, options.count))
-    pictures = load(first)
+    images = load(first)
     vae = load_vae(EMBEDDED["sticker"].path)
     rows: list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = [
         ("the same", lambda p: p),
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     print("| 300 real stickers against | Fréchet | precision | recall | right concept, same style | any style |")
     print("|" + " --- |" * 6)
     for name, change in rows:
-        values = quality.drawing_quality(extract(model, change(pictures)), first, asked, real)
+        values = quality.drawing_quality(extract(model, change(images)), first, asked, real)
         show(name, values["frechet"], values["precision"], values["recall"], values["retrieval"])
     a, b = real.values[first], real.values[second]
     show("other real ones of the same kind", frechet_distance(a, b), *precision_recall(a, b), None)
@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> None:
         show(f"real ones in the style {style} alone", frechet_distance(a, d), *precision_recall(a, d), None)
 
 
-def _round_trip(vae: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
-    return vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)  # type: ignore[operator,union-attr]
+def _round_trip(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)  # type: ignore[operator,union-attr]
 
 
 def show(name: str, distance: float, precision: float, recall: float, found: dict[str, float] | None) -> None:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Quantized versions of the embedded model against each other, in one run: error of predictions and PSNR of pictures.
+"""Quantized versions of the embedded model against each other, in one run: error of predictions and PSNR of images.
 
     diffusion-accel quantize --bits w4a8 -o runs/w4a8          # as many checkpoints as wanted
     pip install torchao optimum-quanto sdnq                    # as many of the others as wanted
     python scripts/compare_quantizers.py runs/w4a8 runs/w4a4 --json runs/quantizers.json
 
 Beside the checkpoints: the same bits without learning (range search, rounding to nearest, grids by timestep), plain
-rounding to nearest between minimum and maximum, and what torchao, quanto and SDNQ make of the same model. Pictures are
+rounding to nearest between minimum and maximum, and what torchao, quanto and SDNQ make of the same model. Images are
 on prompts that nothing was calibrated on; everything of ours is simulated, so inputs are rounded as well.
 """
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--only", action="store_true", help="nothing but the checkpoints")
     parser.add_argument("--count", type=int, default=32, help="pictures")
     parser.add_argument("--json", type=Path, help="write the full result here as well")
-    parser.add_argument("--grid", type=Path, help="write the first pictures of every row here")
+    parser.add_argument("--grid", type=Path, help="write the first images of every row here")
     args = parser.parse_args()
     pipe = sticker()
     full = pipe.unet

@@ -5,7 +5,7 @@
     python scripts/compare_training.py run --data data/stickers --work runs/compare --model dit
     python scripts/compare_training.py table --work runs/compare
 
-Every arm trains the same model from the same weights (per seed) with the same pictures, steps and learning rate, in the
+Every arm trains the same model from the same weights (per seed) with the same images, steps and learning rate, in the
 latents of the embedded model's VAE. `unet` is text-conditional with the embedded model's frozen text encoder, `dit` is
 conditional on the concept. Runs that are done are not repeated. `table` measures the samples and prints Markdown.
 """
@@ -54,7 +54,7 @@ SETTINGS = {"batch": 60, "lr": 1e-3, "warmup": 50, "cooldown": 0.3, "ema": 0.99,
 
 
 def prepare(options: argparse.Namespace) -> Any:
-    """The pictures as latents with their captions and concepts."""
+    """The images as latents with their captions and concepts."""
     import torch
     from safetensors.torch import load_file, save_file
     from sticker import data as sticker_data
@@ -79,10 +79,10 @@ def prepare(options: argparse.Namespace) -> Any:
         captions = [archives.caption_variants(row)[0] for row in rows]
         conditions = torch.tensor(tokenizer(captions, **padding).input_ids)
         empty = torch.tensor(tokenizer([""], **padding).input_ids[0])
-        return datasets.PictureExamples(rows, stored["latents"], conditions, empty), encoder.requires_grad_(False)
+        return datasets.ImageExamples(rows, stored["latents"], conditions, empty), encoder.requires_grad_(False)
     concepts = sorted({row["slug"] for row in rows})
     conditions = torch.tensor([concepts.index(row["slug"]) for row in rows])
-    return datasets.PictureExamples(rows, stored["latents"], conditions, torch.tensor(models.DIT_EMPTY)), None
+    return datasets.ImageExamples(rows, stored["latents"], conditions, torch.tensor(models.DIT_EMPTY)), None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -141,7 +141,7 @@ def one(
     task = DenoisingTask(denoiser, examples, objective_from(switches, process), routing_from(switches, process))
 
     def evaluate() -> dict[str, Any]:
-        """The same pictures, timesteps and noise in every arm; each held-out picture four times."""
+        """The same images, timesteps and noise in every arm; each held-out image four times."""
         result = {}
         for name, indices in (
             ("train", sample_of(examples.train, 120, seed=3)),
@@ -273,7 +273,7 @@ def plot(work: Path, out: Path) -> None:
         axis.set_title({"unet": "U-Net, text-conditional", "dit": "DiT, conditional on the concept"}[model])
         axis.set_xlabel("steps of 60 samples")
         axis.legend(fontsize=7)
-    axes[0].set_ylabel("prediction error, held-out pictures")
+    axes[0].set_ylabel("prediction error, held-out images")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
 

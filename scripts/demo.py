@@ -78,7 +78,7 @@ def run(folder: Path, steps: int, rounds: int) -> None:
     sheet = grid(rows, ["plain", "accelerated"] * 2, captions, scale=2, title=title)
     save_image(sheet, folder / "contact-sheet.png")
     print_table(results)
-    print(f"pictures: {folder / 'contact-sheet.png'}")
+    print(f"images: {folder / 'contact-sheet.png'}")
 
 
 def print_table(results: list[Comparison]) -> None:

@@ -1,10 +1,10 @@
 """What patch parallelism costs in fidelity, in bytes and in time, measured with real processes on this machine.
 
     python scripts/measure_patch_parallel.py fidelity --ranks 2 4 -o docs/data/patch-parallel.json \
-        --pictures docs/images/patch-parallel.png
+        --images docs/images/patch-parallel.png
     python scripts/measure_patch_parallel.py time
 
-`fidelity` draws pictures with the embedded model at a larger canvas on one process and on several with every setting,
+`fidelity` draws images with the embedded model at a larger canvas on one process and on several with every setting,
 and compares them (PSNR in dB). `time` runs steps of a U-Net of SD 1.5's shape with random weights, in turn, as one
 process with one thread, two processes with one thread each, and one with two threads, on a quiet machine.
 """
@@ -30,7 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"mode": "naive", "warmup": 0},
     {"mode": "naive", "warmup": 5},
 ]
-SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of pictures, of the last world
+SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of images, of the last world
     "sync": {"mode": "sync"},
     "displaced": {"mode": "displaced", "warmup": 5},
     "partial, p=0.3": {"mode": "partial", "warmup": 5, "p": 0.3},
@@ -39,7 +39,7 @@ SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of pictures, of the last wo
 
 
 def draw(pipe: Any, options: argparse.Namespace, first: int) -> Any:
-    """Pictures (N, 3, H, W) in 0 … 1."""
+    """Images (N, 3, H, W) in 0 … 1."""
     import torch
 
     prompts = [PROMPTS[k % len(PROMPTS)] for k in range(first, first + options.batch)]
@@ -78,10 +78,10 @@ def fidelity_worker(options: argparse.Namespace) -> None:
         accelerate(pipe, PatchParallel(timeout=600.0, **settings))
         found, counters, shown = [], {}, []
         for first in range(0, options.count, options.batch):
-            pictures = draw(pipe, options, first)
-            shown.append(pictures)
+            images = draw(pipe, options, first)
+            shown.append(images)
             plain = torch.load(Path(options.folder) / f"{first}.pt", weights_only=True)
-            found += psnr(plain, pictures).tolist()
+            found += psnr(plain, images).tolist()
             counters = pipe.acceleration.report().counters["patch_parallel"]
         sent = torch.tensor([counters["bytes_per_exact_step"], counters["bytes_per_stale_step"]], dtype=torch.float64)
         torch.distributed.all_reduce(sent)
@@ -127,7 +127,7 @@ def fidelity(options: argparse.Namespace) -> None:
         for ranks in options.ranks:
             start(ranks, [__file__, "fidelity-worker", f"--folder={folder}", *flags])
         lines = [json.loads(line) for line in (Path(folder) / "lines.jsonl").read_text().splitlines()]
-        if options.pictures:
+        if options.images:
             sheet(Path(folder), options)
     if options.output:
         settings = {name: getattr(options, name) for name in names}
@@ -136,7 +136,7 @@ def fidelity(options: argparse.Namespace) -> None:
 
 
 def sheet(folder: Path, options: argparse.Namespace) -> None:
-    """The first pictures of one process and of the settings in SHOWN, a row each."""
+    """The first images of one process and of the settings in SHOWN, a row each."""
     import torch
     from PIL import Image
 
@@ -146,9 +146,9 @@ def sheet(folder: Path, options: argparse.Namespace) -> None:
     for name in ("0", *SHOWN):
         made = torch.load(folder / f"{name}.pt", weights_only=True)[: len(PROMPTS)]
         bytes_ = (made.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
-        rows.append([Image.fromarray(picture) for picture in bytes_])
+        rows.append([Image.fromarray(image) for image in bytes_])
     names = ["one process", *(f"{options.ranks[-1]} processes, {label}" for label in SHOWN)]
-    grid(rows, [""] * len(rows[0]), [[name] for name in names]).save(options.pictures)
+    grid(rows, [""] * len(rows[0]), [[name] for name in names]).save(options.images)
 
 
 # ---------------------------------------------------------------------- time
@@ -233,7 +233,7 @@ def main() -> None:
         one.add_argument("--batch", type=int, default=4)
         one.add_argument("--scheduler", default="ddim")
         one.add_argument("-o", "--output")
-        one.add_argument("--pictures", help="PNG file for a sheet of pictures")
+        one.add_argument("--images", "--pictures", help="PNG file for a sheet of images")
         one.add_argument("--folder", help=argparse.SUPPRESS)
     for name, function in (("time", measure_time), ("time-worker", time_worker)):
         one = commands.add_parser(name)

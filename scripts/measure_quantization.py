@@ -47,7 +47,7 @@ print(json.dumps({'before': before, 'peak': memory('VmHWM'), 'after': memory('Vm
 
 
 class Embedded(Sampler):
-    """Pictures from random embeddings, because there is no text encoder."""
+    """Images from random embeddings, because there is no text encoder."""
 
     size = 32
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What latent transparency of the embedded model gives and costs; the numbers and pictures of docs/transparency.md.
+"""What latent transparency of the embedded model gives and costs; the numbers and images of docs/transparency.md.
 
-    python scripts/measure_transparency.py cutouts together time --out transparency.json --pictures docs/images
+    python scripts/measure_transparency.py cutouts together time --out transparency.json --images docs/images
     python scripts/measure_transparency.py roundtrip --work runs/sticker --out transparency.json
 
-roundtrip   held-out RGBA stickers encoded and decoded (needs the picture cache of scripts/train_sticker.py)
-cutouts     generated pictures: how many are clean cut-outs, against the ad-hoc ways on the same seeds
-together    with encoder reuse, tuned plans and a quantized U-Net, against the transparent picture without them
-time        what decoding adds to a picture of 20 steps, interleaved
+roundtrip   held-out RGBA stickers encoded and decoded (needs the image cache of scripts/train_sticker.py)
+cutouts     generated images: how many are clean cut-outs, against the ad-hoc ways on the same seeds
+together    with encoder reuse, tuned plans and a quantized U-Net, against the transparent image without them
+time        what decoding adds to an image of 20 steps, interleaved
 Each part is one run; its numbers replace those of an earlier one in --out.
 """
 
@@ -109,7 +109,7 @@ def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
             found[way][f"views_{views}"] = row
         found[way]["limits"] = what_limits(loaded.decoder, alpha, decoded, target, z)
     found["real"] = {"clean": share([cutout_faults(a.numpy()) for a in alpha[:, 0]])}
-    # the ad-hoc ways on the same pictures, which the plain VAE has drawn on white
+    # the ad-hoc ways on the same images, which the plain VAE has drawn on white
     white = composite(rgb, alpha, 1.0) * 2 - 1
     seen = torch.cat([pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in white.split(16)])
     seen = (seen / 2 + 0.5).clamp(0, 1)
@@ -141,7 +141,7 @@ def what_limits(decoder: Any, alpha: Any, decoded: Any, target: Any, z: Any) -> 
 
 
 def rivals() -> dict[str, Any]:
-    """The ad-hoc ways to cut a picture on white out, with several settings each."""
+    """The ad-hoc ways to cut an image on white out, with several settings each."""
     found: dict[str, Any] = {}
     for tolerance in (4, 8, 16, 32, 48):
         found[f"flood fill, tolerance {tolerance}"] = partial(flood_filled, tolerance=tolerance)
@@ -180,15 +180,15 @@ def cutouts(options: argparse.Namespace) -> dict[str, Any]:
     real = real_share(options)
     if real is not None:
         found["real stickers"] = real
-    if options.pictures:
+    if options.images:
         flooded = [with_alpha(image, alpha) for image, alpha in zip(plain, ways[best], strict=True)]
-        sheet(ours, flooded, plain, options.pictures / "transparent.png", best)
-        wall(ours[:64], options.pictures / "transparent-64.png")
+        sheet(ours, flooded, plain, options.images / "transparent.png", best)
+        wall(ours[:64], options.images / "transparent-64.png")
     return found
 
 
 def real_share(options: argparse.Namespace) -> dict[str, Any] | None:
-    """The same of the real stickers that the model was trained on, where the picture cache is."""
+    """The same of the real stickers that the model was trained on, where the image cache is."""
     from sticker import data
 
     if not (options.work / "images.npy").is_file():
@@ -296,12 +296,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=tuple(PARTS))
     parser.add_argument("--weights", default="", help="transparency weights (default: those of the embedded model)")
-    parser.add_argument("--work", type=Path, default=Path("runs/sticker"), help="work folder with the picture cache")
+    parser.add_argument("--work", type=Path, default=Path("runs/sticker"), help="work folder with the image cache")
     parser.add_argument("--quantized", nargs="*", default=[], metavar="DIR", help="quantized checkpoints of the model")
     parser.add_argument("--prompts", type=int, nargs=2, default=(48, 16), metavar="N", help="seen and held-out ones")
     parser.add_argument("--rounds", type=int, default=15, help="of the timing")
     parser.add_argument("--out", type=Path, help="JSON file; parts that are not measured stay as they are")
-    parser.add_argument("--pictures", type=Path, help="folder for pictures")
+    parser.add_argument("--images", "--pictures", type=Path, help="folder for images")
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(arguments)
     if options.threads:

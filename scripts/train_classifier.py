@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/sticker"), help="work folder with the picture cache")
+    parser.add_argument("--work", type=Path, default=Path("runs/sticker"), help="work folder with the image cache")
     parser.add_argument("--out", type=Path, default=Path("runs/sticker/features"), help="folder to write")
     text = "file with the concepts that the embedded model is trained on"
     parser.add_argument("--concepts", type=Path, default=CONCEPTS, help=text)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Train a diffusion model on a folder of pictures, and write it as a diffusers pipeline.
+"""Train a diffusion model on a folder of images, and write it as a diffusers pipeline.
 
     python scripts/train_diffusion.py --data photos/ --model unet --size 32 --work runs/photos
     python scripts/train_diffusion.py --data classes/ --model dit --size 96 --vae sticker --task-routing
     python scripts/train_diffusion.py --data captioned/ --model unet-text --size 96 --vae sticker --immiscible knn:4
 
-The data folder holds pictures, a folder of pictures for each class, or captions.jsonl (file and caption in each line).
+The data folder holds images, a folder of images for each class, or captions.jsonl (file and caption in each line).
 Models: UNet2DModel (unet), UNet2DConditionModel (unet-text) and DiTTransformer2DModel (dit), in pixels or, with --vae,
 in latents. Predictions: epsilon, v_prediction, flow. The training accelerators combine freely.
 
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="pipeline folder to write (default: WORK/pipeline)")
     parser.add_argument("--model", choices=("unet", "unet-text", "dit"), required=True)
     parser.add_argument("--model-config", type=Path, help="JSON file with settings of the diffusers model to change")
-    parser.add_argument("--size", type=number(8), default=64, help="picture side in pixels (default: %(default)s)")
+    parser.add_argument("--size", type=number(8), default=64, help="image side in pixels (default: %(default)s)")
     parser.add_argument("--vae", type=Path, help="train in the latents of this VAE: a folder, or sticker")
     parser.add_argument("--text", type=Path, help="pipeline folder, or sticker, to take the text encoder from")
     parser.add_argument("--freeze-text", action="store_true", help="leave the text encoder as it is")
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
     examples = datasets.load_examples(work, vae, tokenizer)
     classes = datasets.class_names(examples.rows) if kind == "classes" else []
     if options.model == "dit" and not classes:
-        raise UsageError("--model dit needs classes: a data folder with a folder of pictures for each class")
+        raise UsageError("--model dit needs classes: a data folder with a folder of images for each class")
     if options.model == "dit":
         examples.empty = torch.tensor(models.DIT_EMPTY)
     clean = examples.clean(torch.tensor([0]))

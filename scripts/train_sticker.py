@@ -6,10 +6,10 @@
 Stages, each of which reads what the ones before it left in the work folder:
     cache      zips -> one uint8 array
     tokenizer  byte-level BPE in CLIP's format
-    latents    principal components of 8x8 patches: the latents of the chosen pictures
+    latents    principal components of 8x8 patches: the latents of the chosen images
     decoder    trains the VAE's decoder
     text       pre-trains the text encoder
-    unet       trains the UNet with the text encoder, on the concept list and the pictures around it
+    unet       trains the UNet with the text encoder, on the concept list and the images around it
     finish     goes on from its averaged weights, on the concept list alone
     export     writes the diffusers folder
     grid       writes a grid of samples
@@ -76,7 +76,7 @@ def shape_of(options: argparse.Namespace) -> Shape:
 
     shape = Shape() if options.shape is None else Shape.load(options.shape)
     if shape.size % 8:
-        raise UsageError(f"the picture side must be a multiple of 8 pixels, got {shape.size}")
+        raise UsageError(f"the image side must be a multiple of 8 pixels, got {shape.size}")
     return shape
 
 
@@ -152,10 +152,10 @@ def run_grid(options: argparse.Namespace) -> None:
         return run_every(options, styles)
     names = options.prompts.split("|")
     prompts = [f"{name}, {style} style" for style in styles for name in names] if options.by_style else names
-    pictures = generate(load_pipeline(options.out), prompts, options.sampling_steps, options.guidance, options.seed)
+    images = generate(load_pipeline(options.out), prompts, options.sampling_steps, options.guidance, options.seed)
     path = options.grid or options.work / "grid.png"
-    save_grid(pictures, min(len(names), options.columns), path)
-    report("grid", out=str(path), pictures=len(prompts))
+    save_grid(images, min(len(names), options.columns), path)
+    report("grid", out=str(path), images=len(prompts))
 
 
 def run_every(options: argparse.Namespace, styles: list[str]) -> None:
@@ -170,9 +170,9 @@ def run_every(options: argparse.Namespace, styles: list[str]) -> None:
     pipeline, folder = load_pipeline(options.out), options.grid or options.work
     for style in styles:
         prompts = [f"{name}, {style} style" for name in concepts]
-        pictures = generate(pipeline, prompts, options.sampling_steps, options.guidance, options.seed)
-        save_grid(pictures, options.columns, folder / f"sticker-{style}.webp")
-        report("grid", out=str(folder / f"sticker-{style}.webp"), pictures=len(prompts))
+        images = generate(pipeline, prompts, options.sampling_steps, options.guidance, options.seed)
+        save_grid(images, options.columns, folder / f"sticker-{style}.webp")
+        report("grid", out=str(folder / f"sticker-{style}.webp"), images=len(prompts))
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -191,10 +191,10 @@ def run_evaluate(options: argparse.Namespace) -> None:
     result, shown = evaluate(
         pipeline, options.work, chosen, candidates, options.count, options.sampling_steps, options.guidance
     )
-    for split, pictures in shown.items():
-        pairs = zip(*(part[:48].split(12) for part in pictures.chunk(2)), strict=True)
+    for split, images in shown.items():
+        pairs = zip(*(part[:48].split(12) for part in images.chunk(2)), strict=True)
         grid = torch.cat([part for pair in pairs for part in pair])
-        save_grid(grid, min(12, len(pictures) // 2), options.work / f"evaluate-{split}.png")
+        save_grid(grid, min(12, len(images) // 2), options.work / f"evaluate-{split}.png")
     write_json(options.work / "evaluate.json", result)
     report("evaluate", **result)
 
@@ -329,10 +329,10 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--plain", dest="by_style", action="store_false", help=text)
             text = "draw every concept of the list instead: a WebP file a style, in the folder --grid"
             sub.add_argument("--every", action="store_true", help=text)
-            sub.add_argument("--columns", type=number(1), default=12, help="pictures in a row (default: 12)")
+            sub.add_argument("--columns", type=number(1), default=12, help="images in a row (default: 12)")
             sub.add_argument("--grid", type=Path, help="PNG file to write (default: WORK/grid.png)")
         if whole or stage == "evaluate":
-            sub.add_argument("--count", type=number(1), default=96, help="generated pictures per split (default: 96)")
+            sub.add_argument("--count", type=number(1), default=96, help="generated images per split (default: 96)")
             text = "retrieval looks among the starter or all core concepts (default: starter)"
             sub.add_argument("--candidates", choices=("starter", "core"), default="starter", help=text)
     return parser

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""One picture on two hosts: two network namespaces with a wire of a given speed between them, and torchrun in each.
+"""One image on two hosts: two network namespaces with a wire of a given speed between them, and torchrun in each.
 
     sudo python scripts/two_hosts.py --rate 1gbit --delay 1ms "red apple, 3d style" --width 256 --height 256
 
-Draws the picture on one process, then on two hosts with every mode of --modes, and prints how far the pictures are from
+Draws the image on one process, then on two hosts with every mode of --modes, and prints how far the images are from
 the first one (PSNR in dB), how long they took, and what was sent. What is not an option of this script goes to
 `diffusion-accel generate`. Needs Linux, iproute2 and the right to make namespaces; exits with 77 and says why without.
 """
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rate", default="1gbit", help="of the wire, as tc writes it; empty: as fast as it goes")
     parser.add_argument("--delay", default="1ms", help="in each direction; empty: none")
     parser.add_argument("--modes", nargs="+", default=["sync", "displaced", "partial"])
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one picture")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one image")
     options, rest = parser.parse_known_args(arguments)
     rest += [] if "--seed" in rest else ["--seed", "1"]
     with tempfile.TemporaryDirectory(prefix="two-hosts-") as folder:

@@ -1,4 +1,4 @@
-"""A benchmark as text: Markdown, and one HTML page with pictures and a plot, that needs no other file."""
+"""A benchmark as text: Markdown, and one HTML page with images and a plot, that needs no other file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def heading(result: Result) -> str:
     what = [f"{job.model}, {job.steps} steps", job.scheduler or "the model's scheduler"]
     what += [f"{k.replace('_', ' ')} {v:g}" for k, v in job.options.items() if v is not None]
     return (
-        f"{printable(', '.join(what))}; {len(job.prompts)} prompts; times of one picture, {result.rounds} interleaved "
+        f"{printable(', '.join(what))}; {len(job.prompts)} prompts; times of one image, {result.rounds} interleaved "
         f"rounds; "
         f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
     )
@@ -94,7 +94,7 @@ def page(result: Result) -> str:
         plots="".join(f"<figure>{svg}</figure>" for svg in plots),
         head=head,
         body="".join(body),
-        pictures=pictures(result),
+        images=images(result),
     )
 
 
@@ -160,12 +160,12 @@ def plot(result: Result, key: str, label: str) -> str:
     return f"{''.join(parts)}</svg>"
 
 
-def pictures(result: Result, count: int = 6) -> str:
-    """The first pictures of every row."""
+def images(result: Result, count: int = 6) -> str:
+    """The first images of every row."""
     rows = []
     for row in result.rows:
-        if row.pictures is not None:
-            shown = "".join(f'<img src="{data_url(picture)}" alt="">' for picture in row.pictures[:count])
+        if row.images is not None:
+            shown = "".join(f'<img src="{data_url(image)}" alt="">' for image in row.images[:count])
             rows.append(f"<tr><td>{escape(row.name)}</td><td>{shown}</td></tr>")
     return "".join(rows)
 
@@ -182,11 +182,11 @@ figure {{ display: inline-block; width: min(640px, 100%); margin: 0; }}
 svg {{ width: 100%; }}
 table {{ border-collapse: collapse; margin: 1em 0; }} td, th {{ padding: .25em .7em; text-align: right; }}
 td:first-child, th:first-child {{ text-align: left; }} tr:nth-child(even) {{ background: #f6f6f6; }}
-img {{ height: 96px; margin: 1px; }} .pictures td {{ text-align: left; }}
+img {{ height: 96px; margin: 1px; }} .images td {{ text-align: left; }}
 </style></head><body>
 <h1>{title}</h1><p>{heading}</p>{plots}
 <p>The dashed line is the Pareto front: nothing measured is both faster and nearer.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-<table class="pictures">{pictures}</table>
+<table class="images">{images}</table>
 </body></html>
 """

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 BASELINE = Entry("baseline")
 CONVERGED_STEPS = 200
-MS_SSIM_FROM = 176  # pixels; smaller pictures do not have five scales
+MS_SSIM_FROM = 176  # pixels; smaller images do not have five scales
 Progress = Callable[[str], None]
 
 
@@ -28,7 +28,7 @@ Progress = Callable[[str], None]
 class Row:
     """What one entry gained and lost.
 
-    Fidelity is [median, worst decile], and `psnr_each` that of every picture; `failed` says why there is none.
+    Fidelity is [median, worst decile], and `psnr_each` that of every image; `failed` says why there is none.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Row:
     ms_ssim: list[float] | None = None
     psnr_converged: float | None = None
     failed: str | None = None
-    pictures: Any = field(default=None, repr=False)
+    images: Any = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "pictures" and v is not None}
+        return {k: v for k, v in vars(self).items() if k != "images" and v is not None}
 
 
 @dataclass
@@ -92,7 +92,7 @@ def bench(
         progress("many steps")
         goal = _converged(local, job)
     for row in rows:
-        compare(row, rows[0].pictures, goal)
+        compare(row, rows[0].images, goal)
     machine = {
         "cpu": _processor(),
         "device": job.device,
@@ -104,7 +104,7 @@ def bench(
 
 
 def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress: Progress) -> list[Row]:
-    """Pictures, FLOPs, memory and interleaved times of the baseline and of the entries."""
+    """Images, FLOPs, memory and interleaved times of the baseline and of the entries."""
     rows = {entry: Row(entry.name, entry.kind) for entry in (BASELINE, *entries)}
     places: dict[Entry, Runner | Isolated] = {}
     facts: dict[Entry, dict[str, float]] = {}
@@ -121,11 +121,11 @@ def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress
 
     try:
         for entry in rows:
-            progress(f"pictures: {entry.name}")
+            progress(f"images: {entry.name}")
 
             def prepare(entry: Entry = entry) -> None:
                 places[entry] = Isolated(job, entry) if entry.is_peer else local
-                rows[entry].pictures = places[entry].images(entry)
+                rows[entry].images = places[entry].images(entry)
                 facts[entry] = places[entry].facts(entry)
 
             attempt(entry, prepare)
@@ -174,40 +174,40 @@ def anchors(local: Runner, job: Job, rows: list[Row], progress: Progress) -> lis
         if 1 <= count < job.steps:
             progress(f"anchors: {count} steps")
             entry = Entry("fewer-steps", str(count))
-            row = Row(f"{count} steps ({what})", "anchor", pictures=local.images(entry))
+            row = Row(f"{count} steps ({what})", "anchor", images=local.images(entry))
             row.flop_ratio = round(base / local.facts(entry)["flops"], 3)
             row.time_ratio = round(
                 statistics.median(local.seconds(BASELINE) / local.seconds(entry) for _ in range(3)), 3
             )
             found.append(row)
     progress("anchors: another seed")
-    found.append(Row("another seed", "anchor", pictures=local.images(BASELINE, seed=job.seed + 1000)))
+    found.append(Row("another seed", "anchor", images=local.images(BASELINE, seed=job.seed + 1000)))
     return found
 
 
 def compare(row: Row, base: Any, converged: Any) -> None:
-    """The fidelity of a row's pictures."""
-    if row.failed is not None or row.pictures is None:
+    """The fidelity of a row's images."""
+    if row.failed is not None or row.images is None:
         return
-    each = psnr(base, row.pictures)
+    each = psnr(base, row.images)
     row.psnr, row.psnr_each = _spread(each), [round(v, 2) for v in each.clamp(max=200.0).tolist()]
     side = min(base.shape[-2:])
     if side >= 11:
-        row.ssim = _spread(ssim(base, row.pictures), 4)
+        row.ssim = _spread(ssim(base, row.images), 4)
     if side >= MS_SSIM_FROM:
         try:
             from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
         except ImportError:
             pass
         else:
-            values = [float(ms_ssim(a[None], b[None], data_range=1.0)) for a, b in zip(row.pictures, base, strict=True)]
+            values = [float(ms_ssim(a[None], b[None], data_range=1.0)) for a, b in zip(row.images, base, strict=True)]
             row.ms_ssim = _spread(torch.tensor(values), 4)
     if converged is not None:
-        row.psnr_converged = _spread(psnr(converged, row.pictures))[0]
+        row.psnr_converged = _spread(psnr(converged, row.images))[0]
 
 
 def _spread(values: torch.Tensor, digits: int = 2) -> list[float]:
-    """Median and worst decile; 200 dB for equal pictures."""
+    """Median and worst decile; 200 dB for equal images."""
     finite = values.double().clamp(max=200.0)
     return [round(float(finite.quantile(share)), digits) for share in (0.5, 0.1)]
 

@@ -29,7 +29,7 @@ MARK = "@bench "
 
 @dataclass(frozen=True)
 class Job:
-    """What every entry does: the pictures of these prompts.
+    """What every entry does: the images of these prompts.
 
     Attributes:
         model: embedded name, folder, file or hub id.
@@ -125,12 +125,12 @@ class Runner:
                 self.pipe.acceleration.remove()
 
     def images(self, entry: Entry, seed: int | None = None) -> Any:
-        """All pictures, (N, 3, H, W) in 0..1."""
+        """All images, (N, 3, H, W) in 0..1."""
         with self.active(entry, seed) as sampler:
             return sampler.images()
 
     def seconds(self, entry: Entry) -> float:
-        """Of one picture."""
+        """Of one image."""
         with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
             self._synchronise()
             began = time.perf_counter()
@@ -139,7 +139,7 @@ class Runner:
             return time.perf_counter() - began
 
     def facts(self, entry: Entry) -> dict[str, float]:
-        """FLOPs of one picture's call, and the peak memory in MiB while it runs (None where it cannot be measured)."""
+        """FLOPs of one image's call, and the peak memory in MiB while it runs (None where it cannot be measured)."""
         from ..flops import count_flops
 
         with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:

@@ -39,18 +39,18 @@ COUNT = at_least(4, 100_000)  # distances between distributions need a few
 def evaluate(
     model: Model = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Captioned pictures; without it the embedded reference.")
+        str | None, typer.Option(metavar="FOLDER", help="Captioned images; without it the embedded reference.")
     ] = None,
-    count: Annotated[int, number("Pictures to draw of each part, trained and held out.", COUNT)] = 64,
+    count: Annotated[int, number("Images to draw of each part, trained and held out.", COUNT)] = 64,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     scheduler: Scheduler = None,
     width: Pixels = None,
     height: Pixels = None,
-    seed: Annotated[int, typer.Option(help="Picture k uses seed + k.")] = 100,
-    batch: Annotated[int, number("Pictures in a call.", BATCH)] = 16,
+    seed: Annotated[int, typer.Option(help="Image k uses seed + k.")] = 100,
+    batch: Annotated[int, number("Images in a call.", BATCH)] = 16,
     grid: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the drawn pictures as one PNG.", show_default=False)
+        str | None, typer.Option(metavar="FILE", help="Write the drawn images as one PNG.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     device: Device = None,
@@ -139,10 +139,10 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     terminal = console()
-    title = f"{result['model']}, against {result['real']} real pictures ({result['data']})"
+    title = f"{result['model']}, against {result['real']} real images ({result['data']})"
     parts = [split for split in ("train", "heldout") if split in result]
     table = Table("", *({"train": "trained", "heldout": "held out"}[part] for part in parts), title=title)
-    table.add_row("pictures drawn", *(str(result[part]["n"]) for part in parts))
+    table.add_row("images drawn", *(str(result[part]["n"]) for part in parts))
     table.add_row("Fréchet distance", *(f"{result[part]['frechet']:.2f}" for part in parts))
     for name in ("precision", "recall"):
         table.add_row(name, *(f"{result[part][name]:.1%}" for part in parts))

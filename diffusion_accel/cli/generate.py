@@ -32,7 +32,7 @@ from .settings import (
     refuse_jpeg,
 )
 from .terminal import say
-from .transparency import by_picture, drawn_layers, extra_paths, layer_path, save_previews
+from .transparency import by_image, drawn_layers, extra_paths, layer_path, save_previews
 
 _IMAGES = {"rich_help_panel": "Image and control inputs"}
 _MACHINE = {"rich_help_panel": "Machine"}
@@ -132,14 +132,14 @@ def generate(
         bool | None, typer.Option("--paths", help="In them, whole paths of local files, not only names.", **_OUTPUT)
     ] = None,
     compare: Annotated[
-        bool | None, typer.Option("--compare", help="Run plain diffusers too; picture and table.", **_OUTPUT)
+        bool | None, typer.Option("--compare", help="Run plain diffusers too; image and table.", **_OUTPUT)
     ] = None,
     premultiplied: Annotated[
         bool | None, typer.Option("--premultiplied", help="Write colours multiplied by alpha.", **_TRANSPARENT)
     ] = None,
     preview: Annotated[
         str | None,
-        typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write each picture over this.", **_TRANSPARENT),
+        typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write each image over this.", **_TRANSPARENT),
     ] = None,
     layers_: Annotated[
         str | None,
@@ -221,7 +221,7 @@ def generate(
             continue
         if settings.compare:
             session.save_comparison(result, job.prompt, compared[k])
-        for drawn, seed_, path in zip(by_picture(result.images, layers), seeds[k], paths[k], strict=True):
+        for drawn, seed_, path in zip(by_image(result.images, layers), seeds[k], paths[k], strict=True):
             for layer, image_ in zip(layers, drawn, strict=True):
                 file_ = layer_path(path, layer, settings)
                 if file_ is None:

@@ -29,7 +29,7 @@ def plan(
     width: Annotated[int, number("Pixels.", SIDE)] = 1024,
     height: Annotated[int, number("Pixels.", SIDE)] = 1024,
     steps: Annotated[int, number("Denoising steps.", LIMITS["steps"])] = 50,
-    images: Annotated[int, number("Pictures in a call.", BATCH)] = 1,
+    images: Annotated[int, number("Images in a call.", BATCH)] = 1,
     guidance: Annotated[bool, typer.Option(help="With classifier-free guidance: twice the batch.")] = True,
     decode: Annotated[bool, typer.Option(help="With the VAE's decoder.")] = True,
     patch_parallel: Annotated[
@@ -141,8 +141,8 @@ def _link(text: str) -> Link:
 def _row(found: Prediction, first: Prediction, layers: bool = False) -> dict[str, Any]:
     row: dict[str, Any] = {
         "devices": found.devices,
-        "picture_s": found.picture,
-        "speedup": first.picture / found.picture,
+        "picture_s": found.image,
+        "speedup": first.image / found.image,
         "exact_step_s": found.exact.seconds,
         "stale_step_s": found.stale.seconds if found.stale else None,
         "decoding_s": found.decoding.seconds,
@@ -173,12 +173,12 @@ def _show(found: list[Prediction], feature: PatchParallel, steps: int, machine: 
         times = [seconds(row[name]) for name in ("exact_step_s", "stale_step_s")]
         sent = [megabytes(row[name]) for name in ("exact_step_bytes", "stale_step_bytes")]
         hidden = "–" if row["hidden"] is None else f"{row['hidden']:.0%}"
-        picture = seconds(row["picture_s"]), f"{row['speedup']:.2f}"
-        table.add_row(str(one.devices), *picture, *times, *sent, hidden, seconds(row["decoding_s"]))
+        image = seconds(row["picture_s"]), f"{row['speedup']:.2f}"
+        table.add_row(str(one.devices), *image, *times, *sent, hidden, seconds(row["decoding_s"]))
     exact = min(steps, feature.warmup) if any(one.stale for one in found) else steps
     console().print(table)
     say(
-        f"{machine}, {link}; mode {feature.mode}; a picture: {exact} exact steps, {steps - exact} later ones, the VAE; "
+        f"{machine}, {link}; mode {feature.mode}; an image: {exact} exact steps, {steps - exact} later ones, the VAE; "
         "faster: than the first row; MB: what the busiest device sends in an exact and in a later step; hidden: share "
         "of the messages' time behind computation"
     )

@@ -1,4 +1,4 @@
-"""`--patch-parallel` on the command line: starting the processes of one picture, or joining those of a launcher."""
+"""`--patch-parallel` on the command line: starting the processes of one image, or joining those of a launcher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def launched() -> bool:
 
 
 def must_start(settings: Settings) -> bool:
-    """Whether this process is to start those that share the picture.
+    """Whether this process is to start those that share the image.
 
     Raises:
         ConfigurationError: nothing says how many there should be, or the job has another number of them.
@@ -98,7 +98,7 @@ def writes(settings: Settings) -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process says what all of them would say: of several with one picture, rank 0 does."""
+    """Whether this process says what all of them would say: of several with one image, rank 0 does."""
     return not (joined or started_here()) or place().rank == 0
 
 

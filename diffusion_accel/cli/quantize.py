@@ -18,7 +18,7 @@ from .settings import LIMITS, Bounds, at_least, merge, read_jobs
 from .terminal import say
 from .tune import Bar, embedded_prompts
 
-COUNT, BUCKETS, PICTURES, REPEATED = (
+COUNT, BUCKETS, IMAGES, REPEATED = (
     at_least(2, 100_000),
     at_least(1, 1000),
     at_least(0, 10_000),
@@ -67,7 +67,7 @@ def quantize(
     calibration_prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.", **_SAMPLING)
     ] = None,
-    count: Annotated[int, number("How many prompts to use, or pictures to draw.", COUNT, **_SAMPLING)] = 64,
+    count: Annotated[int, number("How many prompts to use, or images to draw.", COUNT, **_SAMPLING)] = 64,
     buckets: Annotated[
         int | None,
         number(
@@ -106,8 +106,8 @@ def quantize(
         int | None, number("Pixels.", LIMITS["height"], show_default=recommended("height"), **_SAMPLING)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.", **_SAMPLING)] = 0,
-    batch: Annotated[int, number("Pictures in a call.", BATCH, **_SAMPLING)] = 8,
-    report: Annotated[int, number("Pictures that the report compares; 0: no pictures.", PICTURES)] = 16,
+    batch: Annotated[int, number("Images in a call.", BATCH, **_SAMPLING)] = 8,
+    report: Annotated[int, number("Images that the report compares; 0: no images.", IMAGES)] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
     device: Device = None,
@@ -132,7 +132,7 @@ def quantize(
     for flag, amount, bounds in (
         ("--count", count, COUNT),
         ("--batch", batch, BATCH),
-        ("--report", report, PICTURES),
+        ("--report", report, IMAGES),
         ("--buckets", buckets, BUCKETS),
         ("--epochs", epochs, REPEATED),
         ("--time-epochs", time_epochs, REPEATED),
@@ -196,7 +196,7 @@ def quantize(
     try:
         result = run(
             session.pipe, source, texts, choice, folder, tell, load=load_pipeline, overwrite=overwrite, restart=restart,
-            minutes=budget_minutes, pictures=report, batch=batch, steps=settings.steps or 50,
+            minutes=budget_minutes, images=report, batch=batch, steps=settings.steps or 50,
             options={k: getattr(settings, k) for k in ("guidance_scale", "height", "width")},
         )  # fmt: skip
     finally:

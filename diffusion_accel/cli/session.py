@@ -184,7 +184,7 @@ class Session:
         self._note_size(*(start.size if isinstance(start, Image.Image) else (plan.width, plan.height)))
         self._note_long_prompt(prompt)
 
-        # layers that are drawn together are pictures of one call, each from a seed of its own
+        # layers that are drawn together are images of one call, each from a seed of its own
         each = [(seed + (k << 40)) % (1 << 63) for seed in seeds for k in range(len(self.layers))]
 
         def call(pipe: Any) -> list[Image.Image]:
@@ -200,12 +200,12 @@ class Session:
         return Result(call(self.pipe), self.pipe.acceleration.report())
 
     def draw(self, prompts: list[str], plan: Settings, generators: list[torch.Generator]) -> torch.Tensor:
-        """One picture a prompt, (N, 3, H, W) in -1..1 on the CPU."""
+        """One image a prompt, (N, 3, H, W) in -1..1 on the CPU."""
         arguments = self._arguments(plan) | call_arguments(self.pipe, prompts) | {"output_type": "pt"}
         return self.pipe(**arguments, generator=generators).images.float().cpu() * 2 - 1
 
     def fitted(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, h, w) resized to what this pipeline draws by default."""
+        """Images (N, 3, h, w) resized to what this pipeline draws by default."""
         width = self.settings.width or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         size = (self.settings.height or width, width)
         if tuple(pictures.shape[-2:]) == size:
@@ -315,7 +315,7 @@ class Session:
         return line
 
     def save_comparison(self, result: Result, prompt: str, path: Path) -> None:
-        """One picture: plain, accelerated, and their difference."""
+        """One image: plain, accelerated, and their difference."""
         c = result.comparison
         assert c is not None
         rows = [[a, b, difference(a, b)] for a, b in zip(c.baseline, c.accelerated, strict=True)]

@@ -277,7 +277,7 @@ def check_strength(s: Settings) -> None:
 
 
 def check_transparency(s: Settings) -> None:
-    """Refuse what cannot be written, and flags that need transparent pictures."""
+    """Refuse what cannot be written, and flags that need transparent images."""
     from ..transparency.latent_transparency import LAYERS, LatentTransparency
 
     feature = s.features.get("transparent")
@@ -302,12 +302,12 @@ def refuse_jpeg(path: Path, what: str = "") -> None:
     """Raise `ConfigurationError` for a file type that has no alpha."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise ConfigurationError(
-            f"{what}{path}: JPEG cannot hold transparency; use .png or .webp (compose makes opaque pictures)"
+            f"{what}{path}: JPEG cannot hold transparency; use .png or .webp (compose makes opaque images)"
         )
 
 
 def parse_background(text: str) -> Any:
-    """ "checkerboard", a colour (a name or #rrggbb), or a picture file: None, a tuple, or an image."""
+    """ "checkerboard", a colour (a name or #rrggbb), or an image file: None, a tuple, or an image."""
     if text == "checkerboard":
         return None
     from PIL import ImageColor
@@ -320,7 +320,7 @@ def parse_background(text: str) -> Any:
         return ImageColor.getrgb(text)
     except ValueError as error:
         raise ConfigurationError(
-            f"the background {shown(text)} is neither checkerboard, nor a colour (white, #ff8800), nor a picture file"
+            f"the background {shown(text)} is neither checkerboard, nor a colour (white, #ff8800), nor an image file"
         ) from error
 
 

@@ -26,7 +26,7 @@ def say(text: Any, *, lines: bool = False, err: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Print something worth knowing on stderr; of several processes with one picture, rank 0 does."""
+    """Print something worth knowing on stderr; of several processes with one image, rank 0 does."""
     if speaks():
         say(f"note: {text}", err=True)
 

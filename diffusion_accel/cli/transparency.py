@@ -1,4 +1,4 @@
-"""Transparent pictures on the command line: layers and previews of `generate`, and the commands around them."""
+"""Transparent images on the command line: layers and previews of `generate`, and the commands around them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .terminal import say
 if TYPE_CHECKING:
     from PIL import Image
 
-_FILES = typer.Argument(metavar="FILE…", help="Pictures, the lowest first.", show_default=False)
+_FILES = typer.Argument(metavar="FILE…", help="Images, the lowest first.", show_default=False)
 
 
 # ------------------------------------------------------------------------------------------- generate
 def drawn_layers(settings: Settings) -> tuple[str, ...]:
-    """The layers that one picture is drawn as; ("",) without transparency."""
+    """The layers that one image is drawn as; ("",) without transparency."""
     from ..transparency.latent_transparency import LAYERS, LatentTransparency
 
     feature = settings.features.get("transparent")
     return LAYERS[feature.variant] if isinstance(feature, LatentTransparency) and feature.views != 0 else ("",)
 
 
-def by_picture(images: list[Image.Image], layers: tuple[str, ...]) -> list[list[Image.Image]]:
-    """What one call drew, in groups of the layers of a picture."""
+def by_image(images: list[Image.Image], layers: tuple[str, ...]) -> list[list[Image.Image]]:
+    """What one call drew, in groups of the layers of an image."""
     return [images[start : start + len(layers)] for start in range(0, len(images), len(layers))]
 
 
 def layer_path(path: Path, layer: str, settings: Settings) -> Path | None:
-    """Where a layer of the picture `path` is written; None: it is not asked for."""
+    """Where a layer of the image `path` is written; None: it is not asked for."""
     layers = drawn_layers(settings)
     if settings.layers is not None and layer not in [name.strip() for name in settings.layers.split(",")]:
         return None
@@ -42,7 +42,7 @@ def layer_path(path: Path, layer: str, settings: Settings) -> Path | None:
 
 
 def extra_paths(path: Path, settings: Settings) -> list[Path]:
-    """Every other file that is written for the picture `path`."""
+    """Every other file that is written for the image `path`."""
     layers = drawn_layers(settings)
     found = [file for layer in layers if (file := layer_path(path, layer, settings)) not in (None, path)]
     if settings.preview is not None:
@@ -99,7 +99,7 @@ def _recomposition(layers: dict[str, Image.Image]) -> float:
 
 # ------------------------------------------------------------------------------------------- commands
 def _opened(file: str) -> Image.Image:
-    """A picture file as RGBA. Raises `OutputError` for a missing one, `ConfigurationError` for one that is none."""
+    """An image file as RGBA. Raises `OutputError` for a missing one, `ConfigurationError` for one that is none."""
     from ..images import open_image
 
     if not is_there(Path(file)):
@@ -116,7 +116,7 @@ def compose(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Stack pictures with transparency into one."""
+    """Stack images with transparency into one."""
     from .output import check_fits, plan_outputs, save_image
 
     path = plan_outputs(output, [[0]], [None], overwrite)[0][0]
@@ -141,7 +141,7 @@ def compose(
 
 
 def cutout(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture with transparency.", show_default=False)],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image with transparency.", show_default=False)],
     model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, hub id or folder.")] = "sticker",
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "cutout.png",
     weights: Annotated[str, typer.Option(help="Transparency weights; beside the model if not given.")] = "",
@@ -158,7 +158,7 @@ def cutout(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Send a picture with alpha through a model's latents and back: what its transparency can hold."""
+    """Send an image with alpha through a model's latents and back: what its transparency can hold."""
     from ..transparency.latent_transparency import LatentTransparency
     from .output import check_free, plan_outputs, save_image
     from .settings import find_model
@@ -190,8 +190,8 @@ def cutout(
         say(f"{beside}  over {preview}")
 
 
-def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Image, float]:
-    """The picture encoded, decoded by the VAE, and read again; and how near alpha is, dB."""
+def _round_trip(pipe: Any, feature: Any, image: Image.Image) -> tuple[Image.Image, float]:
+    """The image encoded, decoded by the VAE, and read again; and how near alpha is, dB."""
     import torch
     import torch.nn.functional as F
 
@@ -207,7 +207,7 @@ def _round_trip(pipe: Any, feature: Any, picture: Image.Image) -> tuple[Image.Im
     loaded = load(feature, pipe)
     if loaded.encoder is None or loaded.decoder is None:
         raise UnsupportedPipelineError("cutout needs an encoder, which these weights do not have")
-    rgba = rgba_tensor(picture)
+    rgba = rgba_tensor(image)
     assert rgba is not None
     height, width = rgba.shape[-2:]
     factor = loaded.encoder.factor

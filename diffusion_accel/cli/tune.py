@@ -41,8 +41,8 @@ def tune(
         str | None,
         typer.Option(metavar="FILE", help="A prompt a line, 24 or more; the embedded model needs none.", **_PROMPTS),
     ] = None,
-    prompts: Annotated[int, number("How many prompts to use, or pictures to draw.", COUNT, "--count", **_PROMPTS)] = 24,
-    seed: Annotated[int, typer.Option(help="Picture k uses seed + k.", **_PROMPTS)] = 0,
+    prompts: Annotated[int, number("How many prompts to use, or images to draw.", COUNT, "--count", **_PROMPTS)] = 24,
+    seed: Annotated[int, typer.Option(help="Image k uses seed + k.", **_PROMPTS)] = 0,
     steps: Annotated[
         int | None,
         number("Denoising steps.", LIMITS["steps"], show_default="20 with sticker, else 50", **_CALL),
@@ -73,7 +73,7 @@ def tune(
     try_scheduler: Annotated[
         list[str] | None, typer.Option(help="A scheduler that the plan may use instead; repeatable.", **_SEARCH)
     ] = None,
-    batch: Annotated[int, number("Pictures in a call.", BATCH, **_SEARCH)] = 8,
+    batch: Annotated[int, number("Images in a call.", BATCH, **_SEARCH)] = 8,
     budget: Annotated[float, number("Seconds for the search.", SECONDS, **_SEARCH)] = 300.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.", **_SEARCH)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
@@ -186,7 +186,7 @@ def search_files(state: Path) -> list[Path]:
 
 
 def embedded_prompts(count: int, skip: int = 0) -> list[str]:
-    """Captions of the embedded model's training pictures, the same ones every time, behind the `skip` first."""
+    """Captions of the embedded model's training images, the same ones every time, behind the `skip` first."""
     from ..evaluation import quality
 
     return quality.embedded_prompts(count, skip)

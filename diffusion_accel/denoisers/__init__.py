@@ -452,14 +452,14 @@ def residual_stream_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def not_splittable(module: nn.Module) -> str | None:
-    """Why the layers of a model cannot work on slices of the picture that exchange their borders; None if they can."""
+    """Why the layers of a model cannot work on slices of the image that exchange their borders; None if they can."""
     module = model_of(module)
     name = type(module).__name__
     if name not in _SPLITTABLE:
-        return f"{name} is not a model whose layers are known to work on a part of the picture"
+        return f"{name} is not a model whose layers are known to work on a part of the image"
     strange = sorted({type(m).__name__ for m in module.modules()} & _LOOKS_FURTHER)
     if strange:
-        return f"{name} has layers that need the whole picture: {', '.join(strange)}"
+        return f"{name} has layers that need the whole image: {', '.join(strange)}"
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and (
             layer.padding_mode != "zeros" or isinstance(layer.padding, str)
@@ -509,7 +509,7 @@ def uses_freeu(module: nn.Module) -> bool:
 
 
 def frames_of(module: nn.Module, sample: torch.Tensor) -> int:
-    """How many rows of a U-Net's residual blocks belong to one sample: its frames, 1 for pictures."""
+    """How many rows of a U-Net's residual blocks belong to one sample: its frames, 1 for images."""
     if sample.dim() != 5:
         return 1
     return sample.shape[1] if type(model_of(module)).__name__ == "UNetSpatioTemporalConditionModel" else sample.shape[2]

@@ -40,7 +40,7 @@ class ResidualBlock(nn.Module):
 
 
 class StickerClassifier(nn.Module):
-    """Pictures (N, 3, 96, 96) in -1..1 on white -> logits of concept, group and style.
+    """Images (N, 3, 96, 96) in -1..1 on white -> logits of concept, group and style.
 
     A residual network of three levels (24, 12 and 6 pixels); its `features` (N, 128) lie before the heads.
     """
@@ -57,13 +57,13 @@ class StickerClassifier(nn.Module):
         self.feature = nn.Linear(2 * WIDTHS[-1], FEATURES)
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(classes[name])) for name in HEADS})
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(N, 128): mean and maximum over the picture, projected."""
-        hidden = self.body(pictures.contiguous(memory_format=torch.channels_last)).flatten(2)
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 128): mean and maximum over the image, projected."""
+        hidden = self.body(images.contiguous(memory_format=torch.channels_last)).flatten(2)
         return self.feature(torch.cat([hidden.mean(2), hidden.amax(2)], 1))
 
-    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = F.silu(self.features(pictures))
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = F.silu(self.features(images))
         return {name: head(hidden) for name, head in self.heads.items()}
 
 
@@ -96,7 +96,7 @@ def load_classifier(folder: Path | None = None) -> StickerClassifier:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of pictures: (N, 128), with what is known of each picture."""
+    """Features of images: (N, 128), with what is known of each image."""
 
     values: torch.Tensor
     concepts: list[str]
@@ -110,10 +110,10 @@ class Features:
 
 
 @torch.no_grad()
-def extract(model: StickerClassifier, pictures: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """Features (N, 128) of pictures (N, 3, H, W) in -1..1 of any size."""
+def extract(model: StickerClassifier, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
+    """Features (N, 128) of images (N, 3, H, W) in -1..1 of any size."""
     parts = []
-    for part in pictures.float().split(batch):
+    for part in images.float().split(batch):
         if part.shape[-2:] != (SIZE, SIZE):
             part = F.interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
         parts.append(model.features(part))

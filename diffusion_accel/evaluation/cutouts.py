@@ -1,4 +1,4 @@
-"""Whether a picture with alpha is a clean cut-out."""
+"""Whether an image with alpha is a clean cut-out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cutout_faults(alpha: np.ndarray) -> list[str]:
 
     "empty": nothing is opaque. "border": the outermost pixels are not transparent. "parts": the largest connected part
     (alpha above 1/2, neighbours over corners included) holds less than 95%. "edge": a soft region is wider than 3
-    pixels. "holes": the filled silhouette has holes. Real pictures have faults too (what touches the border, pairs,
+    pixels. "holes": the filled silhouette has holes. Real images have faults too (what touches the border, pairs,
     rings, smoke), so the share among real ones is the scale to read a share by.
     """
     from scipy import ndimage
@@ -41,7 +41,7 @@ def cutout_faults(alpha: np.ndarray) -> list[str]:
 
 
 def flood_filled(rgb: np.ndarray, tolerance: int = 16) -> np.ndarray:
-    """Alpha of a picture (H, W, 3) uint8 on white: 0 on the white that is connected to the border, else 1."""
+    """Alpha of an image (H, W, 3) uint8 on white: 0 on the white that is connected to the border, else 1."""
     from scipy import ndimage
 
     white = (255 - rgb.astype(int)).max(-1) <= tolerance
@@ -50,6 +50,6 @@ def flood_filled(rgb: np.ndarray, tolerance: int = 16) -> np.ndarray:
 
 
 def thresholded(rgb: np.ndarray, low: int = 8, high: int = 40) -> np.ndarray:
-    """Alpha of a picture (H, W, 3) uint8 on white by its distance from white, soft between `low` and `high`."""
+    """Alpha of an image (H, W, 3) uint8 on white by its distance from white, soft between `low` and `high`."""
     distance = (255 - rgb.astype(np.float32)).max(-1)
     return np.clip((distance - low) / (high - low), 0, 1).astype(np.float32)

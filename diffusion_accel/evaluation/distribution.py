@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures, on features (N, D) of a classifier."""
+"""Distances between two sets of images, on features (N, D) of a classifier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Fréchet distance of Gaussians fitted to two feature sets (N, D), (M, D): |μ1-μ2|² + tr(C1 + C2 - 2 (C1 C2)^½).
 
     The formula of Heusel et al. 2017 (equation 6). Covariances divide by N - 1. 0 for identical sets. The fewer
-    pictures, the larger it is for sets of the same kind: compare only at equal sizes.
+    images, the larger it is for sets of the same kind: compare only at equal sizes.
     """
     first, second = first.double(), second.double()
     means = (first.mean(0) - second.mean(0)).square().sum()
@@ -46,15 +46,15 @@ def _covered(centres: torch.Tensor, points: torch.Tensor, k: int) -> float:
 def retrieval(
     made: torch.Tensor, concepts: list[str], styles: list[str], real: torch.Tensor, names: list[str], kinds: list[str]
 ) -> dict[str, Any]:
-    """Is the real picture whose features have the highest cosine with a made one of the asked concept?
+    """Is the real image whose features have the highest cosine with a made one of the asked concept?
 
     Args:
         made, concepts, styles: features (N, D) and what was asked for; an empty style is any.
-        real, names, kinds: features (M, D), concepts and styles of the real pictures.
+        real, names, kinds: features (M, D), concepts and styles of the real images.
 
     Returns:
-        Shares: "style_top1" and "style_top5" (among the real pictures of the asked style), "any_top1", "any_top5"
-        (among all), "nearest_style" (the nearest picture has the asked style).
+        Shares: "style_top1" and "style_top5" (among the real images of the asked style), "any_top1", "any_top5"
+        (among all), "nearest_style" (the nearest image has the asked style).
     """
     order = (F.normalize(made, dim=1) @ F.normalize(real, dim=1).T).argsort(1, descending=True)
     return hit_shares(order.tolist(), concepts, styles, names, kinds)
@@ -63,7 +63,7 @@ def retrieval(
 def hit_shares(
     order: list[list[int]], concepts: list[str], styles: list[str], names: list[str], kinds: list[str]
 ) -> dict[str, Any]:
-    """The shares of `retrieval` from the real pictures of each made one, the nearest first."""
+    """The shares of `retrieval` from the real images of each made one, the nearest first."""
     hits: dict[str, list[bool]] = {}
     for nearest, concept, style in zip(order, concepts, styles, strict=True):
         same = [i for i in nearest if not style or kinds[i] == style]

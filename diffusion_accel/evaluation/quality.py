@@ -68,7 +68,7 @@ def embedded_reference() -> tuple[Asked, Features]:
 
 
 def reference_of(data: Path, classifier: StickerClassifier) -> tuple[Asked, Features, Callable[[list[int]], Any]]:
-    """The same for a captioned data folder; the third value gives its pictures (N, 3, 96, 96) in -1..1.
+    """The same for a captioned data folder; the third value gives its images (N, 3, 96, 96) in -1..1.
 
     A sticker data set keeps its concepts and styles; elsewhere a caption is its own concept.
     """
@@ -98,8 +98,8 @@ def reference_of(data: Path, classifier: StickerClassifier) -> tuple[Asked, Feat
         rows = datasets.with_splits(found)
 
         def pictures(indices: list[int]) -> Any:
-            loaded = [datasets.load_picture(data / rows[i]["file"], classifier.size) for i in indices]
-            return torch.cat([datasets.as_tensor(picture[None]) for picture in loaded])
+            loaded = [datasets.load_image(data / rows[i]["file"], classifier.size) for i in indices]
+            return torch.cat([datasets.as_tensor(image[None]) for image in loaded])
 
         captions = names = [row[key] for row in rows]
         styles = [""] * len(rows)
@@ -112,10 +112,10 @@ STICKER_STYLES = ("noto", "flat", "3d", "twemoji")
 
 
 def drawing_quality(made: torch.Tensor, chosen: list[int], asked: Asked, real: Features) -> dict[str, Any]:
-    """Numbers for features `made` (N, D) of pictures for the captions `chosen`.
+    """Numbers for features `made` (N, D) of images for the captions `chosen`.
 
-    "frechet", "precision", "recall": against the real pictures of the same captions, as many as were made;
-    "retrieval": among all real pictures.
+    "frechet", "precision", "recall": against the real images of the same captions, as many as were made;
+    "retrieval": among all real images.
     """
     concepts, styles = [asked.concepts[i] for i in chosen], [asked.styles[i] for i in chosen]
     same = real.values[chosen]
@@ -128,10 +128,10 @@ def drawing_quality(made: torch.Tensor, chosen: list[int], asked: Asked, real: F
     }
 
 
-def validation_loss(pipe: Any, pictures: torch.Tensor, captions: list[str]) -> dict[str, Any]:
-    """Prediction error by timestep of a text-to-image pipeline on real pictures (N, 3, H, W) in -1..1.
+def validation_loss(pipe: Any, images: torch.Tensor, captions: list[str]) -> dict[str, Any]:
+    """Prediction error by timestep of a text-to-image pipeline on real images (N, 3, H, W) in -1..1.
 
-    `BINS` equal parts of the timesteps, each with a share of the pictures; see `training.diffusion_task`.
+    `BINS` equal parts of the timesteps, each with a share of the images; see `training.diffusion_task`.
 
     Raises:
         ConfigurationError: the pipeline is not like Stable Diffusion (one text encoder, UNet2DConditionModel, VAE).
@@ -148,7 +148,7 @@ def validation_loss(pipe: Any, pictures: torch.Tensor, captions: list[str]) -> d
     padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
     ids = torch.tensor(tokenizer(captions, **padding).input_ids)
     with torch.no_grad():
-        parts = [pipe.vae.encode(part.to(pipe.device)).latent_dist.mean.float().cpu() for part in pictures.split(16)]
+        parts = [pipe.vae.encode(part.to(pipe.device)).latent_dist.mean.float().cpu() for part in images.split(16)]
         clean = torch.cat(parts) * pipe.vae.config.scaling_factor
         return prediction_error(Denoiser(pipe.unet, pipe.text_encoder), clean, ids, process, bins=BINS)
 
@@ -167,6 +167,6 @@ def not_measurable(pipe: Any) -> str | None:
 
 
 def embedded_prompts(count: int, skip: int = 0) -> list[str]:
-    """Captions of the embedded model's training pictures, the same ones every time, behind the `skip` first."""
+    """Captions of the embedded model's training images, the same ones every time, behind the `skip` first."""
     asked, _ = embedded_reference()
     return [asked.captions[i] for i in asked.choose("train", count, skip)]

@@ -1,4 +1,4 @@
-"""The same pictures again and again: one pipeline, fixed prompts and seeds, whatever is switched on."""
+"""The same images again and again: one pipeline, fixed prompts and seeds, whatever is switched on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..conditioning import call_arguments, call_parameters
 
 @dataclass(frozen=True)
 class Sampler:
-    """Calls a pipeline for fixed prompts (or, without prompts, for as many pictures) with fixed seeds.
+    """Calls a pipeline for fixed prompts (or, without prompts, for as many images) with fixed seeds.
 
     Attributes:
         pipe: any text-to-image, class-conditioned or unconditional diffusers pipeline.
-        prompts: one a picture; a class-conditioned pipeline takes names or numbers of classes; what they say does not
+        prompts: one an image; a class-conditioned pipeline takes names or numbers of classes; what they say does not
             matter to an unconditional one.
         steps: denoising steps.
-        seed: picture i starts from the noise of seed + i.
-        batch: pictures in a call.
+        seed: image i starts from the noise of seed + i.
+        batch: images in a call.
         options: further arguments of the pipeline, such as guidance_scale, height and width.
         caller: what is called instead of the pipeline; None: the pipeline.
     """
@@ -40,7 +40,7 @@ class Sampler:
             yield start, min(start + self.batch, len(self.prompts))
 
     def call(self, start: int, end: int, **changes: Any) -> torch.Tensor:
-        """Pictures `start` to `end`, (N, 3, H, W) in 0..1 on the CPU."""
+        """Images `start` to `end`, (N, 3, H, W) in 0..1 on the CPU."""
         parameters = call_parameters(self.pipe)
         given = {k: v for k, v in self.options.items() if k in parameters and v is not None}
         generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in range(start, end)]
@@ -50,9 +50,9 @@ class Sampler:
         return torch.from_numpy(images).permute(0, 3, 1, 2).clamp(0, 1)
 
     def images(self, **changes: Any) -> torch.Tensor:
-        """All pictures, (N, 3, H, W) in 0..1."""
+        """All images, (N, 3, H, W) in 0..1."""
         return torch.cat([self.call(start, end, **changes) for start, end in self.chunks()])
 
     def part(self, start: int, end: int) -> Sampler:
-        """A sampler of some of the pictures, with the same seeds."""
+        """A sampler of some of the images, with the same seeds."""
         return replace(self, prompts=self.prompts[start:end], seed=self.seed + start)

@@ -141,6 +141,6 @@ class StreamHook(ModelHook):
         named["hidden_states"] = routed
         output = self.fn_ref.original_forward(**named)
         hidden_part = hidden - routed  # exact: a channel is either kept or zero
-        if isinstance(output, tuple):  # (text, picture)
+        if isinstance(output, tuple):  # (text, image)
             return (output[0], output[1] + hidden_part, *output[2:])
         return output + hidden_part

@@ -33,7 +33,7 @@ class TaskRouting(Feature):
         beta: share of active channels, above 0, at most 1 (exact baseline). None: as trained; the paper's 0.8.
         alpha: how unevenly the window moves over the timesteps, above 0. None: as trained; the paper's 4.
         kind: "window", or the paper's baseline "random". None: as trained; "window".
-        untrained: attach to a model that was trained without routing, or with another recipe. Its pictures get worse.
+        untrained: attach to a model that was trained without routing, or with another recipe. Its images get worse.
 
     Counters: `routed_blocks`, `active_share`.
     """
@@ -46,7 +46,7 @@ class TaskRouting(Feature):
     beta: float | None = option(None, "share of active channels, above 0, at most 1 (default: as trained; 0.8)", (0, 1))
     alpha: float | None = option(None, "how unevenly the window moves, above 0 (default: as trained; 4)", (0, 1_000))
     kind: str | None = option(None, f"{' or '.join(KINDS)} (default: as trained; window)")
-    untrained: bool = option(False, "attach to a model that was trained without it: its pictures get worse")
+    untrained: bool = option(False, "attach to a model that was trained without it: its images get worse")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class TaskRouting(Feature):
         name = type(denoiser).__name__
         if trained is None:
             return (
-                f"this {name} was trained without task routing, which would only spoil its pictures; "
+                f"this {name} was trained without task routing, which would only spoil its images; "
                 "untrained=true attaches it all the same"
             )
         if self.recipe(trained) != trained:
@@ -110,7 +110,7 @@ class TaskRoutingAttachment(Attachment):
             trained, recipe = trained_recipe(denoiser), self._recipe(denoiser)
             if recipe != trained and recipe.beta < 1:
                 how = "without task routing" if trained is None else "with another task routing"
-                logger.warning("task_routing: the model was trained %s, its pictures get worse", how)
+                logger.warning("task_routing: the model was trained %s, its images get worse", how)
 
     def _recipe(self, denoiser: Any) -> Recipe:
         from ..denoisers import timestep_kind

@@ -19,7 +19,7 @@ from .files import TrainingError, UsageError, read_json_lines
 
 Row = dict[str, Any]
 ROW_KEYS = ("id", "style", "style_words", "slug", "name", "keywords", "group", "subgroup", "core", "file", "split")
-VARIANTS = 8  # captions per picture
+VARIANTS = 8  # captions per image
 
 
 def read_rows(data: Path) -> list[Row]:
@@ -47,7 +47,7 @@ def premultiplied(image: Image.Image, size: int) -> np.ndarray:
 
 
 def read_images(data: Path, rows: list[Row], size: int) -> np.ndarray:
-    """The pictures of some rows: uint8 (N, size, size, 4), premultiplied."""
+    """The images of some rows: uint8 (N, size, size, 4), premultiplied."""
     images = np.zeros((len(rows), size, size, 4), np.uint8)
     archives: dict[str, zipfile.ZipFile] = {}
     row: Row = {"file": ""}
@@ -77,7 +77,7 @@ def composite(images: np.ndarray, background: np.ndarray | None = None) -> torch
 
 
 def caption_variants(row: Row) -> list[str]:
-    """The `VARIANTS` captions of a picture; the first is the canonical one, such as "red apple, 3d style"."""
+    """The `VARIANTS` captions of an image; the first is the canonical one, such as "red apple, 3d style"."""
     name, style = row["name"], row["style_words"]
     article = "an" if name[0] in "aeiou" else "a"
     keywords = ", ".join([word for word in row["keywords"] if word != name][:2]) or name

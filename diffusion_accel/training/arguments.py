@@ -46,7 +46,7 @@ def add_loop_options(group: Any) -> None:
     group.add_argument("--save-every", type=number(0, float), help="seconds between saved states (default: 240)")
     group.add_argument("--log-every", type=number(0), help="steps between log lines (default: 50)")
     group.add_argument("--eval-every", type=number(0), help="steps between evaluations, 0 for none but the last")
-    group.add_argument("--grid-every", type=number(0), help="steps between preview pictures, 0 for none")
+    group.add_argument("--grid-every", type=number(0), help="steps between preview images, 0 for none")
     group.add_argument("--accumulation", type=number(1), default=1, help="micro-batches per step (default: 1)")
     group.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
 
@@ -74,8 +74,8 @@ def settings_from(tuned: dict[str, Any], options: argparse.Namespace, steps: int
 # ------------------------------------------------------------------------------------------- what is minimised
 def add_objective_options(group: Any, immiscible: str = "none") -> None:
     """The training accelerators, each a switch of its own."""
-    text = f"which noise a picture gets: none, knn:k (the nearest of k) or assign (default: {immiscible}); "
-    text += "scale=S (1 to 100) enlarges pictures beside noise, alone or behind a comma"
+    text = f"which noise an image gets: none, knn:k (the nearest of k) or assign (default: {immiscible}); "
+    text += "scale=S (1 to 100) enlarges images beside noise, alone or behind a comma"
     group.add_argument("--immiscible", default=immiscible, metavar="none|knn:k|assign[,scale=S]", help=text)
     text = "route the channels by noise level; without a value beta=0.8,alpha=4"
     group.add_argument("--task-routing", nargs="?", const="", metavar="KEY=VALUE,…", help=text)

@@ -104,7 +104,7 @@ def measure_affinity(task: DenoisingTask, grid: int = 20, samples: int = 32, see
     """Cosines between the gradients of the loss at `grid` evenly spaced parts of the timesteps: (grid, grid).
 
     ANT's task affinity score (section 3.2) at the weights that `task.model` has now; all parts see the same `samples`
-    pictures and noise. Holds `grid` gradients in memory.
+    images and noise. Holds `grid` gradients in memory.
     """
     rng, parameters = np.random.default_rng(seed), [p for p in task.model.parameters() if p.requires_grad]
     batch = task.draw(rng, samples)

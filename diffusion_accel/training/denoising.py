@@ -105,7 +105,7 @@ class Process:
     def min_snr(self, gamma: float) -> torch.Tensor:
         """Loss weights of Min-SNR-gamma (Hang et al. 2023, "Efficient diffusion training via Min-SNR", section 3.4).
 
-        The error of the predicted picture is weighted by min(SNR, gamma). In terms of what the model predicts this is
+        The error of the predicted image is weighted by min(SNR, gamma). In terms of what the model predicts this is
         min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v, and times s² for a flow. float32 (1000,).
         """
         if not gamma > 0:

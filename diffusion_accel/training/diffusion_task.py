@@ -20,16 +20,16 @@ from .multitask import Weighting, weighting
 from .noise import NoiseChoice
 from .sampling import sample
 
-PREVIEWS = 24  # pictures in a preview
+PREVIEWS = 24  # images in a preview
 
 
 class Examples(Protocol):
-    """The pictures to train on, as tensors in the space of the denoiser, and what they are conditioned on.
+    """The images to train on, as tensors in the space of the denoiser, and what they are conditioned on.
 
     Attributes:
-        train, heldout: indices of the pictures of either part; one that is to be drawn more often occurs several times.
+        train, heldout: indices of the images of either part; one that is to be drawn more often occurs several times.
         watched: those of the trained ones that evaluations and previews look at.
-        variants: conditions a picture has (captions); 1 if there is nothing to choose.
+        variants: conditions an image has (captions); 1 if there is nothing to choose.
     """
 
     train: np.ndarray
@@ -44,7 +44,7 @@ class Examples(Protocol):
         """Token ids (N, tokens) or class labels (N,), the empty condition where `dropped`; None: unconditional."""
 
     def decode(self, clean: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) in -1..1, for previews."""
+        """Images (N, 3, H, W) in -1..1, for previews."""
 
 
 class Denoiser(nn.Module):
@@ -90,7 +90,7 @@ class Objective:
     Attributes:
         process: noising and prediction.
         dropout: share of empty conditions, for classifier-free guidance (Ho and Salimans 2022).
-        noise: which noise goes with which picture.
+        noise: which noise goes with which image.
         intervals: task clusters; empty: timesteps come from `uniform` and `t_mean` instead.
         task_loss: how the clusters' losses become one update, see `multitask`.
         min_snr: gamma of Min-SNR loss weights; None: all timesteps count the same.
@@ -143,7 +143,7 @@ class DenoisingTask:
         return clean if self.scale == 1 else clean * self.scale
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        """Which pictures, conditions, timesteps and noise seeds: small tensors; `loss` makes the rest of a slice."""
+        """Which images, conditions, timesteps and noise seeds: small tensors; `loss` makes the rest of a slice."""
         objective, batch = self.objective, {}
         if objective.intervals:
             batch["timesteps"], batch["clusters"] = draw_clustered(rng, size, list(objective.intervals))
@@ -181,7 +181,7 @@ class DenoisingTask:
 
     # ------------------------------------------------------------------ watching
     def evaluate(self) -> dict[str, Any]:
-        """`prediction_error` of up to 128 trained and 128 held-out pictures, as "error_train" and "error_heldout"."""
+        """`prediction_error` of up to 128 trained and 128 held-out images, as "error_train" and "error_heldout"."""
         result = {}
         for name, indices in (("error_train", self.examples.watched), ("error_heldout", self.examples.heldout)):
             chosen = sample_of(indices, 128, seed=3)

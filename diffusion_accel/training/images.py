@@ -1,4 +1,4 @@
-"""Grids of pictures, and the error between pictures."""
+"""Grids of images, and the error between images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image
 from .files import replacing
 
 
-def save_grid(pictures: torch.Tensor, columns: int, path: Path, scale: int = 1) -> None:
-    """Write pictures (N, 3, H, W) in -1..1 as one PNG, row by row, each pixel `scale` pixels wide."""
-    n, _, height, width = pictures.shape
+def save_grid(images: torch.Tensor, columns: int, path: Path, scale: int = 1) -> None:
+    """Write images (N, 3, H, W) in -1..1 as one PNG, row by row, each pixel `scale` pixels wide."""
+    n, _, height, width = images.shape
     rows = -(-n // columns)
     grid = torch.ones(3, rows * height, columns * width)
-    for i, picture in enumerate(pictures.float().clamp(-1, 1).cpu()):
+    for i, picture in enumerate(images.float().clamp(-1, 1).cpu()):
         y, x = i // columns * height, i % columns * width
         grid[:, y : y + height, x : x + width] = picture
     pixels = ((grid + 1) * 127.5 + 0.5).byte().permute(1, 2, 0).numpy()
@@ -26,13 +26,13 @@ def save_grid(pictures: torch.Tensor, columns: int, path: Path, scale: int = 1) 
         image.save(temporary)
 
 
-def picture_loss(error: torch.Tensor) -> torch.Tensor:
-    """MSE + 0.25 L1 + 0.25 L1 of the gradients of an error (N, C, H, W): what decoders of pictures are trained on."""
+def image_loss(error: torch.Tensor) -> torch.Tensor:
+    """MSE + 0.25 L1 + 0.25 L1 of the gradients of an error (N, C, H, W): what decoders of images are trained on."""
     gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return (error**2).mean() + 0.25 * error.abs().mean() + 0.25 * gradients
 
 
 def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB, for (N, 3, H, W) in -1..1 (peak 2)."""
+    """Mean over images of the peak signal-to-noise ratio in dB, for (N, 3, H, W) in -1..1 (peak 2)."""
     error = ((first.float() - second.float()) ** 2).flatten(1).mean(1).clamp(min=1e-9)
     return float((10 * torch.log10(4 / error)).mean())

@@ -52,7 +52,7 @@ class Task(Protocol):
         """Numbers for the log, from `self.model` as it is (the loop has put the averaged weights in)."""
 
     def preview(self, path: Path) -> None:
-        """Write a picture that shows how far training is."""
+        """Write an image that shows how far training is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ DIT_EMPTY = 1000  # the empty class of diffusers' DiTPipeline
 
 
 def default_config(kind: str, size: int, channels: int, classes: int, text_width: int) -> dict[str, Any]:
-    """The configuration of a small model for pictures or latents of a side of `size` with `channels`.
+    """The configuration of a small model for images or latents of a side of `size` with `channels`.
 
     "unet": UNet2DModel (with a class embedding if there are classes), "unet-text": UNet2DConditionModel, "dit":
     DiTTransformer2DModel. Any value can be changed by a file of the user's.

@@ -1,4 +1,4 @@
-"""The noise of training samples, and which noise goes with which picture (Immiscible Diffusion).
+"""The noise of training samples, and which noise goes with which image (Immiscible Diffusion).
 
 Every sample has a seed of its own, so its noise does not depend on the rest of the batch, on the number of processes or
 on how a batch is divided; a process only makes the noise of its own slice.
@@ -29,7 +29,7 @@ def nearest_noise(x: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """For each sample of `x` (N, ...) the nearest of its `candidates` (k, N, ...) in L2 distance.
 
     Source: Li et al. 2025, "Improved Immiscible Diffusion", the k-nearest-neighbour variant. The chosen noise is a
-    little shorter than, and correlated with, the picture; k = 1 is ordinary training.
+    little shorter than, and correlated with, the image; k = 1 is ordinary training.
     """
     if len(candidates) == 1:
         return candidates[0]

@@ -1,4 +1,4 @@
-"""Latent transparency: RGBA pictures and layers from any base pipeline (LayerDiffuse)."""
+"""Latent transparency: RGBA images and layers from any base pipeline (LayerDiffuse)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Latent transparency on one pipeline: what is in force while a call runs, and what becomes of its pictures."""
+"""Latent transparency on one pipeline: what is in force while a call runs, and what becomes of its images."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def load(feature: LatentTransparency, pipeline: Any, headers: bool = False) -> L
         if part is not None and (part.config.latent_channels, part.factor) != (channels, factor):
             raise ModelLoadError(
                 f"{path} is for latents of {part.config.latent_channels} channels and 1/{part.factor} of the "
-                f"pictures' sides, this VAE has {channels} and 1/{factor}"
+                f"images' sides, this VAE has {channels} and 1/{factor}"
             )
     adapter, sharing = None, None
     if feature.strength and parts.adapter is not None:
@@ -160,7 +160,7 @@ class TransparencyAttachment(Attachment):
             changed[name] = found.flat
             self._given += found.parts()
         self._unread = not all(found.opaque for _, found in self._given)
-        self._size = self._picture_size(arguments)
+        self._size = self._image_size(arguments)
         return changed
 
     def _check_vae(self) -> None:
@@ -175,7 +175,7 @@ class TransparencyAttachment(Attachment):
             if part is not None and (part.config.latent_channels, part.factor) != (channels, factor):
                 raise ConfigurationError(
                     f"{name}: its weights are for latents of {part.config.latent_channels} channels and "
-                    f"1/{part.factor} of the pictures' sides, the VAE that it has now has {channels} and 1/{factor}"
+                    f"1/{part.factor} of the images' sides, the VAE that it has now has {channels} and 1/{factor}"
                 )
 
     def _known(self, image: Any) -> Given | None:
@@ -184,7 +184,7 @@ class TransparencyAttachment(Attachment):
             image = image[0]
         return next((found for one, found in self._given if one is image), None)
 
-    def _picture_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
+    def _image_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
         """Height and width of what the call draws, in pixels."""
         pipe = self.pipeline
         starts = self._given and "strength" in inspect.signature(type(pipe).__call__).parameters
@@ -204,12 +204,12 @@ class TransparencyAttachment(Attachment):
             self.changes.add(loaded.adapter.restore)
             loaded.adapter.apply(self._unet, feature.strength)
             self._counters["changed"] = float(len(loaded.adapter.changes))
-        pictures = [open_layer(name, getattr(feature, name)) for name in CONDITIONS[feature.variant]]
+        images = [open_layer(name, getattr(feature, name)) for name in CONDITIONS[feature.variant]]
         if loaded.sharing is not None:
-            control = pictures[0] if loaded.sharing.needs_control else None
+            control = images[0] if loaded.sharing.needs_control else None
             loaded.sharing.install(self._unet, hooks, feature.strength, control)
-        elif pictures and loaded.adapter is not None:
-            self._concatenated = Concatenated(condition_latents(vae, pictures, *self._size))
+        elif images and loaded.adapter is not None:
+            self._concatenated = Concatenated(condition_latents(vae, images, *self._size))
             hooks.add(self._unet.conv_in, self._concatenated)
         if feature.until < 1:
             until = HookSet.within(self.changes, "diffusion_accel.transparency.until")

@@ -1,6 +1,6 @@
-"""SD 1.5's attention sharing: layers of one picture, drawn as frames that see each other.
+"""SD 1.5's attention sharing: layers of one image, drawn as frames that see each other.
 
-The batch is (b f): the frames of a picture follow each other. Each of the 32 attention layers gets, for every frame,
+The batch is (b f): the frames of an image follow each other. Each of the 32 attention layers gets, for every frame,
 low-rank updates of its projections, and after it an attention across the frames of each token (LayerDiffuse, section
 3.3, and its published modules, whose state dict this reads).
 """
@@ -167,7 +167,7 @@ class _Entry(ModelHook):
         sample = args[0] if args else kwargs["sample"]
         if len(sample) % self.sharing.frames:
             raise ConfigurationError(
-                f"this variant draws {self.sharing.frames} layers together: the number of pictures must be a multiple "
+                f"this variant draws {self.sharing.frames} layers together: the number of images must be a multiple "
                 f"of {self.sharing.frames}, got {len(sample)} rows"
             )
         self.sharing.encode_control(sample.shape[-2] * 8, sample.shape[-1] * 8, sample)

@@ -1,4 +1,4 @@
-"""RGBA pictures to adjusted latents and back, around a frozen VAE."""
+"""RGBA images to adjusted latents and back, around a frozen VAE."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def offset_of(encoder: LatentTransparencyEncoder, rgb: torch.Tensor, alpha: torc
 def encode_rgba(vae: Any, encoder: LatentTransparencyEncoder, rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Straight colours (N, 3, H, W) and alpha (N, 1, H, W) in 0..1 -> unscaled latents (N, C, H/8, W/8).
 
-    The VAE's mean of the picture over mid-grey, plus its deviation times the encoder's offset; nothing is random
+    The VAE's mean of the image over mid-grey, plus its deviation times the encoder's offset; nothing is random
     (LayerDiffuse, section 3.1). Multiply by the VAE's scaling factor before giving it to a denoiser.
 
     Raises:
@@ -49,11 +49,11 @@ def refine_latents(
     alpha: torch.Tensor,
     steps: int,
 ) -> torch.Tensor:
-    """The latents of pictures, moved so that they are read better: `steps` steps of Adam, 0 moves nothing.
+    """The latents of images, moved so that they are read better: `steps` steps of Adam, 0 moves nothing.
 
-    An encoder answers at once and for all pictures alike; better latents of a given picture exist, and going down the
-    error of what is read (one view) finds them. The error of each picture is the sum of three mean squares: of 0.7
-    times the VAE's picture against the one over grey, of twice alpha, and of the colours where they are seen. A step
+    An encoder answers at once and for all images alike; better latents of a given image exist, and going down the
+    error of what is read (one view) finds them. The error of each image is the sum of three mean squares: of 0.7
+    times the VAE's image against the one over grey, of twice alpha, and of the colours where they are seen. A step
     costs a pass forth and back through both decoders.
 
     Args:
@@ -92,7 +92,7 @@ def decode_rgba(
     factor, multiple = decoder.factor, max(decoder.multiple, decoder.factor)
     if (latents.shape[-2] * factor, latents.shape[-1] * factor) != (height, width):
         raise ConfigurationError(
-            f"latents of {latents.shape[-1]}x{latents.shape[-2]} do not belong to a picture of {width}x{height} pixels"
+            f"latents of {latents.shape[-1]}x{latents.shape[-2]} do not belong to an image of {width}x{height} pixels"
         )
     left, right = _margins(latents.shape[-1], multiple // factor)
     top, bottom = _margins(latents.shape[-2], multiple // factor)
@@ -100,7 +100,7 @@ def decode_rgba(
     if any(around):
         latents = F.pad(latents, around, mode="replicate")
         pixels = F.pad(pixels, tuple(side * factor for side in around), mode="replicate")
-    # one picture at a time: views are a batch already, and a full-size decoder needs the memory
+    # one image at a time: views are a batch already, and a full-size decoder needs the memory
     made = torch.cat(
         [decode_views(decoder, pixel[None], latent[None], views) for pixel, latent in zip(pixels, latents, strict=True)]
     )

@@ -25,13 +25,13 @@ def open_layer(name: str, file: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def condition_latents(vae: Any, pictures: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
+def condition_latents(vae: Any, images: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
     """The latents of given layers, one behind the other: (1, channels x layers, height / 8, width / 8), scaled.
 
     Each is the VAE's mean of the layer over mid-grey, times the scaling factor, as the published code has it.
     """
     made = []
-    for rgba in pictures:
+    for rgba in images:
         fitted = resized(rgba, height, width)
         known = vae.encode(on_grey(fitted[:, :3], fitted[:, 3:]).to(vae.device, vae.dtype)).latent_dist.mean
         made.append((known - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor)

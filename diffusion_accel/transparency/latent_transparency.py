@@ -1,4 +1,4 @@
-"""The feature: pictures with alpha from any base pipeline."""
+"""The feature: images with alpha from any base pipeline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..feature import Feature, option
 from ..io import shown
 
 VIEWS = (8, 4, 1, 0)
-CONDITIONS = {  # variant -> the pictures it needs, in the order in which their latents are given
+CONDITIONS = {  # variant -> the images it needs, in the order in which their latents are given
     "fg": (),
     "fg-conv": (),
     "joint": (),
@@ -33,39 +33,39 @@ LAYERS = {
     "fg": ("fg",),
     "fg-conv": ("fg",),
 }
-PICTURES = ("foreground", "background", "blend")
+IMAGES = ("foreground", "background", "blend")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentTransparency(Feature):
-    """Let the pipeline return RGBA pictures with real, soft alpha.
+    """Let the pipeline return RGBA images with real, soft alpha.
 
     The base model is adapted to latents that carry transparency, and a decoder beside the frozen VAE reads colours and
     alpha from them; `output.images` are then RGBA (PIL), or have four channels (np, pt), with straight colours. With
-    image-to-image and inpainting pipelines an RGBA picture goes in through the matching encoder. Published LayerDiffuse
+    image-to-image and inpainting pipelines an RGBA image goes in through the matching encoder. Published LayerDiffuse
     weights for SD 1.5 and SDXL load from a folder or the hub; the embedded model has its own.
 
     Source: Zhang and Agrawala, "Transparent Image Layer Diffusion using Latent Transparency" (2024).
 
     Attributes:
         weights: an embedded model's name, a folder, or a hub id; empty: what lies beside the pipeline's own model.
-        variant: what is drawn: "fg" (a picture with alpha), "fg-conv" (SDXL's other adapter), for SDXL
+        variant: what is drawn: "fg" (an image with alpha), "fg-conv" (SDXL's other adapter), for SDXL
             "fg2blend", "bg2blend", "fgblend2bg", "bgblend2fg", for SD 1.5 "joint" (foreground, background and blend
-            in turn, from 3, 6, … pictures), "fg2bg" and "bg2fg" (two in turn).
+            in turn, from 3, 6, … images), "fg2bg" and "bg2fg" (two in turn).
         adapter: another adapter file than the one in `weights`.
-        views: 8, 4 or 1 sides from which the decoder looks, the median counts; 0 leaves the pictures as they are. None:
+        views: 8, 4 or 1 sides from which the decoder looks, the median counts; 0 leaves the images as they are. None:
             as the weights recommend, 8 for published ones.
-        refine: steps by which the latents of a given RGBA picture are refined until they are read back right; each
+        refine: steps by which the latents of a given RGBA image are refined until they are read back right; each
             takes about as long as decoding three times. None: as the weights recommend, 0 for published ones.
         strength: of the adapter; 0 leaves the base model as it is.
         until: share of the steps in which the adapter is in force, the rest are the base model's; above 0 to 1.
-        foreground, background, blend: picture files that the variant needs.
+        foreground, background, blend: image files that the variant needs.
 
-    Counters: `views`, `decoded` (pictures), `changed` (parameters of the base model).
+    Counters: `views`, `decoded` (images), `changed` (parameters of the base model).
     """
 
     name: ClassVar[str] = "transparent"
-    summary: ClassVar[str] = "RGBA pictures with real alpha, also in layers"
+    summary: ClassVar[str] = "RGBA images with real alpha, also in layers"
     paper: ClassVar[str] = "LayerDiffuse (Zhang and Agrawala, 2024)"
     order: ClassVar[int] = 80
     redraws: ClassVar[bool] = True
@@ -80,13 +80,13 @@ class LatentTransparency(Feature):
         (0, 8),
     )
     refine: int | None = option(
-        None, "steps that refine the latents of a picture that is given (default: as the weights recommend)", (0, 9_999)
+        None, "steps that refine the latents of an image that is given (default: as the weights recommend)", (0, 9_999)
     )
     strength: float = option(1.0, "of the adapter; 0 leaves the base model as it is", (0, 100))
     until: float = option(1.0, "share of the steps with the adapter, above 0, at most 1", (0, 1))
-    foreground: str = option("", "picture file, where the variant needs one")
-    background: str = option("", "picture file, where the variant needs one")
-    blend: str = option("", "picture file, where the variant needs one")
+    foreground: str = option("", "image file, where the variant needs one")
+    background: str = option("", "image file, where the variant needs one")
+    blend: str = option("", "image file, where the variant needs one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,12 +100,12 @@ class LatentTransparency(Feature):
             refuse("views", "8, 4, 1 or 0")
         if not self.until:
             refuse("until", "above 0 and at most 1")
-        for name in PICTURES:
+        for name in IMAGES:
             needed, given = name in CONDITIONS[self.variant], getattr(self, name)
             if needed and not given:
-                raise ConfigurationError(f"transparent: the variant {self.variant} needs a picture {name}=FILE")
+                raise ConfigurationError(f"transparent: the variant {self.variant} needs an image {name}=FILE")
             if given and not needed:
-                raise ConfigurationError(f"transparent: the variant {self.variant} takes no picture {name}")
+                raise ConfigurationError(f"transparent: the variant {self.variant} takes no image {name}")
 
     @classmethod
     def neutral(cls) -> Self:

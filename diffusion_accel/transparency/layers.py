@@ -1,4 +1,4 @@
-"""Layers: stacking them, and how well they make up a picture again.
+"""Layers: stacking them, and how well they make up an image again.
 
 Everywhere: straight colours (N, 3, H, W) and alpha (N, 1, H, W), in 0..1; gradients flow to all of them.
 """
@@ -27,12 +27,12 @@ def stack_layers(layers: Sequence[Layer]) -> Layer:
     return premultiplied / covered.clamp(min=_EMPTY), covered
 
 
-def recomposition_error(layers: Sequence[Layer], picture: torch.Tensor, background: float = 0.5) -> torch.Tensor:
-    """Mean square error of the stacked layers (over a grey where nothing covers) against `picture`, (N,).
+def recomposition_error(layers: Sequence[Layer], image: torch.Tensor, background: float = 0.5) -> torch.Tensor:
+    """Mean square error of the stacked layers (over a grey where nothing covers) against `image`, (N,).
 
     The consistency of a decomposition into foreground and background, as LayerDecomp asks for (CVPR 2025). Zero for
-    layers that make up the picture exactly.
+    layers that make up the image exactly.
     """
     rgb, alpha = stack_layers(layers)
     made = rgb * alpha + background * (1 - alpha)
-    return ((made - picture) ** 2).flatten(1).mean(1)
+    return ((made - image) ** 2).flatten(1).mean(1)

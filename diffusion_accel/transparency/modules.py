@@ -29,7 +29,7 @@ class LatentTransparencyEncoder(ModelMixin, ConfigMixin):
         block_out_channels: widths at full, 1/2, 1/4 and 1/8 resolution; the VAE's factor is 2^(widths - 1).
         offset_scale: what the output is multiplied by: 300 for the weights published for diffusers, 1 for those
             published for the web UI.
-        recommended_refinement: steps by which the latents of a given picture are refined, see `codec.refine_latents`.
+        recommended_refinement: steps by which the latents of a given image are refined, see `codec.refine_latents`.
     """
 
     @register_to_config
@@ -63,7 +63,7 @@ class LatentTransparencyEncoder(ModelMixin, ConfigMixin):
 
 
 class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
-    """A decoded picture and its latents -> alpha and straight colours: a U-Net without timesteps.
+    """A decoded image and its latents -> alpha and straight colours: a U-Net without timesteps.
 
     Zhang and Agrawala 2024, section 3.1 and appendix A ("UNet1024" in the published code). The latents enter through a
     1x1 convolution that begins at zero, before the down block at 1/8 of the resolution.
@@ -76,7 +76,7 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
         attention_levels: how many of the deepest blocks on each side have self-attention, beside the middle.
         layers_per_block: residual blocks in a down block; an up block has one more.
         attention_head_dim, norm_num_groups, norm_eps: of attention and GroupNorm.
-        recommended_views: from how many sides to decode: 1 for a decoder that has seen upright pictures only.
+        recommended_views: from how many sides to decode: 1 for a decoder that has seen upright images only.
     """
 
     @register_to_config
@@ -141,7 +141,7 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
 
     @property
     def multiple(self) -> int:
-        """What both sides of a picture must be a multiple of, in pixels."""
+        """What both sides of an image must be a multiple of, in pixels."""
         return 1 << (len(self.down_blocks) - 1)
 
     @property
@@ -150,7 +150,7 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
         return 1 << self.config.latent_level
 
     def forward(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) in 0..1 and unscaled latents (N, C, H/8, W/8) -> [alpha, colours] (N, 4, H, W)."""
+        """Images (N, 3, H, W) in 0..1 and unscaled latents (N, C, H/8, W/8) -> [alpha, colours] (N, 4, H, W)."""
         sample = self.conv_in(pixels)
         skips = [sample]
         for level, block in enumerate(self.down_blocks):

@@ -1,4 +1,4 @@
-"""Pictures with transparency as tensors: padded colours, compositing, backgrounds.
+"""Images with transparency as tensors: padded colours, compositing, backgrounds.
 
 Everywhere: colours (N, 3, H, W) and alpha (N, 1, H, W), in 0..1; "straight" colours are not multiplied by alpha.
 """
@@ -35,7 +35,7 @@ def padded_rgb(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Colours that go on smoothly where alpha is zero: straight `rgb` and `alpha` -> (N, 3, H, W).
 
     A pyramid of premultiplied colour and alpha is filled from its coarsest level on (LayerDiffuse, "padded RGB").
-    Opaque pixels keep their colour, a picture of one colour stays constant, an empty one becomes black.
+    Opaque pixels keep their colour, an image of one colour stays constant, an empty one becomes black.
     """
     pyramid = [(rgb * alpha, alpha)]
     while min(pyramid[-1][1].shape[-2:]) > 1:
@@ -56,7 +56,7 @@ def composite(rgb: torch.Tensor, alpha: torch.Tensor, background: torch.Tensor |
 
 
 def on_grey(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """What the VAE is given: the picture over mid-grey, as (2·rgb - 1)·α in -1..1."""
+    """What the VAE is given: the image over mid-grey, as (2·rgb - 1)·α in -1..1."""
     return (2 * rgb - 1) * alpha
 
 

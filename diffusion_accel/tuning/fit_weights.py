@@ -1,7 +1,7 @@
-"""Fitted weights made better by trying them: Gauss-Newton on what the pictures themselves say.
+"""Fitted weights made better by trying them: Gauss-Newton on what the images themselves say.
 
 Weights that are fitted to the baseline's predictions do not know that the computed steps answer to the errors of the
-held ones before them. The pictures do: they are nearly linear in a small change of the weights, so a few calls say
+held ones before them. The images do: they are nearly linear in a small change of the weights, so a few calls say
 where to go, without a gradient of the denoiser.
 """
 
@@ -63,12 +63,12 @@ def polish(
 ) -> Plan | None:
     """One Gauss-Newton step on the weights of a plan that has them; None if time ran out or nothing was gained.
 
-    The objective is the mean over the pictures of the logarithm of their squared error, as a mean PSNR is.
+    The objective is the mean over the images of the logarithm of their squared error, as a mean PSNR is.
 
     Args:
         plan: see `weighted`.
-        draw: the pictures that a plan makes, (N, …).
-        wanted: the pictures of the baseline.
+        draw: the images that a plan makes, (N, …).
+        wanted: the images of the baseline.
         go_on: asked before each call of `draw`.
     """
     places = handles(plan)

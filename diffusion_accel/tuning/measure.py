@@ -54,13 +54,13 @@ class Reference:
         sampler: calls it, for the calibration prompts.
         heldout: the same with prompts that the search does not see.
         scheduler: its scheduler.
-        pictures: of the calibration prompts, (N, 3, H, W) in 0..1.
+        images: of the calibration prompts, (N, 3, H, W) in 0..1.
     """
 
     sampler: Sampler
     heldout: Sampler
     scheduler: Any
-    pictures: torch.Tensor
+    images: torch.Tensor
 
     @classmethod
     def measure(cls, sampler: Sampler, heldout: Sampler) -> Reference:
@@ -75,7 +75,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bool, tell: Callable[[], None]) -> Costs:
-    """From whole calls of one picture: all steps full, all but the first held, all but the first half.
+    """From whole calls of one image: all steps full, all but the first held, all but the first half.
 
     In turn with calls of the baseline: what slows down the machine for a while slows down all of them.
     """
@@ -118,7 +118,7 @@ def measure_forecasts(sampler: Sampler, tell: Callable[[], None]) -> list[Foreca
 
 
 def measure_influence(sampler: Sampler, predictions: torch.Tensor, tell: Callable[[], None]) -> np.ndarray:
-    """How much the pictures change, root mean square, for a change of the prediction at one step by 1: (steps,).
+    """How much the images change, root mean square, for a change of the prediction at one step by 1: (steps,).
 
     Measured by holding the prediction before it, so that what the later steps make of the change is in it: they correct
     much of what happens early. At `PROBES` steps and the last ones, and between them by interpolation.
@@ -175,7 +175,7 @@ def scheduling(pipe: Any, scheduler: Any) -> Iterator[None]:
 def record(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """What the scheduler is given at every step, prediction and latents as the denoiser sees them, and the timesteps.
 
-    Both are (steps, pictures, values) in float32.
+    Both are (steps, images, values) in float32.
     """
     clock = StepClock(sampler.pipe)
     seen: list[torch.Tensor] = []

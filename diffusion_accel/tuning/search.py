@@ -1,6 +1,6 @@
 """Which steps to compute: dynamic programming over how well predictions can be forecast from each other.
 
-A held prediction is a linear combination of computed ones. How much the pictures change with the prediction at a step
+A held prediction is a linear combination of computed ones. How much the images change with the prediction at a step
 is measured (`calibration.measure_influence`). So, as long as the latents stay near the baseline's, the squared error
 that a run of held steps leaves is a quadratic form in the Gram matrix of the baseline's own predictions, and the best
 combination a least-squares problem in it: plans can be made and compared without running any.
@@ -27,7 +27,7 @@ RIDGE = 1e-4  # keeps fitted weights from telling nearly equal predictions apart
 @dataclass(frozen=True, order=True)
 class Rule:
     """How held steps are forecast from the last `count` full steps: by the polynomial through them, or by weights that
-    are fitted to the calibration pictures (least squares)."""
+    are fitted to the calibration images (least squares)."""
 
     count: int = 1
     fitted: bool = False
@@ -42,8 +42,8 @@ class Forecasts:
 
     Attributes:
         times: timesteps, (N,).
-        gram: mean over pictures and values of the products of the predictions at two steps, (N, N).
-        influence: how much the picture changes with the prediction at a step, (N,), in the units of the pictures.
+        gram: mean over images and values of the products of the predictions at two steps, (N, N).
+        influence: how much the image changes with the prediction at a step, (N,), in the units of the images.
         space: of the predictions, see `Step`.
     """
 
@@ -63,7 +63,7 @@ class Forecasts:
         return np.linalg.solve(own + ridge, self.gram[np.ix_(nodes, held)]).T
 
     def errors(self, nodes: tuple[int, ...], rule: Rule, careful: bool = True) -> np.ndarray:
-        """Squared error of the picture from holding the steps behind nodes[0] up to each possible end: entry k is for k
+        """Squared error of the image from holding the steps behind nodes[0] up to each possible end: entry k is for k
         held steps, forecast from the first `rule.count` of `nodes`, newest first.
 
         Large weights of both signs multiply the errors that the computed predictions have themselves by then; so, if
@@ -160,7 +160,7 @@ def refitted(plan: Plan, forecasts: Sequence[Forecasts]) -> Plan:
 
 
 def predicted_error(plan: Plan, forecasts: Sequence[Forecasts], careful: bool = True) -> float:
-    """The predicted squared error of the pictures of a plan, as in `Forecasts.errors`."""
+    """The predicted squared error of the images of a plan, as in `Forecasts.errors`."""
     total = 0.0
     for own in forecasts:
         nodes: list[int] = []

@@ -12,7 +12,7 @@ from ..io import parse_json, read_text, replacing, split_lines
 
 
 def read_search(path: Path) -> tuple[Any, dict[str, list[float]]]:
-    """What a search is about, and the PSNR of every picture by plan. A last line that was cut off does not count.
+    """What a search is about, and the PSNR of every image by plan. A last line that was cut off does not count.
 
     Raises:
         ConfigurationError: it is no file of a search, or damaged in another place.

@@ -28,7 +28,7 @@ from .search import Rule, best_plans, predicted_error, refitted
 from .state import add_score, read_search, write_search
 
 MANY, FEW = 20, 6  # families of plans that are tried: for a speed-up, and for each step towards a fidelity
-CEILING = 80.0  # dB; a picture nearer than that counts as equal
+CEILING = 80.0  # dB; an image nearer than that counts as equal
 Progress = Callable[[str, float], None]
 
 
@@ -38,7 +38,7 @@ class Target:
 
     Attributes:
         speedup: at least 1; None if `min_psnr` is given.
-        min_psnr: dB, the median over the pictures against the pipeline without reuse.
+        min_psnr: dB, the median over the images against the pipeline without reuse.
     """
 
     speedup: float | None = None
@@ -89,7 +89,7 @@ class Tuner:
         )
 
     def scores(self, plan: Plan, at_least: float | None = None) -> list[float]:
-        """PSNR of every calibration picture, at most `CEILING`; of fewer if a mean `at_least` so high is hopeless."""
+        """PSNR of every calibration image, at most `CEILING`; of fewer if a mean `at_least` so high is hopeless."""
         name = str(plan)
         if name in self.known:
             return self.known[name]
@@ -97,18 +97,18 @@ class Tuner:
         with reusing(self.sampler.pipe, plan):
             for start, end in self.sampler.chunks():
                 drawn = self.sampler.call(start, end)
-                values += psnr(self.reference.pictures[start:end], drawn).clamp(max=CEILING).tolist()
+                values += psnr(self.reference.images[start:end], drawn).clamp(max=CEILING).tolist()
                 if at_least is not None and statistics.fmean(values) < at_least - 3.0:
                     break
         self.keep(name, values)
         return values
 
     def draw(self, plan: Plan) -> torch.Tensor:
-        """The calibration pictures with a plan."""
+        """The calibration images with a plan."""
         with reusing(self.sampler.pipe, plan):
-            pictures = self.sampler.images()
-        self.keep(str(plan), psnr(self.reference.pictures, pictures).clamp(max=CEILING).tolist())
-        return pictures
+            images = self.sampler.images()
+        self.keep(str(plan), psnr(self.reference.images, images).clamp(max=CEILING).tolist())
+        return images
 
     def keep(self, name: str, values: list[float]) -> None:
         self.known[name] = values
@@ -224,7 +224,7 @@ class Tuner:
         best = plan
         while time.monotonic() < until:
             weights = weighted(best, self.forecasts[0].times)
-            better = polish(weights, self.draw, self.reference.pictures, lambda: time.monotonic() < until)
+            better = polish(weights, self.draw, self.reference.images, lambda: time.monotonic() < until)
             if better is None or self.mean(better) <= self.mean(best) + 0.05:
                 break
             best = better
@@ -266,17 +266,17 @@ class Tuner:
 
     # ------------------------------------------------------------------ the result
     def result(self, plan: Plan, rounds: int = 5) -> TunedPlan:
-        """The plan with its measurements on the held-out prompts: times of single pictures, in turn."""
+        """The plan with its measurements on the held-out prompts: times of single images, in turn."""
         pipe, base = self.sampler.pipe, self.reference
         mine = replace(base.heldout, steps=self.sampler.steps)
         one, plain = mine.part(0, 1), base.heldout.part(0, 1)
         self.progress("held-out prompts", 1.0)
         with scheduling(pipe, base.scheduler):
-            pictures = base.heldout.images()
+            images = base.heldout.images()
             with count_flops() as whole:
                 plain.images()
         with reusing(self.sampler.pipe, plan):
-            values = psnr(pictures, mine.images()).clamp(max=CEILING)
+            values = psnr(images, mine.images()).clamp(max=CEILING)
             counters = pipe.acceleration.report().counters["reuse"]
             with count_flops() as fast:
                 one.images()
@@ -326,8 +326,8 @@ def tune(
 ) -> TunedPlan:
     """Search the reuse plan of a pipeline: the best fidelity at a speed-up, or the highest speed-up at a fidelity.
 
-    The fidelity is the PSNR to the pictures of the same pipeline without reuse. Two thirds of the prompts calibrate,
-    the others measure the result. For an unconditional pipeline prompts only count the pictures.
+    The fidelity is the PSNR to the images of the same pipeline without reuse. Two thirds of the prompts calibrate,
+    the others measure the result. For an unconditional pipeline prompts only count the images.
 
     Args:
         pipe: a loaded pipeline, with the scheduler that will be used.

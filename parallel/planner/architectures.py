@@ -49,18 +49,18 @@ def make_subject(
     dtype: torch.dtype = torch.float16,
     device: str = "meta",
 ) -> Subject:
-    """A model and the arguments of a step for pictures of some size.
+    """A model and the arguments of a step for images of some size.
 
     Args:
         name, location, dtype, device: see `make_models`.
-        height, width: of the pictures, multiples of what its VAE makes smaller (8, usually).
-        images: pictures in a call.
+        height, width: of the images, multiples of what its VAE makes smaller (8, usually).
+        images: images in a call.
         guidance: with both branches of classifier-free guidance.
         decode: with the VAE's decoder.
 
     Raises:
         ConfigurationError: the size is no such multiple.
-        UnsupportedPipelineError: the model has no U-Net for pictures.
+        UnsupportedPipelineError: the model has no U-Net for images.
     """
     unet, vae, factor = make_models(name, location, dtype, device)
     if min(height, width) < factor or height % factor or width % factor:
@@ -74,16 +74,16 @@ def make_subject(
 
 
 def make_models(name: str, location: str, dtype: torch.dtype, device: str) -> tuple[Any, Any, int]:
-    """The U-Net and the autoencoder of a model, and by how much the latter makes pictures smaller.
+    """The U-Net and the autoencoder of a model, and by how much the latter makes images smaller.
 
     Args:
         name: "sd15" or "sdxl" for their architectures; else `location` is a pipeline folder or hub id, of which only
             the configurations are read.
-        dtype: of the U-Net; autoencoders are taken in 32 bits, as pipelines for large pictures run them.
+        dtype: of the U-Net; autoencoders are taken in 32 bits, as pipelines for large images run them.
         device: "meta", or one to compute on (with constant weights).
 
     Raises:
-        UnsupportedPipelineError: the model has no U-Net for pictures.
+        UnsupportedPipelineError: the model has no U-Net for images.
         ModelLoadError: a configuration cannot be read.
     """
     if name in ARCHITECTURES:

@@ -1,7 +1,7 @@
 """Runs one process's share of a model without the other processes, and notes what it does.
 
 The hooks are those of real runs, and so are the rows, messages and buffers; only the messages go nowhere. On the meta
-device nothing is computed either, so that models and pictures of any size can be recorded on any machine.
+device nothing is computed either, so that models and images of any size can be recorded on any machine.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class DryCommunicator(Communicator):
 
 @dataclass(frozen=True)
 class Recording:
-    """What one process does in a picture.
+    """What one process does in an image.
 
     Attributes:
         steps: the events of an exact step, of the first that does not wait, and of a later one; only the first where
@@ -230,7 +230,7 @@ class Subject:
 
 
 def record_busiest(subject: Subject, settings: PatchParallel, devices: int) -> list[Recording]:
-    """`record` for the processes of a world that may be the slowest: the largest part at the picture's border, and the
+    """`record` for the processes of a world that may be the slowest: the largest part at the image's border, and the
     largest in its middle.
 
     Where times are measured, each is recorded twice, and the shorter time of every operation counts.

@@ -1,4 +1,4 @@
-"""How long a picture takes on so many devices: a simulation of what each of them computes, sends and waits for.
+"""How long an image takes on so many devices: a simulation of what each of them computes, sends and waits for.
 
 Nothing of it is fitted to published speed-ups. What a device computes and sends is recorded from the hooks themselves
 (`recording.py`); how long that takes follows from a machine's rates or from times measured here, and how long messages
@@ -114,13 +114,13 @@ def simulate(steps: Sequence[Sequence[Event]], machine: Machine, link: Link) -> 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A picture on so many devices; times in seconds, bytes of the busiest device.
+    """An image on so many devices; times in seconds, bytes of the busiest device.
 
     Attributes:
         devices: how many.
         exact, stale: a step of each kind; `stale` is None if there are none.
         decoding: the VAE's decoder.
-        picture: all steps and decoding.
+        image: all steps and decoding.
         buffers: bytes of the buffers for displaced messages.
         layers: by layer, the seconds of the last kind of step and the bytes that it sends.
     """
@@ -129,13 +129,13 @@ class Prediction:
     exact: StepTime
     stale: StepTime | None
     decoding: StepTime
-    picture: float
+    image: float
     buffers: int
     layers: dict[str, tuple[float, int]]
 
     @property
     def hidden(self) -> float | None:
-        """The share of messages' time that computation hides, at the steps that make up most of a picture."""
+        """The share of messages' time that computation hides, at the steps that make up most of an image."""
         step = self.stale or self.exact
         return None if step.travelling == 0 else max(0.0, 1 - step.waiting / step.travelling)
 
@@ -143,13 +143,13 @@ class Prediction:
 def predict(
     recordings: Sequence[Recording], devices: int, machine: Machine, link: Link, steps: int, warmup: int
 ) -> Prediction:
-    """A picture of `steps` steps, `warmup` of them exact, from what some of the devices do; the slowest counts."""
+    """An image of `steps` steps, `warmup` of them exact, from what some of the devices do; the slowest counts."""
     kinds = len(recordings[0].steps)
     times = [simulate(r.steps, machine, link) for r in recordings]
     exact, last = (max((t[k] for t in times), key=lambda t: t.seconds) for k in (0, -1))
     decoding = max((simulate([r.decoding], machine, link)[0] for r in recordings), key=lambda t: t.seconds)
     slow = min(warmup, steps) if kinds > 1 else steps
-    picture = slow * exact.seconds + (steps - slow) * last.seconds + decoding.seconds
+    image = slow * exact.seconds + (steps - slow) * last.seconds + decoding.seconds
     layers: dict[str, tuple[float, int]] = {}
     for event in recordings[-1].steps[-1]:
         if isinstance(event, Operation):
@@ -160,4 +160,4 @@ def predict(
         layers[layer] = seconds, before + size
     buffers = max(r.buffer_bytes for r in recordings)
     stale = last if kinds > 1 and slow < steps else None
-    return Prediction(devices, exact, stale, decoding, picture, buffers, layers)
+    return Prediction(devices, exact, stale, decoding, image, buffers, layers)

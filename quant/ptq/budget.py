@@ -52,21 +52,21 @@ def plan_prompts(count: int, each: float, seconds: float) -> int:
     return max(min(count, _LEAST_PROMPTS), min(count, int(_CALIBRATION * seconds / max(each, 1e-9))))
 
 
-def plan_report(pictures: int, each: float, seconds: float | None, whole: float) -> tuple[int, int]:
-    """How many pictures the report compares, and how often it times every runtime.
+def plan_report(images: int, each: float, seconds: float | None, whole: float) -> tuple[int, int]:
+    """How many images the report compares, and how often it times every runtime.
 
     Args:
-        pictures: as asked for.
-        each: seconds that drawing one picture takes in full precision.
+        images: as asked for.
+        each: seconds that drawing one image takes in full precision.
         seconds: that are left; None: as many as it takes.
         whole: seconds of the whole budget.
     """
-    asked = (pictures, 5)
-    if seconds is None or not pictures:
+    asked = (images, 5)
+    if seconds is None or not images:
         return asked
     allowed = max(seconds, _REPORT * whole)
-    for count, rounds in (asked, (min(pictures, 8), 3), (min(pictures, 4), 2), (min(pictures, 2), 1)):
-        if each * (3 * count + 6 * (rounds + 1)) <= allowed:  # simulated pictures take twice as long
+    for count, rounds in (asked, (min(images, 8), 3), (min(images, 4), 2), (min(images, 2), 1)):
+        if each * (3 * count + 6 * (rounds + 1)) <= allowed:  # simulated images take twice as long
             return count, rounds
     return 1, 1
 

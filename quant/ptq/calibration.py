@@ -103,7 +103,7 @@ class CalibrationSet:
 
 
 def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, int], None]) -> CalibrationSet:
-    """Draw the sampler's pictures and keep what its denoiser saw at `buckets` evenly spaced steps.
+    """Draw the sampler's images and keep what its denoiser saw at `buckets` evenly spaced steps.
 
     Files that an interrupted recording left are used again; a recording counts once its index is written.
 
@@ -111,7 +111,7 @@ def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, in
         sampler: pipeline, prompts, steps and seeds.
         buckets: how many timesteps to keep, at most the number of steps; taken by stride from the trajectory.
         folder: where to.
-        tell: called with pictures done and pictures in all.
+        tell: called with images done and images in all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = find_denoiser(sampler.pipe)

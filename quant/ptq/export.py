@@ -37,7 +37,7 @@ def run(
     overwrite: bool = False,
     restart: bool = False,
     minutes: float | None = None,
-    pictures: int = 16,
+    images: int = 16,
     batch: int = 8,
     steps: int = 50,
     options: dict[str, Any] | None = None,
@@ -52,7 +52,7 @@ def run(
         if restart:
             clear(work)
         sampler = Sampler(pipe, tuple(prompts), steps, settings.seed, batch, options or {})
-        report = _run(sampler, source, settings, folder, work, progress, overwrite, minutes, pictures, load)
+        report = _run(sampler, source, settings, folder, work, progress, overwrite, minutes, images, load)
         with interrupts.unfinished(work):  # not needed any more
             return report
 
@@ -66,7 +66,7 @@ def _run(
     progress: Progress,
     overwrite: bool,
     minutes: float | None,
-    pictures: int,
+    images: int,
     load: Callable[[ModelSource], Any],
 ) -> QuantizationReport:
     began, pipe = time.monotonic(), sampler.pipe
@@ -90,8 +90,8 @@ def _run(
         whole = 60 * (minutes or 0.0)
         each = done.seconds["calibration"] / len(done.sampler.prompts)
         left = None if minutes is None else whole - (time.monotonic() - began)
-        pictures, rounds = plan_report(pictures, each, left, whole)
-        seen = shown(source, sampler.prompts, pictures, settings)
+        images, rounds = plan_report(images, each, left, whole)
+        seen = shown(source, sampler.prompts, images, settings)
         full = replace(sampler, prompts=seen, seed=settings.seed + 100_000)
         measure(full, replace(full, pipe=twin), done.heldout, report, rounds)
         files = sorted((made / str(denoiser_name(pipe))).glob("*.safetensors"))
@@ -108,7 +108,7 @@ def _run(
 
 
 def shown(source: ModelSource, prompts: Sequence[str], count: int, settings: QuantizeSettings) -> tuple[str, ...]:
-    """Prompts for the pictures of the report: never those that were calibrated on."""
+    """Prompts for the images of the report: never those that were calibrated on."""
     if source.kind == "embedded":
         return tuple(embedded_prompts(count, max(200, len(prompts))))
     kept = settings.validation or max(1, len(prompts) // 8)

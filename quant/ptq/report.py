@@ -40,9 +40,9 @@ class QuantizationReport:
         folder: the checkpoint.
         layers: bits, size and SQNR (dB) of every quantized layer.
         steps: relative squared error of the prediction at each calibrated timestep, on prompts not calibrated on.
-        psnr, ssim: of each picture against full precision with the same seed, simulated runtime.
+        psnr, ssim: of each image against full precision with the same seed, simulated runtime.
         bytes: of the denoiser's file, and what its parameters take as float32.
-        ratio: full-precision time / quantized time of one picture, by runtime, interleaved.
+        ratio: full-precision time / quantized time of one image, by runtime, interleaved.
         picked: what "auto" picked, by number of layers.
         validation: relative squared error of predictions after each stage.
         seconds: by stage of quantizing.
@@ -68,11 +68,11 @@ class QuantizationReport:
     buckets: int = 0
     prompts: tuple[int, int] = (0, 0)
     budget: float | None = None
-    pictures: Any = None
+    images: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {k: v for k, v in vars(self).items() if k != "pictures"}
+        return {k: v for k, v in vars(self).items() if k != "images"}
 
     def text(self) -> str:
         """A few lines for the terminal."""
@@ -83,7 +83,7 @@ class QuantizationReport:
             middle = statistics.median(self.psnr), statistics.median(self.ssim or [0.0])
             lines.append(
                 f"PSNR to full precision {middle[0]:.1f} dB, SSIM {middle[1]:.3f} "
-                f"(medians of {len(self.psnr)} pictures, held-out prompts)"
+                f"(medians of {len(self.psnr)} images, held-out prompts)"
             )
         if self.validation:
             lines.append(
@@ -93,7 +93,7 @@ class QuantizationReport:
         if self.ratio:
             times = ", ".join(f"{k} {v:.2f}x" for k, v in self.ratio.items())
             picked = ", ".join(f"{n} layers {what}" for what, n in self.picked.items())
-            lines.append(f"speed of one picture against float32: {times}; auto picked {picked}")
+            lines.append(f"speed of one image against float32: {times}; auto picked {picked}")
         took = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
         if self.budget is not None:
             took += f", of a budget of {self.budget:.0f} s (loading, grids of weights and writing are not cut)"
@@ -106,7 +106,7 @@ class QuantizationReport:
 def measure(
     full: Sampler, quantized: Sampler, heldout: CalibrationSet, report: QuantizationReport, rounds: int = 5
 ) -> None:
-    """Pictures, errors over time and interleaved times (`rounds` of them) of a pipeline and its quantized twin, into
+    """Images, errors over time and interleaved times (`rounds` of them) of a pipeline and its quantized twin, into
     `report`."""
     model = find_denoiser(quantized.pipe)
     assert model is not None
@@ -122,7 +122,7 @@ def measure(
             report.psnr = [round(float(v), 2) for v in psnr(base, ours).clamp(max=200)]
             if min(base.shape[-2:]) >= 11:
                 report.ssim = [round(float(v), 4) for v in ssim(base, ours)]
-            report.pictures = (base, ours)
+            report.images = (base, ours)
             report.ratio, report.picked = _times(full.part(0, 1), quantized.part(0, 1), model, rounds)
     report.layers = {
         name: {
@@ -172,15 +172,15 @@ def page(report: QuantizationReport) -> str:
         for n, v in worst
     )
     shown = ""
-    if report.pictures is not None:
-        for label, batch in zip(("float32", report.name), report.pictures, strict=True):
+    if report.images is not None:
+        for label, batch in zip(("float32", report.name), report.images, strict=True):
             images = "".join(f'<img src="{data_url(p)}" alt="">' for p in batch[:16])
             shown += f"<tr><td>{label}</td><td>{images}</td></tr>"
     summary = html.escape(report.text()).replace("\n", "<br>")
     return PAGE.format(
         title=f"quantized: {html.escape(report.name)}",
         summary=summary,
-        pictures=shown,
+        images=shown,
         steps=bars(report.steps, "relative squared error of the prediction, by timestep"),
         rows=rows,
     )
@@ -221,10 +221,10 @@ PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }}
 svg {{ width: min(640px, 100%); }} img {{ height: 96px; margin: 1px; }}
 table {{ border-collapse: collapse; margin: 1em 0; }} td, th {{ padding: .2em .7em; text-align: right; }}
-td:first-child, th:first-child, .pictures td {{ text-align: left; }} tr:nth-child(even) {{ background: #f6f6f6; }}
+td:first-child, th:first-child, .images td {{ text-align: left; }} tr:nth-child(even) {{ background: #f6f6f6; }}
 </style></head><body>
 <h1>{title}</h1><p>{summary}</p>
-<table class="pictures">{pictures}</table>
+<table class="images">{images}</table>
 {steps}
 <table><thead><tr><th>layer (most sensitive first)</th><th>shape</th><th>W bits</th><th>A bits</th><th>SQNR dB</th>
 <th>sensitivity</th></tr></thead><tbody>{rows}</tbody></table>

@@ -209,7 +209,7 @@ class Quantization:
             "budget minutes": minutes,
             "prompts": list(s.prompts),
             "steps": s.steps,
-            "seed of the pictures": s.seed,
+            "seed of the images": s.seed,
             "batch": s.batch,
             "options": {k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in s.options.items()},
             "scheduler": type(s.pipe.scheduler).__name__,

@@ -23,7 +23,7 @@ KEYS = {"concept": "slug", "group": "group", "style": "style"}
 class ClassifierTask:
     """Cross-entropy of the three heads, equally weighted, with label smoothing 0.1.
 
-    Pictures are shifted by up to `shift` pixels and scaled by up to a tenth, half of the ones in a batch stand on a
+    Images are shifted by up to `shift` pixels and scaled by up to a tenth, half of the ones in a batch stand on a
     random flat colour, and contrast and brightness vary a little; none is mirrored, since many have a left and a right.
     """
 
@@ -47,22 +47,22 @@ class ClassifierTask:
         grid = torch.zeros(size, 2, 3)
         grid[:, 0, 0] = grid[:, 1, 1] = scale
         grid[:, :, 2] = shift
-        pictures = archives.composite(self.images[chosen], background)
-        grid = F.affine_grid(grid, list(pictures.shape), align_corners=False)
-        pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+        images = archives.composite(self.images[chosen], background)
+        grid = F.affine_grid(grid, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         contrast, light = (
             torch.from_numpy(rng.uniform(a, b, (size, 1, 1, 1))).float() for a, b in ((0.9, 1.1), (-0.1, 0.1))
         )
         labels = {head: self.labels[head][chosen] for head in HEADS}
-        return {"pictures": (pictures * contrast + light).clamp(-1, 1)} | labels
+        return {"images": (images * contrast + light).clamp(-1, 1)} | labels
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        logits = model(batch["pictures"])
+        logits = model(batch["images"])
         losses = [F.cross_entropy(logits[head].float(), batch[head], label_smoothing=0.1) for head in HEADS]
         return torch.stack(losses).mean()
 
     def evaluate(self) -> dict[str, Any]:
-        """Top-1 accuracy of each head on the held-out pictures and on 500 trained ones."""
+        """Top-1 accuracy of each head on the held-out images and on 500 trained ones."""
         result = {}
         for name, indices in (("train", self.train[:: max(1, len(self.train) // 500)]), ("heldout", self.heldout)):
             logits = [
@@ -75,10 +75,10 @@ class ClassifierTask:
 
     def preview(self, path: Path) -> None:
         """A batch as the network sees it."""
-        save_grid(self.draw(np.random.default_rng(0), 24)["pictures"], 12, path)
+        save_grid(self.draw(np.random.default_rng(0), 24)["images"], 12, path)
 
     def features(self, indices: np.ndarray) -> Features:
-        """Features of pictures on white."""
+        """Features of images on white."""
         parts = [
             extract(self.model, archives.composite(self.images[part]))
             for part in np.array_split(indices, 16)

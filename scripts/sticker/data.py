@@ -1,6 +1,6 @@
-"""The sticker data set as training data: the picture cache, captions, the tokenizer, and the choice of pictures.
+"""The sticker data set as training data: the image cache, captions, the tokenizer, and the choice of images.
 
-The data folder holds ``captions.jsonl`` (one row per picture) and the zips that its rows name in ``file``. The work
+The data folder holds ``captions.jsonl`` (one row per image) and the zips that its rows name in ``file``. The work
 folder receives ``images.npy`` (uint8, N x size x size x 4, premultiplied alpha), ``rows.jsonl`` (the same N rows),
 ``tokenizer/`` and ``tokens.safetensors``.
 """
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------- images
 def cache_images(data: Path, work: Path, size: int) -> tuple[int, ...]:
-    """Unpack every picture of the data set into ``images.npy`` and ``rows.jsonl``; returns the array's shape."""
+    """Unpack every image of the data set into ``images.npy`` and ``rows.jsonl``; returns the array's shape."""
     rows = read_rows(data)
     parts = [
         read_images(data, rows[i : i + 256], size) for i in tqdm(range(0, len(rows), 256), desc="cache", disable=None)
@@ -48,7 +48,7 @@ def cache_images(data: Path, work: Path, size: int) -> tuple[int, ...]:
 
 
 def load_images(work: Path) -> np.ndarray:
-    """The picture cache, mapped into memory and read-only: uint8 (N, size, size, 4), premultiplied."""
+    """The image cache, mapped into memory and read-only: uint8 (N, size, size, 4), premultiplied."""
     return load_array(require(work / "images.npy", "cache"))
 
 
@@ -57,7 +57,7 @@ def load_rows(work: Path) -> list[Row]:
     return rows_of(file, slug=str, style=str, name=str, split=str, core=(bool, int))
 
 
-# ------------------------------------------------------------------------------------------- choice of pictures
+# ------------------------------------------------------------------------------------------- choice of images
 def read_concepts(path: Path) -> list[str]:
     """Concept slugs, one a line; lines that begin with # are comments."""
     try:
@@ -68,7 +68,7 @@ def read_concepts(path: Path) -> list[str]:
 
 
 def select(rows: list[Row], styles: Iterable[str], concepts: Iterable[str] | None = None) -> np.ndarray:
-    """Indices of the core pictures in these styles, of these concepts (default: of all)."""
+    """Indices of the core images in these styles, of these concepts (default: of all)."""
     styles, wanted = set(styles), None if concepts is None else set(concepts)
     unknown = sorted(styles - {row["style"] for row in rows})
     if wanted is not None:
@@ -81,12 +81,12 @@ def select(rows: list[Row], styles: Iterable[str], concepts: Iterable[str] | Non
         if row["core"] and row["style"] in styles and (wanted is None or row["slug"] in wanted)
     ]
     if not chosen:
-        raise UsageError("no core picture of the data set has one of these styles and concepts")
+        raise UsageError("no core image of the data set has one of these styles and concepts")
     return np.array(chosen)
 
 
 def surroundings(rows: list[Row], styles: Iterable[str]) -> np.ndarray:
-    """Indices of the pictures of every core concept in these styles, whether or not the style is a core one."""
+    """Indices of the images of every core concept in these styles, whether or not the style is a core one."""
     styles, slugs = set(styles), {row["slug"] for row in rows if row["core"]}
     if unknown := sorted(styles - {row["style"] for row in rows}):
         raise UsageError(f"not in the data set: {', '.join(unknown)}")

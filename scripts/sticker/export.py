@@ -1,4 +1,4 @@
-"""From trained stages to a diffusers folder, and from a diffusers folder to pictures and numbers."""
+"""From trained stages to a diffusers folder, and from a diffusers folder to images and numbers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .models import Shape, build_pipeline, build_text_encoder, build_unet, build
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-THUMBNAIL = 24  # pixels on a side of the pictures that retrieval compares
+THUMBNAIL = 24  # pixels on a side of the images that retrieval compares
 
 
 # ------------------------------------------------------------------------------------------- export
 def build_trained_vae(work: Path) -> tuple[AutoencoderKL, dict[str, float]]:
-    """The analytic encoder with the trained decoder, and how exact it is on held-out pictures (dB, relative error)."""
+    """The analytic encoder with the trained decoder, and how exact it is on held-out images (dB, relative error)."""
     rows, images, shape = data.load_rows(work), data.load_images(work), Shape.of_work(work)
     codec, vae = PatchCodec.load(work / "codec.safetensors"), build_vae(shape)
     core = np.array([i for i, row in enumerate(rows) if row["core"]])
@@ -96,14 +96,14 @@ def load_pipeline(path: Path, device: torch.device | None = None) -> StableDiffu
 def generate(
     pipeline: StableDiffusionPipeline, prompts: list[str], steps: int = 20, guidance: float = 3.0, seed: int = 0
 ) -> torch.Tensor:
-    """Pictures (N, 3, H, W) in -1..1; prompt i starts from the noise of seed + i."""
-    pictures = []
+    """Images (N, 3, H, W) in -1..1; prompt i starts from the noise of seed + i."""
+    images = []
     for start in tqdm(range(0, len(prompts), 16), desc="generate", unit="batch", disable=None):
         part = prompts[start : start + 16]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         arguments = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-        pictures.append(pipeline(part, generator=generators, **arguments).images.float().cpu() * 2 - 1)
-    return torch.cat(pictures)
+        images.append(pipeline(part, generator=generators, **arguments).images.float().cpu() * 2 - 1)
+    return torch.cat(images)
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -116,19 +116,19 @@ def evaluate(
     steps: int = 20,
     guidance: float = 3.0,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Prediction error and retrieval of an exported pipeline, for trained and for held-out pictures.
+    """Prediction error and retrieval of an exported pipeline, for trained and for held-out images.
 
     Args:
         pipeline: any pipeline for this data set; its own VAE and tokenizer are used.
-        work: the work folder with the picture cache.
-        chosen: indices of the pictures that the pipeline was trained on, or that were held out from it.
-        candidates: indices of the pictures among which retrieval looks for the nearest one.
-        count: pictures generated per split, at most.
+        work: the work folder with the image cache.
+        chosen: indices of the images that the pipeline was trained on, or that were held out from it.
+        candidates: indices of the images among which retrieval looks for the nearest one.
+        count: images generated per split, at most.
         steps, guidance: of sampling.
 
     Returns:
         Numbers per split: "v_error" (see `prediction_error`), and "retrieval" (see `retrieval`); and per split real
-        pictures (first half) with the generated ones (second half).
+        images (first half) with the generated ones (second half).
     """
     rows, images = data.load_rows(work), data.load_images(work)
     denoiser = Denoiser(pipeline.unet, pipeline.text_encoder)
@@ -166,7 +166,7 @@ def retrieval(
     The shares of `evaluation.distribution.retrieval`; "psnr24" is the mean PSNR in dB to the asked sticker at 24x24.
     """
     if made.shape[-1] % THUMBNAIL:
-        raise UsageError(f"retrieval compares at {THUMBNAIL} px: the picture side must be a multiple of it")
+        raise UsageError(f"retrieval compares at {THUMBNAIL} px: the image side must be a multiple of it")
 
     def small(pictures: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool2d(pictures, THUMBNAIL)

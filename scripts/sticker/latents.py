@@ -1,4 +1,4 @@
-"""Latents without a trained encoder: principal components of picture patches, written into an AutoencoderKL.
+"""Latents without a trained encoder: principal components of image patches, written into an AutoencoderKL.
 
 An autoencoder trained from scratch on a CPU spends most of its time on finding a latent space. The principal components
 of 8x8x3 patches are a good one, known at once: the latents are fixed before any training, so the decoder and the
@@ -32,11 +32,11 @@ class PatchCodec:
     """A linear codec of 8x8 patches.
 
     Attributes:
-        weight: (C, 3, 8, 8), the encoder: a convolution of stride 8 on pictures in -1..1.
-        bias: (C,), so that latents have mean zero over the fitted pictures.
+        weight: (C, 3, 8, 8), the encoder: a convolution of stride 8 on images in -1..1.
+        bias: (C,), so that latents have mean zero over the fitted images.
         inverse: (C, 3, 8, 8), the linear decoder: a transposed convolution of stride 8.
         mean: (3, 8, 8), the mean patch, which the linear decoder adds.
-        std: (C,), standard deviation of each latent channel over the fitted pictures.
+        std: (C,), standard deviation of each latent channel over the fitted images.
     """
 
     weight: torch.Tensor
@@ -45,9 +45,9 @@ class PatchCodec:
     mean: torch.Tensor
     std: torch.Tensor
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in -1..1 -> latents (N, C, H/8, W/8)."""
-        return F.conv2d(pictures, self.weight, self.bias, stride=PATCH)
+        return F.conv2d(images, self.weight, self.bias, stride=PATCH)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The best linear reconstruction: latents (N, C, h, w) -> (N, 3, 8h, 8w), about 24 dB on stickers."""
@@ -65,18 +65,18 @@ class PatchCodec:
         return cls(**{name: found[name] for name in names})
 
 
-def fit_codec(pictures: torch.Tensor, channels: int) -> PatchCodec:
-    """Principal components of the 8x8x3 patches of `pictures` (N, 3, H, W) in -1..1.
+def fit_codec(images: torch.Tensor, channels: int) -> PatchCodec:
+    """Principal components of the 8x8x3 patches of `images` (N, 3, H, W) in -1..1.
 
     Each component is divided by the square root of its standard deviation, and all together are brought to a root mean
     square of 1: halfway between plain PCA, where the first channels dominate the loss, and whitening, where the noise
     in the last channels would count as much as the layout in the first. Signs are fixed, so that results are the same
     on every machine: the largest weight of a component is positive.
     """
-    values = pictures.numpy()
+    values = images.numpy()
     n, _, height, width = values.shape
     if height % PATCH or width % PATCH:
-        raise TrainingError(f"picture sides must be multiples of {PATCH} pixels, got {height}x{width}")
+        raise TrainingError(f"image sides must be multiples of {PATCH} pixels, got {height}x{width}")
     patches = values.reshape(n, 3, height // PATCH, PATCH, width // PATCH, PATCH).transpose(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(-1, 3 * PATCH * PATCH)
     mean = patches.mean(0)
@@ -84,7 +84,7 @@ def fit_codec(pictures: torch.Tensor, channels: int) -> PatchCodec:
     variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
     variances, vectors = variances[::-1][:channels], vectors[:, ::-1][:, :channels]
     if variances[-1] <= 1e-9:
-        raise TrainingError(f"the pictures have fewer than {channels} independent patch components")
+        raise TrainingError(f"the images have fewer than {channels} independent patch components")
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(channels)])
     std = np.sqrt(variances)
     scale = 1 / np.sqrt(std)
@@ -104,19 +104,19 @@ def fit_codec(pictures: torch.Tensor, channels: int) -> PatchCodec:
 
 
 def encode_images(codec: PatchCodec, images: np.ndarray, indices: np.ndarray) -> torch.Tensor:
-    """Latents (len(indices), C, h, w) of pictures of the cache on white."""
+    """Latents (len(indices), C, h, w) of images of the cache on white."""
     batches = [indices[i : i + 64] for i in range(0, len(indices), 64)]
     return torch.cat([codec.encode(composite(images[batch])) for batch in batches])
 
 
 @torch.no_grad()
-def write_encoder(vae: AutoencoderKL, codec: PatchCodec, pictures: torch.Tensor) -> None:
+def write_encoder(vae: AutoencoderKL, codec: PatchCodec, images: torch.Tensor) -> None:
     """Write the codec's convolution into the encoder of an AutoencoderKL with four levels, to about 0.1 %.
 
     The encoder computes a linear map although it is full of GroupNorm and SiLU:
     - residual blocks become identities (their second convolution is zero);
     - the stride-2 convolutions collect 2x2 blocks into channels; after the second one a 4x4x3 patch (48 numbers) is
-      projected to as many channels as there are (32) with the smallest error in the latents of `pictures`;
+      projected to as many channels as there are (32) with the smallest error in the latents of `images`;
     - the last one computes every latent twice, as u and -u, and GroupNorm is held constant by large constant channels;
     - conv_out uses silu(u) - silu(-u) = u.
     All of it stays trainable.
@@ -124,7 +124,7 @@ def write_encoder(vae: AutoencoderKL, codec: PatchCodec, pictures: torch.Tensor)
     Args:
         vae: channels (c0, c1, c2, c2) with c0 >= 12, one layer per block, no attention in the middle.
         codec: the projection to write, with as many channels as the VAE has latent channels.
-        pictures: (N, 3, H, W) in -1..1, examples for the projection to 32 channels.
+        images: (N, 3, H, W) in -1..1, examples for the projection to 32 channels.
 
     Raises:
         TrainingError: the VAE has another shape.
@@ -152,7 +152,7 @@ def write_encoder(vae: AutoencoderKL, codec: PatchCodec, pictures: torch.Tensor)
     for colour, y, x in np.ndindex(3, 2, 2):
         first.weight[colour * 4 + y * 2 + x, colour, y, x] = 1
 
-    middle, rebuild = _best_projection(codec, pictures, min(widths[1], 4 * latents, 48))
+    middle, rebuild = _best_projection(codec, images, min(widths[1], 4 * latents, 48))
     rank = len(middle)
     second.weight[:rank, :12, :2, :2] = middle.view(rank, 2, 2, 12).permute(0, 3, 1, 2).float()
 
@@ -183,8 +183,8 @@ def _zero(conv: torch.nn.Module) -> None:
         parameter.zero_()
 
 
-def _best_projection(codec: PatchCodec, pictures: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """4x4x3 patch -> `rank` numbers -> latents, with the smallest mean square error over `pictures`.
+def _best_projection(codec: PatchCodec, images: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """4x4x3 patch -> `rank` numbers -> latents, with the smallest mean square error over `images`.
 
     Returns float64 tensors: the projection (rank, 48), its columns ordered (2x2 block, colour, pixel in the block), and
     (2, 2, C, rank), which rebuilds a latent from the projections of the four 4x4 patches of its 8x8 patch.
@@ -193,8 +193,8 @@ def _best_projection(codec: PatchCodec, pictures: torch.Tensor, rank: int) -> tu
     # (C, colour, 4x4 patch y, block y, pixel y, 4x4 patch x, block x, pixel x)
     weight = codec.weight.double().reshape(latents, 3, 2, 2, 2, 2, 2, 2)
     target = weight.permute(2, 5, 0, 3, 6, 1, 4, 7).reshape(4 * latents, 48)
-    n, _, height, width = pictures.shape
-    blocks = pictures.double().reshape(n, 3, height // 4, 2, 2, width // 4, 2, 2)
+    n, _, height, width = images.shape
+    blocks = images.double().reshape(n, 3, height // 4, 2, 2, width // 4, 2, 2)
     patches = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, 48)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T  # square root of the patches' second moment

@@ -25,7 +25,7 @@ class Shape:
     """Sizes of the models; the defaults are those of the embedded model (14.8 M parameters, 30 MB in fp16).
 
     Attributes:
-        size: picture side in pixels, a multiple of 8.
+        size: image side in pixels, a multiple of 8.
         latent_channels: channels of the latents, which have a side of size / 8.
         vocabulary: entries of the tokenizer, at most.
         max_length: tokens of the longest text, with the begin and end marks.

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from diffusion_accel.training import archives
 from diffusion_accel.training.diffusion_task import PREVIEWS, sample_of
 from diffusion_accel.training.files import TrainingError, load_tensors, require
-from diffusion_accel.training.images import picture_loss, psnr, save_grid
+from diffusion_accel.training.images import image_loss, psnr, save_grid
 from diffusion_accel.training.loop import Batch
 
 from . import data
 from .latents import PATCH, PatchCodec
 from .models import Shape, TextToLatents, build_text_encoder, build_vae
 
-LISTED = 3  # times as often as another picture one of the concept list is drawn
+LISTED = 3  # times as often as another image one of the concept list is drawn
 
 
 class DecoderTask:
-    """Latents of the patch codec -> pictures: trains the decoder of the VAE on crops of all pictures.
+    """Latents of the patch codec -> images: trains the decoder of the VAE on crops of all images.
 
     Loss: MSE + 0.25 L1 + 0.25 L1 of the gradients. A share `coloured` of the crops stands on a random flat colour, so
     that the decoder learns edges and not only white. Latents get Gaussian noise of a standard deviation drawn from
@@ -53,25 +53,25 @@ class DecoderTask:
             crops.append(crop[:, ::-1] if flip else crop)
         background = rng.integers(0, 256, (size, 3)).astype(np.float32)
         background[rng.random(size) >= self.coloured] = 255
-        pictures = archives.composite(np.stack(crops), background)
-        latents = self.codec.encode(pictures)
+        images = archives.composite(np.stack(crops), background)
+        latents = self.codec.encode(images)
         deviation = self.noise * torch.from_numpy(rng.random((size, 1, 1, 1), dtype=np.float32))
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        return {"pictures": pictures, "latents": latents + deviation * noise}
+        return {"images": images, "latents": latents + deviation * noise}
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         made = model(batch["latents"].contiguous(memory_format=torch.channels_last)).float()
-        return picture_loss(made - batch["pictures"])
+        return image_loss(made - batch["images"])
 
     def reconstruct(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures on white, and their reconstructions."""
-        pictures = archives.composite(self.images[np.sort(indices)])
+        """Images on white, and their reconstructions."""
+        images = archives.composite(self.images[np.sort(indices)])
         device = next(self.model.parameters()).device
-        decoded = [self.model(self.codec.encode(part).to(device)).float().cpu() for part in pictures.split(16)]
-        return pictures, torch.cat(decoded).clamp(-1, 1)
+        decoded = [self.model(self.codec.encode(part).to(device)).float().cpu() for part in images.split(16)]
+        return images, torch.cat(decoded).clamp(-1, 1)
 
     def evaluate(self) -> dict[str, Any]:
-        """PSNR in dB of whole pictures on white: 96 held-out ones and 96 of the trained ones."""
+        """PSNR in dB of whole images on white: 96 held-out ones and 96 of the trained ones."""
         result = {"psnr_train": psnr(*self.reconstruct(sample_of(self.train, 96, seed=0)))}
         if len(self.heldout):
             result["psnr_heldout"] = psnr(*self.reconstruct(self.heldout))
@@ -88,7 +88,7 @@ class DecoderTask:
 
 @dataclass
 class Captioned:
-    """The pictures that the text encoder and the UNet are trained on (`Examples`): latents, token ids and rows."""
+    """The images that the text encoder and the UNet are trained on (`Examples`): latents, token ids and rows."""
 
     shape: Shape
     codec: PatchCodec
@@ -96,7 +96,7 @@ class Captioned:
     latents: torch.Tensor  # (N, C, h, w)
     ids: torch.Tensor  # int32 (N, data.VARIANTS, tokens)
     empty: torch.Tensor  # int32 (tokens), the empty text
-    train: np.ndarray  # pictures of the concept list occur `LISTED` times, those around them once
+    train: np.ndarray  # images of the concept list occur `LISTED` times, those around them once
     watched: np.ndarray
     heldout: np.ndarray
     variants: int = data.VARIANTS
@@ -112,14 +112,14 @@ class Captioned:
         around = np.arange(listed, len(rows))
         train = np.concatenate([watched] * LISTED + [around]) if len(around) else watched
         if not len(watched):
-            raise TrainingError("every picture of these styles and concepts is held out: nothing to train on")
+            raise TrainingError("every image of these styles and concepts is held out: nothing to train on")
         codec = PatchCodec.load(work / "codec.safetensors")
         ids = tokens["captions"][indices]
         shape, latents = Shape.of_work(work), stored["latents"]
         return cls(shape, codec, rows, latents, ids, tokens["empty"], train, watched, heldout)
 
     def listed(self) -> Captioned:
-        """The pictures of the concept list alone."""
+        """The images of the concept list alone."""
         return replace(self, train=self.watched)
 
     def clean(self, indices: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class Captioned:
         return self.codec.decode(clean)
 
     def preview_indices(self) -> np.ndarray:
-        """Up to 18 trained and 6 held-out pictures."""
+        """Up to 18 trained and 6 held-out images."""
         heldout = sample_of(self.heldout, PREVIEWS // 4, seed=2)
         return np.concatenate([sample_of(self.watched, PREVIEWS - len(heldout), seed=2), heldout])
 
@@ -142,7 +142,7 @@ class Captioned:
 class TextTask:
     """Pre-trains the text encoder to draw: caption -> mean latents, by MSE.
 
-    Without it the denoiser binds text to pictures slowly: a whole UNet step moves the text encoder a little, while here
+    Without it the denoiser binds text to images slowly: a whole UNet step moves the text encoder a little, while here
     one core sees hundreds of captions a second.
     """
 
@@ -151,7 +151,7 @@ class TextTask:
         torch.manual_seed(0)
         shape = self.captioned.shape
         if shape.latent_size % 2:
-            raise TrainingError(f"the picture side must be a multiple of {2 * PATCH} pixels, got {shape.size}")
+            raise TrainingError(f"the image side must be a multiple of {2 * PATCH} pixels, got {shape.size}")
         self.model = TextToLatents(build_text_encoder(shape, data.load_tokenizer(work)), shape)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
@@ -172,7 +172,7 @@ class TextTask:
         return torch.cat([self.model(part).float().cpu() for part in ids.split(64)])
 
     def evaluate(self) -> dict[str, Any]:
-        """MSE of up to 256 trained and all held-out pictures with their canonical captions; 1.0 is the mean square."""
+        """MSE of up to 256 trained and all held-out images with their canonical captions; 1.0 is the mean square."""
         sets = {"mse_train": self.captioned.watched[:256], "mse_heldout": self.captioned.heldout}
         return {
             name: float(F.mse_loss(self.predict(indices), self.captioned.latents[indices]))
@@ -181,5 +181,5 @@ class TextTask:
         }
 
     def preview(self, path: Path) -> None:
-        pictures = self.captioned.codec.decode(self.predict(self.captioned.preview_indices()))
-        save_grid(pictures, 6, path)
+        images = self.captioned.codec.decode(self.predict(self.captioned.preview_indices()))
+        save_grid(images, 6, path)

@@ -19,7 +19,7 @@ from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.training.denoising import Process
 from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
 from diffusion_accel.training.files import UsageError, load_tensors, replacing_folder, require
-from diffusion_accel.training.images import picture_loss, save_grid
+from diffusion_accel.training.images import image_loss, save_grid
 from diffusion_accel.training.loop import Batch
 from diffusion_accel.training.state import STATE, load_average
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
@@ -69,7 +69,7 @@ class Pair(nn.Module):
         return self._vae[0]
 
     def encode(self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The VAE's latents of the picture over grey, and what the encoder adds to them."""
+        """The VAE's latents of the image over grey, and what the encoder adds to them."""
         with torch.no_grad():
             known = self.vae.encode(on_grey(rgb, alpha)).latent_dist
         return known.mean, known.std * self.encoder(torch.cat([alpha, padded], 1))
@@ -106,16 +106,16 @@ def load_pair(work: Path, pair: Pair, stages: tuple[str, ...], start: Path | Non
 
 
 def rgba_of(images: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Straight colours and alpha, in 0..1, of some of the cached pictures."""
+    """Straight colours and alpha, in 0..1, of some of the cached images."""
     pixels = torch.from_numpy(images[indices]).permute(0, 3, 1, 2).float() / 255
     alpha = pixels[:, 3:].contiguous()
     return straight(pixels[:, :3], alpha), alpha
 
 
 def with_margin(rgb: torch.Tensor, alpha: torch.Tensor, margin: int = MARGIN) -> tuple[torch.Tensor, torch.Tensor]:
-    """Straight colours and alpha, those pictures `margin` pixels smaller on each side that come nearer to the border.
+    """Straight colours and alpha, those images `margin` pixels smaller on each side that come nearer to the border.
 
-    A picture that is cut off by its border cannot be put on another one.
+    An image that is cut off by its border cannot be put on another one.
     """
     near = F.pad(alpha[..., margin:-margin, margin:-margin], (margin,) * 4).ne(alpha).flatten(1).any(1)
     side = [length - 2 * margin for length in alpha.shape[-2:]]
@@ -129,11 +129,11 @@ def with_margin(rgb: torch.Tensor, alpha: torch.Tensor, margin: int = MARGIN) ->
 class EncoderTask:
     """Trains the encoder on crops of RGBA stickers, with the VAE frozen.
 
-    Loss: identity, which is what the frozen VAE makes of the changed latents against the picture over grey (MSE +
+    Loss: identity, which is what the frozen VAE makes of the changed latents against the image over grey (MSE +
     0.25 L1 + 0.25 L1 of the gradients, as the VAE's own decoder was trained), and `guide` times the mean square
     distance of what the encoder adds from a linear code of alpha (`alpha_code`). From the reconstruction loss instead,
     the encoder learns to add next to nothing in the time there is: identity costs at once, while the decoder has not
-    learnt to read, and alpha gets holes where a picture is grey.
+    learnt to read, and alpha gets holes where an image is grey.
     """
 
     trained: tuple[str, ...] = ("encoder",)
@@ -165,42 +165,42 @@ class EncoderTask:
 
     @cached_property
     def code(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The linear code that the encoder is guided to, from 24 pictures."""
-        rgb, alpha, _ = self.pictures(self.train[:: max(1, len(self.train) // 24)])
+        """The linear code that the encoder is guided to, from 24 images."""
+        rgb, alpha, _ = self.shown(self.train[:: max(1, len(self.train) // 24)])
         return alpha_code(self.model.vae, on_grey(rgb, alpha), alpha)
 
-    def pictures(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Straight colours, alpha and padded colours of whole pictures."""
+    def shown(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Straight colours, alpha and padded colours of whole images."""
         rgb, alpha = rgba_of(self.images, indices)
         return rgb, alpha, padded_rgb(rgb, alpha)
 
     def crops(self, rng: np.random.Generator, size: int) -> torch.Tensor:
         """Colours, alpha and padded colours of crops, half of them mirrored: (size, 7, crop, crop)."""
-        whole = torch.cat(self.pictures(rng.choice(self.train, size, p=self.weights)), 1)
+        whole = torch.cat(self.shown(rng.choice(self.train, size, p=self.weights)), 1)
         flips = rng.random(size) < 0.5
         corners = rng.integers(0, whole.shape[-1] - self.crop + 1, (size, 2))
         made = []
-        for picture, flip, (y, x) in zip(whole, flips, corners, strict=True):
-            crop = picture[:, y : y + self.crop, x : x + self.crop]
+        for image, flip, (y, x) in zip(whole, flips, corners, strict=True):
+            crop = image[:, y : y + self.crop, x : x + self.crop]
             made.append(crop.flip(-1) if flip else crop)
         return torch.stack(made)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        return {"pictures": self.crops(rng, size)}
+        return {"images": self.crops(rng, size)}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         decoded, offset, _ = model(rgb, alpha, padded)
         kernel, bias = (part.to(alpha) for part in self.code)
         code = F.conv2d(alpha, kernel, bias, stride=PATCH)
-        return picture_loss(decoded.float() - on_grey(rgb, alpha)) + self.guide * F.mse_loss(offset.float(), code)
+        return image_loss(decoded.float() - on_grey(rgb, alpha)) + self.guide * F.mse_loss(offset.float(), code)
 
     # ------------------------------------------------------------------ watching
     def round_trip(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """Whole pictures through encoder, VAE and decoder (one view): what went in and what came out."""
+        """Whole images through encoder, VAE and decoder (one view): what went in and what came out."""
         found: dict[str, list[torch.Tensor]] = {k: [] for k in ("rgb", "alpha", "made", "plain", "changed", "offset")}
         for part in np.array_split(np.sort(indices), math.ceil(len(indices) / 16)):
-            rgb, alpha, padded = self.pictures(part)
+            rgb, alpha, padded = self.shown(part)
             mean, offset = self.model.encode(rgb, alpha, padded)
             plain, changed = (self.model.vae.decode(z).sample for z in (mean, mean + offset))
             made = self.model.decoder((changed / 2 + 0.5).clamp(0, 1), mean + offset).clamp(0, 1)
@@ -209,7 +209,7 @@ class EncoderTask:
         return {name: torch.cat(values) for name, values in found.items()}
 
     def evaluate(self) -> dict[str, Any]:
-        """Medians over 96 held-out pictures, in dB: alpha, the worst of three backgrounds, and the VAE's own RGB."""
+        """Medians over 96 held-out images, in dB: alpha, the worst of three backgrounds, and the VAE's own RGB."""
         shown = self.heldout if len(self.heldout) else sample_of(self.train, 96, seed=0)
         result = self.round_trip(shown)
         rgb, alpha, made = result["rgb"], result["alpha"], result["made"]
@@ -258,16 +258,16 @@ class DecoderTask(EncoderTask):
         noise = torch.from_numpy(rng.standard_normal((size, channels, side, side), dtype=np.float32))
         deviation = self.noise * rng.random(size, dtype=np.float32) * (rng.random(size) < self.noisy)
         noise *= torch.from_numpy(deviation.astype(np.float32))[:, None, None, None]
-        return {"pictures": self.crops(rng, size), "noise": noise}
+        return {"images": self.crops(rng, size), "noise": noise}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         _, _, made = model(rgb, alpha, padded, batch["noise"])
         return self.reconstruction(made.float(), alpha, padded)
 
     def reconstruction(self, made: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
         weight = torch.cat([2 * torch.ones_like(alpha), (0.1 + 0.9 * alpha).expand(-1, 3, -1, -1)], 1)
-        return picture_loss((made - torch.cat([alpha, padded], 1)) * weight)
+        return image_loss((made - torch.cat([alpha, padded], 1)) * weight)
 
 
 class JointTask(DecoderTask):
@@ -284,7 +284,7 @@ class JointTask(DecoderTask):
     BUDGET, PRICE = 0.35, 0.05
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         decoded, _, made = model(rgb, alpha, padded, batch["noise"])
         loss = self.reconstruction(made.float(), alpha, padded)
         clean = batch["noise"].flatten(1).any(1).logical_not()
@@ -293,7 +293,7 @@ class JointTask(DecoderTask):
         return loss
 
     def lost(self, decoded: torch.Tensor, rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        """How many dB further from the picture over grey `decoded` is than what the VAE makes of its own latents."""
+        """How many dB further from the image over grey `decoded` is than what the VAE makes of its own latents."""
         target = on_grey(rgb, alpha)
         with torch.no_grad():
             plain = self.model.vae.decode(self.model.vae.encode(target).latent_dist.mean).sample.float()
@@ -304,7 +304,7 @@ class JointTask(DecoderTask):
 class RefineTask(DecoderTask):
     """Goes on with the decoder on latents as the adapted denoiser gives them, so that edges become sharp there too.
 
-    Whole pictures. Half of them are from the concept list, with a margin, noised to a timestep up to `LATEST` and
+    Whole images. Half of them are from the concept list, with a margin, noised to a timestep up to `LATEST` and
     brought back by the denoiser in two steps with their caption; their alpha counts by `decisive`. The others are as in
     the stage before, so that what it learnt is kept.
     """
@@ -326,7 +326,7 @@ class RefineTask(DecoderTask):
         rgb, alpha = with_margin(*rgba_of(self.images, self.indices[listed]))
         known = torch.cat([rgb, alpha, padded_rgb(rgb, alpha)], 1)
         denoised = torch.from_numpy(rng.random(size) < 0.5)
-        batch["pictures"] = torch.where(denoised[:, None, None, None], known, batch["pictures"])
+        batch["images"] = torch.where(denoised[:, None, None, None], known, batch["images"])
         index, variant = torch.from_numpy(listed), torch.from_numpy(rng.integers(0, self.captioned.variants, size))
         return batch | {
             "denoised": denoised,
@@ -348,7 +348,7 @@ class RefineTask(DecoderTask):
         return z
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+        rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         rows, noise = batch["denoised"], batch["noise"].clone()
         with torch.no_grad():
             mean, offset = self.model.encode(rgb, alpha, padded)
@@ -363,7 +363,7 @@ class RefineTask(DecoderTask):
         if rows.any():
             made, alpha, padded = made[rows], alpha[rows], padded[rows]
             loss = loss + decisive(made[:, :1] - alpha).mean()
-            loss = loss + picture_loss((made[:, 1:] - padded) * (0.1 + 0.9 * alpha))
+            loss = loss + image_loss((made[:, 1:] - padded) * (0.1 + 0.9 * alpha))
         return loss
 
 
@@ -378,14 +378,14 @@ def decisive(error: torch.Tensor, knee: float = 0.3) -> torch.Tensor:
 
 
 @torch.no_grad()
-def alpha_code(vae: AutoencoderKL, pictures: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha_code(vae: AutoencoderKL, images: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A linear code of alpha in latents that the VAE's decoder hardly notices: kernel (C, 1, 8, 8) and bias (C,).
 
     The first principal components of the 8x8 patches of alpha lie along the directions of the latents to which the
     decoder is least sensitive, the largest along the least; a component of deviation d has the deviation
     `AMPLITUDE` sqrt(d) in the latents.
     """
-    z = vae.encode(pictures).latent_dist.mean
+    z = vae.encode(images).latent_dist.mean
     moves = torch.eye(z.shape[1]).to(z)[:, None, :, None, None] * 0.2
     slopes = torch.stack([(vae.decode(z + move).sample - vae.decode(z - move).sample).flatten() for move in moves])
     directions = torch.linalg.eigh(slopes @ slopes.T).eigenvectors[:, :COMPONENTS]
@@ -398,16 +398,16 @@ def alpha_code(vae: AutoencoderKL, pictures: torch.Tensor, alpha: torch.Tensor) 
 
 
 def _psnr(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """PSNR of each picture in 0..1, (N,), at most 100 dB."""
+    """PSNR of each image in 0..1, (N,), at most 100 dB."""
     return psnr(made, target).clamp(max=100)
 
 
 # ------------------------------------------------------------------------------------------- the base model
 @torch.no_grad()
 def adjusted_latents(work: Path, vae: AutoencoderKL, start: Path | None = None, batch: int = 64) -> torch.Tensor:
-    """The latents of the chosen pictures as the trained encoder changes them, in the order of `latents.safetensors`.
+    """The latents of the chosen images as the trained encoder changes them, in the order of `latents.safetensors`.
 
-    The pictures have a margin, so that the denoiser learns to keep it.
+    The images have a margin, so that the denoiser learns to keep it.
     """
     stored = load_tensors(require(work / "latents.safetensors", "latents"), "indices", "listed")
     images, listed = data.load_images(work), int(stored["listed"])

@@ -92,12 +92,12 @@ def result() -> Result:
 def test_a_benchmark_measures_what_it_says(result: Result) -> None:
     rows = {row.name: row for row in result.rows}
     assert rows["baseline"].psnr == [200.0, 200.0] and rows["baseline"].time_ratio == 1
-    assert rows["reuse full"].psnr == [200.0, 200.0], "the same picture in the same process"
+    assert rows["reuse full"].psnr == [200.0, 200.0], "the same image in the same process"
     assert rows["reuse full"].flop_ratio == 1
     pytest.importorskip("DeepCache")
     ours, theirs = rows["reuse deepcache:2"], rows["deepcache 2"]
     assert theirs.failed is None
-    assert torch.allclose(ours.pictures, theirs.pictures, atol=1e-4), "the package, in its own process"
+    assert torch.allclose(ours.images, theirs.images, atol=1e-4), "the package, in its own process"
     assert ours.flop_ratio == theirs.flop_ratio and ours.flop_ratio > 1.2
     assert rows["fewer-steps 2"].flop_ratio > 1.2 and rows["fewer-steps 2"].psnr[0] < 60
     assert rows["another seed"].psnr[0] < 60
@@ -135,7 +135,7 @@ def test_names_from_outside_are_text_in_reports(result: Result) -> None:
 
 def test_markup_in_names_is_no_markup(capsys: Any) -> None:
     status = Status(quiet=False)
-    status("pictures: reuse x[/bold]y/\x1b]0;title\x07")
+    status("images: reuse x[/bold]y/\x1b]0;title\x07")
     console().print("[red]x[/bold] \x1b[2J :smiley:")
     assert capsys.readouterr().out == "[red]x[/bold] \\x1b[2J :smiley:\n"
 

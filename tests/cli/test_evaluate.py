@@ -40,7 +40,7 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert code == 1 and "exists" in err
 
 
-def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_captioned_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = []
     for i in range(24):
         name = ("red", "green", "blue")[i % 3]
@@ -81,12 +81,12 @@ def test_a_routed_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shutil.copytree(EMBEDDED["sticker"].path, model)
     config = json.loads((model / "unet" / "config.json").read_text())
     (model / "unet" / "config.json").write_text(json.dumps(config | {"_task_routing": Recipe(beta=0.9).to_dict()}))
-    picture = tmp_path / "apple.png"
+    image = tmp_path / "apple.png"
     common = ["generate", "red apple", "--model", model, "--steps", 2, "--seed", 1, "--width", 96, "--height", 96]
-    code, out, err = call(capsys, *common, "-o", picture)
+    code, out, err = call(capsys, *common, "-o", image)
     assert code == 0 and "task routing is on: the model was trained with it" in err
     assert "task_routing: routed blocks" in out
-    data = json.loads(call(capsys, "metadata", picture, "--json")[1])["diffusion_accel"]
+    data = json.loads(call(capsys, "metadata", image, "--json")[1])["diffusion_accel"]
     assert "task_routing" in data["report"]["features"]
     code, _, err = call(capsys, *common, "-o", tmp_path / "b.png", "--task-routing", "beta=0.5")
     assert code == 2 and "was trained with beta=0.9" in err and not (tmp_path / "b.png").exists()

@@ -56,7 +56,7 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
     code, out, _ = call(capsys, "inspect", sticker)
     assert code == 0 and "133 quantized layers" in out
 
-    pictures = {}
+    images = {}
     common = ["red apple, 3d style", "--steps", "4", "--seed", "1", "-q"]
     for name, more in {
         "folder": ["-m", sticker, "--guidance-scale", "3", "--width", "96", "--height", "96", "--scheduler", "dpm++"],
@@ -69,14 +69,14 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
         runtime = [] if "--runtime" in more or name == "plain" else ["--runtime", "simulated"]
         code, _, err = call(capsys, "generate", *common, *more, *runtime, "-o", tmp_path / f"{name}.png")
         assert code == 0, err
-        pictures[name] = Image.open(tmp_path / f"{name}.png").tobytes()
-    assert pictures["folder"] == pictures["flag"] == pictures["low memory"] != pictures["plain"]
+        images[name] = Image.open(tmp_path / f"{name}.png").tobytes()
+    assert images["folder"] == images["flag"] == images["low memory"] != images["plain"]
     code, out, _ = call(capsys, "metadata", tmp_path / "auto.png", "--json")
     ways = json.loads(out)["diffusion_accel"]["quantized"]
     assert ways["runtime"].startswith("auto, ") and sum(ways["layers"].values()) == 133
     assert set(ways["layers"]) <= {"integer", "dequantize"}  # decided, and written down
-    near = torch.frombuffer(bytearray(pictures["integer"]), dtype=torch.uint8).float()
-    assert (near - torch.frombuffer(bytearray(pictures["flag"]), dtype=torch.uint8)).abs().mean() < 3
+    near = torch.frombuffer(bytearray(images["integer"]), dtype=torch.uint8).float()
+    assert (near - torch.frombuffer(bytearray(images["flag"]), dtype=torch.uint8)).abs().mean() < 3
 
 
 def test_the_number_of_buckets_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

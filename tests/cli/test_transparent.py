@@ -1,4 +1,4 @@
-"""Transparent pictures on the command line, end to end with weights of random numbers for the embedded model."""
+"""Transparent images on the command line, end to end with weights of random numbers for the embedded model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def opened(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_straight_and_premultiplied_pictures_and_a_preview(
+def test_straight_and_premultiplied_images_and_a_preview(
     suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [tmp_path / f"{name}.{suffix}" for name in ("straight", "multiplied")]
@@ -112,12 +112,12 @@ def test_existing_previews_are_not_replaced(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "a-preview.png").read_bytes() == b"mine"
 
 
-def test_an_accelerated_transparent_picture_is_compared_with_a_transparent_one(
+def test_an_accelerated_transparent_image_is_compared_with_a_transparent_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags: list[Any] = ["--transparent", "--encoder-reuse", "schedule=all", "--compare", "--json"]
     code, out, _ = call(capsys, "generate", PROMPT, *FEW, *flags, "-o", tmp_path / "a.png")
-    assert code == 0 and '"psnr": [null]' in out, "the neutral setting: the same RGBA picture"
+    assert code == 0 and '"psnr": [null]' in out, "the neutral setting: the same RGBA image"
     assert Image.open(tmp_path / "a-compare.png").mode == "RGB"
 
 

@@ -1,4 +1,4 @@
-"""The comparison and its picture."""
+"""The comparison and its image."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_nothing_to_compare() -> None:
         compare(pipe, drawing(pipe, call))
 
 
-def test_pictures() -> None:
+def test_images() -> None:
     red, blue = Image.new("RGB", (20, 16), (255, 0, 0)), Image.new("RGB", (20, 16), (0, 0, 255))
     sheet = grid([[red, blue], [blue, red]], ["left", "right"], [["one"], ["two", "three"]], scale=2, title="title")
     colours = {colour for _, colour in sheet.getcolors(100_000)}

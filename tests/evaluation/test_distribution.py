@@ -77,7 +77,7 @@ def test_retrieval() -> None:
 
 
 # ------------------------------------------------------------------------------------------- what ships
-def test_the_classifier_that_ships_knows_degraded_pictures() -> None:
+def test_the_classifier_that_ships_knows_degraded_images() -> None:
     """Calibration at small scale: noise and blur move the features further than a small shift does."""
     from diffusers import AutoencoderKL
 
@@ -88,20 +88,20 @@ def test_the_classifier_that_ships_knows_degraded_pictures() -> None:
     assert len(asked.captions) == len(real) == len(asked.splits) and set(asked.splits) == {"train", "heldout", ""}
     assert all(style in quality.STICKER_STYLES for style in real.styles)
     vae = AutoencoderKL.from_pretrained(EMBEDDED["sticker"].path / "vae")
-    pictures = F.interpolate(rand(32, 3, 6, 6), 96, mode="bicubic").clamp(-1, 1)
-    base = classifier.extract(model, pictures)
+    images = F.interpolate(rand(32, 3, 6, 6), 96, mode="bicubic").clamp(-1, 1)
+    base = classifier.extract(model, images)
     assert base.shape == (32, classifier.FEATURES)
-    torch.testing.assert_close(classifier.extract(model, pictures[:3]), base[:3], rtol=1e-4, atol=1e-4)
-    shifted = classifier.extract(model, pictures.roll(1, -1))
-    noisy = classifier.extract(model, (pictures + 0.5 * rand(32, 3, 96, 96, seed=1)).clamp(-1, 1))
+    torch.testing.assert_close(classifier.extract(model, images[:3]), base[:3], rtol=1e-4, atol=1e-4)
+    shifted = classifier.extract(model, images.roll(1, -1))
+    noisy = classifier.extract(model, (images + 0.5 * rand(32, 3, 96, 96, seed=1)).clamp(-1, 1))
     assert frechet_distance(base, shifted) < frechet_distance(base, noisy)
     with torch.no_grad():
-        decoded = vae.decode(vae.encode(pictures[:4]).latent_dist.mean).sample
+        decoded = vae.decode(vae.encode(images[:4]).latent_dist.mean).sample
     assert classifier.extract(model, decoded).isfinite().all()
-    assert classifier.extract(model, F.interpolate(pictures[:2], 128)).shape == (2, classifier.FEATURES)
+    assert classifier.extract(model, F.interpolate(images[:2], 128)).shape == (2, classifier.FEATURES)
 
 
-def test_real_pictures_retrieve_themselves() -> None:
+def test_real_images_retrieve_themselves() -> None:
     asked, real = quality.embedded_reference()
     chosen = asked.choose("heldout", 40)
     assert chosen == asked.choose("heldout", 40) and all(asked.splits[i] == "heldout" for i in chosen)

@@ -14,14 +14,14 @@ from diffusion_accel import ConfigurationError
 from diffusion_accel.measure.fidelity import psnr, ssim
 
 
-def pictures(seed: int, n: int = 3, size: tuple[int, int] = (24, 31)) -> torch.Tensor:
+def images(seed: int, n: int = 3, size: tuple[int, int] = (24, 31)) -> torch.Tensor:
     return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000), sigma=st.floats(0.001, 0.5))
 def test_against_torchmetrics(seed: int, sigma: float) -> None:
-    a = pictures(seed)
+    a = images(seed)
     b = (a + sigma * torch.randn(a.shape, generator=torch.Generator().manual_seed(seed + 1))).clamp(0, 1)
     for i in range(len(a)):
         x, y = a[i : i + 1].double(), b[i : i + 1].double()
@@ -34,7 +34,7 @@ def test_against_torchmetrics(seed: int, sigma: float) -> None:
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000))
 def test_symmetric_and_perfect_for_equal_images(seed: int) -> None:
-    a, b = pictures(seed), pictures(seed + 1)
+    a, b = images(seed), images(seed + 1)
     assert torch.allclose(psnr(a, b), psnr(b, a)) and torch.allclose(ssim(a, b), ssim(b, a))
     assert torch.isinf(psnr(a, a)).all() and torch.allclose(ssim(a, a), torch.ones(3, dtype=torch.float64))
     assert torch.equal(psnr(a, b)[1:2], psnr(a[1:2], b[1:2])), "an image's value does not depend on its batch"

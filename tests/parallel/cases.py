@@ -219,7 +219,7 @@ def partial_with_whole_neighbours_is_displaced(rank: int, size: int) -> None:
 
 
 def partial_in_columns(rank: int, size: int) -> None:
-    """A picture and its transpose, with transposed weights: columns of one are rows of the other."""
+    """An image and its transpose, with transposed weights: columns of one are rows of the other."""
     outcomes = []
     for turned in (False, True):
         model = bare.unet()
@@ -366,7 +366,7 @@ def cfg_split_is_batched_guidance(rank: int, size: int) -> None:
 
 # ---------------------------------------------------------------------- whole pipelines
 def displaced_pipeline(rank: int, size: int) -> None:
-    """Every mode draws the same picture on all processes and at a second call, near to but not that of one process."""
+    """Every mode draws the same image on all processes and at a second call, near to but not that of one process."""
     pipe, call = zoo.sdxl()
     call |= {"height": 48, "width": 16}
     plain, errors = once(lambda: zoo.run(pipe, call, steps=6)), []
@@ -395,7 +395,7 @@ def displaced_pipeline(rank: int, size: int) -> None:
     assert sum(layers.values()) == total and layers["denoiser.conv_out"] > 0 and "denoiser.conv_in" not in layers
 
 
-def pictures_are_decoded_and_encoded_in_parts(rank: int, size: int) -> None:
+def images_are_decoded_and_encoded_in_parts(rank: int, size: int) -> None:
     for kind in ("sd", "img2img"):
         pipe, call = double(*zoo.ZOO[kind]())
         call |= {"output_type": "pt"} | ({"height": 32, "width": 24} if kind == "sd" else {})
@@ -420,7 +420,7 @@ def video_is_decoded_in_parts(rank: int, size: int) -> None:
 
 
 def reuse_keeps_its_parts(rank: int, size: int) -> None:
-    """Encoder reuse and plans with held and shallow steps: the same pictures as on one process."""
+    """Encoder reuse and plans with held and shallow steps: the same images as on one process."""
     features = (
         EncoderReuse(schedule="uniform:2"),
         EncoderReuse(schedule="uniform:3", batch_decoder=False),
@@ -465,7 +465,7 @@ def reuse_keeps_its_parts(rank: int, size: int) -> None:
 
 
 def other_attention_processors(rank: int, size: int) -> None:
-    """A processor that is not known runs on the whole picture: one that depends on the order of positions."""
+    """A processor that is not known runs on the whole image: one that depends on the order of positions."""
     for height, width in ((24, 10), (2, 24)):
         model, named = bare.unet(), bare.inputs(1, height, width)
         for attention in bare.spatial_attentions(model).values():
@@ -596,7 +596,7 @@ def different_arguments_are_named(rank: int, size: int) -> None:
 
     refused("the latents", {}, seed=int(other))
     refused("the number of steps", {}, steps=3 + other)
-    refused("the size or number of pictures", {"height": 16 + 8 * other, "width": 16})
+    refused("the size or number of images", {"height": 16 + 8 * other, "width": 16})
     refused("the prompt", {"prompt_embeds": zoo.rand(1, zoo.TOKENS, zoo.DIM, seed=9 + other)})
     refused("the guidance scale", {"guidance_scale": 3.0 + other})
     scheduler = pipe.scheduler

@@ -149,7 +149,7 @@ def test_transformers_that_cannot_be_shared_are_refused() -> None:
         accelerate(zoo.flux()[0], PatchParallel(mode="partial"))
 
 
-def test_pipelines_that_look_at_the_whole_picture_are_refused() -> None:
+def test_pipelines_that_look_at_the_whole_image_are_refused() -> None:
     import zoo
     from diffusers import StableDiffusionSAGPipeline
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -136,14 +136,14 @@ def test_simulation_by_hand() -> None:
     assert machine.seconds(Operation("", 8, 64, 4, 0.25)) == 0.25
 
 
-def test_a_picture_is_its_steps() -> None:
+def test_a_image_is_its_steps() -> None:
     exact, later = [Sent(1, 10, 10), Waited(1), compute(2)], [compute(2)]
     recording = Recording([exact, later, later], [compute(7)], {("halo", "layer"): 10}, 3)
     found = predict([recording], 2, UNIT, Link(10.0, 0.0), steps=10, warmup=4)
-    assert (found.exact.seconds, found.picture) == (3, 4 * 3 + 6 * 2 + 7)
+    assert (found.exact.seconds, found.image) == (3, 4 * 3 + 6 * 2 + 7)
     assert found.stale is not None and found.stale.seconds == 2 and found.layers == {"layer": (2.0, 10)}
     short = predict([recording], 2, UNIT, Link(10.0, 0.0), steps=3, warmup=4)
-    assert short.picture == 3 * 3 + 7 and short.stale is None and short.hidden == 0
+    assert short.image == 3 * 3 + 7 and short.stale is None and short.hidden == 0
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_better_link_is_never_slower(
     machine = Machine(1e12, 5e11, 1e11, 5e-6)
     slow = predict(recordings, 4, machine, Link(bandwidth, latency), 20, 5)
     fast = predict(recordings, 4, machine, Link(bandwidth * factor, latency / factor), 20, 5)
-    assert fast.picture <= slow.picture * (1 + 1e-9)
+    assert fast.image <= slow.image * (1 + 1e-9)
     assert 0 <= (slow.hidden or 0) <= 1
     assert slow.exact.seconds == pytest.approx(slow.exact.computing + slow.exact.waiting)
 

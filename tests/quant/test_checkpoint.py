@@ -351,11 +351,11 @@ def test_encoder_reuse_with_batched_steps_uses_the_grids_of_each_step(tmp_path: 
     set_runtime(pipe, "simulated")
     from diffusion_accel import EncoderReuse
 
-    pictures = []
+    images = []
     for batched in (False, True):
         accelerate(pipe, EncoderReuse(schedule="uniform:3", batch_decoder=batched))
-        pictures.append(zoo.run(pipe, call))
-    assert (pictures[0] - pictures[1]).norm() < 1e-3 * pictures[0].norm()
+        images.append(zoo.run(pipe, call))
+    assert (images[0] - images[1]).norm() < 1e-3 * images[0].norm()
 
 
 class Prompted(Sampler):

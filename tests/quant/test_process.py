@@ -87,7 +87,7 @@ def test_both_branches_of_guidance_are_recorded(tmp_path: Path) -> None:
     pipe, call = zoo.sd()
     found = record(Prompted(pipe, call), 2, tmp_path, lambda done, total: None)
     rows = found.bucket(0)
-    assert len(rows) == 2 * 4  # four pictures, with and without the prompt
+    assert len(rows) == 2 * 4  # four images, with and without the prompt
     text = rows.arguments["encoder_hidden_states"]
     assert not torch.equal(text[0], text[1]) and torch.equal(text[0], text[2])
     assert torch.allclose(rows.run(pipe.unet), rows.output, atol=1e-5)
@@ -424,7 +424,7 @@ def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
     for s, settings, minutes, says in (
         (sampler(4), replace(quick, weight_bits=4), None, r"weight_bits \(3 then, 4 now\)"),
         (replace(sampler(4), batch=3), quick, None, r"batch \(4 then, 3 now\)"),
-        (replace(sampler(4), seed=1), quick, None, r"seed of the pictures \(0 then, 1 now\)"),
+        (replace(sampler(4), seed=1), quick, None, r"seed of the images \(0 then, 1 now\)"),
         (replace(sampler(4), prompts=("", "", "", "x")), quick, None, "another model: prompts;"),
         (sampler(4), quick, 5.0, r"budget minutes \(None then, 5.0 now\)"),
         (other_scheduler, quick, None, "settings of the scheduler.beta_end"),
@@ -436,7 +436,7 @@ def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
 
 
 def test_rows_are_counted_and_belong_to_their_chunks(tmp_path: Path) -> None:
-    """A recording that goes on with another number of pictures a call takes nothing of the old one for its own."""
+    """A recording that goes on with another number of images a call takes nothing of the old one for its own."""
 
     def quiet(done: int, total: int) -> None:
         pass

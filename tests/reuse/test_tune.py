@@ -193,7 +193,7 @@ def work_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
-SMALL = CALL | {"height": 48, "width": 48}  # where it does not matter what the pictures look like
+SMALL = CALL | {"height": 48, "width": 48}  # where it does not matter what the images look like
 
 
 def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any) -> None:
@@ -210,11 +210,11 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
         assert np.median(tuner.scores(plain)) > np.median(tuner.scores(uniform)) + 3
         assert np.median(tuner.scores(fitted)) > np.median(tuner.scores(uniform)) + 5
         tuner.began, tuner.seconds = time.monotonic(), 600
-        better = polish(weighted(plain, tuner.forecasts[0].times), tuner.draw, tuner.reference.pictures, lambda: True)
+        better = polish(weighted(plain, tuner.forecasts[0].times), tuner.draw, tuner.reference.images, lambda: True)
         assert better is not None and tuner.mean(better) > tuner.mean(plain) + 0.5
         assert getattr(sticker, "acceleration", None) is None, "tuning leaves the pipeline as it was"
         again = sampler.images()
-    assert torch.isinf(psnr(again, tuner.reference.pictures)).all()
+    assert torch.isinf(psnr(again, tuner.reference.images)).all()
 
 
 def test_a_machine_that_slows_down_changes_no_cost(sticker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_arrays_tensors_and_logs_that_are_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ('{"file": "a", "split": "train"}', "1 rows and 2 pictures"),
+        ('{"file": "a", "split": "train"}', "1 rows and 2 images"),
         ('{"file": "a", "split": "train"}\n[]', "is no table"),
         ('{"file": "a", "split": "train"}\n{"file": 5, "split": "train"}', "row 2: file is missing or not of its kind"),
         ("", "has no rows"),
@@ -207,7 +207,7 @@ def test_arrays_tensors_and_logs_that_are_damaged(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_rows_that_do_not_belong_to_the_pictures(rows: str, words: str, tmp_path: Path) -> None:
+def test_rows_that_do_not_belong_to_the_images(rows: str, words: str, tmp_path: Path) -> None:
     np.save(tmp_path / "pictures.npy", np.zeros((2, 4, 4, 3), np.uint8))
     (tmp_path / "rows.jsonl").write_text(rows)
     with pytest.raises(TrainingError, match=words):

@@ -26,7 +26,7 @@ from sticker.models import Shape, build_vae
 from sticker.tasks import Captioned, DecoderTask, TextTask
 
 from diffusion_accel.training import archives
-from diffusion_accel.training.files import UsageError
+from diffusion_accel.training.files import UsageError, read_json_lines
 from diffusion_accel.training.loop import Settings, train
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -58,7 +58,7 @@ trainer = load_script("train_sticker")
 builder = load_script("build_sticker_dataset")
 
 
-def draw_picture(index: int, soft: float) -> Image.Image:
+def draw_image(index: int, soft: float) -> Image.Image:
     """A disc, ring or square with soft edges and a shaded fill."""
     y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
     distance = np.maximum(abs(x), abs(y)) if index in (3, 5) else np.hypot(x, y)
@@ -72,14 +72,14 @@ def draw_picture(index: int, soft: float) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six concepts in two core styles and another one; one picture is held out."""
+    """Six concepts in two core styles and another one; one image is held out."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
     for style, soft in (("flat", 120.0), ("3d", 30.0), ("blob", 60.0)):
         with zipfile.ZipFile(folder / f"{style}.zip", "w") as archive:
             for i, name in enumerate(CONCEPTS):
                 file = io.BytesIO()
-                draw_picture(i, soft).save(file, "WEBP", lossless=True)
+                draw_image(i, soft).save(file, "WEBP", lossless=True)
                 archive.writestr(f"{i}.webp", file.getvalue())
                 rows.append(
                     {"id": f"{style}/{i}", "style": style, "style_words": style, "slug": name.replace(" ", "-")}
@@ -121,12 +121,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    lines = sticker_data.read_json_lines(folder / "log.jsonl")
+    lines = read_json_lines(folder / "log.jsonl")
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 # ------------------------------------------------------------------------------------------- latents, captions, noise
-def test_pictures_around_the_list_are_drawn_a_third_as_often_and_not_watched(work: Path) -> None:
+def test_images_around_the_list_are_drawn_a_third_as_often_and_not_watched(work: Path) -> None:
     captioned = Captioned.load(work)
     styles = [row["style"] for row in captioned.rows]
     assert len(captioned.watched) == 11 and len(captioned.heldout) == 1 and len(captioned.rows) == 18
@@ -137,15 +137,15 @@ def test_pictures_around_the_list_are_drawn_a_third_as_often_and_not_watched(wor
 
 def test_written_encoder_equals_the_convolution(work: Path) -> None:
     codec = PatchCodec.load(work / "codec.safetensors")
-    pictures = archives.composite(sticker_data.load_images(work))
+    images = archives.composite(sticker_data.load_images(work))
     vae = build_vae(Shape.of_work(work))
-    write_encoder(vae, codec, pictures)
+    write_encoder(vae, codec, images)
     with torch.no_grad():
-        expected, got = codec.encode(pictures), vae.encode(pictures).latent_dist.mean
+        expected, got = codec.encode(images), vae.encode(images).latent_dist.mean
     assert (got - expected).norm() / expected.norm() < 1e-2
     assert expected.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
     linear = codec.decode(expected)
-    assert (linear - pictures).square().mean() < 0.05 * pictures.var()
+    assert (linear - images).square().mean() < 0.05 * images.var()
 
 
 def test_tokenizer_round_trip(work: Path) -> None:
@@ -428,7 +428,7 @@ def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
         assert change(code) < 0.95 * sum(turned) / len(turned)
 
 
-def test_only_pictures_that_come_near_the_border_get_a_margin() -> None:
+def test_only_images_that_come_near_the_border_get_a_margin() -> None:
     from sticker.transparency import with_margin
 
     alpha = torch.zeros(3, 1, 48, 48)
@@ -465,7 +465,7 @@ def test_the_encoder_pays_beyond_its_budget(work: Path) -> None:
 
     task = JointTask(work, AutoencoderKL.from_pretrained(work / "pipeline", subfolder="vae"))
     batch = task.draw(np.random.default_rng(0), 4)
-    rgb, alpha, padded = batch["pictures"].split((3, 1, 3), 1)
+    rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
     batch["noise"] = torch.zeros_like(batch["noise"])
     with torch.no_grad():
         decoded, _, made = task.model(rgb, alpha, padded, batch["noise"])
@@ -483,7 +483,7 @@ def test_the_encoder_pays_beyond_its_budget(work: Path) -> None:
         torch.testing.assert_close(task.loss(task.model, batch), task.reconstruction(made, alpha, padded))
 
 
-def test_a_denoiser_that_knows_the_picture_gives_it_back(work: Path) -> None:
+def test_a_denoiser_that_knows_the_image_gives_it_back(work: Path) -> None:
     from diffusers import AutoencoderKL
     from sticker.transparency import RefineTask
 

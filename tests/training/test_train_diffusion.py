@@ -1,4 +1,4 @@
-"""The generic trainer: every model, prediction and switch on tiny pictures; exact resuming; processes; errors."""
+"""The generic trainer: every model, prediction and switch on tiny images; exact resuming; processes; errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ trainer = load_script()
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same thirty pictures as a folder, as three classes and with captions; a tiny VAE and model settings."""
+    """The same thirty images as a folder, as three classes and with captions; a tiny VAE and model settings."""
     root = tmp_path_factory.mktemp("pictures")
     rows = []
     for c, name in enumerate(COLOURS):
@@ -225,7 +225,7 @@ def test_one_cluster_and_k_one_are_plain_training(data: Path, tmp_path: Path) ->
     assert losses["epsilon"] == pytest.approx(losses["min-snr, huge"], rel=1e-6)
 
 
-def test_scaled_pictures_meet_the_nearest_noise(data: Path, tmp_path: Path) -> None:
+def test_scaled_images_meet_the_nearest_noise(data: Path, tmp_path: Path) -> None:
     """By brute force, sample by sample: enlarge, then choose the noise, then mix."""
 
     class Watched(torch.nn.Module):
@@ -274,29 +274,29 @@ def test_gradient_clusters_from_a_trained_run(data: Path, tmp_path: Path, capsys
     assert trainer.main(arguments(data, tmp_path / "second", "unet", *given)) == 0
 
 
-def test_samples_of_a_perfect_denoiser_are_the_picture() -> None:
-    """A denoiser that knows the one picture there is: every solver must arrive at it."""
+def test_samples_of_a_perfect_denoiser_are_the_image() -> None:
+    """A denoiser that knows the one image there is: every solver must arrive at it."""
 
     class Perfect(torch.nn.Module):
-        def __init__(self, process: Process, picture: torch.Tensor) -> None:
+        def __init__(self, process: Process, image: torch.Tensor) -> None:
             super().__init__()
-            self.process, self.picture = process, picture
+            self.process, self.image = process, image
             self.unused = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Any) -> torch.Tensor:
             index = (timesteps - 1 if self.process.prediction == "flow" else timesteps).long().clamp(0, 999)
             signal, sigma = (level[index].view(-1, 1, 1, 1) for level in self.process.levels())
-            noise = (x - signal * self.picture) / sigma
+            noise = (x - signal * self.image) / sigma
             if self.process.prediction == "epsilon":
                 return noise
-            return noise - self.picture if self.process.prediction == "flow" else signal * noise - sigma * self.picture
+            return noise - self.image if self.process.prediction == "flow" else signal * noise - sigma * self.image
 
-    picture = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+    image = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
     for prediction in ("epsilon", "v_prediction", "flow"):
         process = Process(prediction)
-        made = sample(Perfect(process, picture), process, (2, 3, 8, 8), steps=20)
-        assert (made - picture).abs().mean() < 0.05, prediction
-        error = prediction_error(Perfect(process, picture), picture.expand(8, -1, -1, -1), None, process)
+        made = sample(Perfect(process, image), process, (2, 3, 8, 8), steps=20)
+        assert (made - image).abs().mean() < 0.05, prediction
+        error = prediction_error(Perfect(process, image), image.expand(8, -1, -1, -1), None, process)
         assert error["mean"] < 1e-6 and len(error["bins"]) == 4
 
 
@@ -315,13 +315,13 @@ def test_kinds_of_data(data: Path, tmp_path: Path) -> None:
     assert examples.condition(torch.tensor([0, 29]), zeros, dropped).tolist() == [0, 3]  # type: ignore[union-attr]
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
-    assert (datasets.load_picture(tmp_path / "clear.png", 8) == 255).all()
+    assert (datasets.load_image(tmp_path / "clear.png", 8) == 255).all()
 
 
 @pytest.mark.parametrize(
     ("more", "code", "text"),
     [
-        (["--data", "nowhere"], 2, "not a folder of pictures"),
+        (["--data", "nowhere"], 2, "not a folder of images"),
         (["--model", "dit"], 2, "does not go with|needs classes"),
         (["--immiscible", "knn:0"], 2, "knn:k with k >= 1"),
         (["--immiscible", "knn:2,scale=0.5"], 2, "scale=S with S from 1 to 100"),
@@ -359,7 +359,7 @@ def test_unusable_data_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(AccelerationError, match="needs a file"):
         datasets.find_rows(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no pictures"):
+    with pytest.raises(UsageError, match="holds no images"):
         datasets.find_rows(tmp_path / "empty")
 
 

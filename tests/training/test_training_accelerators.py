@@ -60,20 +60,20 @@ def test_schedules_are_those_of_diffusers(schedule: str) -> None:
 
 
 def test_min_snr_weights() -> None:
-    """Against the definition: the error of the picture, weighted by min(SNR, gamma)."""
+    """Against the definition: the error of the image, weighted by min(SNR, gamma)."""
     x, noise, wrong = rand(1, 4), rand(1, 4, seed=1), rand(1, 4, seed=2)
     for prediction, t in itertools.product(PREDICTIONS, (0, 10, 250, 900, 999)):
         process = Process(prediction)
         signal, sigma = (float(level[t]) for level in process.levels())
         noisy, target = process.noisy(x, noise, torch.tensor([t]))
         if prediction == "epsilon":
-            picture = (noisy - sigma * wrong) / max(signal, 1e-9)
+            image = (noisy - sigma * wrong) / max(signal, 1e-9)
         elif prediction == "v_prediction":
-            picture = signal * noisy - sigma * wrong
+            image = signal * noisy - sigma * wrong
         else:
-            picture = noisy - sigma * wrong
+            image = noisy - sigma * wrong
         snr = (signal / sigma) ** 2
-        expected = min(snr, 5) * float(((picture - x) ** 2).mean())
+        expected = min(snr, 5) * float(((image - x) ** 2).mean())
         got = float(process.min_snr(5.0)[t]) * float(((wrong - target) ** 2).mean())
         assert got == pytest.approx(expected, rel=2e-2, abs=1e-9)
     assert torch.allclose(Process("epsilon").min_snr(1e12), torch.ones(1000))
@@ -145,8 +145,8 @@ def test_image_scaling_is_read_and_written() -> None:
             NoiseChoice.parse(text)
 
 
-def test_scaling_mixes_pictures_less() -> None:
-    """How often a noisy sample is nearer to another picture than to its own, by brute force: less with every step."""
+def test_scaling_mixes_images_less() -> None:
+    """How often a noisy sample is nearer to another image than to its own, by brute force: less with every step."""
     x, noise, process = rand(40, 3), rand(40, 3, seed=1), Process()
     mixed = []
     for scale in (1.0, 2.0, 4.0, 8.0):

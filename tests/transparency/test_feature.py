@@ -38,7 +38,7 @@ def expected(pipe: Any, latents: torch.Tensor, views: int = 8) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("views", [8, 4, 1])
-def test_pictures_are_rgba_in_every_kind_of_output(views: int) -> None:
+def test_images_are_rgba_in_every_kind_of_output(views: int) -> None:
     pipe, call = sd()
     accelerate(pipe, LatentTransparency(weights=WEIGHTS, views=views))
     call = {**call, "num_images_per_prompt": 2}
@@ -83,7 +83,7 @@ def test_the_adapter_may_end_before_the_steps_do() -> None:
     assert torch.equal(draw(pipe, call, "latent", 4).images, base)
 
 
-def test_an_rgba_picture_goes_in_and_comes_out() -> None:
+def test_an_rgba_image_goes_in_and_comes_out() -> None:
     pipe, call = img2img_zoo()
     values = (rand(16, 16, 4).sigmoid() * 255).to(torch.uint8).numpy()
     image = Image.fromarray(values)
@@ -127,7 +127,7 @@ def test_other_inputs_and_families(build: Any, tmp_path: Path) -> None:
     assert draw(pipe, call).images[0].mode == "RGB"
 
 
-def test_blocked_pictures_stay_blocked() -> None:
+def test_blocked_images_stay_blocked() -> None:
     pipe, call = sd()
     accelerate(pipe, LatentTransparency(weights=WEIGHTS))
 
@@ -147,8 +147,8 @@ def test_blocked_pictures_stay_blocked() -> None:
         ({"strength": -1.0}, "strength must be between 0 and 100, got -1.0"),
         ({"until": 0.0}, "until must be above 0"),
         ({"variant": "nothing"}, "variant must be one of fg, "),
-        ({"variant": "fg2blend"}, "needs a picture foreground=FILE"),
-        ({"background": "x.png"}, "the variant fg takes no picture background"),
+        ({"variant": "fg2blend"}, "needs an image foreground=FILE"),
+        ({"background": "x.png"}, "the variant fg takes no image background"),
     ],
 )
 def test_settings_that_cannot_be(values: dict[str, Any], words: str) -> None:
@@ -188,9 +188,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "wide"
     write_weights(folder, pipe.unet)
     tiny_decoder(latent_channels=8).save_pretrained(folder / "decoder")
-    refused(
-        pipe, "for latents of 8 channels and 1/2 of the pictures' sides, this VAE has 4 and 1/2", weights=str(folder)
-    )
+    refused(pipe, "for latents of 8 channels and 1/2 of the images' sides, this VAE has 4 and 1/2", weights=str(folder))
     write_weights(folder, pipe.unet)
     save_file({"conv_in.weight": torch.zeros(3, 4, 3, 3)}, folder / ADAPTER)
     refused(pipe, "it is for another family of models", weights=str(folder))

@@ -24,7 +24,7 @@ from diffusion_accel.transparency.views import VIEWS, decode_views, turned, turn
 EVERY_VIEW = [turn for turns in VIEWS.values() for turn in turns]
 
 
-def picture(height: int, width: int, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def image(height: int, width: int, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     made = rand(batch, 4, height, width, seed=seed).sigmoid()
     return made[:, :3], made[:, 3:]
 
@@ -44,7 +44,7 @@ def test_full_size_networks_have_the_published_keys_and_shapes(cls: type, key: s
 
 def test_an_untrained_encoder_leaves_the_mean_of_the_vae() -> None:
     model, frozen = LatentTransparencyEncoder(block_out_channels=(4, 8)), vae()
-    rgb, alpha = picture(16, 24)
+    rgb, alpha = image(16, 24)
     mean = frozen.encode(on_grey(rgb, alpha)).latent_dist.mean
     assert torch.equal(encode_rgba(frozen, model, rgb, alpha), mean)
     moved = encode_rgba(frozen, tiny_encoder(), rgb, alpha)
@@ -70,7 +70,7 @@ def test_clipping_leads_back_what_is_outside() -> None:
 
 def test_refined_latents_are_read_better_and_each_by_itself() -> None:
     frozen, decoder = vae(), tiny_decoder()
-    rgb, alpha = picture(16, 24, batch=2)
+    rgb, alpha = image(16, 24, batch=2)
     first = encode_rgba(frozen, tiny_encoder(), rgb, alpha).detach()
 
     def decode(z: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_sizes_that_cannot_be_halved_are_padded_and_cut() -> None:
     padded = [torch.nn.functional.pad(x, (0, k, 0, k), mode="replicate") for x, k in ((odd, 2), (z, 1))]
     expected = decode_rgba(decoder, padded[0], padded[1], views=8)
     assert torch.allclose(rgb, expected[0][..., :18, :22], atol=1e-5)
-    with pytest.raises(ConfigurationError, match="latents of 4x4 do not belong to a picture of 22x18 pixels"):
+    with pytest.raises(ConfigurationError, match="latents of 4x4 do not belong to an image of 22x18 pixels"):
         decode_rgba(decoder, odd, z[..., :4, :4])
 
 
@@ -177,7 +177,7 @@ def test_area_resampling_by_brute_force(size: int, width: int, data: st.DataObje
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 10**6))
 def test_padding_keeps_opaque_pixels_and_single_colours(height: int, width: int, seed: int) -> None:
-    rgb, alpha = picture(height, width, seed=seed)
+    rgb, alpha = image(height, width, seed=seed)
     alpha = torch.where(alpha > 0.6, 1.0, torch.where(alpha < 0.4, 0.0, alpha))
     padded = padded_rgb(rgb, alpha)
     opaque = (alpha == 1).expand_as(rgb)
@@ -190,8 +190,8 @@ def test_padding_keeps_opaque_pixels_and_single_colours(height: int, width: int,
 
 
 def test_compositing_agrees_with_pil() -> None:
-    rgb, alpha = picture(9, 7)
-    below, opaque = picture(9, 7, seed=1)[0], torch.ones(1, 1, 9, 7)
+    rgb, alpha = image(9, 7)
+    below, opaque = image(9, 7, seed=1)[0], torch.ones(1, 1, 9, 7)
     images = [to_pil(torch.cat(pair, 1))[0] for pair in ((below, opaque), (rgb, alpha))]
     expected = np.asarray(Image.alpha_composite(*images), np.float32) / 255
     made = composite(rgb, alpha, below)[0].permute(1, 2, 0).numpy()
@@ -208,8 +208,8 @@ def test_compositing_agrees_with_pil() -> None:
 
 
 # ------------------------------------------------------------------------------------------- layers
-def test_layers_that_make_up_a_picture_have_no_error() -> None:
-    fg, bg = picture(8, 8), (picture(8, 8, seed=1)[0], torch.ones(1, 1, 8, 8))
+def test_layers_that_make_up_a_image_have_no_error() -> None:
+    fg, bg = image(8, 8), (image(8, 8, seed=1)[0], torch.ones(1, 1, 8, 8))
     blend = composite(*fg, bg[0])
     assert recomposition_error([bg, fg], blend) < 1e-12
     wrong = recomposition_error([bg, (1 - fg[0], fg[1])], blend)
@@ -225,6 +225,6 @@ def test_layers_that_make_up_a_picture_have_no_error() -> None:
 
 
 def test_gradients_flow_to_every_layer() -> None:
-    parts = [t.clone().requires_grad_() for t in (*picture(4, 4), *picture(4, 4, seed=1))]
+    parts = [t.clone().requires_grad_() for t in (*image(4, 4), *image(4, 4, seed=1))]
     recomposition_error([(parts[2], parts[3]), (parts[0], parts[1])], rand(1, 3, 4, 4)).sum().backward()
     assert all(part.grad is not None and part.grad.abs().sum() > 0 for part in parts)
