@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from command import call
 from PIL import Image
 
 from diffusion_accel.cli import main as cli
-from tests import zoo
 
 QUICK = ["--rounding", "nearest", "--finetune", "none", "--count", "4", "--buckets", "2", "--report", "1"]
 

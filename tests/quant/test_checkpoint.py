@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +31,6 @@ from diffusion_accel.quant.ptq.run import Quantization, quantize
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
 from diffusion_accel.quant.spec import VERSION
 from diffusion_accel.reuse import Reuse
-from tests import zoo
 
 TINY = QuantizeSettings(weight_bits=4, buckets=3, rounding=None, finetune=None)
 

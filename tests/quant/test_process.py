@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +37,6 @@ from diffusion_accel.quant.ptq.sensitivity import allocate
 from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
 from diffusion_accel.quant.ptq.trainable_layer import Drafts, rounding
 from diffusion_accel.quant.spec import LayerSpec
-from tests import zoo
 
 WHOLE = QuantizeSettings(
     weight_bits=3,
