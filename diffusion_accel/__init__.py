@@ -54,8 +54,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "AccelerationError",
     "AcceleratedPipeline",
+    "AccelerationError",
     "CallStateError",
     "ConfigurationError",
     "EncoderReuse",

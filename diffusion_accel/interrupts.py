@@ -63,7 +63,7 @@ def undivided() -> Iterator[None]:
 def finish(temporary: Path, path: Path) -> None:
     """Give a file that is complete its name."""
     with _lock:
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # noqa: PTH105 - paths of either kind
         _written.append(path)
 
 

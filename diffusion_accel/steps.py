@@ -171,9 +171,7 @@ class StepClock:
         known = self._tensor
         if known is None or (timesteps is known and version_of(timesteps) != self._version):
             return True
-        if timesteps is known or (self.family.views and torch.equal(timesteps, known)):
-            return False
-        return True
+        return timesteps is not known and not (self.family.views and torch.equal(timesteps, known))
 
     def _locate(self, timestep: Any, fresh: bool) -> int:
         """The position of `timestep` in the scheduler's timesteps, without a device synchronisation where possible."""

@@ -85,7 +85,7 @@ def accelerated_class(base: Any) -> type:
         return _classes[base]
 
     @functools.wraps(base.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it becomes the class's
         return self.acceleration._run(functools.partial(base.__call__, self), args, kwargs)
 
     namespace = {

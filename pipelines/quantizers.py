@@ -36,7 +36,7 @@ def check_quantize(text: str) -> str:
     package, colon, kind = text.partition(":")
     if colon and package in PACKAGES:
         known: Any = {"torchao": TORCHAO, "quanto": QUANTO, "bitsandbytes": BITSANDBYTES}.get(package)
-        if known is not None and kind not in known or not kind:
+        if (known is not None and kind not in known) or not kind:
             what = (
                 ", ".join(f"{package}:{k}" for k in known) if known else "sdnq:int8, sdnq:uint4, … (its weight types)"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -194,7 +195,7 @@ def _timesteps(values: Any) -> tuple[float, ...]:
     wrong = next((t for t in values if not finite(t) or abs(t) > NUMBER_LIMIT), None)
     if wrong is not None:
         raise ModelLoadError(f"quantization_config: {shown(wrong)} is no timestep")
-    pairs = list(zip(values, values[1:], strict=False))
+    pairs = list(itertools.pairwise(values))
     if not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
         raise ModelLoadError("quantization_config: the timesteps are not in order")
     return tuple(values)
@@ -202,7 +203,7 @@ def _timesteps(values: Any) -> tuple[float, ...]:
 
 def finite(value: Any) -> bool:
     """Whether a value is a finite number, and no boolean."""
-    return type(value) is int and abs(value) < 10**300 or type(value) is float and math.isfinite(value)
+    return (type(value) is int and abs(value) < 10**300) or (type(value) is float and math.isfinite(value))
 
 
 def shown(value: Any) -> str:

@@ -195,7 +195,7 @@ def fetch(package: Package, cache: Path) -> Path:
             if done.returncode or not fresh.exists():
                 reason = (done.stderr or done.stdout).strip().splitlines()
                 raise BuildError(f"npm pack {package.spec} failed: {reason[0] if reason else 'no output'}")
-            os.replace(fresh, path)
+            fresh.replace(path)
     if sha512(path) != package.integrity:
         raise BuildError(f"{path} does not have the pinned checksum of {package.spec}; delete it and run again")
     return path
@@ -479,12 +479,12 @@ def install(fresh: Path, out: Path) -> None:
     """Rename the finished folder into place; a previous one is moved aside first and then removed."""
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     if out.exists():
-        os.rename(out, old)
+        out.rename(old)
     try:
-        os.rename(fresh, out)
+        fresh.rename(out)
     except OSError:
         if old.exists():
-            os.rename(old, out)
+            old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..io import shown
-from ..pipelines.schedulers import check_scheduler
-from ..registry import FEATURES, feature_class
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+from diffusion_accel.pipelines.schedulers import check_scheduler
+from diffusion_accel.registry import FEATURES, feature_class
 
 PEERS = ("deepcache", "tomesd", "tgate", "pab")
 PACKAGES = {"deepcache": "DeepCache", "tomesd": "tomesd", "tgate": "tgate"}  # pab is diffusers' own

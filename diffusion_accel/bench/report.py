@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import math
 
-from ..io import printable
-from ..measure.grids import data_url
+from diffusion_accel.io import printable
+from diffusion_accel.measure.grids import data_url
+
 from .run import Result, Row
 
 COLUMNS = ("entry", "time ratio", "FLOP ratio", "peak MiB", "PSNR dB", "worst decile", "SSIM", "to converged dB")

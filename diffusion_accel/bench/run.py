@@ -7,12 +7,14 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..measure.fidelity import psnr, ssim
-from ..pipelines.sizes import far_from_trained
+from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.pipelines.sizes import far_from_trained
+
 from .entries import Entry
 from .runner import Isolated, Job, Runner
 
@@ -224,7 +226,7 @@ def _converged(local: Runner, job: Job) -> Any:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

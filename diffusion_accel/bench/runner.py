@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import interrupts
-from ..conditioning import PROMPT, condition_of, usual_texts
-from ..errors import ConfigurationError
+from diffusion_accel import interrupts
+from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
+from diffusion_accel.errors import ConfigurationError
+
 from .entries import Entry
 
 MARK = "@bench "
@@ -60,10 +61,10 @@ class Runner:
         import torch
         import transformers
 
-        from ..measure.sampler import Sampler
-        from ..model_files.names import find_model
-        from ..pipelines.loading import load_pipeline
-        from ..pipelines.schedulers import set_scheduler
+        from diffusion_accel.measure.sampler import Sampler
+        from diffusion_accel.model_files.names import find_model
+        from diffusion_accel.pipelines.loading import load_pipeline
+        from diffusion_accel.pipelines.schedulers import set_scheduler
 
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
@@ -84,8 +85,8 @@ class Runner:
     def check(self, entry: Entry) -> None:
         """Raise `ConfigurationError` if an entry cannot work on this pipeline, before anything is measured. What a peer
         needs only its own process knows."""
-        from ..pipelines.schedulers import set_scheduler
-        from ..switchboard import why_not
+        from diffusion_accel.pipelines.schedulers import set_scheduler
+        from diffusion_accel.switchboard import why_not
 
         reason = None if entry.is_peer else entry.refusal(self.job.steps, self.scheduler)
         if entry.kind == "fewer-steps" and (name := entry.fewer_steps()[1]):
@@ -102,8 +103,8 @@ class Runner:
         """A sampler with the entry switched on."""
         import torch
 
-        from ..pipelines.schedulers import set_scheduler
-        from ..switchboard import accelerate
+        from diffusion_accel.pipelines.schedulers import set_scheduler
+        from diffusion_accel.switchboard import accelerate
 
         sampler = self.sampler if sampler is None else sampler
         if seed is not None:
@@ -140,7 +141,7 @@ class Runner:
 
     def facts(self, entry: Entry) -> dict[str, float]:
         """FLOPs of one image's call, and the peak memory in MiB while it runs (None where it cannot be measured)."""
-        from ..flops import count_flops
+        from diffusion_accel.flops import count_flops
 
         with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
             with count_flops() as count:

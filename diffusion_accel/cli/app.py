@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
+from diffusion_accel import __version__
+
 from . import bench, evaluate, features, generate, info, inspect, metadata, models, plan, quantize, transparency, tune
 from .options import join_bare_flags
 

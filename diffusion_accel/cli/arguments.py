@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigurationError
-from ..io import shown
-from ..model_files.names import EMBEDDED
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+from diffusion_accel.model_files.names import EMBEDDED
+
 from .settings import DTYPES, LIMITS, Bounds, Settings, at_least
 
 # numbers that only some commands have; those of `settings.LIMITS` are in every one of them

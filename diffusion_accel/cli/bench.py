@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ..bench.entries import Entry
-from ..errors import ConfigurationError
-from ..io import replacing
+from diffusion_accel.bench.entries import Entry
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import replacing
+
 from .arguments import (
     BATCH,
     COUNT,
@@ -99,8 +100,9 @@ def bench(
 
     import torch
 
-    from ..bench import report, run
-    from ..bench.runner import Job
+    from diffusion_accel.bench import report, run
+    from diffusion_accel.bench.runner import Job
+
     from .session import check_machine
 
     options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conditioning import CLASS, class_names
-from ..errors import ConfigurationError
-from ..io import is_there
+from diffusion_accel.conditioning import CLASS, class_names
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import is_there
+
 from .arguments import (
     BATCH,
     AllowPickle,
@@ -92,8 +93,8 @@ def measure(
     import torch
     from tqdm import tqdm
 
-    from ..evaluation import quality
-    from ..evaluation.classifier import extract, load_classifier
+    from diffusion_accel.evaluation import quality
+    from diffusion_accel.evaluation.classifier import extract, load_classifier
 
     classifier = load_classifier()
     pictures = None
@@ -128,7 +129,7 @@ def measure(
     if pictures is not None and (reason := quality.not_measurable(session.pipe)):
         result["no_loss"] = reason
     if grid is not None:
-        from ..training.images import save_grid
+        from diffusion_accel.training.images import save_grid
 
         save_grid(torch.cat(shown), min(12, sum(map(len, shown))), Path(grid))
     return result

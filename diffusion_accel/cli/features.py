@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..registry import all_features
+from diffusion_accel.registry import all_features
+
 from .arguments import AsJson, Debug
 from .terminal import say
 

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from .. import interrupts
-from ..errors import ConfigurationError
+from diffusion_accel import interrupts
+from diffusion_accel.errors import ConfigurationError
+
 from . import processes
 from .arguments import Debug, GuidanceScale, Model, Pixels, Scheduler, Steps, number
 from .options import with_feature_flags

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AccelerationError, OutputError
-from ..io import is_there, parse_json
+from diffusion_accel.errors import AccelerationError, OutputError
+from diffusion_accel.io import is_there, parse_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +51,7 @@ def parse_parameters(text: str) -> tuple[str, str | None, dict[str, str]]:
     """The inverse of `parameters_text`, also for the text of other tools: prompt, negative prompt, settings."""
     *lines, last = text.split("\n")
     found = _PAIR.findall(last)
-    if not lines and not last.startswith("Steps: ") or not found:
+    if (not lines and not last.startswith("Steps: ")) or not found:
         lines, found = [*lines, last], []
     start = next((n for n, line in enumerate(lines) if line.startswith(_NEGATIVE.strip())), len(lines))
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE.strip()).removeprefix(" ") if lines[start:] else None
@@ -83,7 +83,7 @@ def _name(text: str) -> str:
     path, colon, scale = text.rpartition(":")  # a LoRA may have a scale behind it
     if not colon or "/" in scale:
         path, colon, scale = text, "", ""
-    local = text.startswith(("/", "./", "../", "~")) or "/" in path and (is_there(path) or is_there(text))
+    local = text.startswith(("/", "./", "../", "~")) or ("/" in path and (is_there(path) or is_there(text)))
     return f"{Path(path).name}{colon}{scale}" if local and Path(path).name else text
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from .. import __version__
+from diffusion_accel import __version__
+
 from .arguments import AsJson, Debug
 from .terminal import say
 

@@ -10,10 +10,11 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from ..errors import ModelLoadError
-from ..pipelines.quantizers import checkpoint_folder
-from ..quant.spec import LayerSpec
-from ..quant.stored import Tensor, read_config, verify
+from diffusion_accel.errors import ModelLoadError
+from diffusion_accel.pipelines.quantizers import checkpoint_folder
+from diffusion_accel.quant.spec import LayerSpec
+from diffusion_accel.quant.stored import Tensor, read_config, verify
+
 from .arguments import AsJson, Debug
 from .terminal import console, note, say
 

@@ -9,8 +9,8 @@ import gc
 import os
 import sys
 
-from .. import interrupts
-from ..errors import AccelerationError
+from diffusion_accel import interrupts
+from diffusion_accel.errors import AccelerationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def run(arguments: list[str] | None = None) -> None:
     second on the way, and two more at the end.
     """
     interrupts.install(_say_at_first)
-    from ..parallel import launch
+    from diffusion_accel.parallel import launch
+
     from . import processes
 
     launch.follow()
@@ -93,8 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str, code: int, consequence: bool = False) -> int:
     """Say what went wrong: on the terminal, or to the process that started this one and others."""
-    from ..io import printable
-    from ..parallel.launch import leave_message
+    from diffusion_accel.io import printable
+    from diffusion_accel.parallel.launch import leave_message
+
     from .processes import name
     from .terminal import LIMIT, say
 
@@ -112,8 +114,9 @@ def _say_at_first(message: str, code: int) -> None:
 
 
 def _say_interrupted(message: str, code: int) -> None:
-    from ..io import printable
-    from ..parallel.launch import leave_message
+    from diffusion_accel.io import printable
+    from diffusion_accel.parallel.launch import leave_message
+
     from .processes import by_torchrun, speaks
 
     message = printable(message)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import OutputError
+from diffusion_accel.errors import OutputError
+
 from .arguments import Debug
 from .image_metadata import parse_parameters
 from .output import read_metadata

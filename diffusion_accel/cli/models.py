@@ -7,7 +7,8 @@ import json
 
 import typer
 
-from ..model_files.names import EMBEDDED
+from diffusion_accel.model_files.names import EMBEDDED
+
 from .arguments import AsJson, Debug
 from .terminal import say
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigurationError
-from ..feature import Feature
-from ..pipelines.accelerated import make_feature
-from ..registry import FEATURES, all_features, feature_class
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.feature import Feature
+from diffusion_accel.pipelines.accelerated import make_feature
+from diffusion_accel.registry import FEATURES, all_features, feature_class
 
 _VALUE = re.compile(r"on$|off$|[A-Za-z_]\w*=")
 

@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AccelerationError, ConfigurationError, OutputError
-from ..images import loaded
-from ..io import first_line, is_there, replacing
+from diffusion_accel.errors import AccelerationError, ConfigurationError, OutputError
+from diffusion_accel.images import loaded
+from diffusion_accel.io import first_line, is_there, replacing
+
 from .image_metadata import read_embedded, save_options
 
 if TYPE_CHECKING:

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigurationError
+from diffusion_accel.errors import ConfigurationError
+
 from .arguments import BATCH, Debug, check_range, number
 from .options import parse_feature
 from .settings import DTYPES, LIMITS, at_least
 from .terminal import console, say
 
 if TYPE_CHECKING:
-    from ..parallel.patch_parallel import PatchParallel
-    from ..parallel.planner.simulate import Link, Machine, Prediction
+    from diffusion_accel.parallel.patch_parallel import PatchParallel
+    from diffusion_accel.parallel.planner.simulate import Link, Machine, Prediction
 
 HERE = "here"
 SIDE = at_least(8, 32_768)
@@ -55,7 +56,7 @@ def plan(
 
     A simulation: what each device computes and sends is that of a real run, times follow from the machine and the link.
     """
-    from ..parallel.patch_parallel import PatchParallel
+    from diffusion_accel.parallel.patch_parallel import PatchParallel
 
     counts = _counts(devices)
     check_range("--steps", steps, LIMITS["steps"])
@@ -73,10 +74,10 @@ def plan(
     speed, wire = _machine(machine), _link(link)
     import torch
 
-    from ..model_files.names import find_model
-    from ..parallel.planner.architectures import ARCHITECTURES, make_subject
-    from ..parallel.planner.recording import record_busiest
-    from ..parallel.planner.simulate import predict
+    from diffusion_accel.model_files.names import find_model
+    from diffusion_accel.parallel.planner.architectures import ARCHITECTURES, make_subject
+    from diffusion_accel.parallel.planner.recording import record_busiest
+    from diffusion_accel.parallel.planner.simulate import predict
 
     measured = machine == HERE
     if measured:
@@ -110,7 +111,7 @@ def _counts(devices: str) -> list[int]:
 
 
 def _machine(name: str) -> Machine:
-    from ..parallel.planner.simulate import MACHINES
+    from diffusion_accel.parallel.planner.simulate import MACHINES
 
     if name not in MACHINES and name != HERE:
         raise ConfigurationError(f"--machine {name} is not known; use {', '.join(MACHINES)} or {HERE}")
@@ -118,12 +119,12 @@ def _machine(name: str) -> Machine:
 
 
 def _link(text: str) -> Link:
-    from ..parallel.planner.simulate import LINKS, Link
+    from diffusion_accel.parallel.planner.simulate import LINKS, Link
 
     if text in LINKS:
         return LINKS[text]
     if text == HERE:
-        from ..parallel.planner.measure_link import measure_link
+        from diffusion_accel.parallel.planner.measure_link import measure_link
 
         return measure_link()
     bandwidth, _, latency = text.partition(":")

@@ -6,12 +6,13 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigurationError
-from ..parallel.launch import started_here
-from ..parallel.place import place
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.parallel.launch import started_here
+from diffusion_accel.parallel.place import place
 
 if TYPE_CHECKING:
-    from ..parallel import PatchParallel
+    from diffusion_accel.parallel import PatchParallel
+
     from .settings import Settings
 
 
@@ -49,7 +50,7 @@ def must_start(settings: Settings) -> bool:
 
 def start(settings: Settings) -> None:
     """Run the same command on several processes, and wait for them."""
-    from ..parallel.launch import start as start_processes
+    from diffusion_accel.parallel.launch import start as start_processes
 
     feature = _feature(settings)
     assert feature is not None
@@ -71,7 +72,7 @@ def join(settings: Settings) -> Settings:
     joined = True
     import torch
 
-    from ..parallel.group import join as join_group
+    from diffusion_accel.parallel.group import join as join_group
 
     if settings.device in (None, "cuda") and torch.cuda.is_available():
         settings = dataclasses.replace(settings, device=f"cuda:{here.local_rank}")
@@ -83,7 +84,7 @@ def same_seeds(settings: Settings, plans: list[Settings]) -> list[Settings]:
     """The plans with the seeds of rank 0, unless the command says which seed."""
     if settings.seed is not None or _feature(settings) is None or not launched():
         return plans
-    from ..parallel.group import same_numbers
+    from diffusion_accel.parallel.group import same_numbers
 
     (count,) = same_numbers([len(plans)])
     if count != len(plans):

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import interrupts
-from ..conditioning import PROMPT, condition_of, usual_texts
-from ..errors import ConfigurationError
+from diffusion_accel import interrupts
+from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
+from diffusion_accel.errors import ConfigurationError
+
 from .arguments import BATCH, AllowPickle, AsJson, Debug, Device, Model, Quiet, check_range, number, recommended
 from .output import check_free_folder, output_path
 from .settings import LIMITS, Bounds, at_least, merge, read_jobs
@@ -121,7 +122,7 @@ def quantize(
     Writes a pipeline folder that `generate --model DIR` and diffusers' from_pretrained load, with report.html in it. An
     interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work.
     """
-    from ..quant.ptq.settings import QuantizeSettings, parse_bits
+    from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
 
     for name, value, allowed in (
         ("finetune", finetune, ("quest", "none")),
@@ -177,8 +178,9 @@ def quantize(
     else:
         texts = embedded_prompts(count) if source.kind == "embedded" else []
 
-    from ..pipelines.loading import load_pipeline
-    from ..quant.ptq.export import run
+    from diffusion_accel.pipelines.loading import load_pipeline
+    from diffusion_accel.quant.ptq.export import run
+
     from .session import Session, check_machine
 
     session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
@@ -213,7 +215,7 @@ def _clock(seconds: float) -> str:
 
 
 def rounding_settings(iterations: int | None) -> Any:
-    from ..quant.ptq.reconstruct import RoundingSettings
+    from diffusion_accel.quant.ptq.reconstruct import RoundingSettings
 
     return RoundingSettings() if iterations is None else RoundingSettings(iterations=iterations)
 
@@ -221,7 +223,7 @@ def rounding_settings(iterations: int | None) -> Any:
 def finetune_settings(
     rate: float | None, scale_rate: float | None, epochs: int | None, time_epochs: int | None, layer_loss: bool | None
 ) -> Any:
-    from ..quant.ptq.finetune import FinetuneSettings
+    from diffusion_accel.quant.ptq.finetune import FinetuneSettings
 
     given: dict[str, Any] = {"rate": rate, "scale_rate": scale_rate, "epochs": epochs, "layer_loss": layer_loss}
     if time_epochs is not None:  # the later ones in proportion

@@ -17,19 +17,20 @@ import transformers
 from PIL import Image
 from rich.table import Table
 
-from .. import __version__
-from ..conditioning import CLASS, NOTHING, call_arguments, condition_of
-from ..denoisers import find_denoisers
-from ..errors import ConfigurationError, ModelLoadError
-from ..images import open_image
-from ..io import printable
-from ..measure.comparison import Comparison, compare
-from ..measure.grids import difference, grid
-from ..model_files.names import ModelSource, pipeline_name
-from ..pipelines.loading import load_lora, load_pipeline
-from ..pipelines.schedulers import set_scheduler
-from ..pipelines.sizes import far_from_trained
-from ..switchboard import accelerate
+from diffusion_accel import __version__
+from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, condition_of
+from diffusion_accel.denoisers import find_denoisers
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.images import open_image
+from diffusion_accel.io import printable
+from diffusion_accel.measure.comparison import Comparison, compare
+from diffusion_accel.measure.grids import difference, grid
+from diffusion_accel.model_files.names import ModelSource, pipeline_name
+from diffusion_accel.pipelines.loading import load_lora, load_pipeline
+from diffusion_accel.pipelines.schedulers import set_scheduler
+from diffusion_accel.pipelines.sizes import far_from_trained
+from diffusion_accel.switchboard import accelerate
+
 from .image_metadata import names_only, parameters_text
 from .output import save_image
 from .settings import Settings, check_strength, split_lora
@@ -356,7 +357,7 @@ def low_bit_ways(pipe: Any) -> dict[str, Any] | None:
     """The runtime of the denoisers and how many layers compute with what; None if none is a quantized one of ours."""
     if not any(getattr(denoiser, "is_quantized", False) for denoiser in find_denoisers(pipe)):
         return None
-    from ..quant.model import computed_with
+    from diffusion_accel.quant.model import computed_with
 
     return computed_with(pipe)
 

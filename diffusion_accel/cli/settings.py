@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError, ModelLoadError
-from ..feature import Feature
-from ..io import first_line, is_there, parse_json, read_json, read_text, read_toml, shown, split_lines
-from ..model_files.names import ModelSource, check_weights, find_model
-from ..pipelines.quantizers import check_quantize
-from ..pipelines.schedulers import check_scheduler
-from ..registry import FEATURES
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.feature import Feature
+from diffusion_accel.io import first_line, is_there, parse_json, read_json, read_text, read_toml, shown, split_lines
+from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
+from diffusion_accel.pipelines.quantizers import check_quantize
+from diffusion_accel.pipelines.schedulers import check_scheduler
+from diffusion_accel.registry import FEATURES
+
 from .options import parse_feature
 
 MAX_SEED = 2**63 - 1
@@ -261,7 +262,7 @@ def check_images(s: Settings) -> None:
     """Refuse files that hold no image that can be read: opened here, so that it is said before a model is loaded."""
     for name in ("image", "mask_image", "control_image"):
         if getattr(s, name) is not None:
-            from ..images import loaded
+            from diffusion_accel.images import loaded
 
             with loaded(getattr(s, name), what=f"--{name.replace('_', '-')}"):
                 pass
@@ -278,7 +279,7 @@ def check_strength(s: Settings) -> None:
 
 def check_transparency(s: Settings) -> None:
     """Refuse what cannot be written, and flags that need transparent images."""
-    from ..transparency.latent_transparency import LAYERS, LatentTransparency
+    from diffusion_accel.transparency.latent_transparency import LAYERS, LatentTransparency
 
     feature = s.features.get("transparent")
     transparent = isinstance(feature, LatentTransparency) and feature.views != 0
@@ -313,7 +314,7 @@ def parse_background(text: str) -> Any:
     from PIL import ImageColor
 
     if is_there(Path(text), "file"):
-        from ..images import open_image
+        from diffusion_accel.images import open_image
 
         return open_image(Path(text), "RGBA")
     try:

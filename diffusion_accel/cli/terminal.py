@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..io import printable
+from diffusion_accel.io import printable
+
 from .processes import speaks
 
 if TYPE_CHECKING:

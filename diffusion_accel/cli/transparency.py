@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigurationError, OutputError
-from ..io import is_there
+from diffusion_accel.errors import ConfigurationError, OutputError
+from diffusion_accel.io import is_there
+
 from .arguments import Debug
 from .settings import Settings, parse_background, refuse_jpeg
 from .terminal import say
@@ -22,7 +23,7 @@ _FILES = typer.Argument(metavar="FILE…", help="Images, the lowest first.", sho
 # ------------------------------------------------------------------------------------------- generate
 def drawn_layers(settings: Settings) -> tuple[str, ...]:
     """The layers that one image is drawn as; ("",) without transparency."""
-    from ..transparency.latent_transparency import LAYERS, LatentTransparency
+    from diffusion_accel.transparency.latent_transparency import LAYERS, LatentTransparency
 
     feature = settings.features.get("transparent")
     return LAYERS[feature.variant] if isinstance(feature, LatentTransparency) and feature.views != 0 else ("",)
@@ -56,14 +57,15 @@ def as_written(image: Image.Image, settings: Settings) -> Image.Image:
     """The image as its file holds it."""
     if not settings.premultiplied or image.mode != "RGBA":
         return image
-    from ..compositing import premultiplied
+    from diffusion_accel.compositing import premultiplied
 
     return premultiplied(image)
 
 
 def save_previews(path: Path, layers: dict[str, Image.Image], settings: Settings) -> list[tuple[Path, str]]:
     """Write what `extra_paths` names besides layers; returns the files, each with what it shows."""
-    from ..compositing import over
+    from diffusion_accel.compositing import over
+
     from .output import save_image
 
     written = []
@@ -82,14 +84,14 @@ def save_previews(path: Path, layers: dict[str, Image.Image], settings: Settings
 
 
 def _over(image: Image.Image, background: str) -> Image.Image:
-    from ..compositing import checkerboard, over
+    from diffusion_accel.compositing import checkerboard, over
 
     return over(image, parse_background(background) or checkerboard(image.size))
 
 
 def _recomposition(layers: dict[str, Image.Image]) -> float:
-    from ..transparency.images import rgba_tensor
-    from ..transparency.layers import recomposition_error
+    from diffusion_accel.transparency.images import rgba_tensor
+    from diffusion_accel.transparency.layers import recomposition_error
 
     tensors = [rgba_tensor(layers[name]) for name in ("bg", "fg", "blend")]
     below, above, blend = (t for t in tensors if t is not None)
@@ -100,7 +102,7 @@ def _recomposition(layers: dict[str, Image.Image]) -> float:
 # ------------------------------------------------------------------------------------------- commands
 def _opened(file: str) -> Image.Image:
     """An image file as RGBA. Raises `OutputError` for a missing one, `ConfigurationError` for one that is none."""
-    from ..images import open_image
+    from diffusion_accel.images import open_image
 
     if not is_there(Path(file)):
         raise OutputError(f"no such file: {file}")
@@ -159,7 +161,8 @@ def cutout(
     debug: Debug = False,
 ) -> None:
     """Send an image with alpha through a model's latents and back: what its transparency can hold."""
-    from ..transparency.latent_transparency import LatentTransparency
+    from diffusion_accel.transparency.latent_transparency import LatentTransparency
+
     from .output import check_free, plan_outputs, save_image
     from .settings import find_model
 
@@ -177,8 +180,8 @@ def cutout(
     import diffusers
     import transformers
 
-    from ..compositing import premultiplied as multiplied
-    from ..pipelines.loading import load_pipeline
+    from diffusion_accel.compositing import premultiplied as multiplied
+    from diffusion_accel.pipelines.loading import load_pipeline
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -195,11 +198,11 @@ def _round_trip(pipe: Any, feature: Any, image: Image.Image) -> tuple[Image.Imag
     import torch
     import torch.nn.functional as F
 
-    from ..errors import UnsupportedPipelineError
-    from ..measure.fidelity import psnr
-    from ..transparency.attachment import load
-    from ..transparency.codec import decode_rgba, encode_rgba, refine_latents
-    from ..transparency.images import rgba_tensor, to_pil
+    from diffusion_accel.errors import UnsupportedPipelineError
+    from diffusion_accel.measure.fidelity import psnr
+    from diffusion_accel.transparency.attachment import load
+    from diffusion_accel.transparency.codec import decode_rgba, encode_rgba, refine_latents
+    from diffusion_accel.transparency.images import rgba_tensor, to_pil
 
     reason = feature.supports(pipe)
     if reason:

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import interrupts
-from ..conditioning import PROMPT, condition_of, usual_texts
-from ..errors import ConfigurationError
-from ..io import printable
-from ..pipelines.schedulers import check_scheduler
-from ..tuning.state import read_search
+from diffusion_accel import interrupts
+from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import printable
+from diffusion_accel.pipelines.schedulers import check_scheduler
+from diffusion_accel.tuning.state import read_search
+
 from .arguments import BATCH, SECONDS, AsJson, Debug, Model, Quiet, check_range, number, recommended
 from .output import check_free, output_path
 from .settings import DTYPES, LIMITS, at_least, merge, read_jobs
@@ -123,8 +124,9 @@ def tune(
         for file in search_files(state):
             read_search(file)
 
-    from ..tuning.tuner import Target
-    from ..tuning.tuner import tune as search
+    from diffusion_accel.tuning.tuner import Target
+    from diffusion_accel.tuning.tuner import tune as search
+
     from .session import Session, check_machine
 
     Target(speedup, min_psnr)
@@ -133,7 +135,7 @@ def tune(
         if condition_of(session.pipe) == PROMPT:
             raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
         texts = usual_texts(session.pipe, prompts)
-    from ..pipelines.schedulers import set_scheduler
+    from diffusion_accel.pipelines.schedulers import set_scheduler
 
     own, others = session.pipe.scheduler, []
     for name in try_scheduler or []:
@@ -187,7 +189,7 @@ def search_files(state: Path) -> list[Path]:
 
 def embedded_prompts(count: int, skip: int = 0) -> list[str]:
     """Captions of the embedded model's training images, the same ones every time, behind the `skip` first."""
-    from ..evaluation import quality
+    from diffusion_accel.evaluation import quality
 
     return quality.embedded_prompts(count, skip)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import compiled_in_place, forward_parameters, is_compiled, model_of
+from diffusion_accel.hooks import compiled_in_place, forward_parameters, is_compiled, model_of
 
 # Components that denoise. Wan 2.2 has a second transformer for the steps with less noise, Ideogram 4 one for the branch
 # without a prompt.

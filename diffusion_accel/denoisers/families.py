@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..hooks import forward_parameters
+from diffusion_accel.hooks import forward_parameters
+
 from . import find_denoiser, find_denoisers, mixes_rows, not_a_unet
 
 

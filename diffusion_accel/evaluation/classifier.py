@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import io
-from ..errors import ModelLoadError
-from ..model_files import tensors
+from diffusion_accel import io
+from diffusion_accel.errors import ModelLoadError
+from diffusion_accel.model_files import tensors
 
 SIZE = 96  # pixels on a side of what the network sees
 WIDTHS = (48, 96, 192)

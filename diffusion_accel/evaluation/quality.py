@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigurationError
+from diffusion_accel.errors import ConfigurationError
+
 from .classifier import Features, StickerClassifier, asset_folder, extract, load_reference
 from .distribution import frechet_distance, precision_recall, retrieval
 
@@ -72,8 +73,8 @@ def reference_of(data: Path, classifier: StickerClassifier) -> tuple[Asked, Feat
 
     A sticker data set keeps its concepts and styles; elsewhere a caption is its own concept.
     """
-    from ..training import archives, datasets
-    from ..training.files import read_json_lines
+    from diffusion_accel.training import archives, datasets
+    from diffusion_accel.training.files import read_json_lines
 
     listed = data / "captions.jsonl"
     if listed.is_file() and all(key in (read_json_lines(listed) or [{}])[0] for key in ("slug", "style", "split")):
@@ -136,8 +137,8 @@ def validation_loss(pipe: Any, images: torch.Tensor, captions: list[str]) -> dic
     Raises:
         ConfigurationError: the pipeline is not like Stable Diffusion (one text encoder, UNet2DConditionModel, VAE).
     """
-    from ..training.denoising import Process
-    from ..training.diffusion_task import Denoiser, prediction_error
+    from diffusion_accel.training.denoising import Process
+    from diffusion_accel.training.diffusion_task import Denoiser, prediction_error
 
     reason = not_measurable(pipe)
     if reason:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..changes import Changes
-from ..errors import ConfigurationError
+from diffusion_accel.changes import Changes
+from diffusion_accel.errors import ConfigurationError
+
 from .fidelity import psnr, ssim
 
 

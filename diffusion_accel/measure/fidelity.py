@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..errors import ConfigurationError
+from diffusion_accel.errors import ConfigurationError
 
 
 def psnr(reference: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

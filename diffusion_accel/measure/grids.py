@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from ..compositing import shown_as_rgb
+from diffusion_accel.compositing import shown_as_rgb
 
 WHITE, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 

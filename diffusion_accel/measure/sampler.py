@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..conditioning import call_arguments, call_parameters
+from diffusion_accel.conditioning import call_arguments, call_parameters
 
 
 @dataclass(frozen=True)

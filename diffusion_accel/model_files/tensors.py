@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import AccelerationError
-from ..io import first_line, printable
+from diffusion_accel.errors import AccelerationError
+from diffusion_accel.io import first_line, printable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAME_LIMIT = 300  # characters of a tensor's name

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..feature import Attachment, Feature
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.feature import Attachment, Feature
 
 
 class RunAttachment(Attachment):

@@ -8,8 +8,9 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..denoisers import StreamBlock, stream_blocks
-from ..hooks import bind_forward
+from diffusion_accel.denoisers import StreamBlock, stream_blocks
+from diffusion_accel.hooks import bind_forward
+
 from .executor import ReuseRun
 from .plan import Plan
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from diffusers.hooks import ModelHook
 
-from ..changes import Changes
-from ..denoisers import find_denoisers, residual_stream_blocks
-from ..errors import UnsupportedPipelineError
-from ..hooks import HookSet, forget, tidy
-from ..io import first_line
+from diffusion_accel.changes import Changes
+from diffusion_accel.denoisers import find_denoisers, residual_stream_blocks
+from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.hooks import HookSet, forget, tidy
+from diffusion_accel.io import first_line
+
 from .cache_settings import CacheSettings
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..feature import Attachment, Feature, option
+from diffusion_accel.feature import Attachment, Feature, option
+
 from .attachment import RunAttachment
 from .schedule import MORE_TIMESTEPS, check_schedule, key_steps
 
 if TYPE_CHECKING:
-    from ..steps import StepClock
+    from diffusion_accel.steps import StepClock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,9 @@ class EncoderReuse(Feature):
         return cls(schedule="all")
 
     def supports(self, pipeline: Any) -> str | None:
-        from ..denoisers import find_denoiser, not_a_unet, reads_every_step
-        from ..denoisers.families import not_followed
+        from diffusion_accel.denoisers import find_denoiser, not_a_unet, reads_every_step
+        from diffusion_accel.denoisers.families import not_followed
+
         from .prior_noise import not_injectable
 
         denoiser = find_denoiser(pipeline)
@@ -89,7 +91,8 @@ class EncoderReuseAttachment(RunAttachment):
     """Encoder reuse on one pipeline; everything it holds lives for one call."""
 
     def before_call(self, clock: StepClock) -> None:
-        from ..denoisers import called_denoisers
+        from diffusion_accel.denoisers import called_denoisers
+
         from .executor import ReuseRun
         from .plan import FULL, Plan, Step
         from .prior_noise import PriorNoise

@@ -15,7 +15,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..denoisers import (
+from diffusion_accel.denoisers import (
     RESIDUAL_ARGUMENTS,
     called_denoisers,
     find_controlnet,
@@ -25,11 +25,12 @@ from ..denoisers import (
     rows_are_independent,
     with_prediction,
 )
-from ..denoisers.families import Branches, family_of, guided, no_branches, time_argument
-from ..errors import ConfigurationError
-from ..hooks import HookSet, as_given, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
-from ..prediction import Conversion
-from ..steps import StepClock
+from diffusion_accel.denoisers.families import Branches, family_of, guided, no_branches, time_argument
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.hooks import HookSet, as_given, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
+from diffusion_accel.prediction import Conversion
+from diffusion_accel.steps import StepClock
+
 from .history import History
 from .plan import FULL, Plan, Step
 from .snapshot import Arguments, Snapshot

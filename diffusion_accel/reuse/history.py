@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..hooks import map_tensors, tensor_bytes, tensors_in
+from diffusion_accel.hooks import map_tensors, tensor_bytes, tensors_in
 
 
 def weights(times: list[float], at: float) -> list[float]:

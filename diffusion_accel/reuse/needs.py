@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..denoisers import not_a_unet
-from ..prediction import Conversion
+from diffusion_accel.denoisers import not_a_unet
+from diffusion_accel.prediction import Conversion
+
 from .plan import Plan
 
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import ConfigurationError
-from ..io import shown
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+
 from .schedule import around_center, key_steps
 
 MODES = ("full", "decoder", "shallow", "hold")

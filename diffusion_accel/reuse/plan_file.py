@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..io import printable, read_json, replacing, shown
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import printable, read_json, replacing, shown
+
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def is_tuned(text: str) -> bool:
 def conditions(pipeline: Any, steps: int) -> dict[str, Any]:
     """What a plan depends on: the denoiser, its weights (None where they are offloaded to another place), the scheduler
     and the number of steps."""
-    from ..denoisers import find_denoisers, fingerprint
+    from diffusion_accel.denoisers import find_denoisers, fingerprint
 
     denoisers, scheduler = find_denoisers(pipeline), pipeline.scheduler
     config = getattr(scheduler, "config", {})
@@ -66,7 +67,7 @@ class TunedPlan:
         """Write as JSON, complete or not at all. Raises `ConfigurationError` if the file exists."""
         if path.exists() and not overwrite:
             raise ConfigurationError(f"{path} exists; pass overwrite (--overwrite) to replace it")
-        from .._version import __version__
+        from diffusion_accel._version import __version__
 
         values = {
             "format": FORMAT,

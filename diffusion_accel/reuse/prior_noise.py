@@ -8,9 +8,9 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..hooks import HookSet, as_given, bind_forward, model_of
-from ..noise_level import unknown_noise_levels
-from ..steps import StepClock
+from diffusion_accel.hooks import HookSet, as_given, bind_forward, model_of
+from diffusion_accel.noise_level import unknown_noise_levels
+from diffusion_accel.steps import StepClock
 
 
 def not_injectable(scheduler: Any) -> str | None:

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ConfigurationError
-from ..feature import Attachment, Feature, option
-from ..io import printable
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.feature import Attachment, Feature, option
+from diffusion_accel.io import printable
+
 from .attachment import RunAttachment
 from .cache_settings import CACHES, CacheSettings
 from .plan import FULL, Plan, Preset, looks_like_a_preset, with_guidance
@@ -16,7 +17,7 @@ from .plan_file import TunedPlan, is_tuned
 from .schedule import MORE_TIMESTEPS
 
 if TYPE_CHECKING:
-    from ..steps import StepClock
+    from diffusion_accel.steps import StepClock
 
 Source = Preset | Plan | TunedPlan | CacheSettings
 
@@ -88,9 +89,10 @@ class Reuse(Feature):
         return known or re.fullmatch(r"[\w-]+:\S+", text) is not None
 
     def supports(self, pipeline: Any) -> str | None:
-        from ..denoisers import find_denoisers, reads_every_step
-        from ..denoisers.families import no_branches, not_followed
-        from ..noise_level import unknown_noise_levels
+        from diffusion_accel.denoisers import find_denoisers, reads_every_step
+        from diffusion_accel.denoisers.families import no_branches, not_followed
+        from diffusion_accel.noise_level import unknown_noise_levels
+
         from .needs import unmet_need
 
         denoisers = find_denoisers(pipeline)
@@ -146,7 +148,7 @@ class Reuse(Feature):
 
     def kinds(self, pipeline: Any) -> Plan:
         """A plan that has the kinds of steps of the plans for any number of steps."""
-        from ..denoisers import layers_per_block
+        from diffusion_accel.denoisers import layers_per_block
 
         if isinstance(self.source, Preset):
             return self.source.kinds(layers_per_block(pipeline))
@@ -191,7 +193,7 @@ class ReuseAttachment(RunAttachment):
 
     def _plan(self, clock: StepClock, total: int) -> Plan:
         """The plan for a segment of `total` steps."""
-        from ..denoisers import layers_per_block
+        from diffusion_accel.denoisers import layers_per_block
 
         feature, source = self.feature, self.feature.source
         if isinstance(source, Preset):

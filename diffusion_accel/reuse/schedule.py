@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 
-from ..errors import ConfigurationError
-from ..io import shown
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
 
 # How the names of schedulers begin that have more timesteps than steps.
 MORE_TIMESTEPS = ("heun", "kdpm2", "pndm")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import map_tensors, version_of
+from diffusion_accel.hooks import map_tensors, version_of
 
 SAMPLES = 64  # values of each tensor of a model that are compared
 # Of a module: what hooks leave there, and what torch keeps for itself.

@@ -9,8 +9,9 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..denoisers import BATCH_ARGUMENTS, UNetLayers, unet_layers, unet_stages
-from ..hooks import bind_forward, first_argument, map_tensors
+from diffusion_accel.denoisers import BATCH_ARGUMENTS, UNetLayers, unet_layers, unet_stages
+from diffusion_accel.hooks import bind_forward, first_argument, map_tensors
+
 from .executor import Pass, ReuseRun
 from .plan import Plan
 

@@ -9,9 +9,10 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..denoisers import frames_of, residual_branches, residual_stream_blocks
-from ..errors import UnsupportedPipelineError
-from ..hooks import HookSet, bind_forward
+from diffusion_accel.denoisers import frames_of, residual_branches, residual_stream_blocks
+from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.hooks import HookSet, bind_forward
+
 from .masks import channel_mask, position, positions, window
 from .recipe import Recipe
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..io import shown
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
 
 KINDS = ("window", "random")
 TIMES = ("index", "flow", "unit")

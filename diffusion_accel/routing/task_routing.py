@@ -6,13 +6,14 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ConfigurationError
-from ..feature import Attachment, Feature, option
-from ..hooks import HookSet
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.feature import Attachment, Feature, option
+from diffusion_accel.hooks import HookSet
+
 from .recipe import KINDS, Recipe
 
 if TYPE_CHECKING:
-    from ..steps import StepClock
+    from diffusion_accel.steps import StepClock
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class TaskRouting(Feature):
         return Recipe(**{**trained.to_dict(), **{key: value for key, value in given.items() if value is not None}})
 
     def supports(self, pipeline: Any) -> str | None:
-        from ..denoisers import find_denoisers
+        from diffusion_accel.denoisers import find_denoisers
 
         denoisers = find_denoisers(pipeline)
         if not denoisers:
@@ -101,7 +102,8 @@ class TaskRoutingAttachment(Attachment):
     """Task routing on one pipeline; its hooks live for one call."""
 
     def __init__(self, feature: TaskRouting, pipeline: Any) -> None:
-        from ..denoisers import find_denoisers
+        from diffusion_accel.denoisers import find_denoisers
+
         from .hooks import trained_recipe
 
         super().__init__(feature, pipeline)
@@ -113,7 +115,8 @@ class TaskRoutingAttachment(Attachment):
                 logger.warning("task_routing: the model was trained %s, its images get worse", how)
 
     def _recipe(self, denoiser: Any) -> Recipe:
-        from ..denoisers import timestep_kind
+        from diffusion_accel.denoisers import timestep_kind
+
         from .hooks import trained_recipe
 
         feature: TaskRouting = self.feature  # type: ignore[assignment]
@@ -121,7 +124,8 @@ class TaskRoutingAttachment(Attachment):
         return feature.recipe(trained or Recipe(time=timestep_kind(denoiser, self.pipeline.scheduler)))
 
     def before_call(self, clock: StepClock) -> None:
-        from ..denoisers import find_denoisers
+        from diffusion_accel.denoisers import find_denoisers
+
         from .hooks import route
 
         feature: TaskRouting = self.feature  # type: ignore[assignment]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images import open_image
+from diffusion_accel.images import open_image
+
 from .files import TrainingError, UsageError, read_json_lines
 
 Row = dict[str, Any]

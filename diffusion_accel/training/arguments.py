@@ -11,15 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .. import interrupts
-from ..errors import AccelerationError
-from ..io import first_line, printable
+from diffusion_accel import interrupts
+from diffusion_accel.errors import AccelerationError
+from diffusion_accel.io import first_line, printable
+
 from .files import UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..routing import Recipe
+    from diffusion_accel.routing import Recipe
+
     from .denoising import Process
     from .diffusion_task import Objective
     from .loop import Outcome, Settings
@@ -127,7 +129,7 @@ def routing_from(options: argparse.Namespace, process: Process) -> Recipe | None
     """The routing that the switch asks for, or None."""
     if options.task_routing is None:
         return None
-    from ..routing import Recipe, TaskRouting
+    from diffusion_accel.routing import Recipe, TaskRouting
 
     return TaskRouting.parse(options.task_routing).recipe(
         Recipe(time="flow" if process.prediction == "flow" else "index")

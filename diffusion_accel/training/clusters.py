@@ -6,6 +6,7 @@ bounds are those of the optimum (it reports them one step early) and intervals s
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,7 @@ def cluster(distance: np.ndarray, k: int) -> list[Interval]:
     for clusters in range(k, 0, -1):
         bounds.append(int(cut[clusters, bounds[-1]]))
     bounds.reverse()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def draw_clustered(rng: np.random.Generator, size: int, intervals: list[Interval]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..images import open_image
+from diffusion_accel.images import open_image
+
 from .files import (
     TrainingError,
     UsageError,

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..routing.hooks import CONFIG_KEY, Recipe, route
+from diffusion_accel.routing.hooks import CONFIG_KEY, Recipe, route
+
 from .clusters import Interval, draw_clustered
 from .denoising import TIMESTEPS, Process, draw_timesteps
 from .files import UsageError

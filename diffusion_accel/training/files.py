@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import interrupts, io
-from ..errors import AccelerationError
-from ..io import replacing
+from diffusion_accel import interrupts, io
+from diffusion_accel.errors import AccelerationError
+from diffusion_accel.io import replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +42,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         with interrupts.undivided():
             old = path.with_name(f"{temporary.name}.old")
             if path.exists():
-                os.rename(path, old)
+                path.rename(old)
             interrupts.finish(temporary, path)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -111,7 +110,7 @@ def load_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
     Raises:
         TrainingError: it is broken, or lacks one.
     """
-    from ..model_files.tensors import check_values, read_tensors
+    from diffusion_accel.model_files.tensors import check_values, read_tensors
 
     found = read_tensors(path, error=TrainingError)
     missing = [name for name in names if name not in found]

@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from .. import interrupts
-from ..io import split_lines
+from diffusion_accel import interrupts
+from diffusion_accel.io import split_lines
+
 from .files import UsageError, write_json_lines
 from .multitask import Weighting
 from .state import STATE, load_state, read_counters, save_state

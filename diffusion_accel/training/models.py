@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..conditioning import keep_class_names
-from ..io import first_line
+from diffusion_accel.conditioning import keep_class_names
+from diffusion_accel.io import first_line
+
 from .denoising import Process
 from .files import TrainingError, UsageError, replacing_folder
 from .sampling import scheduler_for

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..io import first_line, printable, writing
-from ..model_files.tensors import check_values, file_digest, read_tensors
+from diffusion_accel.io import first_line, printable, writing
+from diffusion_accel.model_files.tensors import check_values, file_digest, read_tensors
+
 from .files import TrainingError, read_json, replacing, require, write_json
 
 STATE = "state.json"

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..denoisers import getattr_path
-from ..errors import ConfigurationError, ModelLoadError
-from ..hooks import HookSet
-from ..io import printable
+from diffusion_accel.denoisers import getattr_path
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.hooks import HookSet
+from diffusion_accel.io import printable
+
 from .ldm_keys import from_ldm
 
 _LOW_RANK = {  # suffix of a file's key -> (which factor, what follows the module's name)

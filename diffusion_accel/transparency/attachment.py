@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..denoisers import find_denoiser
-from ..errors import AccelerationError, ConfigurationError, ModelLoadError, UnsupportedPipelineError
-from ..feature import Attachment
-from ..hooks import HookSet
+from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError, UnsupportedPipelineError
+from diffusion_accel.feature import Attachment
+from diffusion_accel.hooks import HookSet
+
 from .adapter import Adapter, check_changes, read_changes
 from .attention_sharing import Sharing, is_sharing
 from .codec import decode_rgba, offset_of, refine_latents
@@ -26,7 +27,8 @@ from .rgba import on_grey, resized, straight
 from .weights import check_digests, find_parts, load_part, read_tensors
 
 if TYPE_CHECKING:
-    from ..steps import StepClock
+    from diffusion_accel.steps import StepClock
+
     from .latent_transparency import LatentTransparency
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from ..errors import ConfigurationError, ModelLoadError
-from ..hooks import HookSet
-from ..io import printable
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.hooks import HookSet
+from diffusion_accel.io import printable
+
 from .rgba import resized
 
 _LAYERS = "hookers.layers."

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..errors import ConfigurationError
+from diffusion_accel.errors import ConfigurationError
+
 from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from .rgba import on_grey, padded_rgb
 from .views import decode_views

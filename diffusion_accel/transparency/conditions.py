@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 
-from ..images import open_image
+from diffusion_accel.images import open_image
+
 from .images import rgba_tensor
 from .rgba import on_grey, resized
 
 if TYPE_CHECKING:
-    from ..steps import StepClock
+    from diffusion_accel.steps import StepClock
 
 
 def open_layer(name: str, file: str) -> torch.Tensor:

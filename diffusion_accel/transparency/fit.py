@@ -7,9 +7,9 @@ import inspect
 from types import CodeType
 from typing import Any
 
-from ..denoisers import find_controlnet, find_denoisers
-from ..errors import ConfigurationError
-from ..hooks import model_of
+from diffusion_accel.denoisers import find_controlnet, find_denoisers
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.hooks import model_of
 
 IMAGES = ("image", "image_reference", "gligen_inpaint_image")  # arguments that a VAE may encode
 

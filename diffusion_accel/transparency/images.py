@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops
 
-from ..compositing import over
-from ..errors import ConfigurationError
+from diffusion_accel.compositing import over
+from diffusion_accel.errors import ConfigurationError
+
 from .rgba import composite, resized, straight
 
 GREY = (127, 127, 127)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from ..errors import ConfigurationError
-from ..feature import Feature, option
-from ..io import shown
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.feature import Feature, option
+from diffusion_accel.io import shown
 
 VIEWS = (8, 4, 1, 0)
 CONDITIONS = {  # variant -> the images it needs, in the order in which their latents are given

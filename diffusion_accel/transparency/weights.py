@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from .. import io
-from ..denoisers import find_denoiser
-from ..errors import ModelLoadError
-from ..io import at_home
-from ..model_files import tensors
-from ..model_files.hub import hub_reason
-from ..model_files.names import EMBEDDED, safetensors_header
-from ..model_files.names import TRANSPARENCY as FOLDER
+from diffusion_accel import io
+from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.errors import ModelLoadError
+from diffusion_accel.io import at_home
+from diffusion_accel.model_files import tensors
+from diffusion_accel.model_files.hub import hub_reason
+from diffusion_accel.model_files.names import EMBEDDED, safetensors_header
+from diffusion_accel.model_files.names import TRANSPARENCY as FOLDER
+
 from .attention_sharing import is_sharing
 
 ADAPTER = "adapter.safetensors"

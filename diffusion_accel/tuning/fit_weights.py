@@ -14,8 +14,8 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from ..reuse.history import weights
-from ..reuse.plan import Plan, Step, bounded
+from diffusion_accel.reuse.history import weights
+from diffusion_accel.reuse.plan import Plan, Step, bounded
 
 STEP = 0.01
 DAMPING = (0.01, 0.1, 1.0)

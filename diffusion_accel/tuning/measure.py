@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import UnsupportedPipelineError
-from ..measure.sampler import Sampler
-from ..prediction import SPACES, Conversion
-from ..reuse.plan import FULL, Plan, Step
-from ..reuse.reuse import Reuse
-from ..steps import StepClock
-from ..switchboard import accelerate
+from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.prediction import SPACES, Conversion
+from diffusion_accel.reuse.plan import FULL, Plan, Step
+from diffusion_accel.reuse.reuse import Reuse
+from diffusion_accel.steps import StepClock
+from diffusion_accel.switchboard import accelerate
+
 from .search import Forecasts
 
 PROBES = 12  # steps at which the influence is measured, along the trajectory
@@ -90,7 +91,7 @@ def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bo
             whole = seconds_of(base.images)
         for name, plan in plans.items():
             tell()
-            with reusing(sampler.pipe, plan):
+            with Reusing(sampler.pipe, plan):
                 part = seconds_of(one.images) / whole
                 if turn:  # the first warms up
                     parts[name].append(part)
@@ -130,14 +131,14 @@ def measure_influence(sampler: Sampler, predictions: torch.Tensor, tell: Callabl
     base, found = few.images(), []
     for i in places:
         tell()
-        with reusing(few.pipe, Plan(tuple(Step("hold") if j == i else FULL for j in range(total)))):
+        with Reusing(few.pipe, Plan(tuple(Step("hold") if j == i else FULL for j in range(total)))):
             moved = (few.images() - base).pow(2).mean().sqrt()
         changed = (predictions[i] - predictions[i - 1])[: len(base)].pow(2).mean().sqrt()
         found.append(float(moved / changed.clamp(min=1e-8)))
     return np.exp(np.interp(np.arange(total), places, np.log(np.maximum(found, 1e-8))))
 
 
-class reusing:
+class Reusing:
     """Within this context the pipeline reuses by one plan; after it everything is as it was before."""
 
     def __init__(self, pipe: Any, plan: Plan) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from ..reuse.plan import FULL, Plan, Step
+from diffusion_accel.reuse.plan import FULL, Plan, Step
+
 from .measure import CONDITIONAL
 from .search import Rule
 

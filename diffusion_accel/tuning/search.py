@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..reuse.history import weights
-from ..reuse.plan import FULL, Plan, Step, bounded
+from diffusion_accel.reuse.history import weights
+from diffusion_accel.reuse.plan import FULL, Plan, Step, bounded
 
 SPAN = 32  # longest run of held steps that is considered
 BEAM = 4000

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..io import parse_json, read_text, replacing, split_lines
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import parse_json, read_text, replacing, split_lines
 
 
 def read_search(path: Path) -> tuple[Any, dict[str, list[float]]]:

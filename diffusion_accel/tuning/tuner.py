@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from ..denoisers.families import call_arguments, guided, no_branches
-from ..errors import ConfigurationError, UnsupportedPipelineError
-from ..flops import count_flops
-from ..measure.fidelity import psnr
-from ..measure.sampler import Sampler
-from ..reuse.plan import FULL, Plan, Preset, Step
-from ..reuse.plan_file import TunedPlan, conditions
-from ..reuse.reuse import Reuse
+from diffusion_accel.denoisers.families import call_arguments, guided, no_branches
+from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.flops import count_flops
+from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.reuse.plan import FULL, Plan, Preset, Step
+from diffusion_accel.reuse.plan_file import TunedPlan, conditions
+from diffusion_accel.reuse.reuse import Reuse
+
 from .fit_weights import polish, weighted
-from .measure import Reference, measure_costs, measure_forecasts, reusing, scheduling, seconds_of
+from .measure import Reference, Reusing, measure_costs, measure_forecasts, scheduling, seconds_of
 from .neighbours import halved, mutated
 from .search import Rule, best_plans, predicted_error, refitted
 from .state import add_score, read_search, write_search
@@ -94,7 +95,7 @@ class Tuner:
         if name in self.known:
             return self.known[name]
         values: list[float] = []
-        with reusing(self.sampler.pipe, plan):
+        with Reusing(self.sampler.pipe, plan):
             for start, end in self.sampler.chunks():
                 drawn = self.sampler.call(start, end)
                 values += psnr(self.reference.images[start:end], drawn).clamp(max=CEILING).tolist()
@@ -105,7 +106,7 @@ class Tuner:
 
     def draw(self, plan: Plan) -> torch.Tensor:
         """The calibration images with a plan."""
-        with reusing(self.sampler.pipe, plan):
+        with Reusing(self.sampler.pipe, plan):
             images = self.sampler.images()
         self.keep(str(plan), psnr(self.reference.images, images).clamp(max=CEILING).tolist())
         return images
@@ -275,7 +276,7 @@ class Tuner:
             images = base.heldout.images()
             with count_flops() as whole:
                 plain.images()
-        with reusing(self.sampler.pipe, plan):
+        with Reusing(self.sampler.pipe, plan):
             values = psnr(images, mine.images()).clamp(max=CEILING)
             counters = pipe.acceleration.report().counters["reuse"]
             with count_flops() as fast:
@@ -284,7 +285,7 @@ class Tuner:
         for _ in range(rounds):
             with scheduling(pipe, base.scheduler):
                 took = seconds_of(plain.images)
-            with reusing(self.sampler.pipe, plan):
+            with Reusing(self.sampler.pipe, plan):
                 ratios.append(took / seconds_of(one.images))
         measured = {
             "pictures": len(values),

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from diffusion_accel import interrupts
+from parallel.communicator import Communicator
+from parallel.group import join
+from parallel.launch import start
 
-from ..communicator import Communicator
-from ..group import join
-from ..launch import start
 from .simulate import Link
 
 _CHILD = (  # hears of an interrupt before it imports torch

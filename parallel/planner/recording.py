@@ -23,13 +23,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from diffusion_accel.denoisers import halvings
 from diffusion_accel.hooks import HookSet, tensors_in
-
-from ..communicator import Batch, Communicator
-from ..geometry import plan_split
-from ..group import World
-from ..model_hooks import DenoiserHook, install_layers, install_vae
-from ..patch_parallel import PatchParallel
-from ..run import PatchRun
+from parallel.communicator import Batch, Communicator
+from parallel.geometry import plan_split
+from parallel.group import World
+from parallel.model_hooks import DenoiserHook, install_layers, install_vae
+from parallel.patch_parallel import PatchParallel
+from parallel.run import PatchRun
 
 _ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh")
 

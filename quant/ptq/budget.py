@@ -125,7 +125,7 @@ def progress_of(plan: dict[str, Any], stage: str, within: float) -> tuple[float,
 def shares(wanted: dict[str, float], seconds: float) -> dict[str, float]:
     """How much of each stage fits: half of the time is for rounding, a tenth for stage 1, the rest for stage 2, and
     what one does not need the others get."""
-    share = {k: 1.0 for k in wanted}
+    share = dict.fromkeys(wanted, 1.0)
     open_, left = {k for k in wanted if wanted[k] > 0}, seconds
     while open_:
         whole = sum(_WEIGHTS[k] for k in open_)

@@ -136,11 +136,11 @@ def put(made: Path, folder: Path, overwrite: bool) -> None:
     if folder.is_dir():
         if overwrite:
             aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.replace(folder, aside)
+            folder.replace(aside)
             try:
                 interrupts.finish(made, folder)
             except BaseException:
-                os.replace(aside, folder)
+                aside.replace(folder)
                 raise
             shutil.rmtree(aside)
             return

@@ -10,9 +10,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from ..affine import PERCENTILES, grid, value_range
-from ..attention import WithScores
-from ..spec import ROWS_LIMIT, within
+from quant.affine import PERCENTILES, grid, value_range
+from quant.attention import WithScores
+from quant.spec import ROWS_LIMIT, within
+
 from .calibration import CalibrationSet
 from .trainable_layer import Draft
 
@@ -103,7 +104,7 @@ def observe(
                 look = lambda m, args, out, w=watcher: w.see(out)  # noqa: E731
                 handles.append(draft.register_forward_hook(look))
         for name, peak in peaks.items():
-            handles.append(_watch_scores(model.get_submodule(name), peak, number))
+            handles.append(_WatchScores(model.get_submodule(name), peak, number))
         try:
             for rows in _some(calibration, number, settings):
                 rows.run(model)
@@ -126,7 +127,7 @@ def _some(calibration: CalibrationSet, number: int, settings: RangeSettings):  #
         yield rows.pick(torch.arange(start, min(start + settings.chunk, len(rows))))
 
 
-class _watch_scores:
+class _WatchScores:
     """Notes the largest probability that an attention module computes, until it is removed."""
 
     def __init__(self, attention: Any, peak: torch.Tensor, number: int) -> None:

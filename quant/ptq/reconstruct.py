@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from diffusion_accel.hooks import map_tensors, tensors_in
+from quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
-from ..spec import ROWS_LIMIT, STEPS_LIMIT, within
 from .calibration import Rows
 from .trainable_layer import Draft, drafts_in
 
@@ -55,7 +55,7 @@ class RoundingSettings:
         within(self.warmup, 0.0, 1.0, "warmup of rounding")
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     pass
 
 
@@ -115,11 +115,11 @@ def capture(model: nn.Module, unit: nn.Module, rows: Iterable[Rows], switch: Cal
 
     def take_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args, kwargs))
-        raise _Reached
+        raise _ReachedError
 
     def take_answer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         answers.append(tensors_in(output)[0])
-        raise _Reached
+        raise _ReachedError
 
     for batch in rows:
         for full in (True, False):
@@ -131,7 +131,7 @@ def capture(model: nn.Module, unit: nn.Module, rows: Iterable[Rows], switch: Cal
             )
             try:
                 batch.run(model)
-            except _Reached:
+            except _ReachedError:
                 pass
             finally:
                 handle.remove()

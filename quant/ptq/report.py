@@ -16,9 +16,9 @@ from diffusion_accel.denoisers import find_denoiser
 from diffusion_accel.measure.fidelity import psnr, ssim
 from diffusion_accel.measure.grids import data_url
 from diffusion_accel.measure.sampler import Sampler
+from quant.layers import quantized_layers
+from quant.model import RUNTIMES, runtime_report, set_runtime
 
-from ..layers import quantized_layers
-from ..model import RUNTIMES, runtime_report, set_runtime
 from .calibration import CalibrationSet
 
 # what the errors after each stage are errors of
@@ -127,7 +127,7 @@ def measure(
     report.layers = {
         name: {
             "shape": list(layer.weight_shape),
-            **{k: v for k, v in layer.spec.to_dict().items()},
+            **dict(layer.spec.to_dict().items()),
             "bytes": sum(b.numel() * b.element_size() for n, b in layer.named_buffers(recurse=False) if n[0] != "_"),
         }
         for name, layer in layers.items()

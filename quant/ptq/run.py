@@ -33,11 +33,11 @@ from diffusion_accel.finite import finite
 from diffusion_accel.hooks import forward_parameters
 from diffusion_accel.io import replacing
 from diffusion_accel.measure.sampler import Sampler
+from quant.layers import QuantizedLayer, quantized_layers
+from quant.loader import LowBitConfig, LowBitQuantizer
+from quant.model import candidates, install, quantized_table, set_runtime, tables, uninstall
+from quant.spec import LayerSpec, ModelSpec
 
-from ..layers import QuantizedLayer, quantized_layers
-from ..loader import LowBitConfig, LowBitQuantizer
-from ..model import candidates, install, quantized_table, set_runtime, tables, uninstall
-from ..spec import LayerSpec, ModelSpec
 from .budget import plan_probe, plan_prompts, plan_work, progress_of
 from .calibration import CalibrationSet, Rows, record
 from .finetune import (
@@ -428,7 +428,7 @@ class Quantization:
         return peaks
 
     def _attentions(self) -> dict[str, int]:
-        from ..attention import quantizable_attention
+        from quant.attention import quantizable_attention
 
         bits = self.settings.softmax_bits
         if bits is None or not self.settings.activation_bits:
@@ -554,7 +554,7 @@ class Quantization:
         timesteps = self.calibration.timesteps if s.activation_bits else ()
         made = {name: draft.finished(self.drafts.buckets) for name, draft in self.drafts.items()}
         made |= self._tables
-        softmax = {n: s.softmax_bits for n in peaks} if s.softmax_bits else None
+        softmax = dict.fromkeys(peaks, s.softmax_bits) if s.softmax_bits else None
         spec = ModelSpec({n: m.spec for n, m in made.items()}, timesteps, softmax, recipe)
         self.drafts.restore()
         self.drafts.clear()

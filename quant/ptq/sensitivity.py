@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from diffusion_accel.errors import ConfigurationError
+from quant.affine import fake_quantize, search_grid
 
-from ..affine import fake_quantize, search_grid
 from .calibration import Rows
 from .finetune import relative_error
 from .trainable_layer import Draft, rounding
@@ -67,7 +68,7 @@ def allocate(
             continue
         hull = _hull(sorted(table.items()))
         bits[name] = hull[0][0]
-        for (low, bad), (high, good) in zip(hull, hull[1:], strict=False):
+        for (low, bad), (high, good) in itertools.pairwise(hull):
             cost = (high - low) * sizes[name]
             steps.append(((bad - good) / cost, cost, name, low, high))
     spent: float = sum(bits[n] * sizes[n] for n in sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import os
 import signal
 import time
@@ -288,7 +289,7 @@ def naive_is_every_part_by_itself(rank: int, size: int) -> None:
     entered = model.conv_in(named["sample"])
     bounds = [12 * r // size * 2 for r in range(size + 1)]
     parts = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         handle = model.conv_in.register_forward_hook(lambda m, a, o, rows=(low, high): entered[:, :, slice(*rows)])
         parts.append(bare.predict(model, **{**named, "sample": named["sample"][:, :, low:high]}))
         handle.remove()

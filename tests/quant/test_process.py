@@ -269,7 +269,7 @@ def test_allocation_against_brute_force() -> None:
     for _ in range(20):
         need = torch.rand(5).tolist()
         errors = {f"l{i}": {b: need[i] * 4.0**-b for b in choices} for i in range(5)}
-        sizes = {name: 100 for name in errors}
+        sizes = dict.fromkeys(errors, 100)
         found = allocate(errors, sizes, 3.4)
         assert sum(found.values()) / 5 <= 3.4
         cost = sum(errors[n][b] for n, b in found.items())

@@ -18,7 +18,7 @@ from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.reuse.plan import Plan, Step
 from diffusion_accel.tuning.fit_weights import handles, polish, weighted
-from diffusion_accel.tuning.measure import Costs, measure_forecasts, measure_influence, record, reusing
+from diffusion_accel.tuning.measure import Costs, Reusing, measure_forecasts, measure_influence, record
 from diffusion_accel.tuning.neighbours import mutated
 from diffusion_accel.tuning.search import Choice, Forecasts, Rule, best_plans, held_plan, predicted_error, refitted
 
@@ -117,7 +117,7 @@ def test_the_influence_predicts_the_error_of_one_held_step(solver: Any) -> None:
         base = sampler.images()
         for space, i in itertools.product(("", "epsilon", "sample"), (2, 4, 5)):
             plan = Plan(tuple(Step("hold", space=space) if j == i else Step() for j in range(6)))
-            with reusing(sampler.pipe, plan):
+            with Reusing(sampler.pipe, plan):
                 got = float((sampler.images() - base).pow(2).mean())
             ratio = got / predicted_error(plan, list(forecasts.values()))
             # measured by this very step in the space of the prediction; other directions of change elsewhere

@@ -99,9 +99,32 @@ def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     steps = [f"--{stage}-steps=3" for stage in STAGES]
     code = trainer.main(
-        ["all", "--data", str(data), "--work", str(folder), "--shape", str(data / "shape.json"), "--styles", "flat,3d"]
-        + ["--concepts", str(data / "concepts.txt"), "--sampling-steps", "2", "--count", "4", "--around", "blob"]
-        + ["--prompts", "red disc|blue disc", "--log-every", "1", "--grid-every", "3", *steps]
+        [
+            "all",
+            "--data",
+            str(data),
+            "--work",
+            str(folder),
+            "--shape",
+            str(data / "shape.json"),
+            "--styles",
+            "flat,3d",
+            "--concepts",
+            str(data / "concepts.txt"),
+            "--sampling-steps",
+            "2",
+            "--count",
+            "4",
+            "--around",
+            "blob",
+            "--prompts",
+            "red disc|blue disc",
+            "--log-every",
+            "1",
+            "--grid-every",
+            "3",
+            *steps,
+        ]
     )
     assert code == 0
     return folder

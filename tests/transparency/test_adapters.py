@@ -246,7 +246,7 @@ def test_sharing_without_low_rank_and_frame_attention_is_the_base(frames: int, t
     base = predict(model, batch=2 * frames)
     tensors = sharing_tensors(model, frames)
     for name in tensors:
-        if "_lora." in name and ".up." in name or "temporal_o" in name:
+        if ("_lora." in name and ".up." in name) or "temporal_o" in name:
             tensors[name] = torch.zeros_like(tensors[name])
     hooks = HookSet("test")
     sharing = sharing_of(written(tmp_path, tensors), model, frames)
