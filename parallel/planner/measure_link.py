@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from diffusion_accel import interrupts
-from parallel.communicator import Communicator
-from parallel.group import join
-from parallel.launch import start
+from diffusion_accel.parallel.communicator import Communicator
+from diffusion_accel.parallel.group import join
+from diffusion_accel.parallel.launch import start
 
 from .simulate import Link
 

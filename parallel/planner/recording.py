@@ -23,12 +23,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from diffusion_accel.denoisers import halvings
 from diffusion_accel.hooks import HookSet, tensors_in
-from parallel.communicator import Batch, Communicator
-from parallel.geometry import plan_split
-from parallel.group import World
-from parallel.model_hooks import DenoiserHook, install_layers, install_vae
-from parallel.patch_parallel import PatchParallel
-from parallel.run import PatchRun
+from diffusion_accel.parallel.communicator import Batch, Communicator
+from diffusion_accel.parallel.geometry import plan_split
+from diffusion_accel.parallel.group import World
+from diffusion_accel.parallel.model_hooks import DenoiserHook, install_layers, install_vae
+from diffusion_accel.parallel.patch_parallel import PatchParallel
+from diffusion_accel.parallel.run import PatchRun
 
 _ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh")
 

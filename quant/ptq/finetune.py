@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from diffusion_accel.errors import ConfigurationError
-from quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
+from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
 from .calibration import CalibrationSet, Rows
 from .trainable_layer import Draft, rounding

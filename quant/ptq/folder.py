@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.io import read_json, replacing
-from quant.spec import shown
+from diffusion_accel.quant.spec import shown
 
 _LOCK, _SETTINGS, _LOG = "lock", "settings.json", "log.jsonl"
 _HELD: dict[Path, int] = {}  # folders that threads of this process hold

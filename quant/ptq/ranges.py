@@ -10,9 +10,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from quant.affine import PERCENTILES, grid, value_range
-from quant.attention import WithScores
-from quant.spec import ROWS_LIMIT, within
+from diffusion_accel.quant.affine import PERCENTILES, grid, value_range
+from diffusion_accel.quant.attention import WithScores
+from diffusion_accel.quant.spec import ROWS_LIMIT, within
 
 from .calibration import CalibrationSet
 from .trainable_layer import Draft

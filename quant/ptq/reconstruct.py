@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffusion_accel.hooks import map_tensors, tensors_in
-from quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
+from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
 from .calibration import Rows
 from .trainable_layer import Draft, drafts_in

@@ -16,8 +16,8 @@ from diffusion_accel.denoisers import find_denoiser
 from diffusion_accel.measure.fidelity import psnr, ssim
 from diffusion_accel.measure.grids import data_url
 from diffusion_accel.measure.sampler import Sampler
-from quant.layers import quantized_layers
-from quant.model import RUNTIMES, runtime_report, set_runtime
+from diffusion_accel.quant.layers import quantized_layers
+from diffusion_accel.quant.model import RUNTIMES, runtime_report, set_runtime
 
 from .calibration import CalibrationSet
 

@@ -33,10 +33,10 @@ from diffusion_accel.finite import finite
 from diffusion_accel.hooks import forward_parameters
 from diffusion_accel.io import replacing
 from diffusion_accel.measure.sampler import Sampler
-from quant.layers import QuantizedLayer, quantized_layers
-from quant.loader import LowBitConfig, LowBitQuantizer
-from quant.model import candidates, install, quantized_table, set_runtime, tables, uninstall
-from quant.spec import LayerSpec, ModelSpec
+from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
+from diffusion_accel.quant.loader import LowBitConfig, LowBitQuantizer
+from diffusion_accel.quant.model import candidates, install, quantized_table, set_runtime, tables, uninstall
+from diffusion_accel.quant.spec import LayerSpec, ModelSpec
 
 from .budget import plan_probe, plan_prompts, plan_work, progress_of
 from .calibration import CalibrationSet, Rows, record
@@ -428,7 +428,7 @@ class Quantization:
         return peaks
 
     def _attentions(self) -> dict[str, int]:
-        from quant.attention import quantizable_attention
+        from diffusion_accel.quant.attention import quantizable_attention
 
         bits = self.settings.softmax_bits
         if bits is None or not self.settings.activation_bits:

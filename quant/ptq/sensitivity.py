@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_accel.errors import ConfigurationError
-from quant.affine import fake_quantize, search_grid
+from diffusion_accel.quant.affine import fake_quantize, search_grid
 
 from .calibration import Rows
 from .finetune import relative_error

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError
-from quant.spec import ACTIVATION_BITS, ROWS_LIMIT, WEIGHT_BITS, checked, within
+from diffusion_accel.quant.spec import ACTIVATION_BITS, ROWS_LIMIT, WEIGHT_BITS, checked, within
 
 from .finetune import PRESETS, FinetuneSettings
 from .ranges import RangeSettings

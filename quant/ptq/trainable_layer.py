@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.affine import half_scale, search_grid, top
-from quant.layers import Buckets, QuantizedLayer, SelectBucket, quantized_like
-from quant.model import candidates
-from quant.spec import LayerSpec
+from diffusion_accel.quant.affine import half_scale, search_grid, top
+from diffusion_accel.quant.layers import Buckets, QuantizedLayer, SelectBucket, quantized_like
+from diffusion_accel.quant.model import candidates
+from diffusion_accel.quant.spec import LayerSpec
 
 GAMMA, ZETA = -0.1, 1.1  # ends of the stretched sigmoid (AdaRound, section 3.3)
 
