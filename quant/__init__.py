@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LAZY = {
-    "QuantizeSettings": ".settings",
-    "quantize": ".process",
+    "QuantizeSettings": ".ptq.settings",
+    "quantize": ".ptq.run",
     "runtime_report": ".model",
     "set_runtime": ".model",
 }
