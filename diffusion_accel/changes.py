@@ -80,9 +80,9 @@ class Changes:
                 self.undo()
             finally:
                 self.undo()  # an interrupt that came before the first step
-        except Exception as later:
-            if error is None:
-                raise
+        except BaseException as later:
+            if error is None or (isinstance(error, Exception) and not isinstance(later, Exception)):
+                raise  # nothing ended the call before, or only an error and now somebody wants to stop
             logger.warning("while a call was tidied up: %r", later)  # what ended the call counts
 
 

@@ -10,8 +10,9 @@ import types
 import typing
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
+from .arguments import refuse_unknown
 from .changes import Changes
 from .errors import CallStateError, ConfigurationError
 from .io import shown
@@ -43,6 +44,12 @@ class Feature:
     #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside`, which are
     #: called with the feature and the pipeline
     runtime: ClassVar[str] = ""
+
+    def __new__(cls, *_args: Any, **values: Any) -> Self:
+        """Refuses unknown fields as any bad input is; the rest is the dataclass's own."""
+        if values and dataclasses.is_dataclass(cls):
+            refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], cls.name)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -162,8 +169,13 @@ def option(default: Any, doc: str, within: tuple[float, float] | None = None) ->
     return dataclasses.field(default=default, metadata={"doc": doc, "within": within})
 
 
-class Attachment:
+FeatureT = TypeVar("FeatureT", bound=Feature, covariant=True)
+
+
+class Attachment(Generic[FeatureT]):
     """What a feature became on one pipeline. The default implementation does nothing.
+
+    A subclass names the class of its feature: `class RoutingAttachment(Attachment[TaskRouting])`.
 
     The switchboard calls `before_call`, runs the pipeline, then calls `after_call` in every case, also after an
     exception or an interrupt. Between two calls no hook stays on any module, so that saving, copying, offloading
@@ -175,8 +187,8 @@ class Attachment:
             undone when the call ends, also if `after_call` fails or is interrupted.
     """
 
-    def __init__(self, feature: Feature, pipeline: Any) -> None:
-        self.feature = feature
+    def __init__(self, feature: FeatureT, pipeline: Any) -> None:
+        self.feature: FeatureT = feature
         self.changes = Changes()
         self._pipeline = weakref.ref(pipeline)  # which owns this: otherwise neither would be freed with its last user
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .arguments import nearest
 from .errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def feature_class(name: str) -> type[Feature]:
     """The feature class called `name` (underscores or dashes). Raises `ConfigurationError` for an unknown name."""
     key = name.replace("-", "_")
     if key not in FEATURES:
-        raise ConfigurationError(f"unknown feature {name!r}; the features are: {', '.join(sorted(FEATURES))}")
+        near = nearest(key, FEATURES)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigurationError(f"unknown feature {name!r}; the features are: {', '.join(sorted(FEATURES))}{hint}")
     module, cls = FEATURES[key].split(":")
     return getattr(importlib.import_module(module), cls)
 

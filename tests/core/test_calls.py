@@ -17,7 +17,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from laws import Stop, default, stop_at, traces
 from zoo import flux, run, sd
 
-from diffusion_accel import AccelerationError, CallStateError, Reuse, accelerate, hooks, switchboard
+from diffusion_accel import AccelerationError, CallStateError, EncoderReuse, Reuse, accelerate, hooks, switchboard
 from diffusion_accel.changes import Changes
 from diffusion_accel.feature import Attachment, Feature
 from diffusion_accel.hooks import HookSet
@@ -147,7 +147,34 @@ def test_a_feature_that_raises_leaves_nothing(
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("twice", [False, True], ids=["", "twice"])
+def test_every_after_call_raises_in_turn(twice: bool, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever one of them raises, also while the call itself was ended: no hook stays, the models are free, and the
+    first error is what the caller sees."""
+    pipe, call = sd()
+    accelerate(pipe, Part(), Second(), *(default(f) for f in all_features() if f is not EncoderReuse))
+    expected = run(pipe, call, 3)
+    attachments = pipe.acceleration._attachments
+    assert len(attachments) == len(all_features()) + 1
+    for attachment in attachments.values():
+        body, tidying = error("body"), error("tidying")
+
+        def stopped(*args: Any, body: BaseException = body) -> Any:
+            raise body
+
+        def fail(tidying: BaseException = tidying) -> None:
+            raise tidying
+
+        with monkeypatch.context() as patch, pytest.raises(error) as caught:
+            patch.setattr(attachment, "after_call", fail)
+            run(pipe, call, 3, **({"callback_on_step_end": stopped} if twice else {}))
+        assert caught.value is (body if twice else tidying)
+        assert not traces(pipe) and not switchboard._busy and "decode" not in vars(pipe.vae)
+    assert torch.equal(run(pipe, call, 3), expected)
+
+
 @pytest.mark.parametrize("where", ["start", "stop"])
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 def test_a_clock_that_raises_leaves_nothing(where: str, error: Any, monkeypatch: Any) -> None:
     pipe, call = sd()
     accelerate(pipe, Part(), Second())
