@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .steps import StepClock
 
 
+_OLD_NAMES = {"redraws": "changes_output", "takes": "accepts_bare"}  # of facts that a subclass may still state
+
+
 @dataclass(frozen=True, kw_only=True)
 class Feature:
     """Base class of every feature: a frozen, keyword-only dataclass whose fields are its whole configuration.
@@ -39,11 +42,17 @@ class Feature:
     conflicts: ClassVar[frozenset[str]] = frozenset()
     shorthand: ClassVar[str | None] = None
     #: it changes what is drawn, not how fast: comparisons keep it on both sides
-    redraws: ClassVar[bool] = False
+    changes_output: ClassVar[bool] = False
     #: the module that does the work on a pipeline, imported when it is first needed, so that a configuration costs no
     #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside`, which are
     #: called with the feature and the pipeline
     runtime: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for old, name in _OLD_NAMES.items():
+            if old in vars(cls):
+                setattr(cls, name, vars(cls)[old])
 
     def __new__(cls, *_args: Any, **values: Any) -> Self:
         """Refuses unknown fields as any bad input is; the rest is the dataclass's own."""
@@ -64,7 +73,7 @@ class Feature:
         raise NotImplementedError(f"{cls.__name__} names no neutral setting")
 
     @classmethod
-    def takes(cls, text: str) -> bool:
+    def accepts_bare(cls, text: str) -> bool:
         """Whether `text` looks like a value for the field that `shorthand` names (the CLI asks)."""
         return False
 

@@ -103,7 +103,7 @@ class PatchParallel(Feature):
         return cls(mode="sync")
 
     @classmethod
-    def takes(cls, text: str) -> bool:
+    def accepts_bare(cls, text: str) -> bool:
         return text.partition(",")[0].isdigit()
 
     def supports(self, pipeline: Any) -> str | None:

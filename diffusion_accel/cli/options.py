@@ -26,7 +26,7 @@ def join_bare_flags(arguments: list[str]) -> list[str]:
     waiting = None  # a feature flag whose value may follow
     for token in rest:
         if waiting is not None:
-            taken = _VALUE.match(token) or feature_class(waiting.removeprefix("--")).takes(token)
+            taken = _VALUE.match(token) or feature_class(waiting.removeprefix("--")).accepts_bare(token)
             value = token if taken else "on"
             joined.append(f"{waiting}={value}")
             waiting = None

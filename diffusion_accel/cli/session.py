@@ -117,7 +117,9 @@ class Session:
         self.plain: Any = None  # what --compare compares a quantized model with
         if settings.compare and settings.quantize is not None:
             whole = dataclasses.replace(settings, quantize=None, runtime=None, low_memory=False)
-            self.plain = accelerate(self._load(whole, device), *(f for f in settings.features.values() if f.redraws))
+            self.plain = accelerate(
+                self._load(whole, device), *(f for f in settings.features.values() if f.changes_output)
+            )
             self.plain.set_progress_bar_config(disable=True)
         self.pipe = accelerate(pipe, *settings.features.values())
         for name in self.pipe.acceleration.features:

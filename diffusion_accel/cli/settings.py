@@ -243,7 +243,7 @@ def check(settings: Settings) -> None:
     if s.runtime is not None and s.runtime not in RUNTIMES:
         raise ConfigurationError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {s.runtime!r}")
     check_transparency(s)
-    if s.compare and all(f.redraws for f in s.features.values()) and s.quantize is None:
+    if s.compare and all(f.changes_output for f in s.features.values()) and s.quantize is None:
         raise ConfigurationError(
             "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse, or --quantize"
         )

@@ -69,7 +69,7 @@ def compare(
     """
     handle = pipe.acceleration
     features = handle.features
-    enabled = [name for name in features if handle.enabled(name) and not features[name].redraws]
+    enabled = [name for name in features if handle.enabled(name) and not features[name].changes_output]
     if not enabled and plain is None:
         raise ConfigurationError("there is nothing to compare: no feature that accelerates is enabled")
     images: dict[bool, list[Image.Image]] = {}

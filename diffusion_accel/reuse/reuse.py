@@ -82,7 +82,7 @@ class Reuse(Feature):
         return cls(plan="full")
 
     @classmethod
-    def takes(cls, text: str) -> bool:
+    def accepts_bare(cls, text: str) -> bool:
         """Whether `text` behind a bare --reuse is a plan; also one that is mistyped (name:value) or lacks its level
         (tuned), which no prompt looks like."""
         known = is_tuned(text) or text == "tuned" or looks_like_a_preset(text) or text.partition(":")[0] in CACHES

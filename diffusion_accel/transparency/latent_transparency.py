@@ -68,7 +68,7 @@ class LatentTransparency(Feature):
     summary: ClassVar[str] = "RGBA images with real alpha, also in layers"
     paper: ClassVar[str] = "LayerDiffuse (Zhang and Agrawala, 2024)"
     order: ClassVar[int] = 80
-    redraws: ClassVar[bool] = True
+    changes_output: ClassVar[bool] = True
     runtime: ClassVar[str] = "diffusion_accel.transparency.attachment"
 
     weights: str = option("", "embedded name, folder or hub id (default: beside the model)")
