@@ -10,7 +10,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_ABSENT: Any = object()
+_ABSENT = object()
 _TRIES = 3  # a step of the way back that something interrupts is begun again so often
 
 
@@ -31,7 +31,7 @@ class Changes:
         """Register what undoes a change that is about to be made."""
         self._undo.append(undo)
 
-    def set(self, owner: Any, name: str, value: Any) -> None:
+    def set(self, owner: object, name: str, value: object) -> None:
         """Set an attribute of one object; undone, the object has the one that it had, or none of its own."""
         self.add(functools.partial(_put_back, owner, name, vars(owner).get(name, _ABSENT)))
         vars(owner)[name] = value
@@ -86,7 +86,7 @@ class Changes:
             logger.warning("while a call was tidied up: %r", later)  # what ended the call counts
 
 
-def _put_back(owner: Any, name: str, before: Any) -> None:
+def _put_back(owner: object, name: str, before: object) -> None:
     if before is _ABSENT:
         vars(owner).pop(name, None)
     else:

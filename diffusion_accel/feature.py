@@ -18,9 +18,12 @@ from .errors import CallStateError, ConfigurationError
 from .io import shown
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from .steps import StepClock
 
 
+Hint = Any  # a type, as annotations have them
 _OLD_NAMES = {"redraws": "changes_output", "takes": "accepts_bare"}  # of facts that a subclass may still state
 
 
@@ -48,13 +51,13 @@ class Feature:
     #: called with the feature and the pipeline
     runtime: ClassVar[str] = ""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         for old, name in _OLD_NAMES.items():
             if old in vars(cls):
                 setattr(cls, name, vars(cls)[old])
 
-    def __new__(cls, *_args: Any, **values: Any) -> Self:
+    def __new__(cls, *_args: object, **values: object) -> Self:
         """Refuses unknown fields as any bad input is; the rest is the dataclass's own."""
         if values and dataclasses.is_dataclass(cls):
             refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], cls.name)
@@ -77,11 +80,11 @@ class Feature:
         """Whether `text` looks like a value for the field that `shorthand` names (the CLI asks)."""
         return False
 
-    def supports(self, pipeline: Any) -> str | None:
+    def supports(self, pipeline: DiffusionPipeline) -> str | None:
         """Why this feature cannot work on `pipeline` (one sentence), or None if it can. Changes nothing."""
         return self._runtime().supports(self, pipeline)
 
-    def works_inside(self, pipeline: Any) -> bool:
+    def works_inside(self, pipeline: DiffusionPipeline) -> bool:
         """Whether this setting hooks or changes the inside of a denoiser, which a model compiled as a whole does not
         allow. False: it acts on calls of the denoiser, on the VAE or on the scheduler only."""
         return not self.runtime or getattr(self._runtime(), "works_inside", _always)(self, pipeline)
@@ -99,7 +102,7 @@ class Feature:
         before a model is loaded; None if it can."""
         return None
 
-    def attach(self, pipeline: Any) -> Attachment:
+    def attach(self, pipeline: DiffusionPipeline) -> Attachment:
         """Attach to `pipeline` (already known to be supported) and return the attachment."""
         return self._runtime().attach(self, pipeline)
 
@@ -170,7 +173,7 @@ class Feature:
         return f"{self.name}({', '.join(pairs)})"
 
 
-def option(default: Any, doc: str, within: tuple[float, float] | None = None) -> Any:
+def option(default: object, doc: str, within: tuple[float, float] | None = None) -> Any:
     """A dataclass field with its documentation, which the CLI help and the docs print.
 
     `within`: the lowest and the highest value of a number, or of each number of a list; every number has them.
@@ -196,7 +199,7 @@ class Attachment(Generic[FeatureT]):
             undone when the call ends, also if `after_call` fails or is interrupted.
     """
 
-    def __init__(self, feature: FeatureT, pipeline: Any) -> None:
+    def __init__(self, feature: FeatureT, pipeline: DiffusionPipeline) -> None:
         self.feature: FeatureT = feature
         self.changes = Changes()
         self._pipeline = weakref.ref(pipeline)  # which owns this: otherwise neither would be freed with its last user
@@ -233,7 +236,7 @@ class Attachment(Generic[FeatureT]):
         return {}
 
 
-def _always(feature: Feature, pipeline: Any) -> bool:
+def _always(_feature: Feature, _pipeline: DiffusionPipeline) -> bool:
     return True
 
 
@@ -246,11 +249,11 @@ def alive(pipeline: weakref.ref[Any]) -> Any:
 
 
 # ---------------------------------------------------------------------- values
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def _alternatives(hint: Hint) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
-def _from_text(cls: type[Feature], key: str, text: str, hint: Any) -> Any:
+def _from_text(cls: type[Feature], key: str, text: str, hint: Hint) -> Any:
     kinds = _alternatives(hint)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
@@ -273,7 +276,7 @@ def _from_text(cls: type[Feature], key: str, text: str, hint: Any) -> Any:
     raise ConfigurationError(f"{cls.name}: {key}={shown(text)} is not allowed; it must be {_describe(hint)}")
 
 
-def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:
+def _from_json(cls: type[Feature], key: str, value: object, hint: Hint) -> Any:
     kinds = _alternatives(hint)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
@@ -285,7 +288,7 @@ def _from_json(cls: type[Feature], key: str, value: Any, hint: Any) -> Any:
     raise ConfigurationError(f"{cls.name}: {key}={shown(value)} is not {_describe(hint)}")
 
 
-def _is_a(value: Any, kind: type) -> bool:
+def _is_a(value: object, kind: type) -> bool:
     """Whether a value may stand for a field of this type: numbers of other packages do, true is no number."""
     if kind is bool or isinstance(value, bool):
         return type(value) is kind
@@ -294,7 +297,7 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, numbers.Integral if kind is int else kind)
 
 
-def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: Any) -> None:
+def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: object) -> None:
     low, high = field.metadata.get("within") or (-math.inf, math.inf)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -308,7 +311,7 @@ def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: Any)
             )
 
 
-def _describe(hint: Any) -> str:
+def _describe(hint: Hint) -> str:
     kinds = _alternatives(hint)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "nothing"}
     return " or ".join(

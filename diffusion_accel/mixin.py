@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from .switchboard import Acceleration
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class AcceleratedMixin:
         return handle
 
     # Neither diffusers' files nor its conversions know features. That they are lost is said where it happens.
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, *args: object, **kwargs: object) -> Any:
         """diffusers' own; the features are not saved, which is logged."""
         self._tell_what_is_lost("are not saved", "after loading")
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
@@ -56,7 +58,7 @@ class AcceleratedMixin:
         return _rebuild, (base, type(self)._accelerated_class), self.__dict__
 
 
-def plain_twin(pipe: Any) -> Any:
+def plain_twin(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline of its own class with the same components and without features; a pipeline without is itself."""
     base = getattr(type(pipe), "_accelerated_base", None)
     if base is None:

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,12 +28,14 @@ from .steps import StepClock
 
 logger = logging.getLogger(__name__)
 
+PipelineT = TypeVar("PipelineT", bound=DiffusionPipeline)
+
 _classes: dict[type, type] = {}  # pipeline class -> its accelerated subclass
 _busy: dict[int, object] = {}  # ids of the models that running calls use -> the call
 _busy_lock = threading.Lock()
 
 
-def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
+def accelerate(pipeline: PipelineT, *features: Feature | type[Feature] | str) -> PipelineT:
     """Switch features on for a diffusers pipeline, in place, and return it.
 
     The pipeline's class becomes a generated subclass of its own class, so `isinstance` keeps its meaning. A feature
@@ -75,7 +77,7 @@ def accelerate(pipeline: Any, *features: Feature | type[Feature] | str) -> Any:
     return pipeline
 
 
-def accelerated_class(base: Any) -> type:
+def accelerated_class(base: type[DiffusionPipeline]) -> type:
     """The subclass of the pipeline class `base` whose calls are bracketed by the switchboard.
 
     It keeps the name of `base`, because diffusers looks pipelines up by class name (`AutoPipeline…from_pipe`) and
@@ -85,7 +87,7 @@ def accelerated_class(base: Any) -> type:
         return _classes[base]
 
     @functools.wraps(base.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it becomes the class's
+    def __call__(self: AcceleratedMixin, *args: object, **kwargs: object) -> Any:  # noqa: N807 - it becomes the class's
         return self.acceleration._run(functools.partial(base.__call__, self), args, kwargs)
 
     namespace = {
@@ -106,7 +108,7 @@ class Acceleration:
     The pipeline owns it and not the other way round, so that `del pipe` frees the models.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
         self._pipeline = weakref.ref(pipeline)
         self._attachments: dict[str, Attachment] = {}
         self._disabled: set[str] = set()
@@ -237,7 +239,7 @@ class Acceleration:
                 outputs.append(call(*args, **kwargs))
             return outputs[0], count.total
 
-    def _rebind(self, pipeline: Any) -> Acceleration:
+    def _rebind(self, pipeline: DiffusionPipeline) -> Acceleration:
         """A handle with the same features and switches for a copy of the pipeline."""
         handle = Acceleration(pipeline)
         handle._attach(list(self.features.values()))
@@ -273,13 +275,13 @@ def _as_feature(feature: Feature | type[Feature] | str) -> Feature:
     return feature
 
 
-def why_not(feature: Feature, pipeline: Any) -> str | None:
+def why_not(feature: Feature, pipeline: DiffusionPipeline) -> str | None:
     """Why a feature cannot work on a pipeline, in one sentence; None if it can."""
     closed = closed_inside(pipeline)
     return closed if closed and feature.works_inside(pipeline) else feature.supports(pipeline)
 
 
-def _trained_in(pipeline: Any, there: set[str]) -> list[Feature]:
+def _trained_in(pipeline: DiffusionPipeline, there: set[str]) -> list[Feature]:
     """Features without which a denoiser does not work as it was trained: its config has their name after a "_"."""
     found: dict[str, Feature] = {}
     for denoiser in find_denoisers(pipeline):
