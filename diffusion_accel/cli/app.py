@@ -9,7 +9,7 @@ import typer
 from diffusion_accel import __version__
 
 from . import bench, evaluate, features, generate, info, inspect, metadata, models, plan, quantize, transparency, tune
-from .options import join_bare_flags
+from .feature_flags import join_bare_flags
 
 app = typer.Typer(
     name="diffusion-accel",

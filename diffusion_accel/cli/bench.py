@@ -12,7 +12,7 @@ from diffusion_accel.bench.entries import Entry
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import replacing
 
-from .arguments import (
+from .common_options import (
     BATCH,
     COUNT,
     ROUNDS,

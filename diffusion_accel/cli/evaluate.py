@@ -12,7 +12,7 @@ from diffusion_accel.conditioning import CLASS, class_names
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import is_there
 
-from .arguments import (
+from .common_options import (
     BATCH,
     AllowPickle,
     AsJson,
@@ -28,7 +28,7 @@ from .arguments import (
     check_range,
     number,
 )
-from .options import with_feature_flags
+from .feature_flags import with_feature_flags
 from .output import SUFFIXES, check_free, is_image_file, output_path
 from .settings import at_least, check_features, merge
 from .terminal import console, say

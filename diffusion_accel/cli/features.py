@@ -10,7 +10,7 @@ import typer
 
 from diffusion_accel.registry import all_features
 
-from .arguments import AsJson, Debug
+from .common_options import AsJson, Debug
 from .terminal import say
 
 

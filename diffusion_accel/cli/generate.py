@@ -13,8 +13,8 @@ from diffusion_accel import interrupts
 from diffusion_accel.errors import ConfigurationError
 
 from . import processes
-from .arguments import Debug, GuidanceScale, Model, Pixels, Scheduler, Steps, number
-from .options import with_feature_flags
+from .common_options import Debug, GuidanceScale, Model, Pixels, Scheduler, Steps, number
+from .feature_flags import with_feature_flags
 from .settings import (
     ATTENTION,
     DTYPES,

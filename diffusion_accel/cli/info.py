@@ -11,7 +11,7 @@ import typer
 
 from diffusion_accel import __version__
 
-from .arguments import AsJson, Debug
+from .common_options import AsJson, Debug
 from .terminal import say
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "peft", "xformers")

@@ -15,7 +15,7 @@ from diffusion_accel.pipelines.quantizers import checkpoint_folder
 from diffusion_accel.quant.spec import LayerSpec
 from diffusion_accel.quant.stored import Tensor, read_config, verify
 
-from .arguments import AsJson, Debug
+from .common_options import AsJson, Debug
 from .terminal import console, note, say
 
 PARTS = (  # of a layer in the file

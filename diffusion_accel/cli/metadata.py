@@ -9,7 +9,7 @@ import typer
 
 from diffusion_accel.errors import OutputError
 
-from .arguments import Debug
+from .common_options import Debug
 from .image_metadata import parse_parameters
 from .output import read_metadata
 from .terminal import say

@@ -9,7 +9,7 @@ import typer
 
 from diffusion_accel.model_files.names import EMBEDDED
 
-from .arguments import AsJson, Debug
+from .common_options import AsJson, Debug
 from .terminal import say
 
 

@@ -9,8 +9,8 @@ import typer
 
 from diffusion_accel.errors import ConfigurationError
 
-from .arguments import BATCH, Debug, check_range, number
-from .options import parse_feature
+from .common_options import BATCH, Debug, check_range, number
+from .feature_flags import parse_feature
 from .settings import DTYPES, LIMITS, at_least
 from .terminal import console, say
 

@@ -13,7 +13,7 @@ from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 
-from .arguments import BATCH, AllowPickle, AsJson, Debug, Device, Model, Quiet, check_range, number, recommended
+from .common_options import BATCH, AllowPickle, AsJson, Debug, Device, Model, Quiet, check_range, number, recommended
 from .output import check_free_folder, output_path
 from .settings import LIMITS, Bounds, at_least, merge, read_jobs
 from .terminal import say

@@ -19,7 +19,7 @@ from diffusion_accel.pipelines.quantizers import check_quantize
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.registry import FEATURES
 
-from .options import parse_feature
+from .feature_flags import parse_feature
 
 MAX_SEED = 2**63 - 1
 MAX_TEXT = 1_000_000  # characters of a prompt

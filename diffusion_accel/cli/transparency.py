@@ -10,7 +10,7 @@ import typer
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.io import is_there
 
-from .arguments import Debug
+from .common_options import Debug
 from .settings import Settings, parse_background, refuse_jpeg
 from .terminal import say
 

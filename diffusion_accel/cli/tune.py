@@ -16,7 +16,7 @@ from diffusion_accel.io import printable
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.tuning.state import read_search
 
-from .arguments import BATCH, SECONDS, AsJson, Debug, Model, Quiet, check_range, number, recommended
+from .common_options import BATCH, SECONDS, AsJson, Debug, Model, Quiet, check_range, number, recommended
 from .output import check_free, output_path
 from .settings import DTYPES, LIMITS, at_least, merge, read_jobs
 from .terminal import say

@@ -13,7 +13,7 @@ from command import call
 
 from diffusion_accel import EncoderReuse
 from diffusion_accel.cli import main as cli
-from diffusion_accel.cli.options import join_bare_flags
+from diffusion_accel.cli.feature_flags import join_bare_flags
 from diffusion_accel.cli.output import plan_outputs
 from diffusion_accel.cli.settings import merge, read_config, read_jobs, split_lora
 

@@ -1,0 +1,164 @@
+"""Options that several commands have, each declared once: a type a command's parameter is annotated with.
+
+    def tune(model: Model = None, steps: StepsOr50 = None, count: Annotated[int, count(6)] = 24, ...) -> None:
+
+A number's bounds are said in its help and checked when the command line is read; `settings_of` makes settings of what
+was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+from diffusion_accel.model_files.names import EMBEDDED, ModelSource
+
+from .settings import DTYPES, LIMITS, Bounds, Settings, at_least, merge
+
+# numbers that only some commands have; those of `settings.LIMITS` are in every one of them
+COUNT = at_least(1, 100_000)
+BATCH = at_least(1, 1024)
+ROUNDS = at_least(1, 1000)
+SECONDS = Bounds(1, 10_000_000, "at least 1 and at most 10000000")
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+# ---------------------------------------------------------------------- what an option allows
+def check_range(flag: str, value: float | None, bounds: Bounds) -> None:
+    """Raise `ConfigurationError` for a number outside of its bounds."""
+    if value is not None and value not in bounds:
+        raise ConfigurationError(f"{flag} must be {bounds.allowed(value)}, got {shown(value)}")
+
+
+def number(text: str, bounds: Bounds, *declarations: str, **options: Any) -> Any:
+    """An option for a number or several, whose help says what is allowed, and which refuses others."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            check_range(max(param.opts, key=len), one, bounds)
+        return value
+
+    return typer.Option(*declarations, callback=check, help=f"{text} ({bounds.short})", **options)
+
+
+def one_of(text: str, names: tuple[str, ...], *declarations: str, **options: Any) -> Any:
+    """An option for one of some words; others are refused."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and value not in names:
+            flag = max(param.opts, key=len)
+            allowed = " or ".join(names) if len(names) == 2 else f"one of {', '.join(names)}"
+            raise ConfigurationError(f"{flag} must be {allowed}, got {shown(value)}")
+        return value
+
+    return typer.Option(*declarations, callback=check, help=text, **options)
+
+
+def seconds(text: str) -> float:
+    """A time as the command line has it, in seconds: 90, 90s, 20m, 1.5h."""
+    found = re.fullmatch(r"\s*([0-9.eE+-]+|nan|inf)\s*([smh]?)\s*", text)
+    try:
+        return float(found[1]) * _UNITS[found[2]] if found else float("")
+    except ValueError:
+        raise typer.BadParameter(f"{shown(text)} is no time such as 90 (seconds), 90s, 20m or 1.5h") from None
+
+
+def time_option(text: str, bounds: Bounds, *declarations: str, **options: Any) -> Any:
+    """An option for a time."""
+    return number(text, bounds, *declarations, metavar="TIME", parser=seconds, **options)
+
+
+def count(low: int = 1, text: str = "How many prompts to use, or images to draw.") -> Any:
+    """The option --count, of which a command needs at least `low`."""
+    return number(text, at_least(low, 100_000), "--count")
+
+
+def recommended(key: str) -> str:
+    """What stands for a default where the model has the word."""
+    return f"{EMBEDDED[Settings.model].settings[key]} with {Settings.model}, else the pipeline's"
+
+
+def in_panels(panels: dict[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Sort a command's options under headings of its help.
+
+    Args:
+        panels: heading -> the parameters below it, separated by spaces.
+    """
+    panel_of = {name: panel for panel, names in panels.items() for name in names.split()}
+
+    def sort(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters = []
+        for parameter in signature.parameters.values():
+            if (panel := panel_of.get(parameter.name)) is not None:
+                kind, option = typing.get_args(parameter.annotation)
+                option = copy.copy(option)
+                option.rich_help_panel = panel
+                parameter = parameter.replace(annotation=Annotated[kind, option])
+            parameters.append(parameter)
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return sort
+
+
+def settings_of(options: Mapping[str, Any], features: Mapping[str, Any] | None = None) -> tuple[Settings, ModelSource]:
+    """What a command's options say about the model and its calls, with defaults from the model, checked.
+
+    Args:
+        options: the command's parameters by name (`locals()`); those below are taken, whichever it has.
+        features: values of feature flags.
+
+    Raises:
+        ConfigurationError, ModelLoadError: for anything that cannot work, before a model is loaded.
+    """
+    keys = "model steps guidance_scale scheduler seed width height device dtype allow_pickle".split()
+    return merge({**{key: options.get(key) for key in keys}, **(features or {})}, {})
+
+
+# ---------------------------------------------------------------------- options
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Embedded name, hub id, folder, or .safetensors file.", show_default=Settings.model
+    ),
+]
+PromptsFile = Annotated[
+    str | None, typer.Option("--prompts-file", metavar="FILE", help="A prompt a line; the embedded model needs none.")
+]
+Steps = Annotated[int | None, number("Denoising steps.", LIMITS["steps"], show_default=recommended("steps"))]
+StepsOr50 = Annotated[int | None, number("Denoising steps.", LIMITS["steps"], show_default="20 with sticker, else 50")]
+GuidanceScale = Annotated[
+    float | None,
+    number(
+        "Classifier-free guidance; 1 switches it off.",
+        LIMITS["guidance_scale"],
+        show_default=recommended("guidance_scale"),
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.", show_default=recommended("scheduler")),
+]
+Pixels = Annotated[int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"))]
+Seed = Annotated[int, typer.Option(help="Image k uses seed + k.")]
+Batch = Annotated[int, number("Images in a call.", BATCH)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …", show_default="the best one here")]
+Dtype = Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".", show_default=Settings.dtype)]
+AllowPickle = Annotated[
+    bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")]
