@@ -9,6 +9,7 @@ import numbers
 import types
 import typing
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
@@ -33,9 +34,9 @@ class Feature:
 
     A subclass gives every field a default that is the recommended value, its documentation and, if it is a number, its
     limits (see `option`), and states its facts as class attributes. Fields are bool, int, float, str or tuples of
-    them, so that a configuration survives JSON and the `key=value,…` syntax of the CLI. Types and limits are checked
-    here; a subclass that checks more does so in `__post_init__` behind `super().__post_init__()`, and raises
-    `ConfigurationError`.
+    them, so that a configuration survives JSON and the `key=value,…` syntax of the CLI; a text may mean an object,
+    which may be given instead. Types and limits are checked here; a subclass that checks more does so in
+    `__post_init__` behind `super().__post_init__()`, and raises `ConfigurationError`.
     """
 
     name: ClassVar[str]
@@ -64,11 +65,20 @@ class Feature:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints, objects = typing.get_type_hints(type(self)), dict[str, Any]()
         for field in dataclasses.fields(self):
-            value = _from_json(type(self), field.name, getattr(self, field.name), hints[field.name])
-            _check_limits(type(self), field, value)
+            value, hint, read = getattr(self, field.name), hints[field.name], field.metadata.get("read")
+            if read is None or not isinstance(value, _objects(hint)):
+                value = _from_json(type(self), field.name, value, hint)
+                _check_limits(type(self), field, value)
+            if read is not None:
+                value, objects[field.name] = read(value)
             object.__setattr__(self, field.name, value)
+        object.__setattr__(self, "_objects", objects)
+
+    def object_of(self, name: str) -> Any:
+        """What the text of a field means, read once, when the feature was made; see `option`."""
+        return self.__dict__["_objects"][name]
 
     @classmethod
     def neutral(cls) -> Self:
@@ -173,12 +183,24 @@ class Feature:
         return f"{self.name}({', '.join(pairs)})"
 
 
-def option(default: object, doc: str, within: tuple[float, float] | None = None) -> Any:
+def option(
+    default: object,
+    doc: str,
+    within: tuple[float, float] | None = None,
+    read: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Any:
     """A dataclass field with its documentation, which the CLI help and the docs print.
 
-    `within`: the lowest and the highest value of a number, or of each number of a list; every number has them.
+    Args:
+        default: the recommended value.
+        doc: what it means, in a few words.
+        within: the lowest and the highest value of a number, or of each number of a list; every number has them.
+        read: for a field whose text means an object. Called once, when a feature is made, with what was given: a plain
+            value, or an object of a class that the field's type names beside the plain ones. Returns the plain value,
+            which the field keeps (it is what JSON, metadata and comparisons see), and the object, which
+            `Feature.object_of` answers. Raises `ConfigurationError` if the text means nothing.
     """
-    return dataclasses.field(default=default, metadata={"doc": doc, "within": within})
+    return dataclasses.field(default=default, metadata={"doc": doc, "within": within, "read": read})
 
 
 FeatureT = TypeVar("FeatureT", bound=Feature, covariant=True)
@@ -249,7 +271,20 @@ def alive(pipeline: weakref.ref[Any]) -> Any:
 
 
 # ---------------------------------------------------------------------- values
+_PLAIN = (bool, int, float, str, types.NoneType)
+
+
 def _alternatives(hint: Hint) -> tuple[Any, ...]:
+    """The plain types that a field may have: those of JSON, and tuples of them."""
+    return tuple(kind for kind in _members(hint) if kind in _PLAIN or typing.get_origin(kind) is tuple)
+
+
+def _objects(hint: Hint) -> tuple[type, ...]:
+    """The other classes in the type of a field; see `option`."""
+    return tuple(kind for kind in _members(hint) if kind not in _PLAIN and isinstance(kind, type))
+
+
+def _members(hint: Hint) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
