@@ -15,7 +15,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 
 from diffusion_accel import AccelerationError, EncoderReuse, Feature, Reuse, accelerate
 from diffusion_accel.flops import count_flops
-from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure.fidelity import psnr, spread, ssim
+from diffusion_accel.measure.timing import interleaved, ratios
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.reuse.plan_file import LEVELS
 
@@ -75,28 +75,10 @@ class Trajectory:
         return torch.cat(images), torch.cat(latents, 1)
 
 
-def median_and_worst_decile(values: torch.Tensor) -> tuple[float, float]:
-    return float(values.median()), float(values.quantile(0.1))
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn so that a drift of the machine hits all alike."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
-    """Median over rounds of (base seconds / this call's seconds in the same round)."""
-    return {
-        name: statistics.median(b / s for b, s in zip(seconds[base], own, strict=True)) for name, own in seconds.items()
-    }
+def speeds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median over rounds of (the baseline's seconds / this call's seconds in the same round)."""
+    seconds = interleaved(calls, rounds)
+    return {name: statistics.median(ratios(seconds["baseline"], own)) for name, own in seconds.items()}
 
 
 def with_plan(pipe: Any, feature: Feature | None, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -144,13 +126,13 @@ def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
 
     calls = {"baseline": with_plan(pipe, None, one_image)}
     calls |= {name: with_plan(pipe, plan, one_image) for name, plan in plans.items()}
-    speed = ratios(interleaved(calls, rounds), "baseline")
+    speed = speeds(calls, rounds)
     base_flops = flops(calls["baseline"])
     rows: list[dict[str, Any]] = []
 
     def row(name: str, images: torch.Tensor, path: torch.Tensor | None, **more: Any) -> None:
         p, s, c = psnr(base, images), ssim(base, images), psnr(converged, images)
-        entry = {"setting": name, "psnr": median_and_worst_decile(p), "ssim": median_and_worst_decile(s)}
+        entry = {"setting": name, "psnr": spread(p), "ssim": spread(s)}
         entry["converged_psnr"] = float(c.median())
         if path is not None and path.shape == base_path.shape:
             entry["latent_error"] = [
@@ -217,7 +199,7 @@ def measure_sd15(latent: int, rounds: int, steps: int = 10) -> dict[str, Any]:
         return pipe(num_inference_steps=steps, guidance_scale=7.5, **embeds, **more).images
 
     calls = {name: with_plan(pipe, plan, sample) for name, plan in plans.items()}
-    speed = ratios(interleaved(calls, rounds), "baseline")
+    speed = speeds(calls, rounds)
     counted = {name: flops(call) for name, call in calls.items()}
     rows = [{"setting": n, "time_ratio": speed[n], "flop_ratio": counted["baseline"] / counted[n]} for n in plans]
     what = f"SD 1.5-shaped U-Net, random weights, {latent}x{latent} latents, guidance, {steps} DDIM steps"

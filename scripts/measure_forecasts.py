@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +18,7 @@ from diffusion_accel import Reuse, accelerate
 from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.measure.timing import interleaved, ratios
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines.schedulers import set_scheduler
 
@@ -52,21 +54,22 @@ def main() -> int:
         plain = sampler.images()
         for preset in PRESETS:
             values, cache = [], [0.0] * 3
-            took: list[list[float]] = [[] for _ in cache]
             for order in range(3):
                 accelerate(pipe, Reuse(plan=f"{preset}@{order}"))
                 values.append(psnr(plain, sampler.images()).clamp(max=80))
-            for _ in range(options.rounds):
-                for order in range(3):
-                    accelerate(pipe, Reuse(plan=f"{preset}@{order}"))
-                    began = time.perf_counter()
-                    sampler.part(0, 1).images()
-                    took[order].append(time.perf_counter() - began)
-                    cache[order] = pipe.acceleration.report().counters["reuse"]["peak_cache_bytes"] / 1024
+
+            @contextmanager
+            def of_order(order: int, preset: str = preset, cache: list[float] = cache) -> Iterator[None]:
+                accelerate(pipe, Reuse(plan=f"{preset}@{order}"))
+                yield
+                cache[order] = pipe.acceleration.report().counters["reuse"]["peak_cache_bytes"] / 1024
+
+            calls = dict.fromkeys(range(3), sampler.part(0, 1).images)
+            took = interleaved(calls, options.rounds, warmup=0, around=of_order)
             pipe.acceleration.remove()
             for order in range(3):
                 share = float((values[order] > values[0]).double().mean())
-                ratio = statistics.median(a / b for a, b in zip(took[order], took[0], strict=True))
+                ratio = statistics.median(ratios(took[order], took[0]))
                 print(
                     f"| {scheduler} {steps} | {preset} | {order} | {float(values[order].median()):.1f} | "
                     + (f"{share:.0%} | {ratio:.3f}" if order else "– | 1")

@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +157,7 @@ def time_worker(options: argparse.Namespace) -> None:
     from diffusers import DDIMScheduler, DDPMPipeline, UNet2DConditionModel
 
     from diffusion_accel import PatchParallel, accelerate
+    from diffusion_accel.measure.timing import seconds_of
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -174,10 +174,13 @@ def time_worker(options: argparse.Namespace) -> None:
             text = torch.randn(options.rows, 77, 768, generator=generator)
             seconds = []
             for t in self.scheduler.timesteps:
-                began = time.perf_counter()
-                noise = self.unet(latents, t, text, return_dict=False)[0]
-                latents = self.scheduler.step(noise, t, latents).prev_sample
-                seconds.append(time.perf_counter() - began)
+
+                def step(t: Any = t) -> None:
+                    nonlocal latents
+                    noise = self.unet(latents, t, text, return_dict=False)[0]
+                    latents = self.scheduler.step(noise, t, latents).prev_sample
+
+                seconds.append(seconds_of(step))
             return seconds
 
     pipe = Pipeline(unet=unet, scheduler=DDIMScheduler())

@@ -7,13 +7,16 @@ python scripts/measure_task_routing.py --runs 15
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from diffusion_accel.measure.timing import interleaved, ratios
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.routing import Recipe, route
 
@@ -44,22 +47,17 @@ def models() -> dict[str, tuple[Any, dict[str, Any]]]:
 def measure(model: Any, call: dict[str, Any], runs: int) -> list[float]:
     """Routed / plain times of `runs` interleaved pairs, after a warm-up."""
     model.eval()
-    timestep = torch.tensor([700]).expand(2)
+    step = functools.partial(model, **call, timestep=torch.tensor([700]).expand(2), return_dict=False)
 
-    def step() -> float:
-        began = time.perf_counter()
-        model(**call, timestep=timestep, return_dict=False)
-        return time.perf_counter() - began
+    @contextmanager
+    def routed(way: str) -> Iterator[None]:
+        hooks = route(model, Recipe()) if way == "routed" else None
+        yield
+        if hooks is not None:
+            hooks.remove()
 
-    ratios = []
-    for i in range(runs + 2):
-        plain = step()
-        hooks = route(model, Recipe())
-        with_routing = step()
-        hooks.remove()
-        if i >= 2:
-            ratios.append(with_routing / plain)
-    return ratios
+    seconds = interleaved({"plain": step, "routed": step}, runs, warmup=2, around=routed)
+    return ratios(seconds["routed"], seconds["plain"])
 
 
 def main() -> int:
@@ -68,8 +66,7 @@ def main() -> int:
     options = parser.parse_args()
     print("| model, batch of 2 | step time, routed / plain: median | quartiles |\n| --- | --- | --- |")
     for name, (model, call) in models().items():
-        ratios = measure(model, call, options.runs)
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(measure(model, call, options.runs), n=4)
         print(f"| {name} | {middle:.3f} | {low:.3f} … {high:.3f} |", flush=True)
     return 0
 

@@ -14,11 +14,10 @@ Each part is one run; its numbers replace those of an earlier one in --out.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ from diffusion_accel import LatentTransparency, accelerate
 from diffusion_accel.compositing import checkerboard, over
 from diffusion_accel.evaluation.cutouts import cutout_faults, flood_filled, thresholded
 from diffusion_accel.evaluation.quality import embedded_reference
-from diffusion_accel.measure.comparison import as_tensor
-from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.fidelity import as_tensor, psnr
+from diffusion_accel.measure.timing import interleaved, ratios, seconds_of
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.registry import feature_class
@@ -85,12 +84,13 @@ def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
     plain = torch.cat([pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in target.split(16)])
     pairs = list(zip(rgb.split(16), alpha.split(16), strict=True))
     first = [encode_rgba(pipe.vae, loaded.encoder, *pair) for pair in pairs]
-    began = time.perf_counter()
-    better = [
-        refine_latents(lambda z: pipe.vae.decode(z).sample, loaded.decoder, z, *pair, loaded.refine)
-        for z, pair in zip(first, pairs, strict=True)
-    ]
-    seconds = (time.perf_counter() - began) / len(rgb)
+    better: list[torch.Tensor] = []
+
+    def refine() -> None:
+        for z, pair in zip(first, pairs, strict=True):
+            better.append(refine_latents(lambda z: pipe.vae.decode(z).sample, loaded.decoder, z, *pair, loaded.refine))
+
+    seconds = seconds_of(refine) / len(rgb)
     found: dict[str, Any] = {
         "pictures": len(rgb),
         "vae_psnr": median(psnr((plain / 2 + 0.5).clamp(0, 1), target / 2 + 0.5)),
@@ -144,9 +144,9 @@ def rivals() -> dict[str, Any]:
     """The ad-hoc ways to cut an image on white out, with several settings each."""
     found: dict[str, Any] = {}
     for tolerance in (4, 8, 16, 32, 48):
-        found[f"flood fill, tolerance {tolerance}"] = partial(flood_filled, tolerance=tolerance)
+        found[f"flood fill, tolerance {tolerance}"] = functools.partial(flood_filled, tolerance=tolerance)
     for low, high in ((4, 20), (8, 40), (16, 64), (24, 128)):
-        found[f"threshold {low} to {high}"] = partial(thresholded, low=low, high=high)
+        found[f"threshold {low} to {high}"] = functools.partial(thresholded, low=low, high=high)
     return found
 
 
@@ -230,20 +230,16 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
     """Interleaved: the adapted base without decoding, then with 1, 4 and 8 views."""
     pipes = {v: accelerate(pipeline(), LatentTransparency(weights=options.weights, views=v)) for v in (0, 1, 4, 8)}
     pipes[-1] = pipeline()
-    seconds: dict[int, list[float]] = {views: [] for views in pipes}
-    for k in range(options.rounds + 1):
-        for views, pipe in pipes.items():
-            began = time.perf_counter()
-            pipe("red apple, 3d style", generator=torch.Generator().manual_seed(k), **CALL)
-            if k:
-                seconds[views].append(time.perf_counter() - began)
+
+    def draw_one(pipe: Any) -> None:
+        pipe("red apple, 3d style", generator=torch.Generator().manual_seed(0), **CALL)
+
+    seconds = interleaved({v: functools.partial(draw_one, pipe) for v, pipe in pipes.items()}, options.rounds)
     found: dict[str, Any] = {"rounds": options.rounds, "threads": torch.get_num_threads()}
     for views, name in ((0, "adapted, RGB"), (1, "1 view"), (4, "4 views"), (8, "8 views")):
-        ratios = [a / b for a, b in zip(seconds[views], seconds[-1], strict=True)]
-        found[f"{name} / plain"] = round(statistics.median(ratios), 3)
+        found[f"{name} / plain"] = round(statistics.median(ratios(seconds[views], seconds[-1])), 3)
         if views:
-            ratios = [a / b for a, b in zip(seconds[views], seconds[0], strict=True)]
-            found[f"{name} / adapted, RGB"] = round(statistics.median(ratios), 3)
+            found[f"{name} / adapted, RGB"] = round(statistics.median(ratios(seconds[views], seconds[0])), 3)
     return found
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure.fidelity import EQUAL, fidelity, spread
+from diffusion_accel.measure.timing import in_turn, ratios
 from diffusion_accel.pipelines.sizes import far_from_trained
 
 from .entries import Entry
@@ -110,7 +113,7 @@ def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress
     rows = {entry: Row(entry.name, entry.kind) for entry in (BASELINE, *entries)}
     places: dict[Entry, Runner | Isolated] = {}
     facts: dict[Entry, dict[str, float]] = {}
-    seconds: dict[Entry, list[float]] = {entry: [] for entry in rows}
+    seconds: dict[Entry, list[float]] = {}
 
     def attempt(entry: Entry, what: Callable[[], None]) -> None:
         try:
@@ -133,25 +136,22 @@ def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress
             attempt(entry, prepare)
         if rows[BASELINE].failed:
             raise RuntimeError(f"the baseline itself fails: {rows[BASELINE].failed}")
-        for turn in range(rounds + 1):
-            progress(f"times: round {turn} of {rounds}")
-            for entry in rows:
 
-                def once(entry: Entry = entry, turn: int = turn) -> None:
-                    took = places[entry].seconds(entry)
-                    if turn:  # the first warms up
-                        seconds[entry].append(took)
+        def once(entry: Entry) -> float:
+            took = [math.nan]  # of an entry that has failed
+            if rows[entry].failed is None:
+                attempt(entry, lambda: took.append(places[entry].seconds(entry)))
+            return took[-1]
 
-                if rows[entry].failed is None:
-                    attempt(entry, once)
+        turns = {entry: functools.partial(once, entry) for entry in rows}
+        seconds = in_turn(turns, rounds, told=lambda turn: progress(f"times: round {turn} of {rounds}"))
     finally:
         for place in places.values():
             if isinstance(place, Isolated):
                 place.close()
     for entry, row in rows.items():
         if row.failed is None:
-            pairs = zip(seconds[BASELINE], seconds[entry], strict=True)
-            row.time_ratio = round(statistics.median(base / own for base, own in pairs), 3)
+            row.time_ratio = round(statistics.median(ratios(seconds[BASELINE], seconds[entry])), 3)
             row.flop_ratio = round(facts[BASELINE]["flops"] / facts[entry]["flops"], 3)
             row.peak_mib = round(facts[entry]["peak_mib"], 1)
     return list(rows.values())
@@ -191,27 +191,24 @@ def compare(row: Row, base: Any, converged: Any) -> None:
     """The fidelity of a row's images."""
     if row.failed is not None or row.images is None:
         return
-    each = psnr(base, row.images)
-    row.psnr, row.psnr_each = _spread(each), [round(v, 2) for v in each.clamp(max=200.0).tolist()]
-    side = min(base.shape[-2:])
-    if side >= 11:
-        row.ssim = _spread(ssim(base, row.images), 4)
-    if side >= MS_SSIM_FROM:
+    found = fidelity(base, row.images)
+    row.psnr, row.psnr_each = _spread(found.psnr), [round(min(v, EQUAL), 2) for v in found.psnr]
+    if found.ssim:
+        row.ssim = _spread(found.ssim, 4)
+    if min(base.shape[-2:]) >= MS_SSIM_FROM:
         try:
             from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
         except ImportError:
             pass
         else:
             values = [float(ms_ssim(a[None], b[None], data_range=1.0)) for a, b in zip(row.images, base, strict=True)]
-            row.ms_ssim = _spread(torch.tensor(values), 4)
+            row.ms_ssim = _spread(values, 4)
     if converged is not None:
-        row.psnr_converged = _spread(psnr(converged, row.images))[0]
+        row.psnr_converged = _spread(fidelity(converged, row.images).psnr)[0]
 
 
-def _spread(values: torch.Tensor, digits: int = 2) -> list[float]:
-    """Median and worst decile; 200 dB for equal images."""
-    finite = values.double().clamp(max=200.0)
-    return [round(float(finite.quantile(share)), digits) for share in (0.5, 0.1)]
+def _spread(values: Sequence[float], digits: int = 2) -> list[float]:
+    return [round(value, digits) for value in spread(values)]
 
 
 def _converged(local: Runner, job: Job) -> Any:

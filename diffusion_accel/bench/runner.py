@@ -13,7 +13,6 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -132,12 +131,10 @@ class Runner:
 
     def seconds(self, entry: Entry) -> float:
         """Of one image."""
+        from diffusion_accel.measure.timing import seconds_of
+
         with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
-            self._synchronise()
-            began = time.perf_counter()
-            sampler.images()
-            self._synchronise()
-            return time.perf_counter() - began
+            return seconds_of(sampler.images, self.job.device)
 
     def facts(self, entry: Entry) -> dict[str, float]:
         """FLOPs of one image's call, and the peak memory in MiB while it runs (None where it cannot be measured)."""
@@ -149,12 +146,6 @@ class Runner:
             reset_peak(self.job.device)
             sampler.images()
             return {"flops": count.total, "peak_mib": peak_mib(self.job.device)}
-
-    def _synchronise(self) -> None:
-        if self.job.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize()
 
 
 class Isolated:

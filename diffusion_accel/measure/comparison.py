@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from PIL import Image
 
 from diffusion_accel.changes import Changes
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.report import Report
 
-from .fidelity import psnr, ssim
+from .fidelity import Fidelity, fidelity
+from .timing import interleaved, ratios
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -25,35 +28,40 @@ class Comparison:
     Attributes:
         time_ratio: median over rounds of baseline seconds / accelerated seconds (above 1: faster).
         flop_ratio: baseline FLOPs / accelerated FLOPs of the whole call, decoding included.
-        psnr, ssim: of each image against the baseline's, dB (infinite if equal) and −1 … 1.
+        fidelity: of each image to the baseline's.
         baseline, accelerated: the images.
         report: the accelerated call's report, without the slow-down of counting.
     """
 
     time_ratio: float
     flop_ratio: float
-    psnr: list[float]
-    ssim: list[float]
+    fidelity: Fidelity
     baseline: list[Image.Image]
     accelerated: list[Image.Image]
-    report: Any
+    report: Report
+
+    @property
+    def psnr(self) -> list[float]:
+        """Of each image, in dB; infinite for equal ones."""
+        return list(self.fidelity.psnr)
+
+    @property
+    def ssim(self) -> list[float]:
+        """Of each image, −1 … 1; NaN for images that are too small for SSIM."""
+        return list(self.fidelity.ssim) or [float("nan")] * len(self.fidelity)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as JSON values (infinite PSNR as None)."""
-        return {
-            "time_ratio": round(self.time_ratio, 3),
-            "flop_ratio": round(self.flop_ratio, 3),
-            "psnr": [None if p == float("inf") else round(p, 2) for p in self.psnr],
-            "ssim": [round(s, 4) for s in self.ssim],
-        }
+        numbers = {"time_ratio": round(self.time_ratio, 3), "flop_ratio": round(self.flop_ratio, 3)}
+        return numbers | self.fidelity.to_dict()
 
 
 def compare(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     call: Callable[[Any], list[Image.Image]],
     rounds: int = 1,
     flop_ratio: float | None = None,
-    plain: Any = None,
+    plain: DiffusionPipeline | None = None,
 ) -> Comparison:
     """Run `call(pipe)` with the enabled features of `pipe` off and on, and compare.
 
@@ -74,49 +82,33 @@ def compare(
         raise ConfigurationError("there is nothing to compare: no feature that accelerates is enabled")
     images: dict[bool, list[Image.Image]] = {}
     flops: dict[bool, float] = {}
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    report = None
+    sides = {False: pipe if plain is None else plain, True: pipe}
 
-    def side(on: bool) -> Any:
+    @contextmanager
+    def side(on: bool) -> Iterator[None]:
         if enabled:
             handle.enable(*enabled) if on else handle.disable(*enabled)
-        return pipe if on or plain is None else plain
+        yield
 
     with Changes() as changes:
-        changes.add(lambda: side(True))
-        for one in (pipe, plain):
-            if one is not None:
-                changes.set(one.acceleration, "count_flops", False)
-        for on in (False, True):
-            current = side(on)
-            current.acceleration.count_flops = flop_ratio is None
-            images[on] = call(current)
-            flops[on] = current.acceleration.report().flops or 0.0
-            current.acceleration.count_flops = False
-        for _ in range(rounds):
-            for on in (False, True):
-                current = side(on)
-                began = time.perf_counter()
-                call(current)
-                seconds[on].append(time.perf_counter() - began)
+        if enabled:
+            changes.add(lambda: handle.enable(*enabled))
+        for one in sides.values():
+            changes.set(one.acceleration, "count_flops", False)
+        for on, current in sides.items():
+            with side(on):
+                current.acceleration.count_flops = flop_ratio is None
+                images[on] = call(current)
+                flops[on] = current.acceleration.report().flops or 0.0
+                current.acceleration.count_flops = False
+        calls = {on: lambda current=current: call(current) for on, current in sides.items()}
+        seconds = interleaved(calls, rounds, warmup=0, around=side)
         report = handle.report()
-    pairs = zip(seconds[False], seconds[True], strict=True)
-    a, b = as_tensor(images[False]), as_tensor(images[True])
     return Comparison(
-        time_ratio=statistics.median(base / fast for base, fast in pairs),
+        time_ratio=statistics.median(ratios(seconds[False], seconds[True])),
         flop_ratio=flops[False] / flops[True] if flop_ratio is None else flop_ratio,
-        psnr=psnr(a, b).tolist(),
-        ssim=ssim(a, b).tolist(),
+        fidelity=fidelity(images[False], images[True]),
         baseline=images[False],
         accelerated=images[True],
         report=report,
     )
-
-
-def as_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """PIL images of one size as (N, 3, H, W) in [0, 1]; RGBA ones as (N, 4, H, W), colours premultiplied by alpha."""
-    mode = "RGBA" if images[0].mode == "RGBA" else "RGB"
-    arrays = np.stack([np.asarray(image.convert(mode), dtype=np.float32) / 255 for image in images])
-    if mode == "RGBA":
-        arrays[..., :3] *= arrays[..., 3:]
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2)

@@ -2,10 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from diffusion_accel.errors import ConfigurationError
+
+EQUAL = 200.0  # dB; what equal images count as where a number is needed, and the most that any two count as
+WINDOW = 11  # pixels on a side of SSIM's window; smaller images have none
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near images are to a reference, image by image.
+
+    Attributes:
+        psnr: of each image, in dB; infinite for equal images.
+        ssim: of each image, −1 … 1; empty where the images are smaller than SSIM's window (11x11 pixels).
+    """
+
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.psnr)
+
+    @property
+    def psnr_median(self) -> float:
+        """In dB, at most `EQUAL`."""
+        return spread(self.psnr)[0]
+
+    @property
+    def psnr_worst_decile(self) -> float:
+        """The PSNR in dB that nine images of ten reach, at most `EQUAL`."""
+        return spread(self.psnr)[1]
+
+    @property
+    def ssim_median(self) -> float | None:
+        """None for images that are too small for SSIM."""
+        return spread(self.ssim)[0] if self.ssim else None
+
+    @property
+    def ssim_worst_decile(self) -> float | None:
+        """The SSIM that nine images of ten reach; None for images that are too small for it."""
+        return spread(self.ssim)[1] if self.ssim else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: PSNR with two digits (None for equal images), SSIM with four."""
+        return {
+            "psnr": [None if value == float("inf") else round(value, 2) for value in self.psnr],
+            "ssim": [round(value, 4) for value in self.ssim],
+        }
+
+
+def fidelity(reference: torch.Tensor | Sequence[Image.Image], images: torch.Tensor | Sequence[Image.Image]) -> Fidelity:
+    """PSNR and SSIM of each image to the one of the reference in the same place.
+
+    Args:
+        reference, images: (N, C, H, W) in [0, 1], or N PIL images of one size (`as_tensor`).
+
+    Raises:
+        ConfigurationError: they are not two batches of one shape.
+    """
+    a, b = (x if isinstance(x, torch.Tensor) else as_tensor(x) for x in (reference, images))
+    values = psnr(a, b).tolist()
+    return Fidelity(tuple(values), tuple(ssim(a, b).tolist()) if min(a.shape[-2:]) >= WINDOW else ())
+
+
+def spread(values: Sequence[float] | torch.Tensor, most: float = EQUAL) -> tuple[float, float]:
+    """Median and worst decile (the value that nine of ten reach); none of the values counts as more than `most`."""
+    finite = torch.as_tensor(values, dtype=torch.float64).clamp(max=most)
+    return float(finite.quantile(0.5)), float(finite.quantile(0.1))
+
+
+def as_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """PIL images of one size as (N, 3, H, W) in [0, 1]; RGBA ones as (N, 4, H, W), colours premultiplied by alpha."""
+    mode = "RGBA" if images[0].mode == "RGBA" else "RGB"
+    arrays = np.stack([np.asarray(image.convert(mode), dtype=np.float32) / 255 for image in images])
+    if mode == "RGBA":
+        arrays[..., :3] *= arrays[..., 3:]
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2)
 
 
 def psnr(reference: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -36,8 +117,8 @@ def ssim(reference: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """
     _check(reference, images)
     channels, height, width = reference.shape[1:]
-    if min(height, width) < 11:
-        raise ConfigurationError(f"SSIM needs images of at least 11x11 pixels, got {width}x{height}")
+    if min(height, width) < WINDOW:
+        raise ConfigurationError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, got {width}x{height}")
     offsets = torch.arange(-5, 6, dtype=torch.float64, device=reference.device)
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
     window = window / window.sum()

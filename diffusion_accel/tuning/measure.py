@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.measure.timing import seconds_of
 from diffusion_accel.prediction import SPACES, Conversion
 from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.reuse.reuse import Reuse
@@ -66,13 +66,6 @@ class Reference:
     @classmethod
     def measure(cls, sampler: Sampler, heldout: Sampler) -> Reference:
         return cls(sampler, heldout, sampler.pipe.scheduler, sampler.images())
-
-
-def seconds_of(work: Callable[[], Any]) -> float:
-    """How long a piece of work takes; all that a search and its result say of time comes from here."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bool, tell: Callable[[], None]) -> Costs:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import statistics
-import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffusion_accel.denoisers import find_denoiser
 from diffusion_accel.measure.fidelity import psnr, ssim
 from diffusion_accel.measure.grids import data_url
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.measure.timing import interleaved, ratios
 from diffusion_accel.quant.layers import quantized_layers
 from diffusion_accel.quant.model import RUNTIMES, runtime_report, set_runtime
 
@@ -136,29 +138,28 @@ def measure(
 
 def _times(full: Sampler, quantized: Sampler, model: Any, rounds: int) -> tuple[dict[str, float], dict[str, int]]:
     names = [r for r in RUNTIMES if r != "auto"] + ["auto"]
-    seconds: dict[str, list[float]] = {"float32": [], **{n: [] for n in names}}
     picked: dict[str, int] = {}
     keep: dict[str, list[Any]] = {}
     layers = list(quantized_layers(model).values())
     for name in names:  # each runtime keeps its packed weights while the others have their turns
         set_runtime(model, name)
         keep[name] = [layer.runtime for layer in layers]
-    for turn in range(rounds + 1):
-        for name, took in seconds.items():
-            if name in keep:
-                for layer, runtime in zip(layers, keep[name], strict=True):
-                    layer.runtime = runtime
-            began = time.perf_counter()
-            (full if name == "float32" else quantized).images()
-            if turn:
-                took.append(time.perf_counter() - began)
-            if name == "auto":
-                picked = dict(Counter(runtime_report(model).values()))
+
+    @contextmanager
+    def runtime_of(name: str) -> Iterator[None]:
+        if name in keep:
+            for layer, runtime in zip(layers, keep[name], strict=True):
+                layer.runtime = runtime
+        yield
+        if name == "auto":
+            picked.clear()
+            picked.update(Counter(runtime_report(model).values()))
+
+    calls = {"float32": full.images, **dict.fromkeys(names, quantized.images)}
+    seconds = interleaved(calls, rounds, around=runtime_of)
     set_runtime(model)
     base = seconds.pop("float32")
-    return {
-        n: round(statistics.median(b / o for b, o in zip(base, t, strict=True)), 3) for n, t in seconds.items()
-    }, picked
+    return {name: round(statistics.median(ratios(base, took)), 3) for name, took in seconds.items()}, picked
 
 
 # ---------------------------------------------------------------------- HTML

@@ -10,8 +10,7 @@ import torch
 
 from diffusion_accel import EncoderReuse, LatentTransparency, Reuse, accelerate
 from diffusion_accel.evaluation.cutouts import thresholded
-from diffusion_accel.measure.comparison import as_tensor
-from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.fidelity import as_tensor, psnr
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
 

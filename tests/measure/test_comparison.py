@@ -10,7 +10,8 @@ from PIL import Image
 from zoo import sd
 
 from diffusion_accel import ConfigurationError, EncoderReuse, accelerate
-from diffusion_accel.measure.comparison import as_tensor, compare
+from diffusion_accel.measure.comparison import compare
+from diffusion_accel.measure.fidelity import as_tensor
 from diffusion_accel.measure.grids import difference, grid
 
 

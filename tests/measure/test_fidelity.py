@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from diffusion_accel import ConfigurationError
-from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure.fidelity import EQUAL, Fidelity, fidelity, psnr, ssim
 
 
 def images(seed: int, n: int = 3, size: tuple[int, int] = (24, 31)) -> torch.Tensor:
@@ -53,3 +54,24 @@ def test_wrong_shapes_are_refused() -> None:
         psnr(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 15))
     with pytest.raises(ConfigurationError, match="11x11"):
         ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
+
+
+def test_the_record_of_a_batch() -> None:
+    a, b = images(0, 20), images(1, 20)
+    found = fidelity(a, b)
+    assert found.psnr == tuple(psnr(a, b).tolist()) and found.ssim == tuple(ssim(a, b).tolist()) and len(found) == 20
+    assert found.psnr_median == float(psnr(a, b).quantile(0.5))
+    assert found.ssim_worst_decile == float(ssim(a, b).quantile(0.1))
+    assert found.psnr_worst_decile <= found.psnr_median
+    assert found.to_dict()["psnr"] == [round(value, 2) for value in found.psnr]
+
+
+def test_equal_and_small_images_have_a_record_too() -> None:
+    same = fidelity(images(0), images(0))
+    assert (same.psnr_median, same.ssim_median) == (EQUAL, 1.0) and same.to_dict()["psnr"] == [None] * 3
+    small = fidelity(images(0, size=(8, 8)), images(1, size=(8, 8)))
+    assert small.ssim == () and small.ssim_median is None and small.ssim_worst_decile is None
+    red, blue = Image.new("RGB", (20, 16), (255, 0, 0)), Image.new("RGB", (20, 16), (0, 0, 255))
+    assert fidelity([red, red], [red, blue]) == Fidelity(
+        (float("inf"), pytest.approx(1.76, abs=0.01)), (1.0, pytest.approx(0.33, abs=0.05))
+    )
