@@ -245,6 +245,16 @@ def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return named
 
 
+def call_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a method is called with, by name and with its defaults; empty if it does not take that."""
+    try:
+        bound = inspect.signature(call).bind_partial(None, *args, **kwargs)
+    except TypeError:
+        return {}  # the call itself says why
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
 def as_given(
     module: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -14,7 +14,8 @@ import torch
 from diffusers.hooks import ModelHook
 
 from .changes import Changes
-from .denoisers.families import UNITS, family_of, time_argument, told
+from .denoisers.families import UNITS, Unit, family_of
+from .denoisers.timestep import time_argument, told
 from .errors import CallStateError
 from .hooks import HookSet, bind_forward, model_of, version_of
 from .noise_level import noise_levels
@@ -63,7 +64,7 @@ class StepClock:
         self.steps = 0
         self.calls = 0
         self._all: list[float] = []
-        self._told: dict[str, list[float]] = {}  # what the denoiser is told at each of them, by unit
+        self._told: dict[Unit, list[float]] = {}  # what the denoiser is told at each of them, by unit
         self._version = 0
         self._tensor: torch.Tensor | None = None
         self._start = 0
@@ -133,7 +134,7 @@ class StepClock:
         fresh = self._is_new(current)
         if fresh:
             self._tensor, self._version, self._all = current, version_of(current), [float(t) for t in current.tolist()]
-            units = [self.family.time] if self.family.time else list(UNITS)
+            units: list[Unit] = [self.family.time] if self.family.time else list(UNITS)
             self._told = {unit: told(self.pipeline, self.scheduler, unit) for unit in units}
         position = self._locate(timestep, fresh)
         moved = position != self._position
@@ -183,7 +184,7 @@ class StepClock:
             same = own.data_ptr() == known.data_ptr() or (self.family.views and own.nbytes() == known.nbytes())
             if same and timestep.dtype == tensor.dtype and tensor.stride() == (1,):
                 self.exact = True
-                return timestep.storage_offset() - tensor.storage_offset()
+                return int(timestep.storage_offset() - tensor.storage_offset())
             if timestep.device.type != "cpu" and not fresh:  # reading its value would wait for the device
                 self.exact = False
                 return min(self._position + int(self._stepped), len(self._all) - 1)
@@ -196,7 +197,7 @@ class StepClock:
         if timestep is None:
             return nearest
         value, rounding = _value(timestep)
-        found: dict[str, tuple[int, float, int]] = {}  # how far from where it is expected, how badly it fits, where
+        found: dict[Unit, tuple[int, float, int]] = {}  # how far from where it is expected, how badly it fits, where
         for unit, values in self._told.items():
             errors = [(i, abs(t - value)) for i, t in enumerate(values)]
             there = [(abs(i - nearest), e, i) for i, e in errors if e <= rounding * max(1.0, abs(values[i]))]

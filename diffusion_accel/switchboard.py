@@ -15,12 +15,11 @@ from diffusers import DiffusionPipeline
 
 from .changes import Changes
 from .denoisers import called_denoisers, closed_inside, find_controlnet, find_denoisers, models_of_a_call
-from .denoisers.families import call_arguments
 from .errors import CallStateError, ConfigurationError, FeatureConflictError, UnsupportedPipelineError
 from .feature import Attachment, Feature, alive
 from .finite import finite_call
 from .flops import count_flops
-from .hooks import bind_method, run_uncompiled
+from .hooks import bind_method, call_arguments, run_uncompiled
 from .mixin import AcceleratedMixin
 from .registry import FEATURES, feature_class
 from .report import Report

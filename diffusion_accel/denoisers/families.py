@@ -1,24 +1,55 @@
-"""What diffusers' pipelines do with their denoiser, as data: the branches of guidance, the unit of the timestep, calls.
+"""What is known of diffusers' pipelines and models, by class, as data. Nothing here imports torch.
 
-Nothing here is guessed from values. A pipeline belongs to the family of the class whose `__call__` it runs; one with a
-loop of its own is unknown, and what would need to know more of it is refused.
+Two tables, a row for each class or for all that are alike: `PipelineFamily`, what a pipeline does in its loop, and
+`ModelFamily`, what a model is made of. Nothing is guessed from values: a pipeline belongs to the
+family of the class whose `__call__` it runs, and what would need to know more of an unknown one is refused.
+
+A class of diffusers gets a row in these tables, one of somebody else `register_family`; see
+docs/design/support-a-new-model.md.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import torch
+from diffusion_accel.errors import ConfigurationError
 
-from diffusion_accel.hooks import forward_parameters
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
 
-from . import find_denoiser, find_denoisers, mixes_rows, not_a_unet
+
+# ---------------------------------------------------------------------- the timestep
+@dataclass(frozen=True)
+class Moment:
+    """An entry of a scheduler's timesteps: its value, σ where the scheduler has it, and what the units divide by."""
+
+    timestep: float
+    sigma: float
+    training: float
+    scale: float
 
 
+#: what the denoiser is told of a scheduler's timestep, by unit
+UNITS: dict[str, Callable[[Moment], float]] = {
+    "t": lambda m: m.timestep,
+    "t/1000": lambda m: m.timestep / m.training,
+    "1-t/1000": lambda m: 1 - m.timestep / m.training,
+    "t*scale": lambda m: m.timestep * m.scale,
+    "sigma": lambda m: m.sigma,
+    "sigma/(1+sigma)": lambda m: m.sigma / (1 + m.sigma),
+    "log(sigma)/4": lambda m: math.log(max(m.sigma, 1e-12)) / 4,
+    "scm": lambda m: math.sin(m.timestep) / (math.cos(m.timestep) + math.sin(m.timestep)),
+}
+Unit = str | Callable[[Moment], float]
+
+
+# ---------------------------------------------------------------------- what a row says
 @dataclass(frozen=True)
 class Branches:
     """The two branches of guidance as halves of a batch; `conditional_first` says in which order."""
@@ -37,12 +68,17 @@ class Branches:
 
     def joined(self, conditional: torch.Tensor, difference: torch.Tensor | None = None) -> torch.Tensor:
         """Both branches from the conditional one and their difference; without it they are the same."""
+        import torch  # heavy: torch, which reading the tables does not need
+
         other = conditional if difference is None else conditional + difference
         return torch.cat([conditional, other] if self.conditional_first else [other, conditional])
 
 
+GUIDED = ("property", "above 1", "not 1")
+
+
 @dataclass(frozen=True)
-class Family:
+class PipelineFamily:
     """What a pipeline class does with its denoiser.
 
     Attributes:
@@ -50,25 +86,76 @@ class Family:
         calls: it calls its denoiser for the conditional branch, then, with guidance, for the unconditional one.
         reason: why no branch can be left out, as the end of a sentence; empty if one can.
         guided: how a call says that it uses guidance: "property": `do_classifier_free_guidance`; "above 1" or "not 1":
-            by its argument `guidance_scale`; "always".
-        time: the unit in which it tells the denoiser the scheduler's timestep: one of `UNITS`; "": not known.
+            by its argument `guidance_scale`.
+        time: what it tells the denoiser of the scheduler's timestep: one of `UNITS`, or a function of a `Moment`; "":
+            not known, each of `UNITS` is tried.
         views: it calls denoiser and scheduler once for each view of the image at every step.
-        whole: why no step of the denoiser can be left out; None if any can.
+        whole: why no step of the denoiser can be left out, as the end of a sentence; None if any can.
+        reads: why no part of its U-Net can be left out at any step, as a sentence; None if one can. Holds for
+            subclasses with a loop of their own, too.
     """
 
     branches: Branches | None = None
     calls: bool = False
     reason: str = ""
     guided: str = "property"
-    time: str = "t"
+    time: Unit = "t"
     views: bool = False
     whole: str | None = None
+    reads: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.guided not in GUIDED:
+            raise ConfigurationError(f"guided must be one of {', '.join(GUIDED)}, got {self.guided!r}")
+        if isinstance(self.time, str) and self.time not in ("", *UNITS):
+            raise ConfigurationError(f"time must be one of {', '.join(UNITS)}, or a function, got {self.time!r}")
+        if sum((self.branches is not None, self.calls, bool(self.reason))) > 1:
+            raise ConfigurationError("branches, calls and reason exclude each other: a pipeline has one layout")
 
 
-_HALVES, _SWAPPED = Branches(), Branches(conditional_first=True)
+KINDS = ("unet", "transformer", "autoencoder", "controlnet")
+PRESETS = ("", "sd", "sdxl", "lsun", "dit")
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What a model class is made of.
+
+    Attributes:
+        kind: one of `KINDS`.
+        stream_lists: of a transformer whose blocks add to streams: the lists that hold them, in the order in which
+            `forward` runs them; "a|b": a block of each list in turn. What lies between two blocks only moves values or
+            adds what does not come from the stream.
+        streams: by class of block, the arguments that it adds to, in the order in which it returns them; one stream
+            comes as a tensor.
+        splittable: its layers look beyond one position only by convolutions, group normalisation and self-attention,
+            so they can work on slices of the image that exchange their borders.
+        time: what it takes for the timestep, as in `PipelineFamily`; "": not known.
+        frames_dim: of a (B, ., ., H, W) sample of a video, the dimension of the frames.
+        preset: which layers of it post-training quantization finetunes, one of `PRESETS`; "": by what it is made of.
+    """
+
+    kind: str
+    stream_lists: tuple[str, ...] = ()
+    streams: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    splittable: bool = False
+    time: Unit = ""
+    frames_dim: int = 2
+    preset: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("kind", self.kind, KINDS), ("preset", self.preset, PRESETS)):
+            if value not in allowed:
+                raise ConfigurationError(f"{name} must be one of {', '.join(filter(None, allowed))}, got {value!r}")
+        if bool(self.stream_lists) != bool(self.streams):
+            raise ConfigurationError("stream_lists and streams come together: where the blocks are, and what they add")
+
+
+# ---------------------------------------------------------------------- pipelines
+HALVES, _SWAPPED = Branches(), Branches(conditional_first=True)
 _CALLS = "it calls its denoiser several times for what it guides by"
 _CONDITIONED = "its branches are given different latents"
-_DISTILLED = "it calls its denoiser for one branch only (its guidance, if it has any, is an input of the model)"
+DISTILLED = "it calls its denoiser for one branch only (its guidance, if it has any, is an input of the model)"
 _THREE = "its batch has more than an unconditional and a conditional half"
 _INTERLEAVED = "its batch has the branches of guidance in turn, one view after the other"
 _OWN = "it decides by itself at which steps it uses guidance"
@@ -82,11 +169,16 @@ _TWO_KINDS = "its denoiser predicts two things at once (such as video and sound)
 _THROUGH = "it moves the latents by gradients through its denoiser"
 _PARALLEL = "it denoises several timesteps in one batch"
 
+_MAPS = "the edit masks are computed from attention maps of every step"
+_ATTENTION = "self-attention guidance reads the mid block's attention maps at every step"
+_EXCITES = "attend-and-excite optimises the latents through the encoder"
+_MASK = "the mask is computed from differences between single predictions"
+
 # A text of class names for each family; "Name" stands for "NamePipeline".
-_FAMILIES: tuple[tuple[Family, str], ...] = (
+_PIPELINES: tuple[tuple[PipelineFamily, str], ...] = (
     # ------------------------------------------------ halves of a batch, unconditional first
     (
-        Family(_HALVES),
+        PipelineFamily(HALVES),
         """
         AltDiffusion AltDiffusionImg2Img AnimateDiff AnimateDiffControlNet AnimateDiffSDXL AnimateDiffSparseControlNet
         AnimateDiffVideoToVideo AnimateDiffVideoToVideoControlNet AnyFlow Bria CogView3Plus EasyAnimate
@@ -103,10 +195,10 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
         StableDiffusionXLInpaint StableVideoDiffusion
         """,
     ),
-    (Family(_HALVES, time="t/1000"), "PRX PRXPixel"),
-    (Family(_HALVES, time="t*scale"), "Sana"),
+    (PipelineFamily(HALVES, time="t/1000"), "PRX PRXPixel"),
+    (PipelineFamily(HALVES, time="t*scale"), "Sana"),
     (
-        Family(_HALVES, guided="above 1"),
+        PipelineFamily(HALVES, guided="above 1"),
         """
         Allegro AudioLDM AudioLDM2 BlipDiffusion BlipDiffusionControlNet BriaFibo BriaFiboEdit CogVideoX
         CogVideoXFunControl CogVideoXImageToVideo CogVideoXVideoToVideo ConsisID IF IFImg2Img IFImg2ImgSuperResolution
@@ -117,15 +209,15 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
         TextToVideoZero TextToVideoZeroSDXL VideoToVideoSD VQDiffusion
         """,
     ),
-    (Family(_HALVES, guided="above 1", time="t/1000"), "AuraFlow"),
-    (Family(_HALVES, guided="above 1", time="log(sigma)/4"), "StableDiffusionLatentUpscale"),
-    (Family(_HALVES, guided="not 1"), "LDMTextToImage"),
+    (PipelineFamily(HALVES, guided="above 1", time="t/1000"), "AuraFlow"),
+    (PipelineFamily(HALVES, guided="above 1", time="log(sigma)/4"), "StableDiffusionLatentUpscale"),
+    (PipelineFamily(HALVES, guided="not 1"), "LDMTextToImage"),
     # ------------------------------------------------ halves of a batch, conditional first
-    (Family(_SWAPPED, guided="above 1"), "DiT"),
-    (Family(_SWAPPED, time="1-t/1000"), "Lumina"),
+    (PipelineFamily(_SWAPPED, guided="above 1"), "DiT"),
+    (PipelineFamily(_SWAPPED, time="1-t/1000"), "Lumina"),
     # ------------------------------------------------ a call for each branch, conditional first
     (
-        Family(calls=True),
+        PipelineFamily(calls=True),
         """
         ChronoEdit CogView4 CogView4Control Helios HeliosPyramid HunyuanSkyreelsImageToVideo HunyuanVideo
         HunyuanVideoFramepack HunyuanVideoImageToVideo JoyImageEdit Kandinsky5I2I Kandinsky5I2V Kandinsky5T2I
@@ -133,7 +225,7 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
         """,
     ),
     (
-        Family(calls=True, time="t/1000"),
+        PipelineFamily(calls=True, time="t/1000"),
         """
         BriaFibo2 Chroma ChromaImg2Img ChromaInpaint Flux FluxControlNet FluxImg2Img FluxInpaint FluxKontext
         FluxKontextInpaint Flux2Klein Flux2KleinInpaint Krea2 LongCatAudioDiT LongCatImage LongCatImageEdit
@@ -141,14 +233,14 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
         QwenImageEditInpaint QwenImageEditPlus QwenImageImg2Img QwenImageInpaint QwenImageLayered
         """,
     ),
-    (Family(calls=True, time="1-t/1000"), "Lumina2"),
-    (Family(reason=_CONDITIONED), "CosmosTextToWorld CosmosVideoToWorld"),
-    (Family(reason=_CONDITIONED, time="sigma"), "Cosmos2_5_PredictBase Cosmos2_5_Transfer"),
-    (Family(reason=_CONDITIONED, time="sigma/(1+sigma)"), "Cosmos2TextToImage Cosmos2VideoToWorld"),
-    (Family(reason=_CALLS), "StableDiffusionGLIGENTextImage"),
+    (PipelineFamily(calls=True, time="1-t/1000"), "Lumina2"),
+    (PipelineFamily(reason=_CONDITIONED), "CosmosTextToWorld CosmosVideoToWorld"),
+    (PipelineFamily(reason=_CONDITIONED, time="sigma"), "Cosmos2_5_PredictBase Cosmos2_5_Transfer"),
+    (PipelineFamily(reason=_CONDITIONED, time="sigma/(1+sigma)"), "Cosmos2TextToImage Cosmos2VideoToWorld"),
+    (PipelineFamily(reason=_CALLS), "StableDiffusionGLIGENTextImage"),
     # ------------------------------------------------ one branch
     (
-        Family(reason=_DISTILLED),
+        PipelineFamily(reason=DISTILLED),
         """
         AudioDiffusion ConsistencyModel DanceDiffusion DDIM DDPM DreamLiteMobile Kandinsky6SR LatentConsistencyModel
         LatentConsistencyModelImg2Img LDM LDMSuperResolution MarigoldDepth MarigoldIntrinsics MarigoldNormals PNDM
@@ -156,56 +248,150 @@ _FAMILIES: tuple[tuple[Family, str], ...] = (
         """,
     ),
     (
-        Family(reason=_DISTILLED, time="t/1000"),
+        PipelineFamily(reason=DISTILLED, time="t/1000"),
         """
         Flux2 FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNetImg2Img FluxControlNetInpaint FluxFill
         VisualClozeGeneration
         """,
     ),
-    (Family(reason=_DISTILLED, time="scm"), "SanaSprint SanaSprintImg2Img"),
+    (PipelineFamily(reason=DISTILLED, time="scm"), "SanaSprint SanaSprintImg2Img"),
     # ------------------------------------------------ other branches
     (
-        Family(reason=_THREE),
+        PipelineFamily(reason=_THREE),
         """
-        AnimateDiffPAG CycleDiffusion DreamLite HunyuanDiTPAG KolorsPAG LEditsPPPipelineStableDiffusion
-        LEditsPPPipelineStableDiffusionXL OmniGen PixArtSigmaPAG SemanticStableDiffusion
-        StableDiffusion3PAG StableDiffusion3PAGImg2Img StableDiffusionAttendAndExcite StableDiffusionControlNetPAG
-        StableDiffusionControlNetPAGInpaint StableDiffusionDiffEdit StableDiffusionInstructPix2Pix StableDiffusionPAG
-        StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionPipelineSafe
-        StableDiffusionSAG StableDiffusionXLControlNetPAG StableDiffusionXLControlNetPAGImg2Img
+        AnimateDiffPAG CycleDiffusion DreamLite HunyuanDiTPAG KolorsPAG OmniGen PixArtSigmaPAG SemanticStableDiffusion
+        StableDiffusion3PAG StableDiffusion3PAGImg2Img StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint
+        StableDiffusionInstructPix2Pix StableDiffusionPAG StableDiffusionPAGImg2Img StableDiffusionPAGInpaint
+        StableDiffusionPipelineSafe StableDiffusionXLControlNetPAG StableDiffusionXLControlNetPAGImg2Img
         StableDiffusionXLInstructPix2Pix StableDiffusionXLPAG StableDiffusionXLPAGImg2Img StableDiffusionXLPAGInpaint
         """,
     ),
-    (Family(reason=_THREE, time="t*scale"), "SanaPAG"),
-    (Family(reason=_INTERLEAVED, views=True), "StableDiffusionPanorama"),
-    (Family(reason=_OWN), "AceStep"),
-    (Family(reason=_GUIDER), "HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo MotifVideo"),
-    (Family(reason=_GUIDER), "MotifVideoImage2Video"),
-    (Family(reason=_MIXED), "HiDreamImage JoyImageEditPlus LTXI2VLongMultiPrompt SanaWM"),
-    (Family(reason=_TWO_MODELS, time="1-t/1000"), "Ideogram4"),
-    (Family(reason=_CALLS, time="1-t/1000"), "ZImage ZImageControlNet ZImageControlNetInpaint ZImageImg2Img"),
-    (Family(reason=_CALLS, time="1-t/1000"), "ZImageInpaint ZImageOmni"),
+    (PipelineFamily(reason=_THREE, reads=_MAPS), "LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL"),
+    (PipelineFamily(reason=_THREE, reads=_EXCITES), "StableDiffusionAttendAndExcite"),
+    (PipelineFamily(reason=_THREE, reads=_MASK), "StableDiffusionDiffEdit"),
+    (PipelineFamily(reason=_THREE, reads=_ATTENTION), "StableDiffusionSAG"),
+    (PipelineFamily(reason=_THREE, time="t*scale"), "SanaPAG"),
+    (PipelineFamily(reason=_INTERLEAVED, views=True), "StableDiffusionPanorama"),
+    (PipelineFamily(reason=_OWN), "AceStep"),
+    (PipelineFamily(reason=_GUIDER), "HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo"),
+    (PipelineFamily(reason=_GUIDER), "MotifVideo MotifVideoImage2Video"),
+    (PipelineFamily(reason=_MIXED), "HiDreamImage JoyImageEditPlus LTXI2VLongMultiPrompt SanaWM"),
+    (PipelineFamily(reason=_TWO_MODELS, time="1-t/1000"), "Ideogram4"),
+    (PipelineFamily(reason=_CALLS, time="1-t/1000"), "ZImage ZImageControlNet ZImageControlNetInpaint ZImageImg2Img"),
+    (PipelineFamily(reason=_CALLS, time="1-t/1000"), "ZImageInpaint ZImageOmni"),
     # ------------------------------------------------ no step can be left out
-    (Family(reason=_MIXED, whole=_CACHED), "AnyFlowFAR"),
-    (Family(reason=_CALLS, whole=_CACHED), "GlmImage"),
-    (Family(reason=_DISTILLED, time="t/1000", whole=_CACHED), "Flux2KleinKV"),
-    (Family(reason=_DISTILLED, time="", whole=_UNSTEPPED), "ScoreSdeVe KarrasVe"),
-    (Family(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo"),
-    (Family(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcingVideoToVideo"),
-    (Family(reason=_THREE, whole=_THROUGH), "StableDiffusionPix2PixZero"),
-    (Family(reason=_MIXED, whole=_PARALLEL), "StableDiffusionParadigms"),
-    (Family(reason=_MIXED, whole=_TWO_KINDS), "LTX2 LTX2Condition LTX2HDR LTX2ImageToVideo LTX2InContext LTX2DFR"),
-    (Family(reason=_CALLS, whole=_TWO_KINDS), "Cosmos3Omni Kandinsky6TI2VA LTX2DFRTemporalRefine UniDiffuser"),
+    (PipelineFamily(reason=_MIXED, whole=_CACHED), "AnyFlowFAR"),
+    (PipelineFamily(reason=_CALLS, whole=_CACHED), "GlmImage"),
+    (PipelineFamily(reason=DISTILLED, time="t/1000", whole=_CACHED), "Flux2KleinKV"),
+    (PipelineFamily(reason=DISTILLED, time="", whole=_UNSTEPPED), "ScoreSdeVe KarrasVe"),
+    (PipelineFamily(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcing"),
+    (PipelineFamily(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcingImageToVideo"),
+    (PipelineFamily(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcingVideoToVideo"),
+    (PipelineFamily(reason=_THREE, whole=_THROUGH), "StableDiffusionPix2PixZero"),
+    (PipelineFamily(reason=_MIXED, whole=_PARALLEL), "StableDiffusionParadigms"),
+    (PipelineFamily(reason=_MIXED, whole=_TWO_KINDS), "LTX2 LTX2Condition LTX2HDR LTX2ImageToVideo LTX2InContext"),
+    (PipelineFamily(reason=_MIXED, whole=_TWO_KINDS), "LTX2DFR"),
+    (PipelineFamily(reason=_CALLS, whole=_TWO_KINDS), "Cosmos3Omni Kandinsky6TI2VA LTX2DFRTemporalRefine UniDiffuser"),
 )
 
-_BY_NAME = {
-    name if "Pipeline" in name else f"{name}Pipeline": family for family, names in _FAMILIES for name in names.split()
+_PIPELINE_OF = {
+    name if "Pipeline" in name else f"{name}Pipeline": family for family, names in _PIPELINES for name in names.split()
 }
-UNKNOWN = Family(reason="its loop over the steps is not one that this toolkit knows", time="")
+UNKNOWN = PipelineFamily(reason="its loop over the steps is not one that this toolkit knows", time="")
 
 
-def family_of(pipeline: Any) -> Family:
-    """The family of a pipeline, by the class whose `__call__` it runs; `UNKNOWN` if that is not one of diffusers'.
+# ---------------------------------------------------------------------- models
+_ONE = ("hidden_states",)
+_TEXT_FIRST, _TEXT_LAST = ("encoder_hidden_states", "hidden_states"), ("hidden_states", "encoder_hidden_states")
+_BOTH_LISTS = "transformer_blocks single_transformer_blocks"
+
+
+def _transformer(lists: str, streams: Mapping[str, tuple[str, ...]], **facts: Any) -> ModelFamily:
+    return ModelFamily("transformer", tuple(lists.split()), MappingProxyType(dict(streams)), **facts)
+
+
+_BASIC = {"BasicTransformerBlock": _ONE}
+_MODELS: dict[str, ModelFamily] = {
+    # U-Nets and what is built like them
+    "UNet2DModel": ModelFamily("unet", splittable=True, preset="lsun"),
+    "UNet2DConditionModel": ModelFamily("unet", splittable=True),
+    "UNet3DConditionModel": ModelFamily("unet", splittable=True),
+    "UNetMotionModel": ModelFamily("unet", splittable=True),
+    "UNetSpatioTemporalConditionModel": ModelFamily("unet", splittable=True, frames_dim=1),
+    "AutoencoderKL": ModelFamily("autoencoder", splittable=True),
+    "AutoencoderKLTemporalDecoder": ModelFamily("autoencoder", splittable=True),
+    "ControlNetModel": ModelFamily("controlnet", splittable=True),
+    # transformers
+    "AllegroTransformer3DModel": _transformer("transformer_blocks", {"AllegroTransformerBlock": _ONE}),
+    "AuraFlowTransformer2DModel": _transformer(
+        "joint_transformer_blocks single_transformer_blocks",
+        {"AuraFlowJointTransformerBlock": _TEXT_FIRST, "AuraFlowSingleTransformerBlock": _ONE},
+    ),
+    "ChromaTransformer2DModel": _transformer(
+        _BOTH_LISTS, {"ChromaTransformerBlock": _TEXT_FIRST, "ChromaSingleTransformerBlock": _ONE}
+    ),
+    "CogVideoXTransformer3DModel": _transformer("transformer_blocks", {"CogVideoXBlock": _TEXT_LAST}),
+    "CogView3PlusTransformer2DModel": _transformer("transformer_blocks", {"CogView3PlusTransformerBlock": _TEXT_LAST}),
+    "CogView4Transformer2DModel": _transformer("transformer_blocks", {"CogView4TransformerBlock": _TEXT_LAST}),
+    "DiTTransformer2DModel": _transformer("transformer_blocks", _BASIC),
+    "Flux2Transformer2DModel": _transformer(
+        _BOTH_LISTS, {"Flux2TransformerBlock": _TEXT_FIRST, "Flux2SingleTransformerBlock": _ONE}
+    ),
+    "FluxTransformer2DModel": _transformer(
+        _BOTH_LISTS,
+        {"FluxTransformerBlock": _TEXT_FIRST, "FluxSingleTransformerBlock": _TEXT_FIRST},
+        time="t/1000",
+    ),
+    "HunyuanDiT2DModel": _transformer("blocks", {"HunyuanDiTBlock": _ONE}, preset="sd"),
+    "HunyuanVideoTransformer3DModel": _transformer(
+        _BOTH_LISTS,
+        {"HunyuanVideoTransformerBlock": _TEXT_LAST, "HunyuanVideoSingleTransformerBlock": _TEXT_LAST},
+    ),
+    "LTXVideoTransformer3DModel": _transformer("transformer_blocks", {"LTXVideoTransformerBlock": _ONE}),
+    "LatteTransformer3DModel": _transformer("transformer_blocks|temporal_transformer_blocks", _BASIC),
+    "Lumina2Transformer2DModel": _transformer("layers", {"Lumina2TransformerBlock": _ONE}),
+    "MochiTransformer3DModel": _transformer("transformer_blocks", {"MochiTransformerBlock": _TEXT_LAST}),
+    "PixArtTransformer2DModel": _transformer("transformer_blocks", _BASIC),
+    "QwenImageTransformer2DModel": _transformer("transformer_blocks", {"QwenImageTransformerBlock": _TEXT_FIRST}),
+    "SD3Transformer2DModel": _transformer("transformer_blocks", {"JointTransformerBlock": _TEXT_FIRST}),
+    "SanaTransformer2DModel": _transformer("transformer_blocks", {"SanaTransformerBlock": _ONE}),
+    "StableAudioDiTModel": _transformer("transformer_blocks", {"StableAudioDiTBlock": _ONE}, preset="sd"),
+    "Transformer2DModel": _transformer("transformer_blocks", _BASIC),
+    "WanTransformer3DModel": _transformer("blocks", {"WanTransformerBlock": _ONE}),
+}
+#: transformer blocks whose branches (attention, feed-forward) begin where task routing expects them to
+SEPARABLE_BLOCKS = frozenset(
+    {"BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
+)
+
+
+# ---------------------------------------------------------------------- asking
+_registered: dict[type, PipelineFamily | ModelFamily] = {}
+
+
+def register_family(cls: type, family: PipelineFamily | ModelFamily) -> None:
+    """Say what is known of a class that is none of diffusers': a pipeline with a `__call__` of its own, or a model.
+
+    Args:
+        cls: the class itself; subclasses that run the same `__call__` (`forward`) belong to the family, too.
+        family: `PipelineFamily` for a pipeline, `ModelFamily` for a model.
+
+    Raises:
+        ConfigurationError: the class has no `__call__` (`forward`) of its own that the family could be about.
+    """
+    pipeline = isinstance(family, PipelineFamily)
+    method = "__call__" if pipeline else "forward"
+    if not isinstance(cls, type) or method not in vars(cls):
+        name = getattr(cls, "__name__", type(cls).__name__)
+        what = "PipelineFamily says what a pipeline's" if pipeline else "ModelFamily says what a model's"
+        raise ConfigurationError(
+            f"{name} has no {method} of its own; a {what} {method} does: give the class that has it"
+        )
+    _registered[cls] = family
+
+
+def family_of(pipeline: DiffusionPipeline) -> PipelineFamily:
+    """The family of a pipeline, by the class whose `__call__` it runs; `UNKNOWN` if that is none that is known.
 
     A method that only calls the one of its base class, and no denoiser, does not count.
     """
@@ -213,113 +399,27 @@ def family_of(pipeline: Any) -> Family:
         call = cls.__dict__.get("__call__")
         if call is None or "_accelerated_base" in cls.__dict__:
             continue
+        registered = _registered.get(cls)
+        if isinstance(registered, PipelineFamily):
+            return registered
         if cls.__module__.partition(".")[0] == "diffusers":
-            return _BY_NAME.get(cls.__name__, UNKNOWN)
+            return _PIPELINE_OF.get(cls.__name__, UNKNOWN)
         names = set(getattr(getattr(inspect.unwrap(call), "__code__", None), "co_names", ()))
         if not {"super", "__call__"} <= names or names & {"unet", "transformer", "scheduler"}:
             return UNKNOWN
     return UNKNOWN
 
 
-def not_followed(pipeline: Any) -> str | None:
-    """Why the steps of a pipeline's denoiser cannot be told apart or left out; None if they can."""
-    for denoiser in find_denoisers(pipeline):
-        names = forward_parameters(denoiser)
-        if time_argument(names) is None or not {"sample", "hidden_states"} & set(names):
-            return f"{type(denoiser).__name__} does not take latents and a timestep as other denoisers do"
-    whole = family_of(pipeline).whole
-    return None if whole is None else f"no step can be left out: {whole}"
+def model_family(cls: type) -> ModelFamily | None:
+    """The family of a model class itself, not of its base classes; None if it is not known."""
+    registered = _registered.get(cls)
+    return registered if isinstance(registered, ModelFamily) else _MODELS.get(cls.__name__)
 
 
-def no_branches(pipeline: Any) -> str | None:
-    """Why no branch of guidance can be left out at some steps; None if one can."""
-    family, denoiser = family_of(pipeline), find_denoiser(pipeline)
-    if family.reason:
-        return f"{family.reason}, so guidance=both is the only choice"
-    if _is_distilled(pipeline, denoiser):
-        return "its guidance is an input of the distilled model, so guidance=both is the only choice"
-    if denoiser is not None and not_a_unet(denoiser) is None and mixes_rows(denoiser):
-        return "its attention processors may read other rows of a batch, so guidance=both is the only choice"
+def reads_every_step(pipeline: DiffusionPipeline) -> str | None:
+    """Why no step of this pipeline's denoiser may be skipped; None if any may."""
+    for cls in type(pipeline).__mro__:
+        known = _registered.get(cls) or _PIPELINE_OF.get(cls.__name__)
+        if isinstance(known, PipelineFamily) and known.reads is not None:
+            return known.reads
     return None
-
-
-def _is_distilled(pipeline: Any, denoiser: Any) -> bool:
-    """Whether the pipeline never uses guidance with this model, whatever its scale: it asks one of two configs."""
-    asks = getattr(getattr(type(pipeline), "do_classifier_free_guidance", None), "fget", None)
-    names = asks.__code__.co_names if asks is not None else ()
-    proj = getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None)
-    distilled = getattr(getattr(pipeline, "config", None), "is_distilled", False)
-    return ("time_cond_proj_dim" in names and proj is not None) or ("is_distilled" in names and bool(distilled))
-
-
-def unlike_halves(pipeline: Any) -> str | None:
-    """Why a method that takes the batch for [unconditional, conditional] halves, or for one branch where a call has no
-    guidance, would draw another image; None if it is right."""
-    family = family_of(pipeline)
-    if family.branches == _HALVES or family.calls or family.reason == _DISTILLED:
-        return None
-    return "the conditional half of its batch comes first" if family.branches else family.reason
-
-
-def guided(pipeline: Any, arguments: dict[str, Any]) -> bool:
-    """Whether a call with these `arguments` (by name, with their defaults) uses guidance at the present step."""
-    how = family_of(pipeline).guided
-    if how == "property":
-        return bool(getattr(pipeline, "do_classifier_free_guidance", False))
-    scale = arguments.get("guidance_scale")
-    if scale is None:
-        return False
-    return float(scale) > 1 if how == "above 1" else float(scale) != 1
-
-
-def call_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a method is called with, by name and with its defaults; empty if it does not take that."""
-    try:
-        bound = inspect.signature(call).bind_partial(None, *args, **kwargs)
-    except TypeError:
-        return {}  # the call itself says why
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-# ---------------------------------------------------------------------- the timestep
-_TIME_ARGUMENTS = ("timestep", "timesteps")
-
-
-def time_argument(names: Any) -> str | None:
-    """Which of a denoiser's arguments is the timestep."""
-    return next((name for name in _TIME_ARGUMENTS if name in names), None)
-
-
-@dataclass(frozen=True)
-class Moment:
-    """An entry of a scheduler's timesteps: its value, σ where the scheduler has it, and what the units divide by."""
-
-    timestep: float
-    sigma: float
-    training: float
-    scale: float
-
-
-#: what the denoiser is told, by unit
-UNITS: dict[str, Callable[[Moment], float]] = {
-    "t": lambda m: m.timestep,
-    "t/1000": lambda m: m.timestep / m.training,
-    "1-t/1000": lambda m: 1 - m.timestep / m.training,
-    "t*scale": lambda m: m.timestep * m.scale,
-    "sigma": lambda m: m.sigma,
-    "sigma/(1+sigma)": lambda m: m.sigma / (1 + m.sigma),
-    "log(sigma)/4": lambda m: math.log(max(m.sigma, 1e-12)) / 4,
-    "scm": lambda m: math.sin(m.timestep) / (math.cos(m.timestep) + math.sin(m.timestep)),
-}
-
-
-def told(pipeline: Any, scheduler: Any, unit: str) -> list[float]:
-    """What the denoiser is told at each of the scheduler's timesteps, in a unit of `UNITS`."""
-    timesteps = [float(t) for t in scheduler.timesteps.tolist()]
-    sigmas = getattr(scheduler, "sigmas", None)
-    known = [float(s) for s in sigmas.tolist()] if isinstance(sigmas, torch.Tensor) else []
-    known += [math.nan] * (len(timesteps) - len(known))
-    training = float(getattr(scheduler, "config", {}).get("num_train_timesteps", 1000))
-    scale = getattr(getattr(find_denoiser(pipeline), "config", None), "timestep_scale", None) or 1.0
-    return [UNITS[unit](Moment(t, s, training, scale)) for t, s in zip(timesteps, known, strict=False)]

@@ -63,7 +63,7 @@ class CacheSettings:
         if self.name in ("pab", "faster-cache") and not hasattr(type(pipeline), "current_timestep"):
             return f"{self.name} needs the pipeline's current_timestep, which {type(pipeline).__name__} does not have"
         if self.name == "faster-cache":
-            from diffusion_accel.denoisers.families import unlike_halves
+            from diffusion_accel.denoisers import unlike_halves
 
             reason = unlike_halves(pipeline)
             return reason and f"FasterCache takes its batch for an unconditional and a conditional half, but {reason}"
@@ -87,7 +87,7 @@ class CacheSettings:
         now = {"current_timestep_callback": lambda: pipeline._current_timestep or pipeline.current_timestep}
         if self.name == "pab":
             return diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=int(first), **now)
-        from diffusion_accel.denoisers.families import family_of, guided
+        from diffusion_accel.denoisers import family_of, guided
 
         halves = family_of(pipeline).branches is not None and guided(pipeline, arguments)
         return diffusers.FasterCacheConfig(

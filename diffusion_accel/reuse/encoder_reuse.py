@@ -64,8 +64,7 @@ class EncoderReuse(Feature):
         return cls(schedule="all")
 
     def supports(self, pipeline: Any) -> str | None:
-        from diffusion_accel.denoisers import find_denoiser, not_a_unet, reads_every_step
-        from diffusion_accel.denoisers.families import not_followed
+        from diffusion_accel.denoisers import find_denoiser, not_a_unet, not_followed, reads_every_step
 
         from .prior_noise import not_injectable
 

@@ -17,15 +17,19 @@ from torch import nn
 
 from diffusion_accel.denoisers import (
     RESIDUAL_ARGUMENTS,
+    Branches,
     called_denoisers,
+    family_of,
     find_controlnet,
     find_denoisers,
+    guided,
+    no_branches,
     not_a_unet,
     prediction,
     rows_are_independent,
+    time_argument,
     with_prediction,
 )
-from diffusion_accel.denoisers.families import Branches, family_of, guided, no_branches, time_argument
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import HookSet, as_given, bind_forward, map_tensors, model_of, tensor_bytes, tensors_in
 from diffusion_accel.prediction import Conversion

@@ -89,8 +89,7 @@ class Reuse(Feature):
         return known or re.fullmatch(r"[\w-]+:\S+", text) is not None
 
     def supports(self, pipeline: Any) -> str | None:
-        from diffusion_accel.denoisers import find_denoisers, reads_every_step
-        from diffusion_accel.denoisers.families import no_branches, not_followed
+        from diffusion_accel.denoisers import find_denoisers, no_branches, not_followed, reads_every_step
         from diffusion_accel.noise_level import unknown_noise_levels
 
         from .needs import unmet_need

@@ -121,7 +121,7 @@ class TaskRoutingAttachment(Attachment):
 
         feature: TaskRouting = self.feature  # type: ignore[assignment]
         trained = trained_recipe(denoiser)
-        return feature.recipe(trained or Recipe(time=timestep_kind(denoiser, self.pipeline.scheduler)))
+        return feature.recipe(trained or Recipe(time=timestep_kind(self.pipeline, denoiser)))
 
     def before_call(self, clock: StepClock) -> None:
         from diffusion_accel.denoisers import find_denoisers

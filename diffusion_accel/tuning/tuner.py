@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from diffusion_accel.denoisers.families import call_arguments, guided, no_branches
+from diffusion_accel.denoisers import guided, no_branches
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.flops import count_flops
+from diffusion_accel.hooks import call_arguments
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.reuse.plan import FULL, Plan, Preset, Step

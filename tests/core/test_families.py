@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from zoo import ddim, rand, run, sd
 
 from diffusion_accel import Reuse, UnsupportedPipelineError, accelerate
-from diffusion_accel.denoisers.families import _BY_NAME, UNITS, UNKNOWN, Family, family_of
+from diffusion_accel.denoisers.families import _PIPELINE_OF, UNITS, UNKNOWN, PipelineFamily, family_of
 from diffusion_accel.noise_level import noise_levels, share_of, unknown_noise_levels
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.steps import StepClock
@@ -38,8 +38,8 @@ def test_every_pipeline_with_a_denoiser_has_a_family() -> None:
     # they call other pipelines, or denoise in another way: tokens, chords of notes
     apart = {"UnCLIPPipeline", "Amused", "LLaDA2", "Onnx", "Combined", "VisualClozePipeline", "RFD4Proteina"}
     apart |= {"DiffusionDecode", "ConsistencyDecoder"}
-    assert {name for name in called - _BY_NAME.keys() if not any(part in name for part in apart)} == set()
-    assert _BY_NAME.keys() <= there.keys(), "a name that diffusers does not have"
+    assert {name for name in called - _PIPELINE_OF.keys() if not any(part in name for part in apart)} == set()
+    assert _PIPELINE_OF.keys() <= there.keys(), "a name that diffusers does not have"
 
 
 def test_a_subclass_is_of_the_family_whose_loop_it_runs() -> None:
@@ -97,7 +97,7 @@ def test_the_step_is_found_whatever_the_unit(unit: str, known: bool) -> None:
         model = Told()
         model.config = types.SimpleNamespace(timestep_scale=0.001)
         clock = StepClock(types.SimpleNamespace(scheduler=scheduler, unet=model))
-        clock.family = Family(time=unit) if known else UNKNOWN
+        clock.family = PipelineFamily(time=unit) if known else UNKNOWN
         clock.start([model])
         scheduler.set_timesteps(8)
         if unit == "scm":  # angles

@@ -12,7 +12,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from zoo import ZOO, ddim, rand, run, seeded
 
 from diffusion_accel import AccelerationError, Reuse, accelerate
-from diffusion_accel.denoisers import _STREAM_LISTS, stream_blocks, unet_layers
+from diffusion_accel.denoisers import stream_blocks, unet_layers
+from diffusion_accel.denoisers.families import _MODELS
 
 TEXT = rand(2, 6, 16, seed=1)
 POOLED = rand(2, 8, seed=2)
@@ -179,7 +180,7 @@ def test_shallow_steps_are_exact_where_nothing_moves(case: str) -> None:
 
 
 def test_every_known_transformer_is_tried() -> None:
-    assert {name for name, _, _ in CASES.values()} == set(_STREAM_LISTS)
+    assert {name for name, _, _ in CASES.values()} == {name for name, family in _MODELS.items() if family.stream_lists}
 
 
 class Unknown(diffusers.SD3Transformer2DModel):

@@ -1,0 +1,129 @@
+"""Where a pipeline keeps its denoisers, and what tells them apart from one another."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from diffusion_accel.hooks import compiled_in_place, is_compiled, model_of
+
+if TYPE_CHECKING:
+    pass
+
+# Components that denoise. Wan 2.2 has a second transformer for the steps with less noise, Ideogram 4 one for the branch
+# without a prompt.
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+
+
+def denoiser_names(pipeline: Any) -> tuple[str, ...]:
+    """The components that the pipeline calls to denoise: "unet", else its transformers; most have one, some two."""
+    there = [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
+    return tuple(there[:1] if there[:1] == ["unet"] else there)
+
+
+def called_denoisers(pipeline: Any) -> list[nn.Module]:
+    """The denoisers as the pipeline calls them, compiled or wrapped as they may be: hooks around calls go here."""
+    return [getattr(pipeline, name) for name in denoiser_names(pipeline)]
+
+
+def find_denoisers(pipeline: Any) -> list[nn.Module]:
+    """The models that the pipeline calls to denoise: one, or two that share the steps or the branches of guidance."""
+    return [model_of(module) for module in called_denoisers(pipeline)]
+
+
+def denoiser_name(pipeline: Any) -> str | None:
+    """The first of `denoiser_names`, or None."""
+    return next(iter(denoiser_names(pipeline)), None)
+
+
+def find_denoiser(pipeline: Any) -> nn.Module | None:
+    """The first of `find_denoisers`, or None."""
+    return next(iter(find_denoisers(pipeline)), None)
+
+
+def find_controlnet(pipeline: Any) -> nn.Module | None:
+    """The ControlNet (or the wrapper around several) that the pipeline runs before its denoiser, as it is called; or
+    None."""
+    module = getattr(pipeline, "controlnet", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def models_of_a_call(pipeline: Any) -> list[nn.Module]:
+    """The models that one call at a time may use: the denoisers and the ControlNets, without what is around them."""
+    controlnet = find_controlnet(pipeline)
+    beside = [] if controlnet is None else [model_of(controlnet)]
+    beside += [model_of(net) for found in beside for net in getattr(found, "nets", ())]
+    return [*find_denoisers(pipeline), *beside]
+
+
+def closed_inside(pipeline: Any) -> str | None:
+    """Why hooks cannot reach the inside of the pipeline's denoisers; None if they can."""
+    for name, module in zip(denoiser_names(pipeline), called_denoisers(pipeline), strict=True):
+        model = model_of(module)
+        if hasattr(module, "_orig_mod"):
+            how, first = "torch.compile", f"pipe.{name} = pipe.{name}._orig_mod; "
+        elif compiled_in_place(model):
+            how, first = f"{name}.compile()", "load it anew and call "
+        elif is_compiled(vars(model).get("forward")):
+            how, first = "its forward, torch.compile", f"del pipe.{name}.forward; "
+        else:
+            continue
+        blocks = ", ".join(getattr(model, "_repeated_blocks", None) or ())
+        instead = f"compile its blocks instead ({blocks}): {first}pipe.{name}.compile_repeated_blocks()"
+        return (
+            f"its {name} is compiled as a whole ({how}), and this works inside of it; "
+            f"{instead if blocks else 'use it uncompiled'}"
+        )
+    return None
+
+
+def prediction(output: Any) -> torch.Tensor:
+    """The prediction tensor in what a denoiser returned (a tuple or an output dataclass)."""
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def with_prediction(output: Any, sample: torch.Tensor) -> Any:
+    """The same kind of output around another prediction."""
+    return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+
+
+def getattr_path(module: nn.Module, name: str) -> Any:
+    """The submodule or attribute at a dotted name, or None."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """A layer without the LoRA around it (peft keeps the layer itself as `base_layer`)."""
+    base = getattr(layer, "base_layer", None)
+    return base if isinstance(base, nn.Module) else layer
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A short hash of the weights and shapes of models: 16 numbers of every parameter, rounded to bfloat16.
+
+    The same for a model in float32 and in half precision, except where rounding twice differs from rounding once.
+    """
+    digest = hashlib.sha256()
+    named = [pair for module in modules for pair in sorted(model_of(module).named_parameters())]
+    taken = [_sampled(parameter.detach()) for _, parameter in named]
+    together = torch.cat([part.to(taken[0].device) for part in taken]).cpu() if taken else torch.empty(0)
+    parts = together.split([part.numel() for part in taken])
+    for (name, parameter), part in zip(named, parts, strict=True):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(part.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """At most 16 numbers of a tensor, evenly spaced in the order of its elements, in bfloat16."""
+    step = max(1, tensor.numel() // 16)
+    if tensor.is_contiguous():
+        return tensor.flatten()[::step][:16].to(torch.bfloat16)
+    places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:16]
+    return tensor[torch.unravel_index(places, tensor.shape)].to(torch.bfloat16)

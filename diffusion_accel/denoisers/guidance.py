@@ -1,0 +1,67 @@
+"""The branches of guidance: whether one can be left out, and whether a call uses guidance at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diffusion_accel.hooks import forward_parameters
+
+from .families import DISTILLED, HALVES, family_of
+from .find import find_denoiser, find_denoisers
+from .layers import mixes_rows
+from .timestep import time_argument
+from .unet import not_a_unet
+
+if TYPE_CHECKING:
+    pass
+
+
+def not_followed(pipeline: Any) -> str | None:
+    """Why the steps of a pipeline's denoiser cannot be told apart or left out; None if they can."""
+    for denoiser in find_denoisers(pipeline):
+        names = forward_parameters(denoiser)
+        if time_argument(names) is None or not {"sample", "hidden_states"} & set(names):
+            return f"{type(denoiser).__name__} does not take latents and a timestep as other denoisers do"
+    whole = family_of(pipeline).whole
+    return None if whole is None else f"no step can be left out: {whole}"
+
+
+def no_branches(pipeline: Any) -> str | None:
+    """Why no branch of guidance can be left out at some steps; None if one can."""
+    family, denoiser = family_of(pipeline), find_denoiser(pipeline)
+    if family.reason:
+        return f"{family.reason}, so guidance=both is the only choice"
+    if _is_distilled(pipeline, denoiser):
+        return "its guidance is an input of the distilled model, so guidance=both is the only choice"
+    if denoiser is not None and not_a_unet(denoiser) is None and mixes_rows(denoiser):
+        return "its attention processors may read other rows of a batch, so guidance=both is the only choice"
+    return None
+
+
+def _is_distilled(pipeline: Any, denoiser: Any) -> bool:
+    """Whether the pipeline never uses guidance with this model, whatever its scale: it asks one of two configs."""
+    asks = getattr(getattr(type(pipeline), "do_classifier_free_guidance", None), "fget", None)
+    names = asks.__code__.co_names if asks is not None else ()
+    proj = getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None)
+    distilled = getattr(getattr(pipeline, "config", None), "is_distilled", False)
+    return ("time_cond_proj_dim" in names and proj is not None) or ("is_distilled" in names and bool(distilled))
+
+
+def unlike_halves(pipeline: Any) -> str | None:
+    """Why a method that takes the batch for [unconditional, conditional] halves, or for one branch where a call has no
+    guidance, would draw another image; None if it is right."""
+    family = family_of(pipeline)
+    if family.branches == HALVES or family.calls or family.reason == DISTILLED:
+        return None
+    return "the conditional half of its batch comes first" if family.branches else family.reason
+
+
+def guided(pipeline: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a call with these `arguments` (by name, with their defaults) uses guidance at the present step."""
+    how = family_of(pipeline).guided
+    if how == "property":
+        return bool(getattr(pipeline, "do_classifier_free_guidance", False))
+    scale = arguments.get("guidance_scale")
+    if scale is None:
+        return False
+    return float(scale) > 1 if how == "above 1" else float(scale) != 1

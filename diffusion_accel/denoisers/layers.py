@@ -1,0 +1,123 @@
+"""Layers of denoisers by what they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from diffusion_accel.hooks import model_of
+
+from .families import model_family
+from .find import getattr_path
+
+# Layers of such models that look further in other ways.
+_LOOKS_FURTHER = frozenset(
+    {
+        "AdaGroupNorm",
+        "BatchNorm2d",
+        "ConvTranspose2d",
+        "FirDownsample2D",
+        "FirUpsample2D",
+        "GatedSelfAttentionDense",
+        "ImageHintTimeEmbedding",
+        "InstanceNorm2d",
+        "KDownsample2D",
+        "KUpsample2D",
+        "SpatialNorm",
+    }
+)
+
+# Transformers over the frames of a video: every position by itself.
+_TEMPORAL = frozenset({"TransformerTemporalModel", "AnimateDiffTransformer3D", "TemporalBasicTransformerBlock"})
+
+# Attention processors that treat every row of the batch by itself. Others (cross-frame attention, perturbed-attention
+# guidance) read meaning into row numbers, so rows of several steps must not be stacked.
+_ROW_INDEPENDENT_PROCESSORS = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnAddedKVProcessor",
+        "AttnAddedKVProcessor2_0",
+        "FusedAttnProcessor2_0",
+        "XFormersAttnProcessor",
+        "XFormersAttnAddedKVProcessor",
+        "SlicedAttnProcessor",
+        "SlicedAttnAddedKVProcessor",
+        "IPAdapterAttnProcessor",
+        "IPAdapterAttnProcessor2_0",
+        "IPAdapterXFormersAttnProcessor",
+        "CustomDiffusionAttnProcessor",
+        "CustomDiffusionAttnProcessor2_0",
+    }
+)
+
+
+def not_splittable(module: nn.Module) -> str | None:
+    """Why the layers of a model cannot work on slices of the image that exchange their borders; None if they can."""
+    module = model_of(module)
+    name = type(module).__name__
+    family = model_family(type(module))
+    if family is None or not family.splittable:
+        return f"{name} is not a model whose layers are known to work on a part of the image"
+    strange = sorted({type(m).__name__ for m in module.modules()} & _LOOKS_FURTHER)
+    if strange:
+        return f"{name} has layers that need the whole image: {', '.join(strange)}"
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and (
+            layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        ):
+            return f"{name} has a convolution that pads in another way than with zeros"
+    return None
+
+
+def halvings(part: Any) -> int:
+    """How many times a U-Net, ControlNet or encoder halves the size of its input."""
+    return sum(bool(len(getattr(block, "downsamplers", None) or ())) for block in part.down_blocks)
+
+
+def doublings(part: Any) -> int:
+    """How many times a decoder doubles the size of its input."""
+    return sum(bool(len(getattr(block, "upsamplers", None) or ())) for block in part.up_blocks)
+
+
+def spatial_attentions(module: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers over positions (not over frames) of a model, by name."""
+    temporal = [name for name, part in module.named_modules() if type(part).__name__ in _TEMPORAL]
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if all(hasattr(part, key) for key in ("to_q", "to_k", "to_v", "processor"))
+        and not any(name.startswith(f"{above}.") for above in temporal)
+    }
+
+
+def asymmetric_convolutions(module: nn.Module) -> set[int]:
+    """The ids of convolutions whose input diffusers pads by one row and one column at the end."""
+    downsamplers: list[Any] = [m for m in module.modules() if type(m).__name__ == "Downsample2D"]
+    layers = [m.conv for m in downsamplers if m.use_conv and m.padding == 0]
+    return {id(part) for layer in layers for part in layer.modules()}  # with a LoRA's, if it has one
+
+
+def rows_are_independent(module: nn.Module) -> bool:
+    """Whether every attention layer of a U-Net treats each row of the batch by itself (see above)."""
+    processors = getattr(module, "attn_processors", {})
+    return all(usual_attention(p) for p in processors.values())
+
+
+def mixes_rows(module: nn.Module) -> bool:
+    """Whether an attention processor of a U-Net is neither one that treats each row by itself nor made from one."""
+    processors = getattr(module, "attn_processors", {}).values()
+    return any(not {c.__name__ for c in type(p).__mro__} & _ROW_INDEPENDENT_PROCESSORS for p in processors)
+
+
+def usual_attention(processor: Any) -> bool:
+    """Whether an attention processor computes attention as usual: each row by itself, on the keys and values it gets
+    from `to_k` and `to_v`."""
+    return type(processor).__name__ in _ROW_INDEPENDENT_PROCESSORS
+
+
+def edge_layers(module: nn.Module) -> list[str]:
+    """The names of the first and the last layer of a denoiser, which see its input and make its output."""
+    known = ("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out", "proj_out_2", "proj_in")
+    return [name for name in known if isinstance(getattr_path(module, name), (nn.Linear, nn.Conv2d))]
