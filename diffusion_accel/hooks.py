@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
+from .diffusers_compat import drop_registry, hook_names, lowest_function, registry_of, set_registry, unchain
+
 if TYPE_CHECKING:
     from .changes import Changes
 
@@ -20,7 +22,6 @@ _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "Distribu
 _OWN = "diffusion_accel."  # how the names of this toolkit's hooks begin
 _COMPILED = "_torchdynamo_orig_callable"  # what torch.compile notes on what it returns
 _CALLED = ("forward", "_compiled_call_impl")  # what a call of a module runs
-_REGISTRY = "_diffusers_hook"
 _CALLS = "_diffusion_accel_calls"
 
 
@@ -92,10 +93,9 @@ class HookSet:
         """Remove every hook of this set. Safe to call twice, and again after an interrupt."""
         while self._modules:
             module = self._modules[-1]
-            for key in (_CALLS, _REGISTRY):
-                registry = vars(module).get(key)
+            for registry in _registries(module):
                 if registry is not None:
-                    _unchain(registry, self.name)
+                    unchain(registry, self.name)
                     tidy(module)
             self._modules.pop()
 
@@ -124,11 +124,8 @@ def _compiled_functions(module: Any) -> list[tuple[Any, str, Any]]:
     Below hooks it is in their chain.
     """
     places = [(module, name) for name in vars(module) if name not in _CALLED]
-    for name, key in zip(_CALLED, (_REGISTRY, _CALLS), strict=True):
-        registry = vars(module).get(key)
-        first = registry._fn_refs[0] if registry is not None and registry._fn_refs else None
-        below = "forward" if first is None or first.original_forward is None else "original_forward"
-        places.append((module, name) if first is None else (first, below))
+    for name, registry in zip(_CALLED, reversed(_registries(module)), strict=True):
+        places.append(lowest_function(registry) or (module, name))
     found = [(owner, name, vars(owner).get(name)) for owner, name in places]
     return [(owner, name, function) for owner, name, function in found if is_compiled(function)]
 
@@ -145,69 +142,42 @@ def compiled_anywhere(model: Any) -> bool:
 
 
 def _is_hooked(module: Any) -> bool:
-    registries = [vars(module).get(key) for key in (_REGISTRY, _CALLS)]
-    return any(name.startswith(_OWN) for registry in registries if registry is not None for name in registry.hooks)
+    return any(name.startswith(_OWN) for registry in _registries(module) for name in getattr(registry, "hooks", ()))
+
+
+def _registries(module: Any) -> tuple[Any, Any]:
+    """The registries of the hooks around a module's compiled call, and of those on its forward; None where none is."""
+    return vars(module).get(_CALLS), registry_of(module)
 
 
 def _registry(module: Any) -> Any:
     """The registry of the hooks around the calls of a module. Made here, it is removed with the last of its hooks."""
-    key = _CALLS if compiled_in_place(module) else _REGISTRY
-    attributes = vars(module)
-    if key not in attributes:  # a wrapper answers for the model inside, which may have one
-        registry: Any = HookRegistry(CallSite(module) if key == _CALLS else module)
-        registry._own_forward = attributes.get("forward")  # what the instance has in place of its class's
-        attributes[key] = registry
-    return attributes[key]
-
-
-def _unchain(registry: Any, name: str) -> None:
-    """Remove a hook, also from between others.
-
-    diffusers' `remove_hook` connects the hook that was added next to the function below the removed one, but for a
-    hook with a `new_forward` of its own in the wrong place: it would no longer run, and its removal would bring the
-    removed hook back.
-    """
-    if name not in registry.hooks:
-        return
-    place, hook = registry._hook_order.index(name), registry.hooks[name]
-    removed, following = registry._fn_refs[place], registry._fn_refs[place + 1 : place + 2]
-    below = removed.forward if removed.original_forward is None else removed.original_forward
-    links = [(ref, ref.forward, ref.original_forward) for ref in following]
-    hooks, order, refs = dict(registry.hooks), list(registry._hook_order), list(registry._fn_refs)
-    try:
-        registry.remove_hook(name, recurse=False)
-        for ref, forward, original in links:
-            if original is not None:
-                ref.forward, ref.original_forward = forward, below
-    except BaseException:  # an interrupt in the middle: whole again, so that it can be begun again
-        registry.hooks.update(hooks)
-        registry._hook_order[:], registry._fn_refs[:] = order, refs
-        for ref, forward, original in links:
-            ref.forward, ref.original_forward = forward, original
-        raise
-    forget(hook)
-
-
-def forget(hook: ModelHook) -> None:
-    """Let a removed hook and its place in the chain forget each other: in a cycle they would keep the module alive."""
-    if hook.fn_ref is not None:
-        vars(hook.fn_ref).update(dict.fromkeys(vars(hook.fn_ref)))
-        hook.fn_ref = None  # type: ignore[assignment]
+    attributes, around_call = vars(module), compiled_in_place(module)
+    found = attributes.get(_CALLS) if around_call else registry_of(module)
+    if found is not None:
+        return found
+    registry: Any = HookRegistry(CallSite(module) if around_call else module)
+    registry._own_forward = attributes.get("forward")  # what the instance has in place of its class's
+    if around_call:
+        attributes[_CALLS] = registry
+    else:
+        set_registry(module, registry)
+    return registry
 
 
 def remove_hooks(model: torch.nn.Module, prefix: str) -> None:
     """Remove all hooks whose name begins with `prefix` from the layers of a model, whoever installed them."""
     for module in model.modules():
-        registry = vars(module).get(_REGISTRY)
-        for name in [n for n in getattr(registry, "_hook_order", ()) if n.startswith(prefix)]:
-            _unchain(registry, name)
+        registry: Any = registry_of(module)
+        for name in [n for n in hook_names(registry) if n.startswith(prefix)]:
+            unchain(registry, name)
             tidy(module)
 
 
 def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
     """Remove what an empty `HookRegistry` leaves on a module; not the registry itself if it was there before."""
     attributes = vars(module)
-    registry, calls = attributes.get(_REGISTRY), attributes.get(_CALLS)
+    calls, registry = _registries(module)
     if calls is not None and not calls.hooks:
         del attributes[_CALLS]
     # The registry puts back the bound method it found as an instance attribute; drop that trace as well, and first: an
@@ -217,7 +187,7 @@ def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
     if forward is not found and _is_own(forward, module):
         del attributes["forward"]
     if registry is not None and not registry.hooks and not keep_registry:
-        del attributes[_REGISTRY]
+        drop_registry(module)
 
 
 def _is_own(forward: Any, module: Any) -> bool:

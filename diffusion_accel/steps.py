@@ -16,6 +16,7 @@ from diffusers.hooks import ModelHook
 from .changes import Changes
 from .denoisers.families import UNITS, Unit, family_of
 from .denoisers.timestep import time_argument, told
+from .diffusers_compat import announced_steps
 from .errors import CallStateError
 from .hooks import HookSet, bind_forward, model_of, version_of
 from .noise_level import noise_levels
@@ -163,7 +164,7 @@ class StepClock:
         self._start = position
         self._calls.clear()
         remaining = len(self._all) - position
-        announced = getattr(self.pipeline, "_num_timesteps", None)  # set by pipelines just before their loop
+        announced = announced_steps(self.pipeline)
         self.total = min(remaining, announced) if isinstance(announced, int) and announced > 0 else remaining
         self.timesteps = self._all[position : position + self.total]
 

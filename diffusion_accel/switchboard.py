@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from .changes import Changes
 from .denoisers import called_denoisers, closed_inside, find_controlnet, find_denoisers, models_of_a_call
+from .diffusers_compat import announced_steps
 from .errors import CallStateError, ConfigurationError, FeatureConflictError, UnsupportedPipelineError
 from .feature import Attachment, Feature, alive
 from .finite import finite_call
@@ -197,7 +198,7 @@ class Acceleration:
             for attachment in reversed(active):
                 output = attachment.process_output(output)
         self._report = Report(
-            steps=clock.steps if clock is not None else getattr(pipeline, "_num_timesteps", None),
+            steps=clock.steps if clock is not None else announced_steps(pipeline),
             seconds=time.perf_counter() - began,
             flops=flops,
             calls=None if clock is None else clock.calls,

@@ -14,8 +14,16 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.hooks import ModelHook, apply_context_parallel
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from diffusion_accel.denoisers import denoiser_names, find_denoisers
+from diffusion_accel.diffusers_compat import (
+    context_parallel_plan,
+    make_parallel_config,
+    parallel_config,
+    set_parallel_config,
+    unshareable_backend,
+)
 from diffusion_accel.hooks import bind_forward, remove_hooks
 
 from .group import World, lost_peer
@@ -31,55 +39,36 @@ def transformers_of(pipeline: Any) -> list[Any]:
 
 def why_not_shared(model: Any, ranks: int) -> str | None:
     """Why a transformer, as it is now, cannot be shared by so many processes; None if it can."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
     name = type(model).__name__
-    if model._parallel_config is not None:
+    if parallel_config(model) is not None:
         return f"{name} is parallel already, by enable_parallelism; load it without"
     heads = getattr(model.config, "num_attention_heads", None)
     if heads is not None:
         share = -(-heads // ranks)
         if share * ranks - heads >= share:
             return f"the {heads} attention heads of {name} cannot be shared by {ranks} processes; use fewer"
-    chosen = {getattr(m.processor, "_attention_backend", None) for m in _attentions(model)}
-    for backend in chosen:
-        known = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else AttentionBackendName(backend)
-        if not _AttentionBackendRegistry._is_context_parallel_available(known):
-            able = ", ".join(sorted(_AttentionBackendRegistry._supports_context_parallel))
-            return f"attention backend {known.value} cannot be shared; call set_attention_backend with one of {able}"
+    if (unable := unshareable_backend(model)) is not None:
+        backend, able = unable
+        return f"attention backend {backend} cannot be shared; call set_attention_backend with one of {', '.join(able)}"
     return None
 
 
 def share(model: Any, world: World) -> None:
     """Share the sequence of a transformer among all processes; `unshare` undoes it, also where this has failed."""
-    from diffusers.models._modeling_parallel import ParallelConfig
-    from torch.distributed.device_mesh import init_device_mesh
-
     device = next(model.parameters()).device
     config = ContextParallelConfig(ulysses_degree=world.size, ulysses_anything=True)
     if _meshes.get(device.type, (None,))[0] is not world.group:  # a mesh makes groups, which live as long as the job
         mesh = init_device_mesh(device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
         _meshes[device.type] = world.group, mesh
-    parallel = ParallelConfig(context_parallel_config=config)
-    parallel.setup(world.rank, world.size, device, mesh=_meshes[device.type][1])
-
-    _set(model, parallel)
-    apply_context_parallel(model, config, model._cp_plan)
+    mesh = _meshes[device.type][1]
+    set_parallel_config(model, make_parallel_config(config, world.rank, world.size, device, mesh))
+    apply_context_parallel(model, config, context_parallel_plan(type(model)))
 
 
 def unshare(model: Any) -> None:
     """Give a transformer its whole sequence back."""
     remove_hooks(model, _HOOKS)
-    _set(model, None)
-
-
-def _set(model: Any, value: Any) -> None:
-    for owner in (model, *(attention.processor for attention in _attentions(model))):
-        owner._parallel_config = value
-
-
-def _attentions(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if hasattr(getattr(m, "processor", None), "_parallel_config")]
+    set_parallel_config(model, None)
 
 
 class SharedHook(ModelHook):

@@ -114,6 +114,7 @@ class PatchParallel(Feature):
             not_splittable,
             reads_every_step,
         )
+        from diffusion_accel.diffusers_compat import context_parallel_plan
 
         denoiser = find_denoiser(pipeline)
         if denoiser is None:
@@ -124,7 +125,7 @@ class PatchParallel(Feature):
         name = type(denoiser).__name__
         if "unet" in denoiser_names(pipeline):
             return reason
-        if getattr(type(denoiser), "_cp_plan", None) is None:
+        if context_parallel_plan(type(denoiser)) is None:
             return f"{name} is a transformer, and diffusers has no context-parallel plan for it (enable_parallelism)"
         if self.mode != "sync":
             return f"{name} is a transformer, which is shared exactly: use mode=sync instead of mode={self.mode}"
@@ -154,13 +155,15 @@ class PatchAttachment(Attachment):
         self._counters: dict[str, float] = {}
 
     def before_call(self, clock: StepClock) -> None:
+        from diffusion_accel.diffusers_compat import execution_device
+
         from .communicator import Communicator
         from .group import join, share_random_state
         from .run import PatchRun
         from .setup import Agreement, install, why_not
 
         feature = self.feature
-        device = self.pipeline._execution_device  # where it computes, also with its models offloaded
+        device = execution_device(self.pipeline)
         world = join(device, feature.timeout)
         self._traffic, self._counters = {}, {"ranks": world.size}
         if feature.ranks not in (0, world.size):

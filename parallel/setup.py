@@ -19,6 +19,7 @@ from diffusion_accel.denoisers import (
     rows_are_independent,
     uses_freeu,
 )
+from diffusion_accel.diffusers_compat import guidance_scale_of, is_offloaded
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import HookSet, model_of, tensors_in
 from diffusion_accel.steps import StepClock
@@ -35,7 +36,7 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
     shared = transformers_of(pipeline)
     autoencoder = model_of(pipeline.vae) if getattr(pipeline, "vae", None) is not None else None
     models = shared or [denoiser]
-    if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for d in models for m in d.modules() if m is not d):
+    if any(is_offloaded(m) for d in models for m in d.modules() if m is not d):
         return "its layers are offloaded one by one (sequential offload); use model offload instead"
     if shared and cfg_parallel:
         return "cfg_parallel splits the batch of a U-Net; leave it out for a transformer"
@@ -121,7 +122,7 @@ class Agreement:
             "the scheduler": [type(scheduler).__name__, _settings(scheduler)],
             "the model": [[type(model).__name__, _settings(model), sampled_weights(model)] for model in models],
             "the way quantized layers compute": [getattr(model, "low_bit_runtime", None) for model in models],
-            "the guidance scale": getattr(self.pipeline, "_guidance_scale", None),
+            "the guidance scale": guidance_scale_of(self.pipeline),
             "the features": {name: f.to_dict() for name, f in handle.features.items() if handle.enabled(name)},
             "the prompt": named.get("encoder_hidden_states"),
             "the conditions": {k: v for k, v in named.items() if k not in apart},

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
+from diffusion_accel.diffusers_compat import expendable_names, has_offload_hook, with_present_names
 from diffusion_accel.errors import AccelerationError, ModelLoadError
 from diffusion_accel.finite import finite
 from diffusion_accel.io import first_line, printable, read_json
@@ -181,9 +182,9 @@ def _compare_diffusers(
     with torch.device("meta"):
         model = cls.from_config(cls.load_config(str(folder), local_files_only=True))
     if not sharded:
-        model._fix_state_dict_keys_on_load(tensors)  # names of older versions
+        with_present_names(model, tensors)
     expected = model.state_dict()
-    ignored = cls._keys_to_ignore_on_load_unexpected or ()
+    ignored = expendable_names(cls)
     unused = {key for key in tensors.keys() - expected.keys() if not any(re.search(p, key) for p in ignored)}
     return set(expected) - set(tensors), unused, _others(expected, tensors)
 
@@ -287,7 +288,7 @@ def check_loaded(parts: dict[str, Any], where: str) -> None:
         ModelLoadError: with the component and the name of the tensor.
     """
     for part, model in parts.items():
-        if not isinstance(model, torch.nn.Module) or hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map"):
+        if not isinstance(model, torch.nn.Module) or has_offload_hook(model) or hasattr(model, "hf_device_map"):
             continue
         for name, value in model.named_parameters():
             if value.is_meta:

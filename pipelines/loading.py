@@ -20,6 +20,7 @@ from diffusers import (
 
 from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.denoisers import DENOISERS
+from diffusion_accel.diffusers_compat import set_origin
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, first_line, is_there
 from diffusion_accel.model_files.folders import check_component, check_config, check_folder
@@ -119,7 +120,7 @@ def _folder(source: ModelSource, cls: Any, allow_pickle: bool, options: dict[str
     variant = options.get("variant")
     check_components(Path(folder), variant if isinstance(variant, str) else None, options, allow_pickle)
     pipe = cls.from_pretrained(folder, **{"local_files_only": source.kind != "hub", **options})
-    pipe.register_to_config(_name_or_path=source.location)
+    set_origin(pipe, source.location)
     return pipe
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from diffusion_accel.diffusers_compat import repeated_blocks
 from diffusion_accel.hooks import compiled_in_place, is_compiled, model_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def closed_inside(pipeline: Any) -> str | None:
             how, first = "its forward, torch.compile", f"del pipe.{name}.forward; "
         else:
             continue
-        blocks = ", ".join(getattr(model, "_repeated_blocks", None) or ())
+        blocks = ", ".join(repeated_blocks(model))
         instead = f"compile its blocks instead ({blocks}): {first}pipe.{name}.compile_repeated_blocks()"
         return (
             f"its {name} is compiled as a whole ({how}), and this works inside of it; "

@@ -71,7 +71,9 @@ class CacheSettings:
 
     def config(self, steps: int, pipeline: Any, arguments: dict[str, Any]) -> Any:
         """The configuration that diffusers' `enable_cache` takes, for a call of `steps` steps with `arguments`."""
-        import diffusers
+        import diffusers  # heavy: diffusers
+
+        from diffusion_accel.diffusers_compat import current_timestep  # heavy: torch
 
         first, second = (*self.numbers, 0)[:2]
         if self.name == "first-block":
@@ -84,7 +86,7 @@ class CacheSettings:
             return diffusers.MagCacheConfig(
                 threshold=first, max_skip_steps=int(second), num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS
             )
-        now = {"current_timestep_callback": lambda: pipeline._current_timestep or pipeline.current_timestep}
+        now = {"current_timestep_callback": lambda: current_timestep(pipeline)}
         if self.name == "pab":
             return diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=int(first), **now)
         from diffusion_accel.denoisers import family_of, guided

@@ -9,8 +9,9 @@ from diffusers.hooks import ModelHook
 
 from diffusion_accel.changes import Changes
 from diffusion_accel.denoisers import find_denoisers, residual_stream_blocks
+from diffusion_accel.diffusers_compat import forget, registry_of
 from diffusion_accel.errors import UnsupportedPipelineError
-from diffusion_accel.hooks import HookSet, forget, tidy
+from diffusion_accel.hooks import HookSet, tidy
 from diffusion_accel.io import first_line
 
 from .cache_settings import CacheSettings
@@ -31,7 +32,7 @@ class CacheRun:
 
     def install(self) -> None:
         """Wait for the pipeline to set its timesteps."""
-        self._before = {id(m) for d in self.denoisers for m in d.modules() if "_diffusers_hook" in vars(m)}
+        self._before = {id(m) for d in self.denoisers for m in d.modules() if registry_of(m) is not None}
         counting = HookSet.within(self.changes, "diffusion_accel.reuse")
         self.changes.add(self._remove_caches)
         for denoiser in self.denoisers:
@@ -66,7 +67,7 @@ class CacheRun:
 
     def _remove_caches(self) -> None:
         for denoiser in self.denoisers:
-            registries = [vars(m)["_diffusers_hook"] for m in denoiser.modules() if "_diffusers_hook" in vars(m)]
+            registries = [registry for m in denoiser.modules() if (registry := registry_of(m)) is not None]
             hooks = [(registry, dict(registry.hooks)) for registry in registries]
             if denoiser.is_cache_enabled:
                 denoiser.disable_cache()

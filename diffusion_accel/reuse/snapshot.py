@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_accel.diffusers_compat import LEFT_BY_HOOKS
 from diffusion_accel.hooks import map_tensors, version_of
 
 SAMPLES = 64  # values of each tensor of a model that are compared
 # Of a module: what hooks leave there, and what torch keeps for itself.
-_NOT_STATE = frozenset({"_diffusers_hook", "_hf_hook", "_old_forward", "forward"}) | (
-    frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"}
-)
+_NOT_STATE = LEFT_BY_HOOKS | (frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"})
 _TORCH_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",

@@ -14,6 +14,7 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from diffusion_accel.denoisers import getattr_path
+from diffusion_accel.diffusers_compat import is_offloaded
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.hooks import HookSet
 from diffusion_accel.io import printable
@@ -239,7 +240,7 @@ def _is_plain(module: Any, parameter: Any) -> bool:
         and type(parameter.data) is torch.Tensor
         and parameter.is_floating_point()
         and parameter.device.type != "meta"
-        and not getattr(getattr(module, "_hf_hook", None), "offload", False)
+        and not is_offloaded(module)
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.diffusers_compat import offloads_models
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError, UnsupportedPipelineError
 from diffusion_accel.feature import Attachment
 from diffusion_accel.hooks import HookSet
@@ -340,7 +341,7 @@ class TransparencyAttachment(Attachment):
         if decoder.dtype != dtype:
             decoder.to(dtype)
         rgb, alpha = decode_rgba(decoder, sample[rows], z[rows], self._loaded.views)
-        if on_gpu and getattr(self.pipeline, "_all_hooks", None):
+        if on_gpu and offloads_models(self.pipeline):
             decoder.to("cpu")  # the pipeline's models are offloaded, so is this one
         if not (rgb.isfinite().all() and alpha.isfinite().all()):
             raise AccelerationError(

@@ -12,6 +12,7 @@ import torch
 
 from diffusion_accel import io
 from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.io import at_home
 from diffusion_accel.model_files import tensors
@@ -168,7 +169,7 @@ def _folder(pipeline: Any, weights: str) -> Path | None:
             raise ModelLoadError(f"transparent: no such folder of weights: {weights}")
         return None
     for owner in (pipeline, find_denoiser(pipeline), getattr(pipeline, "vae", None)):
-        name = getattr(owner, "config", {}).get("_name_or_path")
+        name = origin_of(owner)
         for folder in (Path(name), Path(name).parent) if name else ():
             if (folder / FOLDER).is_dir():
                 return folder / FOLDER

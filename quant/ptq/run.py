@@ -9,7 +9,6 @@ import math
 import resource
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from diffusion_accel.denoisers import (
     find_denoiser,
     getattr_path,
 )
+from diffusion_accel.diffusers_compat import drop_config_entry, set_config_entry
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.finite import finite
 from diffusion_accel.hooks import forward_parameters
@@ -573,8 +573,7 @@ class Quantization:
         self.denoiser.hf_quantizer = LowBitQuantizer(config)
         self.denoiser.is_quantized = True
         self.denoiser.quantization_method = config.quant_method
-        known = self.denoiser.config  # changed in place: IP-Adapter keeps attributes on it
-        known["quantization_config"] = known.quantization_config = config
+        set_config_entry(self.denoiser.config, "quantization_config", config)
         set_runtime(self.denoiser, "simulated")
         self.denoiser.eval()
         self.model = self.denoiser
@@ -620,10 +619,7 @@ def _forget(model: Any) -> None:
     uninstall(model)
     for key in ("hf_quantizer", "quantization_method", "is_quantized", "low_bit_runtime"):
         model.__dict__.pop(key, None)
-    known = model.config
-    if "quantization_config" in known:
-        OrderedDict.__delitem__(known, "quantization_config")  # diffusers' frozen table has no way of its own
-        known.__dict__.pop("quantization_config", None)
+    drop_config_entry(model.config, "quantization_config")
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:

@@ -228,7 +228,7 @@ def test_hooks_are_removed_whatever_line_is_interrupted(error: type[BaseExceptio
     """By Ctrl-C, or by what the handler of another signal raises."""
     import sys
 
-    codes = {hooks._unchain.__code__, hooks.tidy.__code__, hooks.HookSet.remove.__code__}
+    codes = {hooks.unchain.__code__, hooks.drop_registry.__code__, hooks.tidy.__code__, hooks.HookSet.remove.__code__}
     codes |= {HookRegistry.remove_hook.__code__, Changes._run.__code__}
 
     def interrupted_at(line: int) -> bool:

@@ -1,0 +1,225 @@
+"""What diffusers and accelerate keep to themselves and this toolkit needs all the same: one small function for each.
+
+No other module uses their private names (a test looks), so a new release of diffusers is checked by reading this file.
+What it says was seen in diffusers 0.42.1 and accelerate 1.15. Where something is gone, a function answers as if it had
+not been there, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_REGISTRY = "_diffusers_hook"
+#: what hooks of diffusers and accelerate leave on a module (accelerate: the hook, and the forward below it)
+LEFT_BY_HOOKS = frozenset({_REGISTRY, "_hf_hook", "_old_forward", "forward"})
+
+
+# ---------------------------------------------------------------------- chains of hooks (diffusers.hooks)
+def registry_of(module: Any) -> HookRegistry | None:
+    """The registry of a module's own hooks (`_diffusers_hook`), or None.
+
+    `HookRegistry.check_if_exists_or_initialize` makes one where there is none, and asks a wrapper's attributes, which
+    answer for the model inside.
+    """
+    return vars(module).get(_REGISTRY)
+
+
+def set_registry(module: Any, registry: HookRegistry) -> None:
+    """Give a module a registry (`_diffusers_hook`): diffusers has no way to make one with another target."""
+    vars(module)[_REGISTRY] = registry
+
+
+def drop_registry(module: Any) -> None:
+    """Take an empty registry (`_diffusers_hook`) off a module: diffusers leaves it there for good."""
+    vars(module).pop(_REGISTRY, None)
+
+
+def lowest_function(registry: HookRegistry | None) -> tuple[Any, str] | None:
+    """Where a chain of hooks keeps the module's own function: an object and the name of its attribute; None without
+    hooks.
+
+    It is in the first of `_fn_refs`, as `original_forward` below a hook with a `new_forward`, else as `forward`.
+    """
+    if registry is None or not registry._fn_refs:
+        return None
+    first = registry._fn_refs[0]
+    return first, "forward" if first.original_forward is None else "original_forward"
+
+
+def hook_names(registry: HookRegistry | None) -> list[str]:
+    """The names of the hooks in a chain, the innermost first (`_hook_order`)."""
+    return list(getattr(registry, "_hook_order", ()))
+
+
+def unchain(registry: HookRegistry, name: str) -> None:
+    """Remove a hook, also from between others; nothing if it is not there.
+
+    diffusers' `remove_hook` connects the hook that was added next to the function below the removed one, but for a
+    hook with a `new_forward` of its own in the wrong place: it would no longer run, and its removal would bring the
+    removed hook back. So the links (`_hook_order`, `_fn_refs`) are mended here.
+    """
+    if name not in registry.hooks:
+        return
+    place, hook = registry._hook_order.index(name), registry.hooks[name]
+    removed, following = registry._fn_refs[place], registry._fn_refs[place + 1 : place + 2]
+    below = removed.forward if removed.original_forward is None else removed.original_forward
+    links = [(ref, ref.forward, ref.original_forward) for ref in following]
+    hooks, order, refs = dict(registry.hooks), list(registry._hook_order), list(registry._fn_refs)
+    try:
+        registry.remove_hook(name, recurse=False)
+        for ref, forward, original in links:
+            if original is not None:
+                ref.forward, ref.original_forward = forward, below
+    except BaseException:  # an interrupt in the middle: whole again, so that it can be begun again
+        registry.hooks.update(hooks)
+        registry._hook_order[:], registry._fn_refs[:] = order, refs
+        for ref, forward, original in links:
+            ref.forward, ref.original_forward = forward, original
+        raise
+    forget(hook)
+
+
+def forget(hook: ModelHook) -> None:
+    """Let a removed hook and its place in the chain (`fn_ref`) forget each other: in a cycle they would keep the module
+    alive."""
+    if hook.fn_ref is not None:
+        vars(hook.fn_ref).update(dict.fromkeys(vars(hook.fn_ref)))
+        hook.fn_ref = None
+
+
+# ---------------------------------------------------------------------- offloading (accelerate)
+def has_offload_hook(module: Any) -> bool:
+    """Whether accelerate has put a hook on a module (`_hf_hook`): it is offloaded, or spread over devices."""
+    return hasattr(module, "_hf_hook")
+
+
+def is_offloaded(module: Any) -> bool:
+    """Whether accelerate brings the module's own weights in for each call and away again (`_hf_hook.offload`, of
+    sequential offload)."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def offloads_models(pipe: DiffusionPipeline) -> bool:
+    """Whether whole models of a pipeline are offloaded (`_all_hooks`, of `enable_model_cpu_offload`)."""
+    return bool(getattr(pipe, "_all_hooks", None))
+
+
+# ---------------------------------------------------------------------- pipelines
+def execution_device(pipe: DiffusionPipeline) -> torch.device:
+    """Where a pipeline computes, also with its models offloaded (`_execution_device`); `device` says where they are."""
+    return pipe._execution_device
+
+
+def announced_steps(pipe: Any) -> Any:
+    """How many steps a pipeline is about to do (`_num_timesteps`, set just before the loop); None where it does not
+    say. Its public twin `num_timesteps` is missing from many pipelines, and raises before the first call."""
+    return getattr(pipe, "_num_timesteps", None)
+
+
+def guidance_scale_of(pipe: Any) -> Any:
+    """The guidance scale of the running call (`_guidance_scale`); None where a pipeline keeps none. Its public twin
+    `guidance_scale` raises before the first call."""
+    return getattr(pipe, "_guidance_scale", None)
+
+
+def current_timestep(pipe: Any) -> Any:
+    """The timestep of the running call, also while a pipeline's own `current_timestep` multiplies or hides it."""
+    return pipe._current_timestep or pipe.current_timestep
+
+
+def origin_of(component: Any) -> str | None:
+    """The folder or hub id that a pipeline or model was loaded from (`_name_or_path` of its config); None if none."""
+    return getattr(component, "config", {}).get("_name_or_path")
+
+
+def set_origin(pipe: DiffusionPipeline, location: str) -> None:
+    """Note where a pipeline comes from (`_name_or_path` of its config), as diffusers does when it loads one itself."""
+    pipe.register_to_config(_name_or_path=location)
+
+
+# ---------------------------------------------------------------------- models
+def repeated_blocks(model: Any) -> tuple[str, ...]:
+    """The classes of blocks that `compile_repeated_blocks` compiles (`_repeated_blocks`), as it does not tell."""
+    return tuple(getattr(model, "_repeated_blocks", None) or ())
+
+
+def with_present_names(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Rename stored tensors of older versions in place (`_fix_state_dict_keys_on_load`), as loading a model does."""
+    model._fix_state_dict_keys_on_load(tensors)
+
+
+def expendable_names(cls: Any) -> tuple[str, ...]:
+    """Patterns of stored names that a model class does not want (`_keys_to_ignore_on_load_unexpected`)."""
+    return tuple(cls._keys_to_ignore_on_load_unexpected or ())
+
+
+def set_config_entry(config: Any, key: str, value: Any) -> None:
+    """Set an entry of a model's frozen config in place, as entry and as attribute: loading a quantized model does that
+    to `quantization_config`, and `register_to_config` would make another table, while IP-Adapter keeps attributes on
+    this one."""
+    OrderedDict.__setitem__(config, key, value)
+    vars(config)[key] = value
+
+
+def drop_config_entry(config: Any, key: str) -> None:
+    """Take an entry of a model's frozen config (`FrozenDict`) away in place: it has no way of its own to do so."""
+    if key in config:
+        OrderedDict.__delitem__(config, key)
+        vars(config).pop(key, None)
+
+
+# ---------------------------------------------------------------------- context parallelism (experimental in diffusers)
+def context_parallel_plan(cls: type) -> Any:
+    """How a transformer class is shared along its sequence (`_cp_plan`); None if diffusers does not say."""
+    return getattr(cls, "_cp_plan", None)
+
+
+def parallel_config(model: Any) -> Any:
+    """What `enable_parallelism` has made of a model (`_parallel_config`); None if it was not called."""
+    return model._parallel_config
+
+
+def set_parallel_config(model: nn.Module, value: Any) -> None:
+    """Set, or with None take away, what `enable_parallelism` sets on a model and its attention processors
+    (`_parallel_config`): it cannot be undone, and in 0.42 fails without an accelerator."""
+    for owner in (model, *(attention.processor for attention in _attentions(model))):
+        owner._parallel_config = value
+
+
+def make_parallel_config(config: Any, rank: int, world: int, device: torch.device, mesh: Any) -> Any:
+    """What `enable_parallelism` makes of a `ContextParallelConfig` (`ParallelConfig` of `_modeling_parallel`)."""
+    from diffusers.models._modeling_parallel import ParallelConfig  # a private module: only where it is needed
+
+    parallel = ParallelConfig(context_parallel_config=config)
+    parallel.setup(rank, world, device, mesh=mesh)
+    return parallel
+
+
+def unshareable_backend(model: nn.Module) -> tuple[str, Iterable[str]] | None:
+    """An attention backend of a model that cannot share its sequence, and those that can; None if all can.
+
+    `_AttentionBackendRegistry` knows, and `_attention_backend` of a processor says which one was chosen for it.
+    """
+    from diffusers.models.attention_dispatch import (  # a private class: only where it is needed
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+    )
+
+    for backend in {getattr(m.processor, "_attention_backend", None) for m in _attentions(model)}:
+        known = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else AttentionBackendName(backend)
+        if not _AttentionBackendRegistry._is_context_parallel_available(known):
+            return known.value, sorted(_AttentionBackendRegistry._supports_context_parallel)
+    return None
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if hasattr(getattr(m, "processor", None), "_parallel_config")]
