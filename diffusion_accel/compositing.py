@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
+
+from .errors import ConfigurationError
+from .images import open_image
+from .io import is_there, shown
 
 
 def over(image: Image.Image, background: Image.Image | tuple[int, ...]) -> Image.Image:
@@ -33,3 +39,43 @@ def premultiplied(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image.convert("RGBA")).astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def stack(images: Sequence[Image.Image], names: Sequence[str] = ()) -> Image.Image:
+    """RGBA images of one size as one, the lowest first.
+
+    Args:
+        images: the layers.
+        names: what errors call them.
+
+    Raises:
+        ConfigurationError: they differ in size.
+    """
+    made = images[0]
+    names = names or [f"layer {number + 1}" for number in range(len(images))]
+    for name, image in zip(names[1:], images[1:], strict=True):
+        if image.size != made.size:
+            raise ConfigurationError(
+                f"{name} has {image.width}x{image.height} pixels, {names[0]} {made.width}x{made.height}; layers must "
+                "have one size"
+            )
+        made = Image.alpha_composite(made, image)
+    return made
+
+
+def background_of(text: str) -> Image.Image | tuple[int, ...] | None:
+    """What a text means as a background: a colour (a name or #rrggbb) or an image file; None for "checkerboard".
+
+    Raises:
+        ConfigurationError: it is none of them.
+    """
+    if text == "checkerboard":
+        return None
+    if is_there(text, "file"):
+        return open_image(text, "RGBA")
+    try:
+        return ImageColor.getrgb(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the background {shown(text)} is neither checkerboard, nor a colour (white, #ff8800), nor an image file"
+        ) from error

@@ -1,6 +1,7 @@
 """The error types. Every error this toolkit raises on purpose derives from `AccelerationError`.
 
-A message says what was given, what is allowed and what to do; the CLI prints it as one line.
+A message says what was given, what is allowed and what to do, in one line. It names fields and arguments; the command
+line puts its flags in their place, and has the table of exit codes (cli/errors.py).
 """
 
 from __future__ import annotations
@@ -10,30 +11,22 @@ class AccelerationError(Exception):
     """Base class.
 
     Attributes:
-        exit_code: what the CLI ends with: 2 for a usage error, 1 for a failure.
         consequence: of the failure of another process of the job, whose own message says more.
     """
 
-    exit_code = 1
     consequence = False
 
 
 class ConfigurationError(AccelerationError, ValueError):
     """A feature, setting or flag has a value that is not allowed."""
 
-    exit_code = 2
-
 
 class UnsupportedPipelineError(AccelerationError, TypeError):
     """A feature cannot work on this pipeline, model or scheduler. Nothing has been changed."""
 
-    exit_code = 2
-
 
 class FeatureConflictError(AccelerationError):
     """Two features cannot be combined. Nothing has been changed."""
-
-    exit_code = 2
 
 
 class CallStateError(AccelerationError, RuntimeError):

@@ -44,8 +44,6 @@ class PeerError(AccelerationError, RuntimeError):
 class NoDeviceError(ConfigurationError):
     """The launcher gave this process, and not all of them, a device that is not there."""
 
-    exit_code = 1
-
 
 class DisagreementError(ConfigurationError):
     """The processes of a job were asked for different images."""

@@ -34,7 +34,7 @@ class ProcessFailedError(AccelerationError):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]
+        self.exit_code = exit_code
 
 
 def start(ranks: int, arguments: Sequence[str]) -> None:
@@ -207,12 +207,12 @@ class _Job:
         name, left, code = f"process {number} of {size}", rank.left, rank.process.poll() or 0
         if rank.hung:
             message = f"{name} did not answer any more and was ended; nothing more was written"
-            return ProcessFailedError(message, AccelerationError.exit_code)
+            return ProcessFailedError(message, 1)
         if left:
             return ProcessFailedError(left["message"], left["exit_code"])
         if code < 0:
             message = f"{name} was killed by {signal.Signals(-code).name}; nothing more was written"
-            return ProcessFailedError(message, AccelerationError.exit_code)
+            return ProcessFailedError(message, 1)
         return ProcessFailedError(f"{name} failed; what it printed says why", code)
 
     def end(self) -> None:

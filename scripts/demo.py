@@ -26,9 +26,10 @@ from rich.progress import track
 from rich.table import Table
 
 from diffusion_accel import AccelerationError, Reuse, accelerate
-from diffusion_accel.cli.output import check_writable, save_image
+from diffusion_accel.image_files import save_image
 from diffusion_accel.measure.comparison import Comparison, compare
 from diffusion_accel.measure.grids import grid
+from diffusion_accel.outputs import check_writable
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.reuse.plan_file import TunedPlan
@@ -109,7 +110,7 @@ def main() -> int:
         run(args.output, args.steps, args.rounds)
     except AccelerationError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return 1
     return 0
 
 

@@ -67,7 +67,7 @@ def _replace(name: str, value: Any) -> None:
 
 
 def loading(folder: Path) -> None:
-    _replace("diffusion_accel.cli.session.Session", lambda *_, **__: arrive(folder))
+    _replace("diffusion_accel.cli.session.open_for", lambda *_, **__: arrive(folder))
 
 
 def second_image(folder: Path) -> None:
@@ -97,7 +97,7 @@ def searching(folder: Path) -> None:
         state.write_text("{}\n")
         arrive(folder)
 
-    _replace("diffusion_accel.cli.session.Session", mock.MagicMock())
+    _replace("diffusion_accel.cli.session.open_for", mock.MagicMock())
     _replace("diffusion_accel.tuning.tuner.tune", search)
 
 
@@ -106,7 +106,7 @@ def quantizing(folder: Path) -> None:
         to.with_name(f"{to.name}.work").mkdir()
         arrive(folder)
 
-    _replace("diffusion_accel.cli.session.Session", mock.MagicMock())
+    _replace("diffusion_accel.cli.session.open_for", mock.MagicMock())
     _replace("diffusion_accel.quant.ptq.export.run", run)
 
 

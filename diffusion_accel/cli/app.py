@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from diffusion_accel import __version__
+from diffusion_accel.registry import FEATURES
 
 from . import bench, evaluate, features, generate, info, inspect, metadata, models, plan, quantize, transparency, tune
 from .feature_flags import join_bare_flags
@@ -46,6 +47,15 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def flags_of(arguments: list[str]) -> dict[str, str]:
+    """The flags of the command that `arguments` call, by the name that the library has for them; without features'."""
+    group: Any = typer.main.get_command(app)
+    found = group.commands.get(next((word for word in arguments if not word.startswith("-")), ""))
+    flags = [flag for param in getattr(found, "params", ()) for flag in param.opts if flag.startswith("--")]
+    named = {flag.removeprefix("--").replace("-", "_"): flag for flag in flags}
+    return {name: flag for name, flag in named.items() if name not in FEATURES}
 
 
 def command(arguments: list[str]) -> Any:

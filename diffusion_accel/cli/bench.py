@@ -10,7 +10,9 @@ import typer
 
 from diffusion_accel.bench.entries import Entry
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import LIMITS
 from diffusion_accel.io import replacing
+from diffusion_accel.outputs import check_distinct, check_free, output_path
 
 from .common_options import (
     BATCH,
@@ -28,8 +30,8 @@ from .common_options import (
     check_range,
     number,
 )
-from .output import check_distinct, check_free, output_path
-from .settings import LIMITS, merge, read_jobs
+from .prompts import read_jobs
+from .settings import merge
 from .terminal import console, say
 from .tune import embedded_prompts
 

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import LIMITS, Bounds, at_least
 from diffusion_accel.io import shown
 from diffusion_accel.model_files.names import EMBEDDED, ModelSource
 
-from .settings import DTYPES, LIMITS, Bounds, Settings, at_least, merge
+from .settings import DTYPES, Settings, merge
 
 # numbers that only some commands have; those of `settings.LIMITS` are in every one of them
 COUNT = at_least(1, 100_000)

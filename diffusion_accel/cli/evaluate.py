@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion_accel.conditioning import CLASS, class_names
+from diffusion_accel.conditioning import CLASS, class_names, condition_of
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import Request, at_least
+from diffusion_accel.image_files import SUFFIXES, is_image_file
 from diffusion_accel.io import is_there
+from diffusion_accel.outputs import check_free, output_path
 
 from .common_options import (
     BATCH,
@@ -29,8 +32,7 @@ from .common_options import (
     number,
 )
 from .feature_flags import with_feature_flags
-from .output import SUFFIXES, check_free, is_image_file, output_path
-from .settings import at_least, check_features, merge
+from .settings import check_features, merge
 from .terminal import console, say
 
 COUNT = at_least(4, 100_000)  # distances between distributions need a few
@@ -68,18 +70,18 @@ def evaluate(
     if data is not None and not is_there(Path(data), "dir"):
         raise ConfigurationError(f"--data: no such folder: {data}")
     if grid is not None:
-        check_free([output_path(grid, "--grid")], overwrite)
+        check_free([output_path(grid, "--grid", SUFFIXES)], overwrite)
         if not is_image_file(grid, "--grid"):
             raise ConfigurationError(f"--grid {grid} must be an image file: {', '.join(SUFFIXES)}")
     given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
     given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
     settings, source = merge({**given, **features}, {})
-    check_features(settings)
+    check_features(settings.features, settings.steps, settings.scheduler)
 
-    from .session import Session, check_machine
+    from .session import check_machine, open_for
 
-    session = Session(settings, source, check_machine(settings), quiet=True)
-    result = measure(session, settings, data, count, batch, grid, quiet)
+    pipe = open_for(settings, source, check_machine(settings))
+    result = measure(pipe, source.name, settings, data, count, batch, grid, quiet)
     if as_json:
         typer.echo(json.dumps(result))
     else:
@@ -87,7 +89,7 @@ def evaluate(
 
 
 def measure(
-    session: Any, settings: Any, data: str | None, count: int, batch: int, grid: str | None, quiet: bool
+    pipe: Any, model: str, settings: Any, data: str | None, count: int, batch: int, grid: str | None, quiet: bool
 ) -> dict[str, Any]:
     """Draw and measure; see `evaluation.quality`."""
     import torch
@@ -95,6 +97,7 @@ def measure(
 
     from diffusion_accel.evaluation import quality
     from diffusion_accel.evaluation.classifier import extract, load_classifier
+    from diffusion_accel.generation.drawing import draw_tensors, fitted
 
     classifier = load_classifier()
     pictures = None
@@ -102,10 +105,12 @@ def measure(
         asked, real = quality.embedded_reference()
     else:
         asked, real, pictures = quality.reference_of(Path(data), classifier)
-    if session.condition == CLASS:
-        asked = quality.of_classes(asked, class_names(session.pipe))
-    result: dict[str, Any] = {"model": session.source.name, "data": data or "embedded reference", "real": len(real)}
-    result["features"] = {name: feature.to_dict() for name, feature in session.pipe.acceleration.features.items()}
+    if condition_of(pipe) == CLASS:
+        asked = quality.of_classes(asked, class_names(pipe))
+    keys = "negative_prompt steps guidance_scale width height".split()
+    request = Request(prompt="", **{key: getattr(settings, key) for key in keys})
+    result: dict[str, Any] = {"model": model, "data": data or "embedded reference", "real": len(real)}
+    result["features"] = {name: feature.to_dict() for name, feature in pipe.acceleration.features.items()}
     shown = []
     for split in quality.SPLITS:
         chosen = asked.choose(split, count)
@@ -116,17 +121,17 @@ def measure(
             part = chosen[start : start + batch]
             generators = [torch.Generator("cpu").manual_seed(settings.seed + start + i) for i in range(len(part))]
             prompts = [asked.captions[i] for i in part]
-            images = session.draw(prompts, settings, generators)
+            images = draw_tensors(pipe, prompts, request, generators)
             made.append(images)
         drawn = torch.cat(made)
         shown.append(drawn)
         values = quality.drawing_quality(extract(classifier, drawn), chosen, asked, real)
-        if pictures is not None and quality.not_measurable(session.pipe) is None:
+        if pictures is not None and quality.not_measurable(pipe) is None:
             values["loss"] = quality.validation_loss(
-                session.pipe, session.fitted(pictures(chosen)), [asked.captions[i] for i in chosen]
+                pipe, fitted(pipe, pictures(chosen), request), [asked.captions[i] for i in chosen]
             )
         result[split] = {"n": len(chosen), **values}
-    if pictures is not None and (reason := quality.not_measurable(session.pipe)):
+    if pictures is not None and (reason := quality.not_measurable(pipe)):
         result["no_loss"] = reason
     if grid is not None:
         from diffusion_accel.training.images import save_grid

@@ -71,7 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
     except AccelerationError as error:
         if debug:
             raise
-        code = _fail(str(error), error.exit_code, error.consequence)
+        from .app import flags_of  # loaded already
+        from .errors import exit_code, in_flags  # nothing before signals are heard
+
+        code = _fail(in_flags(str(error), flags_of(arguments)), exit_code(error), error.consequence)
     except OSError as error:
         if debug:
             raise

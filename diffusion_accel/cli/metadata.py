@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from diffusion_accel.errors import OutputError
+from diffusion_accel.image_files import read_metadata
+from diffusion_accel.image_metadata import parse_parameters
 
 from .common_options import Debug
-from .image_metadata import parse_parameters
-from .output import read_metadata
 from .terminal import say
 
 

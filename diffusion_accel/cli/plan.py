@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import LIMITS, at_least
 
 from .common_options import BATCH, Debug, check_range, number
 from .feature_flags import parse_feature
-from .settings import DTYPES, LIMITS, at_least
+from .settings import DTYPES
 from .terminal import console, say
 
 if TYPE_CHECKING:

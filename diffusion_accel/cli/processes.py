@@ -11,6 +11,7 @@ from diffusion_accel.parallel.launch import started_here
 from diffusion_accel.parallel.place import place
 
 if TYPE_CHECKING:
+    from diffusion_accel.generation.request import Request
     from diffusion_accel.parallel import PatchParallel
 
     from .settings import Settings
@@ -80,17 +81,19 @@ def join(settings: Settings) -> Settings:
     return settings
 
 
-def same_seeds(settings: Settings, plans: list[Settings]) -> list[Settings]:
-    """The plans with the seeds of rank 0, unless the command says which seed."""
+def same_seeds(settings: Settings, requests: list[Request]) -> list[Request]:
+    """The requests with the seeds of rank 0, unless the command says which seed."""
     if settings.seed is not None or _feature(settings) is None or not launched():
-        return plans
+        return requests
     from diffusion_accel.parallel.group import same_numbers
 
-    (count,) = same_numbers([len(plans)])
-    if count != len(plans):
-        raise ConfigurationError(f"rank 0 has {count} prompts, this process {len(plans)}; give all the same arguments")
-    seeds = same_numbers([plan.seed or 0 for plan in plans])
-    return [dataclasses.replace(plan, seed=seed) for plan, seed in zip(plans, seeds, strict=True)]
+    (count,) = same_numbers([len(requests)])
+    if count != len(requests):
+        raise ConfigurationError(
+            f"rank 0 has {count} prompts, this process {len(requests)}; give all the same arguments"
+        )
+    seeds = same_numbers([request.seed for request in requests])
+    return [dataclasses.replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
 
 
 def writes(settings: Settings) -> bool:

@@ -12,10 +12,12 @@ import typer
 from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import LIMITS, Bounds, at_least
+from diffusion_accel.outputs import check_free_folder, output_path
 
 from .common_options import BATCH, AllowPickle, AsJson, Debug, Device, Model, Quiet, check_range, number, recommended
-from .output import check_free_folder, output_path
-from .settings import LIMITS, Bounds, at_least, merge, read_jobs
+from .prompts import read_jobs
+from .settings import merge
 from .terminal import say
 from .tune import Bar, embedded_prompts
 
@@ -181,15 +183,15 @@ def quantize(
     from diffusion_accel.pipelines.loading import load_pipeline
     from diffusion_accel.quant.ptq.export import run
 
-    from .session import Session, check_machine
+    from .session import check_machine, open_for
 
-    session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
+    pipe: Any = open_for(settings, source, check_machine(settings), promptless=True)
     if not texts:
-        if condition_of(session.pipe) == PROMPT:
+        if condition_of(pipe) == PROMPT:
             raise ConfigurationError(
                 "--calibration-prompts is needed: grids are measured on the kind of prompts the model is used with"
             )
-        texts = usual_texts(session.pipe, count)
+        texts = usual_texts(pipe, count)
     bar = Bar(quiet)
 
     def tell(what: str, share: float, left: float) -> None:
@@ -197,7 +199,7 @@ def quantize(
 
     try:
         result = run(
-            session.pipe, source, texts, choice, folder, tell, load=load_pipeline, overwrite=overwrite, restart=restart,
+            pipe, source, texts, choice, folder, tell, load=load_pipeline, overwrite=overwrite, restart=restart,
             minutes=budget_minutes, images=report, batch=batch, steps=settings.steps or 50,
             options={k: getattr(settings, k) for k in ("guidance_scale", "height", "width")},
         )  # fmt: skip

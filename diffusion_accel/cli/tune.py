@@ -12,13 +12,15 @@ import typer
 from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import LIMITS, at_least
 from diffusion_accel.io import printable
+from diffusion_accel.outputs import check_free, output_path
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.tuning.state import read_search
 
 from .common_options import BATCH, SECONDS, AsJson, Debug, Model, Quiet, check_range, number, recommended
-from .output import check_free, output_path
-from .settings import DTYPES, LIMITS, at_least, merge, read_jobs
+from .prompts import read_jobs
+from .settings import DTYPES, merge
 from .terminal import say
 
 COUNT = at_least(6, 100_000)  # the search needs some, and others to test what it found
@@ -127,21 +129,21 @@ def tune(
     from diffusion_accel.tuning.tuner import Target
     from diffusion_accel.tuning.tuner import tune as search
 
-    from .session import Session, check_machine
+    from .session import check_machine, open_for
 
     Target(speedup, min_psnr)
-    session = Session(settings, source, check_machine(settings), quiet=True, promptless=True)
+    pipe: Any = open_for(settings, source, check_machine(settings), promptless=True)
     if not texts:
-        if condition_of(session.pipe) == PROMPT:
+        if condition_of(pipe) == PROMPT:
             raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
-        texts = usual_texts(session.pipe, prompts)
+        texts = usual_texts(pipe, prompts)
     from diffusion_accel.pipelines.schedulers import set_scheduler
 
-    own, others = session.pipe.scheduler, []
+    own, others = pipe.scheduler, []
     for name in try_scheduler or []:
-        set_scheduler(session.pipe, name)
-        others.append(session.pipe.scheduler)
-        session.pipe.scheduler = own
+        set_scheduler(pipe, name)
+        others.append(pipe.scheduler)
+        pipe.scheduler = own
     begun = True
     if not resume:
         forget(state)
@@ -149,7 +151,7 @@ def tune(
     bar = Bar(quiet)
     try:
         plan = search(
-            session.pipe,
+            pipe,
             texts,
             steps=settings.steps or 50,
             speedup=speedup,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffusion_accel import interrupts
-from diffusion_accel.errors import AccelerationError
+from diffusion_accel.errors import AccelerationError, ConfigurationError
 from diffusion_accel.io import first_line, printable
 
 from .files import UsageError
@@ -179,7 +179,7 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
         run(options)
     except AccelerationError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
-        return error.exit_code
+        return 2 if isinstance(error, (UsageError, ConfigurationError)) else 1
     except (OSError, ValueError) as error:
         print(f"error: {printable(first_line(error))}", file=sys.stderr)
         return 1

@@ -28,8 +28,6 @@ class TrainingError(AccelerationError, RuntimeError):
 class UsageError(TrainingError):
     """What was asked for cannot be done: a missing folder, a stage that was not run, a state that would be lost."""
 
-    exit_code = 2
-
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:

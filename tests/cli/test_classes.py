@@ -75,7 +75,7 @@ def test_the_names_survive_saving(folder: Path, tmp_path: Path) -> None:
 def test_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--model", folder, "--steps", "2", "--seed", "4", "-q"]
     for name, words in (("a", ["apple"]), ("b", ["--class", "0"]), ("c", ["--class", "cat"])):
-        code, _, err = call(capsys, "generate", *words, *common, "-o", tmp_path / f"{name}.png", "--num-images", "2")
+        code, _, err = call(capsys, "generate", *words, *common, "-o", tmp_path / f"{name}.png", "--count", "2")
         assert code == 0, err
     images = {n: np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("a-1", "a-2", "b-1", "b-2", "c-1")}
     assert (images["a-1"] == images["b-1"]).all() and (images["a-2"] == images["b-2"]).all()

@@ -23,7 +23,7 @@ FEW = ["--steps", "3", "--seed", "1"]
 @pytest.fixture(scope="module", autouse=True)
 def one_loaded_model() -> Any:
     """Load the embedded model once a task; each command gets a pipeline of its own around it."""
-    import diffusion_accel.cli.session as run
+    import diffusion_accel.generation.loading as run
     from diffusion_accel.pipelines.loading import load_pipeline
 
     patch = pytest.MonkeyPatch()
@@ -74,7 +74,7 @@ def test_off_and_neutral_give_the_same_pixels(tmp_path: Path, capsys: pytest.Cap
 
 def test_json_lines_numbering_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
-    flags = ["--json", "--num-images", "2", "-o", folder, *FEW]
+    flags = ["--json", "--count", "2", "-o", folder, *FEW]
     code, out, _ = call(capsys, "generate", PROMPT, "pizza, 3d style", *flags)
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 0

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion_accel.cli.image_metadata import names_only, parameters_text, parse_parameters, user_comment
-from diffusion_accel.cli.output import read_metadata, save_image
 from diffusion_accel.errors import OutputError
+from diffusion_accel.image_files import read_metadata, save_image
+from diffusion_accel.image_metadata import names_only, parameters_text, parse_parameters, user_comment
 
 SUFFIXES = (".png", ".webp", ".jpg")
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)

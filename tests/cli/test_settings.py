@@ -14,14 +14,16 @@ from command import call
 from diffusion_accel import EncoderReuse
 from diffusion_accel.cli import main as cli
 from diffusion_accel.cli.feature_flags import join_bare_flags
-from diffusion_accel.cli.output import plan_outputs
-from diffusion_accel.cli.settings import merge, read_config, read_jobs, split_lora
+from diffusion_accel.cli.prompts import read_jobs
+from diffusion_accel.cli.settings import merge, read_config, split_lora
+from diffusion_accel.generation.outputs import plan_outputs
+from diffusion_accel.generation.request import Request
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model fails the test."""
-    import diffusion_accel.cli.session as run
+    import diffusion_accel.generation.loading as run
 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -42,9 +44,9 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "steps many": ([PROMPT, "--steps", "999999999999"], "--steps must be at least 1 and at most 10000"),
     "width large": ([PROMPT, "--width", "80000000"], "at most 32768"),
     "guidance 1e30": ([PROMPT, "--guidance-scale", "1e30"], "at most 1000"),
-    "images many": ([PROMPT, "--num-images", "10001"], "at most 10000"),
-    "images in all": ([PROMPT, "another", "--num-images", "9000"], "at most 10000"),
-    "last seed": ([PROMPT, "--num-images", "2", "--seed", str(2**63 - 1)], "goes beyond"),
+    "images many": ([PROMPT, "--count", "10001"], "at most 10000"),
+    "images in all": ([PROMPT, "another", "--count", "9000"], "at most 10000"),
+    "last seed": ([PROMPT, "--count", "2", "--seed", str(2**63 - 1)], "goes beyond"),
     "no step left": ([PROMPT, "--image", "IMAGE", "--strength", "0.01", "--steps", "20"], "leaves no step to run"),
     "not UTF-8": (["caf\udce9"], "is not valid UTF-8 at character 4"),
     "negative not UTF-8": ([PROMPT, "--negative-prompt", "\udce9"], "the negative prompt"),
@@ -68,7 +70,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "guidance -1": ([PROMPT, "--guidance-scale", "-1"], "finite number"),
     "strength": ([PROMPT, "--image", "IMAGE", "--strength", "1.5"], "at most 1"),
     "strength nan": ([PROMPT, "--image", "IMAGE", "--strength", "nan"], "at most 1"),
-    "images": ([PROMPT, "--num-images", "0"], "--num-images"),
+    "images": ([PROMPT, "--count", "0"], "--num-images"),
     "seed": ([PROMPT, "--seed", "-1"], "--seed must be between"),
     "mask alone": ([PROMPT, "--mask-image", "IMAGE"], "--mask-image needs --image"),
     "strength alone": ([PROMPT, "--strength", "0.5"], "--strength needs --image"),
@@ -197,7 +199,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_model(tmp_path: Path) -> 
     assert not off.features
     (tmp_path / "c.json").write_text(json.dumps({"encoder_reuse": True, "num_images": 2}))
     settings, _ = merge({}, read_config(str(tmp_path / "c.json")))
-    assert settings.features == {"encoder_reuse": EncoderReuse()} and settings.num_images == 2
+    assert settings.features == {"encoder_reuse": EncoderReuse()} and settings.count == 2
 
 
 @pytest.mark.parametrize(
@@ -316,11 +318,13 @@ def test_importing_is_cheap_and_help_needs_no_torch() -> None:
 
 
 def test_a_folder_may_have_a_dot_in_its_name(tmp_path: Path) -> None:
+    request = Request(prompt="x", seed=3)
     for name in ("out.v2", "out.png"):
         (tmp_path / name).mkdir()
-        paths = plan_outputs(str(tmp_path / name), [[3]], [None], False)
-        assert paths == [[tmp_path / name / "0001-3.png"]]
-    assert plan_outputs(f"{tmp_path}/new.v3/", [[3]], [None], False) == [[tmp_path / "new.v3" / "0001-3.png"]]
+        (plan,) = plan_outputs(str(tmp_path / name), [request])
+        assert plan.paths == (tmp_path / name / "0001-3.png",)
+    (plan,) = plan_outputs(f"{tmp_path}/new.v3/", [request])
+    assert plan.paths == (tmp_path / "new.v3" / "0001-3.png",)
 
 
 def test_the_help_says_defaults_and_bounds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def test_layers_that_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFi
     unet = UNet2DConditionModel.from_pretrained(EMBEDDED["sticker"].path / "unet")
     save_file({k: v * 0.1 for k, v in sharing_tensors(unet, 3).items()}, folder / "joint.safetensors")
     write_digests(folder)  # of a folder that was changed on purpose
-    flags = ["--transparent", f"weights={folder},variant=joint,views=1", "--num-images", 2, "--preview", "white"]
+    flags = ["--transparent", f"weights={folder},variant=joint,views=1", "--count", 2, "--preview", "white"]
     code, out, err = call(capsys, "generate", PROMPT, *FEW, *flags, "-o", tmp_path / "a.png")
     assert code == 0 and not err and out.count("recomposition error against blend 0.") == 2
     names = {file.name for file in tmp_path.glob("a-*.png")}

@@ -27,9 +27,10 @@ from transparency_weights import write_weights
 from diffusion_accel import accelerate
 from diffusion_accel.cli.inspect import inspect
 from diffusion_accel.cli.metadata import metadata
-from diffusion_accel.cli.output import read_metadata, save_image
-from diffusion_accel.cli.settings import merge, read_config, read_jobs
+from diffusion_accel.cli.prompts import read_jobs
+from diffusion_accel.cli.settings import merge, read_config
 from diffusion_accel.finite import finite
+from diffusion_accel.image_files import read_metadata, save_image
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.pipelines.loading import load_controlnet, load_lora, load_pipeline
 from diffusion_accel.pipelines.quantizers import check_quantize, load_quantized

@@ -1,0 +1,79 @@
+"""The prompts of a command: those of its arguments, and those of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import Request, check_numbers, check_text
+from diffusion_accel.io import first_line, parse_json, read_text, shown, split_lines
+
+from .settings import OLD_KEYS, Settings, renamed, typed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt with what a line of a prompts file may override; None means the common setting."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    count: int | None = None
+    output: str | None = None
+
+
+def read_jobs(prompts: list[str], file: str | None, flag: str = "--prompts-file") -> list[Job]:
+    """The prompts of the command line, then those of a prompts file (a prompt a line, or JSON objects a line)."""
+    jobs = [Job(prompt=p) for p in prompts]
+    if file is not None:
+        text = read_text(file, flag)
+        jsonl = Path(file).suffix.lower() in (".jsonl", ".json", ".ndjson")
+        for number, line in enumerate(split_lines(text), 1):
+            if line.strip():
+                jobs.append(_json_job(line, f"{file}, line {number}") if jsonl else Job(prompt=line.strip()))
+    if not jobs:
+        raise ConfigurationError(
+            f"there is no prompt in {flag} {file}"
+            if file is not None
+            else "there is no prompt; give one, --class, or --prompts-file"
+        )
+    for job in jobs:
+        if not job.prompt.strip():
+            raise ConfigurationError("a prompt is empty")
+        for name in ("prompt", "negative_prompt"):
+            check_text(getattr(job, name), name.replace("_", " "))
+    return jobs
+
+
+def _json_job(line: str, where: str) -> Job:
+    try:
+        values = parse_json(line, where, nonfinite=True)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: not valid JSON: {first_line(error.__cause__ or error)}") from error
+    known = {f.name for f in dataclasses.fields(Job)}
+    if not isinstance(values, dict) or "prompt" not in values:
+        raise ConfigurationError(f'{where}: expected an object with a "prompt"')
+    for key in values:
+        if key not in known and key not in OLD_KEYS:
+            raise ConfigurationError(f"{where}: unknown key {shown(key)}; the keys are: {', '.join(sorted(known))}")
+    values = renamed(values, where)
+    values = {k: typed(k, v, f"{where}: ") for k, v in values.items()}
+    check_numbers(values, f"{where}: ", "-")
+    return Job(**values)
+
+
+def request_of(settings: Settings, job: Job) -> Request:
+    """One prompt with the common settings; without a seed anywhere, a random one is drawn (and printed and stored)."""
+    keys = [f.name for f in dataclasses.fields(Request)]
+    values = {key: getattr(settings, key) for key in keys if hasattr(settings, key)}
+    values |= {key: value for key in keys if (value := getattr(job, key, None)) is not None}
+    if values["seed"] is None:
+        values["seed"] = secrets.randbelow(2**32)
+    return Request(**values)

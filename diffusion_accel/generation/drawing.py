@@ -1,0 +1,200 @@
+"""Drawing a request with a pipeline: what its call is given, the seed of each image, and a comparison."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, condition_of
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.images import open_image
+from diffusion_accel.measure.comparison import Comparison, compare
+from diffusion_accel.pipelines.sizes import far_from_trained
+from diffusion_accel.report import Report
+
+from .layers import drawn_layers
+from .request import Request
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_USUAL = {"steps": "num_inference_steps", "strength": "strength"}  # fields whose defaults a pipeline's call names
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one request gave.
+
+    Attributes:
+        images: for each seed its layers, in turn; without layers one image.
+        report: of the call.
+        comparison: with the same images without the features, if that was asked for.
+    """
+
+    images: list[Image.Image]
+    report: Report
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request that is ready to be drawn: its images are read, the pipeline takes all of it.
+
+    Attributes:
+        pipe: an accelerated pipeline.
+        request: what is drawn.
+        arguments: of the pipeline's call, besides the prompt and the generators.
+    """
+
+    pipe: DiffusionPipeline
+    request: Request
+    arguments: dict[str, Any]
+
+    def notes(self) -> list[str]:
+        """What is worth knowing before it is drawn: a size far from the trained one, a prompt that is cut."""
+        start = self.arguments.get("image")
+        size = start.size if isinstance(start, Image.Image) else (self.request.width, self.request.height)
+        return [
+            note for note in (far_from_trained(self.pipe, *size), _cut_prompt(self.pipe, self.request.prompt)) if note
+        ]
+
+    def images(self, pipe: DiffusionPipeline | None = None) -> list[Image.Image]:
+        """Draw, with another pipeline if one is given.
+
+        Each image has a generator of its own, on the CPU: image k of a batch is the image of seed + k. Layers that
+        are drawn together are images of one call, each from a seed of its own.
+        """
+        pipe = self.pipe if pipe is None else pipe
+        layers = len(drawn_layers(self.pipe.acceleration.features))
+        each = [(seed + (k << 40)) % (1 << 63) for seed in self.request.seeds for k in range(layers)]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in each]
+        if condition_of(pipe) == CLASS:
+            given = call_arguments(pipe, [self.request.prompt] * len(each))
+        else:
+            given = {"prompt": self.request.prompt, "num_images_per_prompt": len(each)}
+        return pipe(**self.arguments, **given, generator=generators).images
+
+    def draw(self, *, comparing: bool = False, plain: DiffusionPipeline | None = None) -> Drawn:
+        """Draw; with `comparing` also without the features that accelerate, or with `plain`."""
+        if comparing:
+            comparison = compare(self.pipe, self.images, plain=plain)
+            return Drawn(comparison.accelerated, comparison.report, comparison)
+        return Drawn(self.images(), self.pipe.acceleration.report())
+
+
+def draw(
+    pipe: DiffusionPipeline, request: Request, *, comparing: bool = False, plain: DiffusionPipeline | None = None
+) -> Drawn:
+    """Draw a request.
+
+    Args:
+        pipe: an accelerated pipeline (`accelerate(pipe)`, with or without features).
+        request: what is drawn.
+        comparing: draw it without the features that accelerate as well, and compare.
+        plain: another pipeline to compare with: the same model before it was quantized.
+
+    Raises:
+        ConfigurationError: the pipeline does not take something that the request has.
+        ModelLoadError: the pipeline is called with neither a prompt nor a class.
+    """
+    return prepare(pipe, request).draw(comparing=comparing, plain=plain)
+
+
+def prepare(pipe: DiffusionPipeline, request: Request) -> Call:
+    """A request as a call of this pipeline, with its images opened; see `draw`."""
+    check_drawable(pipe)
+    return Call(pipe, request, _arguments(pipe, request, opening=True))
+
+
+def check_drawable(pipe: DiffusionPipeline) -> None:
+    """Raise `ModelLoadError` for a pipeline that is called with neither a prompt nor a class."""
+    if condition_of(pipe) == NOTHING:
+        raise ModelLoadError(takes_neither(type(pipe)))
+
+
+def takes_neither(cls: type) -> str:
+    """The error about a pipeline class that is called with neither a prompt nor a class."""
+    return f"{cls.__name__} takes neither a prompt nor a class; generate and evaluate need a pipeline that does"
+
+
+def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None:
+    """Refuse what this pipeline cannot do for any of the requests, before the first image is drawn or file opened."""
+    requests = list(requests)
+    if condition_of(pipe) == CLASS:
+        call_arguments(pipe, [request.prompt for request in requests])
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    usual = {key: getattr(parameters.get(name), "default", None) for key, name in _USUAL.items()}
+    known: dict[str, Any] = {key: value for key, value in usual.items() if isinstance(value, (int, float))}
+    for request in requests:
+        _arguments(pipe, request, opening=False)
+        if request.image:
+            request.check_strength(**known)
+
+
+def draw_tensors(
+    pipe: DiffusionPipeline, prompts: list[str], request: Request, generators: list[torch.Generator]
+) -> torch.Tensor:
+    """One image a prompt, (N, 3, H, W) in -1..1 on the CPU; of the request all but its prompt and seeds counts."""
+    arguments = _arguments(pipe, request) | call_arguments(pipe, prompts) | {"output_type": "pt"}
+    return pipe(**arguments, generator=generators).images.float().cpu() * 2 - 1
+
+
+def fitted(pipe: Any, images: torch.Tensor, request: Request) -> torch.Tensor:
+    """Images (N, 3, h, w) resized to what a request draws with this pipeline."""
+    width = request.width or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = (request.height or width, width)
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) -> dict[str, Any]:
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    wanted: dict[str, Any] = {
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "width": request.width,
+        "height": request.height,
+        "strength": request.strength,
+    }
+    images = {
+        "image": ("image", request.image, "RGBA" if "transparent" in pipe.acceleration.features else "RGB"),
+        "mask_image": ("mask_image", request.mask_image, "L"),
+        "control_image" if request.image else "image": ("control_image", request.control_image, "RGB"),
+    }
+    for name, (what, file, mode) in images.items():
+        if file:
+            wanted[name] = _open(file, mode, request, what) if opening else file
+    given = {k: v for k, v in wanted.items() if v is not None}
+    resized = ("width", "height") if request.image else ()  # to them, before the pipeline gets it
+    unknown = [k for k in given if k not in parameters and k not in resized]
+    if unknown:
+        raise ConfigurationError(f"{type(pipe).__name__} does not take {', '.join(unknown)}")
+    return {k: v for k, v in given.items() if k in parameters}
+
+
+def _cut_prompt(pipe: Any, prompt: str) -> str | None:
+    tokenizer = getattr(pipe, "tokenizer", None)
+    limit = getattr(tokenizer, "model_max_length", None)
+    if tokenizer is not None and limit and limit < 10**6:
+        length = len(tokenizer(prompt).input_ids)
+        if length > limit:
+            return f"the prompt has {length} tokens; the model reads the first {limit}"
+    return None
+
+
+def _open(file: str | Path, mode: str, request: Request, what: str) -> Image.Image:
+    """An image file in the size that is drawn: transparency over white, of a mask over black."""
+    opened = open_image(file, mode, what=what, background=_BLACK if mode == "L" else _WHITE)
+    size = (request.width or opened.width // 8 * 8, request.height or opened.height // 8 * 8)
+    if min(size) < 8:
+        raise ConfigurationError(f"{what} {file} is too small: {opened.width}x{opened.height} pixels")
+    return opened if opened.size == size else opened.resize(size, Image.Resampling.LANCZOS)

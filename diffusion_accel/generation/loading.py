@@ -1,0 +1,97 @@
+"""Opening a pipeline: loaded, put where it runs, with its scheduler, LoRAs and features."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusion_accel.denoisers import find_denoisers
+from diffusion_accel.feature import Feature
+from diffusion_accel.model_files.names import ModelSource
+from diffusion_accel.pipelines.loading import load_lora, load_pipeline
+from diffusion_accel.pipelines.schedulers import set_scheduler
+from diffusion_accel.switchboard import accelerate
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_HASH_LIMIT = 2**29  # larger files are not hashed for the metadata
+
+
+def best_device() -> str:
+    """cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def open_pipeline(
+    model: str | ModelSource,
+    *,
+    features: Sequence[Feature] = (),
+    scheduler: str | None = None,
+    loras: Sequence[tuple[str, float]] = (),
+    device: str | None = None,
+    offload: str = "none",
+    attention: str = "sdpa",
+    compile: bool = False,
+    **options: Any,
+) -> DiffusionPipeline:
+    """Load a pipeline, put it where it runs, and switch features on.
+
+    Args:
+        model: an embedded name, a folder, a `.safetensors` file, or a hub id.
+        features: what `accelerate` is given.
+        scheduler: a short name or a diffusers class; None: the model's own.
+        loras: files with their scales.
+        device: where it runs; None: the best one here.
+        offload: "none", or "model" or "sequential": parts are on an accelerator only while they compute.
+        attention: "sdpa", or "xformers" on CUDA.
+        compile: torch.compile the denoisers' repeated blocks.
+        options: of `load_pipeline`: task, controlnet, dtype, quantize, …
+
+    Raises:
+        ConfigurationError, ModelLoadError, UnsupportedPipelineError, FeatureConflictError: with one line that says why.
+    """
+    pipe: Any = load_pipeline(model, **options)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    names = [f"lora_{number}" for number in range(len(loras))]
+    for name, (file, scale) in zip(names, loras, strict=True):
+        load_lora(pipe, file, scale, name)
+    if names:
+        pipe.set_adapters(names, [scale for _, scale in loras])
+    device = device or best_device()
+    if offload == "none":
+        pipe.to(device)
+    else:
+        getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
+    if attention == "xformers":
+        pipe.enable_xformers_memory_efficient_attention()
+    if compile:
+        for denoiser in find_denoisers(pipe):
+            denoiser.compile_repeated_blocks()  # type: ignore[operator]
+    return accelerate(pipe, *features)
+
+
+def model_hash(source: ModelSource) -> str | None:
+    """The first ten hex digits of the SHA-256 of the denoiser's weights, as other tools write it; None for models of
+    the hub and large ones."""
+    if source.kind == "hub":
+        return None
+    root = Path(source.location)
+    files = (
+        [root]
+        if root.is_file()
+        else sorted(root.glob("unet/*.safetensors")) + sorted(root.glob("transformer/*.safetensors"))
+    )
+    if not files or sum(f.stat().st_size for f in files) > _HASH_LIMIT:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]

@@ -1,0 +1,132 @@
+"""What is kept of a drawn image: the settings in its file, and the JSON line."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+
+from diffusion_accel import __version__
+from diffusion_accel.denoisers import find_denoisers
+from diffusion_accel.image_metadata import names_only, parameters_text
+from diffusion_accel.quant.model import computed_with
+
+from .drawing import Drawn
+from .request import Request
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffusion_accel.feature import Feature
+
+_FIELDS = "negative_prompt steps guidance_scale width height strength".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What draws the images, as their metadata name it.
+
+    Attributes:
+        pipe: the accelerated pipeline.
+        model: its name.
+        model_hash: see `loading.model_hash`.
+        features: those that were asked for, by name.
+        settings: how it was loaded: dtype, lora, quantize, runtime, controlnet; None and () are left out.
+        whole_paths: write whole paths of local files; otherwise their names only.
+    """
+
+    pipe: DiffusionPipeline
+    model: str
+    model_hash: str | None = None
+    features: Mapping[str, Feature] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    whole_paths: bool = False
+
+    def text(self, request: Request, seed: int, drawn: Drawn, size: tuple[int, int]) -> str:
+        """The settings of one image of so many pixels for other tools, in the form of AUTOMATIC1111's web UI."""
+        features = [f.described({} if self.whole_paths else names_only(f.to_dict())) for f in self.features.values()]
+        pairs = {
+            "Steps": request.steps or drawn.report.steps,
+            "Sampler": type(self.pipe.scheduler).__name__.removesuffix("Scheduler"),
+            "CFG scale": request.guidance_scale,
+            "Seed": seed,
+            "Size": f"{size[0]}x{size[1]}",
+            "Model hash": self.model_hash,
+            "Model": self.model,
+            "Denoising strength": request.strength,
+            "Accelerated by": "; ".join(features) or None,
+            "Quantized": how_quantized(self.pipe),
+            "Version": f"diffusion-accel {__version__}",
+        }
+        return parameters_text(request.prompt, request.negative_prompt, pairs)
+
+    def data(self, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
+        """Everything about one image, as JSON values."""
+        values = {key: getattr(request, key) for key in _FIELDS}
+        values |= {key: self.settings.get(key) for key in ("dtype", "lora", "quantize", "runtime")}
+        values |= {key: getattr(request, key) for key in ("image", "mask_image")}
+        values |= {"controlnet": self.settings.get("controlnet"), "control_image": request.control_image}
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v not in (None, ())}
+        data = {
+            "prompt": request.prompt,
+            "seed": seed,
+            "model": self.model,
+            "pipeline": type(self.pipe).__name__,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "settings": settings,
+            "features": {n: f.to_dict() for n, f in self.features.items()},
+            "report": drawn.report.to_dict(),
+            "versions": versions(),
+        }
+        if (ways := low_bit_ways(self.pipe)) is not None:
+            data["quantized"] = ways
+        return data if self.whole_paths else names_only(data)
+
+
+def record(path: Path, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
+    """The JSON line of one image file."""
+    line: dict[str, Any] = {
+        "path": str(path),
+        "prompt": request.prompt,
+        "seed": seed,
+        "seconds": round(drawn.report.seconds, 4),
+    }
+    line["report"] = drawn.report.to_dict()
+    if drawn.comparison is not None:
+        line["comparison"] = drawn.comparison.to_dict()
+    return line
+
+
+def how_quantized(pipe: Any) -> str | None:
+    """How many layers of the denoisers are quantized and what they compute with; None if it is a plain model."""
+    quantized: list[Any] = [d for d in find_denoisers(pipe) if getattr(d, "is_quantized", False)]
+    if not quantized:
+        return None
+    ways = low_bit_ways(pipe)
+    if ways is None:
+        return f"quantized with {quantized[0].hf_quantizer.quantization_config.quant_method.value}"
+    return f"quantized layers: {', '.join(f'{n} {way}' for way, n in ways['layers'].items())}"
+
+
+def low_bit_ways(pipe: Any) -> dict[str, Any] | None:
+    """The runtime of the denoisers and how many layers compute with what; None if none is a quantized one of ours."""
+    if not any(getattr(denoiser, "is_quantized", False) for denoiser in find_denoisers(pipe)):
+        return None
+    return computed_with(pipe)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an image."""
+    return {
+        "diffusion-accel": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,156 @@
+"""What is drawn: one prompt with everything that a call of the pipeline needs, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+
+MAX_SEED = 2**63 - 1
+MAX_TEXT = 1_000_000  # characters of a prompt
+MAX_IMAGES = 10_000  # of one request, or one command
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number may be: a test (`value in bounds`), and in words.
+
+    Attributes:
+        low, high: the least and the greatest number.
+        words: what is allowed, behind "must be".
+        step: of which it must be a multiple; 0: of nothing.
+    """
+
+    low: float
+    high: float
+    words: str
+    step: int = 0
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return self.low <= value <= self.high and (not self.step or value % self.step == 0)  # False for nan
+
+    def allowed(self, value: Any) -> str:
+        """The words for an error about `value`: without the upper end where it is only too low."""
+        low = isinstance(value, (int, float)) and not self.step and value < self.low
+        return self.words.partition(" and at most ")[0] if low else self.words
+
+    @property
+    def short(self) -> str:
+        """For the help: `1 to 100`."""
+        return f"{self.low:.10g} to {self.high:.10g}" + (f", a multiple of {self.step}" if self.step else "")
+
+
+def at_least(low: int, high: int) -> Bounds:
+    """Whole numbers from `low` to `high`."""
+    return Bounds(low, high, f"at least {low} and at most {high}")
+
+
+_SIZE = Bounds(8, 32_768, "a positive multiple of 8 and at most 32768", 8)
+LIMITS: dict[str, Bounds] = {
+    "width": _SIZE,
+    "height": _SIZE,
+    "steps": at_least(1, 10_000),
+    "count": at_least(1, MAX_IMAGES),
+    "guidance_scale": Bounds(0, 1000, "a finite number of at least 0 and at most 1000"),
+    "strength": Bounds(math.ulp(0), 1, "above 0 and at most 1"),
+    "seed": Bounds(0, MAX_SEED, f"between 0 and {MAX_SEED}"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt, and how it is drawn. None: the pipeline's own default.
+
+    Attributes:
+        prompt: what is drawn; for a model of classes, a class by name or number.
+        negative_prompt: what the image should not show.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance, 0 to 1000; 1 switches it off.
+        width, height: pixels, multiples of 8.
+        seed: image k is drawn from seed + k; by default a random one.
+        count: images.
+        image: file that the images start from; the pipeline must be an image-to-image or inpainting one.
+        mask_image: file that is white where `image` is replaced.
+        strength: how much of `image` is replaced, above 0 to 1.
+        control_image: file for a ControlNet.
+
+    Raises:
+        ConfigurationError: for what no pipeline can draw.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
+    count: int = 1
+    image: str | Path | None = None
+    mask_image: str | Path | None = None
+    strength: float | None = None
+    control_image: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers({key: getattr(self, key) for key in LIMITS})
+        if self.seed > MAX_SEED - self.count + 1:
+            raise ConfigurationError(f"seed {self.seed} with count {self.count} goes beyond {MAX_SEED}")
+        check_text(self.prompt, "prompt")
+        check_text(self.negative_prompt, "negative prompt")
+        self.check_strength()
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        return [self.seed + k for k in range(self.count)]
+
+    def check_strength(self, steps: int | None = None, strength: float | None = None) -> None:
+        """Refuse a strength at which no step is left to run.
+
+        Args:
+            steps, strength: what the pipeline takes where the request says nothing; None: that is not known.
+        """
+        steps, strength = self.steps or steps, strength if self.strength is None else self.strength
+        if strength is not None and steps is not None and int(steps * strength) < 1:
+            raise ConfigurationError(
+                f"strength {strength:g} of {steps} steps leaves no step to run; use strength "
+                f"{math.ceil(1000 / steps) / 1000:g} or more, or steps {math.ceil(1 / strength)} or more"
+            )
+
+
+def check_numbers(values: Mapping[str, Any], before: str = "", dash: str = "_") -> None:
+    """Raise `ConfigurationError` for a number outside of its `LIMITS`.
+
+    Args:
+        values: by name; other names than those in `LIMITS` are left alone.
+        before: what stands before a name in an error, such as a file and a line.
+        dash: what stands in names in place of an underscore.
+    """
+    for key, bounds in LIMITS.items():
+        value = values.get(key)
+        if value is not None and value not in bounds:
+            name = before + key.replace("_", dash)
+            raise ConfigurationError(f"{name} must be {bounds.allowed(value)}, got {shown(value)}")
+
+
+def check_text(text: str | None, what: str) -> None:
+    """Raise `ConfigurationError` for a prompt that is no Unicode text, or longer than any model reads."""
+    if text is None:
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"the {what} {shown(text)} is not valid UTF-8 at character {error.start + 1}; check the encoding of the "
+            "terminal or file it comes from"
+        ) from error
+    if len(text) > MAX_TEXT:
+        raise ConfigurationError(f"the {what} has {len(text)} characters; at most {MAX_TEXT} are allowed")
