@@ -70,7 +70,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "guidance -1": ([PROMPT, "--guidance-scale", "-1"], "finite number"),
     "strength": ([PROMPT, "--image", "IMAGE", "--strength", "1.5"], "at most 1"),
     "strength nan": ([PROMPT, "--image", "IMAGE", "--strength", "nan"], "at most 1"),
-    "images": ([PROMPT, "--count", "0"], "--num-images"),
+    "images": ([PROMPT, "--count", "0"], "--count"),
     "seed": ([PROMPT, "--seed", "-1"], "--seed must be between"),
     "mask alone": ([PROMPT, "--mask-image", "IMAGE"], "--mask-image needs --image"),
     "strength alone": ([PROMPT, "--strength", "0.5"], "--strength needs --image"),
