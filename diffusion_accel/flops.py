@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,14 @@ class FlopCount:
     excluded: float = 0.0
 
 
-_running: list[tuple[FlopCount, FlopCounterMode]] = []
+class _Running(threading.local):
+    """The counts that go on in this thread; torch's counter sees its own thread only."""
+
+    def __init__(self) -> None:
+        self.counts: list[tuple[FlopCount, FlopCounterMode]] = []
+
+
+_running = _Running()
 
 
 @contextmanager
@@ -39,20 +47,20 @@ def count_flops() -> Iterator[FlopCount]:
         },
     )
     with counter:
-        _running.append((result, counter))
+        _running.counts.append((result, counter))
         try:
             yield result
         finally:
-            _running.remove((result, counter))
+            _running.counts.remove((result, counter))
     result.total = float(counter.get_total_flops()) - result.excluded
 
 
 @contextmanager
 def uncounted() -> Iterator[None]:
     """What runs inside is left out of every count around it (trials that decide how to compute)."""
-    before = [counter.get_total_flops() - result.excluded for result, counter in _running]
+    before = [counter.get_total_flops() - result.excluded for result, counter in _running.counts]
     yield
-    for (result, counter), count in zip(_running, before, strict=True):
+    for (result, counter), count in zip(_running.counts, before, strict=True):
         result.excluded = counter.get_total_flops() - count  # once, also where one of these is inside another
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from diffusion_accel import AccelerationError, Reuse, accelerate
 from diffusion_accel.image_files import save_image
-from diffusion_accel.measure.comparison import Comparison, compare
+from diffusion_accel.measure.comparison import Comparison, compare_calls
 from diffusion_accel.measure.grids import grid
 from diffusion_accel.outputs import check_writable
 from diffusion_accel.pipelines.loading import load_pipeline
@@ -63,7 +63,7 @@ def run(folder: Path, steps: int, rounds: int) -> None:
             return pipe(prompt, num_inference_steps=steps, guidance_scale=3.0, generator=generator).images
 
         # the work is the same for every prompt: count it once
-        results.append(compare(pipe, call, rounds, results[0].flop_ratio if results else None))
+        results.append(compare_calls(pipe, call, rounds, results[0].flop_ratio if results else None))
         name = prompt.replace(",", "").replace(" ", "-")
         save_image(results[-1].baseline[0], folder / f"{name}-plain.png")
         save_image(results[-1].accelerated[0], folder / f"{name}-accelerated.png")

@@ -176,8 +176,8 @@ def peer(folder: Path) -> None:
     """A benchmark's process for another package, in the middle of its work."""
     begin(folder)
     sys.stdin = (folder / "asked").open()
-    _replace("diffusion_accel.bench.runner.Runner", lambda job: arrive(folder))
-    from diffusion_accel.bench.runner import serve
+    _replace("diffusion_accel.bench.worker.Runner", lambda job: arrive(folder))
+    from diffusion_accel.bench.worker import serve
 
     serve()
 

@@ -6,15 +6,27 @@ import functools
 import importlib.util
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.registry import FEATURES, feature_class
 
+if TYPE_CHECKING:
+    from diffusion_accel.feature import Feature
+
 PEERS = ("deepcache", "tomesd", "tgate", "pab")
 PACKAGES = {"deepcache": "DeepCache", "tomesd": "tomesd", "tgate": "tgate"}  # pab is diffusers' own
+USUAL: tuple[str, ...] = (
+    "reuse:hold:2",
+    "reuse:hold:3",
+    "reuse:deepcache:3",
+    "reuse:faster-diffusion",
+    "encoder-reuse",
+    "fewer-steps:25",
+    "fewer-steps:17",
+)
 KINDS = (*(name.replace("_", "-") for name in FEATURES), "fewer-steps", *PEERS)
 
 
@@ -32,6 +44,7 @@ class Entry:
 
     @property
     def name(self) -> str:
+        """As it is shown: the kind and its settings."""
         return f"{self.kind} {self.settings}".strip()
 
     @property
@@ -59,7 +72,8 @@ class Entry:
         return entry
 
     @functools.cached_property
-    def feature(self) -> Any:
+    def feature(self) -> Feature:
+        """The feature with its settings, of an entry that is one of ours."""
         return feature_class(self.kind).parse(self.settings)
 
     def refusal(self, steps: int, scheduler: str) -> str | None:

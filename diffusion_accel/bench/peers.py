@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers.hooks import HookRegistry
+
 Call = Callable[..., Any]
 
 
-def apply_peer(kind: str, numbers: tuple[float, ...], pipe: Any, steps: int) -> Call:
+def apply_peer(kind: str, numbers: tuple[float, ...], pipe: DiffusionPipeline, steps: int) -> Call:
     """Switch a peer on for good and return what to call instead of the pipeline."""
     return {"deepcache": _deepcache, "tomesd": _tomesd, "tgate": _tgate, "pab": _pab}[kind](numbers, pipe, steps)
 
 
-def _deepcache(numbers: tuple[float, ...], pipe: Any, steps: int) -> Call:
-    from DeepCache import DeepCacheSDHelper
+def _deepcache(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
+    from DeepCache import DeepCacheSDHelper  # optional package
 
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=int(numbers[0]), cache_branch_id=int(numbers[1]))
@@ -27,15 +30,15 @@ def _deepcache(numbers: tuple[float, ...], pipe: Any, steps: int) -> Call:
     return call
 
 
-def _tomesd(numbers: tuple[float, ...], pipe: Any, steps: int) -> Call:
-    import tomesd
+def _tomesd(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
+    import tomesd  # optional package
 
     tomesd.apply_patch(pipe, ratio=numbers[0])
     return pipe
 
 
-def _tgate(numbers: tuple[float, ...], pipe: Any, steps: int) -> Call:
-    import tgate
+def _tgate(numbers: tuple[float, ...], pipe: DiffusionPipeline, steps: int) -> Call:
+    import tgate  # optional package
 
     xl = type(pipe).__name__.startswith("StableDiffusionXL")
     (tgate.TgateSDXLLoader if xl else tgate.TgateSDLoader)(pipe)
@@ -46,13 +49,10 @@ def _tgate(numbers: tuple[float, ...], pipe: Any, steps: int) -> Call:
     return call
 
 
-def _pab(numbers: tuple[float, ...], pipe: Any, steps: int) -> Call:
-    from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-    from diffusers.hooks import HookRegistry
-
+def _pab(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
     now = {"timestep": 0}
 
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         now["timestep"] = int(timestep if isinstance(timestep, (int, float)) else timestep.flatten()[0])
 

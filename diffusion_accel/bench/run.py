@@ -2,75 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from diffusion_accel.measure.fidelity import EQUAL, fidelity, spread
 from diffusion_accel.measure.timing import in_turn, ratios
 from diffusion_accel.pipelines.sizes import far_from_trained
+from diffusion_accel.progress import Progress, silent
 
 from .entries import Entry
-from .runner import Isolated, Job, Runner
+from .result import Benchmark, Row
+from .runner import Facts, Job, Runner
+from .worker import Isolated
 
 logger = logging.getLogger(__name__)
 
 BASELINE = Entry("baseline")
 CONVERGED_STEPS = 200
 MS_SSIM_FROM = 176  # pixels; smaller images do not have five scales
-Progress = Callable[[str], None]
-
-
-@dataclass
-class Row:
-    """What one entry gained and lost.
-
-    Fidelity is [median, worst decile], and `psnr_each` that of every image; `failed` says why there is none.
-    """
-
-    name: str
-    kind: str
-    time_ratio: float | None = None
-    flop_ratio: float | None = None
-    peak_mib: float | None = None
-    psnr: list[float] | None = None
-    psnr_each: list[float] | None = None
-    ssim: list[float] | None = None
-    ms_ssim: list[float] | None = None
-    psnr_converged: float | None = None
-    failed: str | None = None
-    images: Any = field(default=None, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "images" and v is not None}
-
-
-@dataclass
-class Result:
-    """A benchmark: the rows (the baseline first), and how they were measured."""
-
-    job: Job
-    rounds: int
-    machine: dict[str, Any]
-    rows: list[Row]
-
-    def to_dict(self) -> dict[str, Any]:
-        job = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.job).items()}
-        return {"job": job, "rounds": self.rounds, "machine": self.machine, "rows": [r.to_dict() for r in self.rows]}
+MEASURED, ANCHORED = 0.75, 0.9  # shares of the work that are done after the entries, and after the anchors
 
 
 def bench(
-    job: Job, entries: list[Entry], rounds: int = 5, converged: bool = True, progress: Progress = lambda text: None
-) -> Result:
-    """Compare entries with the baseline on one model.
+    job: Job,
+    entries: Sequence[Entry],
+    rounds: int = 5,
+    converged: bool = True,
+    progress: Progress = silent,
+    local: Runner | None = None,
+) -> Benchmark:
+    """Compare entries with the baseline on one model; what `benchmark` does once it is clear what is meant.
 
     One step fewer, fewer steps at the time of each of our entries, and another seed come with them, as anchors: what a
     given PSNR means on this model. What cannot work is refused before anything is measured; an entry that fails all the
@@ -81,10 +50,15 @@ def bench(
         entries: what to compare.
         rounds: timed rounds, in each of which every entry has its turn, after a first one to warm up.
         converged: also measure the distance to many steps of a good solver.
-        progress: called with what is being done.
+        progress: told what is being done.
+        local: the loaded pipeline; None: it is loaded as the job says.
+
+    Raises:
+        ConfigurationError: an entry cannot work on this pipeline.
+        RuntimeError: the baseline itself fails.
     """
     progress("loading the model")
-    local = Runner(job)
+    local = Runner(job) if local is None else local
     for entry in entries:
         local.check(entry)
     words = far_from_trained(local.pipe, job.options.get("width"), job.options.get("height"))
@@ -94,10 +68,10 @@ def bench(
     rows += anchors(local, job, rows, progress)
     goal = None
     if converged:
-        progress("many steps")
-        goal = _converged(local, job)
+        progress("many steps", ANCHORED)
+        goal = _converged(local)
     for row in rows:
-        compare(row, rows[0].images, goal)
+        _compare(row, rows[0].images, goal)
     machine = {
         "cpu": _processor(),
         "device": job.device,
@@ -105,56 +79,69 @@ def bench(
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    return Result(job, rounds, machine, rows)
+    return Benchmark(job, rounds, machine, rows)
 
 
-def measure(local: Runner, job: Job, entries: list[Entry], rounds: int, progress: Progress) -> list[Row]:
+def measure(local: Runner, job: Job, entries: Sequence[Entry], rounds: int, progress: Progress) -> list[Row]:
     """Images, FLOPs, memory and interleaved times of the baseline and of the entries."""
     rows = {entry: Row(entry.name, entry.kind) for entry in (BASELINE, *entries)}
-    places: dict[Entry, Runner | Isolated] = {}
-    facts: dict[Entry, dict[str, float]] = {}
-    seconds: dict[Entry, list[float]] = {}
+    work = MEASURED / (len(rows) + rounds + 1)  # of the whole, for one entry's images or one round
+    with contextlib.ExitStack() as opened:
+        places = _Places(local, job, rows, opened)
+        for number, entry in enumerate(rows):
+            progress(f"images: {entry.name}", number * work)
+            places.attempt(entry, functools.partial(places.prepare, entry))
+        if rows[BASELINE].failed:
+            raise RuntimeError(f"the baseline itself fails: {rows[BASELINE].failed}")
 
-    def attempt(entry: Entry, what: Callable[[], None]) -> None:
+        def told(turn: int) -> None:
+            progress(f"times: round {turn} of {rounds}", (len(rows) + turn) * work)
+
+        seconds = in_turn({entry: functools.partial(places.seconds, entry) for entry in rows}, rounds, told=told)
+    for entry, row in rows.items():
+        if row.failed is None:
+            facts, whole = places.facts[entry], places.facts[BASELINE]
+            row.time_ratio = round(statistics.median(ratios(seconds[BASELINE], seconds[entry])), 3)
+            row.flop_ratio = round(whole["flops"] / facts["flops"], 3)
+            row.peak_mib = None if facts["peak_mib"] is None else round(facts["peak_mib"], 1)
+    return list(rows.values())
+
+
+class _Places:
+    """Where each entry runs: here, or in a process of its own. What fails is said in its row, and never tried again."""
+
+    def __init__(self, local: Runner, job: Job, rows: dict[Entry, Row], opened: contextlib.ExitStack) -> None:
+        self.local, self.job, self.rows, self.opened = local, job, rows, opened
+        self.places: dict[Entry, Runner | Isolated] = {}
+        self.facts: dict[Entry, Facts] = {}
+
+    def prepare(self, entry: Entry) -> None:
+        """Start it, and draw its images."""
+        if entry.is_peer:
+            isolated = Isolated(self.job, entry)
+            self.opened.callback(isolated.close)
+            self.places[entry] = isolated
+        else:
+            self.places[entry] = self.local
+        self.rows[entry].images = self.places[entry].images(entry)
+        self.facts[entry] = self.places[entry].facts(entry)
+
+    def seconds(self, entry: Entry) -> float:
+        """Of one image; not a number for what has failed."""
+        took = [math.nan]
+        if self.rows[entry].failed is None:
+            self.attempt(entry, lambda: took.append(self.places[entry].seconds(entry)))
+        return took[-1]
+
+    def attempt(self, entry: Entry, what: Callable[[], object]) -> None:
+        """Do something with an entry that may fail."""
         try:
             what()
         except Exception as error:
             text = str(error).strip().splitlines()
-            rows[entry].failed = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-            if isinstance(place := places.get(entry), Isolated):
+            self.rows[entry].failed = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+            if isinstance(place := self.places.get(entry), Isolated):
                 place.close()
-
-    try:
-        for entry in rows:
-            progress(f"images: {entry.name}")
-
-            def prepare(entry: Entry = entry) -> None:
-                places[entry] = Isolated(job, entry) if entry.is_peer else local
-                rows[entry].images = places[entry].images(entry)
-                facts[entry] = places[entry].facts(entry)
-
-            attempt(entry, prepare)
-        if rows[BASELINE].failed:
-            raise RuntimeError(f"the baseline itself fails: {rows[BASELINE].failed}")
-
-        def once(entry: Entry) -> float:
-            took = [math.nan]  # of an entry that has failed
-            if rows[entry].failed is None:
-                attempt(entry, lambda: took.append(places[entry].seconds(entry)))
-            return took[-1]
-
-        turns = {entry: functools.partial(once, entry) for entry in rows}
-        seconds = in_turn(turns, rounds, told=lambda turn: progress(f"times: round {turn} of {rounds}"))
-    finally:
-        for place in places.values():
-            if isinstance(place, Isolated):
-                place.close()
-    for entry, row in rows.items():
-        if row.failed is None:
-            row.time_ratio = round(statistics.median(ratios(seconds[BASELINE], seconds[entry])), 3)
-            row.flop_ratio = round(facts[BASELINE]["flops"] / facts[entry]["flops"], 3)
-            row.peak_mib = round(facts[entry]["peak_mib"], 1)
-    return list(rows.values())
 
 
 def anchors(local: Runner, job: Job, rows: list[Row], progress: Progress) -> list[Row]:
@@ -172,9 +159,9 @@ def anchors(local: Runner, job: Job, rows: list[Row], progress: Progress) -> lis
             saved = (whole - whole / row.time_ratio) / max(1e-9, each)
             counts.setdefault(max(1, round(job.steps - saved)), f"time of {row.name}")
     base = local.facts(BASELINE)["flops"]
-    for count, what in counts.items():
+    for number, (count, what) in enumerate(counts.items()):
         if 1 <= count < job.steps:
-            progress(f"anchors: {count} steps")
+            progress(f"anchors: {count} steps", MEASURED + (ANCHORED - MEASURED) * number / len(counts))
             entry = Entry("fewer-steps", str(count))
             row = Row(f"{count} steps ({what})", "anchor", images=local.images(entry))
             row.flop_ratio = round(base / local.facts(entry)["flops"], 3)
@@ -182,14 +169,14 @@ def anchors(local: Runner, job: Job, rows: list[Row], progress: Progress) -> lis
                 statistics.median(local.seconds(BASELINE) / local.seconds(entry) for _ in range(3)), 3
             )
             found.append(row)
-    progress("anchors: another seed")
+    progress("anchors: another seed", ANCHORED)
     found.append(Row("another seed", "anchor", images=local.images(BASELINE, seed=job.seed + 1000)))
     return found
 
 
-def compare(row: Row, base: Any, converged: Any) -> None:
-    """The fidelity of a row's images."""
-    if row.failed is not None or row.images is None:
+def _compare(row: Row, base: torch.Tensor | None, converged: torch.Tensor | None) -> None:
+    """The fidelity of a row's images, into the row."""
+    if row.failed is not None or row.images is None or base is None:
         return
     found = fidelity(base, row.images)
     row.psnr, row.psnr_each = _spread(found.psnr), [round(min(v, EQUAL), 2) for v in found.psnr]
@@ -211,7 +198,7 @@ def _spread(values: Sequence[float], digits: int = 2) -> list[float]:
     return [round(value, digits) for value in spread(values)]
 
 
-def _converged(local: Runner, job: Job) -> Any:
+def _converged(local: Runner) -> torch.Tensor | None:
     """The same noise and prompts with many steps of a solver that converges fast; None where it does not fit."""
     for solver in (",dpm++", ""):
         try:

@@ -148,8 +148,8 @@ class Status:
             self.status.start()
         return self
 
-    def __call__(self, text: str) -> None:
-        self.status.update(self.console.render_str(text))
+    def __call__(self, what: str, share: float = 0.0, left: float | None = None) -> None:
+        self.status.update(self.console.render_str(what))
 
     def __exit__(self, *exception: object) -> None:
         self.status.stop()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_accel import io
@@ -29,12 +30,15 @@ HEADS = ("concept", "group", "style")
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions (N, C, H, W) -> the same shape, added to their input."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> the same shape."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(hidden)))
 
@@ -63,14 +67,13 @@ class StickerClassifier(nn.Module):
         return self.feature(torch.cat([hidden.mean(2), hidden.amax(2)], 1))
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits (N, classes) by head."""
         hidden = F.silu(self.features(images))
         return {name: head(hidden) for name, head in self.heads.items()}
 
 
 def save_classifier(model: StickerClassifier, folder: Path) -> None:
     """Write float16 weights and the class names."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
@@ -78,6 +81,7 @@ def save_classifier(model: StickerClassifier, folder: Path) -> None:
 
 
 def asset_folder() -> Path:
+    """Where the classifier that ships lies."""
     return Path(str(resources.files("diffusion_accel.assets"))) / "sticker-features"
 
 
@@ -106,6 +110,7 @@ class Features:
         return len(self.values)
 
     def only(self, keep: list[int]) -> Features:
+        """Those of some of the images."""
         return Features(self.values[keep], [self.concepts[i] for i in keep], [self.styles[i] for i in keep])
 
 

@@ -19,7 +19,7 @@ def cutout_faults(alpha: np.ndarray) -> list[str]:
     pixels. "holes": the filled silhouette has holes. Real images have faults too (what touches the border, pairs,
     rings, smoke), so the share among real ones is the scale to read a share by.
     """
-    from scipy import ndimage
+    from scipy import ndimage  # optional package
 
     solid = alpha > 0.5
     if not solid.any():
@@ -42,7 +42,7 @@ def cutout_faults(alpha: np.ndarray) -> list[str]:
 
 def flood_filled(rgb: np.ndarray, tolerance: int = 16) -> np.ndarray:
     """Alpha of an image (H, W, 3) uint8 on white: 0 on the white that is connected to the border, else 1."""
-    from scipy import ndimage
+    from scipy import ndimage  # optional package
 
     white = (255 - rgb.astype(int)).max(-1) <= tolerance
     parts, _ = ndimage.label(np.pad(white, 1, constant_values=True))

@@ -14,7 +14,7 @@ from PIL import Image
 from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, condition_of
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.images import open_image
-from diffusion_accel.measure.comparison import Comparison, compare
+from diffusion_accel.measure.comparison import Comparison, compare_calls
 from diffusion_accel.pipelines.sizes import far_from_trained
 from diffusion_accel.report import Report
 
@@ -84,7 +84,7 @@ class Call:
     def draw(self, *, comparing: bool = False, plain: DiffusionPipeline | None = None) -> Drawn:
         """Draw; with `comparing` also without the features that accelerate, or with `plain`."""
         if comparing:
-            comparison = compare(self.pipe, self.images, plain=plain)
+            comparison = compare_calls(self.pipe, self.images, plain=plain)
             return Drawn(comparison.accelerated, comparison.report, comparison)
         return Drawn(self.images(), self.pipe.acceleration.report())
 

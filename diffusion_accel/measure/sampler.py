@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from diffusion_accel.conditioning import call_arguments, call_parameters
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Sampler:
         caller: what is called instead of the pipeline; None: the pipeline.
     """
 
-    pipe: Any
+    pipe: DiffusionPipeline
     prompts: tuple[str, ...]
     steps: int
     seed: int = 0
@@ -36,6 +39,7 @@ class Sampler:
     caller: Any = None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
+        """Where each call's images begin and end."""
         for start in range(0, len(self.prompts), self.batch):
             yield start, min(start + self.batch, len(self.prompts))
 

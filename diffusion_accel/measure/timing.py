@@ -22,7 +22,7 @@ Key = TypeVar("Key", bound=Hashable)
 #: kind of device -> waits until it has done all its work
 WAITS: dict[str, Callable[[torch.device], Any]] = {
     "cuda": lambda device: torch.cuda.synchronize(device),
-    "mps": lambda device: torch.mps.synchronize(),
+    "mps": lambda _device: torch.mps.synchronize(),
     "xpu": lambda device: torch.xpu.synchronize(device),
 }
 #: kind of device -> whether this process has work on it

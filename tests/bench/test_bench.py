@@ -17,7 +17,8 @@ from diffusion_accel import ConfigurationError
 from diffusion_accel.bench import run
 from diffusion_accel.bench.entries import Entry
 from diffusion_accel.bench.report import markdown, page, pareto, plot
-from diffusion_accel.bench.run import Result, Row, bench
+from diffusion_accel.bench.result import Benchmark, Row
+from diffusion_accel.bench.run import bench
 from diffusion_accel.bench.runner import Job, Runner
 from diffusion_accel.cli.bench import Status
 from diffusion_accel.cli.main import main
@@ -81,7 +82,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(monkeypatch: py
 
 
 @pytest.fixture(scope="module")
-def result() -> Result:
+def result() -> Benchmark:
     texts = ("reuse:full", "reuse:deepcache:2", "deepcache:2", "fewer-steps:2")
     entries = [*map(Entry.parse, texts), Entry("deepcache", "7,7,7")]  # the last one fails
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +90,7 @@ def result() -> Result:
         return bench(JOB, entries, rounds=1)
 
 
-def test_a_benchmark_measures_what_it_says(result: Result) -> None:
+def test_a_benchmark_measures_what_it_says(result: Benchmark) -> None:
     rows = {row.name: row for row in result.rows}
     assert rows["baseline"].psnr == [200.0, 200.0] and rows["baseline"].time_ratio == 1
     assert rows["reuse full"].psnr == [200.0, 200.0], "the same image in the same process"
@@ -104,13 +105,13 @@ def test_a_benchmark_measures_what_it_says(result: Result) -> None:
     assert all(row.psnr_converged for row in result.rows if row.failed is None)
 
 
-def test_a_peer_that_fails_is_a_row_that_says_why(result: Result) -> None:
+def test_a_peer_that_fails_is_a_row_that_says_why(result: Benchmark) -> None:
     failed = next(row for row in result.rows if row.name == "deepcache 7,7,7")
     assert "at most 2" in str(failed.failed)
     assert "failed:" in markdown(result) and "deepcache 7,7,7" in page(result)
 
 
-def test_reports_hold_everything_and_need_no_other_file(result: Result) -> None:
+def test_reports_hold_everything_and_need_no_other_file(result: Benchmark) -> None:
     table = markdown(result)
     assert table.count("\n") == len(result.rows) + 4
     text = page(result)
@@ -121,7 +122,7 @@ def test_reports_hold_everything_and_need_no_other_file(result: Result) -> None:
     json.dumps(result.to_dict())
 
 
-def test_names_from_outside_are_text_in_reports(result: Result) -> None:
+def test_names_from_outside_are_text_in_reports(result: Benchmark) -> None:
     name = "reuse \x1b[2J<script>|x[/bold]\udcff"
     named = replace(
         result, rows=[replace(row, name=name, psnr=[40.0, 40.0], time_ratio=2.0) for row in result.rows[:1]]

@@ -394,7 +394,7 @@ def test_what_saving_and_converting_lose_is_said(tmp_path: Any, caplog: Any) -> 
 
 
 def test_what_measures_a_pipeline_leaves_its_switches() -> None:
-    from diffusion_accel.measure.comparison import compare
+    from diffusion_accel.measure.comparison import compare_calls
     from diffusion_accel.reuse.plan import Plan
     from diffusion_accel.tuning.measure import Reusing
 
@@ -411,5 +411,5 @@ def test_what_measures_a_pipeline_leaves_its_switches() -> None:
         raise Stop
 
     with pytest.raises(Stop):
-        compare(pipe, stopped)
+        compare_calls(pipe, stopped)
     assert pipe.acceleration.count_flops and pipe.acceleration.enabled("reuse")

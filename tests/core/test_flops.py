@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 
-from diffusion_accel.flops import count_flops
+from diffusion_accel.flops import count_flops, uncounted
 
 
 def test_linear_convolution_and_attention_by_hand() -> None:
@@ -44,3 +46,25 @@ def test_the_skipped_encoder_is_not_counted() -> None:
     assert abs(full / 6 - one.total) < 0.01 * one.total
     assert 0.5 < reused / full < 0.95
     assert "GFLOP" in str(pipe.acceleration.report())
+
+
+def test_counts_of_other_threads_are_left_alone() -> None:
+    """What one thread leaves out of its count is a part of another's."""
+    counted, left_out = threading.Event(), threading.Event()
+    totals: list[float] = []
+
+    def other() -> None:
+        with count_flops() as mine:
+            F.linear(torch.ones(5, 7), torch.ones(11, 7))
+            counted.set()
+            left_out.wait(30)
+        totals.append(mine.total)
+
+    thread = threading.Thread(target=other)
+    with count_flops() as count, uncounted():
+        thread.start()
+        counted.wait(30)
+        F.linear(torch.ones(2, 3), torch.ones(4, 3))
+    left_out.set()
+    thread.join()
+    assert (count.total, totals) == (0, [2 * 5 * 7 * 11])

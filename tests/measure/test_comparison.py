@@ -10,7 +10,7 @@ from PIL import Image
 from zoo import sd
 
 from diffusion_accel import ConfigurationError, EncoderReuse, accelerate
-from diffusion_accel.measure.comparison import compare
+from diffusion_accel.measure.comparison import compare_calls
 from diffusion_accel.measure.fidelity import as_tensor
 from diffusion_accel.measure.grids import difference, grid
 
@@ -28,19 +28,19 @@ def drawing(pipe: Any, call: dict[str, Any]) -> Any:
 def test_numbers_and_restored_switches() -> None:
     pipe, call = sd()
     accelerate(pipe, EncoderReuse(schedule=(0, 3), batch_decoder=False))
-    result = compare(pipe, drawing(pipe, call), rounds=2)
+    result = compare_calls(pipe, drawing(pipe, call), rounds=2)
     assert 1.05 < result.flop_ratio < 2 and result.time_ratio > 0
     assert len(result.psnr) == len(result.ssim) == 1 and result.psnr[0] < 80
     assert result.report.counters["encoder_reuse"]["encoder_runs"] == 2 and result.report.flops is None
     assert pipe.acceleration.enabled("encoder_reuse") and not pipe.acceleration.count_flops
-    known = compare(pipe, drawing(pipe, call), flop_ratio=1.25)
+    known = compare_calls(pipe, drawing(pipe, call), flop_ratio=1.25)
     assert known.flop_ratio == 1.25 and known.psnr == result.psnr
 
 
 def test_the_neutral_setting_is_a_perfect_match() -> None:
     pipe, call = sd()
     accelerate(pipe, EncoderReuse.neutral())
-    result = compare(pipe, drawing(pipe, call))
+    result = compare_calls(pipe, drawing(pipe, call))
     assert result.psnr == [float("inf")] and result.flop_ratio == 1.0
     assert result.to_dict()["psnr"] == [None] and result.to_dict()["ssim"] == [1.0]
 
@@ -50,7 +50,7 @@ def test_nothing_to_compare() -> None:
     accelerate(pipe, EncoderReuse())
     pipe.acceleration.disable()
     with pytest.raises(ConfigurationError, match="nothing to compare"):
-        compare(pipe, drawing(pipe, call))
+        compare_calls(pipe, drawing(pipe, call))
 
 
 def test_images() -> None:
