@@ -11,10 +11,13 @@ from torch import nn
 from diffusion_accel.denoisers import (
     RESIDUAL_ARGUMENTS,
     asymmetric_convolutions,
+    condition_halvings,
     doublings,
+    entry_layer,
     halvings,
     prediction,
     spatial_attentions,
+    text_norms,
     unwrapped,
     usual_attention,
     with_prediction,
@@ -35,7 +38,7 @@ def install_layers(hooks: HookSet, run: PatchRun, module: nn.Module, prefix: str
         entry: the first layer, if its input comes with the rows that it needs.
     """
     asymmetric = asymmetric_convolutions(module)
-    texts = {id(getattr(part, "norm_cross", None)) for part in module.modules()}  # these see all of the text
+    texts = text_norms(module)  # these see all of the text
     entries = set() if entry is None else {id(layer) for layer in entry.modules()}
     for name, layer in module.named_modules():
         where = f"{prefix}.{name}"
@@ -100,7 +103,7 @@ class DenoiserHook(ModelHook):
         if split is not None:
             if not isinstance(named.get("mid_block_additional_residual", 0), (torch.Tensor, int, type(None))):
                 raise ConfigurationError("patch_parallel: the ControlNet's residuals are not tensors")
-            named["sample"] = entry_slice(unwrapped(module.conv_in), sample, split)
+            named["sample"] = entry_slice(unwrapped(entry_layer(module)), sample, split)
             for key in RESIDUAL_ARGUMENTS:
                 if named.get(key) is not None:
                     named[key] = map_tensors(lambda t: own_rows(run, split, t, module), named[key])
@@ -228,6 +231,6 @@ def install_vae(hooks: HookSet, run: PatchRun, vae: Any, check: Any) -> None:
 
 def install_controlnet(hooks: HookSet, run: PatchRun, net: Any, name: str, check: Any) -> None:
     """A ControlNet in parts; its residuals go to the denoiser as they are."""
-    doubles = len([c for c in net.controlnet_cond_embedding.blocks if max(c.stride) > 1])
+    doubles = condition_halvings(net)
     install_layers(hooks, run, net, name, None)
     hooks.add(net, PartHook(run, name, halvings(net), doubles, ("sample", "controlnet_cond"), False, check))

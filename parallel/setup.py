@@ -12,6 +12,7 @@ from torch import nn
 from diffusion_accel.changes import Changes
 from diffusion_accel.denoisers import (
     RESIDUAL_ARGUMENTS,
+    entry_layer,
     find_controlnet,
     find_denoiser,
     find_denoisers,
@@ -66,7 +67,7 @@ def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, 
             hooks.add(model, SharedHook(check, run.count_step))
     else:
         denoiser: Any = find_denoiser(pipeline)
-        install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)
+        install_layers(hooks, run, denoiser, "denoiser", entry_layer(denoiser))
         hooks.add(denoiser, DenoiserHook(run, cfg_parallel, check))
     controlnet: Any = model_of(net) if (net := find_controlnet(pipeline)) is not None else None
     if controlnet is not None and not cfg_parallel:

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
+from diffusion_accel.denoisers import TIME_LAYERS
 from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.io import replacing
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
-from diffusion_accel.quant.ptq.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching, relative_error
+from diffusion_accel.quant.ptq.finetune import FinetuneSettings, Tuner, batches, matching, relative_error
 from diffusion_accel.quant.ptq.reconstruct import RoundingSettings
 from diffusion_accel.quant.ptq.run import Quantization
 from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from zoo import sd, seeded
 
-from diffusion_accel.transparency.attention_sharing import attention_layers
+from diffusion_accel.denoisers import ordered_attentions
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from diffusion_accel.transparency.weights import ADAPTER
 
@@ -71,7 +71,7 @@ def sharing_tensors(model: Any, frames: int, control: bool = False, rank: int = 
     def small(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.2
 
-    for number, layer in enumerate(attention_layers(model)):
+    for number, layer in enumerate(ordered_attentions(model)):
         for name in ("to_q", "to_k", "to_v", "to_out"):
             linear = layer.to_out[0] if name == "to_out" else getattr(layer, name)
             for f in range(frames):

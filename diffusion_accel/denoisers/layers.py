@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,19 @@ from diffusion_accel.hooks import model_of
 
 from .families import model_family
 from .find import getattr_path
+from .unet import not_a_unet
+
+# Names of layers by what they do, as patterns for the whole name.
+TIME_LAYERS = r".*(time_emb_proj|time_embedding\.linear_[12]|timestep_embedder\.linear_[12]|norm1(_context)?\.linear)"
+FEED_FORWARD = r".*ff(_context)?\.net\..*"
+QUERIES = r".*\.(to_q|add_q_proj)"
+KEYS_VALUES = r".*\.(to_k|to_v|add_k_proj|add_v_proj)"
+SAMPLE_KEYS_VALUES = r".*\.(to_k|to_v)"  # without those that joint attention has for the text
+SELF_KEYS_VALUES = r".*attn1?\.(to_k|to_v)"
+
+# Classes of blocks with one way through them: residual and transformer blocks.
+_BLOCK = re.compile(r"(\w*Res(net)?Block\w*|\w*TransformerBlock)")
+_NOT_A_BLOCK = re.compile(r"\w*(Downsample|Upsample)Block\w*")
 
 # Layers of such models that look further in other ways.
 _LOOKS_FURTHER = frozenset(
@@ -121,3 +135,46 @@ def edge_layers(module: nn.Module) -> list[str]:
     """The names of the first and the last layer of a denoiser, which see its input and make its output."""
     known = ("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out", "proj_out_2", "proj_in")
     return [name for name in known if isinstance(getattr_path(module, name), (nn.Linear, nn.Conv2d))]
+
+
+def entry_layer(unet: Any) -> nn.Module:
+    """The first layer that sees a U-Net's sample."""
+    return unet.conv_in
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module is a residual or transformer block, with one way through it."""
+    name = type(module).__name__
+    return _BLOCK.fullmatch(name) is not None and _NOT_A_BLOCK.fullmatch(name) is None
+
+
+def ordered_attentions(unet: Any) -> list[Any]:
+    """The attention layers of a U-Net's transformer blocks: down, up, middle; self-attention before the text's."""
+    found = []
+    for block in (*unet.down_blocks, *unet.up_blocks, unet.mid_block):
+        for attention in getattr(block, "attentions", None) or ():
+            for transformer in attention.transformer_blocks:
+                found += [transformer.attn1, transformer.attn2]
+    return found
+
+
+def text_norms(module: nn.Module) -> set[int]:
+    """The ids of normalisations that see the text, not positions of the image."""
+    norms = [getattr(part, "norm_cross", None) for part in module.modules()]
+    return {id(norm) for norm in norms if norm is not None}
+
+
+def condition_halvings(controlnet: Any) -> int:
+    """How many times a ControlNet halves the size of its condition, to that of the latents."""
+    return sum(max(layer.stride) > 1 for layer in controlnet.controlnet_cond_embedding.blocks)
+
+
+def quantization_preset(model: nn.Module) -> str:
+    """Which layers of a model post-training quantization finetunes, by the name of a published choice ("sd", "sdxl",
+    "lsun", "dit"): as its family says, else by what it is made of."""
+    family = model_family(type(model))
+    if family is not None and family.preset:
+        return family.preset
+    if not_a_unet(model) is not None:
+        return "dit"
+    return "sdxl" if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time" else "sd"

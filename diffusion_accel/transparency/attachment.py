@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.denoisers import entry_layer, find_denoiser
 from diffusion_accel.diffusers_compat import offloads_models
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError, UnsupportedPipelineError
 from diffusion_accel.feature import Attachment
@@ -213,7 +213,7 @@ class TransparencyAttachment(Attachment):
             loaded.sharing.install(self._unet, hooks, feature.strength, control)
         elif images and loaded.adapter is not None:
             self._concatenated = Concatenated(condition_latents(vae, images, *self._size))
-            hooks.add(self._unet.conv_in, self._concatenated)
+            hooks.add(entry_layer(self._unet), self._concatenated)
         if feature.until < 1:
             until = HookSet.within(self.changes, "diffusion_accel.transparency.until")
             until.add(self._unet, Until(clock, feature.until, self._unadapted))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 from torch import nn
 
+from diffusion_accel.denoisers import ordered_attentions
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.hooks import HookSet
 from diffusion_accel.io import printable
@@ -39,17 +40,6 @@ def is_sharing(names: Iterable[str]) -> bool:
     return any(name.startswith(_LAYERS) for name in names)
 
 
-def attention_layers(unet: Any) -> list[Any]:
-    """The attention layers of a U-Net in the order of the published modules: down, up, middle; self before cross."""
-    blocks = [*unet.down_blocks, *unet.up_blocks, unet.mid_block]
-    found = []
-    for block in blocks:
-        for attention in getattr(block, "attentions", None) or ():
-            for transformer in attention.transformer_blocks:
-                found += [transformer.attn1, transformer.attn2]
-    return found
-
-
 class Sharing:
     """The modules of one file, and their hooks on a U-Net while a call runs."""
 
@@ -59,7 +49,7 @@ class Sharing:
         self.paused = False
         self.control: torch.Tensor | None = None  # (1, 3, H, W) in 0..1
         self.signals: dict[int, torch.Tensor] = {}
-        layers = attention_layers(unet)
+        layers = ordered_attentions(unet)
         parts = [_UNIT.fullmatch(name) for name in self.tensors]
         numbers = {int(part[1]) for part in parts if part}
         if numbers != set(range(len(layers))):
@@ -126,7 +116,7 @@ class Sharing:
         self.paused, self.signals = False, {}
         self.control = None if control is None else control[:, :3] * control[:, 3:] + (1 - control[:, 3:]) * 0.5
         hooks.add(unet, _Entry(self))
-        for number, layer in enumerate(attention_layers(unet)):
+        for number, layer in enumerate(ordered_attentions(unet)):
             mine = {
                 name.removeprefix(f"{_LAYERS}{number}."): value
                 for name, value in self.tensors.items()

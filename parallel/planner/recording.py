@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from diffusion_accel.denoisers import halvings
+from diffusion_accel.denoisers import entry_layer, halvings
 from diffusion_accel.hooks import HookSet, tensors_in
 from diffusion_accel.parallel.communicator import Batch, Communicator
 from diffusion_accel.parallel.geometry import plan_split
@@ -266,7 +266,7 @@ def record(subject: Subject, settings: PatchParallel, world: World) -> Recording
     run = PatchRun(world, clock, communicator, settings.mode, 1, settings.p, settings.group_norm)
     hooks = HookSet("diffusion_accel.plan")
     if world.size > 1:
-        install_layers(hooks, run, denoiser, "denoiser", denoiser.conv_in)
+        install_layers(hooks, run, denoiser, "denoiser", entry_layer(denoiser))
         hooks.add(denoiser, DenoiserHook(run, settings.cfg_parallel, _nobody_to_ask))
         if vae is not None and settings.vae:
             install_vae(hooks, run, vae, _nobody_to_ask)

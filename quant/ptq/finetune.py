@@ -12,22 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_accel.denoisers import FEED_FORWARD, QUERIES, SAMPLE_KEYS_VALUES, SELF_KEYS_VALUES
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
 from .calibration import CalibrationSet, Rows
 from .trainable_layer import Draft, rounding
 
-# names of layers by what they do, in diffusers' models
-TIME_LAYERS = r".*(time_emb_proj|time_embedding\.linear_[12]|timestep_embedder\.linear_[12]|norm1(_context)?\.linear)"
-FEED_FORWARD = r".*ff(_context)?\.net\..*"
-QUERIES = r".*\.(to_q|add_q_proj)"
-SELF_KEYS_VALUES = r".*attn1?\.(to_k|to_v)"
 MOMENTS = ("visit", "timestep", "shared")
+# which layers are finetuned, by model, as published; a model's family names one (denoisers.quantization_preset)
 PRESETS: dict[str, tuple[str, ...]] = {
     "sd": (FEED_FORWARD,),
     "sdxl": (FEED_FORWARD, QUERIES),
-    "lsun": (QUERIES, r".*\.(to_k|to_v)"),
+    "lsun": (QUERIES, SAMPLE_KEYS_VALUES),
     "dit": (FEED_FORWARD, QUERIES, SELF_KEYS_VALUES),
 }
 
@@ -70,16 +67,6 @@ class FinetuneSettings:
             within(getattr(self, name), 1, ROWS_LIMIT, name.replace("_", " "))
         for name in ("rate", "scale_rate"):
             within(getattr(self, name), math.ulp(0), 1.0, name.replace("_", " "))
-
-
-def preset_for(model: nn.Module) -> str:
-    """The paper's choice of layers that fits the kind of a model."""
-    name = type(model).__name__
-    if "Transformer" in name:
-        return "dit"
-    if name == "UNet2DModel":
-        return "lsun"
-    return "sdxl" if getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time" else "sd"
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

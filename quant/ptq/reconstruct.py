@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_accel.denoisers import is_block
 from diffusion_accel.hooks import map_tensors, tensors_in
 from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
 from .calibration import Rows
 from .trainable_layer import Draft, drafts_in
-
-# blocks with one way through them that are reconstructed as a whole; everything else goes layer by layer
-_BLOCK = re.compile(r"(\w*Res(net)?Block\w*|\w*TransformerBlock)")
-_NOT_A_BLOCK = re.compile(r"\w*(Downsample|Upsample)Block\w*")
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,9 @@ def units(model: nn.Module, rows: Rows) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        kind = type(module).__name__
         if isinstance(module, Draft):
             found[name] = module
-        elif _BLOCK.fullmatch(kind) and not _NOT_A_BLOCK.fullmatch(kind):
+        elif is_block(module):  # reconstructed as a whole; everything else goes layer by layer
             if drafts_in(module):
                 found[name] = module
         else:

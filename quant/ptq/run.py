@@ -20,12 +20,16 @@ from torch import nn
 
 from diffusion_accel._version import __version__
 from diffusion_accel.denoisers import (
+    KEYS_VALUES,
+    QUERIES,
+    TIME_LAYERS,
     closed_inside,
     concatenated_inputs,
     denoiser_names,
     edge_layers,
     find_denoiser,
     getattr_path,
+    quantization_preset,
 )
 from diffusion_accel.diffusers_compat import drop_config_entry, set_config_entry
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
@@ -42,12 +46,9 @@ from .budget import plan_probe, plan_prompts, plan_work, progress_of
 from .calibration import CalibrationSet, Rows, record
 from .finetune import (
     PRESETS,
-    QUERIES,
-    TIME_LAYERS,
     Tuner,
     batches,
     matching,
-    preset_for,
     relative_error,
     stage_one_epochs,
 )
@@ -61,7 +62,6 @@ from .trainable_layer import Draft, Drafts, drafts_in, rounding
 Progress = Callable[[str, float, float], None]  # what is being done, share of it all, seconds left
 _SAVE_EVERY = 30.0  # seconds of finetuning that an interruption may cost
 _ZERO_MARGIN = 8  # one bit more for each zero point of 4 bits
-_KEYS_VALUES = r".*\.(to_k|to_v|add_k_proj|add_v_proj)"
 
 
 def quantize(
@@ -316,7 +316,7 @@ class Quantization:
         bits = {name: s.edge_bits if name in edges else s.weight_bits for name in layers}
         if s.bits_budget is not None:
             bits = self._allocate(needs, CHOICES)
-        queries = matching(layers, (QUERIES, _KEYS_VALUES)) if s.activation_bits and s.attention_bits else []
+        queries = matching(layers, (QUERIES, KEYS_VALUES)) if s.activation_bits and s.attention_bits else []
         specs = {}
         for name in layers:
             inputs = s.activation_bits if name not in edges else max(s.edge_bits, s.activation_bits or 0)
@@ -443,7 +443,8 @@ class Quantization:
             return names
         found = set()
         if s.layers != "measured":
-            found.update(matching(names, PRESETS[preset_for(self.denoiser) if s.layers == "preset" else s.layers]))
+            preset = quantization_preset(self.denoiser) if s.layers == "preset" else s.layers
+            found.update(matching(names, PRESETS[preset]))
         by_need = sorted(names, key=lambda n: -(self.drafts[n].spec.sensitivity or 0.0))
         found.update(by_need[: round(s.sensitive * len(names))])
         return [n for n in names if n in found]

@@ -20,6 +20,7 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion_accel.denoisers import TIME_LAYERS
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import quantized_layers
@@ -27,7 +28,7 @@ from diffusion_accel.quant.model import set_runtime, tables
 from diffusion_accel.quant.ptq import run as process
 from diffusion_accel.quant.ptq.budget import PROBE_ROWS, plan_prompts, plan_report, shares
 from diffusion_accel.quant.ptq.calibration import CalibrationSet, record
-from diffusion_accel.quant.ptq.finetune import TIME_LAYERS, FinetuneSettings, Tuner, batches, matching, relative_error
+from diffusion_accel.quant.ptq.finetune import FinetuneSettings, Tuner, batches, matching, relative_error
 from diffusion_accel.quant.ptq.folder import held
 from diffusion_accel.quant.ptq.ranges import RangeSettings
 from diffusion_accel.quant.ptq.reconstruct import RoundingSettings, capture, reconstruct, units

@@ -14,9 +14,10 @@ from zoo import DIM, TOKENS, rand, seeded, unet
 
 import diffusion_accel.transparency.adapter as adapter_module
 from diffusion_accel import ConfigurationError, ModelLoadError
+from diffusion_accel.denoisers import ordered_attentions
 from diffusion_accel.hooks import HookSet
 from diffusion_accel.transparency.adapter import Adapter, check_changes, read_changes
-from diffusion_accel.transparency.attention_sharing import Sharing, attention_layers
+from diffusion_accel.transparency.attention_sharing import Sharing
 from diffusion_accel.transparency.conditions import Concatenated
 from diffusion_accel.transparency.ldm_keys import from_ldm
 from diffusion_accel.transparency.weights import read_tensors
@@ -229,7 +230,7 @@ def test_attention_layers_are_numbered_as_published() -> None:
 
     with torch.device("meta"):
         model = UNet2DConditionModel(cross_attention_dim=768)
-    layers = attention_layers(model)
+    layers = ordered_attentions(model)
     assert len(layers) == 32 and layers[30] is model.mid_block.attentions[0].transformer_blocks[0].attn1
     for number, layer in enumerate(layers):
         keys = PUBLISHED["sharing_1"]
@@ -300,7 +301,7 @@ def by_hand(layer: Any, tensors: dict[str, torch.Tensor], number: int, frames: i
 def test_a_sharing_unit_by_hand(frames: int, number: int, tmp_path: Path) -> None:
     model, hooks = unet(), HookSet("test")
     tensors = sharing_tensors(model, frames)
-    layer = attention_layers(model)[number]
+    layer = ordered_attentions(model)[number]
     sharing = sharing_of(written(tmp_path, tensors), model, frames)
     sharing.install(model, hooks)
     h = rand(2 * frames, 16, layer.to_q.in_features)
