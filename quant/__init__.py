@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LAZY = {
-    "QuantizeSettings": ".ptq.settings",
-    "quantize": ".ptq.run",
-    "runtime_report": ".model",
-    "set_runtime": ".model",
+    "QuantizationReport": (".ptq.report", "QuantizationReport"),
+    "QuantizationRun": (".ptq.run", "QuantizationRun"),
+    "QuantizeSettings": (".ptq.settings", "QuantizeSettings"),
+    "quantize": (".ptq.run", "quantize_denoiser"),  # old name; `diffusion_accel.quantize` takes a pipeline
+    "quantize_denoiser": (".ptq.run", "quantize_denoiser"),
+    "runtime_report": (".model", "runtime_report"),
+    "set_runtime": (".model", "set_runtime"),
 }
 
 __all__ = list(_LAZY)
@@ -23,5 +26,6 @@ __all__ = list(_LAZY)
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        module, own = _LAZY[name]
+        return getattr(importlib.import_module(module, __name__), own)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from diffusion_accel.diffusers_compat import set_config_entry
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 
 from .layers import QuantizedLayer
@@ -144,7 +145,7 @@ class LowBitQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         install(model, self.quantization_config.spec)
-        model.config["quantization_config"] = self.quantization_config
+        set_config_entry(model.config, "quantization_config", self.quantization_config)
         _check_shapes(model, find_tensors(self._files))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -154,8 +155,7 @@ class LowBitQuantizer(DiffusersQuantizer):
         if spec.version == 1 and spec.digest is not None and digest_of_version_1(model) != spec.digest:
             raise ModelLoadError("the checkpoint is damaged: its weights are not the ones it was saved with")
         self.quantization_config = self.quantization_config.of(model)
-        known = model.config
-        known["quantization_config"] = known.quantization_config = self.quantization_config
+        set_config_entry(model.config, "quantization_config", self.quantization_config)
         set_runtime(model)
 
     @property

@@ -34,10 +34,9 @@ from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.quantizers import load_quantized
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.quant.model import set_runtime
-from diffusion_accel.quant.ptq.calibration import CalibrationSet, record
-from diffusion_accel.quant.ptq.finetune import relative_error
+from diffusion_accel.quant.ptq.calibration import CalibrationSet, record, relative_error
 from diffusion_accel.quant.ptq.ranges import RangeSettings
-from diffusion_accel.quant.ptq.run import quantize
+from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
 from diffusion_accel.training.images import save_grid
 
@@ -120,9 +119,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder = Path(temporary)
-        heldout = record(
-            replace(sampler, prompts=tuple(embedded_prompts(16, skip=1100))), 20, folder / "heldout", lambda a, b: None
-        )
+        heldout = record(replace(sampler, prompts=tuple(embedded_prompts(16, skip=1100))), 20, folder / "heldout")
         fit = replace(sampler, prompts=tuple(embedded_prompts(72)), seed=0)
         base = sampler.images()
         shown = [("float32", base)]
@@ -163,7 +160,7 @@ def main() -> None:
             )  # fmt: skip
             for name, settings in (("without learning", plain), ("plain round to nearest", flat)):
                 pipe.unet = copy.deepcopy(full)
-                run = quantize(replace(fit, pipe=pipe), settings, folder / f"{bits} {name}")
+                run = quantize_denoiser(replace(fit, pipe=pipe), settings, folder / f"{bits} {name}")
                 note(f"{bits}, {name}", run.model)
         done = next(folder.glob("*without learning"), None)
         calibration = CalibrationSet(done / "calibration") if done else heldout

@@ -27,70 +27,76 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler
-from diffusion_accel.quant.ptq.finetune import FinetuneSettings, Tuner, batches, matching, relative_error
+from diffusion_accel.quant.ptq.calibration import relative_error
+from diffusion_accel.quant.ptq.finetune import FINETUNING, FinetuneSettings, chosen_layers, matching
+from diffusion_accel.quant.ptq.finetuner import Finetuner, batches
 from diffusion_accel.quant.ptq.reconstruct import RoundingSettings
-from diffusion_accel.quant.ptq.run import Quantization
+from diffusion_accel.quant.ptq.run import STAGES, QuantizationRun
 from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
-from diffusion_accel.quant.ptq.trainable_layer import rounding
+from diffusion_accel.quant.ptq.stage import RunState
+from diffusion_accel.quant.ptq.trainable_layer import set_quantization_state
 
 SETTINGS = EMBEDDED["sticker"].settings
 ROWS = 16  # of each timestep, for the error
 
 
-class Measured(Quantization):
-    """A run whose finetuning is that of several schedules, each from the same beginning."""
+def compare(state: RunState, schedules: list[FinetuneSettings], budget: float, file: Path) -> None:
+    """Finetune by each schedule from the same beginning, and write down what comes out.
 
-    schedules: list[FinetuneSettings]
-    budget: float
-    file: Path
+    Args:
+        state: a run that has the grids of its inputs.
+        budget: seconds of CPU time of each schedule.
+        file: JSON, whose schedules are not run again.
+    """
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    begin = {
+        n: {k: v.detach().clone() for k, v in layer.named_parameters(recurse=False)}
+        for n, layer in state.trainable.items()
+    }
+    before = error(state)
+    for f in schedules:
+        name = f"batch {f.batch}, moments {f.moments}, rate {f.rate:g}"
+        if name in found:
+            continue
+        for key, values in begin.items():
+            state.trainable[key].own()
+            for what, value in values.items():
+                getattr(state.trainable[key], what).data.copy_(value)
+        found[name] = {"before": before, **learn(state, f, budget)}
+        print(name, json.dumps(found[name]), flush=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
 
-    def _finetune(self) -> None:
-        found = json.loads(self.file.read_text()) if self.file.is_file() else {}
-        begin = {
-            n: {k: v.detach().clone() for k, v in d.named_parameters(recurse=False)} for n, d in self.drafts.items()
-        }
-        before = self.error()
-        for f in self.schedules:
-            name = f"batch {f.batch}, moments {f.moments}, rate {f.rate:g}"
-            if name in found:
-                continue
-            for key, values in begin.items():
-                self.drafts[key].own()
-                for what, value in values.items():
-                    getattr(self.drafts[key], what).data.copy_(value)
-            found[name] = {"before": before, **self.learn(f)}
-            print(name, json.dumps(found[name]), flush=True)
-            with replacing(self.file) as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n")
 
-    def learn(self, f: FinetuneSettings) -> dict[str, Any]:
-        """Stage 2 for as long as there is time, its rate falling along a cosine."""
-        count = len(self.calibration.timesteps)
-        others = [n for n in self.drafts if n not in matching(self.drafts, (TIME_LAYERS,))]
-        tuner = Tuner(
-            self.denoiser, self.drafts, self.chosen_layers(), others, f.rate, f.scale_rate, f.layer_loss, f.moments
-        )
-        used, place, steps, errors = 0.0, 0, 0, []
-        while used < self.budget:
-            epoch, turn = divmod(place, count)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
-            tuner.visit(order[turn])
-            tuner.pace(0.5 * (1 + math.cos(math.pi * used / self.budget)))
-            began = time.process_time()
-            for rows in batches(self.calibration, order[turn], f.rows, f.batch, place):
-                tuner.step(rows)
-                steps += 1
-            used, place = used + time.process_time() - began, place + 1
-            if used >= self.budget * (len(errors) + 1) / 4:
-                errors.append(self.error())
-        tuner.close()
-        return {"error": errors[-1], "quarters": errors, "steps": steps, "epochs": place / count, "seconds": used}
+def learn(state: RunState, f: FinetuneSettings, budget: float) -> dict[str, Any]:
+    """Stage 2 for as long as there is time, its rate falling along a cosine."""
+    count = len(state.calibration.timesteps)
+    others = [n for n in state.trainable if n not in matching(state.trainable, (TIME_LAYERS,))]
+    finetuner = Finetuner(
+        state.denoiser, state.trainable, chosen_layers(state), others, f.rate, f.scale_rate, f.layer_loss, f.moments
+    )
+    used, place, steps, errors = 0.0, 0, 0, []
+    while used < budget:
+        epoch, turn = divmod(place, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+        finetuner.visit(order[turn])
+        finetuner.pace(0.5 * (1 + math.cos(math.pi * used / budget)))
+        began = time.process_time()
+        for rows in batches(state.calibration, order[turn], f.rows, f.batch, place):
+            finetuner.step(rows)
+            steps += 1
+        used, place = used + time.process_time() - began, place + 1
+        if used >= budget * (len(errors) + 1) / 4:
+            errors.append(error(state))
+    finetuner.close()
+    return {"error": errors[-1], "quarters": errors, "steps": steps, "epochs": place / count, "seconds": used}
 
-    def error(self) -> float:
-        """Of predictions on the validation rows."""
-        rounding(self.drafts, True, True)
-        buckets = range(len(self.heldout.timesteps))
-        return relative_error(self.denoiser, (self.heldout.sample(b, ROWS, 0) for b in buckets))
+
+def error(state: RunState) -> float:
+    """Of predictions on the validation rows."""
+    set_quantization_state(state.trainable, weights=True, inputs=True)
+    buckets = range(len(state.heldout.timesteps))
+    return relative_error(state.denoiser, (state.heldout.sample(b, ROWS, 0) for b in buckets))
 
 
 def main() -> None:
@@ -120,15 +126,16 @@ def main() -> None:
     given = {k: SETTINGS[k] for k in ("guidance_scale", "height", "width")}
     sampler = Sampler(pipe, tuple(embedded_prompts(options.count)), SETTINGS["steps"], 0, 8, given)
     work = options.work or Path("runs") / f"finetuning-{options.bits}"
-    run = Measured(sampler, settings, work, lambda what, share, left: None)
-    run.budget, run.file = options.seconds, options.json
-    run.schedules = [
+    schedules = [
         replace(plain, batch=batch, moments=moments, rate=rate)
         for rate in options.rates
         for batch in options.batches
         for moments in options.moments
     ]
-    run.run(None)
+    before = STAGES[: STAGES.index(FINETUNING)]
+    run = QuantizationRun(sampler, settings, work, stages=before)
+    run.run()
+    compare(run, schedules, options.seconds, options.json)
 
 
 if __name__ == "__main__":

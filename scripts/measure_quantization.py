@@ -29,7 +29,8 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import QuantizedConv2d, QuantizedLinear, quantized_layers
 from diffusion_accel.quant.model import runtime_report, set_runtime
 from diffusion_accel.quant.ptq.ranges import RangeSettings
-from diffusion_accel.quant.ptq.run import peak_memory, quantize
+from diffusion_accel.quant.ptq.report import peak_memory
+from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
 
 LOAD = """
@@ -159,7 +160,7 @@ def main() -> None:
                 weight_bits=args.bits, buckets=2, rounding=None, finetune=None, ranges=RangeSettings(rows=2, chunk=2)
             )
             began = time.perf_counter()
-            run = quantize(Embedded(pipe, ("",) * 2, 3, batch=1), settings, args.work / "between")
+            run = quantize_denoiser(Embedded(pipe, ("",) * 2, 3, batch=1), settings, args.work / "between")
             run.model.save_pretrained(folder, max_shard_size="20GB")
             result["quantizing"] = {
                 "seconds": time.perf_counter() - began,

@@ -194,8 +194,8 @@ def quantize(
         texts = usual_texts(pipe, count)
     bar = Bar(quiet)
 
-    def tell(what: str, share: float, left: float) -> None:
-        bar(what if left != left else f"{what}, {_clock(left)} left", share)
+    def tell(what: str, share: float = 0.0, left: float | None = None) -> None:
+        bar(what if left is None else f"{what}, {_clock(left)} left", share)
 
     try:
         result = run(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from .calibration import CalibrationSet, Rows
 from .finetune import stage_one_epochs
 from .ranges import observe
 from .reconstruct import RoundingSettings, units
-from .settings import QuantizeSettings
-from .trainable_layer import Drafts, rounding
+from .stage import Job, Part, RunState, Stage, Values
+from .trainable_layer import TrainableLayers, set_quantization_state
+
+if TYPE_CHECKING:
+    from .calibration import CalibrationSet, Rows
+    from .settings import QuantizeSettings
 
 _WEIGHTS = {"rounding": 0.5, "time": 0.1, "stage two": 0.4}  # shares of the time, where it does not do for all
 # at most so much of the time that is left goes into what layers need, ranges, errors after stages, and the report
@@ -25,7 +29,7 @@ _LEAST_RANGE_ROWS, _LEAST_ROUNDING_ROWS = 4, 32
 _ERRORS_MEASURED = 4  # times
 
 
-def plan_probe(denoiser: Any, heldout: CalibrationSet, layers: int, seconds: float | None) -> dict[str, int]:
+def plan_probe(denoiser: nn.Module, heldout: CalibrationSet, layers: int, seconds: float | None) -> dict[str, int]:
     """Rows and timesteps on which the sensitivity of each layer is measured: fewer, where the time does not do.
 
     One row at one timestep for each layer is the least.
@@ -71,8 +75,12 @@ def plan_report(images: int, each: float, seconds: float | None, whole: float) -
     return 1, 1
 
 
-def plan_work(
-    settings: QuantizeSettings, denoiser: Any, drafts: Drafts, calibration: CalibrationSet, seconds: float | None
+def plan_stages(
+    settings: QuantizeSettings,
+    denoiser: nn.Module,
+    layers: TrainableLayers,
+    calibration: CalibrationSet,
+    seconds: float | None,
 ) -> dict[str, Any]:
     """Iterations of every stage, and the seconds that they are expected to take.
 
@@ -84,7 +92,7 @@ def plan_work(
     plan["time_epochs"] = list(f.time_epochs) if f else [0, 0, 0]
     plan["rate"] = r.rate if r else 0.0
     plan |= {"error_rows": PROBE_ROWS, "range_rows": settings.observation.rows, "rounding_rows": r.rows if r else 0}
-    costs = _costs(settings, denoiser, drafts, calibration, seconds is not None)
+    costs = _costs(settings, denoiser, layers, calibration, seconds is not None)
     if seconds is not None:
         seconds = max(0.0, seconds) * (1 - _REPORT)
         for what, share_of_it, least in (("error", _ERRORS, 1), ("range", _RANGES, _LEAST_RANGE_ROWS)):
@@ -112,16 +120,6 @@ def plan_work(
     return plan
 
 
-def progress_of(plan: dict[str, Any], stage: str, within: float) -> tuple[float, float]:
-    """Share of everything done and seconds left when `within` (0 … 1) of a stage is done."""
-    planned = plan["seconds"]
-    length = {"rounding": planned["rounding"], "ranges": planned["fixed"], "finetuning": planned["finetuning"]}
-    before = dict(zip(length, (0.0, planned["rounding"], planned["rounding"] + planned["fixed"]), strict=True))
-    total = max(1e-9, sum(length.values()))
-    done = before[stage] + within * length[stage]
-    return min(1.0, done / total), max(0.0, total - done)
-
-
 def shares(wanted: dict[str, float], seconds: float) -> dict[str, float]:
     """How much of each stage fits: half of the time is for rounding, a tenth for stage 1, the rest for stage 2, and
     what one does not need the others get."""
@@ -140,7 +138,7 @@ def shares(wanted: dict[str, float], seconds: float) -> dict[str, float]:
 
 
 def _costs(
-    settings: QuantizeSettings, denoiser: Any, drafts: Drafts, calibration: CalibrationSet, exactly: bool
+    settings: QuantizeSettings, denoiser: nn.Module, layers: TrainableLayers, calibration: CalibrationSet, exactly: bool
 ) -> dict[str, float]:
     """Seconds of every stage as asked for, from the measured time of the denoiser; of what is measured on rows
     ("…_rows"), seconds for each row of every timestep.
@@ -148,14 +146,14 @@ def _costs(
     `exactly`: watch ranges for a moment instead of estimating how long that takes.
     """
     rows = calibration.sample(0, 8, 0)
-    rounding(drafts, False, False)
+    set_quantization_state(layers, weights=False, inputs=False)
     row, buckets = _seconds(rows, denoiser) / len(rows), len(calibration.timesteps)
     r, f = settings.rounding, settings.finetune
     costs = {"rounding": 0.0, "time": 0.0, "stage two": 0.0, "rounding_rows": 1e-9, "range_rows": 1e-9}
     costs["error_rows"] = _ERRORS_MEASURED * buckets * row
     if settings.activation_bits:
         costs["range_rows"] = buckets * (
-            _range_seconds(settings, denoiser, drafts, calibration) if exactly else 4 * row
+            _range_seconds(settings, denoiser, layers, calibration) if exactly else 4 * row
         )
     if r is not None:
         kinds = len(units(denoiser, rows))
@@ -169,7 +167,7 @@ def _costs(
     return costs
 
 
-def _seconds(rows: Rows, denoiser: Any) -> float:
+def _seconds(rows: Rows, denoiser: nn.Module) -> float:
     """The least time that the denoiser takes for some rows."""
     took = []
     with torch.no_grad():
@@ -180,11 +178,44 @@ def _seconds(rows: Rows, denoiser: Any) -> float:
     return min(took)
 
 
-def _range_seconds(settings: QuantizeSettings, denoiser: Any, drafts: Drafts, calibration: CalibrationSet) -> float:
+def _range_seconds(
+    settings: QuantizeSettings, denoiser: nn.Module, layers: TrainableLayers, calibration: CalibrationSet
+) -> float:
     """Seconds for a row of watching ranges. The grids that it finds are found anew later."""
     watch = dataclasses.replace(settings.observation, rows=_LEAST_RANGE_ROWS)
-    rounding(drafts, True, False)
+    set_quantization_state(layers, weights=True, inputs=False)
     began = time.monotonic()
-    observe(denoiser, drafts, calibration, watch, [0], {}, lambda n: None)
-    rounding(drafts, False, False)
+    observe(denoiser, layers, calibration, watch, [0], {})
+    set_quantization_state(layers, weights=False, inputs=False)
     return (time.monotonic() - began) / _LEAST_RANGE_ROWS
+
+
+# ---------------------------------------------------------------------- the stages
+def _count_prompts(state: RunState, _job: Job) -> Values:
+    """How many prompts the time for drawing the calibration set allows."""
+    state.tell("how long an image takes")
+    began = time.monotonic()
+    with torch.no_grad():
+        state.sampler.call(0, 1)
+    assert state.minutes is not None
+    return {"prompts": plan_prompts(len(state.sampler.prompts), time.monotonic() - began, 60 * state.minutes)}
+
+
+def _cut_prompts(state: RunState, _part: Part, values: Values) -> None:
+    count, asked = int(values["prompts"]), len(state.sampler.prompts)
+    if count < asked:
+        state.tell(f"calibration on {count} of {asked} prompts")
+        state.sampler = state.sampler.part(0, count)
+
+
+def _plan(state: RunState, _job: Job) -> Values:
+    return plan_stages(state.settings, state.denoiser, state.trainable, state.calibration, state.left())
+
+
+def _take_plan(state: RunState, _part: Part, values: Values) -> None:
+    state.plan = values
+
+
+# decided once, and written down for a run that goes on
+PROMPTS = Stage("calibration", _count_prompts, _cut_prompts, "prompts.json", wanted=lambda s: s.minutes is not None)
+PLAN = Stage("", _plan, _take_plan, "plan.json", error="nearest, weights only")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.hooks import bind_forward
 from diffusion_accel.io import replacing
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.progress import Progress, silent
 
 from .folder import load, read, write
+from .stage import Job, Part, RunState, Stage, Values
 
-_OUTPUT = "output"
-_SHARED = frozenset(
-    {"txt_ids", "img_ids"}
-)  # arguments that have no row for each row of the batch, whatever their length
+_OUTPUT, _INDEX = "output", "index.json"
+# arguments that have no row for each row of the batch, whatever their length
+_SHARED = frozenset({"txt_ids", "img_ids"})
 
 
 @dataclass
@@ -67,23 +68,21 @@ class CalibrationSet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = read(folder / "index.json")
+        index = read(folder / _INDEX)
         try:
             self.timesteps = tuple(float(t) for t in index["timesteps"])
             self.counts: list[int] = [int(count) for count in index["counts"]]
             self.chunks: list[str] = [str(name) for name in index["chunks"]]
             self.plain: dict[str, Any] = dict(index["plain"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f"{folder} is damaged; forget the run (--restart)") from error
+            raise ConfigurationError(f"{folder} is damaged; forget the run (restart)") from error
         self.rows = self.counts[0]
 
     def bucket(self, number: int) -> Rows:
         """Everything recorded at one timestep. Raises `ConfigurationError` if not all of it is there."""
         parts = [load(self.folder / f"b{number:03d}-{chunk}.safetensors") for chunk in self.chunks]
         if sum(len(part[_OUTPUT]) for part in parts) != self.counts[number]:
-            raise ConfigurationError(
-                f"{self.folder} has lost rows of its timestep {number}; forget the run (--restart)"
-            )
+            raise ConfigurationError(f"{self.folder} has lost rows of its timestep {number}; forget the run (restart)")
         flat = {key: _joined(key, parts) for key in parts[0]}
         output = flat.pop(_OUTPUT)
         arguments: dict[str, Any] = dict(self.plain)
@@ -102,7 +101,7 @@ class CalibrationSet:
         return rows.pick(order[:count].sort().values)
 
 
-def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, int], None]) -> CalibrationSet:
+def record(sampler: Sampler, buckets: int, folder: Path, progress: Progress = silent) -> CalibrationSet:
     """Draw the sampler's images and keep what its denoiser saw at `buckets` evenly spaced steps.
 
     Files that an interrupted recording left are used again; a recording counts once its index is written.
@@ -111,8 +110,18 @@ def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, in
         sampler: pipeline, prompts, steps and seeds.
         buckets: how many timesteps to keep, at most the number of steps; taken by stride from the trajectory.
         folder: where to.
-        tell: called with images done and images in all.
+        progress: told how many of the prompts are done.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline has no denoiser.
+        ConfigurationError: calls differ in their timesteps, answers are no finite numbers, or the folder is damaged.
     """
+    write(folder / _INDEX, _draw(sampler, buckets, folder, progress))
+    return CalibrationSet(folder)
+
+
+def _draw(sampler: Sampler, buckets: int, folder: Path, progress: Progress) -> Values:
+    """Write the files of a recording; returns its index."""
     folder.mkdir(parents=True, exist_ok=True)
     model = find_denoiser(sampler.pipe)
     if model is None:
@@ -149,18 +158,16 @@ def record(sampler: Sampler, buckets: int, folder: Path, tell: Callable[[int, in
                     _store(folder / f"b{bucket:03d}-{name}.safetensors", [flat for t, flat in calls if t == time], time)
             found = [_rows(folder / f"b{bucket:03d}-{name}.safetensors") for bucket in range(len(times))]
             counts = [a + b for a, b in zip(counts or [0] * len(times), found, strict=True)]
-            tell(end, len(sampler.prompts))
+            progress(f"{folder.name}: {end} of {len(sampler.prompts)} prompts")
     finally:
         handle.remove()
-    index = {
+    return {
         "timesteps": times,
         "counts": counts,
         "chunks": list(names.values()),
         "plain": plain,
         "device": str(device),
     }
-    write(folder / "index.json", index)
-    return CalibrationSet(folder)
 
 
 def _spread(found: list[float], buckets: int) -> list[float]:
@@ -189,7 +196,7 @@ def _rows(file: Path) -> int:
         with safe_open(str(file), framework="pt") as stored:
             return stored.get_slice(_OUTPUT).get_shape()[0]
     except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"{file} is damaged; forget the run (--restart)") from error
+        raise ConfigurationError(f"{file} is damaged; forget the run (restart)") from error
 
 
 def _joined(key: str, parts: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -219,3 +226,35 @@ def _lists(value: Any) -> Any:
     if made and all(key == f"[{number}]" for number, key in enumerate(sorted(made, key=lambda k: (len(k), k)))):
         return [made[f"[{number}]"] for number in range(len(made))]
     return made
+
+
+@torch.no_grad()
+def relative_error(model: nn.Module, parts: Iterable[Rows]) -> float:
+    """Squared error of the model's answers over the squared answers of full precision, over all rows."""
+    wrong = size = 0.0
+    for rows in parts:
+        wrong += float((rows.run(model) - rows.output).square().sum())
+        size += float(rows.output.square().sum())
+    return wrong / max(size, 1e-30)
+
+
+# ---------------------------------------------------------------------- the stage
+@torch.no_grad()  # what a pipeline keeps of it must be good for training as well
+def _record(state: RunState, job: Job) -> Values:
+    count, kept = len(state.sampler.prompts), state.kept_for_validation
+    ends = {"calibration": (0, count - kept), "validation": (count - kept, count)}[str(job.part.key)]
+    part = state.sampler.part(*ends)
+    return _draw(part, state.settings.bucket_count, state.work / str(job.part.key), lambda what, *_: state.tell(what))
+
+
+def _take(state: RunState, part: Part, _values: Values) -> None:
+    found = CalibrationSet(state.work / str(part.key))
+    if part.key == "calibration":
+        state.calibration = found
+    else:
+        state.heldout = found
+
+
+RECORDING = Stage(
+    "calibration", _record, _take, "{}/index.json", parts=lambda _: (Part("calibration"), Part("validation"))
+)

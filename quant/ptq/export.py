@@ -17,11 +17,12 @@ from diffusion_accel.evaluation.quality import embedded_prompts
 from diffusion_accel.io import writing
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import PICKLE_SUFFIXES, TRANSPARENCY, ModelSource
+from diffusion_accel.progress import Progress
 
 from .budget import plan_report
 from .folder import clear, held
-from .report import QuantizationReport, measure, write
-from .run import Progress, peak_memory, quantize
+from .report import QuantizationReport, measure, peak_memory, write
+from .run import quantize_denoiser
 from .settings import QuantizeSettings
 
 
@@ -70,7 +71,7 @@ def _run(
     load: Callable[[ModelSource], Any],
 ) -> QuantizationReport:
     began, pipe = time.monotonic(), sampler.pipe
-    done = quantize(sampler, settings, work, minutes, progress)
+    done = quantize_denoiser(sampler, settings, work, minutes, progress)
     made = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with interrupts.unfinished(made):
         progress("writing", 1.0, 0.0)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
 
-from diffusion_accel.denoisers import FEED_FORWARD, QUERIES, SAMPLE_KEYS_VALUES, SELF_KEYS_VALUES
+from diffusion_accel.denoisers import (
+    FEED_FORWARD,
+    QUERIES,
+    SAMPLE_KEYS_VALUES,
+    SELF_KEYS_VALUES,
+    TIME_LAYERS,
+    quantization_preset,
+)
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
-from .calibration import CalibrationSet, Rows
-from .trainable_layer import Draft, rounding
+from .finetuner import Finetuner, batches
+from .stage import Job, Part, RunState, Stage, Values
 
+_MOMENTS = "moments/"  # before the names of Adam's tensors in the file
 MOMENTS = ("visit", "timestep", "shared")
 # which layers are finetuned, by model, as published; a model's family names one (denoisers.quantization_preset)
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -81,165 +87,123 @@ def stage_one_epochs(settings: FinetuneSettings, number: int, timestep: float) -
     return first if number == 0 else early if timestep > 300 else late
 
 
-class Tuner:
-    """Finetunes some layers of a model of drafts; one instance for each stage, so that Adam's moments are kept.
-
-    A timestep is one bucket of the activation grids. Only its own scales learn from its rows.
-
-    Args:
-        chosen: the layers whose weights and biases learn.
-        scales: the layers whose activation scales learn.
-        moments: of the scales, see `FinetuneSettings`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        drafts: dict[str, Draft],
-        chosen: list[str],
-        scales: list[str],
-        rate: float,
-        scale_rate: float,
-        layer_loss: bool,
-        moments: str = "visit",
-    ) -> None:
-        self.model, self.drafts, self.chosen, self.layer_loss = model, drafts, chosen, layer_loss
-        self.moments = moments
-        self.weights = [p for n in chosen for p in drafts[n].own()]
-        self.scales = [p for n in scales for p in _scales(drafts[n])]
-        self.floors = [float(p.detach().min()) / 4 for p in self.scales]  # a scale stays positive
-        self.rates = [scale_rate * float(p.detach().mean()) for p in self.scales]
-        self.rate, self.share = rate, 1.0
-        for p in (*self.weights, *self.scales):
-            p.requires_grad_(True)
-        self._weights = torch.optim.Adam([{"params": self.weights, "lr": rate}]) if self.weights else None
-        self._scales: dict[int, torch.optim.Adam] = {}
-        self._number = 0
-
-    def visit(self, number: int) -> None:
-        """Learn from rows of bucket `number` from now on."""
-        self._number = number
-        if self.moments == "visit":
-            self._scales.clear()
-
-    def step(self, rows: Rows) -> float:
-        """One step of Adam on some rows of the bucket; returns the loss."""
-        heard: dict[str, torch.Tensor] = {}
-        wanted: dict[str, torch.Tensor] = {}
-        if self.layer_loss:
-            with torch.no_grad(), self._listening(wanted):
-                rounding(self.drafts, False, False)
-                rows.run(self.model)
-        rounding(self.drafts, True, True)
-        for p in (*self.weights, *self.scales):
-            p.grad = None
-        with torch.enable_grad(), self._listening(heard):
-            loss = (rows.run(self.model) - rows.output).square().mean() * max(1, len(wanted))
-            for name, target in wanted.items():
-                loss = loss + (heard[name] - target).square().mean()
-            loss.backward()
-        if self._weights is not None:
-            self._weights.param_groups[0]["lr"] = self.share * self.rate
-            self._weights.step()
-        self._step_scales()
-        return float(loss.detach())
-
-    def _step_scales(self) -> None:
-        optimizer = self._scale_optimizer()
-        for group, scale, rate in zip(optimizer.param_groups, self.scales, self.rates, strict=True):
-            group["lr"] = self.share * rate
-            (own,) = group["params"]
-            own.grad = scale.grad if self.moments == "shared" or scale.grad is None else scale.grad[self._number]
-        optimizer.step()
-        with torch.no_grad():
-            for scale, floor in zip(self.scales, self.floors, strict=True):
-                scale.clamp_(min=floor)
-
-    def _scale_optimizer(self) -> torch.optim.Adam:
-        """Adam over the scales of the bucket, which are rows of the drafts' own tensors; shared: over all of them."""
-        key = 0 if self.moments == "shared" else self._number
-        if key not in self._scales:
-            own = self.scales if self.moments == "shared" else [nn.Parameter(p.data[key]) for p in self.scales]
-            self._scales[key] = torch.optim.Adam([{"params": [p]} for p in own] or [{"params": []}])
-        return self._scales[key]
-
-    def pace(self, share: float) -> None:
-        """Learn at this share of the rates from now on."""
-        self.share = share
-
-    def close(self) -> None:
-        """Nothing learns any more."""
-        for p in (*self.weights, *self.scales):
-            p.requires_grad_(False)
-            p.grad = None
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a stage that goes on between two buckets needs, besides the drafts."""
-        found = {
-            "rates": torch.tensor(self.rates, dtype=torch.float64),
-            "floors": torch.tensor(self.floors, dtype=torch.float64),
-        }
-        kept = {} if self.moments == "visit" else self._scales
-        for name, optimizer in (("weights", self._weights), *((f"scales{k}", v) for k, v in kept.items())):
-            for i, values in enumerate(_states(optimizer)):
-                found |= {f"{name}/{i}/{k}": torch.as_tensor(v).contiguous() for k, v in values.items()}
-        return found
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state`. Rates and floors are those of the beginning of the stage."""
-        self.rates, self.floors = state["rates"].tolist(), state["floors"].tolist()
-        numbers = {int(key.partition("/")[0][6:]) for key in state if key.startswith("scales")}
-        for number in numbers:
-            self._number = number
-            _set_states(self._scale_optimizer(), f"scales{number}", state)
-        if self._weights is not None:
-            _set_states(self._weights, "weights", state)
-
-    @contextmanager
-    def _listening(self, into: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Collect the outputs of the chosen layers, where the loss wants them."""
-
-        def note(name: str) -> Callable[..., None]:
-            return lambda module, args, output: into.__setitem__(name, output)
-
-        names = self.chosen if self.layer_loss else []
-        handles = [self.drafts[n].register_forward_hook(note(n)) for n in names]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+def chosen_layers(state: RunState) -> list[str]:
+    """The layers whose weights stage 2 finetunes."""
+    s, names = state.settings, list(state.trainable)
+    if s.layers == "all":
+        return names
+    found = set()
+    if s.layers != "measured":
+        preset = quantization_preset(state.denoiser) if s.layers == "preset" else s.layers
+        found.update(matching(names, PRESETS[preset]))
+    by_need = sorted(names, key=lambda n: -(state.trainable[n].spec.sensitivity or 0.0))
+    found.update(by_need[: round(s.sensitive * len(names))])
+    return [n for n in names if n in found]
 
 
-def _states(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
-    groups = optimizer.param_groups if optimizer is not None else []
-    return [optimizer.state.get(p, {}) for group in groups for p in group["params"]]  # type: ignore[union-attr]
+# ---------------------------------------------------------------------- the stage
+def _finetune(state: RunState, job: Job) -> Values:
+    """QuEST's two stages, from where an interrupted run kept its last position."""
+    stage, at = job.kept["position"].tolist() if job.kept else (1, 0)
+    if job.kept:
+        _take(state, job.part, job.kept)
+    if stage == 1:
+        _time_embedding(state, job, at)
+        at = 0
+    moments = job.kept if stage == 2 else None
+    return _chosen_layers(state, job, at, moments or {})
 
 
-def _set_states(optimizer: torch.optim.Optimizer, name: str, state: dict[str, torch.Tensor]) -> None:
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        own = {k.rpartition("/")[2]: v for k, v in state.items() if k.startswith(f"{name}/{i}/")}
-        if own:
-            optimizer.state[p] = own
+def _time_embedding(state: RunState, job: Job, at: int) -> None:
+    """Stage 1: the layers of the time embedding, one timestep after the other from number `at` on."""
+    f, count = state.settings.finetune, len(state.calibration.timesteps)
+    assert f is not None
+    times = matching(state.trainable, (TIME_LAYERS,))
+    asked = replace(f, time_epochs=tuple(state.plan["time_epochs"]))
+    for number in range(at, count):
+        state.tell(f"time embedding: timestep {number + 1} of {count}", "finetuning")
+        finetuner = Finetuner(
+            state.denoiser, state.trainable, times, times, f.rate, f.scale_rate, f.layer_loss, f.moments
+        )
+        finetuner.visit(number)
+        losses = []
+        for epoch in range(stage_one_epochs(asked, number, state.calibration.timesteps[number])):
+            for rows in batches(state.calibration, number, f.time_rows, f.batch, epoch):
+                losses.append(finetuner.step(rows))
+        finetuner.close()
+        if losses:
+            timestep = state.calibration.timesteps[number]
+            state.log("time embedding", timestep=timestep, first=losses[0], last=losses[-1])
+        job.save(partial(_values, state, 1, number + 1))
 
 
-def _scales(draft: Draft) -> list[nn.Parameter]:
-    return [getattr(draft, f"{n}_scale") for n in ("input", "output") if hasattr(draft, f"{n}_scale")]
+def _chosen_layers(state: RunState, job: Job, at: int, kept: Values) -> Values:
+    """Stage 2: the chosen layers, epoch by epoch over all timesteps in random order, from place `at` on."""
+    f, count = state.settings.finetune, len(state.calibration.timesteps)
+    assert f is not None
+    times = matching(state.trainable, (TIME_LAYERS,))
+    others = [n for n in state.trainable if n not in times]
+    finetuner = Finetuner(
+        state.denoiser, state.trainable, chosen_layers(state), others, f.rate, f.scale_rate, f.layer_loss, f.moments
+    )
+    if moments := {k.removeprefix(_MOMENTS): v for k, v in kept.items() if k.startswith(_MOMENTS)}:
+        finetuner.restore(moments)
+    epochs, losses = state.plan["epochs"], list[float]()
+    total = epochs * count
+    for place in range(at, total):
+        epoch, turn = divmod(place, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(state.settings.seed + epoch)).tolist()
+        state.tell(f"finetuning: epoch {epoch + 1} of {epochs}", "finetuning", place / total)
+        finetuner.visit(order[turn])
+        finetuner.pace(0.5 * (1 + math.cos(math.pi * place / total)))
+        for rows in batches(state.calibration, order[turn], f.rows, f.batch, place):
+            losses.append(finetuner.step(rows))
+        if turn == count - 1:
+            state.log("finetuning", epoch=epoch + 1, loss=sum(losses) / len(losses))
+            losses = []
+        job.save(partial(_values, state, 2, place + 1, finetuner))
+    finetuner.close()
+    return _values(state, 2, total)
 
 
-def batches(calibration: CalibrationSet, number: int, rows: int, size: int, seed: int) -> Iterable[Rows]:
-    """`rows` rows of a bucket, `size` at a time; `seed` decides which ones and their order."""
-    picked = calibration.sample(number, rows, seed)
-    order = torch.randperm(len(picked), generator=torch.Generator().manual_seed(seed))
-    for start in range(0, len(order), size):
-        yield picked.pick(order[start : start + size])
+def _values(state: RunState, stage: int, at: int, finetuner: Finetuner | None = None) -> Values:
+    """What has been learnt up to a position: grids, the weights that are layers' own, and Adam's moments."""
+    tensors: Values = {"position": torch.tensor([stage, at])}
+    for name, layer in state.trainable.items():
+        for key in (*layer.grids(), "weight", "bias"):
+            value = getattr(layer, key, None)
+            if value is not None and (key not in ("weight", "bias") or getattr(value, "own", False)):
+                tensors[f"{name}.{key}"] = value.detach().contiguous()
+    if finetuner is not None:
+        tensors |= {f"{_MOMENTS}{key}": value for key, value in finetuner.state().items()}
+    return tensors
 
 
 @torch.no_grad()
-def relative_error(model: nn.Module, parts: Iterable[Rows]) -> float:
-    """Squared error of the model's answers over the squared answers of full precision, over all rows."""
-    wrong = size = 0.0
-    for rows in parts:
-        wrong += float((rows.run(model) - rows.output).square().sum())
-        size += float(rows.output.square().sum())
-    return wrong / max(size, 1e-30)
+def _take(state: RunState, _part: Part, values: Values) -> None:
+    for key, value in values.items():
+        name, _, what = key.rpartition(".")
+        if key == "position" or key.startswith(_MOMENTS):
+            continue
+        layer = state.trainable[name]
+        if what == "weight":
+            layer.own()
+        getattr(layer, what).copy_(value)
+
+
+def _complete(state: RunState, values: Values) -> bool:
+    return values["position"].tolist() == [2, state.plan["epochs"] * len(state.calibration.timesteps)]
+
+
+FINETUNING = Stage(
+    "finetuning",
+    _finetune,
+    _take,
+    "finetune.safetensors",
+    wanted=lambda state: (
+        state.settings.finetune is not None and state.plan["epochs"] + max(state.plan["time_epochs"]) > 0
+    ),
+    complete=_complete,
+    error="finetuned",
+    inputs=True,
+)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.io import read_json, replacing
@@ -119,7 +119,7 @@ def agree(work: Path, wanted: dict[str, Any]) -> None:
         told = [_told(key, before.get(key), now.get(key)) for key in different[:3]]
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise ConfigurationError(
-            f"{work} holds a run with other settings or another model: {', '.join(told)}{more}; forget it (--restart), "
+            f"{work} holds a run with other settings or another model: {', '.join(told)}{more}; forget it (restart), "
             "or name another output"
         )
 
@@ -150,7 +150,7 @@ def read(file: Path) -> Any:
     try:
         return read_json(file)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error}; forget the run (--restart)") from error
+        raise ConfigurationError(f"{error}; forget the run (restart)") from error
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -158,4 +158,20 @@ def load(file: Path) -> dict[str, Any]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigurationError(f"{file} is damaged; forget the run (--restart)") from error
+        raise ConfigurationError(f"{file} is damaged; forget the run (restart)") from error
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """What a stage has kept: a table of JSON values, or tensors. Raises `ConfigurationError` if it is damaged."""
+    return read(file) if file.suffix == ".json" else load(file)
+
+
+def write_values(file: Path | None, values: dict[str, Any]) -> None:
+    """Keep what a stage has made, whole or not at all; without a file, nothing is."""
+    if file is None:
+        return
+    if file.suffix == ".json":
+        write(file, values)
+        return
+    with replacing(file) as temporary:
+        save_file(values, temporary)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from diffusion_accel.quant.affine import PERCENTILES, grid, value_range
-from diffusion_accel.quant.attention import WithScores
+from diffusion_accel.quant.attention import WithScores, quantizable_attention
 from diffusion_accel.quant.spec import ROWS_LIMIT, within
 
-from .calibration import CalibrationSet
-from .trainable_layer import Draft
+from .stage import Job, Part, RunState, Stage, Values
+from .trainable_layer import TrainableLayer, set_quantization_state
+
+if TYPE_CHECKING:
+    from .calibration import CalibrationSet, Rows
 
 
 @dataclass(frozen=True)
@@ -72,37 +75,36 @@ class Observer:
 @torch.no_grad()
 def observe(
     model: nn.Module,
-    drafts: dict[str, Draft],
+    layers: dict[str, TrainableLayer],
     calibration: CalibrationSet,
     settings: RangeSettings,
     buckets: Iterable[int],
-    attentions: dict[str, int],
-    tell: Callable[[int], None],
+    attentions: Iterable[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """Set the grids of inputs and outputs of all drafts at `buckets`; returns the largest attention probabilities.
+    """Set the grids of inputs and outputs of all layers at `buckets`; returns the largest attention probabilities.
 
     The model runs as it is switched: with rounded weights, what they do to the ranges is in them.
     """
     peaks: dict[str, torch.Tensor] = {name: torch.zeros(len(calibration.timesteps)) for name in attentions}
     for number in buckets:
-        watchers: dict[tuple[Draft, str], Observer] = {}
-        for draft in drafts.values():
-            width = draft.weight.shape[1]
-            if draft.spec.activation_bits:
-                parts = None if draft.spec.per_channel else draft.spec.part_sizes(width)
-                watchers[draft, "input"] = Observer(
-                    draft.spec.activation_bits, parts, draft.channel_dim, settings, draft.spec.zero_margin
+        watchers: dict[tuple[TrainableLayer, str], Observer] = {}
+        for layer in layers.values():
+            width = layer.weight.shape[1]
+            if layer.spec.activation_bits:
+                parts = None if layer.spec.per_channel else layer.spec.part_sizes(width)
+                watchers[layer, "input"] = Observer(
+                    layer.spec.activation_bits, parts, layer.channel_dim, settings, layer.spec.zero_margin
                 )
-            if draft.spec.output_bits:
-                watchers[draft, "output"] = Observer(draft.spec.output_bits, [draft.weight.shape[0]], -1, settings)
-        handles = []
-        for (draft, what), watcher in watchers.items():
+            if layer.spec.output_bits:
+                watchers[layer, "output"] = Observer(layer.spec.output_bits, [layer.weight.shape[0]], -1, settings)
+        handles: list[Any] = []
+        for (layer, what), watcher in watchers.items():
             if what == "input":
                 see = lambda m, args, w=watcher: w.see(args[0])  # noqa: E731
-                handles.append(draft.register_forward_pre_hook(see))
+                handles.append(layer.register_forward_pre_hook(see))
             else:
                 look = lambda m, args, out, w=watcher: w.see(out)  # noqa: E731
-                handles.append(draft.register_forward_hook(look))
+                handles.append(layer.register_forward_hook(look))
         for name, peak in peaks.items():
             handles.append(_WatchScores(model.get_submodule(name), peak, number))
         try:
@@ -111,17 +113,16 @@ def observe(
         finally:
             for handle in handles:
                 handle.remove()
-        for (draft, what), watcher in watchers.items():
+        for (layer, what), watcher in watchers.items():
             if watcher.ends is None:  # a layer that did not run keeps what it has, a step of 1
                 continue
             scale, zero = watcher.grid()
-            getattr(draft, f"{what}_scale").data[number] = scale
-            getattr(draft, f"{what}_zero_point")[number] = zero
-        tell(number)
+            getattr(layer, f"{what}_scale").data[number] = scale
+            getattr(layer, f"{what}_zero_point")[number] = zero
     return peaks
 
 
-def _some(calibration: CalibrationSet, number: int, settings: RangeSettings):  # type: ignore[no-untyped-def]
+def _some(calibration: CalibrationSet, number: int, settings: RangeSettings) -> Iterator[Rows]:
     rows = calibration.sample(number, settings.rows, seed=0)
     for start in range(0, len(rows), settings.chunk):
         yield rows.pick(torch.arange(start, min(start + settings.chunk, len(rows))))
@@ -138,10 +139,54 @@ class _WatchScores:
             return probabilities
 
         class Watching(AttnProcessor):
-            def __call__(self, attn, *args, **kwargs):  # type: ignore[no-untyped-def]
+            def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
                 return super().__call__(WithScores(attn, note), *args, **kwargs)
 
         attention.set_processor(Watching())
 
     def remove(self) -> None:
         self.attention.set_processor(self.before)
+
+
+# ---------------------------------------------------------------------- the stage
+def _parts(state: RunState) -> Iterator[Part]:
+    """The timesteps, watched with rounded weights."""
+    s, attentions = state.settings, list[str]()
+    if s.softmax_bits is not None and s.activation_bits:
+        attentions = [name for name, m in state.denoiser.named_modules() if quantizable_attention(m)]
+    count = len(state.calibration.timesteps)
+    state.peaks = {name: torch.zeros(count) for name in attentions}
+    set_quantization_state(state.trainable, weights=True, inputs=False)
+    for number in range(count):
+        yield Part(number, number)
+
+
+def _watch(state: RunState, job: Job) -> Values:
+    number: int = job.part.given
+    count = len(state.calibration.timesteps)
+    state.tell(f"ranges: timestep {number + 1} of {count}", "ranges", number / count)
+    watch = replace(state.settings.observation, rows=state.plan["range_rows"])
+    peaks = observe(state.denoiser, state.trainable, state.calibration, watch, [number], state.peaks)
+    found = {f"{n}.{k}": getattr(m, k).data[number].clone() for n, m in state.trainable.items() for k in m.grids()}
+    return found | {f"{name}.peak": peak[number].clone() for name, peak in peaks.items()}
+
+
+def _take(state: RunState, part: Part, values: Values) -> None:
+    number: int = part.given
+    for name, layer in state.trainable.items():
+        for key in layer.grids():
+            getattr(layer, key).data[number] = values[f"{name}.{key}"]
+    for name, peak in state.peaks.items():
+        peak[number] = values[f"{name}.peak"]
+
+
+RANGES = Stage(
+    "ranges",
+    _watch,
+    _take,
+    "ranges-{:04d}.safetensors",
+    parts=_parts,
+    wanted=lambda state: bool(state.settings.activation_bits),
+    error="quantized",
+    inputs=True,
+)

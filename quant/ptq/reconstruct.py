@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,8 +14,11 @@ from diffusion_accel.denoisers import is_block
 from diffusion_accel.hooks import map_tensors, tensors_in
 from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
-from .calibration import Rows
-from .trainable_layer import Draft, drafts_in
+from .stage import Job, Part, RunState, Stage, Values
+from .trainable_layer import TrainableLayer, set_quantization_state, trainable_layers_in
+
+if TYPE_CHECKING:
+    from .calibration import Rows
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,10 @@ def units(model: nn.Module, rows: Rows) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        if isinstance(module, Draft):
+        if isinstance(module, TrainableLayer):
             found[name] = module
         elif is_block(module):  # reconstructed as a whole; everything else goes layer by layer
-            if drafts_in(module):
+            if trainable_layers_in(module):
                 found[name] = module
         else:
             for child, part in module.named_children():
@@ -158,12 +161,12 @@ def reconstruct(unit: nn.Module, data: Captured, settings: RoundingSettings, see
 
     Source: Nagel et al., "Up or Down? Adaptive Rounding" (ICML 2020), in the setting of Q-Diffusion and QuEST.
     """
-    drafts = drafts_in(unit) if not isinstance(unit, Draft) else {"": unit}
-    for draft in drafts.values():
-        draft.plain, draft.round_weights, draft.round_inputs = False, True, False
+    layers = trainable_layers_in(unit) if not isinstance(unit, TrainableLayer) else {"": unit}
+    for layer in layers.values():
+        layer.plain, layer.round_weights, layer.round_inputs = False, True, False
     before = _loss(unit, data, settings.batch)
-    kept = {name: draft.up.clone() for name, draft in drafts.items()}
-    variables = [draft.start_rounding() for draft in drafts.values()]
+    kept = {name: layer.up.clone() for name, layer in layers.items()}
+    variables = [layer.start_rounding() for layer in layers.values()]
     optimizer = torch.optim.Adam(variables, settings.rate)
     generator = torch.Generator().manual_seed(seed)
     quiet = round(settings.iterations * settings.warmup)
@@ -175,17 +178,17 @@ def reconstruct(unit: nn.Module, data: Captured, settings: RoundingSettings, see
             if step >= quiet:
                 along = (step - quiet) / max(1, settings.iterations - quiet)
                 beta = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * (1 - along)
-                for draft in drafts.values():
-                    loss = loss + settings.weight * (1 - (2 * draft.softness() - 1).abs().pow(beta)).sum()
+                for layer in layers.values():
+                    loss = loss + settings.weight * (1 - (2 * layer.softness() - 1).abs().pow(beta)).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    for draft in drafts.values():
-        draft.end_rounding()
+    for layer in layers.values():
+        layer.end_rounding()
     after = _loss(unit, data, settings.batch)
     if after > before:  # too few steps to arrive
-        for name, draft in drafts.items():
-            draft.up = kept[name]
+        for name, layer in layers.items():
+            layer.up = kept[name]
         after = before
     return before, after
 
@@ -202,3 +205,78 @@ def _loss(unit: nn.Module, data: Captured, batch: int) -> float:
         part = data.pick(torch.arange(start, min(start + batch, len(data.target))))
         total += float(_error(tensors_in(unit(*part.args, **part.kwargs))[0], part.target)) * len(part.target)
     return total / len(data.target)
+
+
+# ---------------------------------------------------------------------- the stage
+@dataclass
+class _Blocks:
+    """The blocks of a run: their modules by name in the order in which they are learnt, the rows that all of them learn
+    from, and the layers of those that are done."""
+
+    units: dict[str, nn.Module]
+    rows: list[Rows] = field(default_factory=list)
+    done: dict[str, TrainableLayer] = field(default_factory=dict)
+
+
+@dataclass
+class _Block:
+    """One of them."""
+
+    name: str
+    unit: nn.Module
+    share: float  # of the blocks that come before it
+    blocks: _Blocks
+
+    def layers(self) -> dict[str, TrainableLayer]:
+        """The layers in it by name."""
+        if isinstance(self.unit, TrainableLayer):
+            return {self.name: self.unit}
+        return {f"{self.name}.{key}": layer for key, layer in trainable_layers_in(self.unit).items()}
+
+
+def _parts(state: RunState) -> Iterator[Part]:
+    blocks = _Blocks(units(state.denoiser, state.calibration.sample(0, 1, 0)))
+    for number, (name, unit) in enumerate(blocks.units.items()):
+        yield Part(number, _Block(name, unit, number / len(blocks.units), blocks))
+
+
+def _learn(state: RunState, job: Job) -> Values:
+    """Learn the rounding of a block, the ones before it quantized."""
+    block: _Block = job.part.given
+    asked, seed, buckets = state.settings.rounding, state.settings.seed, len(state.calibration.timesteps)
+    assert asked is not None
+    settings = replace(asked, iterations=state.plan["iterations"], rate=state.plan["rate"])
+    state.tell(f"rounding: {block.name}", "rounding", block.share)
+    rows, done = block.blocks.rows, block.blocks.done
+    if not rows:
+        each = max(1, state.plan["rounding_rows"] // buckets)
+        rows += [state.calibration.sample(b, each, seed + 1) for b in range(buckets)]
+
+    def switch(full: bool) -> None:
+        set_quantization_state(state.trainable, weights=False, inputs=False)
+        if not full:
+            set_quantization_state(done, weights=True, inputs=False)
+
+    data = capture(state.denoiser, block.unit, rows, switch)
+    set_quantization_state(state.trainable, weights=False, inputs=False)
+    before, after = reconstruct(block.unit, data, settings, seed + int(job.part.key))
+    state.log("rounding", block=block.name, nearest=round(before, 6), learnt=round(after, 6))
+    return {name: layer.up.to(torch.uint8) for name, layer in block.layers().items()}
+
+
+def _take(_state: RunState, part: Part, values: Values) -> None:
+    layers = part.given.layers()
+    for name, layer in layers.items():
+        layer.up = values[name].bool()
+    part.given.blocks.done |= layers
+
+
+ROUNDING = Stage(
+    "rounding",
+    _learn,
+    _take,
+    "rounding-{:04d}.safetensors",
+    parts=_parts,
+    wanted=lambda state: bool(state.plan["iterations"]),
+    error="learnt rounding, weights only",
+)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import resource
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +105,12 @@ class QuantizationReport:
                 lines.append(f"calibrated on {self.prompts[0]} of {self.prompts[1]} prompts, for the budget")
         lines.append(f"took {took}; peak memory {self.peak / 2**20:.0f} MiB")
         return "\n".join(lines)
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def measure(

@@ -28,7 +28,7 @@ class _AsStored(torch.autograd.Function):
         return gradients[0]
 
 
-class Draft(nn.Module):
+class TrainableLayer(nn.Module):
     """Stands in for a linear layer or convolution and rounds what it is told to round.
 
     Attributes:
@@ -159,7 +159,13 @@ class Draft(nn.Module):
         whole = ratio + (ratio.round() - ratio).detach()
         return ((whole + zero).clamp(0, top(bits)) - zero) * scale
 
+    def grids(self) -> list[str]:
+        """The names of the grids of inputs and outputs, as far as these are rounded."""
+        ends = [end for end in ("input", "output") if hasattr(self, f"{end}_scale")]
+        return [f"{end}_{part}" for end in ends for part in ("scale", "zero_point")]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, with what `plain`, `round_weights` and `round_inputs` say rounded."""
         if self.plain:
             return self.layer(x)
         if self.round_inputs and self.spec.activation_bits:
@@ -187,19 +193,21 @@ class Draft(nn.Module):
         return made
 
 
-class Drafts(dict[str, Draft]):
-    """The drafts in a model by name, and the way back."""
+class TrainableLayers(dict[str, TrainableLayer]):
+    """The layers in a model by name, and the way back."""
 
     def __init__(
         self, model: nn.Module, specs: dict[str, LayerSpec], timesteps: tuple[float, ...], search: bool = True
     ) -> None:
-        """Put drafts in place of the layers `specs` names; they round nothing yet."""
+        """Put layers in place of the layers `specs` names; they round nothing yet."""
         self.model, self.buckets = model, Buckets(timesteps)
         layers = candidates(model)
         self.originals = {name: layers[name] for name in specs}
         # torch takes other kernels for weights that learn (`matmul` folds batches), so this is a part of the way back
         self._learning = [(p, p.requires_grad) for p in model.parameters()]
-        super().__init__({name: Draft(layers[name], spec, self.buckets, search) for name, spec in specs.items()})
+        super().__init__(
+            {name: TrainableLayer(layers[name], spec, self.buckets, search) for name, spec in specs.items()}
+        )
         try:
             for name, made in self.items():
                 model.set_submodule(name, made)
@@ -219,13 +227,13 @@ class Drafts(dict[str, Draft]):
         SelectBucket.uninstall(self.model)
 
 
-def drafts_in(module: nn.Module) -> dict[str, Draft]:
-    """The drafts within a module by name."""
-    return {name: part for name, part in module.named_modules() if isinstance(part, Draft)}
+def trainable_layers_in(module: nn.Module) -> dict[str, TrainableLayer]:
+    """The layers within a module by name."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, TrainableLayer)}
 
 
-def rounding(drafts: dict[str, Draft], weights: bool, inputs: bool) -> None:
-    """What all of `drafts` round from now on; neither is the original model."""
-    for one in drafts.values():
+def set_quantization_state(layers: dict[str, TrainableLayer], weights: bool, inputs: bool) -> None:
+    """What all of `layers` round from now on; neither is the original model."""
+    for one in layers.values():
         one.plain = not (weights or inputs)
         one.round_weights, one.round_inputs = weights, inputs

@@ -34,7 +34,7 @@ from diffusion_accel.image_files import read_metadata, save_image
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.pipelines.loading import load_controlnet, load_lora, load_pipeline
 from diffusion_accel.pipelines.quantizers import check_quantize, load_quantized
-from diffusion_accel.quant.ptq.run import quantize
+from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
 from diffusion_accel.reuse import Reuse
 from diffusion_accel.training.state import load_average, load_state, read_counters, save_state
@@ -108,7 +108,7 @@ def make_checkpoint(folder: Path) -> None:
     pipe, _ = zoo.unet2d()
     pipe.set_progress_bar_config(disable=True)
     settings = QuantizeSettings(weight_bits=4, activation_bits=4, buckets=2, rounding=None, finetune=None)
-    quantize(Sampler(pipe, ("",) * 4, 2, batch=2), settings, folder.parent / "work")
+    quantize_denoiser(Sampler(pipe, ("",) * 4, 2, batch=2), settings, folder.parent / "work")
     pipe.unet.save_pretrained(folder)
 
 

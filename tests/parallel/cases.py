@@ -27,7 +27,7 @@ from diffusion_accel.parallel.group import DisagreementError, PeerError, World
 from diffusion_accel.parallel.planner.recording import Sent, Subject, record
 from diffusion_accel.quant.kernels import make_runtime
 from diffusion_accel.quant.layers import Buckets
-from diffusion_accel.quant.ptq.trainable_layer import Draft
+from diffusion_accel.quant.ptq.trainable_layer import TrainableLayer
 from diffusion_accel.quant.spec import LayerSpec
 
 STEPS = 4
@@ -516,7 +516,7 @@ def quantized_layers(rank: int, size: int) -> None:
         buckets = Buckets((900.0, 100.0))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3) and "blocks" in name:
-                draft = Draft(layer, LayerSpec(weight_bits=4, activation_bits=8), buckets)
+                draft = TrainableLayer(layer, LayerSpec(weight_bits=4, activation_bits=8), buckets)
                 draft.input_scale.data.fill_(12 / 255)
                 draft.input_zero_point.fill_(100)
                 made = draft.finished(buckets)

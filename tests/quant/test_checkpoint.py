@@ -27,7 +27,8 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
 from diffusion_accel.quant.model import RUNTIMES, digest_of_version_1, runtime_report, set_runtime
-from diffusion_accel.quant.ptq.run import Quantization, quantize
+from diffusion_accel.quant.ptq import assemble
+from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
 from diffusion_accel.quant.spec import VERSION
 from diffusion_accel.reuse import Reuse
@@ -44,7 +45,7 @@ def tiny_pipeline() -> Any:
 def made(folder: Path, settings: QuantizeSettings) -> Path:
     """A quantized DDPM pipeline folder in `folder`."""
     pipe = tiny_pipeline()
-    quantize(Sampler(pipe, ("",) * 4, 4, batch=2), settings, folder / "work")
+    quantize_denoiser(Sampler(pipe, ("",) * 4, 4, batch=2), settings, folder / "work")
     pipe.save_pretrained(folder / "pipe")
     return folder / "pipe"
 
@@ -90,10 +91,10 @@ def test_compact_grids_and_those_of_older_checkpoints(
     compact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint without the option has float32 scales and a byte for each zero point, and loads as it did."""
-    specs = Quantization._specs
+    specs = assemble.layer_specs
     monkeypatch.setattr(
-        Quantization,
-        "_specs",
+        assemble,
+        "layer_specs",
         lambda *a: {n: replace(s, compact_grids=False, zero_margin=0) for n, s in specs(*a).items()},
     )
     older = made(tmp_path, replace(TINY, activation_bits=4))
@@ -347,7 +348,7 @@ def test_reuse_works_on_a_quantized_model(checkpoint: Path) -> None:
 def test_encoder_reuse_with_batched_steps_uses_the_grids_of_each_step(tmp_path: Path) -> None:
     pipe, call = zoo.sd()
     # 16 bits: with fewer, what is equal but for float rounding lands on other levels
-    quantize(Prompted(pipe, call), replace(TINY, activation_bits=16, attention_bits=16), tmp_path / "work")
+    quantize_denoiser(Prompted(pipe, call), replace(TINY, activation_bits=16, attention_bits=16), tmp_path / "work")
     set_runtime(pipe, "simulated")
     from diffusion_accel import EncoderReuse
 
@@ -390,7 +391,7 @@ KINDS = ("sd", "sdxl", "deepfloyd_if", "controlnet", "ip_adapter", "unet2d_skip"
 def test_every_kind_of_denoiser(kind: str, tmp_path: Path) -> None:
     pipe, call = getattr(zoo, kind)()
     plain, before = zoo.run(pipe, call, 4), traces(find_denoiser(pipe))
-    run = quantize(Prompted(pipe, call), replace(TINY, weight_bits=8, softmax_bits=8), tmp_path / "work")
+    run = quantize_denoiser(Prompted(pipe, call), replace(TINY, weight_bits=8, softmax_bits=8), tmp_path / "work")
     assert len(run.layers()) > 5 and run.validation["quantized"] < 0.2
     set_runtime(pipe, "simulated")
     ours = zoo.run(pipe, call, 4)
@@ -411,7 +412,7 @@ def test_lora_stays_in_full_precision_beside_a_quantized_base(tmp_path: Path) ->
     from peft import LoraConfig
 
     pipe, call = zoo.sd()
-    quantize(Prompted(pipe, call), TINY, tmp_path / "work")
+    quantize_denoiser(Prompted(pipe, call), TINY, tmp_path / "work")
     set_runtime(pipe, "simulated")
     before = zoo.run(pipe, call)
     model: UNet2DConditionModel = pipe.unet
@@ -434,7 +435,7 @@ def test_loras_on_convolutions_work_beside_and_are_not_fused(tmp_path: Path) -> 
     from peft import LoraConfig
 
     pipe, call = zoo.sd()
-    quantize(Prompted(pipe, call), TINY, tmp_path / "work")
+    quantize_denoiser(Prompted(pipe, call), TINY, tmp_path / "work")
     model: UNet2DConditionModel = pipe.unet
     sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, zoo.TOKENS, zoo.DIM)
 
@@ -475,7 +476,7 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
 
     pipe = DiffusionPipeline.from_pretrained(checkpoint)
     with pytest.raises(UnsupportedPipelineError, match="quantized already"):
-        quantize(Sampler(pipe, ("",) * 4, 4), TINY, tmp_path)
+        quantize_denoiser(Sampler(pipe, ("",) * 4, 4), TINY, tmp_path)
     with pytest.raises(ConfigurationError, match="runtime must be one of"):
         set_runtime(pipe, "fast")
     with pytest.raises(ConfigurationError, match="no quantized layers"):
@@ -504,5 +505,5 @@ def test_a_model_with_adapters_is_not_quantized(tmp_path: Path) -> None:
     pipe, call = zoo.sd()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UnsupportedPipelineError, match="has adapters"):
-        quantize(Prompted(pipe, call), TINY, tmp_path / "work")
+        quantize_denoiser(Prompted(pipe, call), TINY, tmp_path / "work")
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from diffusion_accel.quant import kernels
 from diffusion_accel.quant.affine import fake_quantize, half_scale
 from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, unsaturated, why_not_integer
 from diffusion_accel.quant.layers import Buckets, Dequantize, QuantizedLayer, Simulated
-from diffusion_accel.quant.ptq.trainable_layer import Draft, rounding
+from diffusion_accel.quant.ptq.trainable_layer import TrainableLayer, set_quantization_state
 from diffusion_accel.quant.spec import LayerSpec
 
 TIMES = (900.0, 500.0, 100.0)
@@ -44,24 +44,26 @@ LAYERS = {
 
 def made(layer: nn.Module, **spec: Any) -> QuantizedLayer:
     """A quantized layer with grids that fit inputs of about -3 … 3, others in each bucket."""
-    draft = drafted(layer, **spec)
-    return draft.finished(draft.buckets)
+    trainable = trainable_layer(layer, **spec)
+    return trainable.finished(trainable.buckets)
 
 
-def drafted(layer: nn.Module, **spec: Any) -> Draft:
+def trainable_layer(layer: nn.Module, **spec: Any) -> TrainableLayer:
     """What `made` is made of."""
     values = LayerSpec(**{"weight_bits": 4, "activation_bits": 8, **spec})
-    draft = Draft(layer, values, Buckets(TIMES))
+    trainable = TrainableLayer(layer, values, Buckets(TIMES))
     if values.activation_bits:
         top = 2**values.activation_bits - 1
         ranges = torch.tensor([5.0, 6.0, 8.0])[:, None]
-        channels = 1 + 0.1 * torch.arange(draft.input_scale.shape[1])
-        draft.input_scale.data.copy_(ranges * channels / top)
-        draft.input_zero_point.copy_((torch.tensor([0.4, 0.5, 0.6])[:, None] * top).round().expand(-1, len(channels)))
+        channels = 1 + 0.1 * torch.arange(trainable.input_scale.shape[1])
+        trainable.input_scale.data.copy_(ranges * channels / top)
+        trainable.input_zero_point.copy_(
+            (torch.tensor([0.4, 0.5, 0.6])[:, None] * top).round().expand(-1, len(channels))
+        )
     if values.output_bits:
-        draft.output_scale.data.fill_(8 / (2**values.output_bits - 1))
-        draft.output_zero_point.fill_(2 ** (values.output_bits - 1))
-    return draft
+        trainable.output_scale.data.fill_(8 / (2**values.output_bits - 1))
+        trainable.output_zero_point.fill_(2 ** (values.output_bits - 1))
+    return trainable
 
 
 def inputs(layer: nn.Module, count: int = 2, seed: int = 1) -> torch.Tensor:
@@ -252,7 +254,7 @@ def test_auto_goes_by_the_layer_and_the_machine_alone(
     """Not by a clock, so that a machine draws the same image every time; not by the rows, so that shares agree."""
     monkeypatch.setattr(kernels, "products", lambda device: machine)
     spec = LayerSpec(weight_bits=bits, activation_bits=8)
-    layer = Draft(nn.Linear(width, width), spec, Buckets((900.0,)), search=False).finished(Buckets((900.0,)))
+    layer = TrainableLayer(nn.Linear(width, width), spec, Buckets((900.0,)), search=False).finished(Buckets((900.0,)))
     layer.runtime = Auto(layer)
     for rows in (1, 300):
         x = torch.randn(rows, width).to(dtype)
@@ -395,29 +397,29 @@ COMPACT: dict[str, Any] = {"per_channel": True, "compact_grids": True}
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize(("bits", "margin"), [(2, 0), (3, 0), (4, 0), (4, 8), (5, 20), (8, 0), (8, 3), (12, 0)])
 def test_compact_grids_compute_what_the_draft_computes(kind: str, bits: int, margin: int) -> None:
-    draft = drafted(LAYERS[kind](), activation_bits=bits, output_bits=8, zero_margin=margin, **COMPACT)
-    draft.input_zero_point += torch.arange(12) % 3 - 1  # others in each channel
+    trainable = trainable_layer(LAYERS[kind](), activation_bits=bits, output_bits=8, zero_margin=margin, **COMPACT)
+    trainable.input_zero_point += torch.arange(12) % 3 - 1  # others in each channel
     if margin:
-        draft.input_zero_point[:, :2] = torch.tensor([-float(margin), 2**bits - 1 + margin])
-    draft.input_scale.data[0, :4] = torch.tensor([0.0, 1e-6, 5e-5, 1e6])  # what float16 does not hold
-    layer = draft.finished(draft.buckets)
+        trainable.input_zero_point[:, :2] = torch.tensor([-float(margin), 2**bits - 1 + margin])
+    trainable.input_scale.data[0, :4] = torch.tensor([0.0, 1e-6, 5e-5, 1e6])  # what float16 does not hold
+    layer = trainable.finished(trainable.buckets)
     assert layer.input_scale.dtype == torch.float16 and layer.input_scale.shape == (3, 12)
     wide = (2**bits - 1 + 2 * margin).bit_length()
     packed = (12 * wide + 7) // 8
     stored = (torch.uint8, (3, packed)) if wide <= 8 else (torch.int32, (3, 12))
     assert (layer.input_zero_point.dtype, tuple(layer.input_zero_point.shape)) == stored
-    rounding({"one": draft}, True, True)
+    set_quantization_state({"one": trainable}, weights=True, inputs=True)
     x = inputs(layer, 4)
     for times in (*TIMES, torch.tensor([100.0, 900.0, 500.0, 900.0])):
-        draft.buckets.select(times)
+        trainable.buckets.select(times)
         with torch.no_grad():
-            assert torch.equal(layer(x), draft(x)) and torch.isfinite(layer(x)).all()
+            assert torch.equal(layer(x), trainable(x)) and torch.isfinite(layer(x)).all()
         assert torch.equal(layer.round_input(x), layer.round_input(layer.round_input(x)))
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_compact_grids_take_half_the_bytes_and_only_round_the_scales(kind: str) -> None:
-    compact, wide = (drafted(LAYERS[kind](), activation_bits=4, **c) for c in (COMPACT, {"per_channel": True}))
+    compact, wide = (trainable_layer(LAYERS[kind](), activation_bits=4, **c) for c in (COMPACT, {"per_channel": True}))
     wide.input_scale.data = half_scale(wide.input_scale.data).float()
     one, two = compact.finished(compact.buckets), wide.finished(wide.buckets)
     sizes = [sum(b.nbytes for n, b in q.named_buffers() if n.startswith("input_")) for q in (one, two)]
@@ -430,11 +432,11 @@ def test_compact_grids_take_half_the_bytes_and_only_round_the_scales(kind: str) 
 
 
 def test_scales_of_compact_grids_learn_through_their_rounding() -> None:
-    draft = drafted(linear(), activation_bits=4, **COMPACT)
-    rounding({"one": draft}, True, True)
-    draft.input_scale.requires_grad_(True)
-    draft(inputs(linear())).square().sum().backward()
-    assert draft.input_scale.grad is not None and draft.input_scale.grad[0].abs().min() > 0
+    trainable = trainable_layer(linear(), activation_bits=4, **COMPACT)
+    set_quantization_state({"one": trainable}, weights=True, inputs=True)
+    trainable.input_scale.requires_grad_(True)
+    trainable(inputs(linear())).square().sum().backward()
+    assert trainable.input_scale.grad is not None and trainable.input_scale.grad[0].abs().min() > 0
 
 
 def test_compact_grids_without_grids_by_channel_are_refused() -> None:

@@ -24,19 +24,20 @@ from diffusion_accel.denoisers import TIME_LAYERS
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import quantized_layers
-from diffusion_accel.quant.model import set_runtime, tables
-from diffusion_accel.quant.ptq import run as process
+from diffusion_accel.quant.model import candidates, set_runtime, tables
+from diffusion_accel.quant.ptq import stage as stage_of
+from diffusion_accel.quant.ptq.bits import allocate
 from diffusion_accel.quant.ptq.budget import PROBE_ROWS, plan_prompts, plan_report, shares
-from diffusion_accel.quant.ptq.calibration import CalibrationSet, record
-from diffusion_accel.quant.ptq.finetune import FinetuneSettings, Tuner, batches, matching, relative_error
+from diffusion_accel.quant.ptq.calibration import CalibrationSet, record, relative_error
+from diffusion_accel.quant.ptq.finetune import FinetuneSettings, matching
+from diffusion_accel.quant.ptq.finetuner import Finetuner, batches
 from diffusion_accel.quant.ptq.folder import held
-from diffusion_accel.quant.ptq.ranges import RangeSettings
+from diffusion_accel.quant.ptq.ranges import RangeSettings, observe
 from diffusion_accel.quant.ptq.reconstruct import RoundingSettings, capture, reconstruct, units
 from diffusion_accel.quant.ptq.report import QuantizationReport
-from diffusion_accel.quant.ptq.run import quantize
-from diffusion_accel.quant.ptq.sensitivity import allocate
+from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
-from diffusion_accel.quant.ptq.trainable_layer import Drafts, rounding
+from diffusion_accel.quant.ptq.trainable_layer import TrainableLayers, set_quantization_state
 from diffusion_accel.quant.spec import LayerSpec
 
 WHOLE = QuantizeSettings(
@@ -60,13 +61,13 @@ def sampler(count: int = 8) -> Sampler:
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
-    return record(sampler(), 3, tmp_path_factory.mktemp("calibration"), lambda done, total: None)
+    return record(sampler(), 3, tmp_path_factory.mktemp("calibration"))
 
 
-def drafted(calibration: CalibrationSet, bits: int = 3) -> tuple[Any, Drafts]:
+def drafted(calibration: CalibrationSet, bits: int = 3) -> tuple[Any, TrainableLayers]:
     model = copy.deepcopy(sampler().pipe.unet)
-    names = list(process.candidates(model))
-    return model, Drafts(
+    names = list(candidates(model))
+    return model, TrainableLayers(
         model, {n: LayerSpec(weight_bits=bits, activation_bits=8) for n in names}, calibration.timesteps
     )
 
@@ -86,7 +87,7 @@ def test_both_branches_of_guidance_are_recorded(tmp_path: Path) -> None:
     from tests.quant.test_checkpoint import Prompted
 
     pipe, call = zoo.sd()
-    found = record(Prompted(pipe, call), 2, tmp_path, lambda done, total: None)
+    found = record(Prompted(pipe, call), 2, tmp_path)
     rows = found.bucket(0)
     assert len(rows) == 2 * 4  # four images, with and without the prompt
     text = rows.arguments["encoder_hidden_states"]
@@ -116,36 +117,36 @@ def test_numbers_of_settings_have_bounds(cls: Any, name: str, value: Any) -> Non
         cls(**{name: value})
 
 
-# ---------------------------------------------------------------------- drafts
+# ---------------------------------------------------------------------- layers
 def test_a_draft_that_rounds_nothing_is_the_model(calibration: CalibrationSet) -> None:
-    model, drafts = drafted(calibration)
+    model, layers = drafted(calibration)
     plain = sampler().pipe.unet
     rows = calibration.bucket(1)
     assert torch.equal(rows.run(model), rows.run(plain))
-    drafts.restore()
+    layers.restore()
     assert "forward" not in model.__dict__ and torch.equal(rows.run(model), rows.run(plain))
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
 def test_learnt_rounding_is_nearer_than_rounding_to_nearest(calibration: CalibrationSet) -> None:
-    model, drafts = drafted(calibration)
+    model, layers = drafted(calibration)
     rows = [calibration.bucket(b) for b in range(3)]
     name, unit = next((n, u) for n, u in units(model, rows[0]).items() if n.endswith("resnets.0"))
 
     def switch(full: bool) -> None:
-        rounding(drafts, False, False)
+        set_quantization_state(layers, weights=False, inputs=False)
 
     data = capture(model, unit, rows, switch)
     assert len(data.target) == 24
-    rounding(drafts, False, False)
-    mine = [d for n, d in drafts.items() if n.startswith(name)]
+    set_quantization_state(layers, weights=False, inputs=False)
+    mine = [d for n, d in layers.items() if n.startswith(name)]
     before = [(d.up.clone(), d.codes().detach().clone()) for d in mine]
     nearest, learnt = reconstruct(unit, data, RoundingSettings(iterations=150, batch=12, rate=1e-2), seed=0)
     assert learnt < 0.8 * nearest
-    for draft, (up, codes) in zip(mine, before, strict=True):
-        assert draft.logits is None and not torch.equal(draft.up, up)
-        assert (draft.codes() - codes).abs().max() <= 1  # up or down, nothing else
-        assert draft.codes().min() >= 0 and draft.codes().max() <= 7
+    for layer, (up, codes) in zip(mine, before, strict=True):
+        assert layer.logits is None and not torch.equal(layer.up, up)
+        assert (layer.codes() - codes).abs().max() <= 1  # up or down, nothing else
+        assert layer.codes().min() >= 0 and layer.codes().max() <= 7
 
 
 def test_units_are_in_the_order_in_which_the_model_runs() -> None:
@@ -155,9 +156,9 @@ def test_units_are_in_the_order_in_which_the_model_runs() -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        found = record(Prompted(pipe, call), 1, Path(folder), lambda done, total: None)
+        found = record(Prompted(pipe, call), 1, Path(folder))
         model = pipe.unet
-        Drafts(model, {n: LayerSpec(weight_bits=4) for n in process.candidates(model)}, ())
+        TrainableLayers(model, {n: LayerSpec(weight_bits=4) for n in candidates(model)}, ())
         names = list(units(model, found.bucket(0)))
     assert names[0].startswith("time_embedding") and names[-1] == "conv_out"
     first = names.index("down_blocks.1.resnets.0")
@@ -168,20 +169,20 @@ def test_units_are_in_the_order_in_which_the_model_runs() -> None:
 # ---------------------------------------------------------------------- finetuning
 @pytest.mark.parametrize("stage", ["time", "attention"])
 def test_only_what_is_chosen_learns(calibration: CalibrationSet, stage: str) -> None:
-    model, drafts = drafted(calibration)
-    rounding(drafts, True, False)
-    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
-    times = matching(drafts, (TIME_LAYERS,))
+    model, layers = drafted(calibration)
+    set_quantization_state(layers, weights=True, inputs=False)
+    observe(model, layers, calibration, QuantizeSettings().observation, range(3), {})
+    times = matching(layers, (TIME_LAYERS,))
     assert times and all("time_emb" in n for n in times)
-    chosen = times if stage == "time" else matching(drafts, (r".*\.(to_q|to_k|to_v)",))
-    scales = times if stage == "time" else [n for n in drafts if n not in times]
+    chosen = times if stage == "time" else matching(layers, (r".*\.(to_q|to_k|to_v)",))
+    scales = times if stage == "time" else [n for n in layers if n not in times]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    tuner = Tuner(model, drafts, chosen, scales, rate=1e-3, scale_rate=1e-2, layer_loss=True)
-    tuner.visit(1)
+    finetuner = Finetuner(model, layers, chosen, scales, rate=1e-3, scale_rate=1e-2, layer_loss=True)
+    finetuner.visit(1)
     rows = next(iter(batches(calibration, 1, 8, 8, 0)))
     for _ in range(2):  # Adam's first step may leave what has no gradient yet
-        tuner.step(rows)
-    tuner.close()
+        finetuner.step(rows)
+    finetuner.close()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {n for n in changed if n.endswith((".weight", ".bias"))} <= {
         f"{c}.{k}" for c in chosen for k in ("weight", "bias")
@@ -190,38 +191,38 @@ def test_only_what_is_chosen_learns(calibration: CalibrationSet, stage: str) -> 
     moved = {n.removesuffix(".input_scale") for n in changed if n.endswith("input_scale")}
     assert moved and moved <= set(scales)
     for name in moved:  # only at the timestep of the rows
-        now, was = drafts[name].input_scale, before[f"{name}.input_scale"]
+        now, was = layers[name].input_scale, before[f"{name}.input_scale"]
         assert torch.equal(now[[0, 2]], was[[0, 2]]) and not torch.equal(now[1], was[1])
     assert all(not p.requires_grad for p in model.parameters())
-    assert all(torch.equal(d.layer.weight, before[f"{n}.layer.weight"]) for n, d in drafts.items())
+    assert all(torch.equal(d.layer.weight, before[f"{n}.layer.weight"]) for n, d in layers.items())
 
 
 def test_finetuning_begins_at_the_error_and_reduces_it(calibration: CalibrationSet) -> None:
-    model, drafts = drafted(calibration)
-    rounding(drafts, True, False)
-    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
-    tuner = Tuner(model, drafts, list(drafts), list(drafts), rate=1e-4, scale_rate=1e-3, layer_loss=False)
-    tuner.visit(2)
+    model, layers = drafted(calibration)
+    set_quantization_state(layers, weights=True, inputs=False)
+    observe(model, layers, calibration, QuantizeSettings().observation, range(3), {})
+    finetuner = Finetuner(model, layers, list(layers), list(layers), rate=1e-4, scale_rate=1e-3, layer_loss=False)
+    finetuner.visit(2)
     rows = calibration.bucket(2)
-    rounding(drafts, True, True)
+    set_quantization_state(layers, weights=True, inputs=True)
     with torch.no_grad():
         expected = float((rows.run(model) - rows.output).square().mean())
-    losses = [tuner.step(rows) for _ in range(30)]
+    losses = [finetuner.step(rows) for _ in range(30)]
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < 0.9 * losses[0]
 
 
 def moved_scales(calibration: CalibrationSet, moments: str, visits: tuple[int, ...]) -> list[torch.Tensor]:
     """Scales of all layers after two steps at each of `visits`, with weights that stay."""
-    model, drafts = drafted(calibration)
-    rounding(drafts, True, False)
-    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
-    tuner = Tuner(model, drafts, [], list(drafts), 1e-4, 1e-2, False, moments)
+    model, layers = drafted(calibration)
+    set_quantization_state(layers, weights=True, inputs=False)
+    observe(model, layers, calibration, QuantizeSettings().observation, range(3), {})
+    finetuner = Finetuner(model, layers, [], list(layers), 1e-4, 1e-2, False, moments)
     for number in visits:
-        tuner.visit(number)
+        finetuner.visit(number)
         for _ in range(2):
-            tuner.step(calibration.bucket(number))
-    return [d.input_scale.detach().clone() for d in drafts.values()]
+            finetuner.step(calibration.bucket(number))
+    return [d.input_scale.detach().clone() for d in layers.values()]
 
 
 def test_every_timestep_has_moments_of_its_own(calibration: CalibrationSet) -> None:
@@ -239,24 +240,24 @@ def test_every_timestep_has_moments_of_its_own(calibration: CalibrationSet) -> N
 
 @pytest.mark.parametrize("moments", ["visit", "timestep", "shared"])
 def test_a_stage_goes_on_from_its_state(calibration: CalibrationSet, moments: str) -> None:
-    def tuned(model: Any, drafts: Drafts) -> Tuner:
-        return Tuner(model, drafts, list(drafts), list(drafts), 1e-3, 1e-2, False, moments)
+    def tuned(model: Any, layers: TrainableLayers) -> Finetuner:
+        return Finetuner(model, layers, list(layers), list(layers), 1e-3, 1e-2, False, moments)
 
-    def turn(tuner: Tuner, number: int) -> None:
-        tuner.visit(number)
+    def turn(finetuner: Finetuner, number: int) -> None:
+        finetuner.visit(number)
         for rows in batches(calibration, number, 8, 4, number):
-            tuner.step(rows)
+            finetuner.step(rows)
 
-    model, drafts = drafted(calibration)
-    rounding(drafts, True, False)
-    process.observe(model, drafts, calibration, process.QuantizeSettings().observation, range(3), {}, lambda n: None)
-    whole = tuned(model, drafts)
+    model, layers = drafted(calibration)
+    set_quantization_state(layers, weights=True, inputs=False)
+    observe(model, layers, calibration, QuantizeSettings().observation, range(3), {})
+    whole = tuned(model, layers)
     turn(whole, 0)
     turn(whole, 1)
     stopped = copy.deepcopy(model)
     state = {k: v.clone() for k, v in whole.state().items()}
     turn(whole, 0)
-    resumed = tuned(stopped, {n: stopped.get_submodule(n) for n in drafts})
+    resumed = tuned(stopped, {n: stopped.get_submodule(n) for n in layers})
     resumed.restore(state)
     turn(resumed, 0)
     for (name, one), other in zip(model.named_parameters(), stopped.parameters(), strict=True):
@@ -287,7 +288,7 @@ def test_a_budget_that_cannot_be_kept_is_refused() -> None:
 
 
 def test_a_budget_of_bits_ends_in_layers_of_several_widths(tmp_path: Path) -> None:
-    run = quantize(sampler(), replace(WHOLE, bits_budget=3.5, rounding=None, finetune=None), tmp_path)
+    run = quantize_denoiser(sampler(), replace(WHOLE, bits_budget=3.5, rounding=None, finetune=None), tmp_path)
     layers = run.layers()
     sizes = {n: m.weight_shape.numel() for n, m in layers.items()}
     bits = {n: m.spec.weight_bits for n, m in layers.items()}
@@ -311,7 +312,7 @@ def test_bits_that_are_refused(text: str) -> None:
 
 # ---------------------------------------------------------------------- the whole
 def test_every_stage_brings_the_model_nearer(tmp_path: Path) -> None:
-    run = quantize(sampler(16), WHOLE, tmp_path)
+    run = quantize_denoiser(sampler(16), WHOLE, tmp_path)
     error = run.validation
     assert error["learnt rounding, weights only"] < error["nearest, weights only"]
     assert error["finetuned"] < error["quantized"]
@@ -330,7 +331,7 @@ def test_what_is_measured_is_what_the_checkpoint_computes(tmp_path: Path) -> Non
     """Grids by channel are stored with fewer digits than they are learnt with; the last error is with those."""
     for stages in (replace(SHORT, activation_bits=4), replace(SHORT, activation_bits=4, rounding=None, finetune=None)):
         name = "finetuned" if stages.finetune else "quantized"
-        run = quantize(sampler(), stages, tmp_path / name)
+        run = quantize_denoiser(sampler(), stages, tmp_path / name)
         assert {m.spec.compact_grids for n, m in run.layers().items() if n not in ("conv_in", "conv_out")} == {True}
 
         def error(model: Any, run: Any = run) -> float:
@@ -368,7 +369,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     for bits in (8, 4):
         steps: list[str] = []
         work, settings = tmp_path_factory.mktemp("whole"), replace(SHORT, activation_bits=bits)
-        run = quantize(sampler(), settings, work, progress=lambda what, *rest, to=steps: to.append(what))  # type: ignore[misc]
+        run = quantize_denoiser(sampler(), settings, work, progress=lambda what, *rest, to=steps: to.append(what))  # type: ignore[misc]
         made[bits] = (run.model.state_dict(), len(steps))
     return made
 
@@ -377,7 +378,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, bits: int
 ) -> None:
-    monkeypatch.setattr(process, "_SAVE_EVERY", 0.0)  # so that finetuning is interrupted in its middle, too
+    monkeypatch.setattr(stage_of, "SAVE_EVERY", 0.0)  # so that finetuning is interrupted in its middle, too
     (expected, steps), settings = whole[bits], replace(SHORT, activation_bits=bits)
     for place in torch.randint(1, steps, (3,), generator=torch.Generator().manual_seed(seed)).tolist():
         left = [place]
@@ -388,10 +389,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
                 raise Killed
 
         try:
-            quantize(sampler(), settings, tmp_path, progress=stop)
+            quantize_denoiser(sampler(), settings, tmp_path, progress=stop)
         except Killed:
             continue
-    found = quantize(sampler(), settings, tmp_path).model.state_dict()
+    found = quantize_denoiser(sampler(), settings, tmp_path).model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
@@ -409,14 +410,14 @@ def test_a_run_that_is_stopped_leaves_the_model_as_it_was(tmp_path: Path) -> Non
                 raise Killed
 
         with pytest.raises(Killed):
-            quantize(s, SHORT, tmp_path, progress=stop)
+            quantize_denoiser(s, SHORT, tmp_path, progress=stop)
         assert traces(s.pipe.unet) == before
         assert all(torch.equal(v, plain[k]) for k, v in s.pipe.unet.state_dict().items())
 
 
 def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
     quick = replace(WHOLE, rounding=None, finetune=None)
-    quantize(sampler(4), quick, tmp_path)
+    quantize_denoiser(sampler(4), quick, tmp_path)
     other_scheduler, other_weights, trained = sampler(4), sampler(4), sampler(4)
     other_scheduler.pipe.scheduler.register_to_config(beta_end=0.03)
     with torch.no_grad():
@@ -433,24 +434,21 @@ def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
         (trained, quick, None, "type of numbers"),
     ):
         with pytest.raises(ConfigurationError, match=f"holds a run with other settings.*{says}"):
-            quantize(s, settings, tmp_path, minutes)
+            quantize_denoiser(s, settings, tmp_path, minutes)
 
 
 def test_rows_are_counted_and_belong_to_their_chunks(tmp_path: Path) -> None:
     """A recording that goes on with another number of images a call takes nothing of the old one for its own."""
 
-    def quiet(done: int, total: int) -> None:
-        pass
-
-    def stop(done: int, total: int) -> None:
-        if done >= 6:
+    def stop(what: str, share: float = 0.0, left: float | None = None) -> None:
+        if what.endswith(": 6 of 8 prompts"):
             raise Killed
 
     with pytest.raises(Killed):
         record(replace(sampler(), batch=3), 3, tmp_path, stop)
-    found = record(sampler(), 3, tmp_path, quiet)
+    found = record(sampler(), 3, tmp_path)
     assert found.rows == 8 and [len(found.bucket(b)) for b in range(3)] == found.counts == [8, 8, 8]
-    whole = record(sampler(), 3, tmp_path / "whole", quiet)
+    whole = record(sampler(), 3, tmp_path / "whole")
     assert all(torch.equal(found.bucket(b).output, whole.bucket(b).output) for b in range(3))
     (tmp_path / f"b001-{found.chunks[0]}.safetensors").write_bytes(b"x")
     with pytest.raises(ConfigurationError, match="is damaged; forget the run"):
@@ -467,7 +465,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(OutputError, match=rf"in use by another quantize \(process {other.pid} on .*, since 20"):
-            quantize(sampler(4), SHORT, work)
+            quantize_denoiser(sampler(4), SHORT, work)
         other.kill()
     assert (work / "lock").is_file()  # of a process that is no more
     with held(work), held(work):
@@ -499,7 +497,7 @@ def test_a_run_that_fails_before_any_work_leaves_nothing(tmp_path: Path) -> None
         (broken, SHORT, ZeroDivisionError, "division"),
     ):
         with pytest.raises(error, match=says):
-            quantize(s, settings, tmp_path / "work")
+            quantize_denoiser(s, settings, tmp_path / "work")
         assert not list(tmp_path.iterdir())
 
 
@@ -510,7 +508,7 @@ def test_softmax_and_attention_grids(tmp_path: Path) -> None:
     for bits in (None, 16, 4):
         pipe, call = zoo.sd()
         settings = replace(TINY, weight_bits=8, activation_bits=16, attention_bits=None, softmax_bits=bits)
-        run = quantize(Prompted(pipe, call), settings, tmp_path / str(bits))
+        run = quantize_denoiser(Prompted(pipe, call), settings, tmp_path / str(bits))
         set_runtime(pipe, "simulated")
         rows = run.heldout.bucket(0)
         answers[bits] = rows.run(pipe.unet)
@@ -532,7 +530,7 @@ def test_embedding_tables_that_matter_are_quantized_by_row(tmp_path: Path) -> No
     plain = {n: m.weight.detach().clone() for n, m in model.named_modules() if type(m) is torch.nn.Embedding}
     whole = sum(p.numel() for p in model.parameters())
     assert sum(t.numel() for t in plain.values()) > 0.5 * whole
-    run = quantize(Prompted(pipe, call), replace(TINY, weight_bits=8), tmp_path / "work")
+    run = quantize_denoiser(Prompted(pipe, call), replace(TINY, weight_bits=8), tmp_path / "work")
     layers = run.layers()
     for name, weight in plain.items():
         table = layers[name]
@@ -568,7 +566,7 @@ def test_time_is_shared_without_a_rest(wanted: tuple[float, ...], seconds: float
 
 def test_minutes_cut_the_work_down(tmp_path: Path) -> None:
     huge = QuantizeSettings(weight_bits=4, buckets=3)  # the published numbers of steps
-    run = quantize(sampler(), huge, tmp_path, minutes=0.1)
+    run = quantize_denoiser(sampler(), huge, tmp_path, minutes=0.1)
     assert run.plan["iterations"] < 20_000 and run.plan["epochs"] < 20
 
 
@@ -583,7 +581,7 @@ def test_a_budget_that_is_over_leaves_the_least_to_measure(tmp_path: Path) -> No
             rows.append(len(args[0] if args else kwargs["sample"]))
 
         s.pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
-        run = quantize(s, settings, tmp_path / str(minutes), minutes)
+        run = quantize_denoiser(s, settings, tmp_path / str(minutes), minutes)
         seen[minutes] = sum(rows)
     assert json.loads((tmp_path / "0.0001" / "probe.json").read_text()) == {"rows": 1, "timesteps": 1}
     assert (run.plan["error_rows"], run.plan["range_rows"]) == (1, 4)
