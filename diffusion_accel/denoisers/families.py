@@ -1,8 +1,8 @@
 """What is known of diffusers' pipelines and models, by class, as data. Nothing here imports torch.
 
 Two tables, a row for each class or for all that are alike: `PipelineFamily`, what a pipeline does in its loop, and
-`ModelFamily`, what a model is made of. Nothing is guessed from values: a pipeline belongs to the
-family of the class whose `__call__` it runs, and what would need to know more of an unknown one is refused.
+`ModelFamily`, what a model is made of. Nothing is guessed from values: a pipeline belongs to the family of the class
+whose `__call__` it runs, and what would need to know more of an unknown one is refused.
 
 A class of diffusers gets a row in these tables, one of somebody else `register_family`; see
 docs/design/support-a-new-model.md.
@@ -383,9 +383,9 @@ def register_family(cls: type, family: PipelineFamily | ModelFamily) -> None:
     method = "__call__" if pipeline else "forward"
     if not isinstance(cls, type) or method not in vars(cls):
         name = getattr(cls, "__name__", type(cls).__name__)
-        what = "PipelineFamily says what a pipeline's" if pipeline else "ModelFamily says what a model's"
         raise ConfigurationError(
-            f"{name} has no {method} of its own; a {what} {method} does: give the class that has it"
+            f"{name} has no {method} of its own, and a {type(family).__name__} says what that does; give the class "
+            "that defines it"
         )
     _registered[cls] = family
 
