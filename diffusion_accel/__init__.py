@@ -1,10 +1,11 @@
 """diffusion-accel: make any diffusers pipeline faster, smaller and transparent, and see what that costs.
 
-    from diffusion_accel import accelerate, EncoderReuse
+    from diffusion_accel import EncoderReuse, accelerate, compare
 
     accelerate(pipe, EncoderReuse())
     image = pipe("red apple, 3d style").images[0]
     print(pipe.acceleration.report())
+    print(compare(pipe, ["red apple, 3d style"]).fidelity.psnr_median)
 
 Importing this package imports neither torch nor diffusers; names are loaded when they are first used. diffusers then
 loads quantized checkpoints (docs/quantization.md) with its own `from_pretrained`.
@@ -30,47 +31,106 @@ TYPE_CHECKING = False  # without importing `typing`: an interrupt is heard only 
 if TYPE_CHECKING:
     from typing import Any
 
-    from .feature import Feature
+    from .bench.benchmark import benchmark
+    from .bench.entries import Entry
+    from .bench.result import Benchmark
+    from .evaluation.evaluate import Evaluation, evaluate
+    from .feature import Attachment, Feature
+    from .measure.comparison import Comparison, compare
+    from .measure.fidelity import Fidelity, fidelity
     from .parallel import PatchParallel
+    from .parallel.planner.estimate import Estimate, estimate
     from .pipelines import AcceleratedPipeline
+    from .pipelines.loading import load_pipeline
+    from .progress import Progress
+    from .quant import QuantizeSettings
+    from .quant.ptq.report import QuantizationReport
     from .report import Report
-    from .reuse import EncoderReuse, Reuse
+    from .reuse import EncoderReuse, Plan, Reuse, Step, TunedPlan
     from .routing import TaskRouting
-    from .switchboard import accelerate
+    from .switchboard import Acceleration, accelerate
     from .transparency import LatentTransparency
+    from .tuning.tuner import tune
 
 _register_checkpoints()  # from now on diffusers loads quantized checkpoints
 
+#: public name -> the module that has it, imported when the name is first used
 _LAZY = {
-    "AcceleratedPipeline": ".pipelines",
+    # a verb for each command
+    "accelerate": ".switchboard",
+    "benchmark": ".bench.benchmark",
+    "compare": ".measure.comparison",
+    "estimate": ".parallel.planner.estimate",
+    "evaluate": ".evaluation.evaluate",
+    "fidelity": ".measure.fidelity",
+    "load_pipeline": ".pipelines.loading",
+    "tune": ".tuning.tuner",
+    # features, and what they are given
     "EncoderReuse": ".reuse",
-    "Feature": ".feature",
     "LatentTransparency": ".transparency",
     "PatchParallel": ".parallel",
-    "Report": ".report",
+    "Plan": ".reuse",
     "Reuse": ".reuse",
+    "Step": ".reuse",
     "TaskRouting": ".routing",
-    "accelerate": ".switchboard",
+    "TunedPlan": ".reuse",
+    # pipelines, and what is switched on them
+    "Acceleration": ".switchboard",
+    "AcceleratedPipeline": ".pipelines",
+    "Attachment": ".feature",
+    "Feature": ".feature",
+    # settings and results
+    "Benchmark": ".bench.result",
+    "Comparison": ".measure.comparison",
+    "Entry": ".bench.entries",
+    "Estimate": ".parallel.planner.estimate",
+    "Evaluation": ".evaluation.evaluate",
+    "Fidelity": ".measure.fidelity",
+    "Progress": ".progress",
+    "QuantizationReport": ".quant.ptq.report",
+    "QuantizeSettings": ".quant",
+    "Report": ".report",
 }
 
 __all__ = [
     "AcceleratedPipeline",
+    "Acceleration",
     "AccelerationError",
+    "Attachment",
+    "Benchmark",
     "CallStateError",
+    "Comparison",
     "ConfigurationError",
     "EncoderReuse",
+    "Entry",
+    "Estimate",
+    "Evaluation",
     "Feature",
     "FeatureConflictError",
+    "Fidelity",
     "LatentTransparency",
     "ModelLoadError",
     "OutputError",
     "PatchParallel",
+    "Plan",
+    "Progress",
+    "QuantizationReport",
+    "QuantizeSettings",
     "Report",
     "Reuse",
+    "Step",
     "TaskRouting",
+    "TunedPlan",
     "UnsupportedPipelineError",
     "__version__",
     "accelerate",
+    "benchmark",
+    "compare",
+    "estimate",
+    "evaluate",
+    "fidelity",
+    "load_pipeline",
+    "tune",
 ]
 
 

@@ -66,6 +66,9 @@ def fidelity(reference: torch.Tensor | Sequence[Image.Image], images: torch.Tens
     Args:
         reference, images: (N, C, H, W) in [0, 1], or N PIL images of one size (`as_tensor`).
 
+    Returns:
+        The numbers of each image, their medians and worst deciles.
+
     Raises:
         ConfigurationError: they are not two batches of one shape.
     """
