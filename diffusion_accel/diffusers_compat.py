@@ -2,7 +2,7 @@
 
 No other module uses their private names (a test looks), so a new release of diffusers is checked by reading this file.
 What it says was seen in diffusers 0.42.1 and accelerate 1.15. Where something is gone, a function answers as if it had
-not been there, unless it says otherwise.
+not been there, unless it says otherwise. Importing it imports neither.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from torch import nn
-
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
+    from diffusers.hooks import HookRegistry, ModelHook
+    from torch import nn
 
 _REGISTRY = "_diffusers_hook"
 #: what hooks of diffusers and accelerate leave on a module (accelerate: the hook, and the forward below it)

@@ -12,6 +12,7 @@ import torch
 
 from diffusion_accel.arguments import public
 from diffusion_accel.changes import Changes
+from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.io import shown
@@ -148,7 +149,7 @@ def _of_pipeline(
     options_of(pipe, steps=steps, **call)
     steps = steps or usual_steps(pipe) or USUAL_STEPS
     job = Job(
-        model=Path(str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name,
+        model=Path(origin_of(pipe) or type(pipe).__name__).name,
         prompts=tuple([""] * count if prompts is None else texts_of(pipe, prompts)),
         steps=steps,
         device=str(pipe.device),

@@ -11,6 +11,7 @@ import torch
 
 from diffusion_accel.arguments import nearest, public
 from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, class_names, condition_of
+from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import is_there, shown
 from diffusion_accel.measure.request import MAX_SEED, options_of, whole
@@ -123,7 +124,7 @@ def evaluate(
         parts[split] = {"n": len(indices), **values, **run.loss(indices)}
     handle = getattr(pipe, "acceleration", None)
     return Evaluation(
-        model=Path(str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name,
+        model=Path(origin_of(pipe) or type(pipe).__name__).name,
         data=EMBEDDED if data is None else str(data),
         real=len(real),
         features={} if handle is None else {name: f.to_dict() for name, f in handle.features.items()},
