@@ -44,7 +44,7 @@ def open_image(
     Args:
         source: path of a regular file, or an open binary file.
         mode: "RGB", "RGBA" or "L" (brightness, for masks).
-        what: what the image is for, the first words of an error, for example "--image".
+        what: what the image is for, the first words of an error, for example "the image".
         error: what is raised.
         background: what is seen through transparent parts in the modes without alpha, RGB in 0..255.
 

@@ -60,7 +60,7 @@ def read_bytes(
 
     Args:
         path: the file; a leading ~ is the home folder.
-        what: what the file is, the first words of an error, for example "--config" or "the plan".
+        what: what the file is, the first words of an error, for example "the configuration" or "the plan".
         limit: the most bytes it may have.
         error: what is raised.
 

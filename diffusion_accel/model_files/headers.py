@@ -32,7 +32,7 @@ def check_weights(file: Path, allow_pickle: bool = False) -> None:
             return
         raise ModelLoadError(
             f"{file} is a pickle, which can run code when loaded; convert it to safetensors, "
-            "or allow it with --allow-pickle (allow_pickle=True) if you trust its source"
+            "or allow it with allow_pickle=True if you trust its source"
         )
     if file.suffix != ".safetensors":
         raise ModelLoadError(f"{file} is not a model: expected a .safetensors file or a diffusers pipeline folder")
