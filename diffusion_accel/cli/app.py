@@ -9,8 +9,22 @@ import typer
 from diffusion_accel import __version__
 from diffusion_accel.registry import FEATURES
 
-from . import bench, evaluate, features, generate, info, inspect, metadata, models, plan, quantize, transparency, tune
+from . import (
+    bench,
+    estimate,
+    evaluate,
+    features,
+    generate,
+    info,
+    inspect,
+    metadata,
+    models,
+    quantize,
+    transparency,
+    tune,
+)
 from .feature_flags import join_bare_flags
+from .old_names import in_todays_names
 
 app = typer.Typer(
     name="diffusion-accel",
@@ -24,7 +38,7 @@ app.command()(tune.tune)
 app.command()(quantize.quantize)
 app.command()(inspect.inspect)
 app.command()(bench.bench)
-app.command()(plan.plan)
+app.command()(estimate.estimate)
 app.command()(evaluate.evaluate)
 app.command()(transparency.compose)
 app.command()(transparency.cutout)
@@ -52,7 +66,7 @@ def _options(
 def flags_of(arguments: list[str]) -> dict[str, str]:
     """The flags of the command that `arguments` call, by the name that the library has for them; without features'."""
     group: Any = typer.main.get_command(app)
-    found = group.commands.get(next((word for word in arguments if not word.startswith("-")), ""))
+    found = group.commands.get(next((word for word in in_todays_names(arguments) if not word.startswith("-")), ""))
     flags = [flag for param in getattr(found, "params", ()) for flag in param.opts if flag.startswith("--")]
     named = {flag.removeprefix("--").replace("-", "_"): flag for flag in flags}
     return {name: flag for name, flag in named.items() if name not in FEATURES}
@@ -62,7 +76,7 @@ def command(arguments: list[str]) -> Any:
     """Run one command; returns its exit code, if it has one."""
     try:
         return typer.main.get_command(app).main(
-            args=join_bare_flags(arguments), prog_name="diffusion-accel", standalone_mode=False
+            args=join_bare_flags(in_todays_names(arguments)), prog_name="diffusion-accel", standalone_mode=False
         )
     except typer.Exit as stop:
         return stop.exit_code

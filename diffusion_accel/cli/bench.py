@@ -10,28 +10,31 @@ import typer
 
 from diffusion_accel.bench.entries import Entry
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.request import LIMITS
 from diffusion_accel.io import replacing
 from diffusion_accel.outputs import check_distinct, check_free, output_path
 
 from .common_options import (
     BATCH,
-    COUNT,
     ROUNDS,
     AllowPickle,
+    AsJson,
     Debug,
     Device,
     Dtype,
     GuidanceScale,
     Model,
+    Overwrite,
     Pixels,
+    PromptsFile,
     Quiet,
     Scheduler,
-    check_range,
+    Seed,
+    StepsOr50,
+    count_option,
     number,
+    settings_of,
 )
 from .prompts import read_jobs
-from .settings import merge
 from .terminal import console, say
 from .tune import embedded_prompts
 
@@ -47,29 +50,28 @@ def bench(
         ),
     ] = None,
     model: Model = None,
-    prompts_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.")
-    ] = None,
-    count: Annotated[int, number("How many prompts to use.", COUNT)] = 16,
-    steps: Annotated[
-        int | None, number("Denoising steps of the baseline.", LIMITS["steps"], show_default="20 with sticker, else 50")
-    ] = None,
+    prompts_file: PromptsFile = None,
+    count: Annotated[int, count_option(1, "How many prompts to use.")] = 16,
+    steps: StepsOr50 = None,
     guidance_scale: GuidanceScale = None,
     scheduler: Scheduler = None,
     width: Pixels = None,
     height: Pixels = None,
-    seed: Annotated[int, typer.Option(help="Image k uses seed + k.")] = 0,
+    seed: Seed = 0,
     batch: Annotated[int, number("Images in a call, except for times.", BATCH)] = 8,
     rounds: Annotated[int, number("Timed rounds; every entry has its turn in each.", ROUNDS)] = 5,
     converged: Annotated[bool, typer.Option(help="Also measure the distance to many steps of a good solver.")] = True,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with images and plots.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Write the plot as SVG.")] = None,
-    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the numbers.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the numbers as JSON.")
+    ] = None,
     markdown_file: Annotated[str | None, typer.Option("--markdown", metavar="FILE", help="Write the table.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
     allow_pickle: AllowPickle = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -79,19 +81,15 @@ def bench(
     (fewer-steps:STEPS[,SCHEDULER]), and other packages if they are installed: deepcache:n[,branch], tomesd:ratio,
     tgate:step, pab:range.
     """
+    options = locals()
     parsed = [Entry.parse(text) for text in entries or USUAL.split()]
     if len(set(parsed)) < len(parsed):
         raise ConfigurationError("an entry is given twice")
-    for name, value, bounds in (("count", count, COUNT), ("batch", batch, BATCH), ("rounds", rounds, ROUNDS)):
-        check_range(f"--{name}", value, bounds)
-    check_range("--seed", seed, LIMITS["seed"])
-    files = {"html": html, "plot": plot, "json": json_file, "markdown": markdown_file}
+    files = {"html": html, "plot": plot, "output": output, "markdown": markdown_file}
     written = [output_path(file, f"--{name}") for name, file in files.items() if file is not None]
     check_free(written, overwrite)
     check_distinct(written)
-    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
-    given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
-    settings, source = merge(given, {})
+    settings, source = settings_of(options)
     for entry in parsed:
         if reason := entry.refusal(settings.steps or 50, settings.scheduler or ""):
             raise ConfigurationError(f"the entry {entry.name} cannot work: {reason}")
@@ -107,7 +105,7 @@ def bench(
 
     from .session import check_machine
 
-    options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
+    call = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
     job = Job(
         model=settings.model,
         prompts=tuple(prompts),
@@ -119,21 +117,24 @@ def bench(
         dtype=settings.dtype,
         allow_pickle=settings.allow_pickle,
         threads=torch.get_num_threads(),
-        options=options,
+        options=call,
     )
     with Status(quiet) as status:
         result = run.bench(job, parsed, rounds, converged, status)
     texts = {
         "html": lambda: report.page(result),
         "plot": lambda: report.plot(result, "psnr", "PSNR to the baseline, dB"),
-        "json": lambda: json.dumps(result.to_dict(), indent=1) + "\n",
+        "output": lambda: json.dumps(result.to_dict(), indent=1) + "\n",
         "markdown": lambda: report.markdown(result),
     }
     for name, file in files.items():
         if file is not None:
             with replacing(Path(file)) as temporary:
                 temporary.write_text(texts[name](), encoding="utf-8")
-    say(report.markdown(result), lines=True)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        say(report.markdown(result), lines=True)
 
 
 class Status:

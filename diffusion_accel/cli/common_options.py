@@ -1,6 +1,6 @@
 """Options that several commands have, each declared once: a type a command's parameter is annotated with.
 
-    def tune(model: Model = None, steps: StepsOr50 = None, count: Annotated[int, count(6)] = 24, ...) -> None:
+    def tune(model: Model = None, steps: StepsOr50 = None, count: Annotated[int, count_option(6)] = 24, ...) -> None:
 
 A number's bounds are said in its help and checked when the command line is read; `settings_of` makes settings of what
 was given.
@@ -42,12 +42,18 @@ def check_range(flag: str, value: float | None, bounds: Bounds) -> None:
 def number(text: str, bounds: Bounds, *declarations: str, **options: Any) -> Any:
     """An option for a number or several, whose help says what is allowed, and which refuses others."""
 
+    return bounded(bounds, *declarations, help=f"{text} ({bounds.short})", **options)
+
+
+def bounded(bounds: Bounds, *declarations: str, **options: Any) -> Any:
+    """An option for a number, which refuses those outside of its bounds."""
+
     def check(param: typer.CallbackParam, value: Any) -> Any:
         for one in value if isinstance(value, (list, tuple)) else [value]:
             check_range(max(param.opts, key=len), one, bounds)
         return value
 
-    return typer.Option(*declarations, callback=check, help=f"{text} ({bounds.short})", **options)
+    return typer.Option(*declarations, callback=check, **options)
 
 
 def one_of(text: str, names: tuple[str, ...], *declarations: str, **options: Any) -> Any:
@@ -63,9 +69,9 @@ def one_of(text: str, names: tuple[str, ...], *declarations: str, **options: Any
     return typer.Option(*declarations, callback=check, help=text, **options)
 
 
-def seconds(text: str) -> float:
-    """A time as the command line has it, in seconds: 90, 90s, 20m, 1.5h."""
-    found = re.fullmatch(r"\s*([0-9.eE+-]+|nan|inf)\s*([smh]?)\s*", text)
+def seconds(text: str | float) -> float:
+    """A time as the command line has it, in seconds: 90, 90s, 20m, 1.5h; a default may be a number."""
+    found = re.fullmatch(r"\s*([0-9.eE+-]+|nan|inf)\s*([smh]?)\s*", str(text))
     try:
         return float(found[1]) * _UNITS[found[2]] if found else float("")
     except ValueError:
@@ -74,11 +80,12 @@ def seconds(text: str) -> float:
 
 def time_option(text: str, bounds: Bounds, *declarations: str, **options: Any) -> Any:
     """An option for a time."""
-    return number(text, bounds, *declarations, metavar="TIME", parser=seconds, **options)
+    help_text = f"{text}, such as 90 (seconds), 20m or 1.5h."
+    return bounded(bounds, *declarations, metavar="TIME", parser=seconds, help=help_text, **options)
 
 
-def count(low: int = 1, text: str = "How many prompts to use, or images to draw.") -> Any:
-    """The option --count, of which a command needs at least `low`."""
+def count_option(low: int = 1, text: str = "How many prompts to use, or images to draw.") -> Any:
+    """The option --count: of prompts or images, of which a command needs at least `low`."""
     return number(text, at_least(low, 100_000), "--count")
 
 
@@ -151,8 +158,9 @@ Scheduler = Annotated[
     typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.", show_default=recommended("scheduler")),
 ]
 Pixels = Annotated[int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"))]
-Seed = Annotated[int, typer.Option(help="Image k uses seed + k.")]
+Seed = Annotated[int, bounded(LIMITS["seed"], help="Image k uses seed + k.")]
 Batch = Annotated[int, number("Images in a call.", BATCH)]
+Budget = Annotated[float, time_option("Time for the search", SECONDS, show_default="5m")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …", show_default="the best one here")]

@@ -10,32 +10,34 @@ import typer
 
 from diffusion_accel.conditioning import CLASS, class_names, condition_of
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.request import Request, at_least
+from diffusion_accel.generation.request import Request
 from diffusion_accel.image_files import SUFFIXES, is_image_file
 from diffusion_accel.io import is_there
 from diffusion_accel.outputs import check_free, output_path
 
 from .common_options import (
-    BATCH,
     AllowPickle,
     AsJson,
+    Batch,
     Debug,
     Device,
     Dtype,
     GuidanceScale,
     Model,
+    Overwrite,
     Pixels,
     Quiet,
     Scheduler,
+    Seed,
     Steps,
-    check_range,
-    number,
+    count_option,
+    settings_of,
 )
 from .feature_flags import with_feature_flags
-from .settings import check_features, merge
+from .settings import check_features
 from .terminal import console, say
 
-COUNT = at_least(4, 100_000)  # distances between distributions need a few
+LEAST = 4  # images: distances between distributions need a few
 
 
 @with_feature_flags
@@ -44,18 +46,18 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Captioned images; without it the embedded reference.")
     ] = None,
-    count: Annotated[int, number("Images to draw of each part, trained and held out.", COUNT)] = 64,
+    count: Annotated[int, count_option(LEAST, "Images to draw of each part, trained and held out.")] = 64,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     scheduler: Scheduler = None,
     width: Pixels = None,
     height: Pixels = None,
-    seed: Annotated[int, typer.Option(help="Image k uses seed + k.")] = 100,
-    batch: Annotated[int, number("Images in a call.", BATCH)] = 16,
+    seed: Seed = 100,
+    batch: Batch = 16,
     grid: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the drawn images as one PNG.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
     allow_pickle: AllowPickle = None,
@@ -65,17 +67,14 @@ def evaluate(
     **features: str | None,
 ) -> None:
     """Measure how well a model draws: distances, retrieval and, with --data, the validation loss by timestep."""
-    check_range("--count", count, COUNT)
-    check_range("--batch", batch, BATCH)
+    options = locals()
     if data is not None and not is_there(Path(data), "dir"):
         raise ConfigurationError(f"--data: no such folder: {data}")
     if grid is not None:
         check_free([output_path(grid, "--grid", SUFFIXES)], overwrite)
         if not is_image_file(grid, "--grid"):
             raise ConfigurationError(f"--grid {grid} must be an image file: {', '.join(SUFFIXES)}")
-    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
-    given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
-    settings, source = merge({**given, **features}, {})
+    settings, source = settings_of(options, features)
     check_features(settings.features, settings.steps, settings.scheduler)
 
     from .session import check_machine, open_for

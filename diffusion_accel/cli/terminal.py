@@ -45,6 +45,39 @@ def console(err: bool = False, quiet: bool = False) -> Console:
     return SafeConsole(stderr=err, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
+class Bar:
+    """A progress bar on stderr, where that is a terminal; a `Progress`, in parts of the whole work."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # 60 ms, for long commands only
+
+        shown = console(err=True, quiet=quiet)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            console=shown,
+            transient=True,
+            disable=quiet or not shown.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=1.0)
+        self._progress.start()
+
+    def __call__(self, what: str, share: float = 0.0, left: float | None = None) -> None:
+        """Show what is done now, how much of all is done, and the seconds that are left."""
+        text = what if left is None or left != left else f"{what}, {_clock(left)} left"
+        self._progress.update(self._task, description=printable(text), completed=share)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        self._progress.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
 class _Lines(logging.Handler):
     """Warnings of this package as lines on stderr."""
 

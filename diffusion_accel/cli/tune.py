@@ -12,117 +12,108 @@ import typer
 from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.request import LIMITS, at_least
-from diffusion_accel.io import printable
+from diffusion_accel.generation.request import LIMITS
 from diffusion_accel.outputs import check_free, output_path
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.tuning.state import read_search
 
-from .common_options import BATCH, SECONDS, AsJson, Debug, Model, Quiet, check_range, number, recommended
+from .common_options import (
+    AllowPickle,
+    AsJson,
+    Batch,
+    Budget,
+    Debug,
+    Device,
+    Dtype,
+    GuidanceScale,
+    Model,
+    Overwrite,
+    Pixels,
+    PromptsFile,
+    Quiet,
+    Restart,
+    Scheduler,
+    Seed,
+    StepsOr50,
+    count_option,
+    in_panels,
+    number,
+    settings_of,
+)
 from .prompts import read_jobs
-from .settings import DTYPES, merge
-from .terminal import say
+from .terminal import Bar, say
 
-COUNT = at_least(6, 100_000)  # the search needs some, and others to test what it found
-_TARGET = {"rich_help_panel": "Target (one of them)"}
-_PROMPTS = {"rich_help_panel": "Prompts"}
-_CALL = {"rich_help_panel": "What the plan is for"}
-_SEARCH = {"rich_help_panel": "Search"}
-_MACHINE = {"rich_help_panel": "Machine"}
+_PANELS = {
+    "Target (one of them)": "speedup min_psnr",
+    "Prompts": "prompts_file count seed",
+    "What the plan is for": "steps guidance_scale scheduler width height",
+    "Search": "try_steps try_scheduler batch budget restart",
+    "Machine": "device dtype allow_pickle",
+}
 
 
+@in_panels(_PANELS)
 def tune(
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The plan to write, a .json file.")],
     model: Model = None,
-    speedup: Annotated[
-        float | None, typer.Option(help="The best fidelity at this speed-up. (above 1)", **_TARGET)
-    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="The best fidelity at this speed-up. (above 1)")] = None,
     min_psnr: Annotated[
-        float | None, typer.Option(help="The highest speed-up at this median PSNR. (5 to 80 dB)", **_TARGET)
+        float | None, typer.Option(help="The highest speed-up at this median PSNR. (5 to 80 dB)")
     ] = None,
-    prompts_file: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="A prompt a line, 24 or more; the embedded model needs none.", **_PROMPTS),
-    ] = None,
-    prompts: Annotated[int, number("How many prompts to use, or images to draw.", COUNT, "--count", **_PROMPTS)] = 24,
-    seed: Annotated[int, typer.Option(help="Image k uses seed + k.", **_PROMPTS)] = 0,
-    steps: Annotated[
-        int | None,
-        number("Denoising steps.", LIMITS["steps"], show_default="20 with sticker, else 50", **_CALL),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        number(
-            "Classifier-free guidance; 1 switches it off.",
-            LIMITS["guidance_scale"],
-            show_default=recommended("guidance_scale"),
-            **_CALL,
-        ),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="ddim, dpm++, euler, unipc, … or a diffusers class.", show_default=recommended("scheduler"), **_CALL
-        ),
-    ] = None,
-    width: Annotated[int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"), **_CALL)] = None,
-    height: Annotated[
-        int | None, number("Pixels.", LIMITS["height"], show_default=recommended("height"), **_CALL)
-    ] = None,
+    prompts_file: PromptsFile = None,
+    count: Annotated[int, count_option(6)] = 24,  # the search needs some, and others to test what it found
+    seed: Seed = 0,
+    steps: StepsOr50 = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    width: Pixels = None,
+    height: Pixels = None,
     try_steps: Annotated[
         list[int] | None,
-        number("A number of steps that the plan may use instead; repeatable.", LIMITS["steps"], **_SEARCH),
+        number("A number of steps that the plan may use instead; repeatable.", LIMITS["steps"]),
     ] = None,
     try_scheduler: Annotated[
-        list[str] | None, typer.Option(help="A scheduler that the plan may use instead; repeatable.", **_SEARCH)
+        list[str] | None, typer.Option(help="A scheduler that the plan may use instead; repeatable.")
     ] = None,
-    batch: Annotated[int, number("Images in a call.", BATCH, **_SEARCH)] = 8,
-    budget: Annotated[float, number("Seconds for the search.", SECONDS, **_SEARCH)] = 300.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.", **_SEARCH)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …", show_default="the best one here", **_MACHINE)
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".", show_default="float32", **_MACHINE)] = None,
-    allow_pickle: Annotated[
-        bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.", **_MACHINE)
-    ] = None,
+    batch: Batch = 8,
+    budget: Budget = 300.0,
+    restart: Restart = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    allow_pickle: AllowPickle = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Find out which steps a pipeline must compute: writes a plan for --reuse.
 
-    Give either --speedup or --min-psnr. The plan is valid for this model, scheduler and number of steps.
+    Give either --speedup or --min-psnr. The plan is valid for this model, scheduler and number of steps. An interrupted
+    search goes on from where it was when it is called again; what lies between is kept in FILE.search.
     """
+    options = locals()
     if not output.endswith(".json"):
         raise ConfigurationError(f"--output must end in .json, got {output}")
-    for name, value, bounds in (("count", prompts, COUNT), ("batch", batch, BATCH), ("budget", budget, SECONDS)):
-        check_range(f"--{name}", value, bounds)
-    for number_of_steps in try_steps or []:
-        check_range("--try-steps", number_of_steps, LIMITS["steps"])
     check_free([output_path(output)], overwrite)
-    state, begun = Path(f"{output}.search"), resume
+    state, begun = Path(f"{output}.search"), not restart
 
     def how_to_go_on() -> str:
         kept = begun and Path(output) not in interrupts.finished() and any(state.parent.glob(f"{state.name}*"))
-        return f"call it again with --resume to go on from here ({state})" if kept else interrupts.names()
+        return f"call it again to go on from here ({state})" if kept else interrupts.names()
 
     interrupts.explain(how_to_go_on)
-    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
-    given |= {"width": width, "height": height, "device": device, "dtype": dtype, "allow_pickle": allow_pickle}
-    settings, source = merge(given, {})
+    settings, source = settings_of(options)
     if prompts_file is not None:
-        texts = [job.prompt for job in read_jobs([], prompts_file)][:prompts]
+        texts = [job.prompt for job in read_jobs([], prompts_file)][:count]
     elif source.kind == "embedded":
-        texts = embedded_prompts(prompts)
+        texts = embedded_prompts(count)
     else:
         texts = []
 
     for name in try_scheduler or []:
         check_scheduler(name)
     state = Path(f"{output}.search")
-    if resume:
+    if not restart:
         for file in search_files(state):
             read_search(file)
 
@@ -136,7 +127,7 @@ def tune(
     if not texts:
         if condition_of(pipe) == PROMPT:
             raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
-        texts = usual_texts(pipe, prompts)
+        texts = usual_texts(pipe, count)
     from diffusion_accel.pipelines.schedulers import set_scheduler
 
     own, others = pipe.scheduler, []
@@ -145,9 +136,9 @@ def tune(
         others.append(pipe.scheduler)
         pipe.scheduler = own
     begun = True
-    if not resume:
+    if restart:
         forget(state)
-    options = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
+    call = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
     bar = Bar(quiet)
     try:
         plan = search(
@@ -163,7 +154,7 @@ def tune(
             progress=bar,
             try_steps=tuple(try_steps or ()),
             try_schedulers=tuple(others),
-            **options,
+            **call,
         )
     finally:
         bar.close()
@@ -194,24 +185,6 @@ def embedded_prompts(count: int, skip: int = 0) -> list[str]:
     from diffusion_accel.evaluation import quality
 
     return quality.embedded_prompts(count, skip)
-
-
-class Bar:
-    """A progress bar over the time budget, with the best plan so far."""
-
-    def __init__(self, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        form = "{desc} |{bar}| {percentage:3.0f}%"
-        self.bar: Any = tqdm(total=100, bar_format=form, disable=True if quiet else None, leave=False)
-
-    def __call__(self, text: str, share: float) -> None:
-        self.bar.set_description_str(printable(text), refresh=False)
-        self.bar.update(max(0, round(100 * share) - self.bar.n))
-        self.bar.refresh()
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def show(output: str, plan: Any) -> None:

@@ -44,7 +44,7 @@ def end(process: BaseProcess, folder: Path, number: Signals, at: str = "arrived"
     [
         ("loading", SIGINT, "nothing was written"),
         ("second_image", SIGTERM, "1 of 2 images were written"),
-        ("searching", SIGHUP, "call it again with --resume to go on from here (o.json.search)"),
+        ("searching", SIGHUP, "call it again to go on from here (o.json.search)"),
         ("quantizing", SIGINT, "call it again to go on from here (q.work)"),
     ],
 )

@@ -194,7 +194,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     from diffusion_accel.cli import main as cli
 
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["plan", *arguments])
+        cli.main(["estimate", *arguments])
     out, err = capsys.readouterr()
     return int(stopped.value.code or 0), out, err
 

@@ -1,4 +1,4 @@
-"""`plan`: what patch parallelism would bring on so many devices, before anybody buys or rents them."""
+"""`estimate`: what patch parallelism would bring on so many devices, before anybody buys or rents them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, at_least
 
-from .common_options import BATCH, Debug, check_range, number
+from .common_options import BATCH, Batch, Debug, bounded, number, one_of
 from .feature_flags import parse_feature
 from .settings import DTYPES
 from .terminal import console, say
@@ -23,7 +23,7 @@ HERE = "here"
 SIDE = at_least(8, 32_768)
 
 
-def plan(
+def estimate(
     model: Annotated[
         str, typer.Option("--model", "-m", help="sd15 or sdxl (architectures), embedded name, folder, or hub id.")
     ] = "sdxl",
@@ -31,8 +31,10 @@ def plan(
     width: Annotated[int, number("Pixels.", SIDE)] = 1024,
     height: Annotated[int, number("Pixels.", SIDE)] = 1024,
     steps: Annotated[int, number("Denoising steps.", LIMITS["steps"])] = 50,
-    images: Annotated[int, number("Images in a call.", BATCH)] = 1,
-    guidance: Annotated[bool, typer.Option(help="With classifier-free guidance: twice the batch.")] = True,
+    batch: Batch = 1,
+    guidance_scale: Annotated[
+        float, number("Classifier-free guidance, which doubles the batch; 1 switches it off.", LIMITS["guidance_scale"])
+    ] = 7.5,
     decode: Annotated[bool, typer.Option(help="With the VAE's decoder.")] = True,
     patch_parallel: Annotated[
         str,
@@ -48,9 +50,9 @@ def plan(
             help="nvlink3, nvlink4, pcie4, pcie5, ethernet-100g, ethernet-10g, here, or numbers for one direction.",
         ),
     ] = "nvlink3",
-    dtype: Annotated[str | None, typer.Option(help=", ".join(DTYPES) + "; of the U-Net.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of a process, with --machine here.")] = 1,
-    json_lines: Annotated[bool, typer.Option("--json", help="As JSON, with every layer.")] = False,
+    dtype: Annotated[str | None, one_of(", ".join(DTYPES) + "; of the U-Net.", DTYPES)] = None,
+    threads: Annotated[int, bounded(BATCH, help="CPU threads of a process, with --machine here.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with every layer.")] = False,
     debug: Debug = False,
 ) -> None:
     """Predict time and traffic of patch parallelism for a model, a size and any number of devices.
@@ -60,13 +62,6 @@ def plan(
     from diffusion_accel.parallel.patch_parallel import PatchParallel
 
     counts = _counts(devices)
-    check_range("--steps", steps, LIMITS["steps"])
-    for name, value in (("images", images), ("threads", threads)):
-        check_range(f"--{name}", value, BATCH)
-    for name, value in (("width", width), ("height", height)):
-        check_range(f"--{name}", value, SIDE)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
     feature = parse_feature("patch_parallel", patch_parallel or "on")
     if not isinstance(feature, PatchParallel):
         raise ConfigurationError("--patch-parallel off leaves nothing to plan")
@@ -88,14 +83,14 @@ def plan(
         model if model in ARCHITECTURES else find_model(model).location,
         height,
         width,
-        images,
-        guidance,
+        batch,
+        guidance_scale != 1,
         decode,
         getattr(torch, dtype or ("float32" if measured else "float16")),
         "cpu" if measured else "meta",
     )
     found = [predict(record_busiest(subject, feature, n), n, speed, wire, steps, feature.warmup) for n in counts]
-    if json_lines:
+    if as_json:
         typer.echo(json.dumps([_row(p, found[0], layers=True) for p in found], indent=1))
     else:
         _show(found, feature, steps, f"machine {machine}", f"link {link}")
