@@ -7,6 +7,7 @@ not been there, unless it says otherwise. Importing it imports neither.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -222,3 +223,16 @@ def unshareable_backend(model: nn.Module) -> tuple[str, Iterable[str]] | None:
 
 def _attentions(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(getattr(m, "processor", None), "_parallel_config")]
+
+
+# ---------------------------------------------------------------------- diffusers' caches
+def taylorseer_finds(denoiser: nn.Module) -> bool:
+    """Whether TaylorSeer's cache would be put on any module of a denoiser.
+
+    It takes the modules whose whole names fit its patterns (`_TRANSFORMER_BLOCK_IDENTIFIERS`); where there are none
+    (Wan: blocks.0.attn1) it does nothing and says nothing.
+    """
+    from diffusers.hooks import taylorseer_cache  # heavy: diffusers
+
+    patterns = getattr(taylorseer_cache, "_TRANSFORMER_BLOCK_IDENTIFIERS", (".*",))
+    return any(re.fullmatch(pattern, name) for name, _ in denoiser.named_modules() for pattern in patterns)

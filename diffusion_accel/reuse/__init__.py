@@ -1,8 +1,29 @@
-"""Reuse over denoising steps: encoder propagation (Faster Diffusion), and the engine that runs any plan."""
+"""Reuse over denoising steps: encoder propagation (Faster Diffusion), and the engine that runs any plan.
 
+`Plan`, `Preset`, `TunedPlan`, `KeySteps` and `DiffusersCache` are one family, `PlanSource`: each says what the steps of
+a call do, which kinds of steps there are, and which pipelines can follow.
+"""
+
+from .diffusers_cache import DiffusersCache
 from .encoder_reuse import EncoderReuse
-from .plan import Plan, Step
+from .guidance import GuidanceRule
+from .plan import Plan, PlanSource, Step
 from .plan_file import TunedPlan
+from .preset import Preset
+from .reading import read_plan
 from .reuse import Reuse
+from .schedule import KeySteps
 
-__all__ = ["EncoderReuse", "Plan", "Reuse", "Step", "TunedPlan"]
+__all__ = [
+    "DiffusersCache",
+    "EncoderReuse",
+    "GuidanceRule",
+    "KeySteps",
+    "Plan",
+    "PlanSource",
+    "Preset",
+    "Reuse",
+    "Step",
+    "TunedPlan",
+    "read_plan",
+]

@@ -1,37 +1,134 @@
-"""What both reuse features are on a pipeline."""
+"""What the reuse features are on a pipeline: everything lives for one call, in a run that the call begins with."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from diffusion_accel.denoisers import layers_per_block, no_branches
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.feature import Attachment, Feature
+from diffusion_accel.feature import Attachment
+from diffusion_accel.noise_level import unknown_noise_levels
+from diffusion_accel.steps import StepClock
+
+from . import needs
+from .diffusers_cache import DiffusersCache
+from .diffusers_cache_run import CacheRun
+from .encoder_reuse import EncoderReuse
+from .executor import ReuseRun
+from .plan import Plan
+from .plan_file import TunedPlan
+from .reuse import Reuse
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+AnyReuse = TypeVar("AnyReuse", bound=Reuse | EncoderReuse, covariant=True)
 
 
-class RunAttachment(Attachment):
-    """Everything it holds lives for one call, in a run that `before_call` makes and installs."""
+class Run(Protocol):
+    """What is in force during one call."""
 
-    def __init__(self, feature: Feature, pipeline: Any) -> None:
+    def install(self) -> None:
+        """Put it in force."""
+
+    def uninstall(self) -> None:
+        """Take everything back."""
+
+
+def supports(feature: Reuse, pipe: DiffusionPipeline) -> str | None:
+    """Why the plan or the rule of guidance of a feature cannot be followed by a pipeline; None if they can."""
+    if reason := needs.no_loop(pipe):
+        return reason
+    if feature.leaves_branches_out() and (reason := no_branches(pipe)):
+        return reason
+    if feature.rule.needs_levels and (reason := unknown_noise_levels(pipe.scheduler)):
+        return f"{reason}, so guidance=interval is not possible"
+    if reason := needs.unfollowable(pipe):
+        return reason
+    if isinstance(feature.source, DiffusersCache) and feature.rule.kind != "both":
+        return "diffusers' own caches do not combine with a guidance rule"
+    return feature.source.supports(pipe)
+
+
+def attach(feature: Reuse, pipe: DiffusionPipeline) -> ReuseAttachment[Reuse]:
+    """The engine on a pipeline."""
+    return ReuseAttachment(feature, pipe)
+
+
+class ReuseAttachment(Attachment[AnyReuse]):
+    """The reuse engine, or one of diffusers' caches, on one pipeline."""
+
+    def __init__(self, feature: AnyReuse, pipeline: DiffusionPipeline) -> None:
         super().__init__(feature, pipeline)
-        self._run: Any = None
+        self._run: Run | None = None
         self._counters: dict[str, float] = {}
 
-    def begin(self) -> None:
-        """Begin a call: the user may have replaced the denoiser since accelerate()."""
-        reason = self.feature.supports(self.pipeline)
-        if reason:
-            raise ConfigurationError(f"{self.feature.name} cannot be used on this pipeline any more: {reason}")
+    def before_call(self, clock: StepClock) -> None:
+        """Put the plan in force. The user may have replaced the denoiser since accelerate(), so it is asked again."""
+        feature, source = self.feature, self.feature.source
+        if reason := feature.supports(self.pipeline):
+            raise ConfigurationError(f"{feature.name} cannot be used on this pipeline any more: {reason}")
         self._counters = {}
+        if isinstance(source, TunedPlan):
+            source.check(self.pipeline)
+        self._install(self._cache_run(source, clock) if isinstance(source, DiffusersCache) else self._plan_run(clock))
 
-    def install(self, run: Any) -> None:
-        """Put a run in force for this call."""
+    def _install(self, run: Run) -> None:
         self._run = run
         self.changes.add(run.uninstall)
         run.install()
 
+    def _cache_run(self, cache: DiffusersCache, clock: StepClock) -> Run:
+        return CacheRun(cache, self.pipeline, self._counters, clock.arguments)
+
+    def _plan_run(self, clock: StepClock) -> Run:
+        feature, layers = self.feature, layers_per_block(self.pipeline)
+        return ReuseRun(
+            feature.name,
+            self.pipeline,
+            clock,
+            self._counters,
+            feature.source.kinds(layers),
+            plans_of(feature, clock, layers),
+            feature.batch_decoder,
+            feature.max_group_mb,
+        )
+
     def after_call(self) -> None:
+        """Undo what the call changed and forget the run."""
         super().after_call()
         self._run = None
 
     def counters(self) -> dict[str, float]:
+        """What the last call did."""
         return dict(self._counters)
+
+
+def plans_of(feature: Reuse | EncoderReuse, clock: StepClock, layers: int) -> Callable[[int], Plan]:
+    """What makes the plan for a pass over so many steps, with the rule of guidance over it."""
+
+    def plan_for(total: int) -> Plan:
+        plan = own_plan(feature, clock, total, layers)
+        return feature.rule.applied(plan, clock.levels if feature.rule.needs_levels else ())
+
+    return plan_for
+
+
+def own_plan(feature: Reuse | EncoderReuse, clock: StepClock, total: int, layers: int) -> Plan:
+    """The plan for a pass of `total` steps, without the rule of guidance.
+
+    Raises:
+        ConfigurationError: it is for another number of steps and is not to be stretched.
+    """
+    source, made_for = feature.source, feature.source.made_for
+    if made_for is None or made_for == total:
+        return source.for_steps(total, layers)
+    if made_for == clock.scheduled:  # img2img and others run a part of the timesteps
+        return source.for_steps(made_for).part(clock.offset, clock.offset + total)
+    if not feature.stretch:
+        of = f" of {clock.scheduled} (its strength, or where it starts and ends)" if total < clock.scheduled else ""
+        raise ConfigurationError(
+            f"the plan is for {made_for} steps, this call has {total}{of}; use {made_for} steps, or stretch=true"
+        )
+    return source.for_steps(total)

@@ -11,14 +11,14 @@ from torch import nn
 from diffusion_accel.denoisers import StreamBlock, stream_blocks
 from diffusion_accel.hooks import bind_forward
 
-from .executor import ReuseRun
-from .plan import Plan
+from .plan import Kinds
+from .state import ReuseState
 
 Streams = tuple[Any, ...]
 
 
-def missing_parts(denoiser: nn.Module, kinds: Plan) -> str | None:
-    """Why a transformer cannot run the kinds of steps of a plan; None if it can."""
+def missing_parts(denoiser: nn.Module, kinds: Kinds) -> str | None:
+    """Why a transformer cannot run the kinds of steps of plans; None if it can."""
     name = type(denoiser).__name__
     if kinds.orders("decoder") >= 0:
         return f"{name} is not a U-Net: it has no decoder to run alone; use hold:n or shallow:n,depth"
@@ -38,16 +38,16 @@ def missing_parts(denoiser: nn.Module, kinds: Plan) -> str | None:
     return None
 
 
-def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
-    """The hooks on a transformer that the kinds of steps of `run` need; see `missing_parts`."""
-    if not run.kinds.depths:
+def install_parts(state: ReuseState, denoiser: nn.Module) -> None:
+    """The hooks on a transformer that the kinds of steps of `state` need; see `missing_parts`."""
+    if not state.kinds.depths:
         return
     blocks = stream_blocks(denoiser)
-    spans = {depth: inner(depth, len(blocks)) for depth in run.kinds.depths}
+    spans = {depth: inner(depth, len(blocks)) for depth in state.kinds.depths}
     for i, block in enumerate(blocks):
         inside = frozenset(depth for depth, (first, end) in spans.items() if first <= i < end)
         if inside:
-            run.hooks.add(block.module, BlockHook(run, block, inside))
+            state.hooks.add(block.module, BlockHook(state, block, inside))
 
 
 def inner(depth: int, blocks: int) -> tuple[int, int]:
@@ -63,13 +63,14 @@ class BlockHook(ModelHook):
     it must not be in the sum.
     """
 
-    def __init__(self, run: ReuseRun, block: StreamBlock, inside: frozenset[int]) -> None:
+    def __init__(self, state: ReuseState, block: StreamBlock, inside: frozenset[int]) -> None:
         super().__init__()
-        self.run, self.inside = run, inside
+        self.state, self.inside = state, inside
         self.group, self.streams = block.group, block.streams
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        current = self.run.current
+        """The block's own forward; what it added is kept at a full step, or stands in for it at a shallow one."""
+        current = self.state.current
         shallow = current is not None and current.step.mode == "shallow" and current.step.depth in self.inside
         if current is None or not (shallow or current.full):
             return self.fn_ref.original_forward(*args, **kwargs)

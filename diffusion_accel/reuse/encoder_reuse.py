@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import ClassVar, Self
 
-from diffusion_accel.feature import Attachment, Feature, option
+from diffusion_accel.feature import Feature, option
 
-from .attachment import RunAttachment
-from .schedule import MORE_TIMESTEPS, check_schedule, key_steps
-
-if TYPE_CHECKING:
-    from diffusion_accel.steps import StepClock
+from .guidance import GuidanceRule
+from .schedule import MORE_TIMESTEPS, KeySteps, read_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +24,9 @@ class EncoderReuse(Feature):
     section 3.2 (encoder propagation, parallel denoising) and 3.3 (key steps, prior noise injection).
 
     Attributes:
-        schedule: the key steps; see `diffusion_accel.reuse.schedule.key_steps`. Every 4th step is recommended: it is
-            the authors' advice for models other than the base ones, and measured nearer to the baseline than the
-            published list (docs/encoder-reuse.md).
+        schedule: the key steps, or a `KeySteps`; see `diffusion_accel.reuse.schedule.key_steps`. Every 4th step is
+            recommended: it is the authors' advice for models other than the base ones, and measured nearer to the
+            baseline than the published list (docs/encoder-reuse.md).
         batch_decoder: decode all steps of a group in one batch (faster where a device is under-filled) instead of one
             by one. Both give the same prediction up to rounding.
         max_group_mb: upper limit in MiB for the features of one decoder batch (≥ 1); larger groups are split.
@@ -46,76 +43,40 @@ class EncoderReuse(Feature):
     paper: ClassVar[str] = "Faster Diffusion (Li et al., NeurIPS 2024)"
     order: ClassVar[int] = 50
     conflicts: ClassVar[frozenset[str]] = frozenset({"reuse"})
+    runtime: ClassVar[str] = "diffusion_accel.reuse.encoder_attachment"
 
-    schedule: tuple[int, ...] | str = option(
-        "uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5", (0, 9_999)
+    schedule: tuple[int, ...] | str | KeySteps = option(
+        "uniform:4", "key steps: uniform:m, paper, if-stage-1, -2, -3, all, 0+1+5", (0, 9_999), read_schedule
     )
     batch_decoder: bool = option(True, "decode all steps up to the next key step as one batch")
     max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch", (1, 2**20))
     prior_noise: float = option(0.0, "strength of prior noise injection (0: off; the paper: 0.003)", (0, 0.1))
     prior_noise_below: float = option(0.5, "inject below this noise level, a share of the training timesteps", (0, 1))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_schedule(self.schedule)
-
     @classmethod
     def neutral(cls) -> Self:
+        """Every step is a key step."""
         return cls(schedule="all")
 
-    def supports(self, pipeline: Any) -> str | None:
-        from diffusion_accel.denoisers import find_denoiser, not_a_unet, not_followed, reads_every_step
+    @property
+    def source(self) -> KeySteps:
+        """What `schedule` means: the plans that this feature runs on the engine of `Reuse`."""
+        return self.object_of("schedule")
 
-        from .prior_noise import not_injectable
+    @property
+    def rule(self) -> GuidanceRule:
+        """Both branches of guidance at every step."""
+        return GuidanceRule()
 
-        denoiser = find_denoiser(pipeline)
-        if denoiser is None:
-            return "the pipeline has no unet"
-        if getattr(pipeline, "scheduler", None) is None:
-            return "the pipeline has no scheduler to take the steps from"
-        reason = not_a_unet(denoiser) or reads_every_step(pipeline) or not_followed(pipeline)
-        return reason or (not_injectable(pipeline.scheduler) if self.prior_noise else None)
+    @property
+    def stretch(self) -> bool:
+        """Key steps are for any number of steps."""
+        return False
 
     def unfit_for(self, steps: int, scheduler: str) -> str | None:
-        last = self.schedule[-1] if isinstance(self.schedule, tuple) else 0
+        """That a listed key step lies beyond the call, where a scheduler has one timestep for each step."""
+        keys = self.source.schedule
+        last = keys[-1] if isinstance(keys, tuple) else 0
         if last < steps or not scheduler or scheduler.lower().startswith(MORE_TIMESTEPS):
             return None
         return f"key step {last} lies beyond {steps} steps; shorten the list or use a preset, which fits any number"
-
-    def attach(self, pipeline: Any) -> Attachment:
-        return EncoderReuseAttachment(self, pipeline)
-
-
-class EncoderReuseAttachment(RunAttachment):
-    """Encoder reuse on one pipeline; everything it holds lives for one call."""
-
-    def before_call(self, clock: StepClock) -> None:
-        from diffusion_accel.denoisers import called_denoisers
-
-        from .executor import ReuseRun
-        from .plan import FULL, Plan, Step
-        from .prior_noise import PriorNoise
-
-        feature: EncoderReuse = self.feature  # type: ignore[assignment]
-        self.begin()
-        decoder = Step("decoder")
-
-        def plan(total: int) -> Plan:
-            keys = key_steps(feature.schedule, total)
-            return Plan(tuple(FULL if i in keys else decoder for i in range(total)))
-
-        run = ReuseRun(
-            feature.name,
-            self.pipeline,
-            clock,
-            self._counters,
-            Plan((FULL, decoder)),
-            plan,
-            feature.batch_decoder,
-            feature.max_group_mb,
-        )
-        self.install(run)
-        if feature.prior_noise > 0:
-            noise = PriorNoise(feature, clock, self._counters)
-            self.changes.add(noise.uninstall)
-            noise.install(called_denoisers(self.pipeline))

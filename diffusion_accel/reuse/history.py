@@ -59,6 +59,7 @@ class History:
         return len(self.values)
 
     def bytes(self) -> int:
+        """What the kept values hold."""
         return tensor_bytes(self.values)
 
 

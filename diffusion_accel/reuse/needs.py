@@ -1,26 +1,59 @@
-"""What a plan needs from the inside of a denoiser and from its scheduler, asked before anything is attached."""
+"""What a plan needs of a pipeline, its denoiser and its scheduler, asked before anything is attached."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from diffusion_accel.denoisers import not_a_unet
+from diffusion_accel.denoisers import (
+    find_denoisers,
+    layers_per_block,
+    no_branches,
+    not_a_unet,
+    not_followed,
+    reads_every_step,
+)
 from diffusion_accel.prediction import Conversion
 
-from .plan import Plan
+from . import block_hooks, unet_hooks
+from .plan import Kinds, PlanSource
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
-def unmet_need(denoiser: nn.Module, scheduler: Any, kinds: Plan) -> str | None:
+def supports(source: PlanSource, pipe: DiffusionPipeline) -> str | None:
+    """Why a pipeline cannot follow the plans of a source; None if it can."""
+    if reason := unfollowable(pipe):
+        return reason
+    kinds = source.kinds(layers_per_block(pipe))
+    if kinds.leaves_branches_out and (reason := no_branches(pipe)):
+        return reason
+    reasons = (unmet_need(denoiser, pipe.scheduler, kinds) for denoiser in find_denoisers(pipe))
+    return next(filter(None, reasons), None)
+
+
+def no_loop(pipe: DiffusionPipeline) -> str | None:
+    """That a pipeline lacks what every plan is about; None if it has it."""
+    if not find_denoisers(pipe):
+        return "the pipeline has no unet or transformer"
+    if getattr(pipe, "scheduler", None) is None:
+        return "the pipeline has no scheduler to take the steps from"
+    return None
+
+
+def unfollowable(pipe: DiffusionPipeline) -> str | None:
+    """Why no step of a pipeline can be left out; None if some can."""
+    return no_loop(pipe) or reads_every_step(pipe) or not_followed(pipe)
+
+
+def unmet_need(denoiser: nn.Module, scheduler: Any, kinds: Kinds) -> str | None:
     """Why a denoiser cannot follow a plan with these kinds of steps; None if it can."""
     if any(kinds.spaces) and not Conversion(scheduler).possible:
         return (
             f"with {type(scheduler).__name__} a prediction cannot be turned into noise or clean sample; "
             "use hold without epsilon or sample"
         )
-    if not_a_unet(denoiser) is None:
-        from .unet_hooks import missing_parts
-    else:
-        from .block_hooks import missing_parts
-    return missing_parts(denoiser, kinds)
+    parts = unet_hooks if not_a_unet(denoiser) is None else block_hooks
+    return parts.missing_parts(denoiser, kinds)

@@ -1,18 +1,23 @@
-"""Plans: what each denoising step of a call computes, reuses or forecasts."""
+"""Plans: what each denoising step of a call computes, reuses or forecasts; and whatever makes one."""
 
 from __future__ import annotations
 
+import importlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 
-from .schedule import around_center, key_steps
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 MODES = ("full", "decoder", "shallow", "hold")
 GUIDANCE = ("both", "reuse", "none")
+SPACES = ("", "epsilon", "sample")
 MAX_ORDER = 3
 MAX_STEPS = 10_000  # of a plan, and between two full steps of a preset
 MAX_DEPTH = 1_000
@@ -44,7 +49,7 @@ class Step:
         order: what is reused is taken as it was (0), or forecast in time by a polynomial of this degree through the
             last full steps (at most 3).
         weights: of "hold", instead of an order: what the last computed predictions count in the forecast, the newest
-            first (at most 4). Fitted by the tuner.
+            first (at most 4, of four decimals; the order follows from them). Fitted by the tuner.
         guidance: "both": with and without the prompt; "reuse": only with it, and the difference between the two is
             the forecast one; "none": only with it, and no guidance (limited-interval guidance, Kynkäänniemi 2024).
     """
@@ -55,6 +60,21 @@ class Step:
     guidance: str = "both"
     space: str = ""
     weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weights:
+            object.__setattr__(self, "weights", tuple(round(weight, 4) for weight in self.weights))
+            object.__setattr__(self, "order", len(self.weights) - 1)
+        known = self.mode in MODES and self.guidance in GUIDANCE and self.space in SPACES
+        if not known or not 0 <= self.order <= MAX_ORDER or (self.mode == "shallow") != (0 < self.depth <= MAX_DEPTH):
+            raise ConfigurationError(
+                f"a step has a mode ({', '.join(MODES)}), an order of 0 to {MAX_ORDER}, guidance "
+                f"({', '.join(GUIDANCE)}) and, if it is shallow, a depth of 1 to {MAX_DEPTH}; got {shown(vars(self))}"
+            )
+        if self.mode != "hold" and (self.space or self.weights):
+            raise ConfigurationError(f"only hold has a space or weights, got {shown(vars(self))}")
+        if not all(abs(weight) <= MAX_WEIGHT for weight in self.weights):
+            raise ConfigurationError(f"a weight of hold must be at most {MAX_WEIGHT:g}, got {shown(self.weights)}")
 
     def __str__(self) -> str:
         text = self.mode
@@ -91,8 +111,112 @@ class Step:
 FULL = Step()
 
 
+class Kinds(frozenset[Step]):
+    """A step of every kind that the plans of one source have: what must be hooked and kept for them follows from it."""
+
+    @property
+    def depths(self) -> frozenset[int]:
+        """The depths of the shallow steps."""
+        return frozenset(step.depth for step in self if step.mode == "shallow")
+
+    def orders(self, mode: str, depth: int = 0) -> int:
+        """The highest order of the steps of this mode (and depth); −1 if there is none."""
+        return max((s.order for s in self if s.mode == mode and s.depth == depth), default=-1)
+
+    @property
+    def spaces(self) -> dict[str, int]:
+        """The spaces of the held steps, with the highest order in each."""
+        held = [step for step in self if step.mode == "hold"]
+        return {s: max(step.order for step in held if step.space == s) for s in {step.space for step in held}}
+
+    @property
+    def highest_order(self) -> int:
+        """The highest order of a forecast; 0 if nothing is forecast."""
+        return max(step.order for step in self)
+
+    @property
+    def reuses_guidance(self) -> bool:
+        """Whether a step adds the difference of the branches of guidance that earlier steps left."""
+        return any(step.guidance == "reuse" for step in self)
+
+    @property
+    def leaves_branches_out(self) -> bool:
+        """Whether a step computes one branch of guidance only."""
+        return any(step.guidance != "both" for step in self)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a step needs hooks inside of the denoiser: it runs some of its parts only."""
+        return any(step.mode in ("decoder", "shallow") for step in self)
+
+
+class PlanSource(ABC):
+    """Whatever gives a call its plan: steps written out, a preset, a tuned plan, key steps, a cache of diffusers.
+
+    `str` of each is read back by the `parse` of its class and, where it is a value of `Reuse.plan`, by `read_plan`.
+    """
+
+    #: the module with a function `supports(source, pipeline)`, imported when it is first needed: it needs torch
+    runtime: ClassVar[str] = "diffusion_accel.reuse.needs"
+
+    @abstractmethod
+    def for_steps(self, total: int, layers: int = 2) -> Plan:
+        """The plan for a call of `total` steps.
+
+        Args:
+            total: at least 1.
+            layers: layers in a block of the U-Net, which DeepCache's branches count by.
+        """
+
+    @abstractmethod
+    def kinds(self, layers: int = 2) -> Kinds:
+        """The kinds of steps that its plans have, whatever the number of steps."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> PlanSource:
+        """The inverse of `str`. Raises `ConfigurationError`."""
+
+    @property
+    def made_for(self) -> int | None:
+        """The only number of steps that it is written for; None: it fits any."""
+        return None
+
+    @property
+    def text(self) -> str:
+        """What `Reuse.plan` holds, a text that `read_plan` reads."""
+        return str(self)
+
+    @property
+    def works_inside(self) -> bool:
+        """Whether it needs hooks inside of the denoiser."""
+        return self.kinds().inside
+
+    def supports(self, pipe: DiffusionPipeline) -> str | None:
+        """Why a pipeline cannot follow its plans (one sentence); None if it can. Changes nothing."""
+        return self._runtime().supports(self, pipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """It as plain JSON values."""
+        return {"plan": self.text}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `ConfigurationError`."""
+        text = values.get("plan")
+        if not isinstance(text, str) or len(values) > 1:
+            raise ConfigurationError(f'a plan as JSON is {{"plan": TEXT}}, got {shown(values)}')
+        made = cls.parse(text)
+        if not isinstance(made, cls):
+            raise ConfigurationError(f"{shown(text)} is a {type(made).__name__}, not a {cls.__name__}")
+        return made
+
+    def _runtime(self) -> Any:
+        return importlib.import_module(self.runtime)
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(PlanSource):
     """The steps of one call. The first is always computed in full, with both branches of the guidance."""
 
     steps: tuple[Step, ...]
@@ -111,35 +235,35 @@ class Plan:
         return " ".join(map(str, self.steps))
 
     @classmethod
-    def parse(cls, tokens: list[str] | str) -> Plan:
-        """From the tokens of `Step`, as a list or separated by spaces."""
-        tokens = tokens.split() if isinstance(tokens, str) else tokens
+    def parse(cls, text: str | Sequence[str]) -> Plan:
+        """From the tokens of `Step`, as a list or separated by spaces, with "steps:" before them or without."""
+        tokens = text.removeprefix("steps:").split() if isinstance(text, str) else text
         if len(tokens) > MAX_STEPS:
             raise ConfigurationError(f"a plan has at most {MAX_STEPS} steps, got {len(tokens)}")
         return cls(tuple(map(Step.parse, tokens)))
 
-    @property
-    def depths(self) -> frozenset[int]:
-        """The depths of its shallow steps."""
-        return frozenset(step.depth for step in self.steps if step.mode == "shallow")
+    def kinds(self, layers: int = 2) -> Kinds:
+        """Its own steps."""
+        return Kinds(self.steps)
 
-    def orders(self, mode: str, depth: int = 0) -> int:
-        """The highest order of its steps of this mode (and depth); −1 if it has none."""
-        return max((s.order for s in self.steps if s.mode == mode and s.depth == depth), default=-1)
-
-    @property
-    def spaces(self) -> dict[str, int]:
-        """The spaces of its held steps, with the highest order in each."""
-        held = [step for step in self.steps if step.mode == "hold"]
-        return {s: max(step.order for step in held if step.space == s) for s in {step.space for step in held}}
+    def for_steps(self, total: int, layers: int = 2) -> Plan:
+        """This plan, stretched to so many steps; see `stretched`."""
+        return self.stretched(total)
 
     @property
-    def highest_order(self) -> int:
-        return max(step.order for step in self.steps)
+    def made_for(self) -> int:
+        """How many steps it has."""
+        return len(self.steps)
+
+    @property
+    def text(self) -> str:
+        """ "steps:" and the steps, so that a plan of one step is none of the presets."""
+        return f"steps:{self}"
 
     @property
     def reuses_guidance(self) -> bool:
-        return any(step.guidance == "reuse" for step in self.steps)
+        """Whether a step adds the difference of the branches of guidance that earlier steps left."""
+        return self.kinds().reuses_guidance
 
     def is_full(self, index: int) -> bool:
         """Whether step `index` is computed in full; steps behind the plan's end are."""
@@ -174,154 +298,3 @@ class Plan:
             )
             steps.append(owners.get(j, near))
         return Plan(tuple(steps))
-
-
-# ---------------------------------------------------------------------- presets
-PRESETS = (
-    "full",
-    "faster-diffusion",
-    "uniform:m",
-    "deepcache:n[,branch]",
-    "deepcache-pow:n,center,power[,branch]",
-    "shallow:n,depth",
-    "hold:n[,epsilon|sample]",
-)
-_PRESET = re.compile(r"([a-z-]+)(?::([0-9]{1,9})(?:,([0-9]{1,9}))?(?:,(epsilon|sample))?)?(?:@([0-3]))?")
-_POWER = re.compile(r"deepcache-pow:([0-9]{1,9}),([0-9]{1,9}),([0-9](?:\.[0-9]{1,9})?)(?:,([0-9]{1,9}))?(?:@([0-3]))?")
-# name -> how many numbers it takes: (at least, at most), default order (None: by the number of steps)
-_ARGUMENTS: dict[str, tuple[int, int, int | None]] = {
-    "full": (0, 0, 0),
-    "faster-diffusion": (0, 0, 0),
-    "uniform": (1, 1, 0),
-    "deepcache": (1, 2, 0),
-    "shallow": (2, 2, None),
-    "hold": (1, 1, None),
-}
-FINE = 12  # a forecast is better than plain reuse where full steps divide the trajectory into so many parts (measured)
-
-
-def looks_like_a_preset(text: str) -> bool:
-    """Whether `text` begins like a preset or a list of steps, right or wrong."""
-    return re.split(r"[:@,]", text, maxsplit=1)[0] in (*_ARGUMENTS, "deepcache-pow", "steps")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A plan by name, for any number of steps; see `parse`."""
-
-    name: str
-    interval: int = 1
-    argument: int = 0
-    order: int | None = 0
-    space: str = ""
-    center: int = 0
-    power: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> Preset:
-        """One of `PRESETS`, with @ORDER (0 … 3) behind it if wanted.
-
-        - `full`: every step, which is exact.
-        - `faster-diffusion`: Faster Diffusion's published key steps, the decoder at the others.
-        - `uniform:m`: the encoder at every m-th step, the decoder at the others.
-        - `deepcache:n[,branch]`: DeepCache with interval n and its branch index (0).
-        - `deepcache-pow:n,center,power[,branch]`: the same number of full steps, placed by DeepCache's non-uniform
-          schedule: most of them around step `center`, fewer with a higher `power` (above 1; 1.4 in its examples).
-        - `shallow:n,depth`: the same by depth.
-        - `hold:n`: every n-th step, the prediction is reused at the others, or the noise or the clean sample that it
-          means.
-
-        If `shallow` and `hold` are given no order, it is 1 where n is at most a 12th of the steps, and 0 elsewhere.
-
-        Raises:
-            ConfigurationError: it is none of these.
-        """
-        if (match := _POWER.fullmatch(text)) is not None and 1 < float(match[3]) <= 5 and int(match[1]) >= 2:
-            interval, center, branch = (int(n or 0) for n in match.group(1, 2, 4))
-            _check_numbers(text, (interval, center), branch)
-            return cls("deepcache-pow", interval, branch, int(match[5] or 0), "", center, float(match[3]))
-        match = _PRESET.fullmatch(text)
-        if match is not None and match[1] in _ARGUMENTS:
-            name, numbers = match[1], [int(n) for n in match.groups()[1:3] if n is not None]
-            least, most, order = _ARGUMENTS[name]
-            depth_is_right = name != "shallow" or (len(numbers) == 2 and numbers[1] >= 1)
-            depth_is_right &= match[4] is None or name == "hold"
-            _check_numbers(text, numbers[:1], *numbers[1:])
-            if least <= len(numbers) <= most and (not numbers or numbers[0] >= 1) and depth_is_right:
-                interval, argument = (*numbers, 1, 0)[:2] if not numbers else (*numbers, 0)[:2]
-                return cls(name, interval, argument, order if match[5] is None else int(match[5]), match[4] or "")
-        raise ConfigurationError(
-            f"unknown reuse plan {shown(text)}; allowed: {', '.join(PRESETS)}, each with @ORDER (0 to {MAX_ORDER}) if "
-            "wanted; tuned:quality, tuned:balanced, tuned:fast; or a tuned plan's JSON file"
-        )
-
-    def plan(self, total: int, layers: int = 2) -> Plan:
-        """The plan for `total` steps; `layers`: layers per block of the U-Net, for DeepCache's branch."""
-        if self.name == "full":
-            return Plan((FULL,) * total)
-        order = int(self.interval * FINE <= total) if self.order is None else self.order
-        if self.name == "faster-diffusion":
-            full, other = key_steps("paper", total), Step("decoder", order=order)
-        else:
-            full, other = frozenset(range(0, total, self.interval)), self._other(order, layers)
-            if self.name == "deepcache-pow":
-                full = around_center(total, self.interval, self.center, self.power)
-        return Plan(tuple(FULL if i in full else other for i in range(total)))
-
-    def kinds(self, layers: int = 2) -> Plan:
-        """A plan that has every kind of step, of the highest order, that plans of any length have."""
-        if self.name == "deepcache-pow":  # which cannot be placed in any number of steps
-            return Plan((FULL, self._other(self.order or 0, layers)))
-        return self.plan(FINE * self.interval + 6, layers)
-
-    def _other(self, order: int, layers: int) -> Step:
-        if self.name == "uniform":
-            return Step("decoder", order=order)
-        if self.name == "hold":
-            return Step("hold", order=order, space=self.space)
-        depth = self.argument if self.name == "shallow" else branch_depth(self.argument, layers)
-        return Step("shallow", depth, order)
-
-
-def _check_numbers(text: str, steps: Sequence[int], depth: int = 0) -> None:
-    if max(steps, default=0) > MAX_STEPS or depth > MAX_DEPTH:
-        raise ConfigurationError(
-            f"the numbers of a plan are at most {MAX_STEPS} (steps) and {MAX_DEPTH} (depth, branch), got {shown(text)}"
-        )
-
-
-def branch_depth(branch: int, layers: int) -> int:
-    """How many skip connections DeepCache 0.1.1 computes for a branch index.
-
-    It divides the index by 3 for the block and the place in it, whatever the block has; a block of a U-Net has
-    `layers` + 1 skip connections.
-    """
-    block, place = divmod(branch, 3)
-    return block * (layers + 1) + min(place, layers) + 1
-
-
-def with_guidance(plan: Plan, text: str, levels: list[float]) -> Plan:
-    """The plan with a guidance rule over its steps.
-
-    - `both`: unchanged.
-    - `reuse:n`: the unconditional branch is computed at every n-th step only.
-    - `interval:low-high`: guidance only while the noise level (of `levels`, one for each step) is within low … high.
-
-    Raises:
-        ConfigurationError: it is none of these.
-    """
-    if text == "both":
-        return plan
-    kind, _, value = text.partition(":")
-    if kind == "reuse" and re.fullmatch(r"[1-9][0-9]{0,3}", value):
-        n = int(value)
-        changed = [s if i % n == 0 else replace(s, guidance="reuse") for i, s in enumerate(plan.steps)]
-        return Plan(tuple(changed))
-    match = re.fullmatch(r"(0?\.\d+|0|1(?:\.0)?)-(0?\.\d+|0|1(?:\.0)?)", value) if kind == "interval" else None
-    if match is None or float(match[1]) > float(match[2]):
-        raise ConfigurationError(
-            f"guidance must be both, reuse:n with n >= 1, or interval:low-high within 0-1, got {shown(text)}"
-        )
-    low, high = float(match[1]), float(match[2])
-    changed = [s if low <= levels[i] <= high else replace(s, guidance="none") for i, s in enumerate(plan.steps)]
-    return Plan(tuple(changed))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffusion_accel._version import __version__
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.io import printable, read_json, replacing, shown
+from diffusion_accel.io import read_json, replacing, shown
 
-from .plan import Plan
+from .plan import Kinds, Plan, PlanSource
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 FORMAT = "diffusion-accel reuse plan"
 VERSION = 1
@@ -26,36 +28,17 @@ def is_tuned(text: str) -> bool:
     return text.startswith("tuned:") or text.endswith(".json")
 
 
-def conditions(pipeline: Any, steps: int) -> dict[str, Any]:
-    """What a plan depends on: the denoiser, its weights (None where they are offloaded to another place), the scheduler
-    and the number of steps."""
-    from diffusion_accel.denoisers import find_denoisers, fingerprint
-
-    denoisers, scheduler = find_denoisers(pipeline), pipeline.scheduler
-    config = getattr(scheduler, "config", {})
-    kept = ("prediction_type", "timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas")
-    return {
-        "denoiser": _kind(denoisers),
-        "weights": None if any(p.is_meta for d in denoisers for p in d.parameters()) else fingerprint(*denoisers),
-        "scheduler": type(scheduler).__name__,
-        "scheduler_config": {key: config[key] for key in kept if key in config},
-        "steps": steps,
-    }
-
-
-def _kind(denoisers: list[Any]) -> str:
-    return "+".join(type(denoiser).__name__ for denoiser in denoisers)
-
-
-@dataclass
-class TunedPlan:
+@dataclass(frozen=True)
+class TunedPlan(PlanSource):
     """A plan with its conditions and measurements.
 
     Attributes:
         plan: the steps.
-        conditions: see `conditions`; also "guidance_scale", "height" and "width" of the calibration, for the record.
+        conditions: see `diffusion_accel.reuse.conditions`; also "call", the
+            arguments of the calibration, for the record.
         measured: cost and fidelity on prompts that the search did not see.
         search: how it was found.
+        origin: what it was loaded by, a path or "tuned:NAME"; empty: it was made here.
     """
 
     plan: Plan
@@ -63,13 +46,38 @@ class TunedPlan:
     measured: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, path: Path, overwrite: bool = False) -> None:
-        """Write as JSON, complete or not at all. Raises `ConfigurationError` if the file exists."""
-        if path.exists() and not overwrite:
-            raise ConfigurationError(f"{path} exists; pass overwrite (--overwrite) to replace it")
-        from diffusion_accel._version import __version__
+    origin: str = field(default="", compare=False)
+    runtime: ClassVar[str] = "diffusion_accel.reuse.conditions"
 
-        values = {
+    def __str__(self) -> str:
+        return self.origin or str(self.plan)
+
+    @property
+    def text(self) -> str:
+        """The name that it was loaded by; its steps if it was not."""
+        return self.origin or self.plan.text
+
+    def for_steps(self, total: int, layers: int = 2) -> Plan:
+        """Its plan, stretched to so many steps."""
+        return self.plan.for_steps(total, layers)
+
+    def kinds(self, layers: int = 2) -> Kinds:
+        """The steps of its plan."""
+        return self.plan.kinds(layers)
+
+    @property
+    def made_for(self) -> int:
+        """The number of steps that it was tuned for."""
+        return len(self.plan)
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Log how a pipeline differs from the one that the plan was tuned for, and which shipped plan fits it."""
+        self._runtime().check(self, pipe)
+
+    # ------------------------------------------------------------------ files
+    def to_dict(self) -> dict[str, Any]:
+        """What is in its file."""
+        return {
             "format": FORMAT,
             "version": VERSION,
             "plan": [str(step) for step in self.plan.steps],
@@ -78,8 +86,34 @@ class TunedPlan:
             "search": self.search,
             "made_by": f"diffusion-accel {__version__}",
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the plan", origin: str = "") -> TunedPlan:
+        """The inverse of `to_dict`; errors begin with `where`. Raises `ConfigurationError`."""
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ConfigurationError(f"{where} is not a reuse plan; make one with diffusion-accel tune")
+        if values.get("version") != VERSION:
+            raise ConfigurationError(
+                f"{where} is a plan of version {shown(values.get('version'))}, this program reads version {VERSION}"
+            )
+        tokens = values.get("plan")
+        if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
+            raise ConfigurationError(f"{where}: plan must be a list of steps")
+        tables = [values.get("conditions"), values.get("measured", {}), values.get("search", {})]
+        if not all(isinstance(table, dict) for table in tables):
+            raise ConfigurationError(f"{where}: conditions, measured and search must be objects")
+        try:
+            conditions, measured, search = tables
+            return cls(Plan.parse(tokens), conditions, measured, search, origin)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{where}: {error}") from error
+
+    def save(self, path: Path, overwrite: bool = False) -> None:
+        """Write as JSON, complete or not at all. Raises `ConfigurationError` if the file exists."""
+        if path.exists() and not overwrite:
+            raise ConfigurationError(f"{path} exists; overwrite replaces it")
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, text: str) -> TunedPlan:
@@ -96,52 +130,18 @@ class TunedPlan:
             values = read_json(path, "the plan")
         except ConfigurationError as error:
             raise ConfigurationError(f"{error}; shipped plans: {', '.join(shipped()) or 'none'}") from error
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ConfigurationError(f"{path} is not a reuse plan; make one with diffusion-accel tune")
-        if values.get("version") != VERSION:
-            raise ConfigurationError(
-                f"{path} is a plan of version {shown(values.get('version'))}, this program reads version {VERSION}"
-            )
-        tokens = values.get("plan")
-        if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
-            raise ConfigurationError(f"{path}: plan must be a list of steps")
-        tables = [values.get("conditions"), values.get("measured", {}), values.get("search", {})]
-        if not all(isinstance(table, dict) for table in tables):
-            raise ConfigurationError(f"{path}: conditions, measured and search must be objects")
-        try:
-            return cls(Plan.parse(tokens), *tables)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{path}: {error}") from error
+        return cls.from_dict(values, str(path), text)
 
-    def for_another_denoiser(self, denoisers: list[Any]) -> str | None:
-        """That the plan was tuned for another class of denoiser; None if it is for this one."""
-        made_for = self.conditions.get("denoiser")
-        if made_for == _kind(denoisers):
-            return None
-        name = made_for if isinstance(made_for, str) else "a model that it does not name"
-        return f"the plan was tuned for {printable(name)[:80]}, this pipeline has {_kind(denoisers)}"
+    @classmethod
+    def parse(cls, text: str) -> TunedPlan:
+        """The same as `load`: the text of a tuned plan is where it lies."""
+        return cls.load(text)
 
-    def check(self, pipeline: Any) -> None:
-        """Log how a pipeline differs from the one that the plan was tuned for, and which shipped plan fits it."""
-        here = conditions(pipeline, len(self.plan))
-        for key, what in (("weights", "other weights"), ("scheduler", "another scheduler"), ("scheduler_config", "")):
-            if here[key] == self.conditions.get(key) or here[key] is None:
-                continue
-            fitting = [name for name in shipped() if TunedPlan.load(f"tuned:{name}")._same(here)]
-            logger.warning(
-                "the plan was tuned with %s (%s, here %s): what it was measured to keep does not hold here; %s",
-                what or "other settings of the scheduler",
-                shown(self.conditions.get(key)),
-                shown(here[key]),
-                f"plans for what is here: {', '.join(f'tuned:{name}' for name in fitting)}"
-                if fitting
-                else "make one with diffusion-accel tune",
-            )
-            return
 
-    def _same(self, here: dict[str, Any]) -> bool:
-        keys = ("denoiser", "weights", "scheduler", "scheduler_config")
-        return all(here[key] == self.conditions.get(key) for key in keys)
+@functools.cache
+def shipped_plans() -> dict[str, TunedPlan]:
+    """The shipped plans by name, read once."""
+    return {name: TunedPlan.load(f"tuned:{name}") for name in shipped()}
 
 
 def shipped() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -11,6 +11,9 @@ from torch import nn
 from diffusion_accel.hooks import HookSet, as_given, bind_forward, model_of
 from diffusion_accel.noise_level import unknown_noise_levels
 from diffusion_accel.steps import StepClock
+
+if TYPE_CHECKING:
+    from .encoder_reuse import EncoderReuse
 
 
 def not_injectable(scheduler: Any) -> str | None:
@@ -32,7 +35,7 @@ class PriorNoise:
     `scheduler.step`. Both timings are the released code's. x_T is what the call starts from.
     """
 
-    def __init__(self, feature: Any, clock: StepClock, counters: dict[str, float]) -> None:
+    def __init__(self, feature: EncoderReuse, clock: StepClock, counters: dict[str, float]) -> None:
         self.feature = feature
         self.clock = clock
         self.counters = counters
@@ -52,6 +55,7 @@ class PriorNoise:
             self.clock.on_step(before=self._begin, after=self._after)
 
     def uninstall(self) -> None:
+        """Remove what `install` put on the denoisers, and free x_T."""
         self._hooks.remove()
         self._initial.clear()
 

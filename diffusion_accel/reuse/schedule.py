@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
+
+from .plan import FULL, Kinds, Plan, PlanSource, Step
 
 # How the names of schedulers begin that have more timesteps than steps.
 MORE_TIMESTEPS = ("heun", "kdpm2", "pndm")
@@ -98,7 +101,7 @@ def around_center(total: int, interval: int, center: int, power: float) -> froze
     Raises:
         ConfigurationError: they coincide with every power above 1.
     """
-    import numpy as np
+    import numpy as np  # heavy: settings are read without it
 
     wanted = -(-total // interval)
     while power > 1 and center < total:
@@ -124,3 +127,43 @@ def scale(keys: tuple[int, ...], reference: int, total: int) -> frozenset[int]:
         until = (k + 1) * total // reference if k + 1 in chosen else at + 1
         scaled.update(range(at, max(until, at + 1)))
     return frozenset(i for i in scaled if i < total)
+
+
+_DECODER = Step("decoder")
+
+
+@dataclass(frozen=True)
+class KeySteps(PlanSource):
+    """Key steps as a source of plans: the whole U-Net at these, its decoder at the others (Faster Diffusion).
+
+    Attributes:
+        schedule: one of `PRESETS`, uniform:m, or positions; see `key_steps`.
+    """
+
+    schedule: str | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+
+    def __str__(self) -> str:
+        return self.schedule if isinstance(self.schedule, str) else "+".join(map(str, self.schedule))
+
+    @classmethod
+    def parse(cls, text: str) -> KeySteps:
+        """The inverse of `str`; positions are written 0+1+5."""
+        return cls(tuple(map(int, text.split("+"))) if re.fullmatch(r"[0-9]{1,5}(\+[0-9]{1,5})*", text) else text)
+
+    def for_steps(self, total: int, layers: int = 2) -> Plan:
+        """The plan for `total` steps. Raises `ConfigurationError` if a listed position lies beyond them."""
+        keys = key_steps(self.schedule, total)
+        return Plan(tuple(FULL if i in keys else _DECODER for i in range(total)))
+
+    def kinds(self, layers: int = 2) -> Kinds:
+        """Full steps, and those of the decoder alone."""
+        return Kinds((FULL, _DECODER))
+
+
+def read_schedule(given: str | tuple[int, ...] | KeySteps) -> tuple[str | tuple[int, ...], KeySteps]:
+    """What the field `schedule` keeps, and the key steps that it means."""
+    keys = given if isinstance(given, KeySteps) else KeySteps(given)
+    return keys.schedule, keys

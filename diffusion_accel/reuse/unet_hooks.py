@@ -12,12 +12,12 @@ from torch import nn
 from diffusion_accel.denoisers import BATCH_ARGUMENTS, UNetLayers, unet_layers, unet_stages
 from diffusion_accel.hooks import bind_forward, first_argument, map_tensors
 
-from .executor import Pass, ReuseRun
-from .plan import Plan
+from .plan import Kinds
+from .state import DenoiserCall, ReuseState
 
 
-def missing_parts(denoiser: nn.Module, kinds: Plan) -> str | None:
-    """Why a U-Net cannot run the kinds of steps of a plan; None if it can."""
+def missing_parts(denoiser: nn.Module, kinds: Kinds) -> str | None:
+    """Why a U-Net cannot run the kinds of steps of plans; None if it can."""
     if not kinds.depths:
         return None
     try:
@@ -32,9 +32,9 @@ def missing_parts(denoiser: nn.Module, kinds: Plan) -> str | None:
     return None
 
 
-def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
-    """The hooks on a U-Net that the kinds of steps of `run` need; see `missing_parts`."""
-    kinds = run.kinds
+def install_parts(state: ReuseState, denoiser: nn.Module) -> None:
+    """The hooks on a U-Net that the kinds of steps of `state` need; see `missing_parts`."""
+    kinds = state.kinds
     decoding, depths = kinds.orders("decoder") >= 0, sorted(kinds.depths)
     if not decoding and not depths:
         return
@@ -50,13 +50,13 @@ def install_parts(run: ReuseRun, denoiser: nn.Module) -> None:
                 entered = direction == "up" and number + 1 in depths
                 for j, module in enumerate(modules):
                     if split or (entered and j == 0):
-                        run.hooks.add(module, LayerHook(run, number, entered and j == 0))
+                        state.hooks.add(module, LayerHook(state, number, entered and j == 0))
     head = len(stages.head)
     for i, stage in enumerate(stages.encoder):
         in_block = [number for number, _ in down[i - head]] if head <= i < head + len(down) else []
-        run.hooks.add(stage, EncoderStageHook(run, i, -1 if i < head else min(in_block, default=_DEEPEST)))
+        state.hooks.add(stage, EncoderStageHook(state, i, -1 if i < head else min(in_block, default=_DEEPEST)))
     for i, stage in enumerate(stages.up):
-        run.hooks.add(stage, UpBlockHook(run, i, tuple(number for number, _ in up[i]), decoding))
+        state.hooks.add(stage, UpBlockHook(state, i, tuple(number for number, _ in up[i]), decoding))
 
 
 _DEEPEST = 10**6  # further in than any skip connection
@@ -73,6 +73,7 @@ class Outline:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Outline:
+        """The shape of a tensor that was."""
         last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, last and not tensor.is_contiguous())
 
@@ -87,14 +88,14 @@ class Outline:
         return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
-def _outlined(current: Pass, key: Any, output: Any, steps: int = 1) -> Any:
+def _outlined(current: DenoiserCall, key: Any, output: Any, steps: int = 1) -> Any:
     """Note the shapes of an output of a full step with the rows of so many steps, and return it."""
     if current.full:
         current.features.outlines[key] = (current.rows * steps, map_tensors(Outline.of, output))
     return output
 
 
-def _skipped(current: Pass, key: Any) -> Any:
+def _skipped(current: DenoiserCall, key: Any) -> Any:
     """What stands for the output of a part that is not computed."""
     rows, outline = current.features.outlines[key]
     if current.step.mode == "decoder":  # nothing reads it
@@ -105,13 +106,13 @@ def _skipped(current: Pass, key: Any) -> Any:
 class PartHook(ModelHook):
     """On a part of the U-Net; `first` is the outermost skip connection that it takes part in."""
 
-    def __init__(self, run: ReuseRun, number: int, first: int) -> None:
+    def __init__(self, state: ReuseState, number: int, first: int) -> None:
         super().__init__()
-        self.run = run
+        self.state = state
         self.number = number
         self.first = first
 
-    def skipped(self, current: Pass) -> bool:
+    def skipped(self, current: DenoiserCall) -> bool:
         """Whether this step leaves the part out."""
         return current.step.mode == "shallow" and self.first >= current.step.depth
 
@@ -120,7 +121,8 @@ class EncoderStageHook(PartHook):
     """On conv_in, each down block and the mid block: runs the stage, or only pretends to."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        current = self.run.current
+        """The stage's own forward, or what stands for its outputs."""
+        current = self.state.current
         if current is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         key = ("encoder", self.number)
@@ -141,13 +143,14 @@ class EncoderStageHook(PartHook):
 class UpBlockHook(PartHook):
     """On each up block: keeps its inputs at full steps and puts them in at decoder steps, for all steps of a group."""
 
-    def __init__(self, run: ReuseRun, number: int, skips: tuple[int, ...], decoding: bool) -> None:
-        super().__init__(run, number, min(skips, default=0))
+    def __init__(self, state: ReuseState, number: int, skips: tuple[int, ...], decoding: bool) -> None:
+        super().__init__(state, number, min(skips, default=0))
         self.skips = skips
-        self.size = run.kinds.orders("decoder") + 1 if decoding else 0
+        self.size = state.kinds.orders("decoder") + 1 if decoding else 0
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        current = self.run.current
+        """The block's own forward, on the inputs that are kept if this is a decoder step."""
+        current = self.state.current
         if current is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         key = ("up", self.number)
@@ -181,12 +184,13 @@ class LayerHook(PartHook):
     does in between (FreeU) was done to it.
     """
 
-    def __init__(self, run: ReuseRun, number: int, entered: bool) -> None:
-        super().__init__(run, number, number)
-        self.size = run.kinds.orders("shallow", number + 1) + 1 if entered else 0
+    def __init__(self, state: ReuseState, number: int, entered: bool) -> None:
+        super().__init__(state, number, number)
+        self.size = state.kinds.orders("shallow", number + 1) + 1 if entered else 0
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        current = self.run.current
+        """The module's own forward, on the kept deep feature where a shallow step enters, or nothing of it."""
+        current = self.state.current
         if current is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         key = ("layer", id(module))

@@ -21,7 +21,7 @@ STEP = 0.01
 DAMPING = (0.01, 0.1, 1.0)
 
 
-def weighted(plan: Plan, times: list[float]) -> Plan:
+def with_weights(plan: Plan, times: list[float]) -> Plan:
     """The plan with the weights of every held step written out, those of polynomials too."""
     steps: list[Step] = []
     nodes: list[int] = []
@@ -36,7 +36,7 @@ def weighted(plan: Plan, times: list[float]) -> Plan:
     return Plan(tuple(steps))
 
 
-def handles(plan: Plan) -> list[tuple[range, int]]:
+def adjustable(plan: Plan) -> list[tuple[range, int]]:
     """What is adjusted: (steps, place), the weight at this place of a run of held steps in the same space."""
     found: list[tuple[range, int]] = []
     for (mode, _, count), group in groupby(
@@ -49,6 +49,7 @@ def handles(plan: Plan) -> list[tuple[range, int]]:
 
 
 def moved(plan: Plan, places: list[tuple[range, int]], by: np.ndarray) -> Plan:
+    """The plan with each of the weights that `adjustable` names changed by an amount."""
     steps = list(plan.steps)
     for (run, place), change in zip(places, by, strict=True):
         for i in run:
@@ -58,7 +59,7 @@ def moved(plan: Plan, places: list[tuple[range, int]], by: np.ndarray) -> Plan:
     return Plan(tuple(steps))
 
 
-def polish(
+def fit_weights(
     plan: Plan, draw: Callable[[Plan], torch.Tensor], wanted: torch.Tensor, go_on: Callable[[], bool]
 ) -> Plan | None:
     """One Gauss-Newton step on the weights of a plan that has them; None if time ran out or nothing was gained.
@@ -66,12 +67,12 @@ def polish(
     The objective is the mean over the images of the logarithm of their squared error, as a mean PSNR is.
 
     Args:
-        plan: see `weighted`.
+        plan: see `with_weights`.
         draw: the images that a plan makes, (N, …).
         wanted: the images of the baseline.
         go_on: asked before each call of `draw`.
     """
-    places = handles(plan)
+    places = adjustable(plan)
     if not places or not go_on():
         return None
     residual = (draw(plan) - wanted).flatten(1)

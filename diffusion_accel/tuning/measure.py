@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from diffusion_accel.denoisers import guided, no_branches
 from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.hooks import call_arguments
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import seconds_of
 from diffusion_accel.prediction import SPACES, Conversion
+from diffusion_accel.progress import Progress
 from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.reuse.reuse import Reuse
 from diffusion_accel.steps import StepClock
 from diffusion_accel.switchboard import accelerate
 
 from .search import Forecasts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 PROBES = 12  # steps at which the influence is measured, along the trajectory
 ENDING = 4  # and all of the last ones, where it changes quickly
@@ -35,9 +42,11 @@ class Costs:
     steps: dict[str, float]
 
     def time(self, plan: Plan) -> float:
+        """What a call with this plan takes, 1 being the baseline's."""
         return self.fixed + sum(self.steps[kind(step)] for step in plan.steps)
 
     def speedup(self, plan: Plan) -> float:
+        """How many times as fast as the baseline a call with this plan is."""
         return 1 / self.time(plan)
 
 
@@ -65,7 +74,63 @@ class Reference:
 
     @classmethod
     def measure(cls, sampler: Sampler, heldout: Sampler) -> Reference:
+        """Draw the images of the pipeline as it is, with its own scheduler."""
         return cls(sampler, heldout, sampler.pipe.scheduler, sampler.images())
+
+
+@dataclass(frozen=True)
+class Observations:
+    """All that a search knows of a pipeline before it tries a plan.
+
+    Attributes:
+        forecasts: what the baseline's predictions say, one for each space.
+        costs: what a step of each kind costs.
+        unguided: why no plan leaves a branch of guidance out; empty if some do.
+    """
+
+    forecasts: list[Forecasts]
+    costs: Costs
+    unguided: str = ""
+
+    @classmethod
+    def measure(cls, sampler: Sampler, reference: Reference, progress: Progress) -> Observations:
+        """The predictions at every step, and what a step of each kind costs."""
+        progress("predictions", 0.0)
+        forecasts = measure_forecasts(sampler, lambda: progress("influence of the steps", 0.0))
+        unguided = why_unguided(sampler)
+        total = len(forecasts[0].times)
+        costs = measure_costs(sampler, reference, total, not unguided, lambda: progress("costs", 0.0))
+        return cls(forecasts, costs, unguided)
+
+    @property
+    def total(self) -> int:
+        """How many steps a call has."""
+        return len(self.forecasts[0].times)
+
+    @property
+    def times(self) -> list[float]:
+        """The timestep of each step."""
+        return self.forecasts[0].times
+
+    @property
+    def guided(self) -> bool:
+        """Whether plans may leave a branch of guidance out."""
+        return not self.unguided
+
+
+def why_unguided(sampler: Sampler) -> str:
+    """Why a search for these calls leaves no branch of guidance out; empty if it does. Asked after such a call."""
+    pipe = sampler.pipe
+    arguments = call_arguments(type(pipe).__call__, (), sampler.options)
+    if reason := no_branches(pipe):
+        return reason
+    if guided(pipe, arguments):
+        return ""
+    if "true_cfg_scale" in arguments:
+        return (
+            "true guidance, a second call of the denoiser at every step, is not searched; add guidance=reuse:n by hand"
+        )
+    return "these calls use no guidance"
 
 
 def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bool, tell: Callable[[], None]) -> Costs:
@@ -84,7 +149,7 @@ def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bo
             whole = seconds_of(base.images)
         for name, plan in plans.items():
             tell()
-            with Reusing(sampler.pipe, plan):
+            with reusing(sampler.pipe, plan):
                 part = seconds_of(one.images) / whole
                 if turn:  # the first warms up
                     parts[name].append(part)
@@ -106,8 +171,8 @@ def measure_forecasts(sampler: Sampler, tell: Callable[[], None]) -> list[Foreca
             pairs = zip(predictions, inputs, times, strict=True)
             values = torch.stack([conversion.to(space, p, x, t) for p, x, t in pairs])
             scale = np.array([conversion.slope(space, t) for t in times])
-        gram = sum(one @ one.T for one in (v.double() for v in values.unbind(1))) / values[0].numel()
-        found.append(Forecasts(times, gram.numpy(), influence / np.abs(scale), space))
+        products = functools.reduce(np.add, ((one @ one.T).numpy() for one in values.double().unbind(1)))
+        found.append(Forecasts(times, products / values[0].numel(), influence / np.abs(scale), space))
     return found
 
 
@@ -124,39 +189,35 @@ def measure_influence(sampler: Sampler, predictions: torch.Tensor, tell: Callabl
     base, found = few.images(), []
     for i in places:
         tell()
-        with Reusing(few.pipe, Plan(tuple(Step("hold") if j == i else FULL for j in range(total)))):
+        with reusing(few.pipe, Plan(tuple(Step("hold") if j == i else FULL for j in range(total)))):
             moved = (few.images() - base).pow(2).mean().sqrt()
-        changed = (predictions[i] - predictions[i - 1])[: len(base)].pow(2).mean().sqrt()
+        changed: torch.Tensor = (predictions[i] - predictions[i - 1])[: len(base)].pow(2).mean().sqrt()
         found.append(float(moved / changed.clamp(min=1e-8)))
     return np.exp(np.interp(np.arange(total), places, np.log(np.maximum(found, 1e-8))))
 
 
-class Reusing:
+@contextmanager
+def reusing(pipe: DiffusionPipeline, plan: Plan) -> Iterator[None]:
     """Within this context the pipeline reuses by one plan; after it everything is as it was before."""
-
-    def __init__(self, pipe: Any, plan: Plan) -> None:
-        self.pipe, self.feature = pipe, Reuse(plan=f"steps:{plan}")
-
-    def __enter__(self) -> None:
-        handle = getattr(self.pipe, "acceleration", None)
-        self.before = None if handle is None else handle.features.get("reuse")
-        self.enabled = handle is not None and handle.enabled("reuse")
-        self.accelerated = handle is not None
-        accelerate(self.pipe, self.feature)
-
-    def __exit__(self, *exception: object) -> None:
-        if not self.accelerated:
-            self.pipe.acceleration.remove()
-        elif self.before is not None:
-            accelerate(self.pipe, self.before)
-            if not self.enabled:
-                self.pipe.acceleration.disable("reuse")
+    handle = getattr(pipe, "acceleration", None)
+    before = None if handle is None else handle.features.get("reuse")
+    enabled = handle is not None and handle.enabled("reuse")
+    accelerate(pipe, Reuse(plan=plan))
+    try:
+        yield
+    finally:
+        if handle is None:
+            pipe.acceleration.remove()
+        elif before is None:
+            pipe.acceleration.remove("reuse")
         else:
-            self.pipe.acceleration.remove("reuse")
+            accelerate(pipe, before)
+            if not enabled:
+                pipe.acceleration.disable("reuse")
 
 
 @contextmanager
-def scheduling(pipe: Any, scheduler: Any) -> Iterator[None]:
+def scheduling(pipe: DiffusionPipeline, scheduler: Any) -> Iterator[None]:
     """Within this context the pipeline has another scheduler."""
     before = pipe.scheduler
     pipe.scheduler = scheduler

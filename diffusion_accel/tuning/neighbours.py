@@ -13,7 +13,7 @@ from .search import Rule
 RULES = (Rule(1), Rule(2), Rule(3), Rule(4), Rule(1, True), Rule(2, True), Rule(3, True))
 
 
-def halved(plan: Plan, every: int) -> Plan:
+def guidance_thinned(plan: Plan, every: int) -> Plan:
     """The plan with guidance's unconditional branch at each `every`-th of its full steps only."""
     number = -1
     steps = []
@@ -23,8 +23,9 @@ def halved(plan: Plan, every: int) -> Plan:
     return Plan(tuple(steps))
 
 
-def mutated(plan: Plan, rng: random.Random, guided: bool, spaces: tuple[str, ...] = ("",)) -> Plan:
-    """A neighbour: full steps moved, exchanged or traded, another rule behind one of them, another branch kept.
+def neighbour(plan: Plan, rng: random.Random, guided: bool, spaces: tuple[str, ...] = ("",)) -> Plan:
+    """A plan that is nearly the same: full steps moved, exchanged or traded, another rule behind one of them, another
+    branch kept.
 
     Fitted weights are not fitted to it yet.
     """

@@ -1,7 +1,7 @@
 """Which steps to compute: dynamic programming over how well predictions can be forecast from each other.
 
 A held prediction is a linear combination of computed ones. How much the images change with the prediction at a step
-is measured (`calibration.measure_influence`). So, as long as the latents stay near the baseline's, the squared error
+is measured (`measure.measure_influence`). So, as long as the latents stay near the baseline's, the squared error
 that a run of held steps leaves is a quadratic form in the Gram matrix of the baseline's own predictions, and the best
 combination a least-squares problem in it: plans can be made and compared without running any.
 """
@@ -33,6 +33,7 @@ class Rule:
     fitted: bool = False
 
     def hold(self, space: str, weights: tuple[float, ...]) -> Step:
+        """A held step by this rule; its weights are `weights` if they are to be fitted."""
         return Step("hold", order=self.count - 1, space=space, weights=weights if self.fitted else ())
 
 

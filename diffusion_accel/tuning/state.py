@@ -49,6 +49,7 @@ def write_search(path: Path, head: Any, known: dict[str, list[float]]) -> None:
 
 
 def add_score(path: Path, plan: str, scores: list[float]) -> None:
+    """Add a line: the PSNR of every image with a plan."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_line(plan, scores) + "\n")
 

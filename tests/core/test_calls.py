@@ -396,12 +396,12 @@ def test_what_saving_and_converting_lose_is_said(tmp_path: Any, caplog: Any) -> 
 def test_what_measures_a_pipeline_leaves_its_switches() -> None:
     from diffusion_accel.measure.comparison import compare_calls
     from diffusion_accel.reuse.plan import Plan
-    from diffusion_accel.tuning.measure import Reusing
+    from diffusion_accel.tuning.measure import reusing
 
     pipe, _ = sd()
     accelerate(pipe, Reuse(plan="hold:3"))
     pipe.acceleration.disable("reuse")
-    with Reusing(pipe, Plan.parse("full hold")):
+    with reusing(pipe, Plan.parse("full hold")):
         assert pipe.acceleration.enabled("reuse")
     assert pipe.acceleration.features["reuse"] == Reuse(plan="hold:3") and not pipe.acceleration.enabled("reuse")
     pipe.acceleration.enable()

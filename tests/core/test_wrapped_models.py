@@ -13,7 +13,7 @@ from zoo import controlnet, controlnet_guess_mode, run, sd, seeded, wan
 from diffusion_accel import AccelerationError, EncoderReuse, Reuse, UnsupportedPipelineError, accelerate
 from diffusion_accel.denoisers import find_denoisers, fingerprint
 from diffusion_accel.registry import feature_class
-from diffusion_accel.reuse.plan_file import conditions
+from diffusion_accel.reuse.conditions import conditions
 
 NAMES = {sd: ("unet",), wan: ("transformer", "transformer_2")}
 

@@ -141,8 +141,9 @@ def _sd() -> tuple[Any, dict[str, Any]]:
 
 
 def make_plan(folder: Path) -> None:
+    from diffusion_accel.reuse.conditions import conditions
     from diffusion_accel.reuse.plan import Plan
-    from diffusion_accel.reuse.plan_file import TunedPlan, conditions
+    from diffusion_accel.reuse.plan_file import TunedPlan
 
     pipe, _ = _sd()
     plan = Plan.parse("full hold:sample@1 full shallow:1 full/none hold=1.5,-0.5/reuse".split())

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from zoo import Built, flux, rand, run, sd, seeded
 
 from diffusion_accel import AccelerationError, ConfigurationError, Reuse, accelerate
-from diffusion_accel.reuse.cache_settings import CacheSettings
+from diffusion_accel.reuse.diffusers_cache import DiffusersCache
+from diffusion_accel.reuse.diffusers_cache_run import cache_config
 
 
 def counters(pipe: Any) -> dict[str, float]:
@@ -69,9 +70,7 @@ def test_diffusers_caches_equal_enable_cache_and_leave_no_trace(build: Any, name
     assert left() == before and "set_timesteps" not in vars(pipe.scheduler)
     pipe.acceleration.remove()
     assert torch.equal(run(pipe, call, steps=8), plain)
-    settings = CacheSettings.parse(name)
-    assert settings is not None
-    pipe.transformer.enable_cache(settings.config(8, pipe, call))
+    pipe.transformer.enable_cache(cache_config(DiffusersCache.parse(name), 8, pipe, call))
     assert torch.equal(run(pipe, call, steps=8), got)
     if name != "taylorseer:3,1":
         blocks = 2 if build is cogvideox else 4

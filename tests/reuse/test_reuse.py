@@ -24,8 +24,10 @@ from zoo import ZOO, ddim, dit, rand, run, sd, sdxl
 from diffusion_accel import AccelerationError, ConfigurationError, EncoderReuse, Reuse, accelerate
 from diffusion_accel.hooks import tensors_in
 from diffusion_accel.prediction import Conversion
+from diffusion_accel.reuse.guidance import GuidanceRule
 from diffusion_accel.reuse.history import History, weights
-from diffusion_accel.reuse.plan import Plan, Preset, Step, branch_depth, with_guidance
+from diffusion_accel.reuse.plan import Plan, Step
+from diffusion_accel.reuse.preset import Preset, branch_depth
 
 
 def counters(pipe: Any) -> dict[str, float]:
@@ -407,11 +409,10 @@ def test_a_part_of_the_steps_takes_that_part_of_the_plan() -> None:
 
 
 def test_deepcache_pow_places_steps_as_the_package_does() -> None:
-    assert [i for i, s in enumerate(Preset.parse("deepcache-pow:5,15,1.4").plan(50).steps) if s.mode == "full"] == [
-        0, 5, 9, 13, 17, 21, 26, 31, 37, 43,
-    ]  # fmt: skip
+    plan = Preset.parse("deepcache-pow:5,15,1.4").for_steps(50)
+    assert [i for i, s in enumerate(plan.steps) if s.mode == "full"] == [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]
     assert (
-        str(Preset.parse("deepcache-pow:3,2,1.2,4@1").plan(6))
+        str(Preset.parse("deepcache-pow:3,2,1.2,4@1").for_steps(6))
         == "full shallow:5@1 full shallow:5@1 shallow:5@1 shallow:5@1"
     )
     spec = importlib.util.find_spec("DeepCache")
@@ -434,9 +435,9 @@ def test_deepcache_pow_places_steps_as_the_package_does() -> None:
             want = None
         if want is None or center >= total:
             with pytest.raises(ConfigurationError, match="lower center"):
-                preset.plan(total)
+                preset.for_steps(total)
         else:
-            assert {i for i, step in enumerate(preset.plan(total).steps) if step.mode == "full"} == want
+            assert {i for i, step in enumerate(preset.for_steps(total).steps) if step.mode == "full"} == want
 
 
 # ---------------------------------------------------------------------- plans and forecasts as data
@@ -488,15 +489,15 @@ def test_forecasts_are_exact_for_polynomials(times: list[int], at: int, powers: 
 
 
 def test_presets_and_guidance_make_the_plans_that_they_name() -> None:
-    assert str(Preset.parse("hold:3@2").plan(7)) == "full hold@2 hold@2 full hold@2 hold@2 full"
-    assert str(Preset.parse("hold:3").plan(35)).startswith("full hold hold full")
-    assert str(Preset.parse("hold:3").plan(36)).startswith("full hold@1 hold@1 full")
+    assert str(Preset.parse("hold:3@2").for_steps(7)) == "full hold@2 hold@2 full hold@2 hold@2 full"
+    assert str(Preset.parse("hold:3").for_steps(35)).startswith("full hold hold full")
+    assert str(Preset.parse("hold:3").for_steps(36)).startswith("full hold@1 hold@1 full")
     assert Preset.parse("shallow:2,1").kinds().highest_order == 1
-    assert str(Preset.parse("hold:2,epsilon@0").plan(3)) == "full hold:epsilon full"
-    assert str(Preset.parse("deepcache:2,4@1").plan(3)) == "full shallow:5@1 full"
+    assert str(Preset.parse("hold:2,epsilon@0").for_steps(3)) == "full hold:epsilon full"
+    assert str(Preset.parse("deepcache:2,4@1").for_steps(3)) == "full shallow:5@1 full"
     assert [branch_depth(b, 2) for b in range(6)] == [1, 2, 3, 4, 5, 6]
     assert [branch_depth(b, 1) for b in range(6)] == [1, 2, 2, 3, 4, 4]
-    plan = with_guidance(Preset.parse("full").plan(4), "interval:0.3-0.8", [0.9, 0.6, 0.4, 0.1])
+    plan = GuidanceRule.parse("interval:0.3-0.8").applied(Preset.parse("full").for_steps(4), [0.9, 0.6, 0.4, 0.1])
     assert str(plan) == "full/none full full full/none"
     assert Reuse.parse("deepcache:3,1,guidance=reuse:2") == Reuse(plan="deepcache:3,1", guidance="reuse:2")
     assert Reuse.parse("plan=hold:3@1") == Reuse(plan="hold:3@1")

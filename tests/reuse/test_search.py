@@ -17,9 +17,9 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.reuse.plan import Plan, Step
-from diffusion_accel.tuning.fit_weights import handles, polish, weighted
-from diffusion_accel.tuning.measure import Costs, Reusing, measure_forecasts, measure_influence, record
-from diffusion_accel.tuning.neighbours import mutated
+from diffusion_accel.tuning.fit_weights import adjustable, fit_weights, with_weights
+from diffusion_accel.tuning.measure import Costs, measure_forecasts, measure_influence, record, reusing
+from diffusion_accel.tuning.neighbours import neighbour
 from diffusion_accel.tuning.search import Choice, Forecasts, Rule, best_plans, held_plan, predicted_error, refitted
 
 
@@ -89,7 +89,7 @@ def test_held_plans_and_their_neighbours() -> None:
     assert str(plan).startswith("full hold hold full hold=") and len(plan.steps[5].weights) == 2
     assert np.allclose(plan.steps[5].weights, brute_shares(values, forecasts.times, [3, 0], 5, True), atol=1e-4)
     rng = random.Random(0)
-    seen = {refitted(mutated(plan, rng, guided=True), [forecasts]) for _ in range(300)}
+    seen = {refitted(neighbour(plan, rng, guided=True), [forecasts]) for _ in range(300)}
     assert len(seen) > 50
     assert all(len(p) == 8 and p.steps[0].mode == "full" and Plan.parse(str(p)) == p for p in seen)
     for p in seen:
@@ -117,7 +117,7 @@ def test_the_influence_predicts_the_error_of_one_held_step(solver: Any) -> None:
         base = sampler.images()
         for space, i in itertools.product(("", "epsilon", "sample"), (2, 4, 5)):
             plan = Plan(tuple(Step("hold", space=space) if j == i else Step() for j in range(6)))
-            with Reusing(sampler.pipe, plan):
+            with reusing(sampler.pipe, plan):
                 got = float((sampler.images() - base).pow(2).mean())
             ratio = got / predicted_error(plan, list(forecasts.values()))
             # measured by this very step in the space of the prediction; other directions of change elsewhere
@@ -145,15 +145,15 @@ def test_what_is_recorded_is_what_the_pipeline_does() -> None:
 # ---------------------------------------------------------------------- weights made better
 def test_weights_written_out_are_the_polynomial() -> None:
     times = [900.0, 700.0, 600.0, 300.0]
-    plan = weighted(Plan.parse("full full hold@1 hold"), times)
+    plan = with_weights(Plan.parse("full full hold@1 hold"), times)
     assert plan.steps[2].weights == pytest.approx((1.5, -0.5)) and plan.steps[3].weights == (1.0,)
-    assert plan.steps[2].order == 1 and weighted(plan, times) == plan
+    assert plan.steps[2].order == 1 and with_weights(plan, times) == plan
 
 
 def test_gauss_newton_finds_the_weights_of_a_linear_problem() -> None:
     values = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     plan = Plan.parse("full hold=1,0 hold=1,0 full hold:sample=0.5,0.5,0")
-    assert [(list(run), place) for run, place in handles(plan)] == [
+    assert [(list(run), place) for run, place in adjustable(plan)] == [
         ([1, 2], 0), ([1, 2], 1), ([4], 0), ([4], 1), ([4], 2)
     ]  # fmt: skip
 
@@ -165,9 +165,9 @@ def test_gauss_newton_finds_the_weights_of_a_linear_problem() -> None:
     wanted = torch.tensor([0.9, 0.7, -0.3]) @ values
     better = plan
     for _ in range(3):
-        better = polish(better, draw, wanted[None], lambda: True) or better
+        better = fit_weights(better, draw, wanted[None], lambda: True) or better
     assert (draw(better) - wanted).abs().max() < 1e-3
-    assert polish(Plan.parse("full full"), draw, wanted[None], lambda: True) is None
-    assert polish(plan, draw, wanted[None], lambda: False) is None
+    assert fit_weights(Plan.parse("full full"), draw, wanted[None], lambda: True) is None
+    assert fit_weights(plan, draw, wanted[None], lambda: False) is None
     same = replace(plan.steps[1], weights=(1.0, 0.0))
     assert plan.steps[1] == same, "the plan given is left as it was"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,22 +23,25 @@ from diffusion_accel.cli.main import main
 from diffusion_accel.denoisers import fingerprint
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED
+from diffusion_accel.progress import silent
+from diffusion_accel.reuse.conditions import conditions
 from diffusion_accel.reuse.plan import Plan, Step
 from diffusion_accel.reuse.plan_file import TunedPlan
 from diffusion_accel.tuning import measure as calibration
-from diffusion_accel.tuning.fit_weights import polish, weighted
-from diffusion_accel.tuning.measure import Reference, measure_costs
+from diffusion_accel.tuning.budget import Budget
+from diffusion_accel.tuning.fit_weights import fit_weights, with_weights
+from diffusion_accel.tuning.measure import Observations, Reference, measure_costs
 from diffusion_accel.tuning.search import Rule, best_plans
 from diffusion_accel.tuning.state import read_search
-from diffusion_accel.tuning.tuner import Target, Tuner, tune
+from diffusion_accel.tuning.target import Target
+from diffusion_accel.tuning.trials import Trials
+from diffusion_accel.tuning.tuner import Tuner, tune
 
 TINY = sd()[0]
 
 
 # ---------------------------------------------------------------------- files
 def tuned(pipe: Any, tokens: str) -> TunedPlan:
-    from diffusion_accel.reuse.plan_file import conditions
-
     plan = Plan.parse(tokens)
     return TunedPlan(plan, conditions(pipe, len(plan)))
 
@@ -202,19 +204,20 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
     sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
     sampler = Sampler(sticker, tuple(PROMPTS[:3]), 8, 0, 6, CALL)
     with torch.inference_mode():
-        tuner = Tuner(sampler, Reference.measure(sampler, sampler), Target(speedup=2))
-        tuner.measure()
+        trials = Trials(sampler, Reference.measure(sampler, sampler))
+        forecasts = Observations.measure(sampler, trials.reference, silent).forecasts
         uniform = Plan(tuple(Step() if i % 2 == 0 else Step("hold", order=1) for i in range(8)))
-        plain = best_plans(tuner.forecasts, 8, [Rule(1), Rule(2)])[4]
-        fitted = best_plans(tuner.forecasts, 8, [Rule(1, True), Rule(2, True)])[4]
-        assert np.median(tuner.scores(plain)) > np.median(tuner.scores(uniform)) + 3
-        assert np.median(tuner.scores(fitted)) > np.median(tuner.scores(uniform)) + 5
-        tuner.began, tuner.seconds = time.monotonic(), 600
-        better = polish(weighted(plain, tuner.forecasts[0].times), tuner.draw, tuner.reference.images, lambda: True)
-        assert better is not None and tuner.mean(better) > tuner.mean(plain) + 0.5
+        plain = best_plans(forecasts, 8, [Rule(1), Rule(2)])[4]
+        fitted = best_plans(forecasts, 8, [Rule(1, True), Rule(2, True)])[4]
+        assert np.median(trials.scores(plain)) > np.median(trials.scores(uniform)) + 3
+        assert np.median(trials.scores(fitted)) > np.median(trials.scores(uniform)) + 5
+        better = fit_weights(
+            with_weights(plain, forecasts[0].times), trials.draw, trials.reference.images, lambda: True
+        )
+        assert better is not None and trials.mean(better) > trials.mean(plain) + 0.5
         assert getattr(sticker, "acceleration", None) is None, "tuning leaves the pipeline as it was"
         again = sampler.images()
-    assert torch.isinf(psnr(again, tuner.reference.images)).all()
+    assert torch.isinf(psnr(again, trials.reference.images)).all()
 
 
 def test_a_machine_that_slows_down_changes_no_cost(sticker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,27 +237,32 @@ def test_a_machine_that_slows_down_changes_no_cost(sticker: Any, monkeypatch: py
 def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None:
     state, drawn = tmp_path / "search", []
 
-    class Noted(Tuner):
+    class Noted(Trials):
         def scores(self, plan: Plan, at_least: float | None = None) -> list[float]:
             if str(plan) not in self.known:
                 drawn.append(str(plan))
             return super().scores(plan, at_least)
 
     sampler = Sampler(sticker, tuple(PROMPTS[:4]), 4, 0, 6, SMALL)
+
+    def go(reference: Reference, speedup: float) -> None:
+        seen = Observations.measure(sampler, reference, silent)
+        Tuner(Noted(sampler, reference, state), seen, Target(speedup=speedup), Budget(1.0)).search()
+
     with torch.inference_mode():
-        given = Reference.measure(sampler, sampler), Target(speedup=1.2), 1.0, state
-        Noted(sampler, *given).search()
+        reference = Reference.measure(sampler, sampler)
+        go(reference, 1.2)
         first = [json.loads(line) for line in state.read_text().splitlines()]
         assert first[0]["prompts"] == PROMPTS[:4] and {line["plan"] for line in first[1:]} >= set(drawn) != set()
         drawn.clear()
-        Noted(sampler, *given).search()
+        go(reference, 1.2)
     assert not {line["plan"] for line in first[1:]} & set(drawn), "nothing is evaluated twice"
     with state.open("a") as file:
         file.write('{"plan": "full full full full", "psn')  # a disk that was full
     for _ in range(2):
         drawn.clear()
         with torch.inference_mode():
-            Noted(sampler, *given).search()
+            go(reference, 1.2)
         assert not {line["plan"] for line in first[1:]} & set(drawn)
         assert all(json.loads(line) for line in state.read_text().splitlines()), "it is whole again"
     before = state.read_text()
@@ -271,11 +279,10 @@ def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None
             read_search(state)
     state.write_text(before)
     with torch.inference_mode(), pytest.raises(ConfigurationError, match="no plan is 900"):
-        Noted(sampler, given[0], Target(speedup=900), 1.0, state).search()
+        go(reference, 900)
     assert state.read_text() == before, "what cannot be reached changes no search"
-    other = Tuner(replace(sampler, prompts=tuple(PROMPTS[:1:-1])), *given)
-    other.total = 4
-    other.resume()
+    other = Trials(replace(sampler, prompts=tuple(PROMPTS[:1:-1])), reference, state)
+    other.resume(4)
     assert not other.known and len(state.read_text().splitlines()) == 1, "other prompts begin again"
 
 

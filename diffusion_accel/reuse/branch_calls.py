@@ -1,0 +1,53 @@
+"""Guidance whose branches are two calls of the denoiser at a step: the conditional one, then the unconditional one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_accel.denoisers import prediction, with_prediction
+
+from .history import History
+from .plan import Step
+from .rows import sample_of
+from .state import FeatureCache, ReuseState
+
+
+def note(state: ReuseState, hook: int, output: Any) -> None:
+    """Keep what a call for one branch returned; where both were computed, keep their difference as well.
+
+    Args:
+        state: of the running pipeline call.
+        hook: the id of the denoiser's hook.
+        output: what the denoiser returned.
+    """
+    clock = state.clock
+    here = (clock.segment, clock.index)
+    state.branch[hook, clock.call] = (here, output)
+    step = state.step_at(clock.index)
+    features = state.cache[hook, clock.call]
+    if clock.call != 1 or not state.plan_kinds.reuses_guidance or step.guidance != "both" or step.mode == "hold":
+        return
+    there, conditional = state.branch[hook, 0]
+    if there == here:
+        history = features.histories.setdefault("guidance", History(state.plan_kinds.highest_order + 1))
+        history.push(state.time(clock.index), prediction(output) - prediction(conditional))
+
+
+def unconditional(state: ReuseState, hook: int, features: FeatureCache, step: Step, named: dict[str, Any]) -> Any:
+    """The unconditional branch of a step that leaves it out; None if it must be computed all the same."""
+    clock = state.clock
+    there, conditional = state.branch.get((hook, 0), (None, None))
+    history, time = features.histories.get("guidance"), state.time(clock.index)
+    if there != (clock.segment, clock.index):
+        return None
+    if step.guidance == "none":
+        state.counters["unguided_steps"] += 1
+        features.guided = False
+        return conditional
+    if step.mode == "hold" or history is None:
+        return None
+    state.counters["unguided_steps"] += 1
+    value = prediction(conditional) + history.at(time, step.order)
+    if step.mode == "full":
+        state.keep_prediction(features, value, sample_of(named), time)
+    return with_prediction(conditional, value)

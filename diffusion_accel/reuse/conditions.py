@@ -1,0 +1,78 @@
+"""What a tuned plan is valid for, and how a pipeline differs from that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from diffusion_accel.denoisers import find_denoisers, fingerprint
+from diffusion_accel.io import printable, shown
+
+from . import needs
+from .plan_file import TunedPlan, shipped_plans
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+_OF_A_SCHEDULER = ("prediction_type", "timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas")
+
+
+def conditions(pipe: DiffusionPipeline, steps: int) -> dict[str, Any]:
+    """What a plan depends on: the denoiser, its weights (None where they are offloaded to another place), the scheduler
+    and the number of steps."""
+    denoisers, scheduler = find_denoisers(pipe), pipe.scheduler
+    config = getattr(scheduler, "config", {})
+    return {
+        "denoiser": _kind(denoisers),
+        "weights": None if any(p.is_meta for d in denoisers for p in d.parameters()) else fingerprint(*denoisers),
+        "scheduler": type(scheduler).__name__,
+        "scheduler_config": {key: config[key] for key in _OF_A_SCHEDULER if key in config},
+        "steps": steps,
+    }
+
+
+def supports(tuned: TunedPlan, pipe: DiffusionPipeline) -> str | None:
+    """Why a pipeline cannot follow a tuned plan: what any plan needs, or another class of denoiser; None if it can."""
+    return needs.unfollowable(pipe) or for_another_denoiser(tuned, find_denoisers(pipe)) or needs.supports(tuned, pipe)
+
+
+def for_another_denoiser(tuned: TunedPlan, denoisers: Sequence[nn.Module]) -> str | None:
+    """That a plan was tuned for another class of denoiser; None if it is for this one."""
+    made_for = tuned.conditions.get("denoiser")
+    if made_for == _kind(denoisers):
+        return None
+    name = made_for if isinstance(made_for, str) else "a model that it does not name"
+    return f"the plan was tuned for {printable(name)[:80]}, this pipeline has {_kind(denoisers)}"
+
+
+def check(tuned: TunedPlan, pipe: DiffusionPipeline) -> None:
+    """Log how a pipeline differs from the one that a plan was tuned for, and which shipped plans fit it."""
+    here = conditions(pipe, len(tuned.plan))
+    for key, what in (("weights", "other weights"), ("scheduler", "another scheduler"), ("scheduler_config", "")):
+        if here[key] == tuned.conditions.get(key) or here[key] is None:
+            continue
+        fitting = [name for name, plan in shipped_plans().items() if _fits(plan, here)]
+        logger.warning(
+            "the plan was tuned with %s (%s, here %s): what it was measured to keep does not hold here; %s",
+            what or "other settings of the scheduler",
+            shown(tuned.conditions.get(key)),
+            shown(here[key]),
+            f"plans for what is here: {', '.join(f'tuned:{name}' for name in fitting)}"
+            if fitting
+            else "make one with diffusion-accel tune",
+        )
+        return
+
+
+def _fits(tuned: TunedPlan, here: dict[str, Any]) -> bool:
+    keys = ("denoiser", "weights", "scheduler", "scheduler_config")
+    return all(here[key] == tuned.conditions.get(key) for key in keys)
+
+
+def _kind(denoisers: Sequence[nn.Module]) -> str:
+    return "+".join(type(denoiser).__name__ for denoiser in denoisers)

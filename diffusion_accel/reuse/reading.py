@@ -1,0 +1,40 @@
+"""What the text of a plan means; importing this imports no torch."""
+
+from __future__ import annotations
+
+import re
+
+from .diffusers_cache import DiffusersCache, is_cache
+from .plan import Plan, PlanSource
+from .plan_file import TunedPlan, is_tuned
+from .preset import Preset, looks_like_a_preset
+
+_STEPS = re.compile(r"full[@/0-9a-z]* \S.*", re.DOTALL)  # more than one, of which the first is always full
+
+
+def read_plan(text: str) -> Plan | Preset | TunedPlan | DiffusersCache:
+    """What a plan's text names: steps, a file, a cache of diffusers, or a preset; the inverse of their `str`.
+
+    Raises:
+        ConfigurationError: it is none of these, or the file is not a plan.
+    """
+    if text.startswith("steps:") or _STEPS.fullmatch(text):
+        return Plan.parse(text)
+    if is_tuned(text):
+        return TunedPlan.load(text)
+    return DiffusersCache.parse(text) if is_cache(text) else Preset.parse(text)
+
+
+def read_plan_option(given: str | PlanSource) -> tuple[str, PlanSource]:
+    """What the field `plan` keeps, and the plan that it means: what was given as text stays as it was given."""
+    if isinstance(given, PlanSource):
+        return given.text, given
+    source = read_plan(given)
+    return (source.text if isinstance(source, Plan) and not given.startswith("steps:") else given), source
+
+
+def accepts_bare(text: str) -> bool:
+    """Whether a text is a plan; also one that is mistyped (name:value) or lacks its level (tuned), which no prompt
+    looks like."""
+    known = is_tuned(text) or text == "tuned" or looks_like_a_preset(text) or is_cache(text)
+    return known or re.fullmatch(r"[\w-]+:\S+", text) is not None

@@ -1,0 +1,258 @@
+"""What the hooks of one pipeline call share: which step does what, what is kept, which call of the denoiser runs.
+
+Nothing here is a hook: `denoiser_hook`, `unet_hooks` and `block_hooks` stand on it, `executor` puts them in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusion_accel.denoisers import (
+    Branches,
+    family_of,
+    find_denoisers,
+    guided,
+    no_branches,
+    not_a_unet,
+    rows_are_independent,
+)
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.hooks import HookSet, map_tensors, tensor_bytes, tensors_in
+from diffusion_accel.prediction import Conversion
+from diffusion_accel.steps import StepClock
+
+from .history import History
+from .plan import FULL, Kinds, Plan, Step
+from .rows import sample_of
+from .snapshot import Arguments, Snapshot
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass
+class FeatureCache:
+    """What the last full steps left for the steps after them.
+
+    Attributes:
+        segment, shape: for which pass over the timesteps and which input shape the features are valid.
+        histories: by what they are of: ("prediction", space), "guidance" (unconditional minus conditional prediction),
+            and the keys that the hooks on parts of the denoiser use.
+        outlines: shapes of the outputs of parts that may be skipped, with the number of rows they were made with.
+        output: what the denoiser returned last, to return the same kind.
+        ready: predictions decoded ahead, by step index.
+        conditions, model: what `ready` was decoded with: the arguments other than latents and timestep, the denoiser.
+        guided: whether the values kept have both branches of the guidance.
+    """
+
+    segment: int
+    shape: tuple[Any, ...]
+    histories: dict[Any, History] = field(default_factory=dict)
+    outlines: dict[Any, tuple[int, Any]] = field(default_factory=dict)
+    output: Any = None
+    ready: dict[int, Any] = field(default_factory=dict)
+    conditions: Arguments | None = None
+    model: Snapshot | None = None
+    guided: bool = True
+
+    def still_ready(self, conditions: dict[str, Any]) -> bool:
+        """Whether what was decoded ahead is what would be decoded now."""
+        return bool(self.conditions and self.model and self.conditions.same(conditions) and self.model.holds())
+
+    def bytes(self) -> int:
+        """What the kept values hold."""
+        return tensor_bytes([value for history in self.histories.values() for value in history.values])
+
+
+@dataclass
+class DenoiserCall:
+    """One call of the denoiser.
+
+    Attributes:
+        step: what it does.
+        times, orders: of the steps whose predictions it makes: its own, and those that a decoder decodes ahead.
+        rows: rows of one step's batch.
+        half: whether it has the conditional half of the rows only.
+        branches: of the guidance, in the batch.
+        widths: channels of a U-Net's skip connections, by number.
+        added: by a transformer's inner blocks, by (depth, list).
+        entered: which of these sums a shallow step has added.
+    """
+
+    features: FeatureCache
+    step: Step
+    times: list[float]
+    orders: list[int]
+    rows: int
+    half: bool
+    branches: Branches = field(default_factory=Branches)
+    widths: dict[int, int] = field(default_factory=dict)
+    added: dict[Any, Any] = field(default_factory=dict)
+    entered: set[Any] = field(default_factory=set)
+
+    @property
+    def full(self) -> bool:
+        """Whether it computes everything."""
+        return self.step.mode == "full"
+
+    @property
+    def steps(self) -> int:
+        """For how many steps it makes predictions."""
+        return len(self.times)
+
+    def keep(self, key: Any, size: int, value: Any) -> None:
+        """Keep a value of a full step, with rows for both branches, for forecasts from `size` values."""
+        history = self.features.histories.setdefault(key, History(size))
+        if self.half:
+            before = history.at(self.times[0], self.step.order) if len(history) else None
+            value = self._both(value, None if self.step.guidance == "none" else before)
+        history.push(self.times[0], value)
+
+    def recall(self, key: Any) -> Any:
+        """The kept value at the times of this call, for its rows, one step after the other."""
+        history = self.features.histories[key]
+        values = [history.at(time, order) for time, order in zip(self.times, self.orders, strict=True)]
+        if self.half:
+            values = [map_tensors(self.branches.conditional, value) for value in values]
+        if len(values) == 1:
+            return values[0]
+        parts = [iter(tensors_in(value)) for value in values]
+        return map_tensors(lambda _: torch.cat([next(part) for part in parts]), values[0])
+
+    def _both(self, value: Any, before: Any) -> Any:
+        """Both branches of a value of which the conditional one is known; their difference is that of `before`."""
+        if before is None:
+            return map_tensors(self.branches.joined, value)
+        differences = iter([self.branches.difference(t) for t in tensors_in(before)])
+        return map_tensors(lambda tensor: self.branches.joined(tensor, next(differences)), value)
+
+
+class ReuseState:
+    """A plan during one call of a pipeline.
+
+    Attributes:
+        kinds: a step of every kind that the plans of `plan_for(number of steps)` may have: the hooks and the sizes of
+            the histories follow from it before the number of steps is known.
+        batching: whether the decoder may serve several steps in one batch.
+        unet: whether the denoisers are U-Nets.
+        cache: by the denoiser's hook and the number of its call within a step.
+        branch: by the same: when and what the last call returned, where each branch of guidance is a call.
+        current: the call of the denoiser that runs, None in between.
+        thrown_away: times that predictions decoded ahead were of no use.
+        plan: of the current segment, with its kinds of steps in `plan_kinds`.
+        hooks: all that are put on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pipeline: DiffusionPipeline,
+        clock: StepClock,
+        counters: dict[str, float],
+        kinds: Kinds,
+        plan_for: Callable[[int], Plan],
+        batch_decoder: bool,
+        max_group_mb: int,
+    ) -> None:
+        self.pipeline, self.clock, self.counters = pipeline, clock, counters
+        self.kinds, self.plan_for, self.max_group_mb = kinds, plan_for, max_group_mb
+        denoisers = find_denoisers(pipeline)
+        self.unet = all(not_a_unet(denoiser) is None for denoiser in denoisers)
+        self.batching = batch_decoder and self.unet and all(map(rows_are_independent, denoisers))
+        self.cache: dict[Any, FeatureCache] = {}
+        self.branch: dict[Any, tuple[Any, Any]] = {}
+        self.current: DenoiserCall | None = None
+        self.thrown_away = 0
+        self.plan = Plan((FULL,))
+        self.plan_kinds = self.plan.kinds()
+        self._segment = -1
+        self.family = family_of(pipeline)
+        self.branches = self.family.branches or Branches()
+        self.conversion = Conversion(clock.scheduler)
+        self.hooks = HookSet(f"diffusion_accel.{name}")
+
+    def clear(self) -> None:
+        """Free every kept tensor."""
+        self.cache.clear()
+        self.branch.clear()
+        self.current = None
+
+    # ------------------------------------------------------------------ the plan
+    def follow(self) -> Plan:
+        """The plan of the current segment."""
+        if self._segment != self.clock.segment:
+            self._segment = self.clock.segment
+            self.plan = self.plan_for(self.clock.total)
+            self.plan_kinds = self.plan.kinds()
+            for step in self.plan.steps:
+                if step.mode in ("shallow", "hold"):
+                    self.counters.setdefault(f"{step.mode}_steps", 0)
+                if step.guidance != "both":
+                    self.counters.setdefault("unguided_steps", 0)
+        return self.plan
+
+    def step_at(self, index: int) -> Step:
+        """What step `index` does; steps behind the plan's end are full."""
+        plan = self.follow()
+        return plan.steps[index] if index < len(plan) else FULL
+
+    def time(self, index: int) -> float:
+        """The scheduler's timestep at step `index`."""
+        return self.clock.timesteps[index] if index < len(self.clock.timesteps) else float(index)
+
+    def group(self, index: int, step: Step, features: FeatureCache) -> int:
+        """How many steps the decoder serves in one batch from step `index` on."""
+        if not self.batching or not self.clock.exact or step.mode not in ("full", "decoder"):
+            return 1
+        steps, end = self.plan.steps, index + 1
+        while end < min(self.clock.total, len(steps)) and steps[end].mode == "decoder":
+            if steps[end].guidance != step.guidance:
+                break
+            end += 1
+        size = tensor_bytes([h.values[0] for key, h in features.histories.items() if isinstance(key, int) and len(h)])
+        if not size:  # a first key step: decode it alone, then its features' size is known
+            return 1
+        return max(1, min(end - index, int(self.max_group_mb * 2**20 // size)))
+
+    def guidance_thinned(self, named: dict[str, Any]) -> bool:
+        """Whether the rows of this call are both branches of guidance, of which one may be left out.
+
+        Further calls at a step (SD 3's skipped layers) have the conditional rows only.
+
+        Raises:
+            ConfigurationError: there is guidance, but its branches are not the two halves of a batch.
+        """
+        if self.family.calls or (self.clock.call and not self.family.views):
+            return False
+        if self.family.branches is not None and not guided(self.pipeline, self.clock.arguments):
+            return False
+        reason = no_branches(self.pipeline)
+        if reason is None and sample_of(named).shape[0] % 2:
+            reason = f"it calls its denoiser with {sample_of(named).shape[0]} rows; use guidance=both"
+        if reason:
+            raise ConfigurationError(
+                f"guidance cannot be left out at some steps of {type(self.pipeline).__name__}: {reason}"
+            )
+        return True
+
+    # ------------------------------------------------------------------ predictions
+    def keep_prediction(self, features: FeatureCache, value: torch.Tensor, given: torch.Tensor, time: float) -> None:
+        """Keep what a full step predicted from the latents `given`, in every space in which a held step wants it."""
+        for space, order in self.kinds.spaces.items():
+            meant = self.conversion.to(space, value, given, time) if space else value
+            features.histories.setdefault(("prediction", space), History(order + 1)).push(time, meant)
+
+    def count(self, step: Step, steps: int) -> None:
+        """Count a call of the denoiser for a step, which made the predictions of so many."""
+        counters, first = self.counters, self.clock.first
+        if step.mode in ("full", "decoder"):
+            counters["encoder_runs"] += step.mode == "full"
+            counters["decoder_runs"] += 1
+            counters["decoder_steps"] += steps if first else 0
+        else:
+            counters[f"{step.mode}_steps"] += first
+        counters["full_steps" if step.mode == "full" else "reused_steps"] += first

@@ -1,0 +1,73 @@
+"""The plan that a search found, with what it costs and keeps on prompts that the search did not see."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from diffusion_accel.flops import count_flops
+from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.timing import seconds_of
+from diffusion_accel.reuse.plan import Plan
+from diffusion_accel.reuse.plan_file import TunedPlan
+
+from .measure import Observations, Reference, reusing, scheduling
+from .target import CEILING, Target
+from .trials import Trials
+
+
+def tuned_plan(plan: Plan, trials: Trials, seen: Observations, target: Target, rounds: int = 5) -> TunedPlan:
+    """A plan as a file has it, with its measurements on the held-out prompts."""
+    base = trials.reference
+    search = {
+        "target": {k: v for k, v in vars(target).items() if v is not None},
+        "predicted_time_ratio": round(seen.costs.speedup(plan), 3),
+        "baseline": {"steps": base.sampler.steps, "scheduler": type(base.scheduler).__name__},
+        "calibration_psnr_median": round(trials.median(plan), 2),
+        "calibration_pictures": len(trials.sampler.prompts),
+        "plans_evaluated": trials.evaluated,
+        "guidance_reuse": seen.unguided or "searched",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    return TunedPlan(plan, trials.conditions(seen.total), measured(plan, base, trials.sampler.steps, rounds), search)
+
+
+def measured(plan: Plan, base: Reference, steps: int, rounds: int) -> dict[str, Any]:
+    """What a plan costs and keeps on the held-out prompts: times of single images, in turn with the baseline.
+
+    Args:
+        plan: for the scheduler that the pipeline has now.
+        base: the baseline.
+        steps: that the pipeline is asked for with the plan.
+        rounds: of timing.
+    """
+    pipe, mine = base.sampler.pipe, replace(base.heldout, steps=steps)
+    one, plain = mine.part(0, 1), base.heldout.part(0, 1)
+    with scheduling(pipe, base.scheduler):
+        images = base.heldout.images()
+        with count_flops() as whole:
+            plain.images()
+    with reusing(pipe, plan):
+        values = psnr(images, mine.images()).clamp(max=CEILING)
+        counters = pipe.acceleration.report().counters["reuse"]
+        with count_flops() as fast:
+            one.images()
+    ratios = []
+    for _ in range(rounds):
+        with scheduling(pipe, base.scheduler):
+            took = seconds_of(plain.images)
+        with reusing(pipe, plan):
+            ratios.append(took / seconds_of(one.images))
+    return {
+        "pictures": len(values),
+        "psnr_median": round(float(values.quantile(0.5)), 2),
+        "psnr_worst_decile": round(float(values.quantile(0.1)), 2),
+        "time_ratio": round(statistics.median(ratios), 3),
+        "flop_ratio": round(whole.total / max(1.0, fast.total), 3),
+        "full_steps": counters["full_steps"],
+        "peak_cache_bytes": counters["peak_cache_bytes"],
+    }

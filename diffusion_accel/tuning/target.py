@@ -1,0 +1,30 @@
+"""What a search is to reach; importing this imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusion_accel.errors import ConfigurationError
+
+CEILING = 80.0  # dB; an image nearer than that counts as equal
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to reach: a speed-up of the whole call at the best fidelity, or a fidelity at the highest speed-up.
+
+    Attributes:
+        speedup: at least 1; None if `min_psnr` is given.
+        min_psnr: dB, the median over the images against the pipeline without reuse.
+    """
+
+    speedup: float | None = None
+    min_psnr: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.min_psnr is None):
+            raise ConfigurationError("give either a speed-up or a lowest PSNR as the target")
+        if self.speedup is not None and not 1 < self.speedup < 1000:
+            raise ConfigurationError(f"the speed-up must be above 1, got {self.speedup}")
+        if self.min_psnr is not None and not 5 <= self.min_psnr <= CEILING:
+            raise ConfigurationError(f"the lowest PSNR must be 5 to {CEILING:g} dB, got {self.min_psnr}")
