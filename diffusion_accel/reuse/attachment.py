@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from diffusion_accel.denoisers import layers_per_block, no_branches
@@ -16,7 +16,7 @@ from .diffusers_cache import DiffusersCache
 from .diffusers_cache_run import CacheRun
 from .encoder_reuse import EncoderReuse
 from .executor import ReuseRun
-from .plan import Plan
+from .plan import Plan, PlanSource
 from .plan_file import TunedPlan
 from .reuse import Reuse
 
@@ -83,14 +83,14 @@ class ReuseAttachment(Attachment[AnyReuse]):
         return CacheRun(cache, self.pipeline, self._counters, clock.arguments)
 
     def _plan_run(self, clock: StepClock) -> Run:
-        feature, layers = self.feature, layers_per_block(self.pipeline)
+        feature, source = self.feature, self.feature.source.for_unet(layers_per_block(self.pipeline))
         return ReuseRun(
             feature.name,
             self.pipeline,
             clock,
             self._counters,
-            feature.source.kinds(layers),
-            plans_of(feature, clock, layers),
+            source.kinds(),
+            functools.partial(plan_of_call, feature, source, clock),
             feature.batch_decoder,
             feature.max_group_mb,
         )
@@ -105,28 +105,19 @@ class ReuseAttachment(Attachment[AnyReuse]):
         return dict(self._counters)
 
 
-def plans_of(feature: Reuse | EncoderReuse, clock: StepClock, layers: int) -> Callable[[int], Plan]:
-    """What makes the plan for a pass over so many steps, with the rule of guidance over it."""
-
-    def plan_for(total: int) -> Plan:
-        plan = own_plan(feature, clock, total, layers)
-        return feature.rule.applied(plan, clock.levels if feature.rule.needs_levels else ())
-
-    return plan_for
+def plan_of_call(feature: Reuse | EncoderReuse, source: PlanSource, clock: StepClock, total: int) -> Plan:
+    """The plan for a pass over `total` steps, with the feature's rule of guidance over it."""
+    plan = _own_plan(source, clock, total, feature.stretch)
+    return feature.rule.applied(plan, clock.levels if feature.rule.needs_levels else ())
 
 
-def own_plan(feature: Reuse | EncoderReuse, clock: StepClock, total: int, layers: int) -> Plan:
-    """The plan for a pass of `total` steps, without the rule of guidance.
-
-    Raises:
-        ConfigurationError: it is for another number of steps and is not to be stretched.
-    """
-    source, made_for = feature.source, feature.source.made_for
+def _own_plan(source: PlanSource, clock: StepClock, total: int, stretch: bool) -> Plan:
+    made_for = source.made_for
     if made_for is None or made_for == total:
-        return source.for_steps(total, layers)
+        return source.for_steps(total)
     if made_for == clock.scheduled:  # img2img and others run a part of the timesteps
         return source.for_steps(made_for).part(clock.offset, clock.offset + total)
-    if not feature.stretch:
+    if not stretch:
         of = f" of {clock.scheduled} (its strength, or where it starts and ends)" if total < clock.scheduled else ""
         raise ConfigurationError(
             f"the plan is for {made_for} steps, this call has {total}{of}; use {made_for} steps, or stretch=true"

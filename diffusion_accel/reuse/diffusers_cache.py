@@ -52,11 +52,11 @@ class DiffusersCache(PlanSource):
     def __str__(self) -> str:
         return f"{self.name}:{','.join(map(_digits, self.numbers))}"
 
-    def for_steps(self, total: int, layers: int = 2) -> Plan:
+    def for_steps(self, total: int) -> Plan:
         """Full steps."""
         return Plan((FULL,) * total)
 
-    def kinds(self, layers: int = 2) -> Kinds:
+    def kinds(self) -> Kinds:
         """Full steps."""
         return Kinds((FULL,))
 

@@ -27,7 +27,7 @@ def supports(source: PlanSource, pipe: DiffusionPipeline) -> str | None:
     """Why a pipeline cannot follow the plans of a source; None if it can."""
     if reason := unfollowable(pipe):
         return reason
-    kinds = source.kinds(layers_per_block(pipe))
+    kinds = source.for_unet(layers_per_block(pipe)).kinds()
     if kinds.leaves_branches_out and (reason := no_branches(pipe)):
         return reason
     reasons = (unmet_need(denoiser, pipe.scheduler, kinds) for denoiser in find_denoisers(pipe))

@@ -160,22 +160,21 @@ class PlanSource(ABC):
     runtime: ClassVar[str] = "diffusion_accel.reuse.needs"
 
     @abstractmethod
-    def for_steps(self, total: int, layers: int = 2) -> Plan:
-        """The plan for a call of `total` steps.
-
-        Args:
-            total: at least 1.
-            layers: layers in a block of the U-Net, which DeepCache's branches count by.
-        """
+    def for_steps(self, total: int) -> Plan:
+        """The plan for a call of `total` steps (1 or more)."""
 
     @abstractmethod
-    def kinds(self, layers: int = 2) -> Kinds:
+    def kinds(self) -> Kinds:
         """The kinds of steps that its plans have, whatever the number of steps."""
 
     @classmethod
     @abstractmethod
     def parse(cls, text: str) -> PlanSource:
         """The inverse of `str`. Raises `ConfigurationError`."""
+
+    def for_unet(self, _layers: int) -> PlanSource:
+        """The same for a U-Net with so many layers in a block, where the plans depend on it (DeepCache's branches)."""
+        return self
 
     @property
     def made_for(self) -> int | None:
@@ -242,11 +241,11 @@ class Plan(PlanSource):
             raise ConfigurationError(f"a plan has at most {MAX_STEPS} steps, got {len(tokens)}")
         return cls(tuple(map(Step.parse, tokens)))
 
-    def kinds(self, layers: int = 2) -> Kinds:
+    def kinds(self) -> Kinds:
         """Its own steps."""
         return Kinds(self.steps)
 
-    def for_steps(self, total: int, layers: int = 2) -> Plan:
+    def for_steps(self, total: int) -> Plan:
         """This plan, stretched to so many steps; see `stretched`."""
         return self.stretched(total)
 

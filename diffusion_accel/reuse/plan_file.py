@@ -57,13 +57,13 @@ class TunedPlan(PlanSource):
         """The name that it was loaded by; its steps if it was not."""
         return self.origin or self.plan.text
 
-    def for_steps(self, total: int, layers: int = 2) -> Plan:
+    def for_steps(self, total: int) -> Plan:
         """Its plan, stretched to so many steps."""
-        return self.plan.for_steps(total, layers)
+        return self.plan.for_steps(total)
 
-    def kinds(self, layers: int = 2) -> Kinds:
+    def kinds(self) -> Kinds:
         """The steps of its plan."""
-        return self.plan.kinds(layers)
+        return self.plan.kinds()
 
     @property
     def made_for(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
@@ -43,7 +43,17 @@ def looks_like_a_preset(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Preset(PlanSource):
-    """A plan by name, for any number of steps; see `parse`."""
+    """A plan by name, for any number of steps; see `parse`.
+
+    Attributes:
+        name: one of `PRESETS`.
+        interval: every so many steps one is full.
+        argument: the branch of deepcache, the depth of shallow.
+        order: of the forecasts; None: by the number of steps.
+        space: of hold.
+        center, power: of deepcache-pow.
+        layers: in a block of the U-Net, which DeepCache's branches count by; 2 is usual.
+    """
 
     name: str
     interval: int = 1
@@ -52,6 +62,7 @@ class Preset(PlanSource):
     space: str = ""
     center: int = 0
     power: float = 0.0
+    layers: int = field(default=2, compare=False)
 
     def __post_init__(self) -> None:
         if self.name not in _NAMES or self.interval < 1 or (self.name == "shallow" and self.argument < 1):
@@ -108,31 +119,35 @@ class Preset(PlanSource):
             "wanted; tuned:quality, tuned:balanced, tuned:fast; or a tuned plan's JSON file"
         )
 
-    def for_steps(self, total: int, layers: int = 2) -> Plan:
-        """The plan for `total` steps; `layers`: layers per block of the U-Net, for DeepCache's branch."""
+    def for_unet(self, layers: int) -> Preset:
+        """The same for a U-Net with so many layers in a block."""
+        return replace(self, layers=layers)
+
+    def for_steps(self, total: int) -> Plan:
+        """The plan for `total` steps."""
         if self.name == "full":
             return Plan((FULL,) * total)
         order = int(self.interval * FINE <= total) if self.order is None else self.order
         if self.name == "faster-diffusion":
             full, other = key_steps("paper", total), Step("decoder", order=order)
         else:
-            full, other = frozenset(range(0, total, self.interval)), self._other(order, layers)
+            full, other = frozenset(range(0, total, self.interval)), self._other(order)
             if self.name == "deepcache-pow":
                 full = around_center(total, self.interval, self.center, self.power)
         return Plan(tuple(FULL if i in full else other for i in range(total)))
 
-    def kinds(self, layers: int = 2) -> Kinds:
+    def kinds(self) -> Kinds:
         """Every kind of step, of the highest order, that plans of any length have."""
         if self.name == "deepcache-pow":  # which cannot be placed in any number of steps
-            return Kinds((FULL, self._other(self.order or 0, layers)))
-        return self.for_steps(FINE * self.interval + 6, layers).kinds()
+            return Kinds((FULL, self._other(self.order or 0)))
+        return self.for_steps(FINE * self.interval + 6).kinds()
 
-    def _other(self, order: int, layers: int) -> Step:
+    def _other(self, order: int) -> Step:
         if self.name == "uniform":
             return Step("decoder", order=order)
         if self.name == "hold":
             return Step("hold", order=order, space=self.space)
-        depth = self.argument if self.name == "shallow" else branch_depth(self.argument, layers)
+        depth = self.argument if self.name == "shallow" else branch_depth(self.argument, self.layers)
         return Step("shallow", depth, order)
 
 

@@ -153,12 +153,12 @@ class KeySteps(PlanSource):
         """The inverse of `str`; positions are written 0+1+5."""
         return cls(tuple(map(int, text.split("+"))) if re.fullmatch(r"[0-9]{1,5}(\+[0-9]{1,5})*", text) else text)
 
-    def for_steps(self, total: int, layers: int = 2) -> Plan:
+    def for_steps(self, total: int) -> Plan:
         """The plan for `total` steps. Raises `ConfigurationError` if a listed position lies beyond them."""
         keys = key_steps(self.schedule, total)
         return Plan(tuple(FULL if i in keys else _DECODER for i in range(total)))
 
-    def kinds(self, layers: int = 2) -> Kinds:
+    def kinds(self) -> Kinds:
         """Full steps, and those of the decoder alone."""
         return Kinds((FULL, _DECODER))
 
