@@ -15,104 +15,93 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
 from diffusion_accel.outputs import check_free_folder, output_path
 
-from .common_options import BATCH, AllowPickle, AsJson, Debug, Device, Model, Quiet, check_range, number, recommended
-from .prompts import read_jobs
-from .settings import merge
-from .terminal import say
-from .tune import Bar, embedded_prompts
-
-COUNT, BUCKETS, IMAGES, REPEATED = (
-    at_least(2, 100_000),
-    at_least(1, 1000),
-    at_least(0, 10_000),
-    at_least(0, 1_000_000),
+from .common_options import (
+    AllowPickle,
+    AsJson,
+    Batch,
+    Debug,
+    Device,
+    GuidanceScale,
+    Model,
+    Overwrite,
+    Pixels,
+    PromptsFile,
+    Quiet,
+    Restart,
+    Scheduler,
+    StepsOr50,
+    bounded,
+    count_option,
+    in_panels,
+    number,
+    one_of,
+    settings_of,
+    time_option,
 )
-MINUTES = Bounds(math.ulp(0), 1_000_000, "a number above 0 and at most 1000000")
+from .prompts import read_jobs
+from .terminal import Bar, say
+from .tune import embedded_prompts
+
+BUCKETS, IMAGES, REPEATED = at_least(1, 1000), at_least(0, 10_000), at_least(0, 1_000_000)
+BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 seconds")
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
-_METHOD = {"rich_help_panel": "Method"}
-_SAMPLING = {"rich_help_panel": "Calibration"}
+_PANELS = {
+    "Method": "bits_budget finetune rounding layers sensitive rate scale_rate layer_loss epochs time_epochs iterations "
+    "softmax_bits attention_bits split",
+    "Calibration": "prompts_file count buckets steps guidance_scale scheduler width height seed batch",
+}
 
 
+@in_panels(_PANELS)
 def quantize(
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The pipeline folder to write.")],
     model: Model = None,
     bits: Annotated[str, typer.Option(help="w8a8, w4a8, w4a4, … or w8, w4 for weights only.")] = "w8a8",
     bits_budget: Annotated[
-        float | None, typer.Option(help="Average bits a weight: sensitive layers get more, others fewer.", **_METHOD)
+        float | None, typer.Option(help="Average bits a weight: sensitive layers get more, others fewer.")
     ] = None,
-    finetune: Annotated[str, typer.Option(help="quest or none.", **_METHOD)] = "quest",
-    rounding: Annotated[str, typer.Option(help="adaround or nearest.", **_METHOD)] = "adaround",
-    budget_minutes: Annotated[
-        float | None, typer.Option(help="About how long it may take; without it, the published numbers of steps.")
+    finetune: Annotated[str, one_of("quest or none.", ("quest", "none"))] = "quest",
+    rounding: Annotated[str, one_of("adaround or nearest.", ("adaround", "nearest"))] = "adaround",
+    budget: Annotated[
+        float | None,
+        time_option("About how long it may take; without it, the published numbers of steps", BUDGET),
     ] = None,
     layers: Annotated[
-        str, typer.Option(help="What is finetuned: preset, sd, sdxl, lsun, dit, measured or all.", **_METHOD)
+        str, typer.Option(help="What is finetuned: preset, sd, sdxl, lsun, dit, measured or all.")
     ] = "preset",
     sensitive: Annotated[
-        float, typer.Option(help="Share of the layers, the most sensitive ones, finetuned as well.", **_METHOD)
+        float, typer.Option(help="Share of the layers, the most sensitive ones, finetuned as well.")
     ] = 0.25,
-    rate: Annotated[float | None, typer.Option(help="Learning rate of weights in finetuning.", **_METHOD)] = None,
-    scale_rate: Annotated[float | None, typer.Option(help="Of activation scales in stage 2.", **_METHOD)] = None,
+    rate: Annotated[float | None, bounded(RATE, help="Learning rate of weights in finetuning.")] = None,
+    scale_rate: Annotated[float | None, bounded(RATE, help="Of activation scales in stage 2.")] = None,
     layer_loss: Annotated[
         bool | None,
-        typer.Option("--layer-loss/--output-loss", help="Finetune on layers' outputs, too (SD), or not.", **_METHOD),
+        typer.Option("--layer-loss/--output-loss", help="Finetune on layers' outputs, too (SD), or not."),
     ] = None,
-    epochs: Annotated[int | None, number("Epochs of finetuning's stage 2.", REPEATED, **_METHOD)] = None,
+    epochs: Annotated[int | None, number("Epochs of finetuning's stage 2.", REPEATED)] = None,
     time_epochs: Annotated[
-        int | None, number("Epochs of stage 1 at the first timestep, 200 published.", REPEATED, **_METHOD)
+        int | None, number("Epochs of stage 1 at the first timestep, 200 published.", REPEATED)
     ] = None,
-    iterations: Annotated[int | None, number("Steps of AdaRound a block.", REPEATED, **_METHOD)] = None,
-    softmax_bits: Annotated[int | None, typer.Option(help="Also round attention probabilities.", **_METHOD)] = None,
-    attention_bits: Annotated[int, typer.Option(help="Of queries, keys and values; 0: as they are.", **_METHOD)] = 8,
-    split: Annotated[
-        bool, typer.Option("--split/--no-split", help="Own grids for skip connections.", **_METHOD)
-    ] = True,
-    calibration_prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A prompt a line; the embedded model needs none.", **_SAMPLING)
-    ] = None,
-    count: Annotated[int, number("How many prompts to use, or images to draw.", COUNT, **_SAMPLING)] = 64,
+    iterations: Annotated[int | None, number("Steps of AdaRound a block.", REPEATED)] = None,
+    softmax_bits: Annotated[int | None, typer.Option(help="Also round attention probabilities.")] = None,
+    attention_bits: Annotated[int, typer.Option(help="Of queries, keys and values; 0: as they are.")] = 8,
+    split: Annotated[bool, typer.Option("--split/--no-split", help="Own grids for skip connections.")] = True,
+    prompts_file: PromptsFile = None,
+    count: Annotated[int, count_option(2)] = 64,
     buckets: Annotated[
         int | None,
-        number(
-            "Timesteps with grids of their own.",
-            BUCKETS,
-            show_default="25, or 16 with inputs below 6 bits",
-            **_SAMPLING,
-        ),
+        number("Timesteps with grids of their own.", BUCKETS, show_default="25, or 16 with inputs below 6 bits"),
     ] = None,
-    steps: Annotated[
-        int | None,
-        number(
-            "Denoising steps of the trajectories.",
-            LIMITS["steps"],
-            show_default="20 with sticker, else 50",
-            **_SAMPLING,
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        number(
-            "Classifier-free guidance; 1 switches it off.",
-            LIMITS["guidance_scale"],
-            show_default=recommended("guidance_scale"),
-            **_SAMPLING,
-        ),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++, euler, unipc, …", show_default=recommended("scheduler"), **_SAMPLING),
-    ] = None,
-    width: Annotated[
-        int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"), **_SAMPLING)
-    ] = None,
-    height: Annotated[
-        int | None, number("Pixels.", LIMITS["height"], show_default=recommended("height"), **_SAMPLING)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.", **_SAMPLING)] = 0,
-    batch: Annotated[int, number("Images in a call.", BATCH, **_SAMPLING)] = 8,
+    steps: StepsOr50 = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    width: Pixels = None,
+    height: Pixels = None,
+    seed: Annotated[int, bounded(LIMITS["seed"], help="Of everything random.")] = 0,
+    batch: Batch = 8,
     report: Annotated[int, number("Images that the report compares; 0: no images.", IMAGES)] = 16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
+    overwrite: Overwrite = False,
+    restart: Restart = False,
     device: Device = None,
     allow_pickle: AllowPickle = None,
     as_json: AsJson = False,
@@ -124,30 +113,9 @@ def quantize(
     Writes a pipeline folder that `generate --model DIR` and diffusers' from_pretrained load, with report.html in it. An
     interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work.
     """
+    options = locals()
     from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
 
-    for name, value, allowed in (
-        ("finetune", finetune, ("quest", "none")),
-        ("rounding", rounding, ("adaround", "nearest")),
-    ):
-        if value not in allowed:
-            raise ConfigurationError(f"--{name} must be {' or '.join(allowed)}, got {value!r}")
-    for flag, amount, bounds in (
-        ("--count", count, COUNT),
-        ("--batch", batch, BATCH),
-        ("--report", report, IMAGES),
-        ("--buckets", buckets, BUCKETS),
-        ("--epochs", epochs, REPEATED),
-        ("--time-epochs", time_epochs, REPEATED),
-        ("--iterations", iterations, REPEATED),
-    ):
-        check_range(flag, amount, bounds)
-    for name, real, bounds in (
-        ("budget-minutes", budget_minutes, MINUTES),
-        ("rate", rate, RATE),
-        ("scale-rate", scale_rate, RATE),
-    ):
-        check_range(f"--{name}", real, bounds)
     weights, inputs = parse_bits(bits)
     folder = output_path(output)
     check_free_folder(folder, overwrite)
@@ -158,9 +126,7 @@ def quantize(
         return f"call it again to go on from here ({work})" if kept else interrupts.names()
 
     interrupts.explain(how_to_go_on)
-    given = {"model": model, "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "seed": seed}
-    given |= {"width": width, "height": height, "device": device, "allow_pickle": allow_pickle}
-    settings, source = merge(given, {})
+    settings, source = settings_of(options)
     choice = QuantizeSettings(
         weight_bits=weights,
         activation_bits=inputs,
@@ -175,8 +141,8 @@ def quantize(
         rounding=rounding_settings(iterations) if rounding == "adaround" else None,
         finetune=finetune_settings(rate, scale_rate, epochs, time_epochs, layer_loss) if finetune == "quest" else None,
     )
-    if calibration_prompts is not None:
-        texts = [job.prompt for job in read_jobs([], calibration_prompts, "--calibration-prompts")][:count]
+    if prompts_file is not None:
+        texts = [job.prompt for job in read_jobs([], prompts_file)][:count]
     else:
         texts = embedded_prompts(count) if source.kind == "embedded" else []
 
@@ -189,18 +155,14 @@ def quantize(
     if not texts:
         if condition_of(pipe) == PROMPT:
             raise ConfigurationError(
-                "--calibration-prompts is needed: grids are measured on the kind of prompts the model is used with"
+                "--prompts-file is needed: grids are measured on the kind of prompts the model is used with"
             )
         texts = usual_texts(pipe, count)
     bar = Bar(quiet)
-
-    def tell(what: str, share: float = 0.0, left: float | None = None) -> None:
-        bar(what if left is None else f"{what}, {_clock(left)} left", share)
-
     try:
         result = run(
-            pipe, source, texts, choice, folder, tell, load=load_pipeline, overwrite=overwrite, restart=restart,
-            minutes=budget_minutes, images=report, batch=batch, steps=settings.steps or 50,
+            pipe, source, texts, choice, folder, bar, load=load_pipeline, overwrite=overwrite, restart=restart,
+            minutes=None if budget is None else budget / 60, images=report, batch=batch, steps=settings.steps or 50,
             options={k: getattr(settings, k) for k in ("guidance_scale", "height", "width")},
         )  # fmt: skip
     finally:
@@ -209,11 +171,6 @@ def quantize(
         typer.echo(json.dumps(result.to_dict()))
     else:
         say(result.text(), lines=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
 
 
 def rounding_settings(iterations: int | None) -> Any:

@@ -100,8 +100,8 @@ def test_the_number_of_buckets_is_told(tiny: Path, tmp_path: Path, capsys: pytes
         (["--iterations", "-1"], "--iterations must be at least 0"),
         (["--rate", "nan"], "--rate must be a number above 0"),
         (["--scale-rate", "1e300"], "--scale-rate must be a number above 0 and at most 1, got 1e+300"),
-        (["--budget-minutes", "0"], "--budget-minutes must be a number above 0"),
-        (["--calibration-prompts", "nowhere.txt"], "--calibration-prompts nowhere.txt cannot be read"),
+        (["--budget", "0"], "--budget must be a time above 0"),
+        (["--prompts-file", "nowhere.txt"], "--prompts-file nowhere.txt cannot be read"),
         (["--softmax-bits", "1"], "softmax bits must be 2 to 16"),
         (["-m", "stiker"], "did you mean 'sticker'"),
     ],
@@ -185,7 +185,7 @@ def test_other_refusals(tiny: Path, sticker: Path, tmp_path: Path, capsys: pytes
         (["generate", "red apple", "--runtime", "fast"], "--runtime must be one of auto"),
         (["inspect", tiny], "holds no checkpoint"),
         (["inspect", tmp_path / "nowhere"], "no such folder"),
-        (["quantize", "-m", sticker, "-o", tmp_path / "twice", "--calibration-prompts", __file__], "quantized already"),
+        (["quantize", "-m", sticker, "-o", tmp_path / "twice", "--prompts-file", __file__], "quantized already"),
         (["quantize", "-m", tiny, "-o", tmp_path / "one", "--count", "2", "--scheduler", "nothing"], "scheduler"),
     ):
         code, _, err = call(capsys, *command)
