@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from . import denoisers  # its names are loaded when they are used: this module needs no torch
 from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 PROMPT, CLASS, NOTHING = "prompt", "class", "nothing"
 
 
-def condition_of(pipeline: Any) -> str:
+def condition_of(pipeline: DiffusionPipeline) -> str:
     """What the pipeline is called with: `PROMPT`, `CLASS` (diffusers' `class_labels`) or `NOTHING`.
 
     A pipeline may take class labels and have a model without classes (diffusers' ConsistencyModelPipeline): `NOTHING`.
@@ -22,26 +26,24 @@ def condition_of(pipeline: Any) -> str:
     return CLASS if "class_labels" in parameters and class_count(pipeline) else NOTHING
 
 
-def call_parameters(pipeline: Any) -> tuple[str, ...]:
+def call_parameters(pipeline: DiffusionPipeline) -> tuple[str, ...]:
     """The parameter names of the pipeline's call."""
     return tuple(inspect.signature(type(pipeline).__call__).parameters)
 
 
-def class_count(pipeline: Any) -> int:
+def class_count(pipeline: DiffusionPipeline) -> int:
     """How many classes the denoiser knows; 0 if none."""
-    from .denoisers import find_denoiser  # imports torch, which the command line does without for as long as it can
-
-    config = getattr(find_denoiser(pipeline), "config", {})
+    config = getattr(denoisers.find_denoiser(pipeline), "config", {})
     return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
 
 
-def class_names(pipeline: Any) -> dict[str, int]:
+def class_names(pipeline: DiffusionPipeline) -> dict[str, int]:
     """The names of the classes with their ids, as the pipeline knows them (`labels` of diffusers' DiTPipeline);
     empty where a model has numbers only."""
     return dict(getattr(pipeline, "labels", None) or {})
 
 
-def keep_class_names(pipeline: Any) -> None:
+def keep_class_names(pipeline: DiffusionPipeline) -> None:
     """Let `save_pretrained` write the names of the classes again: diffusers reads them and forgets where they were."""
     names = class_names(pipeline)
     if names and not pipeline.config.get("id2label"):
@@ -51,7 +53,7 @@ def keep_class_names(pipeline: Any) -> None:
         pipeline.register_to_config(id2label={str(number): ", ".join(found[number]) for number in sorted(found)})
 
 
-def class_ids(pipeline: Any, texts: list[str]) -> list[int]:
+def class_ids(pipeline: DiffusionPipeline, texts: list[str]) -> list[int]:
     """The class that each text names: by its name, whatever its case, or by its number.
 
     Raises:
@@ -87,7 +89,7 @@ def _classes(names: dict[str, int], count: int, word: str) -> str:
     return f"the classes are: {', '.join(some)}{more}"
 
 
-def usual_texts(pipeline: Any, count: int) -> list[str]:
+def usual_texts(pipeline: DiffusionPipeline, count: int) -> list[str]:
     """What to draw where nobody says: classes evenly over all there are, or empty texts where nothing is asked.
 
     Raises:
@@ -104,7 +106,7 @@ def usual_texts(pipeline: Any, count: int) -> list[str]:
     return [by_id.get(number, str(number)) for number in chosen]
 
 
-def call_arguments(pipeline: Any, texts: list[str]) -> dict[str, Any]:
+def call_arguments(pipeline: DiffusionPipeline, texts: list[str]) -> dict[str, Any]:
     """The arguments that make the pipeline draw one image for each text, by name.
 
     Raises:

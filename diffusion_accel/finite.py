@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from .denoisers import called_denoisers
 from .errors import CallStateError, ConfigurationError
 from .hooks import compiled_anywhere, compiled_in_place
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 logger = logging.getLogger(__name__)
 
 _CHECKED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @contextmanager
-def finite_call(pipeline: Any, given: dict[str, Any]) -> Iterator[list[Any]]:
+def finite_call(pipeline: DiffusionPipeline, given: dict[str, Any]) -> Iterator[list[Any]]:
     """Around a call of a pipeline: no image that holds NaN or infinity comes out silently.
 
     Yields a list for the call's output. What was seen last of each kind is kept until the end of the call and looked at
@@ -45,7 +48,7 @@ def finite_call(pipeline: Any, given: dict[str, Any]) -> Iterator[list[Any]]:
             raise ConfigurationError(f"{name} holds numbers that are not finite (NaN or infinity)")
     here, seen = threading.get_ident(), dict[str, torch.Tensor]()
 
-    def predicted(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def predicted(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         tensor = _first_tensor(output)
         if tensor is None or threading.get_ident() != here:
             return
@@ -57,14 +60,16 @@ def finite_call(pipeline: Any, given: dict[str, Any]) -> Iterator[list[Any]]:
             )
         seen["the last prediction"] = tensor
 
-    def decoded(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def decoded(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         tensor = _first_tensor(output)
         if tensor is not None and threading.get_ident() == here:
             seen["what the VAE decoded"] = tensor
 
     vae = getattr(pipeline, "vae", None)
     decoder = getattr(vae, "decoder", None)
-    pairs = [(module, predicted) for module in called_denoisers(pipeline)]
+    pairs: list[tuple[torch.nn.Module, Callable[..., None]]] = [
+        (module, predicted) for module in called_denoisers(pipeline)
+    ]
     if isinstance(decoder, torch.nn.Module) and not compiled_anywhere(vae):  # the hook would be compiled with it
         pairs.append((decoder, decoded))
     output: list[Any] = []

@@ -52,11 +52,12 @@ class CallSite:
         self.module = module
 
     @property
-    def forward(self) -> Any:
+    def forward(self) -> Callable[..., Any]:
+        """What runs when the module is called: the compiled function, or hooks around it."""
         return self.module._compiled_call_impl
 
     @forward.setter
-    def forward(self, value: Any) -> None:
+    def forward(self, value: Callable[..., Any]) -> None:
         self.module._compiled_call_impl = value
 
     def __getattr__(self, name: str) -> Any:

@@ -8,7 +8,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -20,6 +20,9 @@ from .diffusers_compat import announced_steps
 from .errors import CallStateError
 from .hooks import HookSet, bind_forward, model_of, version_of
 from .noise_level import noise_levels
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # (scheduler inputs by name) -> None: may replace values
 BeforeStep = Callable[[dict[str, Any]], None]
@@ -50,7 +53,7 @@ class StepClock:
         arguments: what the pipeline was called with, by name, with its defaults.
     """
 
-    def __init__(self, pipeline: Any, arguments: dict[str, Any] | None = None) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, arguments: dict[str, Any] | None = None) -> None:
         self.pipeline = pipeline
         self.scheduler = pipeline.scheduler
         self.arguments = arguments or {}

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Feature
+from diffusion_accel.io import shown
+from diffusion_accel.mixin import plain_twin
+from diffusion_accel.model_files.names import find_model
 from diffusion_accel.registry import FEATURES, feature_class
+from diffusion_accel.reuse.plan_file import is_tuned
 
 from .keywords import CONVERSION, check_keywords, components_of
+from .schedulers import check_scheduler, set_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class AcceleratedPipeline:
@@ -25,23 +33,20 @@ class AcceleratedPipeline:
 
     pipeline_class: ClassVar[Any] = None  # the diffusers class to load as; None: the model's own
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse to make an instance: pipelines are instances of their own classes."""
         raise TypeError(
             f"{cls.__name__} is not instantiated; use {cls.__name__}.from_pretrained(...) or .from_pipe(...)"
         )
 
     @classmethod
-    def from_pretrained(cls, model: str, **kwargs: Any) -> Any:
+    def from_pretrained(cls, model: str, **kwargs: Any) -> DiffusionPipeline:
         """Load an embedded model, a folder, a single `.safetensors` file or a hub id; see `loading.load_pipeline`.
 
         `scheduler` may be a short name of the command line's ("ddim", "dpm++", …). With a tuned plan, an embedded model
         gets its recommended one, as on the command line: its plans are tuned for that.
         """
-        from diffusion_accel.model_files.names import find_model
-        from diffusion_accel.reuse.plan_file import is_tuned
-
-        from .loading import load_pipeline
-        from .schedulers import check_scheduler, set_scheduler
+        from .loading import load_pipeline  # heavy: torch, diffusers
 
         features, options = split_features(kwargs)
         if "torch_dtype" in options:
@@ -60,15 +65,15 @@ class AcceleratedPipeline:
     from_single_file = from_pretrained
 
     @classmethod
-    def from_pipe(cls, pipe: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipe: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
         """Accelerate a pipeline; with a named drop-in, convert it to that class first (its own `from_pipe`).
 
         The features that it has come along, unless they are given anew or as False.
         """
-        from diffusion_accel.mixin import plain_twin
-
         features, options = split_features(kwargs)
         if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):
+            if not hasattr(pipe, "components"):
+                raise ConfigurationError(f"from_pipe takes a loaded pipeline, got {shown(pipe)}; use from_pretrained")
             check_keywords(options, CONVERSION | components_of(cls.pipeline_class))
             there = pipe.acceleration.features if hasattr(pipe, "acceleration") else {}
             features += [feature for name, feature in there.items() if name not in kwargs]
@@ -81,7 +86,7 @@ class AcceleratedPipeline:
 @functools.cache
 def named_drop_in(name: str) -> type[AcceleratedPipeline]:
     """`AcceleratedFooPipeline` for diffusers' `FooPipeline`. Raises `AttributeError` if there is no such class."""
-    import diffusers
+    import diffusers  # heavy: diffusers
 
     base = name.removeprefix("Accelerated")
     if not name.startswith("Accelerated") or not base.endswith("Pipeline") or not hasattr(diffusers, base):
@@ -110,7 +115,7 @@ def make_feature(name: str, value: Any) -> Feature:
     raise ConfigurationError(f"{name} must be True, False, a {cls.__name__}, a dict or key=value text, got {value!r}")
 
 
-def _accelerated(pipe: Any, features: list[Feature]) -> Any:
-    from diffusion_accel.switchboard import accelerate
+def _accelerated(pipe: DiffusionPipeline, features: list[Feature]) -> DiffusionPipeline:
+    from diffusion_accel.switchboard import accelerate  # heavy: torch, diffusers
 
     return accelerate(pipe, *features)

@@ -19,21 +19,17 @@ import diffusers
 import torch
 import transformers
 from diffusers import ConfigMixin, ModelMixin
-from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
-from diffusion_accel.diffusers_compat import expendable_names, has_offload_hook, with_present_names
+from diffusion_accel.diffusers_compat import expendable_names, with_present_names
 from diffusion_accel.errors import AccelerationError, ModelLoadError
-from diffusion_accel.finite import finite
-from diffusion_accel.io import first_line, printable, read_json
+from diffusion_accel.io import printable, read_json
 from diffusion_accel.model_files.folders import CONFIGS, INDEX, TABLES, is_pair
-from diffusion_accel.model_files.headers import PICKLE_SUFFIXES, check_weights, safetensors_header
+from diffusion_accel.model_files.headers import PICKLE_SUFFIXES, safetensors_header
 
 logger = logging.getLogger(__name__)
 
-# how the two factors of a low-rank product are called
-_HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
 BUFFERS_LIMIT = 4 * 2**30  # bytes that a model may compute for itself when it is built
 _DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32},
@@ -42,7 +38,6 @@ _DTYPES = {
 }
 
 
-# ---------------------------------------------------------------------- before the weights are read
 def check_components(
     folder: Path, variant: str | None = None, given: Collection[str] = (), allow_pickle: bool = False
 ) -> None:
@@ -190,7 +185,7 @@ def _compare_diffusers(
 
 
 def _compare_transformers(
-    folder: Path, cls: Any, tensors: dict[str, torch.Tensor], sharded: bool
+    folder: Path, cls: Any, tensors: dict[str, torch.Tensor], _sharded: bool
 ) -> tuple[set[str], set[str], list[tuple[str, str, str]]]:
     config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
     model, info = cls.from_pretrained(
@@ -228,7 +223,7 @@ def bounded(tensors: int, where: str) -> Iterator[None]:
     most, here = 10 * tensors + 5000, threading.get_ident()
     made = size = 0
 
-    def part(module: torch.nn.Module, name: str, value: Any) -> None:
+    def part(_module: torch.nn.Module, _name: str, _value: Any) -> None:
         nonlocal made
         if threading.get_ident() == here:
             made += 1
@@ -237,7 +232,7 @@ def bounded(tensors: int, where: str) -> Iterator[None]:
                     f"{where}: its config.json describes a model far larger than its {tensors} weights"
                 )
 
-    def buffer(module: torch.nn.Module, name: str, value: Any) -> None:
+    def buffer(_module: torch.nn.Module, _name: str, value: Any) -> None:
         nonlocal size
         if threading.get_ident() == here and isinstance(value, torch.Tensor):
             size += value.nbytes
@@ -272,80 +267,3 @@ def _quiet() -> Iterator[None]:
             log.set_verbosity(level)
         if bar:
             transformers.utils.logging.enable_progress_bar()
-
-
-# ---------------------------------------------------------------------- after loading
-def check_loaded(parts: dict[str, Any], where: str) -> None:
-    """Refuse models of which a tensor was not loaded or is not a number.
-
-    One pass over the weights in memory. Parts of another package (quantized, offloaded) are left to it.
-
-    Args:
-        parts: components by name; those that are no models are left out.
-        where: what was loaded, the first words of an error.
-
-    Raises:
-        ModelLoadError: with the component and the name of the tensor.
-    """
-    for part, model in parts.items():
-        if not isinstance(model, torch.nn.Module) or has_offload_hook(model) or hasattr(model, "hf_device_map"):
-            continue
-        for name, value in model.named_parameters():
-            if value.is_meta:
-                raise ModelLoadError(f"{where} cannot be loaded: the weights of its {part} have no {printable(name)}")
-            if not finite(value):
-                raise ModelLoadError(
-                    f"{where} cannot be used: {printable(name)} of its {part} holds numbers that are not finite "
-                    "(NaN or infinity); get a fresh copy"
-                )
-
-
-def check_tokenizers(parts: dict[str, Any], where: str) -> None:
-    """Refuse a tokenizer that cannot read a prompt, or whose ids its text encoder does not know: a special token that
-    is not in the vocabulary is found out at the first call only.
-
-    Args:
-        parts: the components of a loaded pipeline by name.
-        where: what was loaded, the first words of an error.
-    """
-    from transformers import PreTrainedTokenizerBase
-
-    for name, tokenizer in parts.items():
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            continue
-        encoder = parts.get(name.replace("tokenizer", "text_encoder"))
-        length = min(tokenizer.model_max_length, 16)
-        try:
-            padding: Any = "max_length" if tokenizer.pad_token is not None else False
-            ids = tokenizer("a \u0001", padding=padding, max_length=length, truncation=True).input_ids
-        except Exception as error:  # tokenizers raise bare ones
-            raise ModelLoadError(f"{Path(where) / name} cannot read a prompt: {first_line(error)}") from error
-        embeddings = getattr(encoder, "get_input_embeddings", lambda: None)()
-        count = getattr(embeddings, "num_embeddings", None)
-        if count is not None and max(ids, default=0) >= count:
-            raise ModelLoadError(
-                f"{Path(where) / name} has a token of number {max(ids)}, and its text encoder knows {count}; look at "
-                "the special tokens in tokenizer_config.json"
-            )
-
-
-def check_lora(file: Path) -> None:
-    """Check a LoRA file: whole, finite, and both halves of every product there.
-
-    peft fills a missing half with random numbers.
-
-    Raises:
-        ModelLoadError: with the name of the tensor.
-    """
-    check_weights(file)
-    names = [name for name in safetensors_header(file) if name != "__metadata__"]
-    known = set(names)
-    for name in names:
-        for one, other in _HALVES:
-            if one in name and name.replace(one, other) not in known:
-                raise ModelLoadError(f"the LoRA {file} is damaged: {printable(name)} is there without its {other}")
-            if other in name and name.replace(other, one) not in known:
-                raise ModelLoadError(f"the LoRA {file} is damaged: {printable(name)} is there without its {one}")
-    for name, value in load_file(file).items():
-        if not finite(value):
-            raise ModelLoadError(f"the LoRA {file} is damaged: {printable(name)} holds numbers that are not finite")

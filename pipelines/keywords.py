@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.registry import FEATURES
@@ -40,8 +40,8 @@ def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - known)
     if not unknown:
         return
-    near = difflib.get_close_matches(unknown[0], known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the features are: {', '.join(sorted(FEATURES))}"
+    near = nearest(unknown[0], known)
+    hint = f"did you mean {near}?" if near else f"the features are: {', '.join(sorted(FEATURES))}"
     raise ConfigurationError(f"unknown argument or feature: {', '.join(unknown)}; {hint}")
 
 
@@ -54,19 +54,32 @@ def check_options(source: ModelSource, cls: Any, options: dict[str, Any]) -> Non
         options: the keywords.
 
     Raises:
-        ConfigurationError: one of them is unknown.
+        ConfigurationError: one of them is unknown, or a feature.
     """
+    features = sorted(FEATURES.keys() & options)
+    if features:
+        raise ConfigurationError(
+            f"load_pipeline loads plain pipelines, without {', '.join(features)}: use "
+            "AcceleratedPipeline.from_pretrained, or accelerate(pipe, ...) afterwards"
+        )
     taken = OWN | (SINGLE_FILE if source.kind == "file" else PRETRAINED)
-    if set(options) <= taken or options.get("custom_pipeline") is not None:
+    net = options.get("controlnet") is not None
+    if (set(options) <= taken and not net) or options.get("custom_pipeline") is not None:
         return
     cls = cls or _class_of(source, options)
-    if cls is not None:
-        check_keywords(options, taken | components_of(cls))
+    if cls is None:
+        return
+    check_keywords(options, taken | components_of(cls))
+    if net and "controlnet" not in components_of(cls):
+        raise ConfigurationError(
+            f"{cls.__name__} has no ControlNet: give its folder or hub id, and the pipeline is converted, or a "
+            "pipeline_class that has one"
+        )
 
 
 def _class_of(source: ModelSource, options: dict[str, Any]) -> Any:
     """The pipeline class that a model names; None if it is none of diffusers'."""
-    import diffusers
+    import diffusers  # heavy: diffusers
 
     if source.kind == "file":
         return diffusers.StableDiffusionXLPipeline  # takes what StableDiffusionPipeline takes, and more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,15 @@ from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.diffusers_compat import set_origin
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
-from diffusion_accel.io import at_home, first_line, is_there
+from diffusion_accel.io import at_home, first_line, is_there, shown
 from diffusion_accel.model_files.folders import check_component, check_config, check_folder
 from diffusion_accel.model_files.hub import hub_reason
 from diffusion_accel.model_files.names import HUB_ID, ModelSource, find_model, safetensors_header
+from diffusion_accel.quant.model import set_runtime
 
-from .components import bounded, check_components, check_keys, check_loaded, check_lora, check_tokenizers
+from .components import bounded, check_components, check_keys
 from .keywords import check_options
+from .loaded import check_loaded, check_lora, check_tokenizers
 from .quantizers import check_quantize, foreign_config, load_quantized
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
@@ -72,11 +75,13 @@ def load_pipeline(
     Raises:
         ConfigurationError, ModelLoadError: with one line that says what was wrong.
     """
-    if task is not None and task not in TASKS:
-        raise ConfigurationError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
+    dtype = options.pop("torch_dtype", None) or dtype
+    _check_values(task=task, controlnet=controlnet, dtype=dtype, pipeline_class=pipeline_class, quantize=quantize)
+    for name, value in (("allow_pickle", allow_pickle), ("low_memory", low_memory)):
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name} must be True or False, got {shown(value)}")
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle)
     kind = check_quantize(quantize) if quantize else None
-    dtype = options.pop("torch_dtype", None) or dtype
     if controlnet is not None and not isinstance(controlnet, (str, Path)):
         options["controlnet"], controlnet = controlnet, None
     _load(source.location, lambda: check_options(source, pipeline_class, options))
@@ -87,25 +92,44 @@ def load_pipeline(
             raise ConfigurationError(f"quantize {quantize} needs a pipeline folder or a hub id, not a single file")
         parts = _load(source.location, lambda: _denoiser_parts(source))
         options["quantization_config"] = foreign_config(quantize, parts)
-    if source.kind == "file":
-        pipe = _load(source.location, lambda: _single_file(source, pipeline_class, options))
-    else:
-        cls = pipeline_class or DiffusionPipeline
-        if not allow_pickle:
-            options.setdefault("use_safetensors", True)
-        pipe = _load(source.location, lambda: _folder(source, cls, allow_pickle, options))
-    if source.kind != "embedded":
-        check_loaded(getattr(pipe, "components", {}), source.location)
-        check_tokenizers(getattr(pipe, "components", {}), source.location)
+    pipe = _load(source.location, lambda: _plain(source, pipeline_class, allow_pickle, options))
     if quantize and kind == "checkpoint":
         _load(quantize, lambda: load_quantized(pipe, quantize, dtype))
     if runtime is not None or low_memory:
-        from diffusion_accel.quant.model import set_runtime
-
         set_runtime(pipe, runtime or "auto", low_memory)
     if net is not None or (task is not None and task != "text-to-image"):
         pipe = _convert(pipe, task or "text-to-image", net)
     keep_class_names(pipe)
+    return pipe
+
+
+def _check_values(task: object, controlnet: object, dtype: object, pipeline_class: object, quantize: object) -> None:
+    """Raise `ConfigurationError` for a value that no pipeline could be loaded with: what is allowed, what was given."""
+    if task is not None and task not in TASKS:
+        raise ConfigurationError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
+    if not isinstance(controlnet, (str, Path, torch.nn.Module, list, tuple, types.NoneType)):
+        raise ConfigurationError(f"controlnet must be a folder, a hub id or loaded ones, got {shown(controlnet)}")
+    kinds = list(dtype.values()) if isinstance(dtype, dict) else [dtype]  # diffusers takes one for each component
+    if not all(isinstance(one, torch.dtype) and one.is_floating_point for one in kinds):
+        raise ConfigurationError(f"dtype must be a floating-point type such as torch.float16, got {shown(dtype)}")
+    is_class = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
+    if pipeline_class is not None and not is_class:
+        raise ConfigurationError(f"pipeline_class must be a pipeline class of diffusers, got {shown(pipeline_class)}")
+    if not isinstance(quantize, (str, types.NoneType)):
+        raise ConfigurationError(f"quantize must be a folder or package:kind, as a text, got {shown(quantize)}")
+
+
+def _plain(source: ModelSource, pipeline_class: Any, allow_pickle: bool, options: dict[str, Any]) -> Any:
+    """The pipeline as diffusers loads it, its weights and tokenizers checked."""
+    if source.kind == "file":
+        pipe = _single_file(source, pipeline_class, options)
+    else:
+        if not allow_pickle:
+            options.setdefault("use_safetensors", True)
+        pipe = _folder(source, pipeline_class or DiffusionPipeline, allow_pickle, options)
+    if source.kind != "embedded":
+        check_loaded(getattr(pipe, "components", {}), source.location)
+        check_tokenizers(getattr(pipe, "components", {}), source.location)
     return pipe
 
 
@@ -142,7 +166,7 @@ def _denoiser_parts(source: ModelSource) -> list[str]:
     return ["unet"] if "unet" in there or not there else there
 
 
-def _convert(pipe: Any, task: str, net: Any) -> Any:
+def _convert(pipe: DiffusionPipeline, task: str, net: Any) -> Any:
     channels = getattr(getattr(getattr(pipe, "unet", None), "config", None), "in_channels", 4)
     if task == "inpainting" and channels not in (4, 9):
         raise ModelLoadError(
@@ -180,7 +204,7 @@ def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -
     return net
 
 
-def load_lora(pipe: Any, file: str, scale: float, name: str) -> None:
+def load_lora(pipe: DiffusionPipeline, file: str, name: str) -> None:
     """Load one LoRA beside those already loaded; call `pipe.set_adapters` with all names and scales afterwards.
 
     Raises:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from diffusion_accel import denoisers  # its names are loaded when they are used: this module needs no torch
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, is_there, read_json
 from diffusion_accel.model_files.folders import check_config
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -83,39 +88,37 @@ def foreign_config(text: str, parts: list[str]) -> Any:
     Raises:
         ModelLoadError: the package is not installed, or does not work here.
     """
-    from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, QuantoConfig, TorchAoConfig
-    from diffusers.quantizers.quantization_config import SDNQConfig
+    import diffusers  # heavy: diffusers
+    from diffusers.quantizers.quantization_config import SDNQConfig  # heavy: diffusers
 
     package, _, kind = text.partition(":")
     try:
         if package == "torchao":
-            import torchao.quantization as torchao
+            import torchao.quantization as torchao  # optional package
 
-            config: Any = TorchAoConfig(getattr(torchao, TORCHAO[kind])())
+            config: Any = diffusers.TorchAoConfig(getattr(torchao, TORCHAO[kind])())
         elif package == "quanto":
-            import optimum.quanto  # noqa: F401
+            import optimum.quanto  # noqa: F401 - optional package
 
-            config = QuantoConfig(weights_dtype=kind)
+            config = diffusers.QuantoConfig(weights_dtype=kind)
         elif package == "bitsandbytes":
-            import bitsandbytes  # noqa: F401
+            import bitsandbytes  # noqa: F401 - optional package
 
-            config = BitsAndBytesConfig(**BITSANDBYTES[kind])  # type: ignore[arg-type]
+            config = diffusers.BitsAndBytesConfig(**BITSANDBYTES[kind])  # type: ignore[arg-type]
         else:
             config = SDNQConfig(weights_dtype=kind, quant_conv=True)
     except ImportError as error:
         raise ModelLoadError(f"quantize {text} needs {package}: pip install {PACKAGES[package]}") from error
-    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, config))
+    return diffusers.PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, config))
 
 
-def load_quantized(pipe: Any, text: str, dtype: Any) -> None:
+def load_quantized(pipe: DiffusionPipeline, text: str, dtype: torch.dtype) -> None:
     """Give `pipe` the denoiser of one of our checkpoints in place of its own; of two, those that the folder has.
 
     Raises:
         ModelLoadError: the checkpoint is damaged, or of another kind of model.
     """
-    from diffusion_accel.denoisers import denoiser_names
-
-    parts, folders = denoiser_names(pipe), checkpoint_folders(text)
+    parts, folders = denoisers.denoiser_names(pipe), checkpoint_folders(text)
     if not parts:
         raise ModelLoadError(f"{type(pipe).__name__} has no unet or transformer to take from {text}")
     if len(parts) == 1:
@@ -132,7 +135,7 @@ def load_quantized(pipe: Any, text: str, dtype: Any) -> None:
     pipe.register_modules(**models)
 
 
-def _quantized(folder: Path, text: str, own: Any, dtype: Any) -> Any:
+def _quantized(folder: Path, text: str, own: Any, dtype: torch.dtype) -> Any:
     """The model of a checkpoint, of the same kind as `own`."""
     config = read_json(folder / "config.json", error=ModelLoadError, nonfinite=True)
     check_config(config, folder / "config.json")

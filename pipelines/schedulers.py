@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import first_line
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # short name -> (diffusers class, changes of its configuration)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,20 +36,20 @@ def check_scheduler(name: str) -> None:
     """Raise `ConfigurationError` if `name` is neither a short name nor a diffusers class name."""
     if name in SCHEDULERS or (name.endswith("Scheduler") and name.isidentifier()):
         return
-    near = difflib.get_close_matches(name, SCHEDULERS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, SCHEDULERS)
+    hint = f"did you mean {near!r}? " if near else ""
     raise ConfigurationError(
         f"unknown scheduler {name!r}; {hint}allowed: {', '.join(SCHEDULERS)}, or a diffusers class name"
     )
 
 
-def set_scheduler(pipe: Any, name: str) -> None:
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Give `pipe` the scheduler `name`, configured like the one it has.
 
     Raises:
         ConfigurationError: the name is unknown, or that scheduler does not fit the model.
     """
-    import diffusers
+    import diffusers  # heavy: diffusers
 
     check_scheduler(name)
     class_name, changes = SCHEDULERS.get(name, (name, {}))

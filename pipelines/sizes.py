@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusion_accel.denoisers import find_denoiser
+from diffusion_accel.denoisers.find import draws_pixels, find_denoiser
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 FAR = 2.0  # times the area, or a part of it, from which on a size is far from the one trained for
 
 
-def trained_size(pipe: Any) -> tuple[int, int] | None:
+def trained_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
     """Width and height in pixels that the denoiser was trained for; None where nothing says so."""
     sample = getattr(pipe, "default_sample_size", None)
     if sample is None:
         sample = getattr(getattr(find_denoiser(pipe), "config", None), "sample_size", None)
     factor = getattr(pipe, "vae_scale_factor", None)
-    if factor is None and not any(part in pipe.components for part in ("vae", "movq", "vqvae", "vqgan", "decoder")):
-        factor = 1  # it draws pixels
+    if factor is None and draws_pixels(pipe):
+        factor = 1
     sides: list[Any] = list(sample) if isinstance(sample, (list, tuple)) else [sample, sample]
     if not isinstance(factor, int) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         return None
     return int(sides[1]) * factor, int(sides[0]) * factor
 
 
-def far_from_trained(pipe: Any, width: int | None, height: int | None) -> str | None:
+def far_from_trained(pipe: DiffusionPipeline, width: int | None, height: int | None) -> str | None:
     """A sentence if an image of this size has far more or fewer pixels than the model was trained for.
 
     Args:

@@ -12,47 +12,54 @@ from diffusion_accel.diffusers_compat import repeated_blocks
 from diffusion_accel.hooks import compiled_in_place, is_compiled, model_of
 
 if TYPE_CHECKING:
-    pass
+    from diffusers import DiffusionPipeline
 
-# Components that denoise. Wan 2.2 has a second transformer for the steps with less noise, Ideogram 4 one for the branch
-# without a prompt.
+#: components that make images of latents
+DECODERS = ("vae", "movq", "vqvae", "vqgan", "decoder")
+#: components that denoise; Wan 2.2 has a second transformer for the steps with less noise, Ideogram 4 one for the
+#: branch without a prompt
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 
 
-def denoiser_names(pipeline: Any) -> tuple[str, ...]:
+def denoiser_names(pipeline: DiffusionPipeline) -> tuple[str, ...]:
     """The components that the pipeline calls to denoise: "unet", else its transformers; most have one, some two."""
     there = [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
     return tuple(there[:1] if there[:1] == ["unet"] else there)
 
 
-def called_denoisers(pipeline: Any) -> list[nn.Module]:
+def called_denoisers(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """The denoisers as the pipeline calls them, compiled or wrapped as they may be: hooks around calls go here."""
     return [getattr(pipeline, name) for name in denoiser_names(pipeline)]
 
 
-def find_denoisers(pipeline: Any) -> list[nn.Module]:
+def find_denoisers(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """The models that the pipeline calls to denoise: one, or two that share the steps or the branches of guidance."""
     return [model_of(module) for module in called_denoisers(pipeline)]
 
 
-def denoiser_name(pipeline: Any) -> str | None:
+def denoiser_name(pipeline: DiffusionPipeline) -> str | None:
     """The first of `denoiser_names`, or None."""
     return next(iter(denoiser_names(pipeline)), None)
 
 
-def find_denoiser(pipeline: Any) -> nn.Module | None:
+def find_denoiser(pipeline: DiffusionPipeline) -> nn.Module | None:
     """The first of `find_denoisers`, or None."""
     return next(iter(find_denoisers(pipeline)), None)
 
 
-def find_controlnet(pipeline: Any) -> nn.Module | None:
+def draws_pixels(pipeline: DiffusionPipeline) -> bool:
+    """Whether the denoiser works on pixels: the pipeline has none of the components that decode latents."""
+    return not any(part in pipeline.components for part in DECODERS)
+
+
+def find_controlnet(pipeline: DiffusionPipeline) -> nn.Module | None:
     """The ControlNet (or the wrapper around several) that the pipeline runs before its denoiser, as it is called; or
     None."""
     module = getattr(pipeline, "controlnet", None)
     return module if isinstance(module, nn.Module) else None
 
 
-def models_of_a_call(pipeline: Any) -> list[nn.Module]:
+def models_of_a_call(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """The models that one call at a time may use: the denoisers and the ControlNets, without what is around them."""
     controlnet = find_controlnet(pipeline)
     beside = [] if controlnet is None else [model_of(controlnet)]
@@ -60,7 +67,7 @@ def models_of_a_call(pipeline: Any) -> list[nn.Module]:
     return [*find_denoisers(pipeline), *beside]
 
 
-def closed_inside(pipeline: Any) -> str | None:
+def closed_inside(pipeline: DiffusionPipeline) -> str | None:
     """Why hooks cannot reach the inside of the pipeline's denoisers; None if they can."""
     for name, module in zip(denoiser_names(pipeline), called_denoisers(pipeline), strict=True):
         model = model_of(module)

@@ -13,10 +13,13 @@ from .timestep import time_argument
 from .unet import not_a_unet
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+if TYPE_CHECKING:
     pass
 
 
-def not_followed(pipeline: Any) -> str | None:
+def not_followed(pipeline: DiffusionPipeline) -> str | None:
     """Why the steps of a pipeline's denoiser cannot be told apart or left out; None if they can."""
     for denoiser in find_denoisers(pipeline):
         names = forward_parameters(denoiser)
@@ -26,7 +29,7 @@ def not_followed(pipeline: Any) -> str | None:
     return None if whole is None else f"no step can be left out: {whole}"
 
 
-def no_branches(pipeline: Any) -> str | None:
+def no_branches(pipeline: DiffusionPipeline) -> str | None:
     """Why no branch of guidance can be left out at some steps; None if one can."""
     family, denoiser = family_of(pipeline), find_denoiser(pipeline)
     if family.reason:
@@ -38,7 +41,7 @@ def no_branches(pipeline: Any) -> str | None:
     return None
 
 
-def _is_distilled(pipeline: Any, denoiser: Any) -> bool:
+def _is_distilled(pipeline: DiffusionPipeline, denoiser: Any) -> bool:
     """Whether the pipeline never uses guidance with this model, whatever its scale: it asks one of two configs."""
     asks = getattr(getattr(type(pipeline), "do_classifier_free_guidance", None), "fget", None)
     names = asks.__code__.co_names if asks is not None else ()
@@ -47,7 +50,7 @@ def _is_distilled(pipeline: Any, denoiser: Any) -> bool:
     return ("time_cond_proj_dim" in names and proj is not None) or ("is_distilled" in names and bool(distilled))
 
 
-def unlike_halves(pipeline: Any) -> str | None:
+def unlike_halves(pipeline: DiffusionPipeline) -> str | None:
     """Why a method that takes the batch for [unconditional, conditional] halves, or for one branch where a call has no
     guidance, would draw another image; None if it is right."""
     family = family_of(pipeline)
@@ -56,7 +59,7 @@ def unlike_halves(pipeline: Any) -> str | None:
     return "the conditional half of its batch comes first" if family.branches else family.reason
 
 
-def guided(pipeline: Any, arguments: dict[str, Any]) -> bool:
+def guided(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> bool:
     """Whether a call with these `arguments` (by name, with their defaults) uses guidance at the present step."""
     how = family_of(pipeline).guided
     if how == "property":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from diffusion_accel.hooks import forward_parameters, model_of
 
 from .families import model_family
 from .find import find_denoiser
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Arguments of a U-Net through which ControlNets and T2I-Adapters reach its encoder.
 RESIDUAL_ARGUMENTS = (
@@ -59,6 +62,7 @@ class UNetStages:
 
     @property
     def encoder(self) -> tuple[nn.Module, ...]:
+        """The stages before the decoder, in order."""
         return (*self.head, *self.down, *((self.mid,) if self.mid is not None else ()))
 
 
@@ -92,7 +96,7 @@ def not_a_unet(module: nn.Module) -> str | None:
     return None
 
 
-def layers_per_block(pipeline: Any) -> int:
+def layers_per_block(pipeline: DiffusionPipeline) -> int:
     """Residual blocks in a down block of the pipeline's U-Net; 2, the usual number, for other denoisers."""
     denoiser = find_denoiser(pipeline)
     if denoiser is None or not_a_unet(denoiser):

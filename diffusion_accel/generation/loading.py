@@ -61,8 +61,8 @@ def open_pipeline(
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     names = [f"lora_{number}" for number in range(len(loras))]
-    for name, (file, scale) in zip(names, loras, strict=True):
-        load_lora(pipe, file, scale, name)
+    for name, (file, _) in zip(names, loras, strict=True):
+        load_lora(pipe, file, name)
     if names:
         pipe.set_adapters(names, [scale for _, scale in loras])
     device = device or best_device()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from diffusion_accel.errors import AccelerationError
 from diffusion_accel.io import first_line, printable
@@ -22,8 +23,6 @@ def read_tensors(file: Path, *, error: type[AccelerationError], headers: bool = 
         AccelerationError (of the kind `error`): it is no regular file, is cut off or broken, or a name in it has more
             than `NAME_LIMIT` characters.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         state = "is no regular file" if file.exists() else "does not exist"
         raise error(f"{file} cannot be read: it {state}")

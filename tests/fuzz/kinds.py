@@ -336,7 +336,7 @@ def make_lora(folder: Path) -> None:
 def read_lora(folder: Path) -> Any:
     pipe, _ = _sd()
     try:
-        load_lora(pipe, str(folder / "lora.safetensors"), 1.0, "one")
+        load_lora(pipe, str(folder / "lora.safetensors"), "one")
         return Same(v.clone() for n, v in sorted(pipe.unet.state_dict().items()) if "lora" in n)
     finally:
         pipe.unload_lora_weights()

@@ -329,9 +329,9 @@ def test_halves_of_a_lora(whole: Path, tmp_path: Path) -> None:
     for tensors, word in cases:
         save_file(tensors, file)
         with pytest.raises(ModelLoadError, match=word):
-            load_lora(pipe, str(file), 1.0, "one")
+            load_lora(pipe, str(file), "one")
     save_file(good, file)
-    load_lora(pipe, str(file), 1.0, "one")
+    load_lora(pipe, str(file), "one")
 
 
 def test_no_image_that_is_not_a_number_comes_out_silently(whole: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -148,7 +148,7 @@ def lora_file(folder: Path, width: int = 128, prefix: str = "unet.down_blocks.1.
 def test_lora(tmp_path: Path, sticker: Any) -> None:
     pipe = load_pipeline("sticker")
     pipe.set_progress_bar_config(disable=True)
-    load_lora(pipe, str(lora_file(tmp_path)), 1.0, "one")
+    load_lora(pipe, str(lora_file(tmp_path)), "one")
     pipe.set_adapters(["one"], [1.0])
     assert not torch.equal(draw(pipe), draw(sticker))
     pipe.set_adapters(["one"], [0.0])
@@ -171,7 +171,7 @@ def test_a_lora_that_does_not_fit(tmp_path: Path, case: str) -> None:
     else:
         path.write_bytes(b"12345")
     with pytest.raises(ModelLoadError) as error:
-        load_lora(pipe, str(path), 1.0, "one")
+        load_lora(pipe, str(path), "one")
     assert "\n" not in str(error.value)
 
 
