@@ -36,7 +36,7 @@ _IMAGES = """<table class="images">
 
 
 def _finalize(value: Any) -> Any:
-    return value if isinstance(value, (Markup, int, float)) else printable(value)
+    return value if isinstance(value, (int, float)) or hasattr(value, "__html__") else printable(value)
 
 
 _templates = jinja2.Environment(
