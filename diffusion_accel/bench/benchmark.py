@@ -21,7 +21,7 @@ from diffusion_accel.model_files.names import find_model
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.progress import Progress, silent
 
-from .entries import USUAL, Entry
+from .entries import USUAL, Entry, check_entries, read_entries
 from .result import Benchmark
 from .run import bench
 from .runner import Job, Runner
@@ -160,28 +160,3 @@ def _of_pipeline(
     with Changes() as changes:
         changes.add(functools.partial(setattr, pipe, "scheduler", pipe.scheduler))
         return bench(job, entries, rounds, converged, progress, Runner(job, pipe))
-
-
-def read_entries(entries: Sequence[str | Entry]) -> list[Entry]:
-    """Entries as they are written.
-
-    Raises:
-        ConfigurationError: an unknown kind, settings that it does not take, an entry that is given twice.
-    """
-    if isinstance(entries, str):
-        raise ConfigurationError(f"entries must be a list of entries, got {shown(entries)}")
-    parsed = [entry if isinstance(entry, Entry) else Entry.parse(entry) for entry in entries]
-    if len(set(parsed)) < len(parsed):
-        raise ConfigurationError("an entry is given twice")
-    return parsed
-
-
-def check_entries(entries: Sequence[Entry], steps: int, scheduler: str) -> None:
-    """Refuse what cannot work with so many steps and a scheduler, as far as that is known before a model is loaded.
-
-    Raises:
-        ConfigurationError: an entry cannot work.
-    """
-    for entry in entries:
-        if reason := entry.refusal(steps, scheduler):
-            raise ConfigurationError(f"the entry {entry.name} cannot work: {reason}")

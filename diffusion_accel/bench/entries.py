@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,3 +114,28 @@ class Entry:
             allowed = "above 0 and at most 1" if self.kind == "tomesd" else "at least 1"
             raise ConfigurationError(f"{self.kind}: the first number must be {allowed}, got {shown(self.settings)}")
         return (*given, *usual[len(given) :])
+
+
+def read_entries(entries: Sequence[str | Entry]) -> list[Entry]:
+    """Entries as they are written.
+
+    Raises:
+        ConfigurationError: an unknown kind, settings that it does not take, an entry that is given twice.
+    """
+    if isinstance(entries, str):
+        raise ConfigurationError(f"entries must be a list of entries, got {shown(entries)}")
+    parsed = [entry if isinstance(entry, Entry) else Entry.parse(entry) for entry in entries]
+    if len(set(parsed)) < len(parsed):
+        raise ConfigurationError("an entry is given twice")
+    return parsed
+
+
+def check_entries(entries: Sequence[Entry], steps: int, scheduler: str) -> None:
+    """Refuse what cannot work with so many steps and a scheduler, as far as that is known before a model is loaded.
+
+    Raises:
+        ConfigurationError: an entry cannot work.
+    """
+    for entry in entries:
+        if reason := entry.refusal(steps, scheduler):
+            raise ConfigurationError(f"the entry {entry.name} cannot work: {reason}")

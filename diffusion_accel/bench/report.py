@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 from markupsafe import Markup
 
-from diffusion_accel.io import printable
+from diffusion_accel.io import printable, replacing
 from diffusion_accel.measure import html
 from diffusion_accel.measure.fidelity import EQUAL
 from diffusion_accel.measure.grids import data_url
@@ -71,6 +73,18 @@ def pareto(rows: list[Row]) -> list[Row]:
             front.append(row)
             best = row.psnr[0]
     return front[::-1]
+
+
+def write(result: Benchmark, kind: str, path: str | Path) -> None:
+    """Write a benchmark as "html", "plot" (SVG), "json" or "markdown"; the file is complete or not there."""
+    texts = {
+        "html": lambda: page(result),
+        "plot": lambda: plot(result, "psnr", "PSNR to the baseline, dB"),
+        "json": lambda: json.dumps(result.to_dict(), indent=1) + "\n",
+        "markdown": lambda: markdown(result),
+    }
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(texts[kind](), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- HTML

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from contextlib import closing
 from typing import Annotated
 
 import typer
 
-from diffusion_accel.bench.entries import Entry
-from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.io import replacing
+import diffusion_accel as api
+from diffusion_accel.bench.entries import USUAL, check_entries, read_entries
 from diffusion_accel.outputs import check_distinct, check_free, output_path
 
 from .common_options import (
@@ -35,11 +34,7 @@ from .common_options import (
     settings_of,
 )
 from .prompts import read_jobs
-from .terminal import console, say
-from .tune import embedded_prompts
-
-UNSEEN = 200  # of the embedded model's prompts: those that `tune` begins with are left to it
-USUAL = "reuse:hold:2 reuse:hold:3 reuse:deepcache:3 reuse:faster-diffusion encoder-reuse fewer-steps:25 fewer-steps:17"
+from .terminal import Bar, say
 
 
 def bench(
@@ -82,75 +77,44 @@ def bench(
     tgate:step, pab:range.
     """
     options = locals()
-    parsed = [Entry.parse(text) for text in entries or USUAL.split()]
-    if len(set(parsed)) < len(parsed):
-        raise ConfigurationError("an entry is given twice")
-    files = {"html": html, "plot": plot, "output": output, "markdown": markdown_file}
-    written = [output_path(file, f"--{name}") for name, file in files.items() if file is not None]
+    parsed = read_entries(entries or USUAL)
+    files = {"html": html, "plot": plot, "json": output, "markdown": markdown_file}
+    flags = {"html": "--html", "plot": "--plot", "json": "--output", "markdown": "--markdown"}
+    written = [output_path(file, flags[kind]) for kind, file in files.items() if file is not None]
     check_free(written, overwrite)
     check_distinct(written)
-    settings, source = settings_of(options)
-    for entry in parsed:
-        if reason := entry.refusal(settings.steps or 50, settings.scheduler or ""):
-            raise ConfigurationError(f"the entry {entry.name} cannot work: {reason}")
-    if prompts_file is not None:
-        prompts = [job.prompt for job in read_jobs([], prompts_file)][:count]
-    else:
-        prompts = embedded_prompts(count, UNSEEN) if source.kind == "embedded" else [""] * count
+    settings, _ = settings_of(options)
+    check_entries(parsed, settings.steps or 50, settings.scheduler or "")
+    prompts = None if prompts_file is None else [job.prompt for job in read_jobs([], prompts_file)][:count]
 
-    import torch
+    from diffusion_accel.bench import report  # heavy: torch
 
-    from diffusion_accel.bench import report, run
-    from diffusion_accel.bench.runner import Job
+    from .session import check_machine  # heavy: torch, diffusers
 
-    from .session import check_machine
-
-    call = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
-    job = Job(
-        model=settings.model,
-        prompts=tuple(prompts),
-        steps=settings.steps or 50,
-        scheduler=settings.scheduler,
-        seed=seed,
-        batch=batch,
-        device=check_machine(settings),
-        dtype=settings.dtype,
-        allow_pickle=settings.allow_pickle,
-        threads=torch.get_num_threads(),
-        options=call,
-    )
-    with Status(quiet) as status:
-        result = run.bench(job, parsed, rounds, converged, status)
-    texts = {
-        "html": lambda: report.page(result),
-        "plot": lambda: report.plot(result, "psnr", "PSNR to the baseline, dB"),
-        "output": lambda: json.dumps(result.to_dict(), indent=1) + "\n",
-        "markdown": lambda: report.markdown(result),
-    }
-    for name, file in files.items():
+    with closing(Bar(quiet)) as bar:
+        result = api.benchmark(
+            settings.model,
+            prompts,
+            entries=parsed,
+            steps=settings.steps,
+            seed=seed,
+            guidance_scale=settings.guidance_scale,
+            height=settings.height,
+            width=settings.width,
+            scheduler=settings.scheduler,
+            count=count,
+            batch=batch,
+            rounds=rounds,
+            converged=converged,
+            device=check_machine(settings),
+            dtype=settings.dtype,
+            allow_pickle=settings.allow_pickle,
+            progress=bar,
+        )
+    for kind, file in files.items():
         if file is not None:
-            with replacing(Path(file)) as temporary:
-                temporary.write_text(texts[name](), encoding="utf-8")
+            report.write(result, kind, file)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
         say(report.markdown(result), lines=True)
-
-
-class Status:
-    """The line that says what is being done."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.console = console(err=True, quiet=quiet)
-        self.status = self.console.status("")
-
-    def __enter__(self) -> Status:
-        if self.console.is_terminal:
-            self.status.start()
-        return self
-
-    def __call__(self, what: str, share: float = 0.0, left: float | None = None) -> None:
-        self.status.update(self.console.render_str(what))
-
-    def __exit__(self, *exception: object) -> None:
-        self.status.stop()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE
+from rich.table import Column, Table
 
+import diffusion_accel as api
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, at_least
 
@@ -16,10 +19,8 @@ from .settings import DTYPES
 from .terminal import console, say
 
 if TYPE_CHECKING:
-    from diffusion_accel.parallel.patch_parallel import PatchParallel
-    from diffusion_accel.parallel.planner.simulate import Link, Machine, Prediction
+    from diffusion_accel import Estimate
 
-HERE = "here"
 SIDE = at_least(8, 32_768)
 
 
@@ -59,41 +60,29 @@ def estimate(
 
     A simulation: what each device computes and sends is that of a real run, times follow from the machine and the link.
     """
-    from diffusion_accel.parallel.patch_parallel import PatchParallel
-
     counts = _counts(devices)
     feature = parse_feature("patch_parallel", patch_parallel or "on")
-    if not isinstance(feature, PatchParallel):
+    if not isinstance(feature, api.PatchParallel):
         raise ConfigurationError("--patch-parallel off leaves nothing to plan")
-    if feature.cfg_parallel and (odd := [n for n in counts if n > 1 and n % 2]):
-        raise ConfigurationError(f"cfg_parallel needs an even number of devices, not {odd[0]}")
-    speed, wire = _machine(machine), _link(link)
-    import torch
-
-    from diffusion_accel.model_files.names import find_model
-    from diffusion_accel.parallel.planner.architectures import ARCHITECTURES, make_subject
-    from diffusion_accel.parallel.planner.recording import record_busiest
-    from diffusion_accel.parallel.planner.simulate import predict
-
-    measured = machine == HERE
-    if measured:
-        torch.set_num_threads(threads)
-    subject = make_subject(
+    found = api.estimate(
         model,
-        model if model in ARCHITECTURES else find_model(model).location,
-        height,
-        width,
-        batch,
-        guidance_scale != 1,
-        decode,
-        getattr(torch, dtype or ("float32" if measured else "float16")),
-        "cpu" if measured else "meta",
+        devices=counts,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        batch=batch,
+        decode=decode,
+        patch_parallel=feature,
+        machine=machine,
+        link=link,
+        dtype=dtype,
+        threads=threads,
     )
-    found = [predict(record_busiest(subject, feature, n), n, speed, wire, steps, feature.warmup) for n in counts]
     if as_json:
-        typer.echo(json.dumps([_row(p, found[0], layers=True) for p in found], indent=1))
+        typer.echo(json.dumps(found.rows(layers=True), indent=1))
     else:
-        _show(found, feature, steps, f"machine {machine}", f"link {link}")
+        _show(found, f"machine {machine}", f"link {link}")
 
 
 def _counts(devices: str) -> list[int]:
@@ -106,57 +95,7 @@ def _counts(devices: str) -> list[int]:
     return counts
 
 
-def _machine(name: str) -> Machine:
-    from diffusion_accel.parallel.planner.simulate import MACHINES
-
-    if name not in MACHINES and name != HERE:
-        raise ConfigurationError(f"--machine {name} is not known; use {', '.join(MACHINES)} or {HERE}")
-    return MACHINES.get(name, MACHINES["a100"])  # whose rates are not used where times are measured
-
-
-def _link(text: str) -> Link:
-    from diffusion_accel.parallel.planner.simulate import LINKS, Link
-
-    if text in LINKS:
-        return LINKS[text]
-    if text == HERE:
-        from diffusion_accel.parallel.planner.measure_link import measure_link
-
-        return measure_link()
-    bandwidth, _, latency = text.partition(":")
-    try:
-        found = Link(float(bandwidth) * 1e9, float(latency) * 1e-6)
-    except ValueError:
-        found = Link(0, 0)
-    if not (0 < found.bandwidth < 1e15 and 0 <= found.latency < 1):
-        raise ConfigurationError(
-            f"--link {text!r} is not known; use {', '.join(LINKS)}, {HERE}, or GB/s:microseconds such as 25:20"
-        )
-    return found
-
-
-def _row(found: Prediction, first: Prediction, layers: bool = False) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "devices": found.devices,
-        "picture_s": found.image,
-        "speedup": first.image / found.image,
-        "exact_step_s": found.exact.seconds,
-        "stale_step_s": found.stale.seconds if found.stale else None,
-        "decoding_s": found.decoding.seconds,
-        "exact_step_bytes": found.exact.sent,
-        "stale_step_bytes": found.stale.sent if found.stale else None,
-        "hidden": found.hidden,
-        "buffer_bytes": found.buffers,
-    }
-    if layers:
-        row["layers"] = {name: {"seconds": s, "bytes": b} for name, (s, b) in found.layers.items()}
-    return row
-
-
-def _show(found: list[Prediction], feature: PatchParallel, steps: int, machine: str, link: str) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Column, Table
-
+def _show(found: Estimate, machine: str, link: str) -> None:
     def seconds(value: float | None) -> str:
         return "–" if value is None else f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
@@ -165,17 +104,16 @@ def _show(found: list[Prediction], feature: PatchParallel, steps: int, machine: 
 
     heads = ("devices", "picture", "faster", "exact", "later", "MB", "MB later", "hidden", "VAE")
     table = Table(*(Column(head, no_wrap=True) for head in heads), box=SIMPLE, padding=(0, 1, 0, 0))
-    for one in found:
-        row = _row(one, found[0])
+    for row in found.rows():
         times = [seconds(row[name]) for name in ("exact_step_s", "stale_step_s")]
         sent = [megabytes(row[name]) for name in ("exact_step_bytes", "stale_step_bytes")]
         hidden = "–" if row["hidden"] is None else f"{row['hidden']:.0%}"
         image = seconds(row["picture_s"]), f"{row['speedup']:.2f}"
-        table.add_row(str(one.devices), *image, *times, *sent, hidden, seconds(row["decoding_s"]))
-    exact = min(steps, feature.warmup) if any(one.stale for one in found) else steps
+        table.add_row(str(row["devices"]), *image, *times, *sent, hidden, seconds(row["decoding_s"]))
+    exact = found.exact_steps
     console().print(table)
     say(
-        f"{machine}, {link}; mode {feature.mode}; an image: {exact} exact steps, {steps - exact} later ones, the VAE; "
-        "faster: than the first row; MB: what the busiest device sends in an exact and in a later step; hidden: share "
-        "of the messages' time behind computation"
+        f"{machine}, {link}; mode {found.settings.mode}; an image: {exact} exact steps, {found.steps - exact} later "
+        "ones, the VAE; faster: than the first row; MB: what the busiest device sends in an exact and in a later step; "
+        "hidden: share of the messages' time behind computation"
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from diffusion_accel.conditioning import CLASS, class_names, condition_of
+import diffusion_accel as api
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.request import Request
 from diffusion_accel.image_files import SUFFIXES, is_image_file
 from diffusion_accel.io import is_there
 from diffusion_accel.outputs import check_free, output_path
@@ -35,7 +36,7 @@ from .common_options import (
 )
 from .feature_flags import with_feature_flags
 from .settings import check_features
-from .terminal import console, say
+from .terminal import Bar, console, say
 
 LEAST = 4  # images: distances between distributions need a few
 
@@ -77,72 +78,33 @@ def evaluate(
     settings, source = settings_of(options, features)
     check_features(settings.features, settings.steps, settings.scheduler)
 
-    from .session import check_machine, open_for
+    from .session import check_machine, open_for  # heavy: torch, diffusers
 
     pipe = open_for(settings, source, check_machine(settings))
-    result = measure(pipe, source.name, settings, data, count, batch, grid, quiet)
+    with closing(Bar(quiet)) as bar:
+        found = api.evaluate(
+            pipe,
+            data=data,
+            count=count,
+            steps=settings.steps,
+            seed=seed,
+            guidance_scale=settings.guidance_scale,
+            height=settings.height,
+            width=settings.width,
+            batch=batch,
+            progress=bar,
+        )
+    if grid is not None:
+        found.write_grid(grid)
+    result = {**found.to_dict(), "model": source.name}
     if as_json:
         typer.echo(json.dumps(result))
     else:
         show(result)
 
 
-def measure(
-    pipe: Any, model: str, settings: Any, data: str | None, count: int, batch: int, grid: str | None, quiet: bool
-) -> dict[str, Any]:
-    """Draw and measure; see `evaluation.quality`."""
-    import torch
-    from tqdm import tqdm
-
-    from diffusion_accel.evaluation import quality
-    from diffusion_accel.evaluation.classifier import extract, load_classifier
-    from diffusion_accel.generation.drawing import draw_tensors, fitted
-
-    classifier = load_classifier()
-    pictures = None
-    if data is None:
-        asked, real = quality.embedded_reference()
-    else:
-        asked, real, pictures = quality.reference_of(Path(data), classifier)
-    if condition_of(pipe) == CLASS:
-        asked = quality.of_classes(asked, class_names(pipe))
-    keys = "negative_prompt steps guidance_scale width height".split()
-    request = Request(prompt="", **{key: getattr(settings, key) for key in keys})
-    result: dict[str, Any] = {"model": model, "data": data or "embedded reference", "real": len(real)}
-    result["features"] = {name: feature.to_dict() for name, feature in pipe.acceleration.features.items()}
-    shown = []
-    for split in quality.SPLITS:
-        chosen = asked.choose(split, count)
-        if len(chosen) < 4:
-            continue
-        made = []
-        for start in tqdm(range(0, len(chosen), batch), desc=split, unit="batch", disable=True if quiet else None):
-            part = chosen[start : start + batch]
-            generators = [torch.Generator("cpu").manual_seed(settings.seed + start + i) for i in range(len(part))]
-            prompts = [asked.captions[i] for i in part]
-            images = draw_tensors(pipe, prompts, request, generators)
-            made.append(images)
-        drawn = torch.cat(made)
-        shown.append(drawn)
-        values = quality.drawing_quality(extract(classifier, drawn), chosen, asked, real)
-        if pictures is not None and quality.not_measurable(pipe) is None:
-            values["loss"] = quality.validation_loss(
-                pipe, fitted(pipe, pictures(chosen), request), [asked.captions[i] for i in chosen]
-            )
-        result[split] = {"n": len(chosen), **values}
-    if pictures is not None and (reason := quality.not_measurable(pipe)):
-        result["no_loss"] = reason
-    if grid is not None:
-        from diffusion_accel.training.images import save_grid
-
-        save_grid(torch.cat(shown), min(12, sum(map(len, shown))), Path(grid))
-    return result
-
-
 def show(result: dict[str, Any]) -> None:
     """The tables."""
-    from rich.table import Table
-
     terminal = console()
     title = f"{result['model']}, against {result['real']} real images ({result['data']})"
     parts = [split for split in ("train", "heldout") if split in result]

@@ -10,6 +10,7 @@ from pathlib import Path
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import Request, check_numbers, check_text
 from diffusion_accel.io import first_line, parse_json, read_text, shown, split_lines
+from diffusion_accel.model_files.names import ModelSource
 
 from .settings import OLD_KEYS, Settings, renamed, typed
 
@@ -50,6 +51,17 @@ def read_jobs(prompts: list[str], file: str | None, flag: str = "--prompts-file"
         for name in ("prompt", "negative_prompt"):
             check_text(getattr(job, name), name.replace("_", " "))
     return jobs
+
+
+def texts_of(file: str | None, count: int, source: ModelSource) -> list[str]:
+    """The first prompts of a file; without one, of those that the embedded model was trained with; else none."""
+    if file is not None:
+        return [job.prompt for job in read_jobs([], file)][:count]
+    if source.kind != "embedded":
+        return []
+    from diffusion_accel.evaluation.prompts import embedded_prompts  # heavy: torch
+
+    return embedded_prompts(count)
 
 
 def _json_job(line: str, where: str) -> Job:

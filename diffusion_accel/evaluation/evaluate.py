@@ -16,6 +16,7 @@ from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import is_there, shown
 from diffusion_accel.measure.request import MAX_SEED, options_of, whole
 from diffusion_accel.progress import Progress, silent
+from diffusion_accel.training.images import save_grid
 
 from .classifier import StickerClassifier, extract, load_classifier
 from .drawing import drawing_quality
@@ -56,6 +57,11 @@ class Evaluation:
         """The numbers as JSON values."""
         found = {"model": self.model, "data": self.data, "real": self.real, "features": self.features, **self.parts}
         return found if self.no_loss is None else found | {"no_loss": self.no_loss}
+
+    def write_grid(self, path: str | Path) -> None:
+        """Write all images as one PNG or other image file, at most twelve in a row."""
+        images = torch.cat([*self.images.values()])
+        save_grid(images, min(12, len(images)), Path(path))
 
 
 @public

@@ -138,23 +138,6 @@ def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None
             request.check_strength(**known)
 
 
-def draw_tensors(
-    pipe: DiffusionPipeline, prompts: list[str], request: Request, generators: list[torch.Generator]
-) -> torch.Tensor:
-    """One image a prompt, (N, 3, H, W) in -1..1 on the CPU; of the request all but its prompt and seeds counts."""
-    arguments = _arguments(pipe, request) | call_arguments(pipe, prompts) | {"output_type": "pt"}
-    return pipe(**arguments, generator=generators).images.float().cpu() * 2 - 1
-
-
-def fitted(pipe: Any, images: torch.Tensor, request: Request) -> torch.Tensor:
-    """Images (N, 3, h, w) resized to what a request draws with this pipeline."""
-    width = request.width or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    size = (request.height or width, width)
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
-
-
 def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     wanted: dict[str, Any] = {

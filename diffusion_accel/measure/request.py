@@ -73,11 +73,11 @@ def options_of(pipe: DiffusionPipeline, **wanted: Any) -> dict[str, Any]:
     scale = given.get("guidance_scale", 0)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (0 <= scale <= 1000):
         raise ConfigurationError(f"guidance_scale must be a number of 0 to 1000, got {shown(scale)}")
-    named = {_NAMES.get(name, name): value for name, value in given.items()}
-    unknown = [name for name in named if name not in call_parameters(pipe)]
+    taken = call_parameters(pipe)
+    unknown = [name for name in given if _NAMES.get(name, name) not in taken]
     if unknown:
-        raise ConfigurationError(f"{type(pipe).__name__} does not take {', '.join(unknown)}; leave it out")
-    return named
+        raise ConfigurationError(f"{type(pipe).__name__} does not take {', '.join(unknown)}")
+    return {_NAMES.get(name, name): value for name, value in given.items()}
 
 
 def usual_steps(pipe: DiffusionPipeline) -> int | None:

@@ -145,7 +145,7 @@ def machine_of(machine: str | Machine) -> Machine:
     if isinstance(machine, Machine):
         return machine
     if machine not in MACHINES and machine != HERE:
-        raise ConfigurationError(f"machine {shown(machine)} is not known; use {', '.join(MACHINES)} or {HERE}")
+        raise ConfigurationError(f"machine must be one of {', '.join(MACHINES)} or {HERE}, got {shown(machine)}")
     return MACHINES.get(machine, MACHINES["a100"])
 
 
@@ -168,7 +168,7 @@ def link_of(link: str | Link) -> Link:
         found = Link(0, 0)
     if not (0 < found.bandwidth < 1e15 and 0 <= found.latency < 1):
         raise ConfigurationError(
-            f"link {link!r} is not known; use {', '.join(LINKS)}, {HERE}, or GB/s:microseconds such as 25:20"
+            f"link must be one of {', '.join(LINKS)}, {HERE}, or GB/s:microseconds such as 25:20, got {shown(link)}"
         )
     return found
 

@@ -20,9 +20,8 @@ from diffusion_accel.bench.report import markdown, page, pareto, plot
 from diffusion_accel.bench.result import Benchmark, Row
 from diffusion_accel.bench.run import bench
 from diffusion_accel.bench.runner import Job, Runner
-from diffusion_accel.cli.bench import Status
 from diffusion_accel.cli.main import main
-from diffusion_accel.cli.terminal import console
+from diffusion_accel.cli.terminal import Bar, console
 from diffusion_accel.errors import ModelLoadError
 
 CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
@@ -135,7 +134,7 @@ def test_names_from_outside_are_text_in_reports(result: Benchmark) -> None:
 
 
 def test_markup_in_names_is_no_markup(capsys: Any) -> None:
-    status = Status(quiet=False)
+    status = Bar(quiet=False)
     status("images: reuse x[/bold]y/\x1b]0;title\x07")
     console().print("[red]x[/bold] \x1b[2J :smiley:")
     assert capsys.readouterr().out == "[red]x[/bold] \\x1b[2J :smiley:\n"
