@@ -141,7 +141,7 @@ def postponed() -> Iterator[Postponed]:
     state = Postponed()
     before: dict[int, Any] = {}
 
-    def note(number: int, frame: object) -> None:
+    def note(number: int, _frame: object) -> None:
         state.received = number
         restore()
 
@@ -243,7 +243,7 @@ def _end(reason: str, code: int) -> None:
     os._exit(code)
 
 
-def _say(text: str, code: int) -> None:
+def _say(text: str, _code: int) -> None:
     write_line(f"error: {text}")
 
 

@@ -48,6 +48,7 @@ PROMPTS = [
 
 
 def run(folder: Path, steps: int, rounds: int) -> None:
+    """Draw all prompts plain and accelerated, and write the images and the sheet."""
     check_writable(folder)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -83,6 +84,7 @@ def run(folder: Path, steps: int, rounds: int) -> None:
 
 
 def print_table(results: list[Comparison]) -> None:
+    """Print a row a prompt, and the medians."""
     table = Table(
         "prompt", "time ratio", "FLOP ratio", "PSNR dB", "SSIM", title=f"--reuse {PLAN} against plain diffusers"
     )
@@ -101,6 +103,7 @@ def _cells(row: tuple[float, float, float, float]) -> tuple[str, str, str, str]:
 
 
 def main() -> int:
+    """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
     parser.add_argument("--steps", type=int, default=50)

@@ -82,6 +82,7 @@ def run(name: str, options: argparse.Namespace) -> tuple[int, list[str]]:
 
 
 def main() -> int:
+    """The exit code: 1 if something was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=(*NAMES, "all"))
     parser.add_argument("--minutes", type=float, default=1.0, help="for each kind (default 1)")

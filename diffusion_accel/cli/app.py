@@ -23,6 +23,7 @@ from . import (
     transparency,
     tune,
 )
+from .common_options import with_debug
 from .feature_flags import join_bare_flags
 from .old_names import in_todays_names
 
@@ -33,19 +34,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(generate.generate)
-app.command()(tune.tune)
-app.command()(quantize.quantize)
-app.command()(inspect.inspect)
-app.command()(bench.bench)
-app.command()(estimate.estimate)
-app.command()(evaluate.evaluate)
-app.command()(transparency.compose)
-app.command()(transparency.cutout)
-app.command()(metadata.metadata)
-app.command()(models.models)
-app.command()(features.features)
-app.command()(info.info)
+for _command in (
+    generate.generate,
+    tune.tune,
+    quantize.quantize,
+    inspect.inspect,
+    bench.bench,
+    estimate.estimate,
+    evaluate.evaluate,
+    transparency.compose,
+    transparency.cutout,
+    metadata.metadata,
+    models.models,
+    features.features,
+    info.info,
+):
+    app.command()(with_debug(_command))
 
 
 def _print_version(wanted: bool) -> None:

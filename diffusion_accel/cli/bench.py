@@ -17,7 +17,6 @@ from .common_options import (
     ROUNDS,
     AllowPickle,
     AsJson,
-    Debug,
     Device,
     Dtype,
     GuidanceScale,
@@ -68,7 +67,6 @@ def bench(
     allow_pickle: AllowPickle = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Measure speed and fidelity of any set of settings against the plain model, times in turn.
 

@@ -9,6 +9,7 @@ was given.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 import typing
@@ -131,6 +132,20 @@ def settings_of(options: Mapping[str, Any], features: Mapping[str, Any] | None =
     """
     keys = "model steps guidance_scale scheduler seed width height device dtype allow_pickle".split()
     return merge({**{key: options.get(key) for key in keys}, **(features or {})}, {})
+
+
+def with_debug(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the switch --debug, which `main` has seen before the command is run."""
+    signature = inspect.signature(command, eval_str=True)
+    debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+
+    @functools.wraps(command)
+    def run(*given: Any, debug: bool = False, **options: Any) -> None:  # noqa: ARG001 - main has seen it
+        command(*given, **options)
+
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run
 
 
 # ---------------------------------------------------------------------- options

@@ -13,7 +13,7 @@ import diffusion_accel as api
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, at_least
 
-from .common_options import BATCH, Batch, Debug, bounded, number, one_of
+from .common_options import BATCH, Batch, bounded, number, one_of
 from .feature_flags import parse_feature
 from .settings import DTYPES
 from .terminal import console, say
@@ -54,7 +54,6 @@ def estimate(
     dtype: Annotated[str | None, one_of(", ".join(DTYPES) + "; of the U-Net.", DTYPES)] = None,
     threads: Annotated[int, bounded(BATCH, help="CPU threads of a process, with --machine here.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with every layer.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Predict time and traffic of patch parallelism for a model, a size and any number of devices.
 

@@ -20,7 +20,6 @@ from .common_options import (
     AllowPickle,
     AsJson,
     Batch,
-    Debug,
     Device,
     Dtype,
     GuidanceScale,
@@ -64,7 +63,6 @@ def evaluate(
     allow_pickle: AllowPickle = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
-    debug: Debug = False,
     **features: str | None,
 ) -> None:
     """Measure how well a model draws: distances, retrieval and, with --data, the validation loss by timestep."""

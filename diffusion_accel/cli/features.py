@@ -10,7 +10,7 @@ import typer
 
 from diffusion_accel.registry import all_features
 
-from .common_options import AsJson, Debug
+from .common_options import AsJson
 from .terminal import say
 
 
@@ -43,7 +43,6 @@ def markdown() -> str:
 def features(
     as_json: AsJson = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
-    debug: Debug = False,
 ) -> None:
     """List what can be switched on, with all keys."""
     if as_json:

@@ -15,7 +15,6 @@ from diffusion_accel.generation.request import LIMITS, MAX_IMAGES, Request
 from . import processes
 from .common_options import (
     AllowPickle,
-    Debug,
     Device,
     Dtype,
     GuidanceScale,
@@ -30,7 +29,7 @@ from .feature_flags import with_feature_flags
 from .prompts import Job, read_jobs, request_of
 from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, check_features, check_images, merge, read_config
 
-_OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "debug")  # not settings
+_OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config")  # not settings
 _PANELS = {
     "Image and control inputs": "image mask_image strength controlnet control_image lora",
     "Machine": "allow_pickle device dtype offload attention compile quantize runtime low_memory",
@@ -133,7 +132,6 @@ def generate(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON line an image on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML or JSON with flag names as keys.")] = None,
-    debug: Debug = False,
     **features: str | None,
 ) -> None:
     """Generate images, plain or accelerated."""

@@ -11,7 +11,7 @@ import typer
 
 from diffusion_accel import __version__
 
-from .common_options import AsJson, Debug
+from .common_options import AsJson
 from .terminal import say
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "peft", "xformers")
@@ -40,7 +40,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def info(as_json: AsJson = False, debug: Debug = False) -> None:
+def info(as_json: AsJson = False) -> None:
     """Print versions and devices, for bug reports."""
     facts = collect()
     if as_json:

@@ -15,7 +15,7 @@ from diffusion_accel.pipelines.quantizers import checkpoint_folder
 from diffusion_accel.quant.spec import LayerSpec
 from diffusion_accel.quant.stored import Tensor, read_config, verify
 
-from .common_options import AsJson, Debug
+from .common_options import AsJson
 from .terminal import console, note, say
 
 PARTS = (  # of a layer in the file
@@ -26,7 +26,6 @@ PARTS = (  # of a layer in the file
 def inspect(
     folder: Annotated[str, typer.Argument(help="A folder that `quantize` wrote, or its unet or transformer.")],
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Show the layers of a quantized checkpoint: bits, sizes, rounding error, sensitivity."""
     if not Path(folder).is_dir():

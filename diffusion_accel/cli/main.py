@@ -111,7 +111,7 @@ def _fail(message: str, code: int, consequence: bool = False) -> int:
     return code
 
 
-def _say_at_first(message: str, code: int) -> None:
+def _say_at_first(message: str, _code: int) -> None:
     if not {"DIFFUSION_ACCEL_JOB", "TORCHELASTIC_RUN_ID"} & {*os.environ}:  # one of several: others say it
         interrupts.write_line(f"error: {message}")
 

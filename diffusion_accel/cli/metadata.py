@@ -11,14 +11,12 @@ from diffusion_accel.errors import OutputError
 from diffusion_accel.image_files import read_metadata
 from diffusion_accel.image_metadata import parse_parameters
 
-from .common_options import Debug
 from .terminal import say
 
 
 def metadata(
     file: Annotated[str, typer.Argument(help="A PNG, WebP or JPEG file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Print the settings that an image was made with."""
     text, data = read_metadata(file)

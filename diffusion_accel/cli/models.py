@@ -9,11 +9,11 @@ import typer
 
 from diffusion_accel.model_files.names import EMBEDDED
 
-from .common_options import AsJson, Debug
+from .common_options import AsJson
 from .terminal import say
 
 
-def models(as_json: AsJson = False, debug: Debug = False) -> None:
+def models(as_json: AsJson = False) -> None:
     """List the embedded models; any hub id, folder or .safetensors file works as well."""
     if as_json:
         typer.echo(

@@ -16,10 +16,13 @@ Rewrite = Callable[[str | None, list[str]], list[str]]
 
 
 def _renamed(flag: str) -> Rewrite:
-    return lambda value, rest: [flag if value is None else f"{flag}={value}"]
+    """The same, by another name."""
+    return lambda value, _: [flag if value is None else f"{flag}={value}"]
 
 
 def _minutes(flag: str) -> Rewrite:
+    """A number of minutes, where times have a unit now."""
+
     def rewrite(value: str | None, rest: list[str]) -> list[str]:
         if value is None and not rest:
             return [flag]
@@ -29,7 +32,8 @@ def _minutes(flag: str) -> Rewrite:
 
 
 def _instead(*tokens: str) -> Rewrite:
-    return lambda value, rest: list(tokens)
+    """A switch that something else stands for, or that is not needed any more."""
+    return lambda _value, _rest: list(tokens)
 
 
 def _switch_or_file(flag: str, file_flag: str) -> Rewrite:

@@ -19,7 +19,6 @@ from .common_options import (
     AllowPickle,
     AsJson,
     Batch,
-    Debug,
     Device,
     GuidanceScale,
     Model,
@@ -106,7 +105,6 @@ def quantize(
     allow_pickle: AllowPickle = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Quantize a pipeline's U-Net or transformer: fewer bits, calibrated and finetuned (QuEST).
 
@@ -174,6 +172,7 @@ def quantize(
 
 
 def rounding_settings(iterations: int | None) -> Any:
+    """AdaRound's settings; None: its own number of steps."""
     from diffusion_accel.quant.ptq.reconstruct import RoundingSettings
 
     return RoundingSettings() if iterations is None else RoundingSettings(iterations=iterations)
@@ -182,6 +181,7 @@ def rounding_settings(iterations: int | None) -> Any:
 def finetune_settings(
     rate: float | None, scale_rate: float | None, epochs: int | None, time_epochs: int | None, layer_loss: bool | None
 ) -> Any:
+    """Settings of finetuning; None: the published ones, `time_epochs` at the first timestep, others in proportion."""
     from diffusion_accel.quant.ptq.finetune import FinetuneSettings
 
     given: dict[str, Any] = {"rate": rate, "scale_rate": scale_rate, "epochs": epochs, "layer_loss": layer_loss}

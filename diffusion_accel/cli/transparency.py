@@ -18,7 +18,7 @@ from diffusion_accel.model_files.names import find_model
 from diffusion_accel.outputs import check_free
 from diffusion_accel.transparency.latent_transparency import LatentTransparency
 
-from .common_options import Debug, Overwrite
+from .common_options import Overwrite
 from .terminal import say
 
 _FILES = typer.Argument(metavar="FILE…", help="Images, the lowest first.", show_default=False)
@@ -38,7 +38,6 @@ def compose(
         str | None, typer.Option(metavar="checkerboard|COLOUR|FILE", help="Behind all; without it alpha is kept.")
     ] = None,
     overwrite: Overwrite = False,
-    debug: Debug = False,
 ) -> None:
     """Stack images with transparency into one."""
     path = plan_file(output, overwrite, "-o")
@@ -68,7 +67,6 @@ def cutout(
     ] = None,
     multiplied: Annotated[bool, typer.Option("--premultiplied", help="Write colours multiplied by alpha.")] = False,
     overwrite: Overwrite = False,
-    debug: Debug = False,
 ) -> None:
     """Send an image with alpha through a model's latents and back: what its transparency can hold."""
     path = plan_file(output, overwrite, "-o")

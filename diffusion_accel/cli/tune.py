@@ -22,7 +22,6 @@ from .common_options import (
     AsJson,
     Batch,
     Budget,
-    Debug,
     Device,
     Dtype,
     GuidanceScale,
@@ -84,7 +83,6 @@ def tune(
     allow_pickle: AllowPickle = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Find out which steps a pipeline must compute: writes a plan for --reuse.
 
@@ -188,6 +186,7 @@ def embedded_prompts(count: int, skip: int = 0) -> list[str]:
 
 
 def show(output: str, plan: Any) -> None:
+    """Print what a plan does, and what it gained and lost."""
     measured, steps = plan.measured, plan.plan.steps
     words = {"full": "full", "hold": "held", "shallow": "shallow", "decoder": "decoder only"}
     counts = {m: sum(step.mode == m for step in steps) for m in words}
