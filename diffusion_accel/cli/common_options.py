@@ -140,7 +140,8 @@ def with_debug(command: Callable[..., None]) -> Callable[..., None]:
     debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
 
     @functools.wraps(command)
-    def run(*given: Any, debug: bool = False, **options: Any) -> None:  # noqa: ARG001 - main has seen it
+    def run(*given: Any, **options: Any) -> None:
+        options.pop("debug", None)
         command(*given, **options)
 
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
