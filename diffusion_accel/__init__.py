@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .pipelines.loading import load_pipeline
     from .progress import Progress
     from .quant import QuantizeSettings
+    from .quant.ptq.export import quantize
     from .quant.ptq.report import QuantizationReport
     from .report import Report
     from .reuse import EncoderReuse, Plan, Reuse, Step, TunedPlan
@@ -64,6 +65,7 @@ _LAZY = {
     "evaluate": ".evaluation.evaluate",
     "fidelity": ".measure.fidelity",
     "load_pipeline": ".pipelines.loading",
+    "quantize": ".quant.ptq.export",
     "tune": ".tuning.tuner",
     # features, and what they are given
     "EncoderReuse": ".reuse",
@@ -130,6 +132,7 @@ __all__ = [
     "evaluate",
     "fidelity",
     "load_pipeline",
+    "quantize",
     "tune",
 ]
 

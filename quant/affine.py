@@ -1,4 +1,4 @@
-"""Uniform quantization: integer codes on a grid of scale and zero point, and how the range of a grid is chosen.
+"""Affine quantization: integer codes on a grid of scale and zero point, and how the range of a grid is chosen.
 
 A value x has the code clamp(round(x / scale) + zero_point, 0, 2^bits - 1) and is read back as
 (code - zero_point) * scale. Zero is a grid point unless a margin says otherwise, so padding and ReLU-like zeros stay
@@ -11,9 +11,10 @@ from collections.abc import Iterable
 
 import torch
 
+from .spec import PERCENTILES
+
 SEARCH_NORM = 2.4  # of the error that the range search minimises (QuEST's code, as Q-Diffusion's)
 SEARCH_CANDIDATES = 80  # shrunk ranges that it tries, each 1% of the widest smaller
-PERCENTILES = (99.9, 99.99, 99.999)
 _SAMPLE = 1 << 20  # values of which percentiles and their errors are taken; of more, evenly spaced ones
 
 

@@ -26,7 +26,7 @@ from .layers import (
     quantized_layers,
     quantized_like,
 )
-from .spec import LayerSpec, ModelSpec
+from .spec import RUNTIMES, LayerSpec, ModelSpec
 from .stored import settings_digest, tensors_digest
 
 # as safetensors names them
@@ -37,7 +37,6 @@ _DTYPES = {
 }  # fmt: skip
 TABLE_BITS = 8
 _TABLES_MATTER = 0.01  # of the parameters
-RUNTIMES = ("auto", "integer", "dequantize", "simulated")  # cli/settings.py has them too, to import no torch
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:

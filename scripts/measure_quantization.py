@@ -25,11 +25,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import nn
 
 import diffusion_accel  # noqa: F401, so that diffusers loads the checkpoint
+from diffusion_accel.measure.memory import process_peak
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.quant.layers import QuantizedConv2d, QuantizedLinear, quantized_layers
 from diffusion_accel.quant.model import runtime_report, set_runtime
 from diffusion_accel.quant.ptq.ranges import RangeSettings
-from diffusion_accel.quant.ptq.report import peak_memory
 from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
 
@@ -164,7 +164,7 @@ def main() -> None:
             run.model.save_pretrained(folder, max_shard_size="20GB")
             result["quantizing"] = {
                 "seconds": time.perf_counter() - began,
-                "peak": peak_memory(),
+                "peak": process_peak(),
                 "stages": run.seconds,
             }
             shutil.rmtree(args.work / "between")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import diffusion_accel as api
 from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
 from diffusion_accel.outputs import check_free_folder, output_path
+from diffusion_accel.quant.ptq.settings import FinetuneSettings, RoundingSettings
+from diffusion_accel.quant.ptq.settings import settings_of as quantize_settings
 
 from .common_options import (
     AllowPickle,
@@ -112,11 +117,56 @@ def quantize(
     interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work.
     """
     options = locals()
-    from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
-
-    weights, inputs = parse_bits(bits)
+    with _flags("bits_budget", "bits"):
+        choice = quantize_settings(
+            bits,
+            seed=seed,
+            bits_budget=bits_budget,
+            attention_bits=attention_bits or None,
+            softmax_bits=softmax_bits,
+            split=split,
+            buckets=buckets,
+            layers=layers,
+            sensitive=sensitive,
+            rounding=_rounding(iterations) if rounding == "adaround" else None,
+            finetune=_finetuning(rate, scale_rate, epochs, time_epochs, layer_loss) if finetune == "quest" else None,
+        )
     folder = output_path(output)
     check_free_folder(folder, overwrite)
+    _say_how_to_go_on(folder)
+    settings, source = settings_of(options)
+    texts = embedded_prompts(count) if source.kind == "embedded" else []
+    if prompts_file is not None:
+        texts = [job.prompt for job in read_jobs([], prompts_file)][:count]
+
+    from diffusion_accel.pipelines.loading import load_pipeline  # heavy: torch
+
+    from .session import check_machine, open_for  # heavy: torch
+
+    pipe = open_for(settings, source, check_machine(settings), promptless=True)
+    if not texts and condition_of(pipe) == PROMPT:
+        raise ConfigurationError(
+            "--prompts-file is needed: grids are measured on the kind of prompts the model is used with"
+        )
+    bar = Bar(quiet)
+    try:
+        with _flags("bits_budget"):
+            found = api.quantize(
+                pipe, texts or usual_texts(pipe, count), settings=choice, output=folder,
+                minutes=None if budget is None else budget / 60, steps=settings.steps or 50,
+                guidance_scale=settings.guidance_scale, height=settings.height, width=settings.width, batch=batch,
+                images=report, overwrite=overwrite, restart=restart, progress=bar, source=source, load=load_pipeline,
+            )  # fmt: skip
+    finally:
+        bar.close()
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        say(found.text(), lines=True)
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    """What an interrupt says from now on."""
     work = Path(f"{folder}.work")
 
     def how_to_go_on() -> str:
@@ -124,66 +174,28 @@ def quantize(
         return f"call it again to go on from here ({work})" if kept else interrupts.names()
 
     interrupts.explain(how_to_go_on)
-    settings, source = settings_of(options)
-    choice = QuantizeSettings(
-        weight_bits=weights,
-        activation_bits=inputs,
-        bits_budget=bits_budget,
-        attention_bits=attention_bits or None,
-        softmax_bits=softmax_bits,
-        split=split,
-        buckets=buckets,
-        layers=layers,
-        sensitive=sensitive,
-        seed=seed,
-        rounding=rounding_settings(iterations) if rounding == "adaround" else None,
-        finetune=finetune_settings(rate, scale_rate, epochs, time_epochs, layer_loss) if finetune == "quest" else None,
-    )
-    if prompts_file is not None:
-        texts = [job.prompt for job in read_jobs([], prompts_file)][:count]
-    else:
-        texts = embedded_prompts(count) if source.kind == "embedded" else []
 
-    from diffusion_accel.pipelines.loading import load_pipeline
-    from diffusion_accel.quant.ptq.export import run
 
-    from .session import check_machine, open_for
-
-    pipe: Any = open_for(settings, source, check_machine(settings), promptless=True)
-    if not texts:
-        if condition_of(pipe) == PROMPT:
-            raise ConfigurationError(
-                "--prompts-file is needed: grids are measured on the kind of prompts the model is used with"
-            )
-        texts = usual_texts(pipe, count)
-    bar = Bar(quiet)
+@contextmanager
+def _flags(*names: str) -> Iterator[None]:
+    """Around what refuses fields of the settings by name: the flag is named instead."""
     try:
-        result = run(
-            pipe, source, texts, choice, folder, bar, load=load_pipeline, overwrite=overwrite, restart=restart,
-            minutes=None if budget is None else budget / 60, images=report, batch=batch, steps=settings.steps or 50,
-            options={k: getattr(settings, k) for k in ("guidance_scale", "height", "width")},
-        )  # fmt: skip
-    finally:
-        bar.close()
-    if as_json:
-        typer.echo(json.dumps(result.to_dict()))
-    else:
-        say(result.text(), lines=True)
+        yield
+    except ConfigurationError as error:
+        text = str(error)
+        name = next((name for name in names if text.startswith(name)), None)
+        if name is None:
+            raise
+        raise ConfigurationError(f"--{name.replace('_', '-')}{text[len(name) :]}") from error
 
 
-def rounding_settings(iterations: int | None) -> Any:
-    """AdaRound's settings; None: its own number of steps."""
-    from diffusion_accel.quant.ptq.reconstruct import RoundingSettings
-
+def _rounding(iterations: int | None) -> RoundingSettings:
     return RoundingSettings() if iterations is None else RoundingSettings(iterations=iterations)
 
 
-def finetune_settings(
+def _finetuning(
     rate: float | None, scale_rate: float | None, epochs: int | None, time_epochs: int | None, layer_loss: bool | None
-) -> Any:
-    """Settings of finetuning; None: the published ones, `time_epochs` at the first timestep, others in proportion."""
-    from diffusion_accel.quant.ptq.finetune import FinetuneSettings
-
+) -> FinetuneSettings:
     given: dict[str, Any] = {"rate": rate, "scale_rate": scale_rate, "epochs": epochs, "layer_loss": layer_loss}
     if time_epochs is not None:  # the later ones in proportion
         first = FinetuneSettings().time_epochs

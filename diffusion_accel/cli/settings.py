@@ -21,6 +21,7 @@ from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
 from diffusion_accel.pipelines.quantizers import check_quantize
 from diffusion_accel.pipelines.schedulers import check_scheduler
+from diffusion_accel.quant.spec import RUNTIMES
 from diffusion_accel.registry import FEATURES
 
 from .feature_flags import parse_feature
@@ -31,7 +32,6 @@ _MAY_BE_EMPTY = ("prompt", "negative_prompt", "output")  # or are refused with w
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOAD = ("none", "model", "sequential")
 ATTENTION = ("sdpa", "xformers")
-RUNTIMES = ("auto", "integer", "dequantize", "simulated")
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def allocate(
     spent: float = sum(bits[n] * sizes[n] for n in sizes)
     if spent > budget * total:
         raise ConfigurationError(
-            f"--bits-budget {budget:g} is not enough: the fewest bits take {spent / total:.2f} a weight on average"
+            f"bits_budget {budget:g} is not enough: the fewest bits take {spent / total:.2f} a weight on average"
         )
     for _, cost, name, low, high in sorted(steps, key=lambda s: -s[0]):
         if bits[name] == low and spent + cost <= budget * total:

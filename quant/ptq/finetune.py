@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,14 +18,12 @@ from diffusion_accel.denoisers import (
     TIME_LAYERS,
     quantization_preset,
 )
-from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
 from .finetuner import Finetuner, batches
+from .settings import FinetuneSettings
 from .stage import Job, Part, RunState, Stage, Values
 
 _MOMENTS = "moments/"  # before the names of Adam's tensors in the file
-MOMENTS = ("visit", "timestep", "shared")
 # which layers are finetuned, by model, as published; a model's family names one (denoisers.quantization_preset)
 PRESETS: dict[str, tuple[str, ...]] = {
     "sd": (FEED_FORWARD,),
@@ -33,46 +31,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "lsun": (QUERIES, SAMPLE_KEYS_VALUES),
     "dit": (FEED_FORWARD, QUERIES, SELF_KEYS_VALUES),
 }
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """QuEST's two stages; the defaults are those of its published code for Stable Diffusion.
-
-    Attributes:
-        time_epochs: stage 1, epochs over the rows of each timestep; the first timestep, those above 300, the others.
-        time_rows: stage 1, rows of each timestep in an epoch.
-        epochs: stage 2, epochs over all timesteps.
-        rows: stage 2, rows of each timestep in an epoch.
-        batch: rows in a step; the published code takes one every 4 rows.
-        moments: Adam's moments of the scales: "visit", begun anew whenever a timestep is visited, as published;
-            "timestep", kept for each; "shared", one of all timesteps, which goes on moving the scales of those that
-            have no rows in a step.
-        rate: learning rate of weights and biases.
-        scale_rate: of the scales of activations, as a share of their size (published: 1e-4 absolute in stage 2,
-            which is this share for scales around 0.1).
-        layer_loss: also compare the outputs of the finetuned layers.
-    """
-
-    time_epochs: tuple[int, int, int] = (200, 50, 400)
-    time_rows: int = 8
-    epochs: int = 20
-    rows: int = 64
-    batch: int = 4
-    moments: str = "visit"
-    rate: float = 1e-5
-    scale_rate: float = 1e-3
-    layer_loss: bool = True
-
-    def __post_init__(self) -> None:
-        if self.moments not in MOMENTS:
-            raise ConfigurationError(f"moments must be one of {', '.join(MOMENTS)}, got {self.moments!r}")
-        for name in ("time_epochs", "epochs"):
-            within(getattr(self, name), 0, STEPS_LIMIT, name.replace("_", " "))
-        for name in ("time_rows", "rows", "batch"):
-            within(getattr(self, name), 1, ROWS_LIMIT, name.replace("_", " "))
-        for name in ("rate", "scale_rate"):
-            within(getattr(self, name), math.ulp(0), 1.0, name.replace("_", " "))
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

@@ -79,6 +79,8 @@ class Finetuner:
         return float(loss.detach())
 
     def _step_scales(self) -> None:
+        if not self.scales:  # weights alone are quantized
+            return
         optimizer = self._scale_optimizer()
         for group, scale, rate in zip(optimizer.param_groups, self.scales, self.rates, strict=True):
             group["lr"] = self.share * rate
@@ -94,7 +96,7 @@ class Finetuner:
         key = 0 if self.moments == "shared" else self._number
         if key not in self._scales:
             own = self.scales if self.moments == "shared" else [nn.Parameter(p.data[key]) for p in self.scales]
-            self._scales[key] = torch.optim.Adam([{"params": [p]} for p in own] or [{"params": []}])
+            self._scales[key] = torch.optim.Adam([{"params": [p]} for p in own])
         return self._scales[key]
 
     def pace(self, share: float) -> None:

@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from diffusion_accel.quant.affine import PERCENTILES, grid, value_range
+from diffusion_accel.quant.affine import grid, value_range
 from diffusion_accel.quant.attention import WithScores, quantizable_attention
-from diffusion_accel.quant.spec import ROWS_LIMIT, within
 
+from .settings import RangeSettings
 from .stage import Job, Part, RunState, Stage, Values
 from .trainable_layer import TrainableLayer, set_quantization_state
 
 if TYPE_CHECKING:
     from .calibration import CalibrationSet, Rows
-
-
-@dataclass(frozen=True)
-class RangeSettings:
-    """How ranges are chosen.
-
-    Attributes:
-        percentiles: candidates of which the least squared error decides; (100,) is minimum and maximum.
-        momentum: of the running mean over chunks; None: the first chunk decides (QuEST advises so for 4-bit inputs).
-        rows: rows of a bucket that are looked at.
-        chunk: rows in a forward pass.
-    """
-
-    percentiles: tuple[float, ...] = PERCENTILES
-    momentum: float | None = 0.95
-    rows: int = 64
-    chunk: int = 32
-
-    def __post_init__(self) -> None:
-        within(self.percentiles, 50.0, 100.0, "percentiles of ranges")
-        if self.momentum is not None:
-            within(self.momentum, 0.0, 1.0, "momentum of ranges")
-        for name in ("rows", "chunk"):
-            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of ranges")
 
 
 class Observer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,46 +11,13 @@ from torch import nn
 
 from diffusion_accel.denoisers import is_block
 from diffusion_accel.hooks import map_tensors, tensors_in
-from diffusion_accel.quant.spec import ROWS_LIMIT, STEPS_LIMIT, within
 
+from .settings import RoundingSettings
 from .stage import Job, Part, RunState, Stage, Values
 from .trainable_layer import TrainableLayer, set_quantization_state, trainable_layers_in
 
 if TYPE_CHECKING:
     from .calibration import Rows
-
-
-@dataclass(frozen=True)
-class RoundingSettings:
-    """AdaRound as Q-Diffusion and QuEST run it.
-
-    Attributes:
-        iterations: steps of Adam a block.
-        rows: rows of the calibration set that a block sees, spread over all timesteps.
-        batch: rows in a step.
-        rate: learning rate of the rounding variables, for the published number of iterations; it is raised, up to
-            tenfold, where a run has less than a tenth of them.
-        weight: of the regularizer that drives every weight to up or down.
-        beta: its exponent, from … to.
-        warmup: share of the steps without the regularizer.
-    """
-
-    iterations: int = 20_000
-    rows: int = 512
-    batch: int = 32
-    rate: float = 1e-3
-    weight: float = 0.01
-    beta: tuple[float, float] = (20.0, 2.0)
-    warmup: float = 0.2
-
-    def __post_init__(self) -> None:
-        within(self.iterations, 0, STEPS_LIMIT, "iterations of rounding")
-        for name in ("rows", "batch"):
-            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of rounding")
-        within(self.rate, math.ulp(0), 1.0, "rate of rounding")
-        within(self.weight, 0.0, 1e6, "weight of rounding")
-        within(self.beta, 1.0, 1000.0, "beta of rounding")
-        within(self.warmup, 0.0, 1.0, "warmup of rounding")
 
 
 class _ReachedError(Exception):

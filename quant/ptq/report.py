@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
-import resource
+import json
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +14,8 @@ from typing import Any
 import torch
 
 from diffusion_accel.denoisers import find_denoiser
-from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure import html
+from diffusion_accel.measure.fidelity import EQUAL, fidelity
 from diffusion_accel.measure.grids import data_url
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import interleaved, ratios
@@ -82,7 +81,7 @@ class QuantizationReport:
         """A few lines for the terminal."""
         size, full = self.bytes["checkpoint"], self.bytes["float32"]
         grids = f", {self.buckets} buckets of timesteps" if self.buckets else ""
-        lines = [f"{self.folder}: {self.name}, {size / 1e6:.2f} MB, {size / full:.3f} of float32{grids}"]
+        lines = [f"{self.folder or 'in place'}: {self.name}, {size / 1e6:.2f} MB, {size / full:.3f} of float32{grids}"]
         if self.psnr:
             middle = statistics.median(self.psnr), statistics.median(self.ssim or [0.0])
             lines.append(
@@ -107,12 +106,6 @@ class QuantizationReport:
         return "\n".join(lines)
 
 
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def measure(
     full: Sampler, quantized: Sampler, heldout: CalibrationSet, report: QuantizationReport, rounds: int = 5
 ) -> None:
@@ -129,9 +122,9 @@ def measure(
             report.steps[f"{timestep:g}"] = float(wrong)
         if full.prompts:
             base, ours = full.images(), quantized.images()
-            report.psnr = [round(float(v), 2) for v in psnr(base, ours).clamp(max=200)]
-            if min(base.shape[-2:]) >= 11:
-                report.ssim = [round(float(v), 4) for v in ssim(base, ours)]
+            found = fidelity(base, ours)
+            report.psnr = [round(min(v, EQUAL), 2) for v in found.psnr]
+            report.ssim = [round(v, 4) for v in found.ssim]
             report.images = (base, ours)
             report.ratio, report.picked = _times(full.part(0, 1), quantized.part(0, 1), model, rounds)
     report.layers = {
@@ -173,69 +166,40 @@ def _times(full: Sampler, quantized: Sampler, model: Any, rounds: int) -> tuple[
 # ---------------------------------------------------------------------- HTML
 def page(report: QuantizationReport) -> str:
     """The whole report as one HTML page."""
-    worst = sorted(report.layers.items(), key=lambda item: -(item[1].get("sensitivity") or 0))
-    rows = "".join(
-        f"<tr><td>{html.escape(n)}</td><td>{'x'.join(map(str, v['shape']))}</td>"
-        + "".join(f"<td>{v.get(k, '–')}</td>" for k in ("weight_bits", "activation_bits", "sqnr", "sensitivity"))
-        + "</tr>"
-        for n, v in worst
-    )
-    shown = ""
-    if report.images is not None:
-        for label, batch in zip(("float32", report.name), report.images, strict=True):
-            images = "".join(f'<img src="{data_url(p)}" alt="">' for p in batch[:16])
-            shown += f"<tr><td>{label}</td><td>{images}</td></tr>"
-    summary = html.escape(report.text()).replace("\n", "<br>")
-    return PAGE.format(
-        title=f"quantized: {html.escape(report.name)}",
-        summary=summary,
-        images=shown,
-        steps=bars(report.steps, "relative squared error of the prediction, by timestep"),
+    columns = ("weight_bits", "activation_bits", "sqnr", "sensitivity")
+    rows = [
+        (name, "x".join(map(str, layer["shape"])), *(layer.get(key, "–") for key in columns))
+        for name, layer in sorted(report.layers.items(), key=lambda item: -(item[1].get("sensitivity") or 0))
+    ]
+    images = [
+        (label, [data_url(image) for image in batch[:SHOWN]])
+        for label, batch in zip(("float32", report.name), report.images or ((), ()), strict=True)
+        if len(batch)
+    ]
+    return html.page(
+        f"quantized: {report.name}",
+        PAGE,
+        summary=report.text().splitlines(),
+        images=html.image_table(images),
+        errors=html.bars(report.steps, "relative squared error of the prediction, by timestep") or "",
         rows=rows,
     )
 
 
-def bars(values: dict[str, float], label: str) -> str:
-    """A bar chart as SVG."""
-    if not values:
-        return ""
-    width, height, top = 640, 220, max(values.values()) or 1.0
-    each = (width - 60) / len(values)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
-    for i, (name, value) in enumerate(values.items()):
-        tall = value / top * (height - 70)
-        x, y = 50 + i * each, height - 40 - tall
-        tip = f"<title>{html.escape(name)}: {value:.5f}</title>"
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{each * 0.8:.1f}" height="{tall:.1f}" fill="#47c">{tip}</rect>'
-        )
-        if i % max(1, len(values) // 8) == 0:
-            parts.append(f'<text x="{x:.1f}" y="{height - 24}" font-size="11">{html.escape(name)}</text>')
-    parts.append(f'<text x="4" y="24" font-size="11">{top:.4f}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 6}" font-size="12" text-anchor="middle">{label}</text></svg>')
-    return "".join(parts)
-
-
 def write(report: QuantizationReport, folder: Path) -> None:
     """report.json and report.html into a folder."""
-    import json
-
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(page(report), encoding="utf-8")
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }}
-svg {{ width: min(640px, 100%); }} img {{ height: 96px; margin: 1px; }}
-table {{ border-collapse: collapse; margin: 1em 0; }} td, th {{ padding: .2em .7em; text-align: right; }}
-td:first-child, th:first-child, .images td {{ text-align: left; }} tr:nth-child(even) {{ background: #f6f6f6; }}
-</style></head><body>
-<h1>{title}</h1><p>{summary}</p>
-<table class="images">{images}</table>
-{steps}
+SHOWN = 16  # images of each row
+PAGE = """<p>{% for line in summary %}{{ line }}<br>{% endfor %}</p>
+{{ images }}
+<figure>{{ errors }}</figure>
 <table><thead><tr><th>layer (most sensitive first)</th><th>shape</th><th>W bits</th><th>A bits</th><th>SQNR dB</th>
-<th>sensitivity</th></tr></thead><tbody>{rows}</tbody></table>
-</body></html>
+<th>sensitivity</th></tr></thead><tbody>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table>
 """

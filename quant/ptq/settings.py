@@ -1,22 +1,126 @@
-"""What `quantize` is asked for."""
+"""What `quantize` is asked for; without torch, so that it is checked before anything is loaded."""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.quant.spec import ACTIVATION_BITS, ROWS_LIMIT, WEIGHT_BITS, checked, within
-
-from .finetune import PRESETS, FinetuneSettings
-from .ranges import RangeSettings
-from .reconstruct import RoundingSettings
+from diffusion_accel.quant.spec import (
+    ACTIVATION_BITS,
+    PERCENTILES,
+    ROWS_LIMIT,
+    STEPS_LIMIT,
+    WEIGHT_BITS,
+    checked,
+    within,
+)
 
 _BITS = re.compile(r"w(\d+)(?:a(\d+))?", re.IGNORECASE)
+MOMENTS = ("visit", "timestep", "shared")
+PRESETS = ("sd", "sdxl", "lsun", "dit")  # which layers they name: `finetune.PRESETS`
 LAYERS = ("preset", "measured", "all")
 BUCKETS = 25  # of timesteps, where an input has one grid or two
 BUCKETS_BY_CHANNEL = 16  # where each channel of an input has one, so that grids stay small beside 4-bit weights
+
+
+@dataclass(frozen=True)
+class RoundingSettings:
+    """AdaRound as Q-Diffusion and QuEST run it.
+
+    Attributes:
+        iterations: steps of Adam a block.
+        rows: rows of the calibration set that a block sees, spread over all timesteps.
+        batch: rows in a step.
+        rate: learning rate of the rounding variables, for the published number of iterations; it is raised, up to
+            tenfold, where a run has less than a tenth of them.
+        weight: of the regularizer that drives every weight to up or down.
+        beta: its exponent, from … to.
+        warmup: share of the steps without the regularizer.
+    """
+
+    iterations: int = 20_000
+    rows: int = 512
+    batch: int = 32
+    rate: float = 1e-3
+    weight: float = 0.01
+    beta: tuple[float, float] = (20.0, 2.0)
+    warmup: float = 0.2
+
+    def __post_init__(self) -> None:
+        within(self.iterations, 0, STEPS_LIMIT, "iterations of rounding")
+        for name in ("rows", "batch"):
+            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of rounding")
+        within(self.rate, math.ulp(0), 1.0, "rate of rounding")
+        within(self.weight, 0.0, 1e6, "weight of rounding")
+        within(self.beta, 1.0, 1000.0, "beta of rounding")
+        within(self.warmup, 0.0, 1.0, "warmup of rounding")
+
+
+@dataclass(frozen=True)
+class RangeSettings:
+    """How ranges are chosen.
+
+    Attributes:
+        percentiles: candidates of which the least squared error decides; (100,) is minimum and maximum.
+        momentum: of the running mean over chunks; None: the first chunk decides (QuEST advises so for 4-bit inputs).
+        rows: rows of a bucket that are looked at.
+        chunk: rows in a forward pass.
+    """
+
+    percentiles: tuple[float, ...] = PERCENTILES
+    momentum: float | None = 0.95
+    rows: int = 64
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        within(self.percentiles, 50.0, 100.0, "percentiles of ranges")
+        if self.momentum is not None:
+            within(self.momentum, 0.0, 1.0, "momentum of ranges")
+        for name in ("rows", "chunk"):
+            within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of ranges")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """QuEST's two stages; the defaults are those of its published code for Stable Diffusion.
+
+    Attributes:
+        time_epochs: stage 1, epochs over the rows of each timestep; the first timestep, those above 300, the others.
+        time_rows: stage 1, rows of each timestep in an epoch.
+        epochs: stage 2, epochs over all timesteps.
+        rows: stage 2, rows of each timestep in an epoch.
+        batch: rows in a step; the published code takes one every 4 rows.
+        moments: Adam's moments of the scales: "visit", begun anew whenever a timestep is visited, as published;
+            "timestep", kept for each; "shared", one of all timesteps, which goes on moving the scales of those that
+            have no rows in a step.
+        rate: learning rate of weights and biases.
+        scale_rate: of the scales of activations, as a share of their size (published: 1e-4 absolute in stage 2,
+            which is this share for scales around 0.1).
+        layer_loss: also compare the outputs of the finetuned layers.
+    """
+
+    time_epochs: tuple[int, int, int] = (200, 50, 400)
+    time_rows: int = 8
+    epochs: int = 20
+    rows: int = 64
+    batch: int = 4
+    moments: str = "visit"
+    rate: float = 1e-5
+    scale_rate: float = 1e-3
+    layer_loss: bool = True
+
+    def __post_init__(self) -> None:
+        if self.moments not in MOMENTS:
+            raise ConfigurationError(f"moments must be one of {', '.join(MOMENTS)}, got {self.moments!r}")
+        for name in ("time_epochs", "epochs"):
+            within(getattr(self, name), 0, STEPS_LIMIT, name.replace("_", " "))
+        for name in ("time_rows", "rows", "batch"):
+            within(getattr(self, name), 1, ROWS_LIMIT, name.replace("_", " "))
+        for name in ("rate", "scale_rate"):
+            within(getattr(self, name), math.ulp(0), 1.0, name.replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -73,7 +177,7 @@ class QuantizeSettings:
         within(self.validation, 0, ROWS_LIMIT, "validation")
         within(self.seed, 0, 2**63 - 1, "seed")
         if self.bits_budget is not None and not 2 <= self.bits_budget <= 8:
-            raise ConfigurationError(f"--bits-budget must be between 2 and 8 bits a weight, got {self.bits_budget:g}")
+            raise ConfigurationError(f"bits_budget must be between 2 and 8 bits a weight, got {self.bits_budget:g}")
         if self.layers not in (*LAYERS, *PRESETS):
             raise ConfigurationError(f"layers must be one of {', '.join((*LAYERS, *PRESETS))}, got {self.layers!r}")
         if not 0 <= self.sensitive <= 1:
@@ -118,9 +222,30 @@ def parse_bits(text: str) -> tuple[int, int | None]:
     """`w4a8` as (4, 8), `w4` as (4, None). Raises `ConfigurationError`."""
     match = _BITS.fullmatch(text.strip())
     if match is None:
-        raise ConfigurationError(f"--bits must look like w8a8, w4a8, w4a4, w8 or w4, got {text!r}")
+        raise ConfigurationError(f"bits must look like w8a8, w4a8, w4a4, w8 or w4, got {text!r}")
     weights, inputs = int(match[1]), None if match[2] is None else int(match[2])
-    checked(weights, WEIGHT_BITS, "--bits: the bits of weights")
+    checked(weights, WEIGHT_BITS, "bits: the bits of weights")
     if inputs is not None and inputs != 16:
-        checked(inputs, ACTIVATION_BITS, "--bits: the bits of activations")
+        checked(inputs, ACTIVATION_BITS, "bits: the bits of activations")
     return weights, None if inputs == 16 else inputs
+
+
+def settings_of(
+    bits: str | None = None, settings: QuantizeSettings | None = None, seed: int | None = None, **changes: Any
+) -> QuantizeSettings:
+    """Settings with some fields changed.
+
+    Args:
+        bits: of weights and inputs, see `parse_bits`; None: as they are.
+        settings: what is changed; None: the recommended settings.
+        seed: of everything random; None: as it is.
+        changes: other fields of `QuantizeSettings`.
+
+    Raises:
+        ConfigurationError: a value is not allowed.
+    """
+    if bits is not None:
+        changes["weight_bits"], changes["activation_bits"] = parse_bits(bits)
+    if seed is not None:
+        changes["seed"] = seed
+    return replace(settings or QuantizeSettings(), **changes)
