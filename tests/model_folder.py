@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from zoo import DIM, seeded, unet, vae
 
+from diffusion_accel import ModelLoadError
+from diffusion_accel.pipelines.loading import load_pipeline
+
 TOKENS = 8
+UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
 WORDS = ("<|startoftext|>", "<|endoftext|>", "red", "apple", "a", "e", "l", "p", "r", "d")
 
 
@@ -68,3 +74,16 @@ def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     tensors = {name: value.clone() for name, value in load_file(file).items()}
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
+
+
+def draw(pipe: Any, **changes: Any) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "output_type": "pt", **changes}
+    return pipe("red apple", generator=torch.Generator().manual_seed(0), **settings).images
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(ModelLoadError) as error:
+        load_pipeline(str(folder))
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 import diffusion_accel
@@ -23,8 +21,6 @@ from diffusion_accel import (
 )
 from diffusion_accel.model_files.hub import hub_reason
 from diffusion_accel.model_files.names import EMBEDDED
-from diffusion_accel.pipelines import keywords
-from diffusion_accel.pipelines.accelerated import make_feature
 from diffusion_accel.pipelines.loading import load_lora, load_pipeline
 from diffusion_accel.pipelines.schedulers import SCHEDULERS, check_scheduler, set_scheduler
 
@@ -202,49 +198,6 @@ def test_a_transformer_pipeline_is_refused_with_the_reason() -> None:
     pipe = DiTPipeline(transformer=model, vae=vae(), scheduler=DDIMScheduler())
     with pytest.raises(UnsupportedPipelineError, match="encoder and a decoder"):
         AcceleratedPipeline.from_pipe(pipe, encoder_reuse=True)
-
-
-@pytest.mark.parametrize(
-    ("method", "keywords", "says"),
-    [
-        ("from_pretrained", {"encoder_resue": True}, "did you mean encoder_reuse"),
-        ("from_pretrained", {"torch_dtpe": torch.bfloat16}, "did you mean torch_dtype"),
-        ("from_pretrained", {"low_memroy": True}, "did you mean low_memory"),
-        ("from_pretrained", {"zzz": 1, "reuse": "hold:2"}, "the features are: encoder_reuse"),
-        ("from_single_file", {"reus": "hold:2"}, "did you mean reuse"),
-    ],
-)
-def test_unknown_keywords_are_refused_before_anything_is_loaded(
-    method: str, keywords: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(ConfigurationError, match=says):
-        getattr(AcceleratedPipeline, method)("sticker", **keywords)
-
-
-def test_unknown_keywords_of_conversions(sticker: Any) -> None:
-    with pytest.raises(ConfigurationError, match="did you mean encoder_reuse"):
-        AcceleratedPipeline.from_pipe(sticker, encoder_resue=True)
-    with pytest.raises(ConfigurationError, match="did you mean torch_dtype"):
-        diffusion_accel.pipelines.AcceleratedStableDiffusionImg2ImgPipeline.from_pipe(sticker, torch_dtyp=1)
-    with pytest.raises(ConfigurationError, match="unknown feature 'reus'; the features are"):
-        make_feature("reus", True)
-    with pytest.raises(ConfigurationError, match="^reuse: unknown key 'plam'"):  # as it is said in Python: no flag
-        make_feature("reuse", {"plam": "hold:2"})
-
-
-def test_keywords_of_diffusers_pass(sticker: Any) -> None:
-    pipe = AcceleratedPipeline.from_pretrained(
-        "sticker", vae=sticker.vae, safety_checker=None, torch_dtype=torch.bfloat16, variant=None, use_safetensors=True
-    )
-    assert pipe.vae is sticker.vae and pipe.unet.dtype == torch.bfloat16
-    for known, functions in (
-        (keywords.PRETRAINED, (DiffusionPipeline.from_pretrained, DiffusionPipeline.download)),
-        (keywords.SINGLE_FILE, (StableDiffusionPipeline.from_single_file,)),
-        (keywords.CONVERSION, (DiffusionPipeline.from_pipe,)),
-    ):
-        taken = {n for f in functions for n in re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(f))}
-        assert taken <= known | {"custom_pipeline"}, "diffusers takes a keyword that would be refused"
 
 
 def test_why_a_model_of_the_hub_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
