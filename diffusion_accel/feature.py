@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import numbers
+import operator
 import types
 import typing
 import weakref
@@ -51,6 +53,8 @@ class Feature:
     #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside`, which are
     #: called with the feature and the pipeline
     runtime: ClassVar[str] = ""
+    #: what fields were called before, old name -> field; see `with_old_names`
+    old_names: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
@@ -61,7 +65,7 @@ class Feature:
     def __new__(cls, *_args: object, **values: object) -> Self:
         """Refuses unknown fields as any bad input is; the rest is the dataclass's own."""
         if values and dataclasses.is_dataclass(cls):
-            refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], cls.name)
+            refuse_unknown(_renamed(cls, values), [field.name for field in dataclasses.fields(cls)], cls.name)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -129,7 +133,7 @@ class Feature:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises `ConfigurationError` for an unknown key or a value of the wrong type."""
-        known = {f.name for f in dataclasses.fields(cls)}
+        values, known = _renamed(cls, values), {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
                 raise ConfigurationError(
@@ -158,6 +162,7 @@ class Feature:
             key, eq, value = part.partition("=")
             if not eq:
                 raise ConfigurationError(f"{cls.name}: expected key=value, got {part!r}")
+            key = cls.old_names.get(key, key)
             if key in values:
                 raise ConfigurationError(f"{cls.name}: {key!r} is given twice")
             if key not in hints or key not in {f.name for f in dataclasses.fields(cls)}:
@@ -201,6 +206,35 @@ def option(
             `Feature.object_of` answers. Raises `ConfigurationError` if the text means nothing.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, "within": within, "read": read})
+
+
+_F = TypeVar("_F", bound=Feature)
+
+
+def with_old_names(cls: type[_F]) -> type[_F]:
+    """Let a feature be made with its fields' old names (`Feature.old_names`), and be read by them.
+
+    Goes above `@dataclass`. Files and `key=value` texts may have old names in any case; what is written has the new
+    ones.
+    """
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: _F, **values: Any) -> None:
+        plain(self, **_renamed(cls, values))
+
+    cls.__init__ = init  # type: ignore[method-assign,assignment]
+    for old, new in cls.old_names.items():
+        setattr(cls, old, property(operator.attrgetter(new), doc=f"Old name of `{new}`."))
+    return cls
+
+
+def _renamed(cls: type[Feature], values: dict[str, Any]) -> dict[str, Any]:
+    """Values under their fields' names of today."""
+    for old, new in cls.old_names.items():
+        if old in values and new in values:
+            raise ConfigurationError(f"{cls.name}: {old} is the old name of {new}; give one of them")
+    return {cls.old_names.get(key, key): value for key, value in values.items()}
 
 
 FeatureT = TypeVar("FeatureT", bound=Feature, covariant=True)

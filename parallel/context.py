@@ -79,6 +79,7 @@ class SharedHook(ModelHook):
         self.check, self.count = check, count
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the transformer; a message that fails becomes a `PeerError`."""
         self.check(bind_forward(module, args, kwargs))
         self.count()
         try:

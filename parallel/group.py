@@ -1,10 +1,8 @@
-"""The processes that share an image: joining them, comparing what they were asked for, and losing one."""
+"""The processes that share an image: joining them, and losing one."""
 
 from __future__ import annotations
 
 import atexit
-import hashlib
-import json
 import os
 import socket
 import threading
@@ -19,13 +17,11 @@ import torch
 import torch.distributed as dist
 
 from diffusion_accel.errors import AccelerationError, ConfigurationError
-from diffusion_accel.hooks import tensors_in
 from diffusion_accel.io import first_line
 
 from .launch import meeting_socket
 from .place import Place, meeting_point, place
 
-_DIGEST = 8  # bytes of a hash
 _POLL = 0.05  # seconds
 _LINGER = 2.0  # seconds in which the others get to know why a job does not begin
 _FAILED = "failed"
@@ -43,10 +39,6 @@ class PeerError(AccelerationError, RuntimeError):
 
 class NoDeviceError(ConfigurationError):
     """The launcher gave this process, and not all of them, a device that is not there."""
-
-
-class DisagreementError(ConfigurationError):
-    """The processes of a job were asked for different images."""
 
 
 @dataclass(frozen=True)
@@ -263,80 +255,3 @@ def _await_all(store: Any, here: Place, missing: list[int], timeout: float) -> N
 
 def _where() -> str:
     return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-
-
-# ---------------------------------------------------------------------- agreement
-def agree(world: World, asked: dict[str, Any], device: torch.device) -> None:
-    """Check that all processes were asked for the same.
-
-    Args:
-        asked: what to compare, by the name that an error gives it; tensors are compared by value.
-
-    Raises:
-        DisagreementError: on every process, naming what differs and where.
-    """
-    mine = torch.tensor([list(digest(value)) for value in asked.values()], dtype=torch.uint8)
-    on_device = dist.get_backend(world.group) == "nccl"
-    mine = mine.to(device) if on_device else mine
-    theirs = [torch.empty_like(mine) for _ in range(world.size)]
-    with lost_peer():
-        dist.all_gather(theirs, mine, group=world.group)
-    different = {
-        name: [rank for rank in range(1, world.size) if not torch.equal(theirs[rank][i], theirs[0][i])]
-        for i, name in enumerate(asked)
-    }
-    found = [
-        f"{name} ({'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))})"
-        for name, ranks in different.items()
-        if ranks
-    ]
-    if found:
-        raise DisagreementError(
-            f"the processes of this job must be asked for the same image, but these differ from rank 0: "
-            f"{'; '.join(found)}; give all the same arguments and a generator with the same seed"
-        )
-
-
-def digest(value: Any) -> bytes:
-    """A hash of a nested value: of the bytes of its tensors, and of everything else as text."""
-    found = hashlib.blake2b(digest_size=_DIGEST)
-    for tensor in tensors_in(value):
-        found.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    if not isinstance(value, torch.Tensor):
-        found.update(json.dumps(value, sort_keys=True, default=_plain).encode())
-    return found.digest()
-
-
-def _plain(value: Any) -> str:
-    return "" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def share_random_state(world: World, device: torch.device) -> None:
-    """Give torch's own generators at every process the state that they have at rank 0."""
-    state = torch.get_rng_state()
-    if device.type == "cuda":
-        state = torch.cat([state, torch.cuda.get_rng_state(device)])
-    on_device = dist.get_backend(world.group) == "nccl"
-    state = state.to(device) if on_device else state
-    with lost_peer():
-        dist.broadcast(state, 0, group=world.group)
-    if world.rank == 0:
-        return
-    state = state.cpu()
-    length = len(torch.get_rng_state())
-    torch.set_rng_state(state[:length].clone())
-    if len(state) > length:
-        torch.cuda.set_rng_state(state[length:].clone(), device)
-
-
-def same_numbers(numbers: list[int]) -> list[int]:
-    """The whole numbers of rank 0, at every process of the job; as many at each."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return numbers
-    sent = torch.tensor(numbers, dtype=torch.int64)
-    if dist.get_backend() == "nccl":
-        sent = sent.cuda()
-    with lost_peer():
-        dist.broadcast(sent, 0)
-    return [int(number) for number in sent.tolist()]

@@ -1,8 +1,9 @@
-"""Hooks on the layers that look beyond one position: convolutions, group normalisation and self-attention.
+"""Hooks on convolutions and group normalisation, which look beyond one position; those on attention are beside it.
 
 They act on what goes into a layer and comes out of it, so that quantized layers, LoRA and attention processors keep
 working: a convolution gets the rows around its own, a group normalisation the statistics of the whole image, and the
-keys and values of self-attention are those of all parts. All other layers treat every position by itself.
+keys and values of self-attention (`attention_hooks.py`) are those of all parts. All other layers treat every position
+by itself.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
-from torch import nn
 
 from diffusion_accel.hooks import bind_forward
 
-from .geometry import Halo, Level, Window, adjacent, plan_halo
+from .geometry import Halo, Level, Window, plan_halo
 from .run import PatchRun
 
 
@@ -33,7 +33,8 @@ class HaloHook(ModelHook):
         self.entry, self.asymmetric = entry, asymmetric
         self._plans: dict[Any, Halo] = {}
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the convolution on this part's rows and those that it needs of the neighbours."""
         run = self.run
         if run.split is None:
             return self.fn_ref.original_forward(*args, **kwargs)
@@ -49,7 +50,7 @@ class HaloHook(ModelHook):
         pieces = self._around(x, level, halo, local)
         named[name] = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
         padding = module.padding
-        changed = list(padding)  # type: ignore[arg-type]
+        changed = list(padding)
         changed[dim] = 0
         module.padding = tuple(changed)
         try:
@@ -120,6 +121,7 @@ class NormHook(ModelHook):
         self.run, self.name = run, name
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Normalise this part with mean and variance of the whole image, put together in double precision."""
         run = self.run
         if run.split is None:
             return self.fn_ref.original_forward(*args, **kwargs)
@@ -157,8 +159,8 @@ class NormHook(ModelHook):
         own = moments(fresh.to(wide))
         parts[run.split.part] = own if before is None or run.group_norm != "corrected" else moments(before.to(wide))
         shares = {part: level.rows(part) / level.size for part in parts}
-        mean = sum(parts[part][0] * share for part, share in shares.items())
-        square = sum(parts[part][1] * share for part, share in shares.items())
+        mean: Any = sum(parts[part][0] * share for part, share in shares.items())
+        square: Any = sum(parts[part][1] * share for part, share in shares.items())
         if before is not None and run.group_norm == "corrected":
             old = parts[run.split.part]
             mean, square = mean + (own[0] - old[0]), square + (own[1] - old[1])
@@ -184,145 +186,3 @@ def moments(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and mean of squares from mean and variance (2, ...)."""
     mean, variance = statistics
     return mean, variance + mean * mean
-
-
-class AttentionHook(ModelHook):
-    """On a self-attention whose processor treats keys and values as usual: tells their layers which part this is."""
-
-    def __init__(self, run: PatchRun, name: str) -> None:
-        super().__init__()
-        self.run, self.name = run, name
-        self.level: Level | None = None  # of the call that is running, if its keys and values are of all parts
-        # what entered the layer of keys or that of values last, as it was and with the tokens of other parts
-        self._tokens: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.run.split is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        named = bind_forward(module, args, kwargs)
-        self.level = own_level(self.run, module, named, self.name)
-        try:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        finally:
-            self.level = self._tokens = None
-
-    def with_neighbours(self, tokens: torch.Tensor, level: Level) -> torch.Tensor:
-        """Tokens that enter the layer of keys, or that of values, with those of the neighbours: exchanged once."""
-        if self._tokens is None or self._tokens[0] is not tokens:
-            pieces = gather_tokens(self.run, ("attention", self.name), tokens, level, partial=True)
-            self._tokens = tokens, torch.cat(pieces, 1)
-        return self._tokens[1]
-
-
-def own_level(run: PatchRun, module: nn.Module, named: dict[str, Any], name: str) -> Level | None:
-    """The resolution of a self-attention; None if this call is one to a text, which is the same for all parts."""
-    hidden = named["hidden_states"]
-    attends_itself = named.get("encoder_hidden_states") is None
-    if not attends_itself and getattr(module, "added_kv_proj_dim", None) is None:
-        return None
-    return run.level(hidden, name) if hidden.dim() == 4 else run.level_of_tokens(hidden.shape[1], name)
-
-
-class KeyValueHook(ModelHook):
-    """On the layers that make keys and values: adds those of the other parts, (batch, tokens, channels).
-
-    In mode "partial" the tokens that enter are exchanged instead of the keys and values that come out: half the bytes,
-    for computing those of the few neighbouring ones here as well.
-    """
-
-    def __init__(self, run: PatchRun, attention: AttentionHook, name: str) -> None:
-        super().__init__()
-        self.run, self.attention, self.name = run, attention, name
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run, level = self.run, self.attention.level
-        if run.split is None or level is None or run.mode != "partial":
-            return args, kwargs
-        named = bind_forward(module, args, kwargs)
-        first = next(iter(named))
-        return (), {**named, first: self.attention.with_neighbours(named[first], level)}
-
-    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        run, level = self.run, self.attention.level
-        local = run.mode == "partial" or (run.mode == "naive" and not run.exact)
-        if run.split is None or level is None or local:
-            return output
-        return torch.cat(gather_tokens(run, ("attention", self.name), output, level, partial=False), 1)
-
-
-def gather_tokens(
-    run: PatchRun, what: tuple[str, str], own: torch.Tensor, level: Level, partial: bool
-) -> list[torch.Tensor]:
-    """The tokens of all parts, or with `partial` at steps that are not exact, those next to one's own.
-
-    PCPP: part i attends to its own tokens, the last p of the part before and the first p of the part after it.
-    """
-    split = run.split
-    assert split is not None
-    batch, _, channels = own.shape
-    columns = split.dim == -1
-
-    def ordered(tokens: torch.Tensor, part: int, back: bool = False) -> torch.Tensor:
-        """Tokens in the order of the split: column after column where the image is split by columns."""
-        if not columns:
-            return tokens
-        grid = (level.rows(part), level.other) if back else (level.other, level.rows(part))
-        return tokens.reshape(batch, *grid, channels).transpose(1, 2).reshape(batch, -1, channels)
-
-    sent = ordered(own, split.part) if partial else own
-    shapes = {part: (batch, level.rows(part) * level.other, channels) for part in run.others()}
-    later = None
-    if partial:
-        near = adjacent(split.parts, split.part)
-        mine = round(run.fraction * sent.shape[1])
-        edge = {part: sent[:, :mine] if before else sent[:, sent.shape[1] - mine :] for part, before in near.items()}
-        lengths = {part: round(run.fraction * shapes[part][1]) for part in near}
-        later = (
-            {part: t.contiguous() for part, t in edge.items()},
-            {part: (batch, length, channels) for part, length in lengths.items()},
-        )
-    got, _ = run.exchange(what, dict.fromkeys(run.others(), sent.contiguous()), shapes, own, later=later)
-    if partial and not run.exact:
-        for part, before in near.items():
-            tokens, length = got[part], lengths[part]
-            if tokens.shape[1] != length:  # of the last exact step, which sent all of them
-                got[part] = tokens[:, tokens.shape[1] - length :] if before else tokens[:, :length]
-        got = {part: got[part] for part in near}
-    elif partial:
-        got = {part: ordered(tokens, part, back=True) for part, tokens in got.items()}
-    return [own if part == split.part else got[part] for part in sorted([*got, split.part])]
-
-
-class WholeAttentionHook(ModelHook):
-    """On a self-attention with a processor of its own: runs it on all positions, and returns this part of them."""
-
-    def __init__(self, run: PatchRun, name: str) -> None:
-        super().__init__()
-        self.run, self.name = run, name
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = self.run
-        if run.split is None or (run.mode == "naive" and not run.exact):
-            return self.fn_ref.original_forward(*args, **kwargs)
-        named = bind_forward(module, args, kwargs)
-        level = own_level(run, module, named, self.name)
-        if level is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        hidden, split = named["hidden_states"], run.split
-        tokens = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
-        batch, _, channels = tokens.shape
-        pieces = gather_tokens(run, ("attention", self.name), tokens, level, partial=False)
-        columns = split.dim == -1
-        grids = [(level.other, level.rows(p)) if columns else (level.rows(p), level.other) for p in range(split.parts)]
-        whole = torch.cat(
-            [t.reshape(batch, *grid, channels) for t, grid in zip(pieces, grids, strict=True)], 2 if columns else 1
-        )
-        size = whole.shape[1:3]
-        named["hidden_states"] = whole.permute(0, 3, 1, 2).contiguous() if hidden.dim() == 4 else whole.flatten(1, 2)
-        with run.running("whole", None, (), exact=True):  # its own group normalisation has all positions as well
-            output = self.fn_ref.original_forward(**named)
-        low, high = level.slice(split.part)
-        if hidden.dim() == 4:
-            return output.narrow(split.dim, low, high - low).contiguous()
-        grid = output.unflatten(1, size)
-        return grid.narrow(2 if columns else 1, low, high - low).flatten(1, 2)

@@ -25,8 +25,9 @@ from diffusion_accel.denoisers import (
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import HookSet, bind_forward, forward_parameters, map_tensors
 
+from .attention_hooks import AttentionHook, KeyValueHook, WholeAttentionHook
 from .geometry import Split, plan_split
-from .layer_hooks import AttentionHook, HaloHook, KeyValueHook, NormHook, WholeAttentionHook, conv_window
+from .layer_hooks import HaloHook, NormHook, conv_window
 from .run import PatchRun
 
 
@@ -88,6 +89,7 @@ class DenoiserHook(ModelHook):
         self._rows: dict[int, int] = {}  # of one step's batch, by the number of the call within a step
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Cut the arguments to this process's part, run the U-Net, and return the whole prediction."""
         run = self.run
         named = bind_forward(module, args, kwargs)
         self.check(named)
@@ -201,6 +203,7 @@ class PartHook(ModelHook):
         self.halves, self.doubles, self.images, self.gathers = halves, doubles, images, gathers
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Cut the arguments, run the model, and put its output together where that is wanted."""
         run, world = self.run, self.run.world
         named = bind_forward(module, args, kwargs)
         self.check(named, self.name)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.feature import Attachment, Feature, option
+from diffusion_accel.feature import Feature, option, with_old_names
 from diffusion_accel.io import shown
-
-if TYPE_CHECKING:
-    from diffusion_accel.steps import StepClock
-
-    from .run import PatchRun
-
-logger = logging.getLogger(__name__)
 
 MODES = ("sync", "displaced", "partial", "naive")
 GROUP_NORMS = ("corrected", "stale", "sync", "local")
 
 
+@with_old_names
 @dataclass(frozen=True, kw_only=True)
 class PatchParallel(Feature):
     """Split one image among the processes of a job, so that each computes its rows of every layer.
@@ -32,8 +25,8 @@ class PatchParallel(Feature):
       group normalisation. The image is that of one process, up to rounding.
     - "displaced" (DistriFusion): after `warmup` exact steps a layer uses what the others had at the step before, which
       travelled while it computed.
-    - "partial" (PCPP): displaced, and self-attention sees its own part and the `p` nearest share of its neighbours';
-      no more is sent, as the tokens of which keys and values are made.
+    - "partial" (PCPP): displaced, and self-attention sees its own part and the nearest
+      `neighbour_fraction` of its neighbours'; no more is sent, as the tokens of which keys and values are made.
     - "naive": after `warmup` exact steps nothing is exchanged but the prediction.
 
     Transformers are shared by diffusers' context parallelism (`enable_parallelism`, Ulysses), in mode "sync" only; what
@@ -47,7 +40,7 @@ class PatchParallel(Feature):
         ranks: how many processes there must be; the command line starts so many. 0: as many as were launched.
         mode: see above.
         warmup: exact steps at the beginning, at least 1 (naive: 0). DistriFusion's warmup_steps=4 are 5 of these.
-        p: share of each neighbour's part that "partial" attends to, 0 (own part only) to 1.
+        neighbour_fraction: share of each neighbour's part that "partial" attends to, 0 (own part only) to 1.
         group_norm: statistics at displaced steps: "corrected" (the others' old ones plus one's own change), "stale",
             "sync" (fresh, waited for) or "local" (one's own).
         cfg_parallel: give the two halves of guidance's batch to two halves of the processes, and split the image
@@ -68,11 +61,13 @@ class PatchParallel(Feature):
     paper: ClassVar[str] = "DistriFusion (Li et al., CVPR 2024); PCPP (Zhang et al., 2024)"
     order: ClassVar[int] = 10
     shorthand: ClassVar[str | None] = "ranks"
+    runtime: ClassVar[str] = "diffusion_accel.parallel.attachment"
+    old_names: ClassVar[dict[str, str]] = {"p": "neighbour_fraction"}
 
     ranks: int = option(0, "how many processes; 0: as many as were launched", (0, 1024))
     mode: str = option("displaced", " or ".join(MODES) + "; sync is exact")
     warmup: int = option(5, "exact steps at the beginning, at least 1 (naive: 0)", (0, 9_999))
-    p: float = option(0.3, "share of each neighbour's part that partial attends to, 0 to 1", (0, 1))
+    neighbour_fraction: float = option(0.3, "share of each neighbour's part that partial attends to, 0 to 1", (0, 1))
     group_norm: str = option("corrected", "statistics at displaced steps: " + " or ".join(GROUP_NORMS))
     cfg_parallel: bool = option(False, "split the two branches of guidance first")
     vae: bool = option(True, "decode and encode in parts, exactly")
@@ -100,106 +95,20 @@ class PatchParallel(Feature):
 
     @classmethod
     def neutral(cls) -> Self:
+        """Every layer waits for fresh values: exact up to rounding."""
         return cls(mode="sync")
 
     @classmethod
     def accepts_bare(cls, text: str) -> bool:
+        """Whether `text` begins with a number of processes."""
         return text.partition(",")[0].isdigit()
 
-    def supports(self, pipeline: Any) -> str | None:
-        from diffusion_accel.denoisers import (
-            denoiser_names,
-            find_denoiser,
-            not_a_unet,
-            not_splittable,
-            reads_every_step,
-        )
-        from diffusion_accel.diffusers_compat import context_parallel_plan
-
-        denoiser = find_denoiser(pipeline)
-        if denoiser is None:
-            return "the pipeline has no unet or transformer"
-        reason = not_a_unet(denoiser)
-        if reason is None:
-            return not_splittable(denoiser) or reads_every_step(pipeline)
-        name = type(denoiser).__name__
-        if "unet" in denoiser_names(pipeline):
-            return reason
-        if context_parallel_plan(type(denoiser)) is None:
-            return f"{name} is a transformer, and diffusers has no context-parallel plan for it (enable_parallelism)"
-        if self.mode != "sync":
-            return f"{name} is a transformer, which is shared exactly: use mode=sync instead of mode={self.mode}"
-        return None
-
     def clash(self, other: Feature) -> str | None:
+        """Refuses what leaves a branch of guidance out together with `cfg_parallel`, which gives each to other
+        processes."""
         if self.cfg_parallel and other.leaves_branches_out():
             return (
                 "cfg_parallel=true gives each branch of guidance to other processes, and its steps leave out a branch; "
                 "use guidance=both, or cfg_parallel=false"
             )
         return None
-
-    def attach(self, pipeline: Any) -> Attachment:
-        return PatchAttachment(self, pipeline)
-
-
-class PatchAttachment(Attachment):
-    """Patch parallelism on one pipeline; its hooks, messages and buffers live for one call."""
-
-    feature: PatchParallel
-
-    def __init__(self, feature: PatchParallel, pipeline: Any) -> None:
-        super().__init__(feature, pipeline)
-        self._traffic: dict[tuple[str, str], int] = {}
-        self._run: PatchRun | None = None
-        self._counters: dict[str, float] = {}
-
-    def before_call(self, clock: StepClock) -> None:
-        from diffusion_accel.diffusers_compat import execution_device
-
-        from .communicator import Communicator
-        from .group import join, share_random_state
-        from .run import PatchRun
-        from .setup import Agreement, install, why_not
-
-        feature = self.feature
-        device = execution_device(self.pipeline)
-        world = join(device, feature.timeout)
-        self._traffic, self._counters = {}, {"ranks": world.size}
-        if feature.ranks not in (0, world.size):
-            raise ConfigurationError(
-                f"patch_parallel was set to {feature.ranks} processes, but this job has {world.size}; start it with "
-                f"torchrun --nproc-per-node {feature.ranks}, or leave ranks out"
-            )
-        if world.size == 1:
-            return
-        share_random_state(world, device)
-        reason = feature.supports(self.pipeline) or why_not(self.pipeline, feature.cfg_parallel, world.size)
-        if reason:
-            raise ConfigurationError(f"patch_parallel cannot be used on this pipeline: {reason}")
-        communicator = Communicator(world.group, feature.comm_checkpoint)
-        self._run = PatchRun(world, clock, communicator, feature.mode, feature.warmup, feature.p, feature.group_norm)
-        check = Agreement(self.pipeline, clock, world)
-        install(self.changes, self._run, self.pipeline, feature.cfg_parallel, feature.vae, check)
-
-    def after_call(self) -> None:
-        from .group import PeerError
-
-        super().after_call()
-        run, self._run = self._run, None
-        if run is not None:
-            self._traffic = dict(run.communicator.traffic)
-            self._counters.update(run.summary())
-            try:
-                run.communicator.close()
-            except PeerError as error:  # the call has ended, well or with an error of its own; the next one will tell
-                logger.warning("%s", error)
-
-    def counters(self) -> dict[str, float]:
-        return dict(self._counters)
-
-    def details(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for (_, layer), size in self._traffic.items():
-            found[layer] = found.get(layer, 0) + size
-        return found

@@ -85,7 +85,7 @@ def same_seeds(settings: Settings, requests: list[Request]) -> list[Request]:
     """The requests with the seeds of rank 0, unless the command says which seed."""
     if settings.seed is not None or _feature(settings) is None or not launched():
         return requests
-    from diffusion_accel.parallel.group import same_numbers
+    from diffusion_accel.parallel.agreement import same_numbers
 
     (count,) = same_numbers([len(requests)])
     if count != len(requests):

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .recording import Event, Operation, Recording, Sent
+from .operations import Event, Operation, Sent
+from .recording import Recording
 
 
 @dataclass(frozen=True)
-class Machine:
+class DeviceProfile:
     """How fast a device computes; rates that programs reach, not those of data sheets.
 
     Attributes:
@@ -53,10 +54,10 @@ class Link:
 
 
 _REACHED, _REACHED_MEMORY = 0.5, 0.8  # of the rates in data sheets, by ordinary kernels
-MACHINES = {
-    "a100": Machine(312e12 * _REACHED, 156e12 * _REACHED, 2.0e12 * _REACHED_MEMORY, 5e-6),
-    "h100": Machine(989e12 * _REACHED, 494e12 * _REACHED, 3.35e12 * _REACHED_MEMORY, 5e-6),
-    "rtx4090": Machine(165e12 * _REACHED, 83e12 * _REACHED, 1.0e12 * _REACHED_MEMORY, 5e-6),
+DEVICE_PROFILES = {
+    "a100": DeviceProfile(312e12 * _REACHED, 156e12 * _REACHED, 2.0e12 * _REACHED_MEMORY, 5e-6),
+    "h100": DeviceProfile(989e12 * _REACHED, 494e12 * _REACHED, 3.35e12 * _REACHED_MEMORY, 5e-6),
+    "rtx4090": DeviceProfile(165e12 * _REACHED, 83e12 * _REACHED, 1.0e12 * _REACHED_MEMORY, 5e-6),
 }
 LINKS = {
     "nvlink3": Link(300e9 * _REACHED_MEMORY, 10e-6),
@@ -87,7 +88,7 @@ class StepTime:
     sent: int
 
 
-def simulate(steps: Sequence[Sequence[Event]], machine: Machine, link: Link) -> list[StepTime]:
+def simulate(steps: Sequence[Sequence[Event]], profile: DeviceProfile, link: Link) -> list[StepTime]:
     """Steps that follow each other on one device, all others being in the same place at the same time."""
     now, port = 0.0, 0.0  # the clock of the device, and when its link is free again
     arrivals: dict[int, float] = {}
@@ -96,7 +97,7 @@ def simulate(steps: Sequence[Sequence[Event]], machine: Machine, link: Link) -> 
         began, computing, waiting, travelling, sent = now, 0.0, 0.0, 0.0, 0
         for event in events:
             if isinstance(event, Operation):
-                seconds = machine.seconds(event)
+                seconds = profile.seconds(event)
                 now, computing = now + seconds, computing + seconds
             elif isinstance(event, Sent):
                 transfer = max(event.sent, event.received) / link.bandwidth
@@ -141,20 +142,20 @@ class Prediction:
 
 
 def predict(
-    recordings: Sequence[Recording], devices: int, machine: Machine, link: Link, steps: int, warmup: int
+    recordings: Sequence[Recording], devices: int, profile: DeviceProfile, link: Link, steps: int, warmup: int
 ) -> Prediction:
     """An image of `steps` steps, `warmup` of them exact, from what some of the devices do; the slowest counts."""
     kinds = len(recordings[0].steps)
-    times = [simulate(r.steps, machine, link) for r in recordings]
+    times = [simulate(r.steps, profile, link) for r in recordings]
     exact, last = (max((t[k] for t in times), key=lambda t: t.seconds) for k in (0, -1))
-    decoding = max((simulate([r.decoding], machine, link)[0] for r in recordings), key=lambda t: t.seconds)
+    decoding = max((simulate([r.decoding], profile, link)[0] for r in recordings), key=lambda t: t.seconds)
     slow = min(warmup, steps) if kinds > 1 else steps
     image = slow * exact.seconds + (steps - slow) * last.seconds + decoding.seconds
     layers: dict[str, tuple[float, int]] = {}
     for event in recordings[-1].steps[-1]:
         if isinstance(event, Operation):
             seconds, size = layers.get(event.layer, (0.0, 0))
-            layers[event.layer] = seconds + machine.seconds(event), size
+            layers[event.layer] = seconds + profile.seconds(event), size
     for (_, layer), size in recordings[-1].traffic.items():
         seconds, before = layers.get(layer, (0.0, 0))
         layers[layer] = seconds, before + size

@@ -22,9 +22,11 @@ from diffusion_accel import EncoderReuse, Reuse, accelerate
 from diffusion_accel.errors import ConfigurationError, FeatureConflictError
 from diffusion_accel.hooks import map_tensors
 from diffusion_accel.parallel import PatchParallel
+from diffusion_accel.parallel.agreement import DisagreementError
 from diffusion_accel.parallel.geometry import Level, Split, Window
-from diffusion_accel.parallel.group import DisagreementError, PeerError, World
-from diffusion_accel.parallel.planner.recording import Sent, Subject, record
+from diffusion_accel.parallel.group import PeerError, World
+from diffusion_accel.parallel.planner.operations import Sent
+from diffusion_accel.parallel.planner.recording import Subject, record
 from diffusion_accel.quant.kernels import make_runtime
 from diffusion_accel.quant.layers import Buckets
 from diffusion_accel.quant.ptq.trainable_layer import TrainableLayer

@@ -18,19 +18,11 @@ from diffusion_accel.model_files.names import find_model
 from diffusion_accel.parallel import PatchParallel
 from diffusion_accel.parallel.group import World
 from diffusion_accel.parallel.planner.architectures import ARCHITECTURES, make_models, make_subject
-from diffusion_accel.parallel.planner.recording import (
-    Event,
-    Operation,
-    Recording,
-    Sent,
-    Subject,
-    Waited,
-    record,
-    record_busiest,
-)
-from diffusion_accel.parallel.planner.simulate import LINKS, Link, Machine, predict, simulate
+from diffusion_accel.parallel.planner.operations import Event, Operation, Sent, Waited
+from diffusion_accel.parallel.planner.recording import Recording, Subject, record, record_busiest
+from diffusion_accel.parallel.planner.simulate import LINKS, DeviceProfile, Link, predict, simulate
 
-UNIT = Machine(flops16=1.0, flops32=1.0, memory=1.0, launch=0.0)
+UNIT = DeviceProfile(flops16=1.0, flops32=1.0, memory=1.0, launch=0.0)
 
 
 def compute(seconds: float) -> Operation:
@@ -130,7 +122,7 @@ def test_simulation_by_hand() -> None:
     (alone,) = simulate([[Sent(1, 20, 0), compute(5), Waited(1)]], UNIT, Link(10.0, 1.0, overlaps=False))
     assert alone.seconds == 2 + 5
     # the slower of arithmetic and memory, and never less than a launch
-    machine = Machine(flops16=4.0, flops32=2.0, memory=8.0, launch=0.5)
+    machine = DeviceProfile(flops16=4.0, flops32=2.0, memory=8.0, launch=0.5)
     found = [machine.seconds(Operation("", 8, bytes_, size, None)) for bytes_, size in ((0, 4), (0, 2), (64, 2))]
     assert found == [4, 2, 8] and machine.seconds(Operation("", 0, 1, 4, None)) == 0.5
     assert machine.seconds(Operation("", 8, 64, 4, 0.25)) == 0.25
@@ -156,7 +148,7 @@ def recordings() -> list[Recording]:
 def test_a_better_link_is_never_slower(
     recordings: list[Recording], bandwidth: float, latency: float, factor: float
 ) -> None:
-    machine = Machine(1e12, 5e11, 1e11, 5e-6)
+    machine = DeviceProfile(1e12, 5e11, 1e11, 5e-6)
     slow = predict(recordings, 4, machine, Link(bandwidth, latency), 20, 5)
     fast = predict(recordings, 4, machine, Link(bandwidth * factor, latency / factor), 20, 5)
     assert fast.image <= slow.image * (1 + 1e-9)
@@ -170,7 +162,7 @@ def test_modes_differ_as_they_should() -> None:
     found = {}
     for mode in ("sync", "displaced", "partial", "naive"):
         made = record(subject, PatchParallel(mode=mode, comm_checkpoint=7), World(1, 4))
-        found[mode] = predict([made], 4, Machine(1e9, 1e9, 1e11, 5e-6), LINKS["ethernet-10g"], 20, 5)
+        found[mode] = predict([made], 4, DeviceProfile(1e9, 1e9, 1e11, 5e-6), LINKS["ethernet-10g"], 20, 5)
     last = {mode: one.stale or one.exact for mode, one in found.items()}
     assert last["displaced"].waiting < last["sync"].waiting
     assert last["naive"].sent < last["partial"].sent < last["displaced"].sent == last["sync"].sent
