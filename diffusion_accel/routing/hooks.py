@@ -21,7 +21,7 @@ CONFIG_KEY = "_task_routing"  # diffusers keeps unknown config entries that begi
 
 def trained_recipe(denoiser: nn.Module) -> Recipe | None:
     """The recipe that the denoiser was trained with, from its config; None if it was trained without routing."""
-    values = getattr(getattr(denoiser, "config", None), "get", lambda key: None)(CONFIG_KEY)
+    values = getattr(getattr(denoiser, "config", None), "get", lambda _key: None)(CONFIG_KEY)
     return None if values is None else Recipe.from_dict(dict(values) if isinstance(values, Mapping) else values)
 
 
@@ -107,6 +107,7 @@ class TimestepHook(ModelHook):
         self.state = state
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Note the timestep of every row of the call."""
         named = bind_forward(module, args, kwargs)
         sample = named["sample"] if "sample" in named else named["hidden_states"]
         self.state.begin(named["timestep"], sample, frames_of(module, sample))
@@ -122,6 +123,7 @@ class BranchHook(ModelHook):
         self.block = block
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hide the inactive channels from the branch."""
         hidden = args[0]
         return (hidden * self.state.mask(hidden, hidden.shape[1], self.block, (1, 1)), *args[1:]), kwargs
 
@@ -135,6 +137,7 @@ class StreamHook(ModelHook):
         self.block = block
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the block on the active channels; the others pass by it unchanged."""
         named = bind_forward(module, args, kwargs)
         hidden = named["hidden_states"]
         mask = self.state.mask(hidden, hidden.shape[-1], self.block)[:, None]

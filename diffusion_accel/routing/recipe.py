@@ -52,6 +52,7 @@ class Recipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values: what a model's config keeps."""
         return asdict(self)
 
     @classmethod
