@@ -24,9 +24,13 @@ def over(image: Image.Image, background: Image.Image | tuple[int, ...]) -> Image
 def checkerboard(size: tuple[int, int], low: int = 115, high: int = 140) -> Image.Image:
     """Fields of two greys: 64 pixels on a side, or an eighth of a small image's."""
     width, height = size
-    side = max(1, min(64, min(size) // 8))
-    odd = (np.arange(height)[:, None] // side + np.arange(width) // side) % 2
+    odd = odd_fields(height, width, max(1, min(64, min(size) // 8)))
     return Image.fromarray(np.where(odd, high, low).astype(np.uint8)).convert("RGB")
+
+
+def odd_fields(height: int, width: int, side: int) -> np.ndarray:
+    """The fields of a checkerboard, `side` pixels wide: bool (height, width), false in the first one."""
+    return (np.arange(height)[:, None] // side + np.arange(width) // side) % 2 == 1
 
 
 def shown_as_rgb(image: Image.Image) -> Image.Image:

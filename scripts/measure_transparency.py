@@ -70,13 +70,13 @@ def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
     from sticker import data
     from sticker.transparency import rgba_of
 
-    from diffusion_accel.transparency.attachment import load
     from diffusion_accel.transparency.codec import decode_rgba, encode_rgba, refine_latents
     from diffusion_accel.transparency.rgba import checkerboard as fields
     from diffusion_accel.transparency.rgba import composite, on_grey
+    from diffusion_accel.transparency.weights import load_weights
 
     pipe = pipeline()
-    loaded = load(LatentTransparency(weights=options.weights), pipe)
+    loaded = load_weights(LatentTransparency(weights=options.weights), pipe)
     indices = np.sort(data.of_split(data.load_rows(options.work), "heldout")[:96])
     rgb, alpha = rgba_of(data.load_images(options.work), indices)
     grounds = {"black": 0.0, "white": 1.0, "checkerboard": fields(*alpha.shape[-2:], 8, 0.25, 0.75)}

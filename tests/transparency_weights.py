@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from zoo import sd, seeded
 
 from diffusion_accel.denoisers import ordered_attentions
+from diffusion_accel.transparency.files import ADAPTER
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
-from diffusion_accel.transparency.weights import ADAPTER
 
 # names and shapes of the published weights
 PUBLISHED = json.loads((Path(__file__).parent / "transparency" / "published_keys.json").read_text())

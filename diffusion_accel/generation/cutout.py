@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.measure.fidelity import psnr
-from diffusion_accel.transparency.attachment import load
 from diffusion_accel.transparency.codec import decode_rgba, encode_rgba, refine_latents
 from diffusion_accel.transparency.images import rgba_tensor, to_pil
+from diffusion_accel.transparency.weights import load_weights
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +36,7 @@ def round_trip(pipe: Any, feature: LatentTransparency, image: Image.Image) -> tu
     reason = feature.supports(pipe)
     if reason:
         raise UnsupportedPipelineError(f"cutout cannot use this model: {reason}")
-    loaded = load(feature, pipe)
+    loaded = load_weights(feature, pipe)
     if loaded.encoder is None or loaded.decoder is None:
         raise UnsupportedPipelineError("cutout needs an encoder, which these weights do not have")
     rgba = rgba_tensor(image)

@@ -76,7 +76,7 @@ class TaskRoutingAttachment(Attachment[TaskRouting]):
         trained = trained_recipe(denoiser)
         return self.feature.recipe(trained or Recipe(time=timestep_kind(self.pipeline, denoiser)))
 
-    def before_call(self, clock: StepClock) -> None:  # noqa: ARG002 - a sample's timestep says which channels it uses
+    def before_call(self, _clock: StepClock) -> None:
         """Put the hooks on every denoiser, each with its own recipe."""
         reason = supports(self.feature, self.pipeline)  # the user may have replaced the denoiser since accelerate()
         if reason:

@@ -66,6 +66,7 @@ class RoutingState:
         self._masks: dict[Any, torch.Tensor] = {}
 
     def begin(self, timestep: Any, sample: torch.Tensor, frames: int) -> None:
+        """Note the timesteps of a forward pass over `sample`, whose rows are `frames` frames each; the masks follow."""
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(timestep)
         timestep = timestep.reshape(-1)
@@ -122,7 +123,7 @@ class BranchHook(ModelHook):
         self.state = state
         self.block = block
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hide the inactive channels from the branch."""
         hidden = args[0]
         return (hidden * self.state.mask(hidden, hidden.shape[1], self.block, (1, 1)), *args[1:]), kwargs

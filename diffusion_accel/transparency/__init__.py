@@ -1,5 +1,6 @@
 """Latent transparency: RGBA images and layers from any base pipeline (LayerDiffuse)."""
 
+import importlib
 from typing import Any
 
 from .latent_transparency import LatentTransparency
@@ -19,7 +20,5 @@ __all__ = ["LatentTransparency", *_LAZY]
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        import importlib
-
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -260,7 +260,7 @@ class _Added(ModelHook):
         )
         self._factors: tuple[Any, tuple[Any, Any, Any]] | None = None
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["input"]
         made = self.fn_ref.original_forward(*args, **kwargs)
         if self._factors is None or self._factors[0] != (made.device, made.dtype):

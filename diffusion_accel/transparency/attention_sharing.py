@@ -154,7 +154,7 @@ class _Entry(ModelHook):
         super().__init__()
         self.sharing = sharing
 
-    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, _module: Any, *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs["sample"]
         if len(sample) % self.sharing.frames:
             raise ConfigurationError(
@@ -172,7 +172,7 @@ class _FrameLowRank(ModelHook):
         super().__init__()
         self.sharing, self.down, self.up = sharing, down, up
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         made = self.fn_ref.original_forward(*args, **kwargs)
         if self.sharing.paused:
             return made
@@ -191,7 +191,7 @@ class _AcrossFrames(ModelHook):
         self.sharing, self.tensors, self.heads, self.strength = sharing, tensors, heads, strength
         self._control: dict[int, torch.Tensor] = {}
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.sharing.paused:
             return self.fn_ref.original_forward(*args, **kwargs)
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)

@@ -47,7 +47,8 @@ class Concatenated(ModelHook):
         self.latents = latents
         self.paused = False
 
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, _module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Append the conditions, at the size of what enters."""
         if self.paused:
             return args, kwargs
         x, *rest = args
@@ -57,7 +58,7 @@ class Concatenated(ModelHook):
         return (torch.cat([x, latents.expand(len(x), -1, -1, -1)], 1), *rest), kwargs
 
 
-class Until(ModelHook):
+class StopAdapterHook(ModelHook):
     """Calls `stop` once, at the first step of the share of steps that is to run without the adapter."""
 
     def __init__(self, clock: StepClock, share: float, stop: Callable[[], None]) -> None:
@@ -65,7 +66,8 @@ class Until(ModelHook):
         self.clock, self.share, self.stop = clock, share, stop
         self.stopped = False
 
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, _module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Look at the step, and stop the adapter if its share is over."""
         if not self.stopped and self.clock.index >= self.share * self.clock.total:
             self.stopped = True
             self.stop()

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING
+
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+from diffusers.utils import BaseOutput
 
 from diffusion_accel.denoisers import find_controlnet, find_denoisers
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import model_of
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 IMAGES = ("image", "image_reference", "gligen_inpaint_image")  # arguments that a VAE may encode
 
 
-def output_fields(pipeline: Any) -> set[str] | None:
+def output_fields(pipeline: DiffusionPipeline) -> set[str] | None:
     """What a call of this pipeline returns, as the names of the fields of its output class ("images", "frames", …).
 
     It is read off the code of `__call__`: the output classes that are named there. None: none is named.
     """
-    from diffusers.utils import BaseOutput
-
     for cls in type(pipeline).__mro__:
         if "__call__" not in cls.__dict__:
             continue
@@ -40,10 +44,8 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def check_pipeline(pipeline: Any) -> int:
+def check_pipeline(pipeline: DiffusionPipeline) -> int:
     """Pixels on a side of one latent. Raises `ConfigurationError`, in one sentence, if RGBA cannot come out."""
-    from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
-
     vae = getattr(pipeline, "vae", None)
     if vae is None or "latent_channels" not in getattr(vae, "config", {}):
         raise ConfigurationError("the pipeline has no VAE with latents")
@@ -68,7 +70,7 @@ def check_pipeline(pipeline: Any) -> int:
     return 1 << (len(vae.config.block_out_channels) - 1)
 
 
-def read_by_vae(pipeline: Any) -> tuple[str, ...]:
+def read_by_vae(pipeline: DiffusionPipeline) -> tuple[str, ...]:
     """Which arguments of a call are images that the VAE may read; what guides a ControlNet or an adapter is none."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     guided = find_controlnet(pipeline) is not None or getattr(pipeline, "adapter", None) is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageChops
 
 from diffusion_accel.compositing import over
@@ -102,7 +103,8 @@ def _given_pil(images: list[Image.Image], listed: bool) -> Given:
     alpha = [Image.merge("RGB", [one.getchannel("A")] * 3) for one in known]
     colours = [ImageChops.multiply(one.convert("RGB"), thrice) for one, thrice in zip(known, alpha, strict=True)]
     flat = [over(one, GREY) for one in known]
-    rgba = [torch.from_numpy(np.asarray(one, np.float32) / 255).permute(2, 0, 1).contiguous() for one in known]
+    tensors = [VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(one)) for one in known]
+    rgba = [one[0].contiguous() for one in tensors]
     return Given(flat, colours, alpha, rgba) if listed else Given(flat[0], colours[0], alpha[0], rgba)
 
 
@@ -149,8 +151,7 @@ def rgba_tensor(image: Any) -> torch.Tensor | None:
 
 def to_pil(rgba: torch.Tensor) -> list[Image.Image]:
     """(N, 4, H, W) or (N, 3, H, W) in 0..1 -> RGBA or RGB images, rounded."""
-    pixels = (rgba.permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
-    return [Image.fromarray(one) for one in pixels]
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(rgba))
 
 
 def size_of(images: Any) -> tuple[int, int] | None:
@@ -159,9 +160,9 @@ def size_of(images: Any) -> tuple[int, int] | None:
         first = images[0] if images else None
         return (first.height, first.width) if isinstance(first, Image.Image) else None
     if isinstance(images, np.ndarray):
-        return images.shape[1:3] if images.ndim == 4 and images.shape[-1] == 3 else None
+        return (images.shape[1], images.shape[2]) if images.ndim == 4 and images.shape[-1] == 3 else None
     if isinstance(images, torch.Tensor):
-        return tuple(images.shape[-2:]) if images.dim() == 4 and images.shape[1] == 3 else None
+        return (images.shape[-2], images.shape[-1]) if images.dim() == 4 and images.shape[1] == 3 else None
     return None
 
 

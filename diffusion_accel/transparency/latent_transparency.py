@@ -109,6 +109,7 @@ class LatentTransparency(Feature):
 
     @classmethod
     def neutral(cls) -> Self:
+        """Nothing is adapted and nothing decoded."""
         return cls(views=0, strength=0.0)
 
     @property

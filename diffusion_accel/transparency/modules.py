@@ -5,6 +5,8 @@ Defaults are the published sizes (4 latent channels, 1.18 M and 104.1 M paramete
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -41,6 +43,7 @@ class LatentTransparencyEncoder(ModelMixin, ConfigMixin):
         recommended_refinement: int = 0,
     ) -> None:
         super().__init__()
+        del offset_scale, recommended_refinement  # read from the config
         first, *deeper = block_out_channels
         layers: list[nn.Module] = [nn.Conv2d(4, first, 3, padding=1), nn.SiLU()]
         layers += [nn.Conv2d(first, first, 3, padding=1), nn.SiLU()]
@@ -95,6 +98,7 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
         recommended_views: int = 8,
     ) -> None:
         super().__init__()
+        del recommended_views  # read from the config
         widths, levels = block_out_channels, len(block_out_channels)
         if not (0 <= attention_levels <= levels and 0 < latent_level < levels):
             raise ValueError(f"{levels} blocks, attention in {attention_levels}, latents at {latent_level}: impossible")
@@ -159,8 +163,9 @@ class LatentTransparencyDecoder(ModelMixin, ConfigMixin):
             sample, kept = block(sample)
             skips += kept
         sample = self.mid_block(sample)
-        for block in self.up_blocks:
-            count = len(block.resnets)
-            sample = block(sample, tuple(skips[-count:]))
+        up: Any
+        for up in self.up_blocks:
+            count = len(up.resnets)
+            sample = up(sample, tuple(skips[-count:]))
             del skips[-count:]
         return self.conv_out(self.conv_act(self.conv_norm_out(sample)))

@@ -10,6 +10,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from diffusion_accel.compositing import odd_fields
+
 SHRINK = 1.2  # of the pyramid, level to level
 CHECKER = 64  # pixels on a side of a field of the preview's checkerboard
 _EMPTY = 1e-8
@@ -86,7 +88,4 @@ def resized(rgba: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def checkerboard(height: int, width: int, field: int = CHECKER, low: float = 0.45, high: float = 0.55) -> torch.Tensor:
     """(1, 1, height, width): fields of two greys, the preview's background."""
-    rows = torch.arange(height) // field
-    columns = torch.arange(width) // field
-    odd = (rows[:, None] + columns) % 2
-    return torch.where(odd.bool(), high, low)[None, None]
+    return torch.where(torch.from_numpy(odd_fields(height, width, field)), high, low)[None, None]

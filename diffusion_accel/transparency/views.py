@@ -31,11 +31,13 @@ class Clipped(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        """Clamp to 0..1."""
         context.save_for_backward(x)
         return x.clamp(0, 1)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Let a gradient through where it is inside, or leads back to it."""
         (x,) = context.saved_tensors
         leads_on = ((x > 1) & (gradient < 0)) | ((x < 0) & (gradient > 0))  # going down the gradient
         return gradient.masked_fill(leads_on, 0)

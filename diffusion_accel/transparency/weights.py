@@ -1,4 +1,4 @@
-"""Where the weights of latent transparency are, for which model, and what the published files are called."""
+"""Reading the weights of latent transparency: networks, adapters, and whether they are what they should be."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffusion_accel import io
 from diffusion_accel.denoisers import find_denoiser
-from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ModelLoadError
-from diffusion_accel.io import at_home
 from diffusion_accel.model_files import tensors
-from diffusion_accel.model_files.hub import hub_reason
-from diffusion_accel.model_files.names import EMBEDDED, safetensors_header
-from diffusion_accel.model_files.names import TRANSPARENCY as FOLDER
+from diffusion_accel.model_files.names import safetensors_header
 
-from .attention_sharing import is_sharing
+from .adapter import Adapter, check_changes, read_changes
+from .attention_sharing import Sharing, is_sharing
+from .files import find_parts
+from .fit import check_pipeline
+from .latent_transparency import CONDITIONS, LAYERS, LatentTransparency
+from .modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 
-ADAPTER = "adapter.safetensors"
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 DIGESTS = "digests.json"
 LARGEST = 65504.0  # of a weight, in amount: what half precision holds
 _WHOLE, _NUMBER = (int,), (int, float)
@@ -42,159 +45,66 @@ LIMITS: dict[str, tuple[tuple[type, ...], float, float]] = {  # of a configurati
     "offset_scale": (_NUMBER, -1e4, 1e4),
 }
 
-# Published files: family -> part -> names. Encoders: with the factor of their output.
-ENCODERS: dict[str, dict[str, float]] = {
-    "sdxl": {
-        "ld_diffusers_sdxl_vae_transparent_encoder.safetensors": 300.0,
-        "vae_transparent_encoder.safetensors": 1.0,
-    },
-    "sd15": {"layer_sd15_vae_transparent_encoder.safetensors": 1.0},
-}
-DECODERS: dict[str, tuple[str, ...]] = {
-    "sdxl": ("ld_diffusers_sdxl_vae_transparent_decoder.safetensors", "vae_transparent_decoder.safetensors"),
-    "sd15": ("layer_sd15_vae_transparent_decoder.safetensors",),
-}
-ADAPTERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "sdxl": {
-        "fg": ("ld_diffusers_sdxl_attn.safetensors", "layer_xl_transparent_attn.safetensors"),
-        "fg-conv": ("layer_xl_transparent_conv.safetensors",),
-        "fg2blend": ("layer_xl_fg2ble.safetensors",),
-        "bg2blend": ("layer_xl_bg2ble.safetensors",),
-        "fgblend2bg": ("layer_xl_fgble2bg.safetensors",),
-        "bgblend2fg": ("layer_xl_bgble2fg.safetensors",),
-    },
-    "sd15": {
-        "fg": ("layer_sd15_transparent_attn.safetensors",),
-        "joint": ("layer_sd15_joint.safetensors",),
-        "fg2bg": ("layer_sd15_fg2bg.safetensors",),
-        "bg2fg": ("layer_sd15_bg2fg.safetensors",),
-    },
-}
+
+@dataclass
+class TransparencyWeights:
+    """Everything that a setting needs: networks on the CPU, changes of the base model, sides to decode from, and steps
+    that refine given latents."""
+
+    encoder: LatentTransparencyEncoder | None
+    decoder: LatentTransparencyDecoder | None
+    adapter: Adapter | None
+    sharing: Sharing | None
+    views: int = 0
+    refine: int = 0
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The files of one setting.
-
-    Attributes:
-        encoder, decoder: a folder with a config.json, or a published file; None: not there.
-        offset_scale: factor of a published encoder's output; None where its config.json says it.
-        adapter: the file that changes the base model; None: not there.
-    """
-
-    encoder: Path | None
-    decoder: Path | None
-    offset_scale: float | None
-    adapter: Path | None
-
-
-def family_of(unet: Any) -> str | None:
-    """ "sdxl" or "sd15", by the width of the text and whether sizes are an input; None for others."""
-    config = getattr(unet, "config", {})
-    width, extra = config.get("cross_attention_dim"), config.get("addition_embed_type")
-    if width == 2048 and extra == "text_time":
-        return "sdxl"
-    return "sd15" if width == 768 and extra is None else None
-
-
-def find_parts(pipeline: Any, weights: str, variant: str, adapter: str) -> Parts:
-    """The files for `pipeline`: beside its own model, in the folder or hub repository `weights`, or in that `adapter`.
+def load_weights(
+    feature: LatentTransparency, pipeline: DiffusionPipeline, headers: bool = False
+) -> TransparencyWeights:
+    """Read and check the weights of `feature` for `pipeline`; with `headers` only names and shapes are read.
 
     Raises:
-        ModelLoadError: nothing is there, or not for this family of models; with what was looked for.
+        ModelLoadError, ConfigurationError: they do not exist or do not fit; in one sentence.
     """
-    unet = find_denoiser(pipeline)
-    family = family_of(unet)
-    own = Path(adapter) if adapter else None
-    if own is not None and not own.is_file():
-        raise ModelLoadError(f"transparent: no such adapter file: {adapter}")
-    folder = _folder(pipeline, weights)
-    if folder is not None and (folder / "decoder" / "config.json").exists():
-        encoder = folder / "encoder"
-        beside = folder / ADAPTER if variant == "fg" else folder / f"{variant}.safetensors"
-        if own is None and not beside.exists() and variant != "fg":
-            raise ModelLoadError(f"{folder} has no weights for the variant {variant!r} ({beside.name})")
-        has_encoder = (encoder / "config.json").exists()
-        found = own or (beside if beside.exists() else None)
-        return Parts(encoder if has_encoder else None, folder / "decoder", None, found)
-    if folder is None and not weights:
-        raise ModelLoadError(
-            f"no weights for transparency are beside this model (a folder {FOLDER}/); name a folder or a hub id with "
-            "them, for example weights=LayerDiffusion/layerdiffusion-v1 for SD 1.5 and SDXL"
-        )
-    where = folder if folder is not None else weights
-    if family is None:
-        raise ModelLoadError(
-            f"{where} has no {FOLDER} weights made for this model, and published ones exist for SD 1.5 and SDXL only, "
-            f"which this {type(unet).__name__} is not"
-        )
-    if variant not in ADAPTERS[family]:
-        raise ModelLoadError(
-            f"the variant {variant!r} does not exist for {family}; there are: {', '.join(ADAPTERS[family])}"
-        )
-
-    def get(names: Any, needed: str | None) -> Path | None:
-        for name in names:
-            path = folder / name if folder is not None else _from_hub(weights, name)
-            if path is not None and path.is_file():
-                return path
-        if needed:
-            others = [f for f in DECODERS if f != family and _any(folder, DECODERS[f])]
-            hint = f"; it has the files of {others[0]}, this model is {family}" if others else ""
-            raise ModelLoadError(f"{where} has no {needed} for {family} ({' or '.join(names)}){hint}")
-        return None
-
-    encoder_file = get(ENCODERS[family], None)
-    return Parts(
-        encoder_file,
-        get(DECODERS[family], "transparent decoder"),
-        ENCODERS[family][encoder_file.name] if encoder_file else None,
-        own or get(ADAPTERS[family][variant], f"adapter for {variant!r}"),
-    )
+    factor = check_pipeline(pipeline)
+    unet: Any = find_denoiser(pipeline)
+    channels = pipeline.vae.config.latent_channels
+    parts = find_parts(pipeline, feature.weights, feature.variant, feature.adapter)
+    if parts.decoder is not None and parts.decoder.is_dir() and not headers:
+        check_digests(parts.decoder.parent)
+    encoder: Any = None
+    decoder: Any = None
+    if feature.views != 0 and parts.decoder is not None:
+        decoder = load_part(parts.decoder, LatentTransparencyDecoder, headers).to(memory_format=torch.channels_last)
+    if parts.encoder is not None:
+        scale = {} if parts.offset_scale is None else {"offset_scale": parts.offset_scale}
+        encoder = load_part(parts.encoder, LatentTransparencyEncoder, headers, **scale)
+    for part, path in ((encoder, parts.encoder), (decoder, parts.decoder)):
+        if part is not None and (part.config.latent_channels, part.factor) != (channels, factor):
+            raise ModelLoadError(
+                f"{path} is for latents of {part.config.latent_channels} channels and 1/{part.factor} of the "
+                f"images' sides, this VAE has {channels} and 1/{factor}"
+            )
+    adapter, sharing = None, None
+    if feature.strength and parts.adapter is not None:
+        tensors = read_weights(parts.adapter, headers)
+        if is_sharing(tensors):
+            sharing = Sharing(parts.adapter, tensors, unet, len(LAYERS[feature.variant]))
+        else:
+            changes = read_changes(parts.adapter, tensors)
+            inputs = channels * (1 + len(CONDITIONS[feature.variant]))
+            check_changes(((name, change.shape) for name, change in changes.items()), unet, parts.adapter, inputs)
+            adapter = Adapter(changes)
+    views, refine = feature.views, feature.refine
+    if views is None:
+        views = 0 if decoder is None else decoder.config.recommended_views
+    if refine is None:
+        refine = 0 if encoder is None else encoder.config.recommended_refinement
+    return TransparencyWeights(encoder, decoder, adapter, sharing, views, refine if decoder is not None else 0)
 
 
-def _any(folder: Path | None, names: tuple[str, ...]) -> bool:
-    return folder is not None and any((folder / name).is_file() for name in names)
-
-
-def _folder(pipeline: Any, weights: str) -> Path | None:
-    """The local folder to look in; None: a hub id, or nothing."""
-    if weights in EMBEDDED:
-        return EMBEDDED[weights].path / FOLDER
-    if weights:
-        path = at_home(weights)
-        if path.is_dir():
-            return path / FOLDER if (path / FOLDER).is_dir() else path
-        if path.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
-            raise ModelLoadError(f"transparent: no such folder of weights: {weights}")
-        return None
-    for owner in (pipeline, find_denoiser(pipeline), getattr(pipeline, "vae", None)):
-        name = origin_of(owner)
-        for folder in (Path(name), Path(name).parent) if name else ():
-            if (folder / FOLDER).is_dir():
-                return folder / FOLDER
-    return None
-
-
-def _from_hub(repository: str, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, name))
-    except LocalEntryNotFoundError as error:
-        raise ModelLoadError(
-            f"{repository}/{name} is not on this machine and cannot be downloaded; "
-            "check the connection, or name a local folder"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = hub_reason(repository, error) or io.first_line(error)
-        raise ModelLoadError(f"{repository} cannot be read: {reason}") from error
-
-
-# ------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------- files
 def kind_of(names: Iterable[str]) -> str:
     """What a safetensors file holds, by its keys, in words."""
     names = list(names)
@@ -209,8 +119,8 @@ def kind_of(names: Iterable[str]) -> str:
     return "something else"
 
 
-def read_tensors(file: Path, headers: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; with `headers` without their values, on the meta device.
+def read_weights(file: Path, headers: bool = False) -> dict[str, torch.Tensor]:
+    """The weights in a safetensors file; with `headers` without their values, on the meta device.
 
     Raises:
         ModelLoadError: the file is broken, or holds something that no weight can be.
@@ -262,7 +172,7 @@ def load_part(path: Path, cls: Any, headers: bool = False, **config: Any) -> Any
     file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     if not file.exists():
         raise ModelLoadError(f"no such file: {file}")
-    found_tensors = read_tensors(file, headers)
+    found_tensors = read_weights(file, headers)
     if path.is_dir():
         config = read_config(path / "config.json")
     with torch.device("meta"):

@@ -22,9 +22,10 @@ from diffusion_accel.training.files import UsageError, load_tensors, replacing_f
 from diffusion_accel.training.images import image_loss, save_grid
 from diffusion_accel.training.loop import Batch
 from diffusion_accel.training.state import STATE, load_average
+from diffusion_accel.transparency.files import ADAPTER
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
 from diffusion_accel.transparency.rgba import checkerboard, composite, on_grey, padded_rgb, straight
-from diffusion_accel.transparency.weights import ADAPTER, load_part, read_tensors, write_digests
+from diffusion_accel.transparency.weights import load_part, read_weights, write_digests
 
 from . import data
 from .latents import PATCH
@@ -440,7 +441,7 @@ def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective, start:
     denoiser = Denoiser(pipeline.unet.float(), pipeline.text_encoder.float().requires_grad_(False))
     add_low_rank(denoiser.core, rank)
     if start is not None:
-        set_low_rank(denoiser.core, read_tensors(start / ADAPTER))
+        set_low_rank(denoiser.core, read_weights(start / ADAPTER))
     return DenoisingTask(denoiser, captioned, objective)
 
 

@@ -40,7 +40,7 @@ PLAN = {
         sync_controlnet_guess_mode sync_t2i_adapter sync_ip_adapter sync_unet2d sync_unet3d sync_animatediff
         sync_svd partial_with_whole_neighbours_is_displaced partial_in_columns
         cfg_split_is_batched_guidance
-        pictures_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
+        images_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
         quantized_layers noise_without_a_generator different_arguments_are_named an_exception_leaves_nothing
     """.split(),
 }

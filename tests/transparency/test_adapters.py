@@ -20,7 +20,7 @@ from diffusion_accel.transparency.adapter import Adapter, check_changes, read_ch
 from diffusion_accel.transparency.attention_sharing import Sharing
 from diffusion_accel.transparency.conditions import Concatenated
 from diffusion_accel.transparency.ldm_keys import from_ldm
-from diffusion_accel.transparency.weights import read_tensors
+from diffusion_accel.transparency.weights import read_weights
 
 
 def predict(model: Any, sample: torch.Tensor | None = None, batch: int = 2) -> torch.Tensor:
@@ -35,11 +35,11 @@ def written(folder: Path, tensors: dict[str, torch.Tensor], name: str = "adapter
 
 
 def changes_of(file: Path) -> Any:
-    return read_changes(file, read_tensors(file))
+    return read_changes(file, read_weights(file))
 
 
 def sharing_of(file: Path, model: Any, frames: int) -> Sharing:
-    return Sharing(file, read_tensors(file), model, frames)
+    return Sharing(file, read_weights(file), model, frames)
 
 
 # ------------------------------------------------------------------------------------------- changes

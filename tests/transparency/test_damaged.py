@@ -18,7 +18,8 @@ from zoo import sd, unet
 
 from diffusion_accel import AccelerationError, LatentTransparency, ModelLoadError, accelerate
 from diffusion_accel.transparency.attention_sharing import Sharing
-from diffusion_accel.transparency.weights import ADAPTER, DIGESTS, check_digests, files_of, write_digests
+from diffusion_accel.transparency.files import ADAPTER
+from diffusion_accel.transparency.weights import DIGESTS, check_digests, files_of, write_digests
 
 Damage = Callable[[Path], None]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

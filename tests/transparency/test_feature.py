@@ -16,9 +16,10 @@ from zoo import img2img as img2img_zoo
 
 from diffusion_accel import ConfigurationError, LatentTransparency, ModelLoadError, UnsupportedPipelineError, accelerate
 from diffusion_accel.transparency.codec import decode_rgba, encode_rgba
+from diffusion_accel.transparency.files import ADAPTER, ADAPTERS, ENCODERS, find_parts
 from diffusion_accel.transparency.images import rgba_tensor
 from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
-from diffusion_accel.transparency.weights import ADAPTER, ADAPTERS, ENCODERS, find_parts, load_part
+from diffusion_accel.transparency.weights import load_part
 
 WEIGHTS = tiny_weights()
 

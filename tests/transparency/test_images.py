@@ -46,7 +46,7 @@ from zoo import (
 )
 
 from diffusion_accel import ConfigurationError, LatentTransparency, UnsupportedPipelineError, accelerate
-from diffusion_accel.transparency import attachment
+from diffusion_accel.transparency import attachment, outputs
 from diffusion_accel.transparency.images import given, overlaid, rgba_tensor
 from diffusion_accel.transparency.rgba import composite, on_grey, resized
 
@@ -399,8 +399,8 @@ def test_a_watermark_and_captions_beside_images(tmp_path: Path) -> None:
     pipe.watermark = Watermark()
     marked = draw(pipe, call, output_type="pt")
     assert torch.allclose(marked[:, :3], 1 - plain[:, :3], atol=1e-6) and torch.equal(marked[:, 3], plain[:, 3])
-    assert attachment._blocked((None, ["a caption"])) == set()
-    assert attachment._blocked((None, [True, False])) == {0}
+    assert outputs.blocked((None, ["a caption"])) == set()
+    assert outputs.blocked((None, [True, False])) == {0}
 
 
 def test_what_is_taken_for_an_image() -> None:
