@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from training_options import guarded
 
 from diffusion_accel.evaluation import quality
 from diffusion_accel.evaluation.classifier import extract, load_classifier
 from diffusion_accel.evaluation.distribution import frechet_distance, precision_recall
 from diffusion_accel.model_files.names import EMBEDDED
-from diffusion_accel.training.arguments import guarded
 from diffusion_accel.training.datasets import as_tensor
 from diffusion_accel.training.models import load_vae
 

@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from training_options import guarded, number
+
 from diffusion_accel.model_files.names import EMBEDDED
-from diffusion_accel.training.arguments import guarded, number
 from diffusion_accel.training.files import read_json, write_json
 
 CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts_105.txt"
@@ -67,7 +68,7 @@ def prepare(options: argparse.Namespace) -> Any:
         sticker_data.cache_images(options.data, work, size)
         rows, images = sticker_data.load_rows(work), sticker_data.load_images(work)
         chosen = sticker_data.select(rows, STYLES, sticker_data.read_concepts(options.concepts))
-        vae, pictures = models.load_vae(path), archives.composite(images[chosen])
+        vae, pictures = models.load_vae(path), archives.on_colours(images[chosen])
         with torch.no_grad():
             parts = [vae.encode(part).latent_dist.mean for part in pictures.split(32)]
         save_file({"latents": torch.cat(parts), "indices": torch.from_numpy(chosen)}, work / "latents.safetensors")
@@ -76,7 +77,7 @@ def prepare(options: argparse.Namespace) -> Any:
     if options.model == "unet":
         encoder, tokenizer = models.load_text(path)
         padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        captions = [archives.caption_variants(row)[0] for row in rows]
+        captions = [archives.caption_of(row) for row in rows]
         conditions = torch.tensor(tokenizer(captions, **padding).input_ids)
         empty = torch.tensor(tokenizer([""], **padding).input_ids[0])
         return datasets.ImageExamples(rows, stored["latents"], conditions, empty), encoder.requires_grad_(False)
@@ -119,9 +120,10 @@ def one(
     import numpy as np
     import torch
     from safetensors.torch import save_file
+    from training_options import add_objective_options, exit_if_stopped, routing_from
+    from training_setup import objective_from
 
     from diffusion_accel.training import models
-    from diffusion_accel.training.arguments import add_objective_options, exit_if_stopped, objective_from, routing_from
     from diffusion_accel.training.denoising import Process
     from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, prediction_error, sample_of
     from diffusion_accel.training.loop import Settings, train

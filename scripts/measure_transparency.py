@@ -68,7 +68,7 @@ def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
 @torch.no_grad()
 def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
     from sticker import data
-    from sticker.transparency import rgba_of
+    from sticker.transparency.images import rgba_of
 
     from diffusion_accel.transparency.codec import decode_rgba, encode_rgba, refine_latents
     from diffusion_accel.transparency.rgba import checkerboard as fields

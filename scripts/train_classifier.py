@@ -11,65 +11,21 @@ the state; the same command with --resume goes on.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from diffusion_accel.training.arguments import (
-    add_loop_options,
-    add_rate_options,
-    exit_if_stopped,
-    guarded,
-    make_accelerator,
-    number,
-    program,
-    report,
-    settings_from,
-)
+from training_options import add_loop_options, add_rate_options, guarded, number, program
 
 CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts.txt"
-STYLES = ("noto", "flat", "3d", "twemoji")
 TUNED: dict[str, Any] = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warmup": 200, "cooldown": 0.8, "weight_decay": 0.02}
 TUNED |= {"ema": 0.998, "grid_every": 0, "eval_every": 250}
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from sticker import data as sticker_data
-    from sticker.classifier import ClassifierTask
+    """Train the classifier, and write it."""
+    from sticker import classifier  # heavy: torch
 
-    from diffusion_accel.evaluation.classifier import save_classifier
-    from diffusion_accel.training import archives
-    from diffusion_accel.training.loop import train
-    from diffusion_accel.training.state import load_average
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    accelerator = make_accelerator(options)
-    task, folder = ClassifierTask(options.work), options.work / "classifier"
-    settings = settings_from(TUNED, options, options.steps)
-    outcome = train(task, folder, settings, accelerator, resume=options.resume)
-    exit_if_stopped(outcome, accelerator)
-    if not outcome.finished or not accelerator.is_main_process:
-        return
-    load_average(folder, task.model, "classifier")
-    task.model.half().float().eval()  # the features of the weights as they are written
-    save_classifier(task.model, options.out)
-    chosen = sticker_data.select(task.rows, STYLES)
-    with torch.no_grad():
-        accuracy, reference = task.evaluate(), task.features(chosen)
-    save_file({"features": reference.values.half().contiguous()}, options.out / "reference.safetensors")
-    drawn = set(sticker_data.read_concepts(options.concepts))
-    rows = [task.rows[i] for i in chosen]
-    known = {
-        "concepts": reference.concepts,
-        "styles": reference.styles,
-        "captions": [archives.caption_variants(row)[0] for row in rows],
-        "splits": [row["split"] if row["slug"] in drawn else "" for row in rows],
-    }
-    (options.out / "reference.json").write_text(json.dumps(known) + "\n", encoding="utf-8")
-    report("classifier", step=outcome.step, out=str(options.out), reference=len(reference), **accuracy)
+    classifier.run(options, TUNED)
 
 
 def main(arguments: list[str] | None = None) -> int:

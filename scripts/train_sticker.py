@@ -27,249 +27,22 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 or 143 stopped by Ctrl-C or
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from diffusion_accel.training.arguments import (
+from sticker.settings import ORDER, TUNED
+from training_options import (
     add_loop_options,
     add_objective_options,
     add_rate_options,
-    exit_if_stopped,
     guarded,
-    make_accelerator,
     number,
-    objective_from,
     program,
-    report,
-    routing_from,
-    settings_from,
 )
-from diffusion_accel.training.files import UsageError, write_json
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from sticker.models import Shape
-
-    from diffusion_accel.training.loop import Task
 
 CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts.txt"
 STYLES = "noto,flat,3d,twemoji"
 AROUND = "blob,emojitwo"  # further styles to train on; gradient is left out, a near twin of 3d
 GRID_CONCEPTS = "red apple|banana|strawberry|cherries|red heart|blue heart|tiger face|panda|penguin|frog|rainbow|rocket"
-
-# Tuned settings: those of the shipped weights. About eight hours of one core with AMX in bf16.
-DECODER = {"steps": 17000, "batch": 16, "lr": 1.5e-3, "warmup": 50, "cooldown": 0.7, "curve": "cosine"}
-DECODER |= {"weight_decay": 1e-3, "eval_every": 500, "grid_every": 2000}
-TEXT = {"steps": 6000, "batch": 64, "lr": 1e-3, "beta2": 0.98, "eval_every": 200, "grid_every": 1000}
-UNET = {"steps": 10000, "batch": 64, "lr": 1e-3, "warmup": 150, "eval_every": 250, "grid_every": 1000}
-FINISH = UNET | {"steps": 7000, "lr": 6e-4, "warmup": 50, "cooldown": 1.0, "cycles": 2}
-TUNED: dict[str, dict[str, Any]] = {"decoder": DECODER, "text": TEXT, "unet": UNET, "finish": FINISH}
-
-Stage = Callable[[argparse.Namespace], None]
-
-
-# ------------------------------------------------------------------------------------------- stages on one process
-def shape_of(options: argparse.Namespace) -> Shape:
-    from sticker.models import Shape
-
-    shape = Shape() if options.shape is None else Shape.load(options.shape)
-    if shape.size % 8:
-        raise UsageError(f"the image side must be a multiple of 8 pixels, got {shape.size}")
-    return shape
-
-
-def run_cache(options: argparse.Namespace) -> None:
-    from sticker.data import cache_images
-
-    shape = shape_of(options)
-    cached = cache_images(options.data, options.work, shape.size)
-    write_json(options.work / "shape.json", shape.to_dict())
-    report("cache", images=cached)
-
-
-def run_tokenizer(options: argparse.Namespace) -> None:
-    from sticker import data as sticker_data
-    from sticker.models import Shape
-
-    from diffusion_accel.training import archives
-
-    shape = Shape.of_work(options.work)
-    tokenizer = sticker_data.build_tokenizer(options.work, shape.vocabulary, shape.max_length)
-    captions = [archives.caption_variants(row)[0] for row in sticker_data.load_rows(options.work) if row["core"]]
-    lengths = [len(ids) for ids in tokenizer(captions).input_ids]
-    report("tokenizer", vocabulary=len(tokenizer), longest=max(lengths), mean=sum(lengths) / len(lengths))
-
-
-def run_latents(options: argparse.Namespace) -> None:
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
-    from sticker import data as sticker_data
-    from sticker.latents import encode_images, fit_codec
-    from sticker.models import Shape
-
-    from diffusion_accel.training import archives
-    from diffusion_accel.training.files import replacing
-
-    shape, rows = Shape.of_work(options.work), sticker_data.load_rows(options.work)
-    images = sticker_data.load_images(options.work)
-    chosen = sticker_data.select(rows, options.styles.split(","), sticker_data.read_concepts(options.concepts))
-    fitted = sticker_data.of_split(rows, "train", [i for i, row in enumerate(rows) if row["core"]])
-    fitted = np.sort(np.random.default_rng(0).permutation(fitted)[:1500])
-    codec = fit_codec(archives.composite(images[fitted]), shape.latent_channels)
-    codec.save(options.work / "codec.safetensors")
-    heldout = len(sticker_data.of_split(rows, "heldout", chosen))
-    around = np.array([], int)
-    if options.around:
-        around = sticker_data.surroundings(rows, f"{options.styles},{options.around}".split(","))
-        around = np.setdiff1d(sticker_data.of_split(rows, "train", around), chosen)
-    indices = np.concatenate([chosen, around])
-    latents = encode_images(codec, images, indices)
-    stored = {"latents": latents, "indices": torch.from_numpy(indices), "listed": torch.tensor(len(chosen))}
-    with replacing(options.work / "latents.safetensors") as temporary:
-        save_file(stored, temporary)
-    std = [round(value, 3) for value in codec.std.tolist()]
-    counts = {"train": len(chosen) - heldout, "heldout": heldout, "around": len(around)}
-    report("latents", shape=latents.shape, std=std, **counts)
-
-
-def run_export(options: argparse.Namespace) -> None:
-    from sticker.export import export
-
-    replace = options.overwrite or options.stage == "all"
-    report("export", out=str(options.out), **export(options.work, options.out, replace))
-
-
-def run_grid(options: argparse.Namespace) -> None:
-    from sticker.export import generate, load_pipeline
-
-    from diffusion_accel.training.images import save_grid
-
-    styles = options.styles.split(",")
-    if options.every:
-        return run_every(options, styles)
-    names = options.prompts.split("|")
-    prompts = [f"{name}, {style} style" for style in styles for name in names] if options.by_style else names
-    images = generate(load_pipeline(options.out), prompts, options.sampling_steps, options.guidance, options.seed)
-    path = options.grid or options.work / "grid.png"
-    save_grid(images, min(len(names), options.columns), path)
-    report("grid", out=str(path), images=len(prompts))
-
-
-def run_every(options: argparse.Namespace, styles: list[str]) -> None:
-    """Every concept of the list, a WebP file a style."""
-    from sticker import data as sticker_data
-    from sticker.export import generate, load_pipeline
-
-    from diffusion_accel.training.images import save_grid
-
-    names = {row["slug"]: row["name"] for row in sticker_data.load_rows(options.work)}
-    concepts = [names[slug] for slug in sticker_data.read_concepts(options.concepts)]
-    pipeline, folder = load_pipeline(options.out), options.grid or options.work
-    for style in styles:
-        prompts = [f"{name}, {style} style" for name in concepts]
-        images = generate(pipeline, prompts, options.sampling_steps, options.guidance, options.seed)
-        save_grid(images, options.columns, folder / f"sticker-{style}.webp")
-        report("grid", out=str(folder / f"sticker-{style}.webp"), images=len(prompts))
-
-
-def run_evaluate(options: argparse.Namespace) -> None:
-    import torch
-    from sticker import data as sticker_data
-    from sticker.export import evaluate, load_pipeline
-
-    from diffusion_accel.training.images import save_grid
-
-    rows, styles = sticker_data.load_rows(options.work), options.styles.split(",")
-    chosen = sticker_data.select(rows, styles, sticker_data.read_concepts(options.concepts))
-    candidates = sticker_data.select(rows, styles)
-    if options.candidates == "starter":
-        candidates = candidates[[rows[i].get("starter", False) for i in candidates]]
-    pipeline = load_pipeline(options.out)
-    result, shown = evaluate(
-        pipeline, options.work, chosen, candidates, options.count, options.sampling_steps, options.guidance
-    )
-    for split, images in shown.items():
-        pairs = zip(*(part[:48].split(12) for part in images.chunk(2)), strict=True)
-        grid = torch.cat([part for pair in pairs for part in pair])
-        save_grid(grid, min(12, len(images) // 2), options.work / f"evaluate-{split}.png")
-    write_json(options.work / "evaluate.json", result)
-    report("evaluate", **result)
-
-
-# ------------------------------------------------------------------------------------------- trained stages
-def decoder_task(options: argparse.Namespace) -> Task:
-    from sticker.tasks import DecoderTask
-
-    return DecoderTask(options.work, crop=options.crop, noise=options.latent_noise)
-
-
-def text_task(options: argparse.Namespace) -> Task:
-    from sticker.tasks import TextTask
-
-    return TextTask(options.work)
-
-
-def unet_task(options: argparse.Namespace, finishing: bool = False) -> Task:
-    import torch
-    from sticker.data import load_tokenizer
-    from sticker.models import build_text_encoder, build_unet
-    from sticker.tasks import Captioned, TextTask
-
-    from diffusion_accel.training.denoising import Process
-    from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask
-    from diffusion_accel.training.state import load_average
-
-    captioned = Captioned.load(options.work)
-    torch.manual_seed(0)
-    encoder = build_text_encoder(captioned.shape, load_tokenizer(options.work))
-    denoiser = Denoiser(build_unet(captioned.shape), encoder)
-    if not finishing and not options.fresh_text:
-        pretrained = TextTask(options.work).model
-        load_average(options.work / "text", pretrained, "text")
-        encoder.load_state_dict(pretrained.text.state_dict())
-    if finishing:
-        load_average(options.work / "unet", denoiser, "unet")
-        captioned = captioned.listed()
-    objective = objective_from(options, Process(), uniform=0.4, t_mean=options.t_mean)
-    return DenoisingTask(denoiser, captioned, objective, routing_from(options, Process()))
-
-
-def finish_task(options: argparse.Namespace) -> Task:
-    return unet_task(options, finishing=True)
-
-
-TASKS = {"decoder": decoder_task, "text": text_task, "unet": unet_task, "finish": finish_task}
-
-
-def run_training(stage: str, options: argparse.Namespace, accelerator: Accelerator) -> None:
-    from diffusion_accel.training.loop import train
-
-    folder, task = options.work / stage, TASKS[stage]
-    settings = settings_from(TUNED[stage], options, getattr(options, f"{stage}_steps"))
-    if options.overwrite and not options.resume and accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    outcome = train(task(options), folder, settings, accelerator, resume=options.resume)
-    if accelerator.is_main_process:
-        processes = accelerator.num_processes
-        report(stage, step=outcome.step, steps=settings.steps, finished=outcome.finished, processes=processes)
-    exit_if_stopped(outcome, accelerator)
-
-
-# ------------------------------------------------------------------------------------------- command line
-ALONE: dict[str, Stage] = {
-    "cache": run_cache,
-    "tokenizer": run_tokenizer,
-    "latents": run_latents,
-    "export": run_export,
-    "grid": run_grid,
-    "evaluate": run_evaluate,
-}
-LEFT = {"cache": "shape.json", "tokenizer": "tokens.safetensors", "latents": "latents.safetensors"}  # last file of each
-ORDER = ("cache", "tokenizer", "latents", "decoder", "text", "unet", "finish", "export", "grid", "evaluate")
 
 
 def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> None:
@@ -339,26 +112,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
+    """Run the stages that were asked for."""
+    from sticker import stages  # heavy: torch
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    names = ORDER if options.stage == "all" else (options.stage,)
-    accelerator = None
-    if any(name in TUNED for name in names):
-        accelerator = make_accelerator(options)
-    for name in names:
-        if name in TUNED:
-            assert accelerator is not None
-            run_training(name, options, accelerator)
-        elif accelerator is None or accelerator.is_main_process:
-            kept = options.stage == "all" and options.resume and name in LEFT and (options.work / LEFT[name]).exists()
-            if not kept:
-                ALONE[name](options)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-    if accelerator is not None:
-        accelerator.end_training()
+    stages.run(options)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -185,7 +185,7 @@ def peer(folder: Path) -> None:
 def trainer(folder: Path, script: Path, words: list[str]) -> None:
     """A script of a maintainer, run as a program."""
     begin(folder)
-    _replace("diffusion_accel.training.arguments.make_accelerator", lambda options: arrive(folder))
+    _replace("training_setup.make_accelerator", lambda options: arrive(folder))
     sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")
 

@@ -101,10 +101,10 @@ def _stickers(data: Path, size: int) -> tuple[Asked, LoadImages]:
     def load(indices: list[int]) -> torch.Tensor:
         missing = [i for i in indices if i not in cache]
         images = archives.read_images(data, [rows[i] for i in missing], size)
-        cache.update(zip(missing, archives.composite(images), strict=True))
+        cache.update(zip(missing, archives.on_colours(images), strict=True))
         return torch.stack([cache[i] for i in indices])
 
-    captions = [archives.caption_variants(row)[0] for row in rows]
+    captions = [archives.caption_of(row) for row in rows]
     concepts, styles, splits = ([row[key] for row in rows] for key in ("slug", "style", "split"))
     return Asked(captions, concepts, styles, splits), load
 

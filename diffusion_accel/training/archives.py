@@ -20,13 +20,12 @@ from .files import TrainingError, UsageError, read_json_lines
 
 Row = dict[str, Any]
 ROW_KEYS = ("id", "style", "style_words", "slug", "name", "keywords", "group", "subgroup", "core", "file", "split")
-VARIANTS = 8  # captions per image
 
 
 def read_rows(data: Path) -> list[Row]:
     """The rows of ``captions.jsonl``, checked for the keys that training needs."""
     if not data.is_dir():
-        raise UsageError(f"{data} is not a folder; build the data set with scripts/build_sticker_dataset.py")
+        raise UsageError(f"{data} is not a folder with a data set (captions.jsonl and zip archives)")
     rows = read_json_lines(data / "captions.jsonl")
     if not rows:
         raise TrainingError(f"{data / 'captions.jsonl'} is empty")
@@ -67,7 +66,7 @@ def read_images(data: Path, rows: list[Row], size: int) -> np.ndarray:
     return images
 
 
-def composite(images: np.ndarray, background: np.ndarray | None = None) -> torch.Tensor:
+def on_colours(images: np.ndarray, background: np.ndarray | None = None) -> torch.Tensor:
     """Premultiplied uint8 (N, H, W, 4) over flat colours (N, 3) in 0..255, default white -> (N, 3, H, W) in -1..1."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).float()
     if background is None:
@@ -77,18 +76,6 @@ def composite(images: np.ndarray, background: np.ndarray | None = None) -> torch
     return (over / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
-def caption_variants(row: Row) -> list[str]:
-    """The `VARIANTS` captions of an image; the first is the canonical one, such as "red apple, 3d style"."""
-    name, style = row["name"], row["style_words"]
-    article = "an" if name[0] in "aeiou" else "a"
-    keywords = ", ".join([word for word in row["keywords"] if word != name][:2]) or name
-    return [
-        f"{name}, {style} style",
-        f"{article} {name}, {style} style",
-        f"{name}, {style} style",
-        f"{style} style {name}",
-        f"{style} emoji of {article} {name}",
-        f"{name}, {keywords}, {style} style",
-        f"{article} {name} sticker in {style} style",
-        name,
-    ]
+def caption_of(row: Row) -> str:
+    """The canonical caption of an image, such as "red apple, 3d style"."""
+    return f"{row['name']}, {row['style_words']} style"

@@ -7,17 +7,12 @@ bounds are those of the optimum (it reports them one step early) and intervals s
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .denoising import TIMESTEPS, Process
-from .files import UsageError, read_json
-
-if TYPE_CHECKING:
-    from .diffusion_task import DenoisingTask
+from .files import UsageError
 
 CLUSTERINGS = ("timestep", "snr", "gradient")
 Interval = tuple[int, int]  # first timestep, last timestep + 1
@@ -40,21 +35,6 @@ def gradient_distance(affinity: np.ndarray) -> np.ndarray:
     """-TAS(c, t) for all timesteps from the task affinity score (mean cosine of gradients) on a grid (G, G)."""
     grid = np.arange(TIMESTEPS) * len(affinity) // TIMESTEPS
     return -np.asarray(affinity, np.float64)[np.ix_(grid, grid)]
-
-
-def read_affinity(file: Path) -> np.ndarray:
-    """The task affinities that `--measure-affinity` wrote: cosines, (G, G).
-
-    Raises:
-        UsageError: the file holds something else.
-    """
-    found = read_json(file)
-    values = found.get("affinity") if isinstance(found, dict) else None
-    grid = len(values) if isinstance(values, list) else 0
-    square = 1 <= grid <= TIMESTEPS and all(isinstance(row, list) and len(row) == grid for row in values or ())
-    if not square or not all(type(x) in (int, float) and abs(x) <= 1.001 for row in values or () for x in row):
-        raise UsageError(f"{file} holds no task affinities: a square table of cosines, as --measure-affinity writes it")
-    return np.array(values, np.float64)
 
 
 def cluster(distance: np.ndarray, k: int) -> list[Interval]:
@@ -99,22 +79,3 @@ def draw_clustered(rng: np.random.Generator, size: int, intervals: list[Interval
     first, last = np.array(intervals).T
     timesteps = first[clusters] + (rng.random(size) * (last - first)[clusters]).astype(np.int64)
     return torch.from_numpy(timesteps), torch.from_numpy(clusters)
-
-
-def measure_affinity(task: DenoisingTask, grid: int = 20, samples: int = 32, seed: int = 0) -> list[list[float]]:
-    """Cosines between the gradients of the loss at `grid` evenly spaced parts of the timesteps: (grid, grid).
-
-    ANT's task affinity score (section 3.2) at the weights that `task.model` has now; all parts see the same `samples`
-    images and noise. Holds `grid` gradients in memory.
-    """
-    rng, parameters = np.random.default_rng(seed), [p for p in task.model.parameters() if p.requires_grad]
-    batch = task.draw(rng, samples)
-    rows = []
-    for part in range(grid):
-        inside = (part + rng.random(samples)) / grid * TIMESTEPS
-        error = task.errors(task.model, batch | {"timesteps": torch.from_numpy(inside.astype(np.int64))}).mean()
-        found = torch.autograd.grad(error, parameters, allow_unused=True)
-        flat = torch.cat([g.flatten() for g in found if g is not None])
-        rows.append(flat / flat.norm().clamp(min=1e-12))
-    vectors = torch.stack(rows)
-    return (vectors @ vectors.T).tolist()

@@ -103,7 +103,7 @@ def prepare(data: Path, work: Path, size: int, kind: str | None = None, heldout:
     """
     kind, rows = find_rows(data, kind)
     images = np.empty((len(rows), size, size, 3), np.uint8)
-    for image, row in zip(images, tqdm(rows, desc="prepare", unit="picture", disable=None), strict=True):
+    for image, row in zip(images, tqdm(rows, desc="prepare", unit="image", disable=None), strict=True):
         try:
             image[:] = load_image(data / row["file"], size)
         except TrainingError as error:
@@ -223,4 +223,4 @@ def describe(rows: list[Row]) -> str:
     """One line about the rows, for the log."""
     kind = "captions" if "caption" in rows[0] else f"{len(class_names(rows))} classes" if "label" in rows[0] else "none"
     heldout = sum(row["split"] == "heldout" for row in rows)
-    return json.dumps({"pictures": len(rows), "heldout": heldout, "conditions": kind})
+    return json.dumps({"images": len(rows), "heldout": heldout, "conditions": kind})

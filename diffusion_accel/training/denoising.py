@@ -23,7 +23,9 @@ def alphas_cumprod(schedule: str = "linear") -> torch.Tensor:
 
     "linear": the betas of DDPM (Ho et al. 2020, section 4). The last value is 4e-5: next to no signal is left at
     t = 999. "scaled_linear": those of Stable Diffusion, which end at 4.7e-3; on small latents that still shows the mean
-    colour. "cosine": Nichol and Dhariwal 2021, equation 17, as diffusers' `squaredcos_cap_v2`.
+    colour. "cosine": Nichol and Dhariwal 2021, equation 17, as diffusers' `squaredcos_cap_v2`. In double precision to
+    the end: diffusers' schedulers multiply in single precision, whose last digits runs that were begun before do not
+    have.
     """
     if schedule == "linear":
         betas = np.linspace(BETA_START, BETA_END, TIMESTEPS)
@@ -67,7 +69,10 @@ class Process:
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def snr(self) -> torch.Tensor:
-        """Signal-to-noise ratio (signal / noise)², float64 (1000,); 0 at the end of a flow."""
+        """Signal-to-noise ratio (signal / noise)², float64 (1000,); 0 at the end of a flow.
+
+        Also of a flow, and in double precision, unlike `diffusers.training_utils.compute_snr`.
+        """
         signal, noise = (value.double() for value in self.levels())
         return (signal / noise) ** 2
 

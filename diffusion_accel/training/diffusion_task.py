@@ -16,10 +16,10 @@ from .clusters import Interval, draw_clustered
 from .denoising import TIMESTEPS, Process, draw_timesteps
 from .files import UsageError
 from .images import save_grid
-from .loop import Batch
 from .multitask import Weighting, weighting
 from .noise import NoiseChoice
 from .sampling import sample
+from .task import Batch
 
 PREVIEWS = 24  # images in a preview
 
@@ -59,7 +59,8 @@ class Denoiser(nn.Module):
         self.part = "unet" if "UNet" in type(model).__name__ else "transformer"
         self.text = text
         memory_format = torch.channels_last if self.part == "unet" else torch.contiguous_format
-        self.add_module(self.part, model.to(memory_format=memory_format))
+        in_place: Any = model  # torch's types do not know the keyword
+        self.add_module(self.part, in_place.to(memory_format=memory_format))
 
     @property
     def core(self) -> Any:

@@ -29,6 +29,10 @@ class UsageError(TrainingError):
     """What was asked for cannot be done: a missing folder, a stage that was not run, a state that would be lost."""
 
 
+class RunExistsError(UsageError):
+    """The folder holds a run already, and nobody asked to go on with it."""
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`; takes the place of `path` at the end, removed after an error."""

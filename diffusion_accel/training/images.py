@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .files import replacing
+from diffusion_accel.io import replacing
+from diffusion_accel.measure.fidelity import psnr
 
 
 def save_grid(images: torch.Tensor, columns: int, path: Path, scale: int = 1) -> None:
@@ -15,15 +16,15 @@ def save_grid(images: torch.Tensor, columns: int, path: Path, scale: int = 1) ->
     n, _, height, width = images.shape
     rows = -(-n // columns)
     grid = torch.ones(3, rows * height, columns * width)
-    for i, picture in enumerate(images.float().clamp(-1, 1).cpu()):
+    for i, image in enumerate(images.float().clamp(-1, 1).cpu()):
         y, x = i // columns * height, i % columns * width
-        grid[:, y : y + height, x : x + width] = picture
+        grid[:, y : y + height, x : x + width] = image
     pixels = ((grid + 1) * 127.5 + 0.5).byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels)
+    sheet = Image.fromarray(pixels)
     if scale > 1:
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
     with replacing(path) as temporary:
-        image.save(temporary)
+        sheet.save(temporary)
 
 
 def image_loss(error: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,6 @@ def image_loss(error: torch.Tensor) -> torch.Tensor:
     return (error**2).mean() + 0.25 * error.abs().mean() + 0.25 * gradients
 
 
-def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB, for (N, 3, H, W) in -1..1 (peak 2)."""
-    error = ((first.float() - second.float()) ** 2).flatten(1).mean(1).clamp(min=1e-9)
-    return float((10 * torch.log10(4 / error)).mean())
+def mean_psnr(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB, for (N, 3, H, W) in -1..1; equal ones count as 96."""
+    return float(psnr(first.float() / 2 + 0.5, second.float() / 2 + 0.5).clamp(max=96).mean())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _check_shapes(folder: Path, wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+def _check_shapes(folder: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
     """Raise `TrainingError`, before anything is changed, unless the same names have the same shapes."""
     for name in sorted({*wanted, *found}):
         shapes = [tuple(part[name].shape) if name in part else "nothing" for part in (found, wanted)]

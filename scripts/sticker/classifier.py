@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from training_options import exit_if_stopped, report, settings_from
+from training_setup import make_accelerator
 
-from diffusion_accel.evaluation.classifier import HEADS, SIZE, Features, StickerClassifier, extract
+from diffusion_accel.evaluation.classifier import HEADS, SIZE, Features, StickerClassifier, extract, save_classifier
 from diffusion_accel.training import archives
 from diffusion_accel.training.files import UsageError
 from diffusion_accel.training.images import save_grid
-from diffusion_accel.training.loop import Batch
+from diffusion_accel.training.loop import Batch, train
+from diffusion_accel.training.state import load_average
 
 from . import data
 
+STYLES = ("noto", "flat", "3d", "twemoji")
 KEYS = {"concept": "slug", "group": "group", "style": "style"}
 
 
@@ -47,7 +54,7 @@ class ClassifierTask:
         grid = torch.zeros(size, 2, 3)
         grid[:, 0, 0] = grid[:, 1, 1] = scale
         grid[:, :, 2] = shift
-        images = archives.composite(self.images[chosen], background)
+        images = archives.on_colours(self.images[chosen], background)
         grid = F.affine_grid(grid, list(images.shape), align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         contrast, light = (
@@ -66,7 +73,7 @@ class ClassifierTask:
         result = {}
         for name, indices in (("train", self.train[:: max(1, len(self.train) // 500)]), ("heldout", self.heldout)):
             logits = [
-                self.model(archives.composite(self.images[part])) for part in np.array_split(indices, 8) if len(part)
+                self.model(archives.on_colours(self.images[part])) for part in np.array_split(indices, 8) if len(part)
             ]
             for head in HEADS:
                 found = torch.cat([part[head] for part in logits]).argmax(1)
@@ -80,9 +87,39 @@ class ClassifierTask:
     def features(self, indices: np.ndarray) -> Features:
         """Features of images on white."""
         parts = [
-            extract(self.model, archives.composite(self.images[part]))
+            extract(self.model, archives.on_colours(self.images[part]))
             for part in np.array_split(indices, 16)
             if len(part)
         ]
         rows = [self.rows[i] for i in indices]
         return Features(torch.cat(parts), [row["slug"] for row in rows], [row["style"] for row in rows])
+
+
+def run(options: argparse.Namespace, tuned: dict[str, Any]) -> None:
+    """Train the classifier, and write its weights, its classes and the features of the real stickers."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    accelerator = make_accelerator(options)
+    task, folder = ClassifierTask(options.work), options.work / "classifier"
+    settings = settings_from(tuned, options, options.steps)
+    outcome = train(task, folder, settings, accelerator, resume=options.resume)
+    exit_if_stopped(outcome, accelerator)
+    if not outcome.finished or not accelerator.is_main_process:
+        return
+    load_average(folder, task.model, "classifier")
+    task.model.half().float().eval()  # the features of the weights as they are written
+    save_classifier(task.model, options.out)
+    chosen = data.select(task.rows, STYLES)
+    with torch.no_grad():
+        accuracy, reference = task.evaluate(), task.features(chosen)
+    save_file({"features": reference.values.half().contiguous()}, options.out / "reference.safetensors")
+    drawn = set(data.read_concepts(options.concepts))
+    rows = [task.rows[i] for i in chosen]
+    known = {
+        "concepts": reference.concepts,
+        "styles": reference.styles,
+        "captions": [archives.caption_of(row) for row in rows],
+        "splits": [row["split"] if row["slug"] in drawn else "" for row in rows],
+    }
+    (options.out / "reference.json").write_text(json.dumps(known) + "\n", encoding="utf-8")
+    report("classifier", step=outcome.step, out=str(options.out), reference=len(reference), **accuracy)

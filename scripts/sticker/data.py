@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from diffusion_accel.training.archives import VARIANTS, Row, caption_variants, read_images, read_rows
+from diffusion_accel.training.archives import Row, caption_of, read_images, read_rows
 from diffusion_accel.training.files import (
     UsageError,
     load_array,
@@ -31,6 +31,8 @@ from diffusion_accel.training.files import (
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+
+VARIANTS = 8  # captions per image
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -99,6 +101,23 @@ def of_split(rows: list[Row], split: str, indices: Iterable[int] | None = None) 
 
 
 # ------------------------------------------------------------------------------------------- captions and tokenizer
+def caption_variants(row: Row) -> list[str]:
+    """The `VARIANTS` captions of an image; the first is the canonical one."""
+    name, style = row["name"], row["style_words"]
+    article = "an" if name[0] in "aeiou" else "a"
+    keywords = ", ".join([word for word in row["keywords"] if word != name][:2]) or name
+    return [
+        caption_of(row),
+        f"{article} {name}, {style} style",
+        f"{name}, {style} style",
+        f"{style} style {name}",
+        f"{style} emoji of {article} {name}",
+        f"{name}, {keywords}, {style} style",
+        f"{article} {name} sticker in {style} style",
+        name,
+    ]
+
+
 def train_tokenizer(corpus: Iterable[str], vocabulary: int, max_length: int) -> CLIPTokenizer:
     """A byte-level BPE tokenizer in CLIP's format.
 

@@ -17,7 +17,7 @@ from diffusion_accel.training import archives
 from diffusion_accel.training.denoising import Process
 from diffusion_accel.training.diffusion_task import Denoiser, prediction_error, sample_of
 from diffusion_accel.training.files import TrainingError, UsageError, replacing_folder
-from diffusion_accel.training.images import psnr
+from diffusion_accel.training.images import mean_psnr
 from diffusion_accel.training.models import float32_text
 from diffusion_accel.training.state import STATE, load_average, read_counters
 
@@ -37,15 +37,15 @@ def build_trained_vae(work: Path) -> tuple[AutoencoderKL, dict[str, float]]:
     rows, images, shape = data.load_rows(work), data.load_images(work), Shape.of_work(work)
     codec, vae = PatchCodec.load(work / "codec.safetensors"), build_vae(shape)
     core = np.array([i for i, row in enumerate(rows) if row["core"]])
-    write_encoder(vae, codec, archives.composite(images[core[:: max(1, len(core) // 140)]]))
+    write_encoder(vae, codec, archives.on_colours(images[core[:: max(1, len(core) // 140)]]))
     load_average(work / "decoder", vae.decoder, "decoder")
     heldout = data.of_split(rows, "heldout")[:96]
-    pictures = archives.composite(images[heldout if len(heldout) else core[:96]])
+    pictures = archives.on_colours(images[heldout if len(heldout) else core[:96]])
     with torch.no_grad():
         exact, written = codec.encode(pictures), vae.encode(pictures).latent_dist.mean
         check = {
             "encoder_relative_error": float((written - exact).norm() / exact.norm()),
-            "psnr_vae": psnr(vae.decode(written).sample.clamp(-1, 1), pictures),
+            "psnr_vae": mean_psnr(vae.decode(written).sample.clamp(-1, 1), pictures),
         }
     return vae, check
 
@@ -139,7 +139,7 @@ def evaluate(
         if not len(indices):
             continue
         probes = sample_of(indices, 128, seed=3)
-        pictures = archives.composite(images[probes])
+        pictures = archives.on_colours(images[probes])
         with torch.no_grad():
             encoded = [pipeline.vae.encode(part).latent_dist.mean for part in pictures.split(32)]
             ids = _tokenize(pipeline, [archives.caption_variants(rows[i])[0] for i in probes])
@@ -148,7 +148,7 @@ def evaluate(
         asked = sample_of(indices, count, seed=5)
         made = generate(pipeline, [archives.caption_variants(rows[i])[0] for i in asked], steps, guidance, seed=100)
         result[split] = {"v_error": error, "retrieval": retrieval(made, rows, images, asked, candidates)}
-        shown[split] = torch.cat([archives.composite(images[asked]), made])
+        shown[split] = torch.cat([archives.on_colours(images[asked]), made])
     return result, shown
 
 
@@ -172,10 +172,10 @@ def retrieval(
         return F.adaptive_avg_pool2d(pictures, THUMBNAIL)
 
     real = torch.cat(
-        [small(archives.composite(images[candidates[i : i + 256]])) for i in range(0, len(candidates), 256)]
+        [small(archives.on_colours(images[candidates[i : i + 256]])) for i in range(0, len(candidates), 256)]
     )
     thumbnails = small(made)
     order = torch.cdist(thumbnails.flatten(1), real.flatten(1)).argsort(1).tolist()
     wanted, found = ([[rows[i][key] for i in part] for key in ("slug", "style")] for part in (asked, candidates))
-    target = small(archives.composite(images[asked]))
-    return hit_shares(order, *wanted, *found) | {"psnr24": round(psnr(thumbnails, target), 2)}
+    target = small(archives.on_colours(images[asked]))
+    return hit_shares(order, *wanted, *found) | {"psnr24": round(mean_psnr(thumbnails, target), 2)}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusion_accel.training import archives
 from diffusion_accel.training.diffusion_task import PREVIEWS, sample_of
 from diffusion_accel.training.files import TrainingError, load_tensors, require
-from diffusion_accel.training.images import image_loss, psnr, save_grid
+from diffusion_accel.training.images import image_loss, mean_psnr, save_grid
 from diffusion_accel.training.loop import Batch
 
 from . import data
@@ -53,7 +53,7 @@ class DecoderTask:
             crops.append(crop[:, ::-1] if flip else crop)
         background = rng.integers(0, 256, (size, 3)).astype(np.float32)
         background[rng.random(size) >= self.coloured] = 255
-        images = archives.composite(np.stack(crops), background)
+        images = archives.on_colours(np.stack(crops), background)
         latents = self.codec.encode(images)
         deviation = self.noise * torch.from_numpy(rng.random((size, 1, 1, 1), dtype=np.float32))
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
@@ -65,16 +65,16 @@ class DecoderTask:
 
     def reconstruct(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images on white, and their reconstructions."""
-        images = archives.composite(self.images[np.sort(indices)])
+        images = archives.on_colours(self.images[np.sort(indices)])
         device = next(self.model.parameters()).device
         decoded = [self.model(self.codec.encode(part).to(device)).float().cpu() for part in images.split(16)]
         return images, torch.cat(decoded).clamp(-1, 1)
 
     def evaluate(self) -> dict[str, Any]:
         """PSNR in dB of whole images on white: 96 held-out ones and 96 of the trained ones."""
-        result = {"psnr_train": psnr(*self.reconstruct(sample_of(self.train, 96, seed=0)))}
+        result = {"psnr_train": mean_psnr(*self.reconstruct(sample_of(self.train, 96, seed=0)))}
         if len(self.heldout):
-            result["psnr_heldout"] = psnr(*self.reconstruct(self.heldout))
+            result["psnr_heldout"] = mean_psnr(*self.reconstruct(self.heldout))
         return result
 
     def preview(self, path: Path) -> None:

@@ -22,7 +22,7 @@ from diffusion_accel.model_files.tensors import file_digest
 from diffusion_accel.training.clusters import read_affinity
 from diffusion_accel.training.datasets import load_examples
 from diffusion_accel.training.files import TrainingError, load_array, load_tensors
-from diffusion_accel.training.loop import _log_lines
+from diffusion_accel.training.log import log_lines
 from diffusion_accel.training.state import STATE, _digest, load_average, load_state, read_counters, save_state
 
 
@@ -191,7 +191,7 @@ def test_arrays_tensors_and_logs_that_are_damaged(tmp_path: Path) -> None:
         load_tensors(tmp_path / "x.safetensors", "indices")
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n5\n{"loss": 1}\n{"step": "x"}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
-    assert [line["step"] for line in _log_lines(log)] == [1, 2], "a run that was killed left half a line"
+    assert [line["step"] for line in log_lines(log)] == [1, 2], "a run that was killed left half a line"
 
 
 @pytest.mark.parametrize(

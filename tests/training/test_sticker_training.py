@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from sticker import data as sticker_data
+from sticker import stages
 from sticker.latents import PatchCodec, write_encoder
 from sticker.models import Shape, build_vae
 from sticker.tasks import Captioned, DecoderTask, TextTask
@@ -131,7 +132,7 @@ def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unet_task(work: Path) -> Any:
-    return trainer.unet_task(trainer.make_parser().parse_args(["unet", "--work", str(work)]))
+    return stages.unet_task(trainer.make_parser().parse_args(["unet", "--work", str(work)]))
 
 
 def settings(**changes: Any) -> Settings:
@@ -160,7 +161,7 @@ def test_images_around_the_list_are_drawn_a_third_as_often_and_not_watched(work:
 
 def test_written_encoder_equals_the_convolution(work: Path) -> None:
     codec = PatchCodec.load(work / "codec.safetensors")
-    images = archives.composite(sticker_data.load_images(work))
+    images = archives.on_colours(sticker_data.load_images(work))
     vae = build_vae(Shape.of_work(work))
     write_encoder(vae, codec, images)
     with torch.no_grad():
@@ -326,7 +327,8 @@ def test_builder_names_and_pixels() -> None:
 def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from sticker.low_rank import add_low_rank, low_rank_changes, set_low_rank
-    from sticker.transparency import JointTask, Pair, sharpen
+    from sticker.transparency.pair import Pair, sharpen
+    from sticker.transparency.tasks import JointTask
 
     from diffusion_accel import LatentTransparency, accelerate
     from diffusion_accel.transparency.adapter import Adapter, read_changes
@@ -422,7 +424,8 @@ def test_transparency_is_trained_around_the_frozen_pipeline(work: Path, tmp_path
 
 def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
     from diffusers import AutoencoderKL
-    from sticker.transparency import AMPLITUDE, COMPONENTS, alpha_code, rgba_of
+    from sticker.transparency.images import rgba_of
+    from sticker.transparency.pair import AMPLITUDE, COMPONENTS, alpha_code
 
     from diffusion_accel.transparency.rgba import on_grey
 
@@ -452,7 +455,7 @@ def test_the_code_of_alpha_is_hardly_seen_by_the_decoder(work: Path) -> None:
 
 
 def test_only_images_that_come_near_the_border_get_a_margin() -> None:
-    from sticker.transparency import with_margin
+    from sticker.transparency.images import with_margin
 
     alpha = torch.zeros(3, 1, 48, 48)
     alpha[0, :, 5:43, 4:44] = 1
@@ -468,7 +471,7 @@ def test_only_images_that_come_near_the_border_get_a_margin() -> None:
 
 
 def test_an_uncertain_pixel_is_best_at_one_of_its_values() -> None:
-    from sticker.transparency import decisive
+    from sticker.transparency.tasks import decisive
 
     error = torch.arange(-100, 101) / 100
     cost = decisive(error)
@@ -482,7 +485,7 @@ def test_an_uncertain_pixel_is_best_at_one_of_its_values() -> None:
 
 def test_the_encoder_pays_beyond_its_budget(work: Path) -> None:
     from diffusers import AutoencoderKL
-    from sticker.transparency import QUIET, JointTask
+    from sticker.transparency.tasks import QUIET, JointTask
 
     from diffusion_accel.transparency.rgba import on_grey
 
@@ -508,7 +511,7 @@ def test_the_encoder_pays_beyond_its_budget(work: Path) -> None:
 
 def test_a_denoiser_that_knows_the_image_gives_it_back(work: Path) -> None:
     from diffusers import AutoencoderKL
-    from sticker.transparency import RefineTask
+    from sticker.transparency.tasks import RefineTask
 
     from diffusion_accel.training.denoising import Process
 

@@ -26,7 +26,7 @@ from diffusion_accel.errors import AccelerationError
 from diffusion_accel.routing import Recipe
 from diffusion_accel.routing.hooks import trained_recipe
 from diffusion_accel.training import datasets
-from diffusion_accel.training.clusters import measure_affinity
+from diffusion_accel.training.affinity import measure_affinity
 from diffusion_accel.training.denoising import Process
 from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, Objective, prediction_error
 from diffusion_accel.training.files import TrainingError, UsageError

@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from diffusion_accel import interrupts
 from diffusion_accel.errors import AccelerationError, ConfigurationError
 from diffusion_accel.io import first_line, printable
-
-from .files import UsageError
+from diffusion_accel.routing import Recipe, TaskRouting
+from diffusion_accel.training.files import RunExistsError, UsageError
+from diffusion_accel.training.settings import Outcome, Settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from diffusion_accel.routing import Recipe
-
-    from .denoising import Process
-    from .diffusion_task import Objective
-    from .loop import Outcome, Settings
+    from diffusion_accel.training.denoising import Process
 
 
 def number(low: float, kind: type = int) -> Callable[[str], Any]:
@@ -41,7 +38,7 @@ def number(low: float, kind: type = int) -> Callable[[str], Any]:
 
 
 # ------------------------------------------------------------------------------------------- the loop
-def add_loop_options(group: Any) -> None:
+def add_loop_options(group: argparse._ActionsContainer) -> None:
     """Options of the training loop that do not depend on what is trained."""
     group.add_argument("--minutes", type=number(0, float), help="stop after so long; does not change the schedule")
     group.add_argument("--resume", action="store_true", help="go on from the saved state, if there is one")
@@ -53,7 +50,7 @@ def add_loop_options(group: Any) -> None:
     group.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
 
 
-def add_rate_options(group: Any, tuned: dict[str, Any]) -> None:
+def add_rate_options(group: argparse._ActionsContainer, tuned: dict[str, Any]) -> None:
     """Batch, learning rate and averaging, with `tuned` as the defaults."""
     group.add_argument("--batch", type=number(1), help=f"samples per step (default: {tuned['batch']})")
     group.add_argument("--lr", type=number(0, float), help=f"peak learning rate (default: {tuned['lr']})")
@@ -63,8 +60,6 @@ def add_rate_options(group: Any, tuned: dict[str, Any]) -> None:
 
 def settings_from(tuned: dict[str, Any], options: argparse.Namespace, steps: int | None = None) -> Settings:
     """The tuned settings of the loop, with what the command line changes."""
-    from .loop import Settings
-
     values = dict(tuned)
     for name in (field.name for field in dataclasses.fields(Settings)):
         given = steps if name == "steps" else getattr(options, name, None)
@@ -74,7 +69,7 @@ def settings_from(tuned: dict[str, Any], options: argparse.Namespace, steps: int
 
 
 # ------------------------------------------------------------------------------------------- what is minimised
-def add_objective_options(group: Any, immiscible: str = "none") -> None:
+def add_objective_options(group: argparse._ActionsContainer, immiscible: str = "none") -> None:
     """The training accelerators, each a switch of its own."""
     text = f"which noise an image gets: none, knn:k (the nearest of k) or assign (default: {immiscible}); "
     text += "scale=S (1 to 100) enlarges images beside noise, alone or behind a comma"
@@ -92,61 +87,16 @@ def add_objective_options(group: Any, immiscible: str = "none") -> None:
     group.add_argument("--min-snr", type=float, metavar="GAMMA", help=text)
 
 
-def objective_from(options: argparse.Namespace, process: Process, scalable: bool = False, **fixed: Any) -> Objective:
-    """The objective that the switches ask for; `scalable`: what the model draws is divided by a factor that is saved.
-
-    Raises:
-        UsageError: they do not go together.
-    """
-    from . import clusters
-    from .diffusion_task import Objective
-    from .noise import NoiseChoice
-
-    intervals: tuple[clusters.Interval, ...] = ()
-    if options.task_clusters is not None:
-        if options.clustering == "timestep":
-            distance = clusters.timestep_distance()
-        elif options.clustering == "snr":
-            distance = clusters.snr_distance(process)
-        else:
-            if options.affinity is None:
-                raise UsageError("--clustering gradient needs --affinity FILE, which --measure-affinity writes")
-            distance = clusters.gradient_distance(clusters.read_affinity(options.affinity))
-        intervals = tuple(clusters.cluster(distance, options.task_clusters))
-    elif options.task_loss != "none":
-        raise UsageError(f"--task-loss {options.task_loss} needs --task-clusters")
-    noise = NoiseChoice.parse(options.immiscible)
-    if noise.scale != 1 and not scalable:
-        raise UsageError(
-            f"--immiscible {options.immiscible}: image scaling is for latents, whose scale the saved VAE knows; use "
-            "scripts/train_diffusion.py with --vae, or leave scale out"
-        )
-    switches = {"intervals": intervals, "task_loss": options.task_loss, "min_snr": options.min_snr}
-    return Objective(process=process, noise=noise, **switches, **fixed)
-
-
 def routing_from(options: argparse.Namespace, process: Process) -> Recipe | None:
     """The routing that the switch asks for, or None."""
     if options.task_routing is None:
         return None
-    from diffusion_accel.routing import Recipe, TaskRouting
-
     return TaskRouting.parse(options.task_routing).recipe(
         Recipe(time="flow" if process.prediction == "flow" else "index")
     )
 
 
 # ------------------------------------------------------------------------------------------- running
-def make_accelerator(options: argparse.Namespace) -> Accelerator:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        text = "warning: the launcher asked for several processes but started one; use torchrun on a CPU"
-        print(text, file=sys.stderr)
-    return accelerator
-
-
 def exit_if_stopped(outcome: Outcome, accelerator: Accelerator) -> None:
     """End the program as a signal asked for, once the state is saved."""
     if outcome.signal is not None:
@@ -163,7 +113,7 @@ def report(stage: str, **values: Any) -> None:
 def program(main: Callable[[], int]) -> NoReturn:
     """Run the `main` of a script as a process: signals end it with one line, which of several processes rank 0 says."""
 
-    def say(message: str, code: int) -> None:
+    def say(message: str, _code: int) -> None:
         if os.environ.get("RANK", "0") == "0":
             interrupts.write_line(f"error: {message}")
 
@@ -178,7 +128,8 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
     try:
         run(options)
     except AccelerationError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        hint = "; pass --resume or --overwrite" if isinstance(error, RunExistsError) else ""
+        print(f"error: {printable(error)}{hint}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, ConfigurationError)) else 1
     except (OSError, ValueError) as error:
         print(f"error: {printable(first_line(error))}", file=sys.stderr)

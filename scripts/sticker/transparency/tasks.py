@@ -1,10 +1,8 @@
-"""Training latent transparency for the sticker model: encoder and decoder, then a low-rank update of the UNet."""
+"""What trains the pair: the encoder, the decoder, both together, and the decoder on what a denoiser draws."""
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,119 +10,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.training.denoising import Process
-from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, Objective, sample_of
-from diffusion_accel.training.files import UsageError, load_tensors, replacing_folder, require
+from diffusion_accel.training.diffusion_task import Denoiser, sample_of
+from diffusion_accel.training.files import UsageError, load_tensors, require
 from diffusion_accel.training.images import image_loss, save_grid
 from diffusion_accel.training.loop import Batch
-from diffusion_accel.training.state import STATE, load_average
-from diffusion_accel.transparency.files import ADAPTER
-from diffusion_accel.transparency.modules import LatentTransparencyDecoder, LatentTransparencyEncoder
-from diffusion_accel.transparency.rgba import checkerboard, composite, on_grey, padded_rgb, straight
-from diffusion_accel.transparency.weights import load_part, read_weights, write_digests
+from diffusion_accel.transparency.rgba import checkerboard, composite, on_grey, padded_rgb
+from sticker import data
+from sticker.latents import PATCH
+from sticker.tasks import Captioned
 
-from . import data
-from .latents import PATCH
-from .low_rank import add_low_rank, low_rank_changes, set_low_rank
-from .tasks import Captioned
+from .images import rgba_of, with_margin
+from .pair import STAGES, Pair, alpha_code, load_pair
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-ENCODER: dict[str, Any] = {
-    "block_out_channels": (16, 32, 64, 128),
-    "offset_scale": 15.0,
-    "recommended_refinement": 16,
-}
-DECODER: dict[str, Any] = {
-    "block_out_channels": (16, 16, 32, 64, 96),
-    "attention_levels": 2,
-    "layers_per_block": 1,
-    "recommended_views": 1,
-}
-
-STAGES = ("encoder", "decoder", "joint", "refine")  # that train the pair; each begins with what the one before left
-COMPONENTS = 6  # of the 8x8 patches of alpha, in the code that the encoder begins with
-SHARPEN = 0.22  # alpha below this is clear, alpha above 1 - this is opaque, in what is exported
 QUIET = 4e-4  # mean square error in -1..1 (40 dB) below which a change of the VAE's reconstruction hardly counts
-MARGIN = 6  # pixels between the border and what the adapted UNet learns to draw
-AMPLITUDE = 0.17  # of the code, in latents, which have unit RMS
-
-
-class Pair(nn.Module):
-    """Encoder and decoder, with the frozen VAE between them (whose weights are not part of the state)."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        channels = {"latent_channels": vae.config.latent_channels}
-        self.encoder = LatentTransparencyEncoder(**ENCODER, **channels)
-        self.decoder = LatentTransparencyDecoder(**DECODER, **channels).to(memory_format=torch.channels_last)
-        self._vae = [vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)]
-
-    @property
-    def vae(self) -> AutoencoderKL:
-        return self._vae[0]
-
-    def encode(self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The VAE's latents of the image over grey, and what the encoder adds to them."""
-        with torch.no_grad():
-            known = self.vae.encode(on_grey(rgb, alpha)).latent_dist
-        return known.mean, known.std * self.encoder(torch.cat([alpha, padded], 1))
-
-    def forward(
-        self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """-> (the VAE's RGB in -1..1, what the encoder adds, and, given latent noise, [alpha, colours] as read)."""
-        mean, offset = self.encode(rgb, alpha, padded)
-        z = mean + offset if noise is None else mean + offset + noise
-        with torch.set_grad_enabled(torch.is_grad_enabled() and offset.requires_grad):
-            decoded = self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
-        made = None if noise is None else self.decoder((decoded / 2 + 0.5).clamp(0, 1), z)
-        return decoded, offset, made
-
-
-def load_pair(work: Path, pair: Pair, stages: tuple[str, ...], start: Path | None = None) -> None:
-    """Load what the last of `stages` that has run has left, else the weights in the folder `start`.
-
-    Raises:
-        UsageError: none has run and there is no `start`, or its networks have other sizes.
-    """
-    done = [stage for stage in stages if (work / "transparency" / stage / STATE).is_file()]
-    if done or start is None:
-        stage = (done or list(stages[:1]))[-1]
-        load_average(work / "transparency" / stage, pair, stage)
-        return
-    for name, part in pair.named_children():
-        try:
-            part.load_state_dict(load_part(start / name, type(part)).state_dict())
-        except RuntimeError as error:
-            raise UsageError(f"the {name} in {start} has other sizes than the one that is trained here") from error
-    soften(pair.decoder)
-
-
-def rgba_of(images: np.ndarray, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Straight colours and alpha, in 0..1, of some of the cached images."""
-    pixels = torch.from_numpy(images[indices]).permute(0, 3, 1, 2).float() / 255
-    alpha = pixels[:, 3:].contiguous()
-    return straight(pixels[:, :3], alpha), alpha
-
-
-def with_margin(rgb: torch.Tensor, alpha: torch.Tensor, margin: int = MARGIN) -> tuple[torch.Tensor, torch.Tensor]:
-    """Straight colours and alpha, those images `margin` pixels smaller on each side that come nearer to the border.
-
-    An image that is cut off by its border cannot be put on another one.
-    """
-    near = F.pad(alpha[..., margin:-margin, margin:-margin], (margin,) * 4).ne(alpha).flatten(1).any(1)
-    side = [length - 2 * margin for length in alpha.shape[-2:]]
-    small = F.interpolate(torch.cat([rgb * alpha, alpha], 1), side, mode="bicubic", antialias=True).clamp(0, 1)
-    small = F.pad(small, (margin,) * 4)
-    smaller = straight(small[:, :3], small[:, 3:]), small[:, 3:]
-    chosen = near[:, None, None, None]
-    return torch.where(chosen, smaller[0], rgb), torch.where(chosen, smaller[1], alpha)
 
 
 class EncoderTask:
@@ -378,112 +283,6 @@ def decisive(error: torch.Tensor, knee: float = 0.3) -> torch.Tensor:
     return size * (1 + knee) / (size + knee)
 
 
-@torch.no_grad()
-def alpha_code(vae: AutoencoderKL, images: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear code of alpha in latents that the VAE's decoder hardly notices: kernel (C, 1, 8, 8) and bias (C,).
-
-    The first principal components of the 8x8 patches of alpha lie along the directions of the latents to which the
-    decoder is least sensitive, the largest along the least; a component of deviation d has the deviation
-    `AMPLITUDE` sqrt(d) in the latents.
-    """
-    z = vae.encode(images).latent_dist.mean
-    moves = torch.eye(z.shape[1]).to(z)[:, None, :, None, None] * 0.2
-    slopes = torch.stack([(vae.decode(z + move).sample - vae.decode(z - move).sample).flatten() for move in moves])
-    directions = torch.linalg.eigh(slopes @ slopes.T).eigenvectors[:, :COMPONENTS]
-    patches = F.unfold(alpha, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, PATCH * PATCH)
-    mean = patches.mean(0)
-    variances, components = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    components, deviations = components.flip(1)[:, :COMPONENTS], variances.flip(0)[:COMPONENTS].sqrt()
-    kernel = directions @ (AMPLITUDE * deviations**-0.5 * components).T
-    return kernel.view(-1, 1, PATCH, PATCH), -kernel @ mean
-
-
 def _psnr(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """PSNR of each image in 0..1, (N,), at most 100 dB."""
     return psnr(made, target).clamp(max=100)
-
-
-# ------------------------------------------------------------------------------------------- the base model
-@torch.no_grad()
-def adjusted_latents(work: Path, vae: AutoencoderKL, start: Path | None = None, batch: int = 64) -> torch.Tensor:
-    """The latents of the chosen images as the trained encoder changes them, in the order of `latents.safetensors`.
-
-    The images have a margin, so that the denoiser learns to keep it.
-    """
-    stored = load_tensors(require(work / "latents.safetensors", "latents"), "indices", "listed")
-    images, listed = data.load_images(work), int(stored["listed"])
-    pair = Pair(vae)
-    load_pair(work, pair, STAGES[:3], start)
-    made = []
-    for part in stored["indices"][:listed].split(batch):
-        rgb, alpha = with_margin(*rgba_of(images, part.numpy()))
-        mean, offset = pair.encode(rgb, alpha, padded_rgb(rgb, alpha))
-        made.append(mean + offset)
-    return torch.cat(made)
-
-
-def trained_denoiser(work: Path, pipeline: Any, rank: int) -> Denoiser:
-    """Text encoder and UNet with the trained update."""
-    denoiser = Denoiser(copy.deepcopy(pipeline.unet).float(), pipeline.text_encoder.float())
-    add_low_rank(denoiser.core, rank)
-    load_average(work / "transparency" / "unet", denoiser, "unet")
-    return denoiser
-
-
-def unet_task(work: Path, pipeline: Any, rank: int, objective: Objective, start: Path | None = None) -> DenoisingTask:
-    """Trains the low-rank update on the concept list with changed latents; text encoder and base weights stay.
-
-    It begins at zero, or with the adapter in the folder `start`.
-    """
-    latents = load_tensors(require(work / "transparency" / "latents.safetensors", "latents"), "latents")["latents"]
-    captioned = replace(Captioned.load(work).listed(), latents=latents)
-    torch.manual_seed(0)
-    denoiser = Denoiser(pipeline.unet.float(), pipeline.text_encoder.float().requires_grad_(False))
-    add_low_rank(denoiser.core, rank)
-    if start is not None:
-        set_low_rank(denoiser.core, read_weights(start / ADAPTER))
-    return DenoisingTask(denoiser, captioned, objective)
-
-
-# ------------------------------------------------------------------------------------------- export
-@torch.no_grad()
-def sharpen(decoder: LatentTransparencyDecoder) -> None:
-    """Fold (alpha - low) / (high - low) into the last layer: an edge that is uncertain becomes narrower."""
-    decoder.conv_out.weight[0] /= 1 - 2 * SHARPEN
-    decoder.conv_out.bias[0] = (decoder.conv_out.bias[0] - SHARPEN) / (1 - 2 * SHARPEN)
-
-
-@torch.no_grad()
-def soften(decoder: LatentTransparencyDecoder) -> None:
-    """Undo `sharpen`: what was exported is trained on, and exported again."""
-    decoder.conv_out.weight[0] *= 1 - 2 * SHARPEN
-    decoder.conv_out.bias[0] = decoder.conv_out.bias[0] * (1 - 2 * SHARPEN) + SHARPEN
-
-
-class FinishedTask(DecoderTask):
-    """What the stages have left, to look at."""
-
-    before = STAGES
-
-
-def export_transparency(
-    work: Path, pipeline: Any, out: Path, rank: int, overwrite: bool = False, start: Path | None = None
-) -> dict[str, Any]:
-    """Write encoder, decoder and, if the UNet was trained, its update as float16; returns sizes and final numbers."""
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists; choose another folder or pass --overwrite")
-    task = FinishedTask(work, pipeline.vae, start)
-    sharpen(task.model.decoder)
-    pair = task.model.half().float().eval()
-    with torch.no_grad():
-        facts = task.evaluate()
-    with replacing_folder(out) as temporary:
-        pair.encoder.half().save_pretrained(temporary / "encoder")
-        pair.decoder.half().to(memory_format=torch.contiguous_format).save_pretrained(temporary / "decoder")
-        if (work / "transparency" / "unet").exists():
-            trained = trained_denoiser(work, pipeline, rank)
-            save_file(low_rank_changes(trained.core, pipeline.unet), temporary / ADAPTER)
-        write_digests(temporary)
-    for file in out.rglob("*.safetensors"):
-        file.chmod(0o644)
-    return facts | {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}

@@ -1,0 +1,187 @@
+"""The stages of the sticker model: each reads what the ones before it left in the work folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from training_options import report, routing_from
+from training_setup import make_accelerator, objective_from, train_stage
+
+from diffusion_accel.training import archives
+from diffusion_accel.training.denoising import Process
+from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask
+from diffusion_accel.training.files import UsageError, replacing, write_json
+from diffusion_accel.training.images import save_grid
+from diffusion_accel.training.loop import Task
+from diffusion_accel.training.state import load_average
+
+from . import data
+from .export import evaluate, export, generate, load_pipeline
+from .latents import encode_images, fit_codec
+from .models import Shape, build_text_encoder, build_unet
+from .settings import ORDER, TUNED
+from .tasks import Captioned, DecoderTask, TextTask
+
+Stage = Callable[[argparse.Namespace], None]
+
+
+# ------------------------------------------------------------------------------------------- stages on one process
+def shape_of(options: argparse.Namespace) -> Shape:
+    shape = Shape() if options.shape is None else Shape.load(options.shape)
+    if shape.size % 8:
+        raise UsageError(f"the image side must be a multiple of 8 pixels, got {shape.size}")
+    return shape
+
+
+def run_cache(options: argparse.Namespace) -> None:
+    shape = shape_of(options)
+    cached = data.cache_images(options.data, options.work, shape.size)
+    write_json(options.work / "shape.json", shape.to_dict())
+    report("cache", images=cached)
+
+
+def run_tokenizer(options: argparse.Namespace) -> None:
+    shape = Shape.of_work(options.work)
+    tokenizer = data.build_tokenizer(options.work, shape.vocabulary, shape.max_length)
+    captions = [archives.caption_of(row) for row in data.load_rows(options.work) if row["core"]]
+    lengths = [len(ids) for ids in tokenizer(captions).input_ids]
+    report("tokenizer", vocabulary=len(tokenizer), longest=max(lengths), mean=sum(lengths) / len(lengths))
+
+
+def run_latents(options: argparse.Namespace) -> None:
+    shape, rows = Shape.of_work(options.work), data.load_rows(options.work)
+    images = data.load_images(options.work)
+    chosen = data.select(rows, options.styles.split(","), data.read_concepts(options.concepts))
+    fitted = data.of_split(rows, "train", [i for i, row in enumerate(rows) if row["core"]])
+    fitted = np.sort(np.random.default_rng(0).permutation(fitted)[:1500])
+    codec = fit_codec(archives.on_colours(images[fitted]), shape.latent_channels)
+    codec.save(options.work / "codec.safetensors")
+    heldout = len(data.of_split(rows, "heldout", chosen))
+    around = np.array([], int)
+    if options.around:
+        around = data.surroundings(rows, f"{options.styles},{options.around}".split(","))
+        around = np.setdiff1d(data.of_split(rows, "train", around), chosen)
+    indices = np.concatenate([chosen, around])
+    latents = encode_images(codec, images, indices)
+    stored = {"latents": latents, "indices": torch.from_numpy(indices), "listed": torch.tensor(len(chosen))}
+    with replacing(options.work / "latents.safetensors") as temporary:
+        save_file(stored, temporary)
+    std = [round(value, 3) for value in codec.std.tolist()]
+    counts = {"train": len(chosen) - heldout, "heldout": heldout, "around": len(around)}
+    report("latents", shape=latents.shape, std=std, **counts)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    replace = options.overwrite or options.stage == "all"
+    report("export", out=str(options.out), **export(options.work, options.out, replace))
+
+
+def run_grid(options: argparse.Namespace) -> None:
+    styles = options.styles.split(",")
+    if options.every:
+        return run_every(options, styles)
+    names = options.prompts.split("|")
+    prompts = [f"{name}, {style} style" for style in styles for name in names] if options.by_style else names
+    images = generate(load_pipeline(options.out), prompts, options.sampling_steps, options.guidance, options.seed)
+    path = options.grid or options.work / "grid.png"
+    save_grid(images, min(len(names), options.columns), path)
+    report("grid", out=str(path), images=len(prompts))
+
+
+def run_every(options: argparse.Namespace, styles: list[str]) -> None:
+    """Every concept of the list, a WebP file a style."""
+    names = {row["slug"]: row["name"] for row in data.load_rows(options.work)}
+    concepts = [names[slug] for slug in data.read_concepts(options.concepts)]
+    pipeline, folder = load_pipeline(options.out), options.grid or options.work
+    for style in styles:
+        prompts = [f"{name}, {style} style" for name in concepts]
+        images = generate(pipeline, prompts, options.sampling_steps, options.guidance, options.seed)
+        save_grid(images, options.columns, folder / f"sticker-{style}.webp")
+        report("grid", out=str(folder / f"sticker-{style}.webp"), images=len(prompts))
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    rows, styles = data.load_rows(options.work), options.styles.split(",")
+    chosen = data.select(rows, styles, data.read_concepts(options.concepts))
+    candidates = data.select(rows, styles)
+    if options.candidates == "starter":
+        candidates = candidates[[rows[i].get("starter", False) for i in candidates]]
+    pipeline = load_pipeline(options.out)
+    result, shown = evaluate(
+        pipeline, options.work, chosen, candidates, options.count, options.sampling_steps, options.guidance
+    )
+    for split, images in shown.items():
+        pairs = zip(*(part[:48].split(12) for part in images.chunk(2)), strict=True)
+        grid = torch.cat([part for pair in pairs for part in pair])
+        save_grid(grid, min(12, len(images) // 2), options.work / f"evaluate-{split}.png")
+    write_json(options.work / "evaluate.json", result)
+    report("evaluate", **result)
+
+
+# ------------------------------------------------------------------------------------------- trained stages
+def decoder_task(options: argparse.Namespace) -> Task:
+    return DecoderTask(options.work, crop=options.crop, noise=options.latent_noise)
+
+
+def text_task(options: argparse.Namespace) -> Task:
+    return TextTask(options.work)
+
+
+def unet_task(options: argparse.Namespace, finishing: bool = False) -> Task:
+    captioned = Captioned.load(options.work)
+    torch.manual_seed(0)
+    encoder = build_text_encoder(captioned.shape, data.load_tokenizer(options.work))
+    denoiser = Denoiser(build_unet(captioned.shape), encoder)
+    if not finishing and not options.fresh_text:
+        pretrained = TextTask(options.work).model
+        load_average(options.work / "text", pretrained, "text")
+        encoder.load_state_dict(pretrained.text.state_dict())
+    if finishing:
+        load_average(options.work / "unet", denoiser, "unet")
+        captioned = captioned.listed()
+    objective = objective_from(options, Process(), uniform=0.4, t_mean=options.t_mean)
+    return DenoisingTask(denoiser, captioned, objective, routing_from(options, Process()))
+
+
+def finish_task(options: argparse.Namespace) -> Task:
+    return unet_task(options, finishing=True)
+
+
+TASKS = {"decoder": decoder_task, "text": text_task, "unet": unet_task, "finish": finish_task}
+
+
+ALONE: dict[str, Stage] = {
+    "cache": run_cache,
+    "tokenizer": run_tokenizer,
+    "latents": run_latents,
+    "export": run_export,
+    "grid": run_grid,
+    "evaluate": run_evaluate,
+}
+LEFT = {"cache": "shape.json", "tokenizer": "tokens.safetensors", "latents": "latents.safetensors"}  # last file of each
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run one stage, or all in order; of several processes the first does what is not training."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = ORDER if options.stage == "all" else (options.stage,)
+    accelerator = None
+    if any(name in TUNED for name in names):
+        accelerator = make_accelerator(options)
+    for name in names:
+        if name in TUNED:
+            assert accelerator is not None
+            train_stage(name, options.work / name, TASKS[name], TUNED[name], options, accelerator)
+        elif accelerator is None or accelerator.is_main_process:
+            kept = options.stage == "all" and options.resume and name in LEFT and (options.work / LEFT[name]).exists()
+            if not kept:
+                ALONE[name](options)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    if accelerator is not None:
+        accelerator.end_training()
