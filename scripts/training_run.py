@@ -19,16 +19,10 @@ from diffusion_accel.io import first_line
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.training import datasets, models
 from diffusion_accel.training.affinity import measure_affinity
+from diffusion_accel.training.arrays import load_tensors
 from diffusion_accel.training.denoising import Process
 from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask
-from diffusion_accel.training.files import (
-    TrainingError,
-    UsageError,
-    load_tensors,
-    read_json,
-    read_json_lines,
-    write_json,
-)
+from diffusion_accel.training.files import TrainingError, UsageError, read_json, read_json_lines, write_json
 from diffusion_accel.training.loop import train
 from diffusion_accel.training.settings import Settings
 from diffusion_accel.training.state import load_average

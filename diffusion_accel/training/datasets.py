@@ -19,17 +19,8 @@ from tqdm import tqdm
 
 from diffusion_accel.images import open_image
 
-from .files import (
-    TrainingError,
-    UsageError,
-    load_array,
-    load_tensors,
-    read_json_lines,
-    replacing,
-    require,
-    rows_of,
-    write_json_lines,
-)
+from .arrays import load_array, load_tensors
+from .files import TrainingError, UsageError, read_json_lines, replacing, require, rows_of, write_json_lines
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -168,11 +159,13 @@ class ImageExamples:
             raise TrainingError("every image is held out: nothing to train on")
 
     def clean(self, indices: torch.Tensor) -> torch.Tensor:
+        """Latents, or pixels in -1..1, of some images."""
         if isinstance(self.space, torch.Tensor):
             return self.space[indices]
         return as_tensor(self.space[indices.numpy()])
 
-    def condition(self, indices: torch.Tensor, variants: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor | None:
+    def condition(self, indices: torch.Tensor, _variants: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor | None:
+        """Token ids or classes of some images, the empty condition where `dropped`; an image has one caption."""
         if self.conditions is None:
             return None
         chosen = self.conditions[indices].clone()
@@ -182,6 +175,7 @@ class ImageExamples:
 
     @torch.no_grad()
     def decode(self, clean: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in -1..1."""
         if self.vae is None:
             return clean.clamp(-1, 1)
         parts = clean.to(self.vae.device).split(8)

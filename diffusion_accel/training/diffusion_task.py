@@ -64,9 +64,11 @@ class Denoiser(nn.Module):
 
     @property
     def core(self) -> Any:
+        """The denoiser itself, without its text encoder."""
         return getattr(self, self.part)
 
     def train(self, mode: bool = True) -> Denoiser:
+        """As every module; embeddings of classes never drop labels by themselves."""
         super().train(mode)
         for module in self.modules():  # conditions are dropped by the task, from its own generator
             if type(module).__name__ == "LabelEmbedding":
@@ -159,6 +161,7 @@ class DenoisingTask:
         }
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The mean error of a slice; with task clusters the mean of each, (k,)."""
         error = self.errors(model, batch)
         if self.weighting is None:
             return error.mean()

@@ -8,15 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusion_accel import interrupts, io
 from diffusion_accel.errors import AccelerationError
 from diffusion_accel.io import replacing
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 _LIMIT = 2**30  # bytes of a file of JSON: a line an image
 
@@ -50,17 +46,20 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON, complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
+    """The values in a file of JSON. Raises `UsageError` if it is missing, `TrainingError` if it is broken."""
     if not path.exists():
         raise UsageError(f"{path} is missing")
     return io.read_json(path, limit=_LIMIT, error=TrainingError)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The tables in a file of JSON lines. Raises `UsageError` if it is missing, `TrainingError` if a line is broken."""
     if not path.exists():
         raise UsageError(f"{path} is missing")
     lines = enumerate(io.split_lines(io.read_text(path, limit=_LIMIT, error=TrainingError)), 1)
@@ -87,42 +86,8 @@ def rows_of(path: Path, **kinds: type | tuple[type, ...]) -> list[dict[str, Any]
     return rows
 
 
-def load_array(path: Path) -> np.ndarray:
-    """An array of images (N, H, W, channels), uint8, mapped into memory.
-
-    Raises:
-        TrainingError: the file is none, or cut off.
-    """
-    import numpy as np
-
-    try:
-        if not path.is_file():
-            raise ValueError("it is no regular file")
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises many kinds for broken headers
-        raise TrainingError(f"{path} is no whole array: {io.first_line(error)}") from error
-    if not isinstance(found, np.ndarray) or found.ndim != 4 or found.dtype != np.uint8:
-        raise TrainingError(f"{path} holds no images")
-    return found
-
-
-def load_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, which must have these names; all numbers finite.
-
-    Raises:
-        TrainingError: it is broken, or lacks one.
-    """
-    from diffusion_accel.model_files.tensors import check_values, read_tensors
-
-    found = read_tensors(path, error=TrainingError)
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise TrainingError(f"{path} lacks the tensor {missing[0]}")
-    check_values({name: x for name, x in found.items() if x.is_floating_point()}, path, TrainingError)
-    return found
-
-
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table a line, complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import AutoencoderKL, DDIMPipeline, DiTPipeline, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.io import first_line
@@ -60,8 +63,6 @@ def default_config(kind: str, size: int, channels: int, classes: int, text_width
 
 def build_denoiser(kind: str, config: dict[str, Any]) -> Any:
     """The diffusers model of a kind. Raises `UsageError` if the configuration does not fit."""
-    import diffusers
-
     names = {"unet": "UNet2DModel", "unet-text": "UNet2DConditionModel", "dit": "DiTTransformer2DModel"}
     cls: Any = getattr(diffusers, names[kind])
     unknown = sorted(set(config) - set(cls._get_init_keys(cls)))
@@ -79,8 +80,6 @@ def build_pipeline(model: Any, process: Process, vae: Any, text: Any, tokenizer:
     UNet2DModel on pixels without classes: DDIMPipeline; UNet2DConditionModel with a VAE: StableDiffusionPipeline; DiT
     with a VAE: DiTPipeline. They take epsilon and v-prediction, not flow.
     """
-    from diffusers import DDIMPipeline, DiTPipeline, StableDiffusionPipeline
-
     name, scheduler = type(model).__name__, scheduler_for(process)
     if process.prediction == "flow":
         return None
@@ -131,15 +130,11 @@ def float32_text(folder: Path) -> None:
 
 def load_vae(path: Path) -> Any:
     """An AutoencoderKL from its own folder or a pipeline folder."""
-    from diffusers import AutoencoderKL
-
     return _load(AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path)
 
 
 def load_text(path: Path) -> tuple[Any, Any]:
     """Text encoder and tokenizer of a pipeline folder."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     encoder = _load(CLIPTextModel, path / "text_encoder")
     return encoder.float(), _load(CLIPTokenizer, path / "tokenizer")
 

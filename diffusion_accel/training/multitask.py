@@ -30,7 +30,7 @@ class Weighting(nn.Module):
         """Losses (k,) -> the loss to differentiate."""
         return losses.mean()
 
-    def combine(self, gradients: torch.Tensor, rng: np.random.Generator, step: int) -> torch.Tensor:
+    def combine(self, gradients: torch.Tensor, _rng: np.random.Generator, _step: int) -> torch.Tensor:
         """Flat gradients of the clusters' losses (k, P) -> one gradient (P,)."""
         return gradients.mean(0)
 
@@ -48,6 +48,7 @@ class UncertaintyWeighting(Weighting):
         self.s = nn.Parameter(torch.zeros(k))
 
     def total(self, losses: torch.Tensor) -> torch.Tensor:
+        """Losses (k,) -> their sum, each weighted by what was learnt of its uncertainty."""
         return 0.5 * (torch.exp(-self.s) * losses / len(losses) + self.s).sum()
 
 
@@ -59,7 +60,8 @@ class PCGrad(Weighting):
 
     on_gradients = True
 
-    def combine(self, gradients: torch.Tensor, rng: np.random.Generator, step: int) -> torch.Tensor:
+    def combine(self, gradients: torch.Tensor, rng: np.random.Generator, _step: int) -> torch.Tensor:
+        """Gradients (k, P) -> the mean of what is left of them, (P,)."""
         # Every projection is a combination of the gradients: work on coefficients and the k x k products.
         k, products = len(gradients), (gradients @ gradients.T).double().cpu().numpy()
         weights = np.eye(k)
@@ -87,7 +89,8 @@ class NashMTL(Weighting):
         super().__init__()
         self.register_buffer("alpha", torch.ones(k, dtype=torch.float64))
 
-    def combine(self, gradients: torch.Tensor, rng: np.random.Generator, step: int) -> torch.Tensor:
+    def combine(self, gradients: torch.Tensor, _rng: np.random.Generator, step: int) -> torch.Tensor:
+        """Gradients (k, P) -> their bargaining solution, (P,)."""
         products = (gradients @ gradients.T).double().cpu().numpy()
         scale = np.sqrt(np.diag(products)).mean()
         if step % self.every == 0 and scale > 0:
@@ -123,8 +126,8 @@ def bargain(products: np.ndarray, iterations: int = 100) -> np.ndarray:
 
 def weighting(kind: str, k: int) -> Weighting:
     """The method called `kind` for k clusters."""
-    kinds: dict[str, Any] = {"none": lambda k: Weighting(), "uw": UncertaintyWeighting}
-    kinds |= {"pcgrad": lambda k: PCGrad(), "nash": NashMTL}
+    kinds: dict[str, Any] = {"none": lambda _: Weighting(), "uw": UncertaintyWeighting}
+    kinds |= {"pcgrad": lambda _: PCGrad(), "nash": NashMTL}
     if kind not in kinds:
         raise UsageError(f"unknown task loss {kind!r}; the methods are: {', '.join(TASK_LOSSES)}")
     return kinds[kind](k)

@@ -44,7 +44,7 @@ def assigned_noise(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     is unchanged. With several processes the pool is the batch of all of them: their rows are gathered, and every
     process solves the same problem and takes its own part.
     """
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # optional package
 
     own = len(x)
     everyone, pool = _gather(x), _gather(noise)

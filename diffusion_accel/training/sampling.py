@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from .denoising import TIMESTEPS, Process
@@ -12,8 +13,6 @@ from .denoising import TIMESTEPS, Process
 
 def scheduler_for(process: Process, solver: str = "ddim") -> Any:
     """The diffusers scheduler that fits a process: "ddim" or "dpm++", and flow-matching Euler for a flow."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-
     if process.prediction == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS)
     betas: dict[str, Any] = {"linear": {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}}

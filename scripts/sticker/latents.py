@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from diffusion_accel.training.archives import composite
-from diffusion_accel.training.files import TrainingError, load_tensors, replacing, require
+from diffusion_accel.training.archives import on_colours
+from diffusion_accel.training.arrays import load_tensors
+from diffusion_accel.training.files import TrainingError, replacing, require
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -106,7 +107,7 @@ def fit_codec(images: torch.Tensor, channels: int) -> PatchCodec:
 def encode_images(codec: PatchCodec, images: np.ndarray, indices: np.ndarray) -> torch.Tensor:
     """Latents (len(indices), C, h, w) of images of the cache on white."""
     batches = [indices[i : i + 64] for i in range(0, len(indices), 64)]
-    return torch.cat([codec.encode(composite(images[batch])) for batch in batches])
+    return torch.cat([codec.encode(on_colours(images[batch])) for batch in batches])
 
 
 @torch.no_grad()

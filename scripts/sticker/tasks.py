@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from diffusion_accel.training import archives
+from diffusion_accel.training.arrays import load_tensors
 from diffusion_accel.training.diffusion_task import PREVIEWS, sample_of
-from diffusion_accel.training.files import TrainingError, load_tensors, require
+from diffusion_accel.training.files import TrainingError, require
 from diffusion_accel.training.images import image_loss, mean_psnr, save_grid
 from diffusion_accel.training.loop import Batch
 

@@ -19,9 +19,10 @@ from torch import nn
 from diffusion_accel import ModelLoadError
 from diffusion_accel.evaluation.classifier import asset_folder, load_classifier, load_reference
 from diffusion_accel.model_files.tensors import file_digest
-from diffusion_accel.training.clusters import read_affinity
+from diffusion_accel.training.affinity import read_affinity
+from diffusion_accel.training.arrays import load_array, load_tensors
 from diffusion_accel.training.datasets import load_examples
-from diffusion_accel.training.files import TrainingError, load_array, load_tensors
+from diffusion_accel.training.files import TrainingError
 from diffusion_accel.training.log import log_lines
 from diffusion_accel.training.state import STATE, _digest, load_average, load_state, read_counters, save_state
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from diffusion_accel.training.arrays import load_tensors
 from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, Objective
-from diffusion_accel.training.files import load_tensors, require
+from diffusion_accel.training.files import require
 from diffusion_accel.training.state import load_average
 from diffusion_accel.transparency.files import ADAPTER
 from diffusion_accel.transparency.rgba import padded_rgb

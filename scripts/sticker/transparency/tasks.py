@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.training.arrays import load_tensors
 from diffusion_accel.training.denoising import Process
 from diffusion_accel.training.diffusion_task import Denoiser, sample_of
-from diffusion_accel.training.files import UsageError, load_tensors, require
+from diffusion_accel.training.files import UsageError, require
 from diffusion_accel.training.images import image_loss, save_grid
 from diffusion_accel.training.loop import Batch
 from diffusion_accel.transparency.rgba import checkerboard, composite, on_grey, padded_rgb
