@@ -378,7 +378,7 @@ def write_style(
         images, failed = svg_images(tarball, concepts, size)
     rows, duplicates, empty = [], 0, 0
     with zipfile.ZipFile(folder / f"{style}.zip", "w", zipfile.ZIP_STORED) as archive:
-        for key in tqdm(sorted(images), desc=f"{style}.zip", unit="picture", leave=False, disable=None):
+        for key in tqdm(sorted(images), desc=f"{style}.zip", unit="image", leave=False, disable=None):
             concept, pixels = concepts[key], resize_rgba(images[key], size)
             coverage = float((pixels[..., 3] > 127).mean())
             if coverage < 0.02:

@@ -68,9 +68,9 @@ def prepare(options: argparse.Namespace) -> Any:
         sticker_data.cache_images(options.data, work, size)
         rows, images = sticker_data.load_rows(work), sticker_data.load_images(work)
         chosen = sticker_data.select(rows, STYLES, sticker_data.read_concepts(options.concepts))
-        vae, pictures = models.load_vae(path), archives.on_colours(images[chosen])
+        vae, composites = models.load_vae(path), archives.on_colours(images[chosen])
         with torch.no_grad():
-            parts = [vae.encode(part).latent_dist.mean for part in pictures.split(32)]
+            parts = [vae.encode(part).latent_dist.mean for part in composites.split(32)]
         save_file({"latents": torch.cat(parts), "indices": torch.from_numpy(chosen)}, work / "latents.safetensors")
     stored, rows = load_file(work / "latents.safetensors"), sticker_data.load_rows(work)
     rows = [rows[i] for i in stored["indices"].tolist()]

@@ -58,7 +58,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
         raise UsageError(f"the batch of {settings.batch} cannot be divided by {parts} (processes x accumulation)")
     exists = (folder / STATE).exists()
     if exists and not resume:
-        raise RunExistsError(f"{folder} holds a run at step {read_counters(folder)['step']}")
+        raise RunExistsError(f"{folder} holds a run at step {read_counters(folder)['step']}, which can be resumed")
     if exists:
         _check_facts(folder, getattr(task, "facts", {}))
     if exists and read_counters(folder)["step"] >= settings.steps:

@@ -40,12 +40,12 @@ def build_trained_vae(work: Path) -> tuple[AutoencoderKL, dict[str, float]]:
     write_encoder(vae, codec, archives.on_colours(images[core[:: max(1, len(core) // 140)]]))
     load_average(work / "decoder", vae.decoder, "decoder")
     heldout = data.of_split(rows, "heldout")[:96]
-    pictures = archives.on_colours(images[heldout if len(heldout) else core[:96]])
+    shown = archives.on_colours(images[heldout if len(heldout) else core[:96]])
     with torch.no_grad():
-        exact, written = codec.encode(pictures), vae.encode(pictures).latent_dist.mean
+        exact, written = codec.encode(shown), vae.encode(shown).latent_dist.mean
         check = {
             "encoder_relative_error": float((written - exact).norm() / exact.norm()),
-            "psnr_vae": mean_psnr(vae.decode(written).sample.clamp(-1, 1), pictures),
+            "psnr_vae": mean_psnr(vae.decode(written).sample.clamp(-1, 1), shown),
         }
     return vae, check
 
@@ -139,14 +139,14 @@ def evaluate(
         if not len(indices):
             continue
         probes = sample_of(indices, 128, seed=3)
-        pictures = archives.on_colours(images[probes])
+        probed = archives.on_colours(images[probes])
         with torch.no_grad():
-            encoded = [pipeline.vae.encode(part).latent_dist.mean for part in pictures.split(32)]
-            ids = _tokenize(pipeline, [archives.caption_variants(rows[i])[0] for i in probes])
+            encoded = [pipeline.vae.encode(part).latent_dist.mean for part in probed.split(32)]
+            ids = _tokenize(pipeline, [archives.caption_of(rows[i]) for i in probes])
             clean = torch.cat(encoded) * pipeline.vae.config.scaling_factor
             error = prediction_error(denoiser, clean, ids, Process())
         asked = sample_of(indices, count, seed=5)
-        made = generate(pipeline, [archives.caption_variants(rows[i])[0] for i in asked], steps, guidance, seed=100)
+        made = generate(pipeline, [archives.caption_of(rows[i]) for i in asked], steps, guidance, seed=100)
         result[split] = {"v_error": error, "retrieval": retrieval(made, rows, images, asked, candidates)}
         shown[split] = torch.cat([archives.on_colours(images[asked]), made])
     return result, shown
@@ -168,8 +168,8 @@ def retrieval(
     if made.shape[-1] % THUMBNAIL:
         raise UsageError(f"retrieval compares at {THUMBNAIL} px: the image side must be a multiple of it")
 
-    def small(pictures: torch.Tensor) -> torch.Tensor:
-        return F.adaptive_avg_pool2d(pictures, THUMBNAIL)
+    def small(drawn: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(drawn, THUMBNAIL)
 
     real = torch.cat(
         [small(archives.on_colours(images[candidates[i : i + 256]])) for i in range(0, len(candidates), 256)]
