@@ -21,7 +21,7 @@ from diffusion_accel.progress import Progress, silent
 from .architectures import ARCHITECTURES, make_subject
 from .measure_link import measure_link
 from .recording import record_busiest
-from .simulate import LINKS, MACHINES, Link, Machine, Prediction, predict
+from .simulate import DEVICE_PROFILES, LINKS, DeviceProfile, Link, Prediction, predict
 
 HERE = "here"
 MOST_DEVICES = 64
@@ -69,7 +69,7 @@ def estimate(
     batch: int = 1,
     decode: bool = True,
     patch_parallel: PatchParallel | None = None,
-    machine: str | Machine = "a100",
+    machine: str | DeviceProfile = "a100",
     link: str | Link = "nvlink3",
     dtype: str | None = None,
     threads: int = 1,
@@ -136,17 +136,17 @@ def estimate(
     return Estimate(tuple(found), settings, steps)
 
 
-def machine_of(machine: str | Machine) -> Machine:
+def machine_of(machine: str | DeviceProfile) -> DeviceProfile:
     """The rates of a machine by its name; those of "here" are not used, since times are measured.
 
     Raises:
         ConfigurationError: there is no machine of this name.
     """
-    if isinstance(machine, Machine):
+    if isinstance(machine, DeviceProfile):
         return machine
-    if machine not in MACHINES and machine != HERE:
-        raise ConfigurationError(f"machine must be one of {', '.join(MACHINES)} or {HERE}, got {shown(machine)}")
-    return MACHINES.get(machine, MACHINES["a100"])
+    if machine not in DEVICE_PROFILES and machine != HERE:
+        raise ConfigurationError(f"machine must be one of {', '.join(DEVICE_PROFILES)} or {HERE}, got {shown(machine)}")
+    return DEVICE_PROFILES.get(machine, DEVICE_PROFILES["a100"])
 
 
 def link_of(link: str | Link) -> Link:
