@@ -132,6 +132,7 @@ class ModelFamily:
             so they can work on slices of the image that exchange their borders.
         time: what it takes for the timestep, as in `PipelineFamily`; "": not known.
         frames_dim: of a (B, ., ., H, W) sample of a video, the dimension of the frames.
+        mag_cache: diffusers' MagCache has ratios for it.
         preset: which layers of it post-training quantization finetunes, one of `PRESETS`; "": by what it is made of.
     """
 
@@ -141,6 +142,7 @@ class ModelFamily:
     splittable: bool = False
     time: Unit = ""
     frames_dim: int = 2
+    mag_cache: bool = False
     preset: str = ""
 
     def __post_init__(self) -> None:
@@ -335,12 +337,13 @@ _MODELS: dict[str, ModelFamily] = {
     "CogView4Transformer2DModel": _transformer("transformer_blocks", {"CogView4TransformerBlock": _TEXT_LAST}),
     "DiTTransformer2DModel": _transformer("transformer_blocks", _BASIC),
     "Flux2Transformer2DModel": _transformer(
-        _BOTH_LISTS, {"Flux2TransformerBlock": _TEXT_FIRST, "Flux2SingleTransformerBlock": _ONE}
+        _BOTH_LISTS, {"Flux2TransformerBlock": _TEXT_FIRST, "Flux2SingleTransformerBlock": _ONE}, mag_cache=True
     ),
     "FluxTransformer2DModel": _transformer(
         _BOTH_LISTS,
         {"FluxTransformerBlock": _TEXT_FIRST, "FluxSingleTransformerBlock": _TEXT_FIRST},
         time="t/1000",
+        mag_cache=True,
     ),
     "HunyuanDiT2DModel": _transformer("blocks", {"HunyuanDiTBlock": _ONE}, preset="sd"),
     "HunyuanVideoTransformer3DModel": _transformer(

@@ -158,6 +158,16 @@ def ordered_attentions(unet: Any) -> list[Any]:
     return found
 
 
+def attentions(module: nn.Module) -> list[nn.Module]:
+    """All attention layers of a model, whatever they attend to."""
+    return [part for part in module.modules() if type(part).__name__.endswith("Attention")]
+
+
+def class_tables(module: nn.Module) -> list[nn.Module]:
+    """The embeddings of class labels, which drop some of them while they are trained."""
+    return [part for part in module.modules() if type(part).__name__ == "LabelEmbedding"]
+
+
 def text_norms(module: nn.Module) -> set[int]:
     """The ids of normalisations that see the text, not positions of the image."""
     norms = [getattr(part, "norm_cross", None) for part in module.modules()]

@@ -1,4 +1,9 @@
-"""Weights files before anything is loaded from them: what a safetensors file holds, checked against its length."""
+"""Weights files before anything is loaded from them: what a safetensors file holds, checked against its length.
+
+Why not `safetensors.safe_open`: it opens whatever it is given (a pipe would wait for ever), takes headers of 100 MB and
+names of any length, lets the last of two equal names win, and says "incomplete metadata" of a file that is cut off.
+What passes here is then opened by it (`tensors.py`, diffusers, transformers).
+"""
 
 from __future__ import annotations
 

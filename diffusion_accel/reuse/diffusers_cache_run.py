@@ -10,7 +10,15 @@ from diffusers.hooks import ModelHook, mag_cache
 from torch import nn
 
 from diffusion_accel.changes import Changes
-from diffusion_accel.denoisers import family_of, find_denoisers, guided, residual_stream_blocks, unlike_halves
+from diffusion_accel.denoisers import (
+    attentions,
+    family_of,
+    find_denoisers,
+    guided,
+    model_family,
+    residual_stream_blocks,
+    unlike_halves,
+)
 from diffusion_accel.diffusers_compat import current_timestep, forget, registry_of, taylorseer_finds
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import HookSet, tidy
@@ -35,7 +43,8 @@ def _unmet_need(cache: DiffusersCache, pipe: DiffusionPipeline, denoiser: Any) -
         return f"{kind} has none of diffusers' caches; use hold:n or shallow:n,depth"
     if denoiser.is_cache_enabled:
         return "a cache is enabled on its transformer already; call disable_cache() first"
-    if cache.name == "mag" and not kind.startswith("Flux"):
+    family = model_family(type(denoiser))
+    if cache.name == "mag" and (family is None or not family.mag_cache):
         return "MagCache's ratios are known for Flux only"
     if cache.name == "taylorseer" and not taylorseer_finds(denoiser):
         return f"TaylorSeer of diffusers finds no attention in {kind} by its name; use hold:n or shallow:n,depth"
@@ -93,9 +102,8 @@ class CacheRun:
         for denoiser in self.denoisers:
             for module in residual_stream_blocks(denoiser):
                 counting.add(module, CountHook(self.counters, "blocks_run"))
-            for module in denoiser.modules():
-                if type(module).__name__.endswith("Attention"):
-                    counting.add(module, CountHook(self.counters, "attentions_run"))
+            for module in attentions(denoiser):
+                counting.add(module, CountHook(self.counters, "attentions_run"))
         set_timesteps = self.scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffusion_accel.denoisers import class_tables
 from diffusion_accel.routing.hooks import CONFIG_KEY, Recipe, route
 
 from .clusters import Interval, draw_clustered
@@ -70,9 +71,8 @@ class Denoiser(nn.Module):
     def train(self, mode: bool = True) -> Denoiser:
         """As every module; embeddings of classes never drop labels by themselves."""
         super().train(mode)
-        for module in self.modules():  # conditions are dropped by the task, from its own generator
-            if type(module).__name__ == "LabelEmbedding":
-                module.eval()
+        for table in class_tables(self):  # conditions are dropped by the task, from its own generator
+            table.eval()
         return self
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
