@@ -241,6 +241,14 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def plain(value: Any, limit: int = 80) -> str:
+    """The same within a sentence: a text has no quotes."""
+    if not isinstance(value, str):
+        return shown(value, limit)
+    text = printable(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def first_line(error: BaseException | str, limit: int = 300) -> str:
     """The first line of an error's message that says something, at most `limit` characters long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

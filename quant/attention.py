@@ -27,6 +27,7 @@ class WithScores:
         return getattr(self._attention, name)
 
     def get_attention_scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The probabilities, passed through the function."""
         return self._change(self._attention.get_attention_scores(*args, **kwargs))
 
 
@@ -43,12 +44,15 @@ class QuantizedSoftmax(AttnProcessor):
 
     @classmethod
     def install(cls, attention: Any, bits: int, buckets: Buckets) -> None:
+        """Put it on an attention module, with grids that are still to be filled."""
         device = attention.to_q.weight_codes.device if hasattr(attention.to_q, "weight_codes") else None
         device = attention.to_q.weight.device if device is None else device
         attention.register_buffer("softmax_scale", torch.zeros(len(buckets.timesteps), 1, device=device))
         attention.set_processor(cls(bits, buckets, attention.processor))
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the plain processor answers, with rounded probabilities."""
+
         def rounded(probabilities: torch.Tensor) -> torch.Tensor:
             # rows of the batch, each with its heads
             scale = attn.softmax_scale[self.buckets.rows(len(probabilities) // attn.heads)]

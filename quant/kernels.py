@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def make_runtime(name: str, layer: QuantizedLayer) -> Runtime:
         return Simulated()
     if why_not_integer(layer) is not None:
         return Simulated() if name == "integer" else Dequantize()
-    return Integer(layer) if name == "integer" else Auto(layer)
+    return Integer() if name == "integer" else Auto()
 
 
 def why_not_integer(layer: QuantizedLayer) -> str | None:
@@ -100,17 +100,19 @@ class OneDnn:
     Where the CPU has none of these, 8-bit weights are split into two terms: exact, but twice the work.
     """
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self) -> None:
         self.weights: list[list[torch.Tensor]] | None = None
         self.made_of: tuple[Any, ...] = ()
 
     @staticmethod
     def usable(x: torch.Tensor, layer: QuantizedLayer) -> bool:
+        """Whether this machine and this torch have it, for an input at one timestep."""
         return (
             x.device.type == "cpu" and layer.buckets.number is not None and hasattr(torch.ops.onednn, "qlinear_prepack")
         )
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer, not rounded."""
         number = layer.buckets.number
         assert number is not None and layer.spec.activation_bits is not None
         if self.weights is None or self.made_of != layer.state():
@@ -164,11 +166,12 @@ class OneDnn:
 class IntMatmul:
     """`torch._int_mm`, for CUDA and everything else; a convolution becomes a product with its windows side by side."""
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self) -> None:
         self.weights: list[torch.Tensor] | None = None
         self.made_of: tuple[Any, ...] = ()
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer, not rounded."""
         bits = layer.spec.activation_bits
         assert bits is not None
         if self.weights is None or self.weights[0].device != x.device or self.made_of != layer.state():
@@ -201,7 +204,7 @@ class IntMatmul:
         if not isinstance(layer, nn.Conv2d):
             y = int_mm(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
             return (y + (128 - zero) * sums) * scale
-        top, left = layer.padding  # type: ignore[misc]
+        top, left = cast(tuple[int, int], layer.padding)  # by name ("same") it is not computed here
         n, c, h, w = x.shape
         padded = padding.expand(n, c, 1, 1).repeat(1, 1, h + 2 * top, w + 2 * left)
         padded[:, :, top : top + h, left : left + w] = x
@@ -236,10 +239,11 @@ class Integer:
 
     name = "integer"
 
-    def __init__(self, layer: QuantizedLayer) -> None:
-        self.onednn, self.matmul = OneDnn(layer), IntMatmul(layer)
+    def __init__(self) -> None:
+        self.onednn, self.matmul = OneDnn(), IntMatmul()
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer, rounded if it is to be."""
         way = self.onednn if self.onednn.usable(x, layer) else self.matmul
         return layer.round_output(way(layer, x))
 
@@ -251,16 +255,18 @@ class Auto:
     same image every time, and the processes of a job on machines of one kind choose alike.
     """
 
-    def __init__(self, layer: QuantizedLayer) -> None:
-        self.ways: tuple[Runtime, Runtime] = (Integer(layer), Dequantize())
+    def __init__(self) -> None:
+        self.ways: tuple[Runtime, Runtime] = (Integer(), Dequantize())
         self.picked: dict[tuple[Any, ...], Runtime] = {}
 
     @property
     def name(self) -> str:
+        """What was picked so far; "auto" before the first call."""
         names = {way.name for way in self.picked.values()}
         return "auto" if not names else "+".join(sorted(names))
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer, by the way that was picked for this type of numbers and device."""
         kind = (x.dtype, x.device.type)
         if kind not in self.picked:
             self.picked[kind] = self.ways[0 if integers_are_faster(layer, *kind) else 1]

@@ -87,6 +87,7 @@ class SelectBucket:
         return SelectBucket, (self.module, self.buckets, self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Go to the bucket of the call's timestep, then do what the model does."""
         self.buckets.select(bind_forward(self.module, args, kwargs)["timestep"])
         if self.own is not None:
             return self.own(*args, **kwargs)
@@ -107,13 +108,55 @@ class SelectBucket:
                 vars(module)["forward"] = ours.own
 
 
+class Gridded(Protocol):
+    """What has grids of inputs or outputs for each bucket of timesteps.
+
+    Attributes:
+        spec: how it is quantized.
+        buckets: which timestep the running call is at.
+    """
+
+    spec: LayerSpec
+    buckets: Buckets
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the channels in an input."""
+        ...
+
+
+def grid_at(layer: Gridded, table: torch.Tensor, x: torch.Tensor, packed: int = 0) -> torch.Tensor:
+    """Scales or zero points of the running call from a table (buckets, K), shaped to broadcast over `x`.
+
+    Args:
+        layer: whose table it is.
+        table: a row for each bucket, of one value, one for each part of the channels, or one for each channel.
+        x: an input or output of the layer.
+        packed: the table has a row of packed zero points of so many bits for each bucket.
+    """
+    number, dim, spec = layer.buckets.number, layer.channel_dim, layer.spec
+    found = table[number : number + 1] if number is not None else table[layer.buckets.rows(len(x))]
+    if packed:
+        found = unpack(found, packed, x.shape[dim])
+    if found.is_floating_point():
+        found = found.float()
+    if 1 < found.shape[1] == spec.parts != x.shape[dim]:
+        sizes = torch.tensor(spec.part_sizes(x.shape[dim]), device=found.device)
+        found = found.repeat_interleave(sizes, 1)
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = len(found), found.shape[1]
+    return found.view(shape)
+
+
 class Runtime(Protocol):
     """How a quantized layer computes."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As `set_runtime` takes it."""
 
-    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer for an input."""
 
 
 class Dequantize:
@@ -122,6 +165,7 @@ class Dequantize:
     name = "dequantize"
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer, not rounded."""
         return layer.compute(x, layer.floats(x.dtype))
 
 
@@ -131,6 +175,7 @@ class Simulated(Dequantize):
     name = "simulated"
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer, everything rounded."""
         return layer.round_output(super().__call__(layer, layer.round_input(x)))
 
 
@@ -138,11 +183,13 @@ class _StraightThrough(torch.autograd.Function):
     """The value of one tensor with the gradient of another: rounding has none of its own."""
 
     @staticmethod
-    def forward(ctx: Any, smooth: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(_ctx: Any, _smooth: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The value."""
         return value
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(_ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient, to the smooth one."""
         return gradients[0], None
 
 
@@ -173,6 +220,8 @@ class QuantizedLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int]
     weight_shape: torch.Size
+    _floats: torch.Tensor | None
+    _like: torch.Tensor
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Called as the plain layer's class is called, this makes a plain layer: so does `type(layer)(…)` in peft."""
@@ -288,22 +337,8 @@ class QuantizedLayer(nn.Module):
         getattr(self, f"{what}_zero_point").copy_(zero_point)
 
     def grid_at(self, table: torch.Tensor, x: torch.Tensor, packed: int = 0) -> torch.Tensor:
-        """Scales or zero points of the running call from a table (buckets, K), shaped to broadcast over `x`.
-
-        `packed`: the table has a row of packed zero points of so many bits for each bucket.
-        """
-        number = self.buckets.number
-        found = table[number : number + 1] if number is not None else table[self.buckets.rows(len(x))]
-        if packed:
-            found = unpack(found, packed, x.shape[self.channel_dim])
-        if found.is_floating_point():
-            found = found.float()
-        if 1 < found.shape[1] == self.spec.parts != x.shape[self.channel_dim]:
-            sizes = torch.tensor(self.spec.part_sizes(x.shape[self.channel_dim]), device=found.device)
-            found = found.repeat_interleave(sizes, 1)
-        shape = [1] * x.dim()
-        shape[0], shape[self.channel_dim] = len(found), found.shape[1]
-        return found.view(shape)
+        """`grid_at` for this layer."""
+        return grid_at(self, table, x, packed)
 
     def round_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input rounded to its grid."""
@@ -328,6 +363,7 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the runtime computes; a gradient goes through the weights as numbers (straight through)."""
         if not (x.requires_grad and torch.is_grad_enabled()) or self.runtime.name == Dequantize.name:
             return self.runtime(self, x)
         with torch.no_grad():
@@ -335,11 +371,12 @@ class QuantizedLayer(nn.Module):
         return _StraightThrough.apply(Dequantize()(self, x), value)
 
     def extra_repr(self) -> str:
+        """Shape, bits and runtime."""
         a = self.spec.activation_bits
         return f"{tuple(self.weight_shape)}, W{self.spec.weight_bits}{f'A{a}' if a else ''}, {self.runtime.name}"
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc,override]  # the weight is made of codes
     """A quantized `nn.Linear`; it stays an instance of it, so that LoRA finds it."""
 
     plain = nn.Linear
@@ -355,10 +392,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return made
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x W' + b, (…, in) to (…, out)."""
         return nn.functional.linear(x, weight, self.bias)
 
 
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]  # the weight is made of codes
     """A quantized `nn.Conv2d`."""
 
     plain = nn.Conv2d
@@ -379,10 +417,11 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return made
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The convolution with these weights, (N, C, H, W)."""
         return self._conv_forward(x, weight, self.bias)
 
 
-class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[override]  # the weight is made of codes
     """A quantized `nn.Embedding`: a grid for each of its rows, which are unpacked when they are looked up."""
 
     plain = nn.Embedding
@@ -400,6 +439,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, (…) numbers to (…, dim)."""
         rows = x.reshape(-1)
         codes = unpack(self.weight_codes[rows], self.spec.weight_bits, self.embedding_dim)
         found = self._as_floats(codes, self.weight_scale[:, rows], self.weight_zero_point[:, rows])

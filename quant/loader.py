@@ -45,6 +45,7 @@ class LowBitConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What diffusers makes of the entry of a `config.json`. Raises `ModelLoadError` if it makes no sense."""
         made = cls(ModelSpec.from_dict(config_dict))
         return (made, kwargs) if return_unused_kwargs else made
 
@@ -53,6 +54,7 @@ class LowBitConfig(QuantizationConfigMixin):
         return LowBitConfig(self.spec, model)
 
     def to_dict(self) -> dict[str, Any]:
+        """As it is written; of a model, with the digest of what that is now. Adapters: `ConfigurationError`."""
         values = self.spec.to_dict()
         model = self._model() if self._model is not None else None
         if model is not None:
@@ -66,9 +68,11 @@ class LowBitConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method.value, **values}
 
     def to_diff_dict(self) -> dict[str, Any]:
+        """The same: what is default is left out of it anyway."""
         return self.to_dict()
 
     def to_json_string(self, use_diff: bool = True) -> str:
+        """The same as JSON."""
         return json.dumps(self.to_dict()) + "\n"
 
     def __repr__(self) -> str:
@@ -96,12 +100,14 @@ class LowBitQuantizer(DiffusersQuantizer):
     _files: tuple[Path, ...] = ()
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
+        """Remember the files, which are checked at the end."""
         self._files = tuple(Path(file) for file in checkpoint_files)
         return loaded_keys
 
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
+        """Whether a tensor is part of a quantized layer, by its name."""
         module, _, key = param_name.rpartition(".")
         return key.endswith(("_scale", "_zero_point", "_codes")) and (
             key == "softmax_scale" or isinstance(model.get_submodule(module), QuantizedLayer)
@@ -110,6 +116,7 @@ class LowBitQuantizer(DiffusersQuantizer):
     def check_quantized_param_shape(
         self, param_name: str, current: torch.Tensor, loaded: torch.Tensor, **kwargs: Any
     ) -> bool:
+        """True. Raises `ModelLoadError` if a tensor has not the shape that the layer needs."""
         if current.shape != loaded.shape:
             raise ModelLoadError(
                 f"the checkpoint is damaged: {param_name} has shape {tuple(loaded.shape)} instead of "
@@ -138,6 +145,7 @@ class LowBitQuantizer(DiffusersQuantizer):
         model.get_submodule(module)._buffers[key] = stored.to(target_device)  # on a CPU, the mapped file itself
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Raises `ModelLoadError`: a checkpoint is whole, or damaged."""
         if missing_keys:
             more = f" and {len(missing_keys) - 1} more" if len(missing_keys) > 1 else ""
             raise ModelLoadError(f"the checkpoint is damaged: it has no {sorted(missing_keys)[0]}{more}")
@@ -160,10 +168,12 @@ class LowBitQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        """Always."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Never; a LoRA beside it is."""
         return False
 
     def _dequantize(self, model: Any) -> Any:

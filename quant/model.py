@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_accel.denoisers import find_denoisers
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
-from diffusion_accel.hooks import forward_parameters
+from diffusion_accel.hooks import forward_parameters, model_of
 
 from .affine import quantize, search_grid
 from .attention import QuantizedSoftmax, quantizable_attention
+from .kernels import make_runtime, products
 from .layers import (
     Buckets,
     QuantizedLayer,
@@ -127,8 +129,6 @@ def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = Fals
     Raises:
         ConfigurationError: no such runtime, or nothing is quantized.
     """
-    from .kernels import make_runtime, products
-
     if runtime not in RUNTIMES:
         raise ConfigurationError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
     layers = [layer for one in _models(model) for layer in quantized_layers(one).values()]
@@ -160,9 +160,6 @@ def computed_with(model: Any) -> dict[str, Any] | None:
 
 def _models(model: Any) -> list[nn.Module]:
     """A model, or the denoisers of a pipeline."""
-    from diffusion_accel.denoisers import find_denoisers
-    from diffusion_accel.hooks import model_of
-
     found = [model_of(model)] if isinstance(model, nn.Module) else find_denoisers(model)
     if not found:
         raise ConfigurationError(f"expected a model or a pipeline with one, got {type(model).__name__}")

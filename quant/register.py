@@ -25,14 +25,14 @@ class _Config:
 
     @staticmethod
     def from_dict(values: dict[str, Any], **kwargs: Any) -> Any:
-        from .loader import LowBitConfig
+        from .loader import LowBitConfig  # heavy: torch, diffusers
 
         return LowBitConfig.from_dict(values, **kwargs)
 
 
 def _quantizer(*args: Any, **kwargs: Any) -> Any:
     """Stands for `loader.LowBitQuantizer`."""
-    from .loader import LowBitQuantizer
+    from .loader import LowBitQuantizer  # heavy: torch, diffusers
 
     return LowBitQuantizer(*args, **kwargs)
 
@@ -46,11 +46,11 @@ class _Watch:
     """Fills diffusers' tables as soon as somebody has imported them, then steps aside."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name != _TABLES:
             return None
-        import importlib.util
+        import importlib.util  # only where diffusers is imported: every start of the command comes by here
 
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

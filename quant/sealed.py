@@ -19,7 +19,7 @@ _IN_PLACE = frozenset(
     f"__i{n}__" for n in "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
 ) | {"__setitem__", "__delitem__"}
 _HARMLESS = frozenset({"requires_grad_", "share_memory_"})  # end like functions that write
-_FLAGS = (torch.Tensor.grad.__set__, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+_FLAGS = tuple(vars(torch._C.TensorBase)[name].__set__ for name in ("grad", "requires_grad"))
 _SHARING = frozenset({"numpy", "__array__", "__dlpack__"})  # hand out memory that could be written unseen
 
 

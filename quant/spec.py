@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
-from diffusion_accel.io import printable
+from diffusion_accel.io import plain
 
 VERSION = 2  # of the checkpoint layout
 WEIGHT_BITS = range(2, 9)
@@ -60,17 +60,17 @@ class LayerSpec:
             if getattr(self, name) is not None:
                 checked(getattr(self, name), ACTIVATION_BITS, name)
         if type(self.split) is not int or not 0 <= self.split <= NUMBER_LIMIT:
-            raise ConfigurationError(f"split must be a number of channels, got {shown(self.split)}")
+            raise ConfigurationError(f"split must be a number of channels, got {plain(self.split)}")
         for name in ("per_channel", "compact_grids"):
             if type(getattr(self, name)) is not bool:
-                raise ConfigurationError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+                raise ConfigurationError(f"{name} must be true or false, got {plain(getattr(self, name))}")
         for name in ("sqnr", "sensitivity"):
             if getattr(self, name) is not None and not finite(getattr(self, name)):
-                raise ConfigurationError(f"{name} must be a finite number, got {shown(getattr(self, name))}")
+                raise ConfigurationError(f"{name} must be a finite number, got {plain(getattr(self, name))}")
         if self.compact_grids and not (self.per_channel and self.activation_bits):
             raise ConfigurationError("compact_grids needs activation_bits and per_channel")
         if type(self.zero_margin) is not int or not 0 <= self.zero_margin <= MAX_MARGIN:
-            raise ConfigurationError(f"zero_margin must be 0 to {MAX_MARGIN}, got {shown(self.zero_margin)}")
+            raise ConfigurationError(f"zero_margin must be 0 to {MAX_MARGIN}, got {plain(self.zero_margin)}")
         if self.zero_margin and not (self.per_channel and self.activation_bits):
             raise ConfigurationError("zero_margin needs activation_bits and per_channel")
 
@@ -133,13 +133,13 @@ class ModelSpec:
     def from_dict(cls, values: Any) -> Self:
         """The inverse of `to_dict`. Raises `ModelLoadError` for another version or values that are not allowed."""
         if not isinstance(values, Mapping):
-            raise ModelLoadError(f"quantization_config must be a table, got {shown(values)}")
+            raise ModelLoadError(f"quantization_config must be a table, got {plain(values)}")
         version = values.get("version")
         if type(version) is not int or version < 1:
-            raise ModelLoadError(f"quantization_config has no version this package knows (got {shown(version)})")
+            raise ModelLoadError(f"quantization_config has no version this package knows (got {plain(version)})")
         if version > VERSION:
             raise ModelLoadError(
-                f"the checkpoint has layout version {shown(version)}, this package reads up to {VERSION}; "
+                f"the checkpoint has layout version {plain(version)}, this package reads up to {VERSION}; "
                 "upgrade it: pip install -U diffusion-accel"
             )
         layers = _layers(values.get("layers"))
@@ -149,18 +149,18 @@ class ModelSpec:
         softmax, recipe, digest = (values.get(key) for key in ("softmax", "recipe", "digest"))
         if softmax is not None:
             if not isinstance(softmax, Mapping) or len(softmax) > LAYERS_LIMIT:
-                raise ModelLoadError(f"quantization_config: softmax must be a table, got {shown(softmax)}")
+                raise ModelLoadError(f"quantization_config: softmax must be a table, got {plain(softmax)}")
             for name, bits in softmax.items():
                 if type(bits) is not int or bits not in ACTIVATION_BITS:
                     raise ModelLoadError(
-                        f"quantization_config: the softmax bits of {shown(name)} must be 2 to 16, got {shown(bits)}"
+                        f"quantization_config: the softmax bits of {plain(name)} must be 2 to 16, got {plain(bits)}"
                     )
             if not steps:
                 raise ModelLoadError("quantization_config has softmax bits but no timesteps")
         if recipe is not None and not isinstance(recipe, Mapping):
-            raise ModelLoadError(f"quantization_config: recipe must be a table, got {shown(recipe)}")
+            raise ModelLoadError(f"quantization_config: recipe must be a table, got {plain(recipe)}")
         if digest is not None and not (isinstance(digest, str) and len(digest) <= 128):
-            raise ModelLoadError(f"quantization_config: digest must be a hash, got {shown(digest)}")
+            raise ModelLoadError(f"quantization_config: digest must be a hash, got {plain(digest)}")
         return cls(
             layers,
             steps,
@@ -181,11 +181,11 @@ def _layers(values: Any) -> dict[str, LayerSpec]:
     for name, spec in values.items():
         extra = set(spec) - known if isinstance(spec, Mapping) else {"not a table"}
         if extra:
-            raise ModelLoadError(f"quantization_config, layer {shown(name)}: unknown {shown(min(map(str, extra)))}")
+            raise ModelLoadError(f"quantization_config, layer {plain(name)}: unknown {plain(min(map(str, extra)))}")
         try:
             found[str(name)] = LayerSpec(**spec)
         except (ConfigurationError, TypeError) as error:
-            raise ModelLoadError(f"quantization_config, layer {shown(name)}: {error}") from error
+            raise ModelLoadError(f"quantization_config, layer {plain(name)}: {error}") from error
     return found
 
 
@@ -196,7 +196,7 @@ def _timesteps(values: Any) -> tuple[float, ...]:
         raise ModelLoadError(f"quantization_config has {len(values)} timesteps, at most {TIMESTEPS_LIMIT} are allowed")
     wrong = next((t for t in values if not finite(t) or abs(t) > NUMBER_LIMIT), None)
     if wrong is not None:
-        raise ModelLoadError(f"quantization_config: {shown(wrong)} is no timestep")
+        raise ModelLoadError(f"quantization_config: {plain(wrong)} is no timestep")
     pairs = list(itertools.pairwise(values))
     if not (all(a > b for a, b in pairs) or all(a < b for a, b in pairs)):
         raise ModelLoadError("quantization_config: the timesteps are not in order")
@@ -208,14 +208,6 @@ def finite(value: Any) -> bool:
     return (type(value) is int and abs(value) < 10**300) or (type(value) is float and math.isfinite(value))
 
 
-def shown(value: Any) -> str:
-    """A value from outside as a few characters that fit into an error's line."""
-    if type(value) is int and abs(value) >= 10**40:
-        return "a number of more than 40 digits"
-    text = printable(value if isinstance(value, str) else repr(value)[:200])
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
 def within(values: Any, low: float, high: float, name: str) -> None:
     """Raise `ConfigurationError` unless a number, or each of a tuple, is from `low` to `high`; whole numbers where the
     two are."""
@@ -223,11 +215,11 @@ def within(values: Any, low: float, high: float, name: str) -> None:
     for value in values if isinstance(values, tuple) else (values,):
         if type(value) not in kinds or not low <= value <= high:
             what = "a whole number" if kinds == (int,) else "a number"
-            raise ConfigurationError(f"{name} must be {what} from {low:g} to {high:g}, got {shown(value)}")
+            raise ConfigurationError(f"{name} must be {what} from {low:g} to {high:g}, got {plain(value)}")
 
 
 def checked(bits: Any, allowed: range, name: str) -> int:
     """`bits`, or a `ConfigurationError` that says what is allowed."""
     if type(bits) is not int or bits not in allowed:
-        raise ConfigurationError(f"{name} must be {allowed.start} to {allowed.stop - 1}, got {shown(bits)}")
+        raise ConfigurationError(f"{name} must be {allowed.start} to {allowed.stop - 1}, got {plain(bits)}")
     return bits

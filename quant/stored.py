@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from diffusion_accel.errors import ModelLoadError
-from diffusion_accel.io import printable, read_json
+from diffusion_accel.io import plain, printable, read_json
 from diffusion_accel.model_files.names import safetensors_header
 
-from .spec import ModelSpec, shown
+from .spec import ModelSpec
 
 _SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -177,5 +177,5 @@ def _finite(name: str, tensor: Tensor) -> Iterator[bytes]:
             wrong = False
         if wrong:
             what = "finite numbers above 0" if scale else "finite numbers"
-            raise ModelLoadError(f"the checkpoint is damaged: {shown(name)} has values that are no {what}")
+            raise ModelLoadError(f"the checkpoint is damaged: {plain(name)} has values that are no {what}")
         yield data

@@ -136,7 +136,7 @@ class Finetuner:
         """Collect the outputs of the chosen layers, where the loss wants them."""
 
         def note(name: str) -> Callable[..., None]:
-            return lambda module, args, output: into.__setitem__(name, output)
+            return lambda _module, _args, output: into.__setitem__(name, output)
 
         names = self.chosen if self.layer_loss else []
         handles = [self.layers[n].register_forward_hook(note(n)) for n in names]

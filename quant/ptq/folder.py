@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffusion_accel.errors import ConfigurationError, OutputError
-from diffusion_accel.io import read_json, replacing
-from diffusion_accel.quant.spec import shown
+from diffusion_accel.io import plain, read_json, replacing
 
 _LOCK, _SETTINGS, _LOG = "lock", "settings.json", "log.jsonl"
 _HELD: dict[Path, int] = {}  # folders that threads of this process hold
@@ -86,7 +85,7 @@ def _take(work: Path) -> int:
 def _holder(file: Path) -> str:
     try:
         told = read_json(file, error=ConfigurationError)
-        return f"process {shown(told['pid'])} on {shown(told['host'])}, since {shown(told['since'])}"
+        return f"process {plain(told['pid'])} on {plain(told['host'])}, since {plain(told['since'])}"
     except (ConfigurationError, KeyError, TypeError):
         return "a process that has just begun"
 
@@ -136,7 +135,7 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
 
 def _told(key: str, before: Any, now: Any) -> str:
     simple = all(isinstance(v, (int, float, str, type(None))) and len(str(v)) < 40 for v in (before, now))
-    return f"{key} ({shown(before)} then, {shown(now)} now)" if simple else key
+    return f"{key} ({plain(before)} then, {plain(now)} now)" if simple else key
 
 
 def write(file: Path, values: Any) -> None:

@@ -76,10 +76,10 @@ def observe(
         handles: list[Any] = []
         for (layer, what), watcher in watchers.items():
             if what == "input":
-                see = lambda m, args, w=watcher: w.see(args[0])  # noqa: E731
+                see = lambda _, args, w=watcher: w.see(args[0])  # noqa: E731
                 handles.append(layer.register_forward_pre_hook(see))
             else:
-                look = lambda m, args, out, w=watcher: w.see(out)  # noqa: E731
+                look = lambda _, _args, out, w=watcher: w.see(out)  # noqa: E731
                 handles.append(layer.register_forward_hook(look))
         for name, peak in peaks.items():
             handles.append(_WatchScores(model.get_submodule(name), peak, number))

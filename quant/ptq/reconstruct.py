@@ -33,6 +33,7 @@ class Captured:
     target: torch.Tensor
 
     def pick(self, index: torch.Tensor) -> Captured:
+        """The rows `index`."""
         count = len(self.target)
 
         def some(t: torch.Tensor) -> torch.Tensor:
@@ -58,7 +59,7 @@ def units(model: nn.Module, rows: Rows) -> dict[str, nn.Module]:
 
     walk("", model)
     order: list[str] = []
-    handles = [m.register_forward_hook(lambda m, a, o, name=name: order.append(name)) for name, m in found.items()]
+    handles = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in found.items()]
     try:
         with torch.no_grad():
             rows.run(model)
@@ -77,11 +78,11 @@ def capture(model: nn.Module, unit: nn.Module, rows: Iterable[Rows], switch: Cal
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     answers: list[torch.Tensor] = []
 
-    def take_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take_arguments(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args, kwargs))
         raise _ReachedError
 
-    def take_answer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def take_answer(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         answers.append(tensors_in(output)[0])
         raise _ReachedError
 

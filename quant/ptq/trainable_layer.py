@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_accel.quant.affine import half_scale, search_grid, top
-from diffusion_accel.quant.layers import Buckets, QuantizedLayer, SelectBucket, quantized_like
+from diffusion_accel.quant.layers import Buckets, QuantizedLayer, SelectBucket, grid_at, quantized_like
 from diffusion_accel.quant.model import candidates
 from diffusion_accel.quant.spec import LayerSpec
 
@@ -20,11 +20,11 @@ class _AsStored(torch.autograd.Function):
     """A scale as a compact checkpoint stores it, in float32; gradients pass unchanged (straight through)."""
 
     @staticmethod
-    def forward(ctx: Any, scale: torch.Tensor) -> torch.Tensor:
+    def forward(_ctx: Any, scale: torch.Tensor) -> torch.Tensor:
         return half_scale(scale).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+    def backward(_ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         return gradients[0]
 
 
@@ -151,10 +151,10 @@ class TrainableLayer(nn.Module):
     # ------------------------------------------------------------------ inputs
     def _learned(self, x: torch.Tensor, name: str, bits: int) -> torch.Tensor:
         """`x` on its grid; gradients reach `x` and the scale (straight through the rounding)."""
-        scale = QuantizedLayer.grid_at(self, getattr(self, f"{name}_scale"), x)  # type: ignore[arg-type]
+        scale = grid_at(self, getattr(self, f"{name}_scale"), x)
         if name == "input" and self.spec.compact_grids:
             scale = _AsStored.apply(scale)
-        zero = QuantizedLayer.grid_at(self, getattr(self, f"{name}_zero_point"), x)  # type: ignore[arg-type]
+        zero = grid_at(self, getattr(self, f"{name}_zero_point"), x)
         ratio = x / scale
         whole = ratio + (ratio.round() - ratio).detach()
         return ((whole + zero).clamp(0, top(bits)) - zero) * scale

@@ -87,7 +87,7 @@ def test_integers_compute_what_the_simulation_computes(kind: str, weight_bits: i
         assert layer.buckets.number == number
         x = on_grid(layer, inputs(layer))  # then no code depends on how a tie is rounded, and only float sums differ
         expected = Simulated()(layer, x)
-        for way in (OneDnn(layer), IntMatmul(layer)):
+        for way in (OneDnn(), IntMatmul()):
             assert torch.allclose(way(layer, x), expected, atol=2e-5 * float(expected.abs().max()))
 
 
@@ -102,7 +102,7 @@ def test_integers_without_enough_bits_to_add_them_are_split(
     layer = made(LAYERS[kind](), weight_bits=8)
     layer.buckets.select(500)
     x = on_grid(layer, inputs(layer))
-    way, expected = OneDnn(layer), Simulated()(layer, x)
+    way, expected = OneDnn(), Simulated()(layer, x)
     assert torch.allclose(way(layer, x), expected, atol=2e-5 * float(expected.abs().max()))
     assert way.weights is not None and [len(terms) for terms in way.weights] == [1 + saturates]
 
@@ -139,7 +139,7 @@ def test_integers_differ_by_no_more_than_ties_of_rounding(kind: str) -> None:
         bound = layer.compute(near_tie * scale, weight)
         if layer.bias is not None:
             bound = bound - (layer.bias.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else layer.bias)
-        wrong = (Integer(layer)(layer, x) - Simulated()(layer, x)).abs()
+        wrong = (Integer()(layer, x) - Simulated()(layer, x)).abs()
     assert (wrong <= bound + 1e-4).all()
 
 
@@ -176,7 +176,7 @@ def test_rows_of_several_timesteps_use_their_own_grids() -> None:
         x = inputs(layer, 4)
         layer.buckets.select(torch.tensor([100.0, 900.0, 500.0, 900.0]))
         together = layer(x)
-        product = IntMatmul(layer)(layer, on_grid(layer, x))
+        product = IntMatmul()(layer, on_grid(layer, x))
         for i, time in enumerate((100, 900, 500, 900)):
             layer.buckets.select(time)
             assert torch.allclose(layer(x[i : i + 1]), together[i : i + 1], atol=1e-6)
@@ -225,7 +225,7 @@ def test_what_integers_cannot_do_is_simulated() -> None:
 
 def test_auto_picks_one_of_two_and_keeps_it() -> None:
     layer = made(conv())
-    layer.runtime = Auto(layer)
+    layer.runtime = Auto()
     assert layer.runtime.name == "auto"
     layer.buckets.select(900)
     x = inputs(layer)
@@ -255,10 +255,10 @@ def test_auto_goes_by_the_layer_and_the_machine_alone(
     monkeypatch.setattr(kernels, "products", lambda device: machine)
     spec = LayerSpec(weight_bits=bits, activation_bits=8)
     layer = TrainableLayer(nn.Linear(width, width), spec, Buckets((900.0,)), search=False).finished(Buckets((900.0,)))
-    layer.runtime = Auto(layer)
+    layer.runtime = Auto()
     for rows in (1, 300):
         x = torch.randn(rows, width).to(dtype)
-        expected = Integer(layer) if faster else Dequantize()
+        expected = Integer() if faster else Dequantize()
         layer.bias.data = layer.bias.data.to(dtype)
         assert torch.equal(layer(x), expected(layer, x))
         assert layer.runtime.name == ("integer" if faster else "dequantize")
