@@ -44,7 +44,12 @@ def check_scheduler(name: str) -> None:
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Give `pipe` the scheduler `name`, configured like the one it has.
+    """Give `pipe` the scheduler `name`, configured like the one it has; see `scheduler_for`."""
+    pipe.scheduler = scheduler_for(pipe, name)
+
+
+def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
+    """The scheduler `name`, configured like the one that `pipe` has, which keeps its own.
 
     Raises:
         ConfigurationError: the name is unknown, or that scheduler does not fit the model.
@@ -62,6 +67,6 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
             f"fitting: {', '.join(short or sorted(fitting))}"
         )
     try:
-        pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
+        return cls.from_config(pipe.scheduler.config, **changes)
     except (ImportError, ValueError) as error:
         raise ConfigurationError(f"scheduler {name!r} cannot be used: {first_line(error)}") from error

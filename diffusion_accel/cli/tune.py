@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import diffusion_accel as api
 from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS
 from diffusion_accel.outputs import check_free, output_path
-from diffusion_accel.pipelines.schedulers import check_scheduler
-from diffusion_accel.tuning.state import read_search
+from diffusion_accel.pipelines.schedulers import check_scheduler, scheduler_for
+from diffusion_accel.tuning.state import forget_search, read_search, search_files
+from diffusion_accel.tuning.target import Target
 
 from .common_options import (
     AllowPickle,
@@ -39,8 +41,12 @@ from .common_options import (
     number,
     settings_of,
 )
-from .prompts import read_jobs
+from .prompts import embedded_prompts as embedded_prompts
+from .prompts import texts_of
 from .terminal import Bar, say
+
+if TYPE_CHECKING:
+    from diffusion_accel import TunedPlan
 
 _PANELS = {
     "Target (one of them)": "speedup min_psnr",
@@ -101,92 +107,52 @@ def tune(
 
     interrupts.explain(how_to_go_on)
     settings, source = settings_of(options)
-    if prompts_file is not None:
-        texts = [job.prompt for job in read_jobs([], prompts_file)][:count]
-    elif source.kind == "embedded":
-        texts = embedded_prompts(count)
-    else:
-        texts = []
-
+    texts = texts_of(prompts_file, count, source)
     for name in try_scheduler or []:
         check_scheduler(name)
-    state = Path(f"{output}.search")
+    Target(speedup, min_psnr)
     if not restart:
         for file in search_files(state):
             read_search(file)
 
-    from diffusion_accel.tuning.tuner import Target
-    from diffusion_accel.tuning.tuner import tune as search
+    from .session import check_machine, open_for  # heavy: torch, diffusers
 
-    from .session import check_machine, open_for
-
-    Target(speedup, min_psnr)
     pipe: Any = open_for(settings, source, check_machine(settings), promptless=True)
-    if not texts:
-        if condition_of(pipe) == PROMPT:
-            raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
-        texts = usual_texts(pipe, count)
-    from diffusion_accel.pipelines.schedulers import set_scheduler
-
-    own, others = pipe.scheduler, []
-    for name in try_scheduler or []:
-        set_scheduler(pipe, name)
-        others.append(pipe.scheduler)
-        pipe.scheduler = own
+    if not texts and condition_of(pipe) == PROMPT:
+        raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
+    others = tuple(scheduler_for(pipe, name) for name in try_scheduler or [])
     begun = True
     if restart:
-        forget(state)
-    call = {"guidance_scale": settings.guidance_scale, "height": settings.height, "width": settings.width}
-    bar = Bar(quiet)
-    try:
-        plan = search(
+        forget_search(state)
+    with closing(Bar(quiet)) as bar:
+        plan = api.tune(
             pipe,
-            texts,
+            texts or usual_texts(pipe, count),
             steps=settings.steps or 50,
+            seed=seed,
+            guidance_scale=settings.guidance_scale,
+            height=settings.height,
+            width=settings.width,
             speedup=speedup,
             min_psnr=min_psnr,
             seconds=budget,
-            seed=seed,
             batch=batch,
             state=state,
             progress=bar,
             try_steps=tuple(try_steps or ()),
-            try_schedulers=tuple(others),
-            **call,
+            try_schedulers=others,
         )
-    finally:
-        bar.close()
     with interrupts.undivided():
         plan.save(Path(output), overwrite)
-        forget(state)
+        forget_search(state)
     if as_json:
         typer.echo(json.dumps({"file": output, "measured": plan.measured, "search": plan.search}))
     else:
         show(output, plan)
 
 
-def forget(state: Path) -> None:
-    """Remove the files of a search."""
-    for file in search_files(state):
-        file.unlink()
-
-
-def search_files(state: Path) -> list[Path]:
-    """The files of a search: one for each scheduler and number of steps that it tries."""
-    own = re.compile(rf"{re.escape(state.name)}(\.[0-9]+)?")
-    folder = state.parent
-    return sorted(f for f in folder.iterdir() if own.fullmatch(f.name)) if folder.is_dir() else []
-
-
-def embedded_prompts(count: int, skip: int = 0) -> list[str]:
-    """Captions of the embedded model's training images, the same ones every time, behind the `skip` first."""
-    from diffusion_accel.evaluation import quality
-
-    return quality.embedded_prompts(count, skip)
-
-
-def show(output: str, plan: Any) -> None:
-    """Print what a plan does, and what it gained and lost."""
+def show(output: str, plan: TunedPlan) -> None:
+    """What was found, in two lines."""
     measured, steps = plan.measured, plan.plan.steps
     words = {"full": "full", "hold": "held", "shallow": "shallow", "decoder": "decoder only"}
     counts = {m: sum(step.mode == m for step in steps) for m in words}

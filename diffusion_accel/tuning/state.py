@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,16 @@ def add_score(path: Path, plan: str, scores: list[float]) -> None:
 
 def _line(plan: str, scores: list[float]) -> str:
     return json.dumps({"plan": plan, "psnr": [round(score, 3) if math.isfinite(score) else 0.0 for score in scores]})
+
+
+def search_files(state: Path) -> list[Path]:
+    """The files of a search: one for each scheduler and number of steps that it tries."""
+    own = re.compile(rf"{re.escape(state.name)}(\.[0-9]+)?")
+    folder = state.parent
+    return sorted(f for f in folder.iterdir() if own.fullmatch(f.name)) if folder.is_dir() else []
+
+
+def forget_search(state: Path) -> None:
+    """Remove the files of a search."""
+    for file in search_files(state):
+        file.unlink()

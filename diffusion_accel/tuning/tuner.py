@@ -14,6 +14,7 @@ import torch
 from diffusion_accel.arguments import refuse_unknown
 from diffusion_accel.conditioning import call_parameters
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.measure.request import usual_steps
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.reuse.plan import FULL, Plan, Step
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MANY, FEW = 20, 6  # families of plans that are tried: for a speed-up, and for each step towards a fidelity
-_ANY_CALL = ("guidance_scale", "height", "width")  # arguments that a pipeline without them may be given
+USUAL_STEPS = 50  # of a pipeline that names no number of its own
 
 
 class Tuner:
@@ -175,11 +176,14 @@ def tune(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
     *,
-    steps: int,
+    steps: int | None = None,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
     seconds: float = 600.0,
-    seed: int = 0,
     batch: int = 8,
     state: Path | None = None,
     progress: Progress = silent,
@@ -189,21 +193,27 @@ def tune(
 ) -> TunedPlan:
     """Search the reuse plan of a pipeline: the best fidelity at a speed-up, or the highest speed-up at a fidelity.
 
+        plan = tune(pipe, prompts, steps=50, speedup=2.0)
+        plan.save(Path("fast.json"))
+        accelerate(pipe, Reuse(plan=plan))
+
     The fidelity is the PSNR to the images of the same pipeline without reuse. Two thirds of the prompts calibrate,
     the others measure the result. For an unconditional pipeline prompts only count the images.
 
     Args:
         pipe: a loaded pipeline, with the scheduler that will be used.
         prompts: at least 6; 24 or more are recommended.
-        steps: denoising steps of the calls that the plan is for, at least 4.
+        steps: denoising steps of the calls that the plan is for, at least 4; None: the pipeline's own default.
+        seed: image k starts from the noise of seed + k.
+        guidance_scale, height, width: of those calls; None: the pipeline's own default.
         speedup, min_psnr: the target, one of them; see `Target`.
         seconds: time budget of the search, without measuring before and after it.
-        seed, batch: see `Sampler`.
-        state: see `Trials`.
-        progress: see `Tuner`.
+        batch: images in a call.
+        state: file that keeps every plan that was tried, so that an interrupted search goes on; None: none.
+        progress: told how many plans were tried and what the best one does.
         try_steps, try_schedulers: fewer steps and other schedulers that the plan may use to come near the baseline; the
             time budget is shared among all combinations. The plan's conditions say which were chosen.
-        options: further arguments of the pipeline, such as guidance_scale, height and width.
+        options: further arguments of the pipeline's call.
 
     Returns:
         The plan with its conditions and measurements; `save` writes it. `search["guidance_reuse"]` says whether plans
@@ -213,6 +223,9 @@ def tune(
         ConfigurationError: a setting is impossible, or no plan reaches the target.
         UnsupportedPipelineError: the pipeline's steps cannot be left out.
     """
+    steps = usual_steps(pipe) or USUAL_STEPS if steps is None else steps
+    named = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    options |= {name: value for name, value in named.items() if value is not None}
     target = _checked(pipe, prompts, steps, options, Target(speedup, min_psnr))
     whole, calibration = Sampler(pipe, tuple(prompts), steps, seed, batch, options), 2 * len(prompts) // 3
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
@@ -256,12 +269,12 @@ def _checked(
     pipe: DiffusionPipeline, prompts: Sequence[str], steps: int, options: dict[str, Any], target: Target
 ) -> Target:
     """The target, if it can be searched for."""
+    own = [name for name in tune.__annotations__ if name not in ("pipe", "prompts", "options", "return")]
+    refuse_unknown(options, {*call_parameters(pipe), *own}, "tune()")
     if len(prompts) < 6:
         raise ConfigurationError(f"tuning needs at least 6 prompts (24 or more are recommended), got {len(prompts)}")
     if steps < 4:
         raise ConfigurationError(f"tuning needs at least 4 steps, got {steps}")
     if reason := Reuse().supports(pipe):
         raise UnsupportedPipelineError(f"reuse cannot be used on {type(pipe).__name__}: {reason}")
-    own = [name for name in tune.__annotations__ if name not in ("pipe", "prompts", "options", "return")]
-    refuse_unknown(options, {*call_parameters(pipe), *own, *_ANY_CALL}, "tune()")
     return target
