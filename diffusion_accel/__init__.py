@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .quant.ptq.export import quantize
     from .quant.ptq.report import QuantizationReport
     from .report import Report
-    from .reuse import EncoderReuse, Plan, Reuse, Step, TunedPlan
+    from .reuse import DiffusersCache, EncoderReuse, Plan, Preset, Reuse, Step, TunedPlan
     from .routing import TaskRouting
     from .switchboard import Acceleration, accelerate
     from .transparency import LatentTransparency
@@ -68,10 +68,12 @@ _LAZY = {
     "quantize": ".quant.ptq.export",
     "tune": ".tuning.tuner",
     # features, and what they are given
+    "DiffusersCache": ".reuse",
     "EncoderReuse": ".reuse",
     "LatentTransparency": ".transparency",
     "PatchParallel": ".parallel",
     "Plan": ".reuse",
+    "Preset": ".reuse",
     "Reuse": ".reuse",
     "Step": ".reuse",
     "TaskRouting": ".routing",
@@ -103,6 +105,7 @@ __all__ = [
     "CallStateError",
     "Comparison",
     "ConfigurationError",
+    "DiffusersCache",
     "EncoderReuse",
     "Entry",
     "Estimate",
@@ -115,6 +118,7 @@ __all__ = [
     "OutputError",
     "PatchParallel",
     "Plan",
+    "Preset",
     "Progress",
     "QuantizationReport",
     "QuantizeSettings",
