@@ -146,7 +146,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     space = {"RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK"}.get(image.mode)
     if not profile or space is None or "transparency" in image.info:
         return image
-    from PIL import ImageCms
+    from PIL import ImageCms  # for files with a profile only
 
     try:
         given = ImageCms.ImageCmsProfile(BytesIO(profile))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 TYPE_CHECKING = False  # what is imported here delays the moment from which signals are heard
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from pathlib import Path  # late: signals are heard first
     from typing import Any
 
     Say = Callable[[str, int], object]
@@ -75,8 +75,8 @@ def finished() -> set[Path]:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder for as long as it is needed."""
-    import tempfile
-    from pathlib import Path
+    import tempfile  # late: signals are heard first
+    from pathlib import Path  # late: signals are heard first
 
     with unfinished(Path(tempfile.mkdtemp(prefix="diffusion-accel-"))) as folder:
         yield folder
@@ -190,7 +190,7 @@ def follow(descriptor: int) -> None:
         _end("the process that started this one has ended", 1)
 
     with contextlib.suppress(OSError, AttributeError, ImportError):  # Linux: a process that is stopped must hear of it
-        import ctypes
+        import ctypes  # late: signals are heard first
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
     threading.Thread(target=wait, daemon=True, name="follow").start()
@@ -204,7 +204,7 @@ def last_word() -> None:
 
 def write_line(text: str) -> None:
     """A line on stderr, past all buffers and locks, in place of a progress bar; given up if nobody reads."""
-    import select
+    import select  # late: signals are heard first
 
     with contextlib.suppress(OSError, ValueError):
         clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""
@@ -248,7 +248,7 @@ def _say(text: str, _code: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    import shutil
+    import shutil  # late: signals are heard first
 
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "
 
 def collect() -> dict[str, Any]:
     """Versions of the libraries (None: not installed) and what torch can compute on."""
-    import torch
+    import torch  # heavy
 
     found: dict[str, str | None] = {}
     for name in PACKAGES:

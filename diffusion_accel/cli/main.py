@@ -24,17 +24,15 @@ def run(arguments: list[str] | None = None) -> None:
     second on the way, and two more at the end.
     """
     interrupts.install(_say_at_first)
-    from diffusion_accel.parallel import launch
+    from . import processes  # after signals are heard
 
-    from . import processes
-
-    launch.follow()
+    processes.follow()
     interrupts.install(_say_interrupted)
-    from .terminal import set_up_stream
+    from . import terminal  # after signals are heard
 
     gc.set_threshold(10_000)
     for stream in (sys.stdout, sys.stderr):
-        set_up_stream(stream)
+        terminal.set_up_stream(stream)
     try:
         main(arguments)
     except SystemExit as stop:
@@ -49,19 +47,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted (128 + signal). `--debug` shows
     tracebacks."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    from . import processes
-    from .terminal import show_warnings
+    from . import processes, terminal  # after signals are heard
 
     processes.begin(arguments)
     interrupts.begin()
     debug = "--debug" in arguments
-    show_warnings()
+    terminal.show_warnings()
     if not debug:
         _quiet_libraries()
     try:
-        from .app import command
+        from . import app  # after signals are heard and libraries are quiet
 
-        code = command(arguments)
+        code = app.command(arguments)
         if code == interrupts.INTERRUPTED:  # what the argument parser makes of KeyboardInterrupt
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -71,10 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     except AccelerationError as error:
         if debug:
             raise
-        from .app import flags_of  # loaded already
-        from .errors import exit_code, in_flags  # nothing before signals are heard
+        from . import app, errors  # after signals are heard
 
-        code = _fail(in_flags(str(error), flags_of(arguments)), exit_code(error), error.consequence)
+        code = _fail(errors.in_flags(str(error), app.flags_of(arguments)), errors.exit_code(error), error.consequence)
     except OSError as error:
         if debug:
             raise
@@ -83,9 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the argument parser
             if type(error).__name__ == "NoArgsIsHelpError":
-                import typer
-
-                typer.echo(error.format_message())  # the help, with its colours
+                app.typer.echo(error.format_message())  # the help, with its colours
             else:
                 _fail(error.format_message(), 2)
             sys.exit(2)
@@ -97,17 +91,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str, code: int, consequence: bool = False) -> int:
     """Say what went wrong: on the terminal, or to the process that started this one and others."""
-    from diffusion_accel.io import printable
-    from diffusion_accel.parallel.launch import leave_message
-
-    from .processes import name
-    from .terminal import LIMIT, say
+    from . import processes, terminal  # after signals are heard
 
     interrupts.last_word()
-    message = printable(" ".join(message.split()))
-    message = message if len(message) <= LIMIT else f"{message[: LIMIT - 1]}…"
-    if not leave_message(message, code, consequence):
-        say(f"error: {name()}{message}", err=True)
+    message = terminal.printable(" ".join(message.split()))
+    message = message if len(message) <= terminal.LIMIT else f"{message[: terminal.LIMIT - 1]}…"
+    if not processes.leave_message(message, code, consequence):
+        terminal.say(f"error: {processes.name()}{message}", err=True)
     return code
 
 
@@ -117,13 +107,10 @@ def _say_at_first(message: str, _code: int) -> None:
 
 
 def _say_interrupted(message: str, code: int) -> None:
-    from diffusion_accel.io import printable
-    from diffusion_accel.parallel.launch import leave_message
+    from . import processes  # after signals are heard
 
-    from .processes import by_torchrun, speaks
-
-    message = printable(message)
-    if not leave_message(message, code) and speaks() and not by_torchrun():
+    message = processes.printable(message)
+    if not processes.leave_message(message, code) and processes.speaks() and not processes.by_torchrun():
         interrupts.write_line(f"error: {message}")
 
 
@@ -149,6 +136,6 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    import warnings
+    import warnings  # after signals are heard
 
     warnings.simplefilter("ignore")

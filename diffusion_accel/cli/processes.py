@@ -7,8 +7,12 @@ import os
 from typing import TYPE_CHECKING
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.parallel.launch import started_here
+from diffusion_accel.io import printable
+from diffusion_accel.parallel import launch
+from diffusion_accel.parallel.launch import follow, leave_message, started_here
 from diffusion_accel.parallel.place import place
+
+__all__ = ["follow", "leave_message", "printable"]  # for main, which imports late and as little as it can
 
 if TYPE_CHECKING:
     from diffusion_accel.generation.request import Request
@@ -51,11 +55,9 @@ def must_start(settings: Settings) -> bool:
 
 def start(settings: Settings) -> None:
     """Run the same command on several processes, and wait for them."""
-    from diffusion_accel.parallel.launch import start as start_processes
-
     feature = _feature(settings)
     assert feature is not None
-    start_processes(feature.ranks, ["-m", "diffusion_accel", *command_line])
+    launch.start(feature.ranks, ["-m", "diffusion_accel", *command_line])
 
 
 def join(settings: Settings) -> Settings:
@@ -71,9 +73,9 @@ def join(settings: Settings) -> Settings:
             f"{here.size}; leave the number out"
         )
     joined = True
-    import torch
+    import torch  # heavy
 
-    from diffusion_accel.parallel.group import join as join_group
+    from diffusion_accel.parallel.group import join as join_group  # heavy: torch
 
     if settings.device in (None, "cuda") and torch.cuda.is_available():
         settings = dataclasses.replace(settings, device=f"cuda:{here.local_rank}")
@@ -85,7 +87,7 @@ def same_seeds(settings: Settings, requests: list[Request]) -> list[Request]:
     """The requests with the seeds of rank 0, unless the command says which seed."""
     if settings.seed is not None or _feature(settings) is None or not launched():
         return requests
-    from diffusion_accel.parallel.agreement import same_numbers
+    from diffusion_accel.parallel.agreement import same_numbers  # heavy: torch
 
     (count,) = same_numbers([len(requests)])
     if count != len(requests):
