@@ -1,0 +1,65 @@
+"""The command line as such: feature flags, cheap start, help, what may be printed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from command import call
+
+from diffusion_accel.cli.feature_flags import join_bare_flags
+
+PROMPT = "red apple, 3d style"
+
+
+def test_bare_feature_flags() -> None:
+    assert join_bare_flags(["generate", "--encoder-reuse", "a red apple"]) == [
+        "generate",
+        "--encoder-reuse=on",
+        "a red apple",
+    ]
+    for value in ("off", "on", "schedule=all", "schedule=0+1,batch_decoder=false"):
+        assert join_bare_flags(["--encoder-reuse", value, "x"]) == [f"--encoder-reuse={value}", "x"]
+    assert join_bare_flags(["x", "--encoder-reuse"]) == ["x", "--encoder-reuse=on"]
+    assert join_bare_flags(["--encoder-reuse", "--encoder-reuse", "x"]) == ["--encoder-reuse=on"] * 2 + ["x"]
+    assert join_bare_flags(["--", "--encoder-reuse"]) == ["--", "--encoder-reuse"]
+    assert join_bare_flags(["--reuse", "deepcach:3", "x"]) == ["--reuse=deepcach:3", "x"]  # mistyped, but no prompt
+    assert join_bare_flags(["--reuse", "tuned", "x"]) == ["--reuse=tuned", "x"]  # refused later: which level?
+    assert join_bare_flags(["--reuse", "a cat: red", "x"]) == ["--reuse=on", "a cat: red", "x"]
+    assert join_bare_flags(["--encoder-reuse", "--", "x"]) == ["--encoder-reuse=on", "--", "x"]
+
+
+def test_importing_is_cheap_and_help_needs_no_torch() -> None:
+    code = (
+        "import sys; import diffusion_accel; "
+        "from diffusion_accel.cli import main; "
+        "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for arguments in (["--help"], ["generate", "--help"], ["features"], ["models"], ["--version"]):
+        script = (
+            "import sys; from diffusion_accel.cli.main import main\n"
+            f"try: main({arguments!r})\n"
+            "except SystemExit as e: assert not e.code, e.code\n"
+            "assert 'torch' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_the_help_says_defaults_and_bounds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(call(capsys, "generate", "--help")[1].split())
+    for words in ("20 with sticker", "(1 to 10000)", "a multiple of 8", "float32", "the folder outputs", "mostly 0.8"):
+        assert words in text
+    text = call(capsys, "tune", "--help")[1]
+    for words in ("Target", "Prompts", "What the plan is for", "Search", "Machine", "(6 to 100000)"):
+        assert words in text
+
+
+def test_what_is_printed_holds_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "generate", PROMPT, "--model", "\x1b]0;title\x07\u202e/x\r/y")
+    assert code == 1 and err == "error: no such model file or folder: \\x1b]0;title\\x07\\u202e/x /y\n"
+    code, _, err = call(capsys, "generate", PROMPT, "--\x1b[31mnonsense")
+    assert code == 2 and "\x1b" not in err and "\\x1b[31m" in err

@@ -1,0 +1,56 @@
+"""A request is drawn as the pipeline's own call with the same seeds is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_accel import EncoderReuse
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.drawing import check_requests, draw, prepare
+from diffusion_accel.generation.loading import open_pipeline
+from diffusion_accel.generation.request import Request
+
+REQUEST = Request(prompt="red apple, 3d style", seed=3, count=2, steps=2, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    made = open_pipeline("sticker", device="cpu", scheduler="ddim", features=[EncoderReuse.neutral()])
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_as_the_pipeline_draws(pipe: object) -> None:
+    found = draw(pipe, REQUEST)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    wanted = pipe(  # type: ignore[operator]
+        REQUEST.prompt, num_inference_steps=2, guidance_scale=3.0, num_images_per_prompt=2, generator=generators
+    ).images
+    assert all(np.array_equal(a, b) for a, b in zip(found.images, wanted, strict=True))
+    assert found.report.steps == 2 and found.comparison is None
+
+
+def test_compared_with_itself_without_features(pipe: object) -> None:
+    found = draw(pipe, dataclasses.replace(REQUEST, count=1), comparing=True)
+    assert found.comparison is not None and found.comparison.psnr == [float("inf")]
+
+
+def test_notes(pipe: object) -> None:
+    assert prepare(pipe, REQUEST).notes() == []
+    odd = dataclasses.replace(REQUEST, width=256, height=256, prompt="apple " * 40)
+    size, prompt = prepare(pipe, odd).notes()
+    assert "trained for 96x96 pixels; at 256x256" in size and "the model reads the first 24" in prompt
+
+
+def test_what_the_pipeline_does_not_take(pipe: object, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with_image = dataclasses.replace(REQUEST, image=tmp_path / "a.png", strength=0.5)
+    for check in (lambda: check_requests(pipe, [REQUEST, with_image]), lambda: draw(pipe, with_image)):
+        with pytest.raises(ConfigurationError, match="StableDiffusionPipeline does not take strength, image"):
+            check()

@@ -1,0 +1,40 @@
+"""A request is checked when it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import MAX_SEED, Request
+
+
+def test_seeds() -> None:
+    assert Request(prompt="x", seed=3, count=3).seeds == [3, 4, 5]
+    assert Request(prompt="x").seed != Request(prompt="x").seed, "random, and known"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": "3"}, "steps must be at least 1 and at most 10000, got '3'"),
+        ({"count": True}, "count must be at least 1 and at most 10000, got True"),
+        ({"width": 100}, "width must be a positive multiple of 8 and at most 32768, got 100"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ({"seed": MAX_SEED, "count": 2}, f"seed {MAX_SEED} with count 2 goes beyond"),
+        ({"prompt": "\udce9"}, "the prompt '.*' is not valid UTF-8 at character 1"),
+        ({"negative_prompt": "x" * 1_000_001}, "the negative prompt has 1000001 characters"),
+        ({"image": "x.png", "strength": 0.01, "steps": 20}, "strength 0.01 of 20 steps leaves no step to run; use "),
+    ],
+)
+def test_what_no_pipeline_can_draw_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        Request(**{"prompt": "x", **values})
+
+
+def test_a_strength_is_checked_with_what_the_pipeline_takes() -> None:
+    Request(prompt="x", image="x.png", strength=0.3).check_strength(steps=50, strength=0.8)
+    with pytest.raises(ConfigurationError, match="strength 0.3 of 2 steps leaves no step to run; use strength 0.5"):
+        Request(prompt="x", image="x.png", strength=0.3).check_strength(steps=2)
