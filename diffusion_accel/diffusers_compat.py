@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import ContextParallelConfig, DiffusionPipeline, ModelMixin
+    from diffusers.configuration_utils import FrozenDict
     from diffusers.hooks import HookRegistry, ModelHook
     from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
 _REGISTRY = "_diffusers_hook"
 #: what hooks of diffusers and accelerate leave on a module (accelerate: the hook, and the forward below it)
@@ -24,7 +26,7 @@ LEFT_BY_HOOKS = frozenset({_REGISTRY, "_hf_hook", "_old_forward", "forward"})
 
 
 # ---------------------------------------------------------------------- chains of hooks (diffusers.hooks)
-def registry_of(module: Any) -> HookRegistry | None:
+def registry_of(module: nn.Module) -> HookRegistry | None:
     """The registry of a module's own hooks (`_diffusers_hook`), or None.
 
     `HookRegistry.check_if_exists_or_initialize` makes one where there is none, and asks a wrapper's attributes, which
@@ -33,12 +35,12 @@ def registry_of(module: Any) -> HookRegistry | None:
     return vars(module).get(_REGISTRY)
 
 
-def set_registry(module: Any, registry: HookRegistry) -> None:
+def set_registry(module: nn.Module, registry: HookRegistry) -> None:
     """Give a module a registry (`_diffusers_hook`): diffusers has no way to make one with another target."""
     vars(module)[_REGISTRY] = registry
 
 
-def drop_registry(module: Any) -> None:
+def drop_registry(module: nn.Module) -> None:
     """Take an empty registry (`_diffusers_hook`) off a module: diffusers leaves it there for good."""
     vars(module).pop(_REGISTRY, None)
 
@@ -97,12 +99,12 @@ def forget(hook: ModelHook) -> None:
 
 
 # ---------------------------------------------------------------------- offloading (accelerate)
-def has_offload_hook(module: Any) -> bool:
+def has_offload_hook(module: nn.Module) -> bool:
     """Whether accelerate has put a hook on a module (`_hf_hook`): it is offloaded, or spread over devices."""
     return hasattr(module, "_hf_hook")
 
 
-def is_offloaded(module: Any) -> bool:
+def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings the module's own weights in for each call and away again (`_hf_hook.offload`, of
     sequential offload)."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
@@ -119,24 +121,24 @@ def execution_device(pipe: DiffusionPipeline) -> torch.device:
     return pipe._execution_device
 
 
-def announced_steps(pipe: Any) -> Any:
+def announced_steps(pipe: DiffusionPipeline) -> Any:
     """How many steps a pipeline is about to do (`_num_timesteps`, set just before the loop); None where it does not
     say. Its public twin `num_timesteps` is missing from many pipelines, and raises before the first call."""
     return getattr(pipe, "_num_timesteps", None)
 
 
-def guidance_scale_of(pipe: Any) -> Any:
+def guidance_scale_of(pipe: DiffusionPipeline) -> Any:
     """The guidance scale of the running call (`_guidance_scale`); None where a pipeline keeps none. Its public twin
     `guidance_scale` raises before the first call."""
     return getattr(pipe, "_guidance_scale", None)
 
 
-def current_timestep(pipe: Any) -> Any:
+def current_timestep(pipe: DiffusionPipeline) -> Any:
     """The timestep of the running call, also while a pipeline's own `current_timestep` multiplies or hides it."""
     return pipe._current_timestep or pipe.current_timestep
 
 
-def origin_of(component: Any) -> str | None:
+def origin_of(component: object) -> str | None:
     """The folder or hub id that a pipeline or model was loaded from (`_name_or_path` of its config); None if none."""
     return getattr(component, "config", {}).get("_name_or_path")
 
@@ -147,22 +149,22 @@ def set_origin(pipe: DiffusionPipeline, location: str) -> None:
 
 
 # ---------------------------------------------------------------------- models
-def repeated_blocks(model: Any) -> tuple[str, ...]:
+def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
     """The classes of blocks that `compile_repeated_blocks` compiles (`_repeated_blocks`), as it does not tell."""
     return tuple(getattr(model, "_repeated_blocks", None) or ())
 
 
-def with_present_names(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+def with_present_names(model: ModelMixin, tensors: dict[str, torch.Tensor]) -> None:
     """Rename stored tensors of older versions in place (`_fix_state_dict_keys_on_load`), as loading a model does."""
     model._fix_state_dict_keys_on_load(tensors)
 
 
-def expendable_names(cls: Any) -> tuple[str, ...]:
+def expendable_names(cls: type[ModelMixin]) -> tuple[str, ...]:
     """Patterns of stored names that a model class does not want (`_keys_to_ignore_on_load_unexpected`)."""
     return tuple(cls._keys_to_ignore_on_load_unexpected or ())
 
 
-def set_config_entry(config: Any, key: str, value: Any) -> None:
+def set_config_entry(config: FrozenDict, key: str, value: object) -> None:
     """Set an entry of a model's frozen config in place, as entry and as attribute: loading a quantized model does that
     to `quantization_config`, and `register_to_config` would make another table, while IP-Adapter keeps attributes on
     this one."""
@@ -170,7 +172,7 @@ def set_config_entry(config: Any, key: str, value: Any) -> None:
     vars(config)[key] = value
 
 
-def drop_config_entry(config: Any, key: str) -> None:
+def drop_config_entry(config: FrozenDict, key: str) -> None:
     """Take an entry of a model's frozen config (`FrozenDict`) away in place: it has no way of its own to do so."""
     if key in config:
         OrderedDict.__delitem__(config, key)
@@ -183,19 +185,21 @@ def context_parallel_plan(cls: type) -> Any:
     return getattr(cls, "_cp_plan", None)
 
 
-def parallel_config(model: Any) -> Any:
+def parallel_config(model: ModelMixin) -> Any:
     """What `enable_parallelism` has made of a model (`_parallel_config`); None if it was not called."""
     return model._parallel_config
 
 
-def set_parallel_config(model: nn.Module, value: Any) -> None:
+def set_parallel_config(model: nn.Module, value: object) -> None:
     """Set, or with None take away, what `enable_parallelism` sets on a model and its attention processors
     (`_parallel_config`): it cannot be undone, and in 0.42 fails without an accelerator."""
     for owner in (model, *(attention.processor for attention in _attentions(model))):
         owner._parallel_config = value
 
 
-def make_parallel_config(config: Any, rank: int, world: int, device: torch.device, mesh: Any) -> Any:
+def make_parallel_config(
+    config: ContextParallelConfig, rank: int, world: int, device: torch.device, mesh: DeviceMesh
+) -> Any:
     """What `enable_parallelism` makes of a `ContextParallelConfig` (`ParallelConfig` of `_modeling_parallel`)."""
     from diffusers.models._modeling_parallel import ParallelConfig  # a private module: only where it is needed
 

@@ -48,7 +48,7 @@ def finite_call(pipeline: DiffusionPipeline, given: dict[str, Any]) -> Iterator[
             raise ConfigurationError(f"{name} holds numbers that are not finite (NaN or infinity)")
     here, seen = threading.get_ident(), dict[str, torch.Tensor]()
 
-    def predicted(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+    def predicted(module: torch.nn.Module, _inputs: object, output: object) -> None:
         tensor = _first_tensor(output)
         if tensor is None or threading.get_ident() != here:
             return
@@ -60,7 +60,7 @@ def finite_call(pipeline: DiffusionPipeline, given: dict[str, Any]) -> Iterator[
             )
         seen["the last prediction"] = tensor
 
-    def decoded(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+    def decoded(_module: torch.nn.Module, _inputs: object, output: object) -> None:
         tensor = _first_tensor(output)
         if tensor is not None and threading.get_ident() == here:
             seen["what the VAE decoded"] = tensor
@@ -70,7 +70,8 @@ def finite_call(pipeline: DiffusionPipeline, given: dict[str, Any]) -> Iterator[
     pairs: list[tuple[torch.nn.Module, Callable[..., None]]] = [
         (module, predicted) for module in called_denoisers(pipeline)
     ]
-    if isinstance(decoder, torch.nn.Module) and not compiled_anywhere(vae):  # the hook would be compiled with it
+    whole = isinstance(vae, torch.nn.Module) and not compiled_anywhere(vae)  # else the hook would be compiled with it
+    if whole and isinstance(decoder, torch.nn.Module):
         pairs.append((decoder, decoded))
     output: list[Any] = []
     with Changes() as changes:
@@ -102,7 +103,7 @@ def finite(value: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _all_finite(value: Any) -> bool:
+def _all_finite(value: object) -> bool:
     """Whether an argument of a call, or what its lists hold, is finite; what is no number is."""
     if isinstance(value, float):
         return math.isfinite(value)
@@ -113,7 +114,7 @@ def _all_finite(value: Any) -> bool:
     return all(map(_all_finite, value)) if isinstance(value, (list, tuple)) else True
 
 
-def _first_tensor(value: Any, depth: int = 3) -> torch.Tensor | None:
+def _first_tensor(value: object, depth: int = 3) -> torch.Tensor | None:
     if isinstance(value, torch.Tensor):
         return value
     inner: Iterable[Any] = ()

@@ -39,7 +39,7 @@ def model_of(module: Any) -> Any:
             return module
 
 
-def compiled_in_place(module: Any) -> bool:
+def compiled_in_place(module: torch.nn.Module) -> bool:
     """Whether `module.compile()` was called: calls run a compiled function that has the module's forward inside."""
     return getattr(module, "_compiled_call_impl", None) is not None
 
@@ -48,13 +48,14 @@ class CallSite:
     """Stands for a module compiled in place where hooks are put around its calls, for hooks on its forward would be
     compiled with it. Everything else is the module's."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
 
     @property
     def forward(self) -> Callable[..., Any]:
         """What runs when the module is called: the compiled function, or hooks around it."""
-        return self.module._compiled_call_impl
+        call: Any = self.module._compiled_call_impl
+        return call
 
     @forward.setter
     def forward(self, value: Callable[..., Any]) -> None:
@@ -119,7 +120,7 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
         logger.warning("%s: run uncompiled in this call, because a feature has hooks inside", which)
 
 
-def _compiled_functions(module: Any) -> list[tuple[Any, str, Any]]:
+def _compiled_functions(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
     """Compiled functions on one module in the place of its forward, its call or other methods: where, name, function.
 
     Below hooks it is in their chain.
@@ -131,27 +132,27 @@ def _compiled_functions(module: Any) -> list[tuple[Any, str, Any]]:
     return [(owner, name, function) for owner, name, function in found if is_compiled(function)]
 
 
-def is_compiled(function: Any) -> bool:
+def is_compiled(function: object) -> bool:
     """Whether torch.compile made a function; not one that somebody put around such a function."""
     original = getattr(function, _COMPILED, None)
     return original is not None and getattr(function, "__wrapped__", original) == original
 
 
-def compiled_anywhere(model: Any) -> bool:
+def compiled_anywhere(model: torch.nn.Module) -> bool:
     """Whether a model, one of its parts or one of their methods is compiled."""
     return any(_compiled_functions(part) for part in model.modules())
 
 
-def _is_hooked(module: Any) -> bool:
+def _is_hooked(module: torch.nn.Module) -> bool:
     return any(name.startswith(_OWN) for registry in _registries(module) for name in getattr(registry, "hooks", ()))
 
 
-def _registries(module: Any) -> tuple[Any, Any]:
+def _registries(module: torch.nn.Module) -> tuple[Any, Any]:
     """The registries of the hooks around a module's compiled call, and of those on its forward; None where none is."""
     return vars(module).get(_CALLS), registry_of(module)
 
 
-def _registry(module: Any) -> Any:
+def _registry(module: torch.nn.Module) -> Any:
     """The registry of the hooks around the calls of a module. Made here, it is removed with the last of its hooks."""
     attributes, around_call = vars(module), compiled_in_place(module)
     found = attributes.get(_CALLS) if around_call else registry_of(module)
@@ -191,7 +192,7 @@ def tidy(module: torch.nn.Module, keep_registry: bool = False) -> None:
         drop_registry(module)
 
 
-def _is_own(forward: Any, module: Any) -> bool:
+def _is_own(forward: Any, module: torch.nn.Module) -> bool:
     """Whether an instance attribute only says what the class says."""
     return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
@@ -261,7 +262,7 @@ def map_tensors(fn: Callable[[Any], Any], value: Any, kind: type = torch.Tensor)
     return value
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: object) -> list[torch.Tensor]:
     """Every tensor in a nested value, in order."""
     found: list[torch.Tensor] = []
     map_tensors(found.append, value)
@@ -273,6 +274,6 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: object) -> int:
     """The bytes of all tensors in a nested value, each tensor object counted once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors_in(value)}.values())

@@ -11,9 +11,12 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 # by the class of the scheduler or one of its base classes
 _KINDS: dict[str, str] = {
@@ -49,7 +52,7 @@ _KINDS: dict[str, str] = {
 }
 
 
-def _kind(scheduler: Any) -> str | None:
+def _kind(scheduler: SchedulerMixin) -> str | None:
     kind = next((_KINDS[c.__name__] for c in type(scheduler).__mro__ if c.__name__ in _KINDS), None)
     config = getattr(scheduler, "config", {})
     if kind == "flow" and config.get("stages", 1) > 1:
@@ -62,17 +65,17 @@ def _kind(scheduler: Any) -> str | None:
     return kind
 
 
-def counts_by_sigma(scheduler: Any) -> bool:
+def counts_by_sigma(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler's timesteps do not say how noisy the latents are: its σ do."""
     return _kind(scheduler) == "sigma"
 
 
-def unknown_noise_levels(scheduler: Any) -> str | None:
+def unknown_noise_levels(scheduler: SchedulerMixin) -> str | None:
     """Why the noise levels of a scheduler are not known; None if they are."""
     return None if _kind(scheduler) else f"the noise levels of {type(scheduler).__name__} are not known to this toolkit"
 
 
-def noise_levels(scheduler: Any) -> list[float]:
+def noise_levels(scheduler: SchedulerMixin) -> list[float]:
     """The noise level at each of the scheduler's timesteps, 0 … 1.
 
     Raises:
@@ -97,14 +100,14 @@ def noise_levels(scheduler: Any) -> list[float]:
     return [min(1.0, max(0.0, level)) for level in found]
 
 
-def _sigmas(scheduler: Any, times: list[float]) -> list[float]:
+def _sigmas(scheduler: SchedulerMixin, times: list[float]) -> list[float]:
     """σ at each of the timesteps."""
     if (schedule := getattr(scheduler, "schedule", None)) is not None:
         return [float(schedule[int(t)]) for t in times]
     return [float(s) for s in scheduler.sigmas.tolist()[: len(times)]]
 
 
-def share_of(sigma: float, scheduler: Any = None) -> float:
+def share_of(sigma: float, scheduler: SchedulerMixin | None = None) -> float:
     """The share of the training timesteps whose σ/α is below `sigma`, interpolated in log σ as sigma schedulers do."""
     table = getattr(scheduler, "alphas_cumprod", None)
     ratios = _ratios(tuple(float(a) for a in table)) if table is not None else _stable_diffusion()

@@ -7,11 +7,14 @@ latents as they are now, so it corrects itself where a forecast of the velocity 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .noise_level import counts_by_sigma
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 SPACES = ("epsilon", "sample")
 _LEAST = 1e-4
@@ -20,7 +23,7 @@ _LEAST = 1e-4
 class Conversion:
     """Between the prediction type of a scheduler and noise ("epsilon") or clean sample ("sample")."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: SchedulerMixin) -> None:
         config = getattr(scheduler, "config", {})
         self.scheduler = scheduler
         self.flow = type(scheduler).__name__.startswith("FlowMatch")

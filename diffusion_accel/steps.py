@@ -127,7 +127,7 @@ class StepClock:
         return noise_levels(self.scheduler)[self._start : self._start + self.total]
 
     # ------------------------------------------------------------------ following
-    def observe(self, module: torch.nn.Module, timestep: Any) -> None:
+    def observe(self, module: torch.nn.Module, timestep: torch.Tensor | float | None) -> None:
         """Note a call of `module` with `timestep` and update the attributes."""
         if threading.get_ident() != self._thread:
             raise CallStateError(
@@ -178,7 +178,7 @@ class StepClock:
             return True
         return timesteps is not known and not (self.family.views and torch.equal(timesteps, known))
 
-    def _locate(self, timestep: Any, fresh: bool) -> int:
+    def _locate(self, timestep: torch.Tensor | float | None, fresh: bool) -> int:
         """The position of `timestep` in the scheduler's timesteps, without a device synchronisation where possible."""
         tensor = self._tensor
         assert tensor is not None
@@ -267,7 +267,7 @@ class _ClockHook(ModelHook):
         return args, kwargs
 
 
-def _value(timestep: Any) -> tuple[float, float]:
+def _value(timestep: torch.Tensor | float) -> tuple[float, float]:
     """A timestep as a number, and how much of it may be rounding. With one for each token or frame, the noisiest's."""
     if not isinstance(timestep, torch.Tensor):
         return float(timestep), 1e-9

@@ -101,7 +101,7 @@ def split_features(kwargs: dict[str, Any]) -> tuple[list[Feature], dict[str, Any
     return features, {k: v for k, v in kwargs.items() if k not in FEATURES}
 
 
-def make_feature(name: str, value: Any) -> Feature:
+def make_feature(name: str, value: object) -> Feature:
     """A feature from True, a `Feature`, a dict of fields, or `key=value,…` text."""
     cls = feature_class(name)
     if value is True:

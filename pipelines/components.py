@@ -68,7 +68,9 @@ def check_components(
             check_keys(folder / name, cls, variant, allow_pickle)
 
 
-def check_keys(folder: Path, cls: Any, variant: str | None = None, allow_pickle: bool = False) -> None:
+def check_keys(
+    folder: Path, cls: type[ModelMixin | PreTrainedModel], variant: str | None = None, allow_pickle: bool = False
+) -> None:
     """Compare the weights in one component's folder with what `cls`, a model of diffusers or transformers, expects.
 
     Only names and shapes are read, and the model is built without memory for its weights. A model that cannot be built
@@ -134,7 +136,7 @@ def _class_of(library: str, name: str) -> Any:
     return getattr(place, name, None)
 
 
-def _is_plain_model(cls: Any) -> bool:
+def _is_plain_model(cls: type[ModelMixin | PreTrainedModel]) -> bool:
     """Whether a class is a model that is loaded in the way of its library."""
     if not isinstance(cls, type) or not issubclass(cls, (ModelMixin, PreTrainedModel)):
         return False
@@ -142,7 +144,7 @@ def _is_plain_model(cls: Any) -> bool:
     return own in loaders
 
 
-def _check_types(cls: Any, folder: Path) -> None:
+def _check_types(cls: type[ModelMixin | PreTrainedModel], folder: Path) -> None:
     """Refuse texts and tables where a class of diffusers takes numbers, and the other way round."""
     file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
     values = {} if file is None else read_json(file, error=ModelLoadError, nonfinite=True)
@@ -172,7 +174,7 @@ def _weight_files(folder: Path, cls: type, variant: str | None, allow_pickle: bo
 
 
 def _compare_diffusers(
-    folder: Path, cls: Any, tensors: dict[str, torch.Tensor], sharded: bool
+    folder: Path, cls: type[ModelMixin | PreTrainedModel], tensors: dict[str, torch.Tensor], sharded: bool
 ) -> tuple[set[str], set[str], list[tuple[str, str, str]]]:
     with torch.device("meta"):
         model = cls.from_config(cls.load_config(str(folder), local_files_only=True))
@@ -185,7 +187,7 @@ def _compare_diffusers(
 
 
 def _compare_transformers(
-    folder: Path, cls: Any, tensors: dict[str, torch.Tensor], _sharded: bool
+    folder: Path, cls: type[ModelMixin | PreTrainedModel], tensors: dict[str, torch.Tensor], _sharded: bool
 ) -> tuple[set[str], set[str], list[tuple[str, str, str]]]:
     config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
     model, info = cls.from_pretrained(
@@ -223,7 +225,7 @@ def bounded(tensors: int, where: str) -> Iterator[None]:
     most, here = 10 * tensors + 5000, threading.get_ident()
     made = size = 0
 
-    def part(_module: torch.nn.Module, _name: str, _value: Any) -> None:
+    def part(_module: torch.nn.Module, _name: str, _value: object) -> None:
         nonlocal made
         if threading.get_ident() == here:
             made += 1
@@ -232,7 +234,7 @@ def bounded(tensors: int, where: str) -> Iterator[None]:
                     f"{where}: its config.json describes a model far larger than its {tensors} weights"
                 )
 
-    def buffer(_module: torch.nn.Module, _name: str, value: Any) -> None:
+    def buffer(_module: torch.nn.Module, _name: str, value: object) -> None:
         nonlocal size
         if threading.get_ident() == here and isinstance(value, torch.Tensor):
             size += value.nbytes

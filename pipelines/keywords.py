@@ -29,7 +29,7 @@ CONVERSION = frozenset({"custom_pipeline", "custom_revision", "dtype", "torch_dt
 OWN = frozenset("task controlnet dtype allow_pickle pipeline_class quantize runtime low_memory".split())
 
 
-def components_of(cls: Any) -> frozenset[str]:
+def components_of(cls: type) -> frozenset[str]:
     """The parts and settings that a pipeline class is made of."""
     return frozenset(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
 
@@ -45,7 +45,7 @@ def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
     raise ConfigurationError(f"unknown argument or feature: {', '.join(unknown)}; {hint}")
 
 
-def check_options(source: ModelSource, cls: Any, options: dict[str, Any]) -> None:
+def check_options(source: ModelSource, cls: type | None, options: dict[str, Any]) -> None:
     """Refuse keywords for loading `source` that neither diffusers nor its pipeline takes, before anything is loaded.
 
     Args:

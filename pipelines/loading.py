@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusers import (
     AutoPipelineForText2Image,
     ControlNetModel,
     DiffusionPipeline,
+    ModelMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
@@ -47,10 +48,10 @@ def load_pipeline(
     model: str | ModelSource,
     *,
     task: str | None = None,
-    controlnet: Any = None,
+    controlnet: str | Path | ModelMixin | Sequence[ModelMixin] | None = None,
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
-    pipeline_class: Any = None,
+    pipeline_class: type[DiffusionPipeline] | None = None,
     quantize: str | None = None,
     runtime: str | None = None,
     low_memory: bool = False,
@@ -119,7 +120,9 @@ def _check_values(task: object, controlnet: object, dtype: object, pipeline_clas
         raise ConfigurationError(f"quantize must be a folder or package:kind, as a text, got {shown(quantize)}")
 
 
-def _plain(source: ModelSource, pipeline_class: Any, allow_pickle: bool, options: dict[str, Any]) -> Any:
+def _plain(
+    source: ModelSource, pipeline_class: type[DiffusionPipeline] | None, allow_pickle: bool, options: dict[str, Any]
+) -> Any:
     """The pipeline as diffusers loads it, its weights and tokenizers checked."""
     if source.kind == "file":
         pipe = _single_file(source, pipeline_class, options)
@@ -133,7 +136,7 @@ def _plain(source: ModelSource, pipeline_class: Any, allow_pickle: bool, options
     return pipe
 
 
-def _folder(source: ModelSource, cls: Any, allow_pickle: bool, options: dict[str, Any]) -> Any:
+def _folder(source: ModelSource, cls: type[DiffusionPipeline], allow_pickle: bool, options: dict[str, Any]) -> Any:
     """A pipeline from a folder, or from the hub's: first everything is downloaded and checked, then loaded."""
     if source.kind == "embedded":
         return cls.from_pretrained(source.location, **{"local_files_only": True, **options})
@@ -148,7 +151,7 @@ def _folder(source: ModelSource, cls: Any, allow_pickle: bool, options: dict[str
     return pipe
 
 
-def _single_file(source: ModelSource, cls: Any, options: dict[str, Any]) -> Any:
+def _single_file(source: ModelSource, cls: type[DiffusionPipeline] | None, options: dict[str, Any]) -> Any:
     keys = safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
     if cls is None:
         cls = StableDiffusionXLPipeline if any(k.startswith("conditioner.") for k in keys) else StableDiffusionPipeline
@@ -166,7 +169,7 @@ def _denoiser_parts(source: ModelSource) -> list[str]:
     return ["unet"] if "unet" in there or not there else there
 
 
-def _convert(pipe: DiffusionPipeline, task: str, net: Any) -> Any:
+def _convert(pipe: DiffusionPipeline, task: str, net: ModelMixin | None) -> Any:
     channels = getattr(getattr(getattr(pipe, "unet", None), "config", None), "in_channels", 4)
     if task == "inpainting" and channels not in (4, 9):
         raise ModelLoadError(

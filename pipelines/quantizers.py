@@ -13,7 +13,7 @@ from diffusion_accel.model_files.folders import check_config
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def load_quantized(pipe: DiffusionPipeline, text: str, dtype: torch.dtype) -> No
     pipe.register_modules(**models)
 
 
-def _quantized(folder: Path, text: str, own: Any, dtype: torch.dtype) -> Any:
+def _quantized(folder: Path, text: str, own: ModelMixin, dtype: torch.dtype) -> Any:
     """The model of a checkpoint, of the same kind as `own`."""
     config = read_json(folder / "config.json", error=ModelLoadError, nonfinite=True)
     check_config(config, folder / "config.json")

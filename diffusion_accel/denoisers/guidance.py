@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from diffusion_accel.hooks import forward_parameters
 
 from .families import DISTILLED, HALVES, family_of
@@ -41,7 +43,7 @@ def no_branches(pipeline: DiffusionPipeline) -> str | None:
     return None
 
 
-def _is_distilled(pipeline: DiffusionPipeline, denoiser: Any) -> bool:
+def _is_distilled(pipeline: DiffusionPipeline, denoiser: nn.Module | None) -> bool:
     """Whether the pipeline never uses guidance with this model, whatever its scale: it asks one of two configs."""
     asks = getattr(getattr(type(pipeline), "do_classifier_free_guidance", None), "fget", None)
     names = asks.__code__.co_names if asks is not None else ()

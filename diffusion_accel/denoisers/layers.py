@@ -125,7 +125,7 @@ def mixes_rows(module: nn.Module) -> bool:
     return any(not {c.__name__ for c in type(p).__mro__} & _ROW_INDEPENDENT_PROCESSORS for p in processors)
 
 
-def usual_attention(processor: Any) -> bool:
+def usual_attention(processor: object) -> bool:
     """Whether an attention processor computes attention as usual: each row by itself, on the keys and values it gets
     from `to_k` and `to_v`."""
     return type(processor).__name__ in _ROW_INDEPENDENT_PROCESSORS

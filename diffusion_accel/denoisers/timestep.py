@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from .families import UNITS, Moment, Unit, family_of, model_family
 from .find import find_denoiser
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 _TIME_ARGUMENTS = ("timestep", "timesteps")
 
@@ -25,7 +25,7 @@ def time_argument(names: Container[str]) -> str | None:
     return next((name for name in _TIME_ARGUMENTS if name in names), None)
 
 
-def told(pipeline: DiffusionPipeline, scheduler: Any, unit: Unit) -> list[float]:
+def told(pipeline: DiffusionPipeline, scheduler: SchedulerMixin, unit: Unit) -> list[float]:
     """What the denoiser is told at each of the scheduler's timesteps, in a unit of `UNITS` or by a function."""
     timesteps = [float(t) for t in scheduler.timesteps.tolist()]
     sigmas = getattr(scheduler, "sigmas", None)

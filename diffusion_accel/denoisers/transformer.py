@@ -47,9 +47,10 @@ def stream_blocks(module: nn.Module) -> list[StreamBlock]:
     return blocks
 
 
-def _stream_family(cls: Any) -> ModelFamily | None:
+def _stream_family(cls: type[nn.Module]) -> ModelFamily | None:
     """The family of the first class among `cls` and its bases whose streams are known, if `cls` runs its `forward`."""
-    for base in cls.__mro__:
+    bases: tuple[Any, ...] = cls.__mro__
+    for base in bases:
         family = model_family(base)
         if family is not None and family.stream_lists:
             return family if base.forward is cls.forward else None

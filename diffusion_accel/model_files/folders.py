@@ -128,7 +128,7 @@ def _table(file: Path) -> dict[str, Any]:
     return values
 
 
-def is_pair(value: Any) -> bool:
+def is_pair(value: object) -> bool:
     """Whether a value of a model_index.json names a library and a class (or neither)."""
     return isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
 
@@ -228,11 +228,11 @@ def check_config(values: dict[str, Any], where: Path | str) -> None:
             _refuse(where, key, found, "from 0 to less than 1")
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+def _numbers(values: object, key: str = "") -> Iterator[tuple[str, int | float]]:
     """All numbers in a table, with the names that lead to them."""
     if isinstance(values, dict):
         for name, value in values.items():
@@ -240,9 +240,9 @@ def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     elif isinstance(values, list):
         for value in values:
             yield from _numbers(value, key)
-    elif type(values) in (int, float):
+    elif isinstance(values, (int, float)) and not isinstance(values, bool):
         yield key, values
 
 
-def _refuse(where: Path | str, key: str, value: Any, allowed: str) -> None:
+def _refuse(where: Path | str, key: str, value: object, allowed: str) -> None:
     raise ModelLoadError(f"{where}: {printable(key[:80])} must be {allowed}, got {printable(value)[:60]}")

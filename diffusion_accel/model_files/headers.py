@@ -106,7 +106,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _span(name: str, entry: Any) -> tuple[int, int]:
+def _span(name: str, entry: object) -> tuple[int, int]:
     if len(name) > NAME_LIMIT:
         raise ValueError(f"a name has {len(name)} characters")
     if any("\ud800" <= sign <= "\udfff" for sign in name):
@@ -125,6 +125,6 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _check_metadata(values: Any) -> None:
+def _check_metadata(values: object) -> None:
     if values is not None and (not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values())):
         raise ValueError("__metadata__ is no table of texts")
