@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from zoo import Built, flux, rand, run, sd, seeded
 
 from diffusion_accel import AccelerationError, ConfigurationError, Reuse, accelerate
@@ -104,3 +112,19 @@ def test_transformers_with_caches_take_our_plans_too() -> None:
             accelerate(pipe, Reuse(**options))
     with pytest.raises(AccelerationError, match="none of diffusers' caches"):
         accelerate(sd()[0], Reuse(plan="first-block"))
+
+
+def test_taylorseer_is_refused_where_diffusers_would_put_it_on_nothing() -> None:
+    """It finds attention layers by whole names, and Wan's are called attn1 and attn2: no step would be left out."""
+    wan = seeded(
+        lambda: WanTransformer3DModel(
+            patch_size=(1, 2, 2), in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2,
+            rope_max_seq_len=32, num_attention_heads=2, attention_head_dim=12,
+        )
+    )  # fmt: skip
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=wan, scheduler=FlowMatchEulerDiscreteScheduler()
+    )
+    with pytest.raises(AccelerationError, match="TaylorSeer of diffusers finds no attention in WanTransformer3DModel"):
+        accelerate(pipe, Reuse(plan="taylorseer:3"))
+    assert Reuse(plan="first-block").supports(pipe) is None and Reuse(plan="hold:2").supports(pipe) is None

@@ -7,32 +7,63 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from zoo import ZOO, ddim, rand, run, seeded
+from zoo import ddim, rand, seeded
 
 from diffusion_accel import AccelerationError, Reuse, accelerate
-from diffusion_accel.denoisers import stream_blocks, unet_layers
+from diffusion_accel.denoisers import stream_blocks
 from diffusion_accel.denoisers.families import _MODELS
 
 TEXT = rand(2, 6, 16, seed=1)
+
+
 POOLED = rand(2, 8, seed=2)
+
+
 MASK = torch.ones(2, 6, dtype=torch.long)
+
+
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16}
+
+
 TINY = {"num_attention_heads": 2, "attention_head_dim": 8}
+
+
 IMAGE = rand(2, 4, 8, 8)
+
+
 CLIP = rand(2, 4, 2, 8, 8)  # channels, frames
+
+
 SIZES = {name: torch.tensor([[8.0, 8.0]] * 2) for name in ("original_size", "target_size", "crop_coords")}
+
+
 SD3 = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 4, "joint_attention_dim": 16, **TINY}
+
 SD3 |= {"caption_projection_dim": 16, "pooled_projection_dim": 8, "pos_embed_max_size": 8}
+
+
 SANA = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16, **TINY}
+
+
 FLUX = {"num_layers": 2, "num_single_layers": 2, "axes_dims_rope": (4, 4, 8), "joint_attention_dim": 16, **SMALL}
+
 FLUX |= {"in_channels": 16}
+
+
 TOKENS = {"hidden_states": rand(2, 4, 16), "img_ids": torch.rand(4, 3).round(), "txt_ids": torch.zeros(6, 3)}
+
+
 PIXART = {"sample_size": 8, "num_layers": 4, "norm_num_groups": 4, "out_channels": 8, **TINY}
+
+
 LATTE = {"in_channels": 4, "out_channels": 8, "num_layers": 3, "sample_size": 8, "patch_size": 2, "video_length": 2}
+
 LATTE |= {"cross_attention_dim": 16, "caption_channels": 16, "norm_type": "ada_norm_single", "attention_bias": True}
+
 LATTE |= {"activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False, **TINY}
+
 
 # name of a case -> (class, configuration, arguments of a call)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -222,45 +253,3 @@ def test_one_block_is_said_to_be_one() -> None:
     pipe = Still(seeded(lambda: diffusers.SD3Transformer2DModel(**{**SD3, "num_layers": 1})), ddim())
     with pytest.raises(AccelerationError, match="has 1 block: a shallow step would leave out nothing or all; use hold"):
         accelerate(pipe, Reuse(plan="deepcache:2"))
-
-
-# ---------------------------------------------------------------------- U-Nets with more in a layer
-def test_free_noise_that_splits_its_batch_gives_the_same() -> None:
-    pipe, call = ZOO["animatediff"]()
-    accelerate(pipe, Reuse(plan="deepcache:2"))
-    want = run(pipe, call)
-    pipe.enable_free_noise_split_inference(spatial_split_size=4, temporal_split_size=4)
-    assert torch.allclose(run(pipe, call), want, atol=1e-3)
-    assert pipe.acceleration.report().counters["reuse"]["shallow_steps"] == 3
-
-
-def test_layers_with_several_attentions_are_left_out_whole() -> None:
-    from diffusers import AudioLDM2UNet2DConditionModel
-
-    model = seeded(
-        lambda: AudioLDM2UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=8, attention_head_dim=4,
-            cross_attention_dim=((16, 16), (16, 16)), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )
-    )  # fmt: skip
-    layers = dict(pair for block in unet_layers(model).up for pair in block)
-    attentions = list(model.up_blocks[0].attentions)
-    assert len(attentions) == 2 * len(model.up_blocks[0].resnets)
-    for i, number in enumerate(range(5, 2, -1)):
-        assert [m for m in layers[number] if m in attentions] == attentions[2 * i : 2 * i + 2]
-
-
-def test_blocks_that_are_not_understood_are_refused_by_accelerate() -> None:
-    pipe, _ = ZOO["sd"]()
-    pipe.unet = seeded(
-        lambda: UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=None, norm_eps=1e-5,
-            down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"), mid_block_type=None,
-            up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"), cross_attention_dim=16, attention_head_dim=8,
-            act_fn="gelu", resnet_time_scale_shift="scale_shift", time_cond_proj_dim=16, conv_in_kernel=1,
-        )
-    )  # fmt: skip
-    with pytest.raises(AccelerationError, match="the skip connections of KDownBlock2D are not known.*use hold:n"):
-        accelerate(pipe, Reuse(plan="deepcache:2"))
-    accelerate(pipe, Reuse(plan="hold:2"))
