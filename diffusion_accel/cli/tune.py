@@ -152,7 +152,7 @@ def tune(
 
 
 def show(output: str, plan: TunedPlan) -> None:
-    """What was found, in two lines."""
+    """What was found, in two lines, and what was not searched though it could be."""
     measured, steps = plan.measured, plan.plan.steps
     words = {"full": "full", "hold": "held", "shallow": "shallow", "decoder": "decoder only"}
     counts = {m: sum(step.mode == m for step in steps) for m in words}
@@ -168,3 +168,5 @@ def show(output: str, plan: TunedPlan) -> None:
         f"(FLOPs {measured['flop_ratio']:.2f}x), PSNR {measured['psnr_median']:.1f} dB, worst decile "
         f"{measured['psnr_worst_decile']:.1f} dB"
     )
+    if "true guidance" in (why := plan.search.get("guidance_reuse", "")):
+        say(why)

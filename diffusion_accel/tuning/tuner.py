@@ -174,7 +174,7 @@ class Tuner:
 
 def tune(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     steps: int | None = None,
     seed: int = 0,
@@ -223,11 +223,12 @@ def tune(
         ConfigurationError: a setting is impossible, or no plan reaches the target.
         UnsupportedPipelineError: the pipeline's steps cannot be left out.
     """
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     steps = usual_steps(pipe) or USUAL_STEPS if steps is None else steps
     named = {"guidance_scale": guidance_scale, "height": height, "width": width}
     options |= {name: value for name, value in named.items() if value is not None}
     target = _checked(pipe, prompts, steps, options, Target(speedup, min_psnr))
-    whole, calibration = Sampler(pipe, tuple(prompts), steps, seed, batch, options), 2 * len(prompts) // 3
+    whole, calibration = Sampler(pipe, prompts, steps, seed, batch, options), 2 * len(prompts) // 3
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
     found, failure = [], ConfigurationError("nothing was searched")
     with torch.inference_mode():
