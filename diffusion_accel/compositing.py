@@ -40,9 +40,14 @@ def shown_as_rgb(image: Image.Image) -> Image.Image:
 
 def premultiplied(image: Image.Image) -> Image.Image:
     """An RGBA image with its colours multiplied by alpha, as compositing programs want them."""
+    return Image.fromarray(premultiplied_pixels(image).round().astype(np.uint8))
+
+
+def premultiplied_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of an image, float32 (height, width, 4) in 0..255, colours multiplied by alpha."""
     pixels = np.asarray(image.convert("RGBA")).astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
-    return Image.fromarray(pixels.round().astype(np.uint8))
+    return pixels
 
 
 def stack(images: Sequence[Image.Image], names: Sequence[str] = ()) -> Image.Image:

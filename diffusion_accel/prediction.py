@@ -64,7 +64,7 @@ class Conversion:
 
     def to(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """A prediction in another space; `x` is what the denoiser was given, in at least as many channels."""
-        return self._map(value, x, timestep, lambda v, x, a, s: _into(space, self.kind, v, x, a, s))
+        return self._map(value, x, timestep, lambda v, x, a, s: converted(space, self.kind, v, x, a, s))
 
     def back(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """The inverse of `to`, with the latents as they are now."""
@@ -75,7 +75,7 @@ class Conversion:
         alpha, sigma = self.coefficients(timestep)
         zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         return float(
-            _into(space, self.kind, one, zero, alpha, sigma) - _into(space, self.kind, zero, zero, alpha, sigma)
+            converted(space, self.kind, one, zero, alpha, sigma) - converted(space, self.kind, zero, zero, alpha, sigma)
         )
 
     def _map(self, value: torch.Tensor, x: torch.Tensor, timestep: float, fn: Any) -> torch.Tensor:
@@ -94,7 +94,18 @@ def _scaled(ratio: float) -> tuple[float, float]:
     return max(_LEAST, alpha), max(_LEAST, ratio * alpha)
 
 
-def _into(space: str, kind: str, v: torch.Tensor, x: torch.Tensor, a: float, s: float) -> torch.Tensor:
+def converted(
+    space: str, kind: str, v: torch.Tensor, x: torch.Tensor, a: float | torch.Tensor, s: float | torch.Tensor
+) -> torch.Tensor:
+    """A prediction in another space.
+
+    Args:
+        space: "epsilon" (the noise) or "sample" (what is clean).
+        kind: what `v` is: one of these, "v_prediction" (a·ε − s·x0) or "flow" (ε − x0).
+        v: the prediction.
+        x: the noisy sample, a·x0 + s·ε.
+        a, s: α and σ, numbers or of a shape that broadcasts.
+    """
     if kind == space:
         return v
     if kind == "v_prediction":

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from training_options import guarded
 
-from diffusion_accel.evaluation import quality
+from diffusion_accel.evaluation import prompts
 from diffusion_accel.evaluation.classifier import extract, load_classifier
 from diffusion_accel.evaluation.distribution import frechet_distance, precision_recall
+from diffusion_accel.evaluation.drawing import drawing_quality
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.training.datasets import as_tensor
 from diffusion_accel.training.models import load_vae
@@ -58,8 +59,8 @@ def noise(strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
     model = load_classifier()
-    asked, real, load = quality.reference_of(options.data, model)
-    reference = quality.embedded_reference()[0]
+    asked, real, load = prompts.reference_of(options.data, model)
+    reference = prompts.embedded_reference()[0]
     known = [i for i, split in enumerate(reference.splits) if split]
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(1)).tolist()
     first, second = ([known[i] for i in order[a : a + options.count]] for a in (0, options.count))
@@ -80,14 +81,14 @@ def run(options: argparse.Namespace) -> None:
     print("| 300 real stickers against | Fréchet | precision | recall | right concept, same style | any style |")
     print("|" + " --- |" * 6)
     for name, change in rows:
-        values = quality.drawing_quality(extract(model, change(images)), first, asked, real)
+        values = drawing_quality(extract(model, change(images)), first, asked, real)
         show(name, values["frechet"], values["precision"], values["recall"], values["retrieval"])
     a, b = real.values[first], real.values[second]
     show("other real ones of the same kind", frechet_distance(a, b), *precision_recall(a, b), None)
     other = [i for i, split in enumerate(reference.splits) if not split][: options.count]
     c = real.values[other]
     show("real ones of other concepts", frechet_distance(a, c), *precision_recall(a, c), None)
-    for style in quality.STICKER_STYLES:
+    for style in prompts.STICKER_STYLES:
         d = real.values[[i for i in known if real.styles[i] == style][: options.count]]
         show(f"real ones in the style {style} alone", frechet_distance(a, d), *precision_recall(a, d), None)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from diffusion_accel.evaluation.quality import embedded_prompts
+from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.measure.fidelity import psnr, ssim
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED

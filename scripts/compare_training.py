@@ -181,7 +181,7 @@ def one(
 @functools.cache
 def real_features() -> tuple[Any, dict[tuple[str, str], int]]:
     """Features of the real stickers, and where the one of a concept and style is."""
-    from diffusion_accel.evaluation.quality import embedded_reference
+    from diffusion_accel.evaluation.prompts import embedded_reference
 
     _, real = embedded_reference()
     return real, {pair: i for i, pair in enumerate(zip(real.concepts, real.styles, strict=True))}

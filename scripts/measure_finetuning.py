@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from diffusion_accel.denoisers import TIME_LAYERS
-from diffusion_accel.evaluation.quality import embedded_prompts
+from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.io import replacing
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from diffusion_accel import Reuse, accelerate
-from diffusion_accel.evaluation.quality import embedded_prompts
+from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import interleaved, ratios

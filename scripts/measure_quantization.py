@@ -10,6 +10,7 @@ guidance (two rows) in float32 and with every runtime, in turn, also by type of 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import shutil
@@ -17,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch import nn
 import diffusion_accel  # noqa: F401, so that diffusers loads the checkpoint
 from diffusion_accel.measure.memory import process_peak
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.measure.timing import interleaved, ratios, timed
 from diffusion_accel.quant.layers import QuantizedConv2d, QuantizedLinear, quantized_layers
 from diffusion_accel.quant.model import runtime_report, set_runtime
 from diffusion_accel.quant.ptq.ranges import RangeSettings
@@ -109,26 +113,23 @@ def times(full: nn.Module, quantized: nn.Module, latent: int, rounds: int) -> di
     for name in ("integer", "dequantize", "auto"):
         set_runtime(quantized, name)
         kept[name] = [layer.runtime for layer in layers]
-    seconds: dict[str, list[float]] = {"float32": [], **{n: [] for n in kept}}
-    kinds: dict[str, list[dict[str, float]]] = {n: [] for n in seconds}
-    for turn in range(rounds + 1):
-        for name in seconds:
-            for layer, runtime in zip(layers, kept.get(name, []), strict=False):
-                layer.runtime = runtime
-            model = full if name == "float32" else quantized
+    models = {"float32": full, **dict.fromkeys(kept, quantized)}
+    calls = {name: functools.partial(model, x, 500, text) for name, model in models.items()}
+    kinds: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
 
-            def run(model: Any = model) -> None:
-                model(x, 500, text)
+    @contextmanager
+    def runtime_of(name: str) -> Iterator[None]:
+        for layer, runtime in zip(layers, kept.get(name, []), strict=False):
+            layer.runtime = runtime
+        yield
+        kinds[name].append(by_type(models[name], calls[name]))
 
-            began = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-                kinds[name].append(by_type(model, run))
+    seconds = interleaved(calls, rounds, around=runtime_of)
+    kinds = {name: each[1:] for name, each in kinds.items()}  # the first round warms up
     base = seconds["float32"]
     found: dict[str, Any] = {"seconds of float32": statistics.median(base)}
     for name, took in seconds.items():
-        ratio = statistics.median(b / t for b, t in zip(base, took, strict=True))
+        ratio = statistics.median(ratios(base, took))
         parts = {
             kind: statistics.median(b[kind] / t[kind] for b, t in zip(kinds["float32"], kinds[name], strict=True))
             for kind in ("linear", "convolution")
@@ -159,11 +160,11 @@ def main() -> None:
             settings = QuantizeSettings(
                 weight_bits=args.bits, buckets=2, rounding=None, finetune=None, ranges=RangeSettings(rows=2, chunk=2)
             )
-            began = time.perf_counter()
-            run = quantize_denoiser(Embedded(pipe, ("",) * 2, 3, batch=1), settings, args.work / "between")
+            sampler, between = Embedded(pipe, ("",) * 2, 3, batch=1), args.work / "between"
+            run, seconds = timed(functools.partial(quantize_denoiser, sampler, settings, between))
             run.model.save_pretrained(folder, max_shard_size="20GB")
             result["quantizing"] = {
-                "seconds": time.perf_counter() - began,
+                "seconds": seconds,
                 "peak": process_peak(),
                 "stages": run.seconds,
             }

@@ -29,7 +29,7 @@ from scipy.stats import binomtest
 from diffusion_accel import LatentTransparency, accelerate
 from diffusion_accel.compositing import checkerboard, over
 from diffusion_accel.evaluation.cutouts import cutout_faults, flood_filled, thresholded
-from diffusion_accel.evaluation.quality import embedded_reference
+from diffusion_accel.evaluation.prompts import embedded_reference
 from diffusion_accel.measure.fidelity import as_tensor, psnr
 from diffusion_accel.measure.timing import interleaved, ratios, seconds_of
 from diffusion_accel.pipelines.loading import load_pipeline

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import diffusion_accel as api
-from diffusion_accel.evaluation.quality import embedded_prompts
+from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.model_files.names import find_model
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import set_scheduler

@@ -184,7 +184,9 @@ def _compare(row: Row, base: torch.Tensor | None, converged: torch.Tensor | None
         row.ssim = _spread(found.ssim, 4)
     if min(base.shape[-2:]) >= MS_SSIM_FROM:
         try:
-            from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+            from torchmetrics.functional.image import (  # optional package
+                multiscale_structural_similarity_index_measure as ms_ssim,
+            )
         except ImportError:
             pass
         else:

@@ -57,14 +57,11 @@ def texts_of(file: str | None, count: int, source: ModelSource) -> list[str]:
     """The first prompts of a file; without one, of those that the embedded model was trained with; else none."""
     if file is not None:
         return [job.prompt for job in read_jobs([], file)][:count]
-    return embedded_prompts(count) if source.kind == "embedded" else []
+    if source.kind != "embedded":
+        return []
+    from diffusion_accel.evaluation.prompts import embedded_prompts  # heavy: torch
 
-
-def embedded_prompts(count: int) -> list[str]:
-    """Captions that the embedded model was trained with, the same ones every time."""
-    from diffusion_accel.evaluation import prompts  # heavy: torch
-
-    return prompts.embedded_prompts(count)
+    return embedded_prompts(count)
 
 
 def _json_job(line: str, where: str) -> Job:

@@ -42,9 +42,8 @@ from .common_options import (
     settings_of,
     time_option,
 )
-from .prompts import read_jobs
+from .prompts import texts_of
 from .terminal import Bar, say
-from .tune import embedded_prompts
 
 BUCKETS, IMAGES, REPEATED = at_least(1, 1000), at_least(0, 10_000), at_least(0, 1_000_000)
 BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 seconds")
@@ -135,9 +134,7 @@ def quantize(
     check_free_folder(folder, overwrite)
     _say_how_to_go_on(folder)
     settings, source = settings_of(options)
-    texts = embedded_prompts(count) if source.kind == "embedded" else []
-    if prompts_file is not None:
-        texts = [job.prompt for job in read_jobs([], prompts_file)][:count]
+    texts = texts_of(prompts_file, count, source)
 
     from diffusion_accel.pipelines.loading import load_pipeline  # heavy: torch
 

@@ -41,7 +41,6 @@ from .common_options import (
     number,
     settings_of,
 )
-from .prompts import embedded_prompts as embedded_prompts
 from .prompts import texts_of
 from .terminal import Bar, say
 

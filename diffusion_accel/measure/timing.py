@@ -17,6 +17,7 @@ import torch
 from diffusion_accel.errors import ConfigurationError
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 
 #: kind of device -> waits until it has done all its work
@@ -49,13 +50,18 @@ def synchronise(device: torch.device | str | None = None) -> None:
             WAITS[kind](torch.device(kind))
 
 
-def seconds_of(call: Callable[[], object], device: torch.device | str | None = None) -> float:
-    """The wall-clock seconds of one call, with the accelerator's work before it not in them and its own work all in."""
+def timed(call: Callable[[], Result], device: torch.device | str | None = None) -> tuple[Result, float]:
+    """What a call returns, and its wall-clock seconds: the accelerator's work before it is not in them, its own is."""
     synchronise(device)
     began = time.perf_counter()
-    call()
+    result = call()
     synchronise(device)
-    return time.perf_counter() - began
+    return result, time.perf_counter() - began
+
+
+def seconds_of(call: Callable[[], object], device: torch.device | str | None = None) -> float:
+    """The wall-clock seconds of one call; see `timed`."""
+    return timed(call, device)[1]
 
 
 def interleaved(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusion_accel.compositing import premultiplied_pixels
 from diffusion_accel.images import open_image
 
 from .files import TrainingError, UsageError, read_json_lines
@@ -38,8 +39,7 @@ def read_rows(data: Path) -> list[Row]:
 
 def premultiplied(image: Image.Image, size: int) -> np.ndarray:
     """uint8 (size, size, 4): RGBA with the colours multiplied by alpha, then resized (Lanczos)."""
-    pixels = np.array(image.convert("RGBA"), np.float32)
-    pixels[..., :3] *= pixels[..., 3:] / 255
+    pixels = premultiplied_pixels(image)
     if pixels.shape[:2] != (size, size):
         planes = [Image.fromarray(pixels[..., c]).resize((size, size), Image.Resampling.LANCZOS) for c in range(4)]
         pixels = np.stack([np.asarray(plane) for plane in planes], -1)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from diffusion_accel.prediction import converted
+
 from .files import UsageError
 
 TIMESTEPS = 1000
@@ -91,17 +93,13 @@ class Process:
         """The clean samples that a prediction stands for: the inverse of `noisy`."""
         shape = (-1,) + (1,) * (noisy.dim() - 1)
         signal, sigma = (level[timesteps.cpu()].to(noisy.device).view(shape) for level in self.levels())
-        if self.prediction == "epsilon":
-            return (noisy - sigma * predicted) / signal
-        if self.prediction == "flow":
-            return noisy - sigma * predicted
-        return signal * noisy - sigma * predicted
+        return converted("sample", self.prediction, predicted, noisy, signal, sigma)
 
     def noise_in(self, noisy: torch.Tensor, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The noise that turned `x` into `noisy`."""
         shape = (-1,) + (1,) * (noisy.dim() - 1)
         signal, sigma = (level[timesteps.cpu()].to(noisy.device).view(shape) for level in self.levels())
-        return (noisy - signal * x) / sigma
+        return converted("epsilon", "sample", x, noisy, signal, sigma)
 
     def model_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """What the denoiser gets: the index, or 1000 * s for a flow (diffusers' FlowMatchEulerDiscreteScheduler)."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
 
 from diffusion_accel import interrupts
+from diffusion_accel.measure.timing import seconds_of
 from diffusion_accel.parallel.communicator import Communicator
 from diffusion_accel.parallel.group import join
 from diffusion_accel.parallel.launch import start
@@ -35,12 +35,11 @@ def measure_link() -> Link:
 
 def _exchange(size: int, communicator: Communicator, peer: int) -> float:
     tensor = torch.zeros(size, dtype=torch.uint8)
-    seconds = []
-    for _ in range(_TIMES):
-        began = time.perf_counter()
+
+    def swap() -> None:
         communicator.swap(("link", ""), {peer: tensor}, {peer: (size,)}, tensor)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+
+    return statistics.median(seconds_of(swap, "cpu") for _ in range(_TIMES))
 
 
 def exchange(file: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from diffusion_accel.hooks import tensors_in
+from diffusion_accel.measure.timing import timed
 
 _ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh")
 
@@ -104,9 +104,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        began = time.perf_counter()
-        output = func(*args, **kwargs)
-        seconds = time.perf_counter() - began
+        output, seconds = timed(lambda: func(*args, **kwargs), "cpu")
         if self._paused or not _moves_data(func):
             return output
         count = flop_registry.get(func.overloadpacket)
@@ -134,13 +132,12 @@ class _Attention(TorchFunctionMode):
             return func(*args, **kwargs)
         query, key, value = (*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs))[:3]
         with self.recorder.paused():
-            began = time.perf_counter()
             if query.device.type == "meta":
                 # laid out as the fused kernels do, heads inside positions
-                output = query.new_empty(*query.shape[:-3], *query.shape[-2:-4:-1], value.shape[-1]).transpose(-2, -3)
+                shape = *query.shape[:-3], *query.shape[-2:-4:-1], value.shape[-1]
+                output, seconds = query.new_empty(shape).transpose(-2, -3), 0.0
             else:
-                output = func(*args, **kwargs)
-            seconds = time.perf_counter() - began
+                output, seconds = timed(lambda: func(*args, **kwargs), "cpu")
         shapes = (t.reshape(-1, 1, *t.shape[-2:]).shape for t in (query, key, value))
         self.recorder.note([query, key, value, output], float(sdpa_flop_count(*shapes)), seconds)
         return output

@@ -19,7 +19,7 @@ from diffusion_accel import interrupts
 from diffusion_accel.arguments import refuse_unknown
 from diffusion_accel.denoisers import denoiser_name, find_denoiser
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.evaluation.quality import embedded_prompts
+from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.io import shown as in_a_line
 from diffusion_accel.io import writing
 from diffusion_accel.measure.memory import process_peak

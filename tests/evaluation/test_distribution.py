@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from diffusion_accel.errors import ModelLoadError
-from diffusion_accel.evaluation import classifier, quality
+from diffusion_accel.evaluation import classifier, prompts
 from diffusion_accel.evaluation.distribution import frechet_distance, precision_recall, retrieval
+from diffusion_accel.evaluation.drawing import drawing_quality
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -84,9 +85,9 @@ def test_the_classifier_that_ships_knows_degraded_images() -> None:
     from diffusion_accel.model_files.names import EMBEDDED
 
     model = classifier.load_classifier()
-    asked, real = quality.embedded_reference()
+    asked, real = prompts.embedded_reference()
     assert len(asked.captions) == len(real) == len(asked.splits) and set(asked.splits) == {"train", "heldout", ""}
-    assert all(style in quality.STICKER_STYLES for style in real.styles)
+    assert all(style in prompts.STICKER_STYLES for style in real.styles)
     vae = AutoencoderKL.from_pretrained(EMBEDDED["sticker"].path / "vae")
     images = F.interpolate(rand(32, 3, 6, 6), 96, mode="bicubic").clamp(-1, 1)
     base = classifier.extract(model, images)
@@ -102,10 +103,10 @@ def test_the_classifier_that_ships_knows_degraded_images() -> None:
 
 
 def test_real_images_retrieve_themselves() -> None:
-    asked, real = quality.embedded_reference()
+    asked, real = prompts.embedded_reference()
     chosen = asked.choose("heldout", 40)
     assert chosen == asked.choose("heldout", 40) and all(asked.splits[i] == "heldout" for i in chosen)
-    values = quality.drawing_quality(real.values[chosen], chosen, asked, real)
+    values = drawing_quality(real.values[chosen], chosen, asked, real)
     assert values["frechet"] == 0 and values["precision"] == values["recall"] == 1
     assert values["retrieval"]["style_top1"] == values["retrieval"]["any_top1"] == 1
 
