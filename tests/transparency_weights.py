@@ -93,3 +93,12 @@ def sharing_tensors(model: Any, frames: int, control: bool = False, rank: int = 
             if name.startswith("kwargs_encoder."):
                 tensors[name] = small(*shape) * 0.3
     return tensors
+
+
+def draw(pipe: Any, call: dict[str, Any], output: str = "pil", steps: int = 3, **changes: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(num_inference_steps=steps, generator=generator, **{**call, "output_type": output, **changes})
+
+
+WEIGHTS = tiny_weights()

@@ -75,7 +75,7 @@ def work(rank: int, folder: Path, plan: Plan, timeout: float, settings: dict[str
         for name in names:
             error, began = "", time.perf_counter()
             try:
-                getattr(cases, name)(rank, size)
+                cases.find(name)(rank, size)
             except BaseException:
                 error = traceback.format_exc()
             with (folder / f"{rank}.jsonl").open("a") as file:
