@@ -19,286 +19,33 @@ Exit codes: 0 done, 1 the build failed, 2 wrong arguments.
 from __future__ import annotations
 
 import argparse
-import base64
 import collections
 import hashlib
 import io
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
-import unicodedata
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from sticker.concepts import plain_hexcode, read_concepts
+from sticker.packages import NAMES, STYLES, BuildError, fetch, members, read_json
 from tqdm import tqdm
 
 from diffusion_accel.images import open_image
 
-STARTER_FILE = Path(__file__).parent / "data" / "starter_concepts.txt"
-MAX_MEMBER_BYTES = 256 * 1024 * 1024  # several times the largest member that is read
-
-
-class BuildError(RuntimeError):
-    """The data set cannot be built; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """One pinned npm package; `integrity` is npm's own checksum, base64 of the SHA-512 of the tarball."""
-
-    name: str
-    version: str
-    integrity: str
-
-    @property
-    def spec(self) -> str:
-        return f"{self.name}@{self.version}"
-
-    @property
-    def filename(self) -> str:
-        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
-
-
-@dataclass(frozen=True)
-class Style:
-    """One style of artwork: where it comes from, under which licence, and the word that names it in captions."""
-
-    package: Package
-    licence: str
-    author: str
-    word: str
-
-
-STYLES: dict[str, Style] = {
-    "noto": Style(
-        Package(
-            "@iconify-json/noto",
-            "1.2.9",
-            "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
-        ),
-        "Apache-2.0",
-        "Google Inc",
-        "noto",
-    ),
-    "gradient": Style(
-        Package(
-            "@iconify-json/fluent-emoji",
-            "1.2.7",
-            "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
-        ),
-        "MIT",
-        "Microsoft Corporation",
-        "gradient",
-    ),
-    "flat": Style(
-        Package(
-            "@iconify-json/fluent-emoji-flat",
-            "1.2.6",
-            "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-        ),
-        "MIT",
-        "Microsoft Corporation",
-        "flat",
-    ),
-    "3d": Style(
-        Package(
-            "@lobehub/fluent-emoji-3d",
-            "1.1.0",
-            "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
-        ),
-        "MIT",
-        "Microsoft Corporation / LobeHub",
-        "3d",
-    ),
-    "twemoji": Style(
-        Package(
-            "@iconify-json/twemoji",
-            "1.2.5",
-            "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
-        ),
-        "CC-BY-4.0",
-        "Twitter / jdecked",
-        "twemoji",
-    ),
-    "blob": Style(
-        Package(
-            "@iconify-json/noto-v1",
-            "1.2.5",
-            "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
-        ),
-        "Apache-2.0",
-        "Google Inc",
-        "blob",
-    ),
-    "emojitwo": Style(
-        Package(
-            "@iconify-json/emojione",
-            "1.2.3",
-            "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
-        ),
-        "CC-BY-4.0",
-        "EmojiTwo (Emoji One)",
-        "emojitwo",
-    ),
-}
-NAMES = Package(  # MIT: names, keywords and groups of all concepts
-    "emojibase-data",
-    "17.0.0",
-    "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-)
 WEBP_STYLE = "3d"  # ships rendered WebP images; all other styles are Iconify SVG collections
 CORE_STYLES = ("noto", "gradient", "flat", "3d", "twemoji")
-PEOPLE, COMPONENTS = 1, 2  # emojibase group numbers; 2 holds skin tones and hair styles
-CORE_GROUPS = (0, 3, 4, 5, 6, 7)  # faces, animals, food, places, activities, objects
-STARTER_GROUPS = (3, 4)  # animals and nature, food and drink
-CORE_PEOPLE = (
-    "hand-fingers-open",
-    "hand-fingers-partial",
-    "hand-single-finger",
-    "hand-fingers-closed",
-    "hands",
-    "body-parts",
-    "person-fantasy",
-    "person-role",
-    "person",
-)
-
-
-# --------------------------------------------------------------------------------------------- packages
-def sha512(path: Path) -> str:
-    """Base64 SHA-512 of a file, as npm writes it."""
-    with path.open("rb") as file:
-        return base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
-
-
-def fetch(package: Package, cache: Path) -> Path:
-    """Tarball of a pinned package, from the cache or through `npm pack`; its checksum is verified either way."""
-    path = cache / package.filename
-    if not path.exists():
-        npm = shutil.which("npm")
-        if npm is None:
-            raise BuildError(f"npm is not on the PATH; install Node.js, or put {package.filename} into {cache}")
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [npm, "pack", package.spec, "--pack-destination", folder, "--silent"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            fresh = Path(folder) / package.filename
-            if done.returncode or not fresh.exists():
-                reason = (done.stderr or done.stdout).strip().splitlines()
-                raise BuildError(f"npm pack {package.spec} failed: {reason[0] if reason else 'no output'}")
-            fresh.replace(path)
-    if sha512(path) != package.integrity:
-        raise BuildError(f"{path} does not have the pinned checksum of {package.spec}; delete it and run again")
-    return path
-
-
-def members(tarball: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the regular files of a tarball whose name ends in `suffix`; nothing is written to disk."""
-    try:
-        with tarfile.open(tarball) as archive:
-            for member in archive:
-                if not member.isfile() or not member.name.endswith(suffix):
-                    continue
-                if member.size > MAX_MEMBER_BYTES:
-                    raise BuildError(f"{tarball.name}: {member.name} is larger than {MAX_MEMBER_BYTES >> 20} MiB")
-                content = archive.extractfile(member)
-                if content is not None:
-                    yield member.name, content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise BuildError(f"{tarball} is not a readable npm package: {error}") from error
-
-
-def read_json(tarball: Path, path: str) -> Any:
-    """One JSON file of an npm package; `path` is relative to the package's root."""
-    for name, content in members(tarball, "/" + path):
-        if name == "package/" + path:
-            try:
-                return json.loads(content)
-            except ValueError as error:
-                raise BuildError(f"{tarball.name}: {path} is not JSON: {error}") from error
-    raise BuildError(f"{tarball.name} has no {path}")
-
-
-# --------------------------------------------------------------------------------------------- names
-def to_ascii(text: str) -> str:
-    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-
-
-def slug(text: str) -> str:
-    """'Woman’s hat' -> 'womans-hat': the key that the Iconify collections use."""
-    text = to_ascii(text).replace("'", "").replace("&", "and")
-    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
-
-
-def clean_label(text: str) -> str:
-    """Lower-case ASCII words without punctuation: what captions are made of."""
-    text = to_ascii(text.replace("’", "'"))
-    text = re.sub(r"[\"“”:,()]", " ", text).replace("-", " ")
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def plain_hexcode(hexcode: str) -> str:
-    """Code points without the variation selector, in lower case: the common key of file names."""
-    return hexcode.lower().replace("-fe0f", "")
-
-
-def read_starter_names(path: Path = STARTER_FILE) -> set[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise BuildError(f"cannot read the starter list: {error}") from error
-    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
-
-
-def read_concepts(tarball: Path) -> dict[str, dict[str, Any]]:
-    """Concepts by slug: hexcode, name, group, subgroup, keywords, and whether they are core and starter concepts.
-
-    Core concepts are what a model is trained on: things, animals, food, faces, some hands and people, but no flags,
-    letters, clock faces or gendered people. Starter concepts are the core ones for a first, short training run.
-    """
-    messages = read_json(tarball, "en/messages.json")
-    groups = {entry["order"]: entry["key"] for entry in messages["groups"]}
-    subgroups = {entry["order"]: entry["key"] for entry in messages["subgroups"]}
-    starter_names = read_starter_names()
-    concepts: dict[str, dict[str, Any]] = {}
-    for entry in read_json(tarball, "en/data.json"):
-        group = entry.get("group")
-        if group is None or group == COMPONENTS:
-            continue
-        subgroup, name = subgroups[entry["subgroup"]], clean_label(entry["label"])
-        words = set(name.split())
-        gendered = group == PEOPLE and (entry.get("gender") is not None or words & {"man", "woman", "men", "women"})
-        core = group in CORE_GROUPS or (group == PEOPLE and not gendered and subgroup in CORE_PEOPLE)
-        if subgroup == "time" and ("o'clock" in name or "thirty" in name):
-            core = False
-        if group == PEOPLE and name.startswith("person "):
-            core = core and subgroup == "person-fantasy"
-        concepts[slug(entry["label"])] = {
-            "hexcode": entry["hexcode"],
-            "name": name,
-            "group": groups[group],
-            "subgroup": subgroup,
-            "keywords": [clean_label(tag) for tag in entry.get("tags", [])][:8],
-            "core": bool(core),
-            "starter": bool(core and (group in STARTER_GROUPS or name in starter_names)),
-        }
-    unknown = sorted(starter_names - {concept["name"] for concept in concepts.values()})
-    if unknown:
-        raise BuildError(f"{STARTER_FILE.name} names unknown concepts: {', '.join(unknown)}")
-    return concepts
 
 
 # --------------------------------------------------------------------------------------------- images
 def webp_images(tarball: Path, concepts: dict[str, dict[str, Any]]) -> dict[str, Image.Image]:
+    """The images of a package of WebP files, by concept."""
     by_hexcode = {plain_hexcode(concept["hexcode"]): key for key, concept in concepts.items()}
     images = {}
     for name, content in members(tarball, ".webp"):
@@ -364,6 +111,28 @@ def resize_rgba(image: Image.Image, size: int) -> np.ndarray:
     return result
 
 
+def _row(style: str, key: str, concept: dict[str, Any], coverage: float, member: str) -> dict[str, Any]:
+    source = STYLES[style]
+    return {
+        "id": f"{style}/{concept['hexcode']}",
+        "style": style,
+        "style_words": source.word,
+        "slug": key,
+        "name": concept["name"],
+        "keywords": concept["keywords"],
+        "group": concept["group"],
+        "subgroup": concept["subgroup"],
+        "core": concept["core"] and style in CORE_STYLES,
+        "starter": concept["starter"] and style in CORE_STYLES,
+        "coverage": round(coverage, 3),
+        "caption": f"{concept['name']}, {source.word} style",
+        "licence": source.licence,
+        "author": source.author,
+        "source": source.package.spec,
+        "file": f"{style}.zip:{member}",
+    }
+
+
 def write_style(
     style: str, concepts: dict[str, dict[str, Any]], tarball: Path, folder: Path, size: int, seen: set[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -393,26 +162,7 @@ def write_style(
             Image.fromarray(pixels).save(webp, "WEBP", lossless=True, quality=80, method=4, exact=False)
             member = f"{concept['hexcode']}.webp"
             archive.writestr(zipfile.ZipInfo(member, (2026, 1, 1, 0, 0, 0)), webp.getvalue())
-            rows.append(
-                {
-                    "id": f"{style}/{concept['hexcode']}",
-                    "style": style,
-                    "style_words": source.word,
-                    "slug": key,
-                    "name": concept["name"],
-                    "keywords": concept["keywords"],
-                    "group": concept["group"],
-                    "subgroup": concept["subgroup"],
-                    "core": concept["core"] and style in CORE_STYLES,
-                    "starter": concept["starter"] and style in CORE_STYLES,
-                    "coverage": round(coverage, 3),
-                    "caption": f"{concept['name']}, {source.word} style",
-                    "licence": source.licence,
-                    "author": source.author,
-                    "source": source.package.spec,
-                    "file": f"{style}.zip:{member}",
-                }
-            )
+            rows.append(_row(style, key, concept, coverage, member))
     counts = {
         "package": source.package.spec,
         "licence": source.licence,
@@ -490,6 +240,7 @@ def install(fresh: Path, out: Path) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/stickers"), help="output folder (default: %(default)s)")
     parser.add_argument("--npm-cache", type=Path, help="folder for the tarballs (default: npm-cache beside --out)")
@@ -506,6 +257,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Build the data set; the exit code."""
     options = parse_arguments(arguments)
     out = options.out.resolve()
     cache = options.npm_cache or out.parent / "npm-cache"

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
@@ -30,9 +31,9 @@ from diffusion_accel.training.models import load_vae
 
 
 def through_pil(change: Callable[[Image.Image], Image.Image]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(images: torch.Tensor) -> torch.Tensor:
-        import numpy as np
+    """A change of Pillow images as one of tensors in -1..1."""
 
+    def run(images: torch.Tensor) -> torch.Tensor:
         pixels = ((images + 1) * 127.5 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         return as_tensor(np.stack([np.asarray(change(Image.fromarray(p)).convert("RGB")) for p in pixels]))
 
@@ -40,6 +41,8 @@ def through_pil(change: Callable[[Image.Image], Image.Image]) -> Callable[[torch
 
 
 def jpeg(quality_: int) -> Callable[[Image.Image], Image.Image]:
+    """Writing and reading an image as a JPEG of a quality."""
+
     def change(image: Image.Image) -> Image.Image:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality_)
@@ -49,6 +52,8 @@ def jpeg(quality_: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def noise(strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adding Gaussian noise of a deviation, in shares of the range."""
+
     def run(images: torch.Tensor) -> torch.Tensor:
         made = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         return (images + 2 * strength * made).clamp(-1, 1)
@@ -58,6 +63,7 @@ def noise(strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
+    """Print a row for every change of real stickers."""
     model = load_classifier()
     asked, real, load = prompts.reference_of(options.data, model)
     reference = prompts.embedded_reference()[0]
@@ -98,11 +104,13 @@ def _round_trip(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def show(name: str, distance: float, precision: float, recall: float, found: dict[str, float] | None) -> None:
+    """Print one row."""
     shares = [f"{found[key]:.1%}" for key in ("style_top1", "any_top1")] if found else ["–", "–"]
     print(f"| {name} | {distance:.2f} | {precision:.1%} | {recall:.1%} | {' | '.join(shares)} |", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/stickers"), help="sticker data set")
     parser.add_argument("--count", type=int, default=300)

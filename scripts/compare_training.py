@@ -13,20 +13,17 @@ conditional on the concept. Runs that are done are not repeated. `table` measure
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from training_options import guarded, number
 
 from diffusion_accel.model_files.names import EMBEDDED
-from diffusion_accel.training.files import read_json, write_json
+from diffusion_accel.training.files import read_json
 
 CONCEPTS = Path(__file__).parent / "data" / "sticker_concepts_105.txt"
-STYLES = ("noto", "flat", "3d", "twemoji")
 ROUTING = {"task_routing": ""}
 CLUSTERS = {"task_clusters": 5, "clustering": "snr"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -49,174 +46,19 @@ COLOURS = {
     "immiscible knn:4": "tab:cyan",
     "clusters, nash": "tab:olive",
 }
-UNET = {"block_out_channels": [32, 64, 96], "norm_num_groups": 16}
-DIT = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32}
-SETTINGS = {"batch": 60, "lr": 1e-3, "warmup": 50, "cooldown": 0.3, "ema": 0.99, "log_every": 25, "grid_every": 0}
-
-
-def prepare(options: argparse.Namespace) -> Any:
-    """The images as latents with their captions and concepts."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from sticker import data as sticker_data
-
-    from diffusion_accel.training import archives, datasets, models
-
-    work, path = options.work / "data", options.base
-    if not (work / "latents.safetensors").exists():
-        size = 96
-        sticker_data.cache_images(options.data, work, size)
-        rows, images = sticker_data.load_rows(work), sticker_data.load_images(work)
-        chosen = sticker_data.select(rows, STYLES, sticker_data.read_concepts(options.concepts))
-        vae, composites = models.load_vae(path), archives.on_colours(images[chosen])
-        with torch.no_grad():
-            parts = [vae.encode(part).latent_dist.mean for part in composites.split(32)]
-        save_file({"latents": torch.cat(parts), "indices": torch.from_numpy(chosen)}, work / "latents.safetensors")
-    stored, rows = load_file(work / "latents.safetensors"), sticker_data.load_rows(work)
-    rows = [rows[i] for i in stored["indices"].tolist()]
-    if options.model == "unet":
-        encoder, tokenizer = models.load_text(path)
-        padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        captions = [archives.caption_of(row) for row in rows]
-        conditions = torch.tensor(tokenizer(captions, **padding).input_ids)
-        empty = torch.tensor(tokenizer([""], **padding).input_ids[0])
-        return datasets.ImageExamples(rows, stored["latents"], conditions, empty), encoder.requires_grad_(False)
-    concepts = sorted({row["slug"] for row in rows})
-    conditions = torch.tensor([concepts.index(row["slug"]) for row in rows])
-    return datasets.ImageExamples(rows, stored["latents"], conditions, torch.tensor(models.DIT_EMPTY)), None
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.command != "run":
-        measure(options)
-        print(table(options.work))
-        if options.plot:
-            plot(options.work, options.plot)
+    """Train the arms, or measure what they draw and print the table."""
+    import training_arms  # heavy: torch
+
+    if options.command == "run":
+        training_arms.run(options, ARMS)
         return
-    import torch
-    from accelerate import Accelerator
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    examples, text = prepare(options)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    for seed in range(options.seeds) if options.only_seed is None else (options.only_seed,):
-        for arm in ARMS:
-            folder = options.work / options.model / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if not (folder / "result.json").exists() and (not options.arms or arm in options.arms):
-                print(
-                    json.dumps(
-                        {"arm": arm, "seed": seed} | one(options, examples, text, arm, seed, folder, accelerator)
-                    )
-                )
-
-
-def one(
-    options: argparse.Namespace, examples: Any, text: Any, arm: str, seed: int, folder: Path, accelerator: Any
-) -> dict[str, Any]:
-    """Train one arm with one seed; its samples stay in the folder as latents."""
-    import copy
-
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
-    from training_options import add_objective_options, exit_if_stopped, routing_from
-    from training_setup import objective_from
-
-    from diffusion_accel.training import models
-    from diffusion_accel.training.denoising import Process
-    from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask, prediction_error, sample_of
-    from diffusion_accel.training.loop import Settings, train
-    from diffusion_accel.training.sampling import sample
-    from diffusion_accel.training.state import load_average
-
-    parser = argparse.ArgumentParser()
-    add_objective_options(parser)
-    switches = argparse.Namespace(**vars(parser.parse_args([])) | ARMS[arm])
-    torch.manual_seed(seed)
-    clean = examples.clean(torch.tensor([0]))
-    kind = "unet-text" if options.model == "unet" else "dit"
-    config = models.default_config(kind, clean.shape[-1], clean.shape[1], 0, text.config.hidden_size if text else 0)
-    model = models.build_denoiser(kind, config | (UNET if options.model == "unet" else DIT))
-    denoiser = Denoiser(model, copy.deepcopy(text))
-    process = Process()
-    task = DenoisingTask(denoiser, examples, objective_from(switches, process), routing_from(switches, process))
-
-    def evaluate() -> dict[str, Any]:
-        """The same images, timesteps and noise in every arm; each held-out image four times."""
-        result = {}
-        for name, indices in (
-            ("train", sample_of(examples.train, 120, seed=3)),
-            ("heldout", np.tile(examples.heldout, 4)),
-        ):
-            index, zeros = torch.from_numpy(indices), torch.zeros(len(indices), dtype=torch.int64)
-            condition = examples.condition(index, zeros, zeros.bool())
-            result[f"error_{name}"] = prediction_error(denoiser, examples.clean(index), condition, process, bins=5)
-        return result
-
-    task.evaluate = evaluate  # type: ignore[method-assign]
-    settings = Settings(**SETTINGS, seed=seed, steps=options.steps, eval_every=max(1, options.steps // 3))
-    began = time.process_time()
-    exit_if_stopped(train(task, folder, settings, accelerator, resume=(folder / "state.json").exists()), accelerator)
-    seconds = time.process_time() - began
-    load_average(folder, denoiser, "train")
-    denoiser.eval()
-    asked = torch.from_numpy(np.concatenate([sample_of(examples.train, 200, seed=5), examples.heldout]))
-    zeros = torch.zeros(len(asked), dtype=torch.int64)
-    condition, empty = examples.condition(asked, zeros, zeros.bool()), task.empty(len(asked))
-    shape = (len(asked), *clean.shape[1:])
-    with accelerator.autocast():
-        made = sample(denoiser, process, shape, condition, empty, guidance=2.0, steps=10)
-    save_file({"latents": made.half(), "asked": asked}, folder / "samples.safetensors")
-    for state in folder.glob("state*"):
-        state.unlink()
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    curve = {line["step"]: line["error_heldout"]["mean"] for line in lines if "error_heldout" in line}
-    last = lines[-1]
-    result = {"curve": curve, "heldout": last["error_heldout"], "train": last["error_train"], "cpu_seconds": seconds}
-    write_json(folder / "result.json", result)
-    return {"heldout": last["error_heldout"]["mean"], "train": last["error_train"]["mean"], "cpu_seconds": seconds}
-
-
-@functools.cache
-def real_features() -> tuple[Any, dict[tuple[str, str], int]]:
-    """Features of the real stickers, and where the one of a concept and style is."""
-    from diffusion_accel.evaluation.prompts import embedded_reference
-
-    _, real = embedded_reference()
-    return real, {pair: i for i, pair in enumerate(zip(real.concepts, real.styles, strict=True))}
-
-
-def measure(options: argparse.Namespace) -> None:
-    """Add the distances of every run's samples to its result."""
-    import torch
-    from safetensors.torch import load_file
-    from sticker import data as sticker_data
-
-    from diffusion_accel.evaluation.classifier import extract, load_classifier
-    from diffusion_accel.evaluation.distribution import frechet_distance, retrieval
-    from diffusion_accel.training import models
-
-    work, path = options.work / "data", options.base
-    vae, classifier = models.load_vae(path), load_classifier()
-    rows = sticker_data.load_rows(work)
-    rows = [rows[i] for i in load_file(work / "latents.safetensors")["indices"].tolist()]
-    for file in sorted(options.work.glob("*/*/result.json")):
-        result = read_json(file)
-        if "frechet" in result:
-            continue
-        stored = load_file(file.parent / "samples.safetensors")
-        with torch.no_grad():
-            parts = [vae.decode(part).sample.clamp(-1, 1) for part in stored["latents"].float().split(32)]
-        asked = [rows[i] for i in stored["asked"].tolist()]
-        real, where = real_features()
-        same = real.values[[where[row["slug"], row["style"]] for row in asked]]
-        made = extract(classifier, torch.cat(parts))
-        styles = [row["style"] if file.parent.parent.name == "unet" else "" for row in asked]
-        concepts = [row["slug"] for row in asked]
-        found = retrieval(made, concepts, styles, real.values, real.concepts, real.styles)
-        result |= {"frechet": frechet_distance(same, made), "concept": found["any_top1"]}
-        write_json(file, result)
+    training_arms.measure(options)
+    print(table(options.work))
+    if options.plot:
+        plot(options.work, options.plot)
 
 
 def results(work: Path, model: str) -> dict[str, list[Any]]:
@@ -231,7 +73,6 @@ def results(work: Path, model: str) -> dict[str, list[Any]]:
 
 def table(work: Path) -> str:
     """Mean and standard deviation over the seeds, an arm a row; the difference is paired, seed by seed."""
-    import numpy as np
 
     def spread(values: list[float], digits: int) -> str:
         return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}"
@@ -258,11 +99,10 @@ def table(work: Path) -> str:
 
 def plot(work: Path, out: Path) -> None:
     """Held-out loss over the steps, mean and range over the seeds."""
-    import matplotlib
+    import matplotlib  # optional package
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
+    import matplotlib.pyplot as plt  # optional package
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axis, model in zip(axes, ("unet", "dit"), strict=True):
@@ -281,6 +121,7 @@ def plot(work: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train, or print the table; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--data", type=Path, default=Path("data/stickers"), help="sticker data set")

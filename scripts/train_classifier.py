@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/sticker"), help="work folder with the image cache")
     parser.add_argument("--out", type=Path, default=Path("runs/sticker/features"), help="folder to write")

@@ -34,6 +34,7 @@ TUNED: dict[str, Any] = {"steps": 5000, "batch": 32, "lr": 1e-3, "warmup": 150}
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The options of the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="data folder")
     parser.add_argument("--kind", choices=("folder", "classes", "captions"), help="what it holds (default: look)")
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train; the exit code."""
     return guarded(run, make_parser().parse_args(arguments))
 
 

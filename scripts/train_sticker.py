@@ -46,6 +46,7 @@ GRID_CONCEPTS = "red apple|banana|strawberry|cherries|red heart|blue heart|tiger
 
 
 def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> None:
+    """Options of the stages that are trained; those of all together have the stage's name in their budgets."""
     group = parser.add_argument_group("training")
     for stage in stages:
         flag = "--steps" if len(stages) == 1 else f"--{stage}-steps"
@@ -66,6 +67,7 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The options of the program, a command a stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for stage in (*ORDER, "all"):
@@ -119,6 +121,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the stages; the exit code."""
     options = make_parser().parse_args(arguments)
     if getattr(options, "out", 0) is None:
         options.out = options.work / "pipeline"

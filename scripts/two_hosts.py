@@ -31,6 +31,7 @@ class NotPermittedError(Exception):
 
 
 def ip(*words: str) -> None:
+    """Run a command of iproute2. Raises `NotPermittedError` if it is not there or fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True)
     except OSError as error:
@@ -103,6 +104,7 @@ def on_two_hosts(hosts: list[str], arguments: list[str], timeout: float) -> dict
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Draw and compare; the exit code."""
     import numpy as np
     from PIL import Image
 

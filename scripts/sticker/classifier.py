@@ -46,6 +46,7 @@ class ClassifierTask:
         self.model = StickerClassifier(classes).to(memory_format=torch.channels_last)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        """Shifted, scaled and shaded images, half of them on a random colour, with their labels."""
         chosen = rng.choice(self.train, size)
         background = rng.integers(0, 256, (size, 3)).astype(np.float32)
         background[rng.random(size) < 0.5] = 255
@@ -64,6 +65,7 @@ class ClassifierTask:
         return {"images": (images * contrast + light).clamp(-1, 1)} | labels
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The mean of the three heads' cross-entropies."""
         logits = model(batch["images"])
         losses = [F.cross_entropy(logits[head].float(), batch[head], label_smoothing=0.1) for head in HEADS]
         return torch.stack(losses).mean()

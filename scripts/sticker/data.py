@@ -47,6 +47,7 @@ def load_images(work: Path) -> np.ndarray:
 
 
 def load_rows(work: Path) -> list[Row]:
+    """The rows of the cached images, with the keys that training reads."""
     file = require(work / "rows.jsonl", "cache")
     return rows_of(file, slug=str, style=str, name=str, split=str, core=(bool, int))
 
@@ -168,10 +169,12 @@ def build_tokenizer(work: Path, vocabulary: int, max_length: int) -> CLIPTokeniz
 
 
 def load_tokenizer(work: Path) -> CLIPTokenizer:
+    """The tokenizer that `build_tokenizer` wrote."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(require(work / "tokenizer", "tokenizer"))
 
 
 def load_tokens(work: Path) -> dict[str, torch.Tensor]:
+    """The token ids of all captions (N, VARIANTS, tokens), as "captions", and of the empty text, as "empty"."""
     return load_tensors(require(work / "tokens.safetensors", "tokenizer"), "captions", "empty")

@@ -56,11 +56,13 @@ class PatchCodec:
         return F.conv_transpose2d(latents, self.inverse, stride=PATCH) + mean
 
     def save(self, path: Path) -> None:
+        """Write the codec as a safetensors file."""
         with replacing(path) as temporary:
             save_file({name: value.contiguous() for name, value in vars(self).items()}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> PatchCodec:
+        """The codec in a file."""
         names = [field.name for field in fields(cls)]
         found = load_tensors(require(path, "latents"), *names)
         return cls(**{name: found[name] for name in names})

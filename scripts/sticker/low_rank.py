@@ -23,6 +23,7 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(rows, rank))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the update."""
         return weight + (self.up @ self.down.flatten(1)).view_as(weight)
 
 

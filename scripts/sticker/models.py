@@ -49,9 +49,11 @@ class Shape:
 
     @property
     def latent_size(self) -> int:
+        """Latents on a side of an image."""
         return self.size // PATCH
 
     def to_dict(self) -> dict[str, Any]:
+        """The sizes as plain JSON values."""
         return asdict(self)
 
     @classmethod
@@ -109,6 +111,7 @@ def build_unet(shape: Shape) -> UNet2DConditionModel:
 
 
 def build_text_encoder(shape: Shape, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIPTextModel with heads of 32 channels, for the vocabulary of a tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -131,6 +134,7 @@ def build_text_encoder(shape: Shape, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def build_pipeline(
     vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
+    """StableDiffusionPipeline of the parts, with the scheduler of v-prediction and no safety checker."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
@@ -179,4 +183,5 @@ class TextToLatents(nn.Module):
         self.text, self.head = text, LatentHead(shape)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (N, tokens) -> latents (N, C, h, w)."""
         return self.head(self.text(input_ids=ids).last_hidden_state)

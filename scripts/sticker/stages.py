@@ -31,6 +31,7 @@ Stage = Callable[[argparse.Namespace], None]
 
 # ------------------------------------------------------------------------------------------- stages on one process
 def shape_of(options: argparse.Namespace) -> Shape:
+    """The sizes that the options ask for. Raises `UsageError` if images are no multiple of 8 pixels."""
     shape = Shape() if options.shape is None else Shape.load(options.shape)
     if shape.size % 8:
         raise UsageError(f"the image side must be a multiple of 8 pixels, got {shape.size}")
@@ -38,6 +39,7 @@ def shape_of(options: argparse.Namespace) -> Shape:
 
 
 def run_cache(options: argparse.Namespace) -> None:
+    """Unpack the data set into one array."""
     shape = shape_of(options)
     cached = data.cache_images(options.data, options.work, shape.size)
     write_json(options.work / "shape.json", shape.to_dict())
@@ -45,6 +47,7 @@ def run_cache(options: argparse.Namespace) -> None:
 
 
 def run_tokenizer(options: argparse.Namespace) -> None:
+    """Train the tokenizer, and tokenize every caption."""
     shape = Shape.of_work(options.work)
     tokenizer = data.build_tokenizer(options.work, shape.vocabulary, shape.max_length)
     captions = [archives.caption_of(row) for row in data.load_rows(options.work) if row["core"]]
@@ -53,6 +56,7 @@ def run_tokenizer(options: argparse.Namespace) -> None:
 
 
 def run_latents(options: argparse.Namespace) -> None:
+    """Fit the patch codec, choose the images, and encode them."""
     shape, rows = Shape.of_work(options.work), data.load_rows(options.work)
     images = data.load_images(options.work)
     chosen = data.select(rows, options.styles.split(","), data.read_concepts(options.concepts))
@@ -76,11 +80,13 @@ def run_latents(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
+    """Write the pipeline folder."""
     replace = options.overwrite or options.stage == "all"
     report("export", out=str(options.out), **export(options.work, options.out, replace))
 
 
 def run_grid(options: argparse.Namespace) -> None:
+    """Draw a grid of samples."""
     styles = options.styles.split(",")
     if options.every:
         return run_every(options, styles)
@@ -105,6 +111,7 @@ def run_every(options: argparse.Namespace, styles: list[str]) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    """Measure prediction error and retrieval, and draw what was measured."""
     rows, styles = data.load_rows(options.work), options.styles.split(",")
     chosen = data.select(rows, styles, data.read_concepts(options.concepts))
     candidates = data.select(rows, styles)
@@ -124,14 +131,17 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------- trained stages
 def decoder_task(options: argparse.Namespace) -> Task:
+    """Trains the VAE's decoder."""
     return DecoderTask(options.work, crop=options.crop, noise=options.latent_noise)
 
 
 def text_task(options: argparse.Namespace) -> Task:
+    """Pre-trains the text encoder."""
     return TextTask(options.work)
 
 
 def unet_task(options: argparse.Namespace, finishing: bool = False) -> Task:
+    """Trains the UNet with the text encoder: on all chosen images, or `finishing`, on the list alone."""
     captioned = Captioned.load(options.work)
     torch.manual_seed(0)
     encoder = build_text_encoder(captioned.shape, data.load_tokenizer(options.work))
@@ -148,6 +158,7 @@ def unet_task(options: argparse.Namespace, finishing: bool = False) -> Task:
 
 
 def finish_task(options: argparse.Namespace) -> Task:
+    """Goes on from the averaged weights of the UNet's stage."""
     return unet_task(options, finishing=True)
 
 

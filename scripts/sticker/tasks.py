@@ -45,6 +45,7 @@ class DecoderTask:
         self.model = build_vae(shape).decoder.to(memory_format=torch.channels_last)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        """Crops on white or a random colour, and their latents with noise."""
         chosen = rng.choice(self.train, size, p=self.weights)
         flips = rng.random(size) < 0.5
         corners = rng.integers(0, self.images.shape[1] - self.crop + 1, (size, 2))
@@ -61,6 +62,7 @@ class DecoderTask:
         return {"images": images, "latents": latents + deviation * noise}
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """`image_loss` of what the decoder makes of the latents."""
         made = model(batch["latents"].contiguous(memory_format=torch.channels_last)).float()
         return image_loss(made - batch["images"])
 
@@ -104,6 +106,7 @@ class Captioned:
 
     @classmethod
     def load(cls, work: Path) -> Captioned:
+        """What the stages up to the latents left in a work folder."""
         stored = load_tensors(require(work / "latents.safetensors", "latents"), "latents", "indices")
         tokens, indices = data.load_tokens(work), stored["indices"]
         rows = data.load_rows(work)
@@ -124,14 +127,17 @@ class Captioned:
         return replace(self, train=self.watched)
 
     def clean(self, indices: torch.Tensor) -> torch.Tensor:
+        """Latents (N, C, h, w) of some images."""
         return self.latents[indices]
 
     def condition(self, indices: torch.Tensor, variants: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+        """Token ids (N, tokens) of some captions, the empty text where `dropped`."""
         ids = self.ids[indices, variants].long()
         ids[dropped] = self.empty.long()
         return ids
 
     def decode(self, clean: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in -1..1, by the codec."""
         return self.codec.decode(clean)
 
     def preview_indices(self) -> np.ndarray:
@@ -156,6 +162,7 @@ class TextTask:
         self.model = TextToLatents(build_text_encoder(shape, data.load_tokenizer(work)), shape)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        """Captions and the latents of their images."""
         chosen = torch.from_numpy(rng.choice(self.captioned.train, size))
         variants = torch.from_numpy(rng.integers(0, self.captioned.variants, size))
         kept = torch.zeros(size, dtype=torch.bool)
@@ -165,9 +172,11 @@ class TextTask:
         }
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean square error of the predicted latents."""
         return F.mse_loss(model(batch["ids"]).float(), batch["latents"])
 
     def predict(self, indices: np.ndarray) -> torch.Tensor:
+        """The latents that the canonical captions of some images predict."""
         device = next(self.model.parameters()).device
         ids = self.captioned.ids[indices, 0].long().to(device)
         return torch.cat([self.model(part).float().cpu() for part in ids.split(64)])
@@ -182,5 +191,6 @@ class TextTask:
         }
 
     def preview(self, path: Path) -> None:
+        """What captions predict, decoded."""
         images = self.captioned.codec.decode(self.predict(self.captioned.preview_indices()))
         save_grid(images, 6, path)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sticker import concepts
 
 builder = importlib.import_module("build_sticker_dataset")  # of scripts/, which pytest's settings put on the path
 
@@ -30,9 +31,9 @@ def test_builder_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_builder_names_and_pixels() -> None:
-    assert builder.slug("Woman’s Hat & Piñata") == "womans-hat-and-pinata"
-    assert builder.clean_label("Flag: Côte-d’Or (old)") == "flag cote d'or old"
-    assert {"red heart", "rocket"} <= builder.read_starter_names()
+    assert concepts.slug("Woman’s Hat & Piñata") == "womans-hat-and-pinata"
+    assert concepts.clean_label("Flag: Côte-d’Or (old)") == "flag cote d'or old"
+    assert {"red heart", "rocket"} <= concepts.read_starter_names()
     edge = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 255, 0, 0]]], np.uint8).repeat(2, 0), "RGBA")
     small = builder.resize_rgba(edge, 1)
     assert small[0, 0, 0] == 255 and small[0, 0, 1] == 0 and 100 < small[0, 0, 3] < 155

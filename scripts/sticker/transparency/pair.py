@@ -49,6 +49,7 @@ class Pair(nn.Module):
 
     @property
     def vae(self) -> AutoencoderKL:
+        """The frozen VAE."""
         return self._vae[0]
 
     def encode(self, rgb: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

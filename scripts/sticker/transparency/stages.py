@@ -24,27 +24,33 @@ from .tasks import DecoderTask, EncoderTask, JointTask, RefineTask
 
 
 def load_base(options: argparse.Namespace) -> StableDiffusionPipeline:
+    """The pipeline that becomes transparent."""
     return StableDiffusionPipeline.from_pretrained(options.model, use_safetensors=True)
 
 
 def encoder_task(options: argparse.Namespace) -> Task:
+    """Trains the encoder before the frozen VAE."""
     return EncoderTask(options.work, load_base(options).vae, options.start)
 
 
 def decoder_task(options: argparse.Namespace) -> Task:
+    """Trains the decoder behind it."""
     return DecoderTask(options.work, load_base(options).vae, options.start)
 
 
 def joint_task(options: argparse.Namespace) -> Task:
+    """Goes on with both together."""
     return JointTask(options.work, load_base(options).vae, options.start)
 
 
 def unet_task(options: argparse.Namespace) -> Task:
+    """Trains the low-rank update of the UNet."""
     objective = Objective(process=Process(), noise=NoiseChoice("knn", 4), uniform=0.4)
     return denoiser.unet_task(options.work, load_base(options), options.rank, objective, options.start)
 
 
 def refine_task(options: argparse.Namespace) -> Task:
+    """Goes on with the decoder on latents as the adapted UNet gives them."""
     base = load_base(options)
     drawing = denoiser.trained_denoiser(options.work, base, options.rank)
     return RefineTask(options.work, base.vae, drawing, Process(), options.start)
@@ -60,6 +66,7 @@ TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
 
 
 def run_latents(options: argparse.Namespace) -> None:
+    """Write the latents of the concept list as the encoder changes them."""
     latents = denoiser.adjusted_latents(options.work, load_base(options).vae, options.start)
     with replacing(options.work / "transparency" / "latents.safetensors") as temporary:
         save_file({"latents": latents.contiguous()}, temporary)
@@ -67,6 +74,7 @@ def run_latents(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
+    """Write what `--transparent` loads."""
     base = load_base(options)
     facts = export_transparency(options.work, base, options.out, options.rank, options.overwrite, options.start)
     report("export", out=str(options.out), **facts)

@@ -93,9 +93,11 @@ class EncoderTask:
         return torch.stack(made)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        """Crops: colours, alpha and padded colours, as one tensor."""
         return {"images": self.crops(rng, size)}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Identity of what the VAE decodes, and the distance of the offset from the code of alpha."""
         rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         decoded, offset, _ = model(rgb, alpha, padded)
         kernel, bias = (part.to(alpha) for part in self.code)
@@ -160,6 +162,7 @@ class DecoderTask(EncoderTask):
     noisy = 0.5  # share of the latents that get noise
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        """Crops, and the noise of their latents."""
         side = self.crop // PATCH
         channels = self.model.vae.config.latent_channels
         noise = torch.from_numpy(rng.standard_normal((size, channels, side, side), dtype=np.float32))
@@ -168,11 +171,13 @@ class DecoderTask(EncoderTask):
         return {"images": self.crops(rng, size), "noise": noise}
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The reconstruction of alpha and colours."""
         rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         _, _, made = model(rgb, alpha, padded, batch["noise"])
         return self.reconstruction(made.float(), alpha, padded)
 
     def reconstruction(self, made: torch.Tensor, alpha: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
+        """`image_loss` of what was read; alpha counts twice, colours by 0.1 + 0.9 alpha."""
         weight = torch.cat([2 * torch.ones_like(alpha), (0.1 + 0.9 * alpha).expand(-1, 3, -1, -1)], 1)
         return image_loss((made - torch.cat([alpha, padded], 1)) * weight)
 
@@ -191,6 +196,7 @@ class JointTask(DecoderTask):
     BUDGET, PRICE = 0.35, 0.05
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The reconstruction, and what is beyond the budget of the VAE's own error."""
         rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         decoded, _, made = model(rgb, alpha, padded, batch["noise"])
         loss = self.reconstruction(made.float(), alpha, padded)
@@ -228,6 +234,7 @@ class RefineTask(DecoderTask):
         self._denoiser, self.process = [denoiser.eval().requires_grad_(False)], process
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
+        """Crops as before, half of them replaced by whole images that are to be noised and denoised."""
         batch = super().draw(rng, size)
         listed = rng.choice(self.captioned.train, size)
         rgb, alpha = with_margin(*rgba_of(self.images, self.indices[listed]))
@@ -255,6 +262,7 @@ class RefineTask(DecoderTask):
         return z
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The reconstruction of the former, and `decisive` alpha with plain colours of the latter."""
         rgb, alpha, padded = batch["images"].split((3, 1, 3), 1)
         rows, noise = batch["denoised"], batch["noise"].clone()
         with torch.no_grad():
