@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import nn
 
 from .affine import fake_quantize
-from .layers import Buckets
+from .buckets import Buckets
 
 
 def quantizable_attention(module: nn.Module) -> bool:

@@ -18,11 +18,10 @@ from diffusion_accel.hooks import forward_parameters, model_of
 
 from .affine import quantize, search_grid
 from .attention import QuantizedSoftmax, quantizable_attention
+from .buckets import Buckets, SelectBucket
 from .kernels import make_runtime, products
 from .layers import (
-    Buckets,
     QuantizedLayer,
-    SelectBucket,
     quantizable,
     quantizable_table,
     quantized_layers,

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from diffusion_accel.evaluation.prompts import embedded_prompts
-from diffusion_accel.measure.fidelity import psnr, ssim
+from diffusion_accel.measure.fidelity import fidelity
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines.loading import load_pipeline
@@ -45,6 +45,7 @@ OPTIONS = {k: SETTINGS[k] for k in ("guidance_scale", "height", "width")}
 
 
 def sticker() -> Any:
+    """The embedded model as it is recommended to be used."""
     pipe = load_pipeline("sticker")
     set_scheduler(pipe, SETTINGS["scheduler"])
     pipe.set_progress_bar_config(disable=True)
@@ -52,8 +53,10 @@ def sticker() -> Any:
 
 
 def torchao(name: str, **arguments: Any) -> Callable[[Any], None]:
+    """A change by torchao with a configuration of its own."""
+
     def change(unet: Any) -> None:
-        import torchao.quantization as ao
+        import torchao.quantization as ao  # optional package
 
         ao.quantize_(unet, getattr(ao, name)(**arguments))
 
@@ -61,8 +64,10 @@ def torchao(name: str, **arguments: Any) -> Callable[[Any], None]:
 
 
 def quanto(weights: str, activations: str | None) -> Callable[[Any, CalibrationSet], None]:
+    """A change by quanto, calibrated where inputs are quantized."""
+
     def change(unet: Any, calibration: CalibrationSet) -> None:
-        from optimum import quanto as q
+        from optimum import quanto as q  # optional package
 
         kinds = {"weights": getattr(q, weights), "activations": getattr(q, activations) if activations else None}
         q.quantize(unet, **kinds)
@@ -76,8 +81,10 @@ def quanto(weights: str, activations: str | None) -> Callable[[Any, CalibrationS
 
 
 def sdnq(weights: str, integer: bool) -> Callable[[Any], None]:
+    """A change by SDNQ, with or without products in integers."""
+
     def change(unet: Any) -> Any:
-        from sdnq import sdnq_post_load_quant
+        from sdnq import sdnq_post_load_quant  # optional package
 
         return sdnq_post_load_quant(
             unet,
@@ -106,6 +113,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
+    """Measure every model on the same prompts, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", help="folders that `diffusion-accel quantize` wrote")
     parser.add_argument("--only", action="store_true", help="nothing but the checkpoints")
@@ -128,14 +136,14 @@ def main() -> None:
             pipe.unet = unet
             parts = [heldout.sample(b, 16, 0) for b in range(0, len(heldout.timesteps), 3)]
             images = sampler.images()
-            each, like = psnr(base, images), ssim(base, images)
+            found = fidelity(base, images)
             rows.append(
                 {
                     "name": name,
                     "error": relative_error(unet, parts),
-                    "psnr": statistics.median(each.tolist()),
-                    "worst_decile": float(each.quantile(0.1)),
-                    "ssim": statistics.median(like.tolist()),
+                    "psnr": found.psnr_median,
+                    "worst_decile": found.psnr_worst_decile,
+                    "ssim": statistics.median(found.ssim),
                 }
             )
             shown.append((name, images))
@@ -185,6 +193,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
     lines = ["| model | prediction error | PSNR dB, median | worst decile | SSIM |", "|" + " --- |" * 5]
     for row in rows:
         if "failed" in row:

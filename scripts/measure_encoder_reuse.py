@@ -22,7 +22,8 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from shapes import sd15_unet
 
 from diffusion_accel import AccelerationError, EncoderReuse, Feature, Reuse, accelerate
 from diffusion_accel.flops import count_flops
@@ -168,13 +169,8 @@ def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
 
 def measure_sd15(latent: int, rounds: int, steps: int = 10) -> dict[str, Any]:
     """An SD 1.5-shaped U-Net with random weights: the same code at the real size, with guidance."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, layers_per_block=2,
-        attention_head_dim=8,
-    ).eval()  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(clip_sample=False),
+        vae=None, text_encoder=None, tokenizer=None, unet=sd15_unet(), scheduler=DDIMScheduler(clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

@@ -100,6 +100,7 @@ def error(state: RunState) -> float:
 
 
 def main() -> None:
+    """Quantize up to the ranges, then compare the schedules."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--seconds", type=float, default=240.0, help="CPU time of each schedule")

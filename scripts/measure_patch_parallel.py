@@ -154,14 +154,14 @@ def sheet(folder: Path, options: argparse.Namespace) -> None:
 def time_worker(options: argparse.Namespace) -> None:
     """One step after another of a U-Net of SD 1.5's shape, rank 0 printing the seconds of each."""
     import torch
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, DDPMPipeline
+    from shapes import sd15_unet
 
     from diffusion_accel import PatchParallel, accelerate
     from diffusion_accel.measure.timing import seconds_of
 
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64).eval()
+    unet = sd15_unet()
 
     class Pipeline(DDPMPipeline):
         """Steps of the denoiser alone."""

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from shapes import sd15_unet
 from torch import nn
 
 import diffusion_accel  # noqa: F401, so that diffusers loads the checkpoint
@@ -72,13 +73,8 @@ class Embedded(Sampler):
 
 
 def pipeline() -> Any:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, layers_per_block=2,
-        attention_head_dim=8,
-    ).eval()  # fmt: skip
     pipe = StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=unet, safety_checker=None, feature_extractor=None,
+        vae=None, text_encoder=None, tokenizer=None, unet=sd15_unet(), safety_checker=None, feature_extractor=None,
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

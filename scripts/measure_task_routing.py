@@ -24,6 +24,7 @@ from diffusion_accel.routing import Recipe, route
 def models() -> dict[str, tuple[Any, dict[str, Any]]]:
     """The embedded U-Net, an SD 1.5-shaped one, and DiTs in two of the paper's sizes, with the arguments of a step."""
     from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+    from shapes import sd15_unet
 
     def text(width: int, tokens: int = 77) -> torch.Tensor:
         return torch.randn(2, tokens, width)
@@ -31,7 +32,7 @@ def models() -> dict[str, tuple[Any, dict[str, Any]]]:
     sticker = UNet2DConditionModel.from_pretrained(EMBEDDED["sticker"].path / "unet")
     call = {"sample": torch.randn(2, sticker.config.in_channels, 12, 12), "encoder_hidden_states": text(192, 24)}
     found: dict[str, tuple[Any, dict[str, Any]]] = {"sticker U-Net, 12×12 latents": (sticker, call)}
-    sd = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+    sd = sd15_unet()
     call = {"sample": torch.randn(2, 4, 32, 32), "encoder_hidden_states": text(768)}
     found["SD 1.5-shaped U-Net, 32×32 latents"] = sd, call
     for name, heads, layers in (("S", 6, 12), ("B", 12, 12)):

@@ -50,7 +50,7 @@ def main() -> None:
         minutes=args.minutes,
         source=source,
         load=load_pipeline,
-        progress=lambda what, share=0.0, left=None: print(f"{share:4.0%} {what}", flush=True),
+        progress=lambda what, share=0.0, _left=None: print(f"{share:4.0%} {what}", flush=True),
         **calls,
     )
     print(report.text())

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from diffusion_accel.quant.affine import half_scale, search_grid, top
-from diffusion_accel.quant.layers import Buckets, QuantizedLayer, SelectBucket, grid_at, quantized_like
+from diffusion_accel.quant.buckets import Buckets, SelectBucket, grid_at
+from diffusion_accel.quant.layers import QuantizedLayer, quantized_like
 from diffusion_accel.quant.model import candidates
 from diffusion_accel.quant.spec import LayerSpec
 

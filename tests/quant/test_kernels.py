@@ -1,0 +1,141 @@
+"""Integer arithmetic, and what decides for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantized_layers import LAYERS, TIMES, conv, inputs, linear, made, on_grid
+from torch import nn
+
+from diffusion_accel.quant import kernels
+from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, unsaturated, why_not_integer
+from diffusion_accel.quant.layers import Buckets, Dequantize, Simulated
+from diffusion_accel.quant.ptq.trainable_layer import TrainableLayer
+from diffusion_accel.quant.spec import LayerSpec
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("weight_bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("split", [0, 5])
+def test_integers_compute_what_the_simulation_computes(kind: str, weight_bits: int, split: int) -> None:
+    layer = made(LAYERS[kind](), weight_bits=weight_bits, split=split)
+    assert why_not_integer(layer) is None
+    for number, time in enumerate(TIMES):
+        layer.buckets.select(time)
+        assert layer.buckets.number == number
+        x = on_grid(layer, inputs(layer))  # then no code depends on how a tie is rounded, and only float sums differ
+        expected = Simulated()(layer, x)
+        for way in (OneDnn(), IntMatmul()):
+            assert torch.allclose(way(layer, x), expected, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_integers_without_enough_bits_to_add_them_are_split(
+    kind: str, saturates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not saturates and kernels.saturates():
+        pytest.skip("this CPU cuts off large sums of 8-bit products")
+    monkeypatch.setattr(kernels, "saturates", lambda: saturates)
+    layer = made(LAYERS[kind](), weight_bits=8)
+    layer.buckets.select(500)
+    x = on_grid(layer, inputs(layer))
+    way, expected = OneDnn(), Simulated()(layer, x)
+    assert torch.allclose(way(layer, x), expected, atol=2e-5 * float(expected.abs().max()))
+    assert way.weights is not None and [len(terms) for terms in way.weights] == [1 + saturates]
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_products_of_bytes_are_exact_on_every_cpu(saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if saturates:
+        monkeypatch.setattr(kernels, "saturates", lambda: True)
+    extremes = torch.tensor([-128, -1, 0, 1, 127], dtype=torch.int8)
+    for rows in (1, 5, 40):
+        a = extremes[torch.randint(5, (rows, 70))]
+        b = extremes[torch.randint(5, (70, 9))]
+        assert torch.equal(kernels.int_mm(a, b), a.int() @ b.int())
+
+
+@given(st.integers(0, 2**32), st.integers(1, 8))
+def test_terms_of_weights_sum_to_them_and_fit_sixteen_bits(seed: int, bits: int) -> None:
+    weight = torch.randint(-128, 128, (6, 5), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    terms = unsaturated(weight, bits)
+    assert torch.equal(torch.stack(terms).sum(0), weight.long())
+    assert all(2 * (2**bits - 1) * term.long().abs().max() <= 32767 for term in terms)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_integers_differ_by_no_more_than_ties_of_rounding(kind: str) -> None:
+    layer = made(LAYERS[kind]())
+    layer.buckets.select(500)
+    x = inputs(layer, 4)
+    scale = float(layer.input_scale[1])
+    # one code apart where x / scale is a tie in one arithmetic and not in the other: scale x |weights| of that window
+    near_tie = ((x / scale - (x / scale).floor() - 0.5).abs() < 1e-3).float()
+    weight = layer.floats().abs()
+    with torch.no_grad():
+        bound = layer.compute(near_tie * scale, weight)
+        if layer.bias is not None:
+            bound = bound - (layer.bias.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else layer.bias)
+        wrong = (Integer()(layer, x) - Simulated()(layer, x)).abs()
+    assert (wrong <= bound + 1e-4).all()
+
+
+def test_what_integers_cannot_do_is_simulated() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"activation_bits": None}, "not quantized"),
+        ({"activation_bits": 12}, "more than 8 bits"),
+        ({"activation_bits": 4, "per_channel": True}, "each channel"),
+    ]
+    for spec, reason in cases:
+        layer = made(linear(), **spec)
+        assert reason in (why_not_integer(layer) or "")
+        assert make_runtime("integer", layer).name == "simulated" and make_runtime("auto", layer).name == "dequantize"
+    layer = made(linear(), weight_bits=8)
+    layer.weight_zero_point.fill_(100)
+    assert "symmetric" in (why_not_integer(layer) or "")
+
+
+def test_auto_picks_one_of_two_and_keeps_it() -> None:
+    layer = made(conv())
+    layer.runtime = Auto()
+    assert layer.runtime.name == "auto"
+    layer.buckets.select(900)
+    x = inputs(layer)
+    first = layer(x)
+    assert layer.runtime.name in ("integer", "dequantize")
+    assert torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize(
+    ("machine", "bits", "width", "dtype", "faster"),
+    [
+        ("AMX", 8, 256, torch.float32, True),
+        ("AMX", 8, 128, torch.float32, False),
+        ("AMX", 8, 256, torch.bfloat16, False),
+        ("AMX", 8, 768, torch.bfloat16, True),
+        ("32 bits", 8, 256, torch.bfloat16, True),
+        ("16 bits", 8, 768, torch.float32, False),
+        ("16 bits", 7, 768, torch.float32, True),
+        ("16 bits", 4, 256, torch.float32, False),
+        ("none", 4, 768, torch.float32, False),
+    ],
+)
+def test_auto_goes_by_the_layer_and_the_machine_alone(
+    monkeypatch: pytest.MonkeyPatch, machine: str, bits: int, width: int, dtype: torch.dtype, faster: bool
+) -> None:
+    """Not by a clock, so that a machine draws the same image every time; not by the rows, so that shares agree."""
+    monkeypatch.setattr(kernels, "products", lambda device: machine)
+    spec = LayerSpec(weight_bits=bits, activation_bits=8)
+    layer = TrainableLayer(nn.Linear(width, width), spec, Buckets((900.0,)), search=False).finished(Buckets((900.0,)))
+    layer.runtime = Auto()
+    for rows in (1, 300):
+        x = torch.randn(rows, width).to(dtype)
+        expected = Integer() if faster else Dequantize()
+        layer.bias.data = layer.bias.data.to(dtype)
+        assert torch.equal(layer(x), expected(layer, x))
+        assert layer.runtime.name == ("integer" if faster else "dequantize")
