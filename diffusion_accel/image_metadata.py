@@ -13,13 +13,13 @@ import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffusion_accel.errors import AccelerationError, OutputError
 from diffusion_accel.io import is_there, parse_json
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 CHUNK = "diffusion_accel"
 _USER_COMMENT, _MAKER_NOTE, _EXIF_IFD = 0x9286, 0x927C, 0x8769
@@ -90,8 +90,6 @@ def _name(text: str) -> str:
 # ------------------------------------------------------------------------------------------- writing
 def save_options(kind: str, text: str, data: dict[str, Any]) -> dict[str, Any]:
     """What Pillow's `save` is given to write `text` and `data` into a file of `kind` ("PNG", "WEBP" or "JPEG")."""
-    from PIL.PngImagePlugin import PngInfo
-
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be no Unicode
     if kind == "PNG":
         info = PngInfo()
@@ -108,8 +106,6 @@ def save_options(kind: str, text: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _exif(text: str, whole: bytes | None = None) -> bytes:
-    from PIL import Image
-
     exif = Image.Exif()
     values = exif.get_ifd(_EXIF_IFD)
     values[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
