@@ -1,12 +1,15 @@
-"""Where files are to be written: checks that are made before anything is computed."""
+"""Where files are to be written: checks that are made before anything is computed, and folders as a whole."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from . import interrupts
 from .errors import ConfigurationError, OutputError
 from .io import is_there
 
@@ -79,3 +82,20 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
         if not (folder / "model_index.json").is_file():
             raise OutputError(f"{folder} is not a pipeline folder, so overwrite=True does not replace it")
     check_writable(folder.absolute().parent)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; takes the place of `path` at the end, removed after an error. `io.replacing` is
+    the same for a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    with interrupts.unfinished(temporary):
+        yield temporary
+        with interrupts.undivided():
+            old = path.with_name(f"{temporary.name}.old")
+            if path.exists():
+                path.rename(old)
+            interrupts.finish(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion_accel import interrupts, io
+from diffusion_accel import io
 from diffusion_accel.errors import AccelerationError
 from diffusion_accel.io import replacing
 
@@ -27,22 +23,6 @@ class UsageError(TrainingError):
 
 class RunExistsError(UsageError):
     """The folder holds a run already, and nobody asked to go on with it."""
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; takes the place of `path` at the end, removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
-    with interrupts.unfinished(temporary):
-        yield temporary
-        with interrupts.undivided():
-            old = path.with_name(f"{temporary.name}.old")
-            if path.exists():
-                path.rename(old)
-            interrupts.finish(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

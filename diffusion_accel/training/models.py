@@ -13,9 +13,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.io import first_line
+from diffusion_accel.outputs import replacing_folder
 
 from .denoising import Process
-from .files import TrainingError, UsageError, replacing_folder
+from .files import TrainingError, UsageError
 from .sampling import scheduler_for
 
 MODELS = ("unet", "unet-text", "dit")

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from diffusion_accel.outputs import replacing_folder
 from diffusion_accel.training.archives import Row, caption_of, read_images, read_rows
 from diffusion_accel.training.arrays import load_array, load_tensors
-from diffusion_accel.training.files import UsageError, replacing, replacing_folder, require, rows_of, write_json_lines
+from diffusion_accel.training.files import UsageError, replacing, require, rows_of, write_json_lines
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from diffusion_accel.evaluation.distribution import hit_shares
 from diffusion_accel.io import first_line
+from diffusion_accel.outputs import replacing_folder
 from diffusion_accel.routing.hooks import CONFIG_KEY
 from diffusion_accel.training import archives
 from diffusion_accel.training.denoising import Process
 from diffusion_accel.training.diffusion_task import Denoiser, prediction_error, sample_of
-from diffusion_accel.training.files import TrainingError, UsageError, replacing_folder
+from diffusion_accel.training.files import TrainingError, UsageError
 from diffusion_accel.training.images import mean_psnr
 from diffusion_accel.training.models import float32_text
 from diffusion_accel.training.state import STATE, load_average, read_counters

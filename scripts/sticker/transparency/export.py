@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from diffusion_accel.training.files import UsageError, replacing_folder
+from diffusion_accel.outputs import replacing_folder
+from diffusion_accel.training.files import UsageError
 from diffusion_accel.transparency.files import ADAPTER
 from diffusion_accel.transparency.weights import write_digests
 from sticker.low_rank import low_rank_changes
