@@ -102,12 +102,12 @@ def searching(folder: Path) -> None:
 
 
 def quantizing(folder: Path) -> None:
-    def run(pipe: Any, source: Any, prompts: Any, choice: Any, to: Path, *_: Any, **__: Any) -> None:
-        to.with_name(f"{to.name}.work").mkdir()
+    def quantize(*_: Any, output: Path, **__: Any) -> None:
+        output.with_name(f"{output.name}.work").mkdir()
         arrive(folder)
 
     _replace("diffusion_accel.cli.session.open_for", mock.MagicMock())
-    _replace("diffusion_accel.quant.ptq.export.run", run)
+    _replace("diffusion_accel.quantize", quantize)
 
 
 def nobody_reads(folder: Path) -> None:

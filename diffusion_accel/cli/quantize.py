@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,20 +114,19 @@ def quantize(
     interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work.
     """
     options = locals()
-    with _flags("bits_budget", "bits"):
-        choice = quantize_settings(
-            bits,
-            seed=seed,
-            bits_budget=bits_budget,
-            attention_bits=attention_bits or None,
-            softmax_bits=softmax_bits,
-            split=split,
-            buckets=buckets,
-            layers=layers,
-            sensitive=sensitive,
-            rounding=_rounding(iterations) if rounding == "adaround" else None,
-            finetune=_finetuning(rate, scale_rate, epochs, time_epochs, layer_loss) if finetune == "quest" else None,
-        )
+    choice = quantize_settings(
+        bits,
+        seed=seed,
+        bits_budget=bits_budget,
+        attention_bits=attention_bits or None,
+        softmax_bits=softmax_bits,
+        split=split,
+        buckets=buckets,
+        layers=layers,
+        sensitive=sensitive,
+        rounding=_rounding(iterations) if rounding == "adaround" else None,
+        finetune=_finetuning(rate, scale_rate, epochs, time_epochs, layer_loss) if finetune == "quest" else None,
+    )
     folder = output_path(output)
     check_free_folder(folder, overwrite)
     _say_how_to_go_on(folder)
@@ -147,13 +144,12 @@ def quantize(
         )
     bar = Bar(quiet)
     try:
-        with _flags("bits_budget"):
-            found = api.quantize(
-                pipe, texts or usual_texts(pipe, count), settings=choice, output=folder,
-                minutes=None if budget is None else budget / 60, steps=settings.steps or 50,
-                guidance_scale=settings.guidance_scale, height=settings.height, width=settings.width, batch=batch,
-                images=report, overwrite=overwrite, restart=restart, progress=bar, source=source, load=load_pipeline,
-            )  # fmt: skip
+        found = api.quantize(
+            pipe, texts or usual_texts(pipe, count), settings=choice, output=folder,
+            minutes=None if budget is None else budget / 60, steps=settings.steps or 50,
+            guidance_scale=settings.guidance_scale, height=settings.height, width=settings.width, batch=batch,
+            images=report, overwrite=overwrite, restart=restart, progress=bar, source=source, load=load_pipeline,
+        )  # fmt: skip
     finally:
         bar.close()
     if as_json:
@@ -171,19 +167,6 @@ def _say_how_to_go_on(folder: Path) -> None:
         return f"call it again to go on from here ({work})" if kept else interrupts.names()
 
     interrupts.explain(how_to_go_on)
-
-
-@contextmanager
-def _flags(*names: str) -> Iterator[None]:
-    """Around what refuses fields of the settings by name: the flag is named instead."""
-    try:
-        yield
-    except ConfigurationError as error:
-        text = str(error)
-        name = next((name for name in names if text.startswith(name)), None)
-        if name is None:
-            raise
-        raise ConfigurationError(f"--{name.replace('_', '-')}{text[len(name) :]}") from error
 
 
 def _rounding(iterations: int | None) -> RoundingSettings:
