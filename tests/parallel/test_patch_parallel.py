@@ -122,6 +122,19 @@ def test_geometry_by_brute_force() -> None:
                             assert halo.above == max(0, -min(needed))
 
 
+def test_the_old_name_of_a_field_is_still_read() -> None:
+    from diffusion_accel.errors import ConfigurationError
+    from diffusion_accel.parallel import PatchParallel
+
+    new = PatchParallel(mode="partial", neighbour_fraction=0.5)
+    assert new == PatchParallel(mode="partial", p=0.5) == PatchParallel.from_dict({"mode": "partial", "p": 0.5})
+    assert new.p == 0.5 and new.to_dict()["neighbour_fraction"] == 0.5 and "p" not in new.to_dict()
+    with pytest.raises(ConfigurationError, match="old name of neighbour_fraction"):
+        PatchParallel(p=0.5, neighbour_fraction=0.4)
+    with pytest.raises(ConfigurationError, match="neighbour_fraction must be between 0 and 1"):
+        PatchParallel(p=1.5)
+
+
 def test_settings_are_checked() -> None:
     from diffusion_accel.errors import ConfigurationError
     from diffusion_accel.parallel import PatchParallel
