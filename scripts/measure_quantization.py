@@ -57,7 +57,8 @@ class Embedded(Sampler):
 
     size = 32
 
-    def call(self, start: int, end: int, **changes: Any) -> torch.Tensor:
+    def call(self, start: int, end: int, **_changes: Any) -> torch.Tensor:
+        """Draw latents from the embeddings; the images are not looked at."""
         for number in range(start, end):
             generator = torch.Generator().manual_seed(number)
             self.pipe(
@@ -73,6 +74,7 @@ class Embedded(Sampler):
 
 
 def pipeline() -> Any:
+    """A pipeline of that U-Net alone."""
     pipe = StableDiffusionPipeline(
         vae=None, text_encoder=None, tokenizer=None, unet=sd15_unet(), safety_checker=None, feature_extractor=None,
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), requires_safety_checker=False,
@@ -90,10 +92,10 @@ def by_type(model: nn.Module, run: Any) -> dict[str, float]:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             kind = "linear" if isinstance(module, nn.Linear) else "convolution"
 
-            def stop(m: Any, a: Any, o: Any, kind: str = kind) -> None:
+            def stop(_m: Any, _a: Any, _o: Any, kind: str = kind) -> None:
                 spent[kind] += time.perf_counter() - began.pop()
 
-            handles.append(module.register_forward_pre_hook(lambda m, a: began.append(time.perf_counter())))
+            handles.append(module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())))
             handles.append(module.register_forward_hook(stop))
     run()
     for handle in handles:
@@ -141,6 +143,7 @@ def times(full: nn.Module, quantized: nn.Module, latent: int, rounds: int) -> di
 
 
 def main() -> None:
+    """Quantize unless that was done, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/sd15-quantized"))
     parser.add_argument("--bits", type=int, default=8, help="of the weights")
