@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -65,21 +64,27 @@ def uncounted() -> Iterator[None]:
 
 
 def _cpu_attention_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+    query: torch.Size, key: torch.Size, value: torch.Size, *_args: object, **_kwargs: object
 ) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _product_flops(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _product_flops(a: torch.Size, b: torch.Size, *_args: object, **_kwargs: object) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-def _linear_flops(x: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _linear_flops(x: torch.Size, *_args: object, out_shape: torch.Size, **_kwargs: object) -> int:
     return 2 * x.numel() * out_shape[-1]
 
 
 def _convolution_flops(
-    x: torch.Size, scale: float, zero_point: int, weight: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+    _x: torch.Size,
+    _scale: float,
+    _zero_point: int,
+    weight: torch.Size,
+    *_args: object,
+    out_shape: torch.Size,
+    **_kwargs: object,
 ) -> int:
     return 2 * out_shape.numel() * weight[1:].numel()
 

@@ -73,6 +73,9 @@ def load_pipeline(
         low_memory: keep its weights packed in memory.
         options: passed on to diffusers' `from_pretrained` or `from_single_file`; others are refused.
 
+    Returns:
+        The pipeline, on the CPU, without features; `accelerate` switches them on.
+
     Raises:
         ConfigurationError, ModelLoadError: with one line that says what was wrong.
     """

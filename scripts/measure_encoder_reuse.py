@@ -49,6 +49,7 @@ class Trajectory:
         self.steps, self.guidance = steps, guidance
 
     def call(self, prompts: list[str], seed: int, steps: int | None = None, **more: Any) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1]; image k starts from the noise of seed + k."""
         generator = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
         return self.pipe(
             prompts,
@@ -66,7 +67,7 @@ class Trajectory:
             path: list[torch.Tensor] = []
 
             def keep(
-                pipe: Any, k: int, t: Any, values: dict[str, Any], path: list[torch.Tensor] = path
+                _pipe: Any, _k: int, _t: Any, values: dict[str, Any], path: list[torch.Tensor] = path
             ) -> dict[str, Any]:
                 path.append(values["latents"].clone())
                 return values
@@ -96,16 +97,19 @@ def with_plan(pipe: Any, feature: Feature | None, call: Callable[[], Any]) -> Ca
 
 
 def flops(call: Callable[[], Any]) -> float:
+    """Operations of a call."""
     with count_flops() as count:
         call()
     return count.total
 
 
 def machine() -> str:
+    """What it was measured on, in a few words."""
     return f"{platform.machine()}, {torch.get_num_threads()} threads, float32, torch {torch.__version__}"
 
 
 def measure_sticker(steps: int, guidance: float, rounds: int) -> dict[str, Any]:
+    """Times and fidelity of every setting on the embedded model, with its anchors."""
     run = Trajectory(steps, guidance)
     pipe = run.pipe
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(run.ddim.config)
@@ -235,6 +239,7 @@ def measure_schedulers(steps: int, guidance: float) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
+    """The result as Markdown tables."""
     fidelity = "psnr" in result["rows"][0]
     head = ["setting", "time ratio", "FLOP ratio"]
     if fidelity:
@@ -261,6 +266,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure what was asked for, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)

@@ -37,6 +37,7 @@ PRESETS += ("shallow:3,4", "uniform:3")
 
 
 def main() -> int:
+    """Measure, and print a table row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="prompts")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved timings of one image")

@@ -54,6 +54,7 @@ def draw(pipe: Any, options: argparse.Namespace, first: int) -> Any:
 
 
 def load(options: argparse.Namespace) -> Any:
+    """The embedded pipeline, as every process of a job loads it."""
     from diffusion_accel.pipelines.loading import load_pipeline
     from diffusion_accel.pipelines.schedulers import set_scheduler
 
@@ -102,6 +103,7 @@ def fidelity_worker(options: argparse.Namespace) -> None:
 
 
 def fidelity(options: argparse.Namespace) -> None:
+    """Images of every setting against those of one process, and how near steps fewer come."""
     import torch
 
     from diffusion_accel.parallel.launch import start
@@ -204,6 +206,7 @@ def time_worker(options: argparse.Namespace) -> None:
 
 
 def measure_time(options: argparse.Namespace) -> None:
+    """Times of a step on one process and on several, in turn."""
     from diffusion_accel.parallel.launch import start
 
     flags = [f"--{name}={getattr(options, name)}" for name in ("latents", "rows", "repeats")]
@@ -223,6 +226,7 @@ def measure_time(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for name, function in (("fidelity", fidelity), ("fidelity-worker", fidelity_worker)):

@@ -62,6 +62,7 @@ def measure(model: Any, call: dict[str, Any], runs: int) -> list[float]:
 
 
 def main() -> int:
+    """Measure every model, and print a table row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
     options = parser.parse_args()

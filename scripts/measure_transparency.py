@@ -42,6 +42,7 @@ TOGETHER = ("encoder_reuse", "reuse:tuned:quality", "reuse:tuned:balanced", "reu
 
 
 def pipeline(**options: Any) -> Any:
+    """The embedded pipeline with its recommended scheduler."""
     pipe = load_pipeline("sticker", **options)
     set_scheduler(pipe, "dpm++")
     pipe.set_progress_bar_config(disable=True)
@@ -49,6 +50,7 @@ def pipeline(**options: Any) -> Any:
 
 
 def captions(seen: int, heldout: int) -> list[str]:
+    """So many captions that the model was trained with, and so many held-out ones."""
     asked, _ = embedded_reference()
     return [
         asked.captions[i] for split, n in (("train", seen), ("heldout", heldout)) for i in asked.choose(split, n, 0)
@@ -56,6 +58,7 @@ def captions(seen: int, heldout: int) -> list[str]:
 
 
 def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
+    """One image a prompt."""
     made = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
@@ -67,6 +70,7 @@ def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------- parts
 @torch.no_grad()
 def roundtrip(options: argparse.Namespace) -> dict[str, Any]:
+    """Held-out stickers through the latents and back, and how near they come; the ad-hoc ways beside them."""
     from sticker import data
     from sticker.transparency.images import rgba_of
 
@@ -151,6 +155,7 @@ def rivals() -> dict[str, Any]:
 
 
 def cutouts(options: argparse.Namespace) -> dict[str, Any]:
+    """How many drawn images are clean cut-outs, against the ad-hoc ways on the same seeds."""
     seen, heldout = options.prompts
     prompts = captions(seen, heldout)
     pipe = accelerate(pipeline(), LatentTransparency(weights=options.weights))
@@ -202,6 +207,7 @@ def real_share(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def together(options: argparse.Namespace) -> dict[str, Any]:
+    """How near transparent images with another acceleration come to those without."""
     prompts = captions(32, 0)
     transparent = LatentTransparency(weights=options.weights)
     reference = as_tensor(draw(accelerate(pipeline(), transparent), prompts))
@@ -248,14 +254,17 @@ PARTS = {"roundtrip": roundtrip, "cutouts": cutouts, "together": together, "time
 
 # ------------------------------------------------------------------------------------------- helpers
 def median(values: torch.Tensor) -> float:
+    """With two digits."""
     return round(float(values.median()), 2)
 
 
 def share(faults: list[list[str]]) -> float:
+    """Of images without a fault, with three digits."""
     return round(sum(not one for one in faults) / len(faults), 3)
 
 
 def with_alpha(image: Image.Image, alpha: np.ndarray) -> Image.Image:
+    """An image with alpha (H, W) in 0..1."""
     made = image.convert("RGBA")
     made.putalpha(Image.fromarray((alpha * 255).round().astype(np.uint8)))
     return made
@@ -289,6 +298,7 @@ def wall(images: list[Image.Image], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measure the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=tuple(PARTS))
     parser.add_argument("--weights", default="", help="transparency weights (default: those of the embedded model)")
