@@ -87,6 +87,7 @@ def test_the_commands_are_understood(
             assert call(capsys, name, *words, *cheap[name])[0] == 0 and Path("apple.png").is_file()
             monkeypatch.setattr("diffusion_accel.generation.loading.load_pipeline", load)
             monkeypatch.setattr("diffusion_accel.pipelines.loading.load_pipeline", load)
+            monkeypatch.setattr("diffusion_accel.bench.runner.load_pipeline", load)
             monkeypatch.setattr("diffusion_accel.cli.processes.start", load)
             continue
         code, out, err = call(capsys, name, *words)
