@@ -28,7 +28,7 @@ from . import needs
 from .diffusers_cache import DiffusersCache
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 def supports(cache: DiffusersCache, pipe: DiffusionPipeline) -> str | None:
@@ -37,7 +37,7 @@ def supports(cache: DiffusersCache, pipe: DiffusionPipeline) -> str | None:
     return needs.unfollowable(pipe) or next(filter(None, reasons), None)
 
 
-def _unmet_need(cache: DiffusersCache, pipe: DiffusionPipeline, denoiser: Any) -> str | None:
+def _unmet_need(cache: DiffusersCache, pipe: DiffusionPipeline, denoiser: ModelMixin) -> str | None:
     kind = type(denoiser).__name__
     if not hasattr(denoiser, "enable_cache"):
         return f"{kind} has none of diffusers' caches; use hold:n or shallow:n,depth"
@@ -115,7 +115,7 @@ class CacheRun:
 
         self.changes.set(self.scheduler, "set_timesteps", watched)
 
-    def _enable(self, denoiser: Any, steps: int) -> None:
+    def _enable(self, denoiser: ModelMixin, steps: int) -> None:
         if denoiser.is_cache_enabled:
             denoiser.disable_cache()
         try:

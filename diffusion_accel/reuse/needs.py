@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from . import block_hooks, unet_hooks
 from .plan import Kinds, PlanSource
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 
 def supports(source: PlanSource, pipe: DiffusionPipeline) -> str | None:
@@ -48,7 +48,7 @@ def unfollowable(pipe: DiffusionPipeline) -> str | None:
     return no_loop(pipe) or reads_every_step(pipe) or not_followed(pipe)
 
 
-def unmet_need(denoiser: nn.Module, scheduler: Any, kinds: Kinds) -> str | None:
+def unmet_need(denoiser: nn.Module, scheduler: SchedulerMixin, kinds: Kinds) -> str | None:
     """Why a denoiser cannot follow a plan with these kinds of steps; None if it can."""
     if any(kinds.spaces) and not Conversion(scheduler).possible:
         return (

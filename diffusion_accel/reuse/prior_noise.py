@@ -13,10 +13,12 @@ from diffusion_accel.noise_level import unknown_noise_levels
 from diffusion_accel.steps import StepClock
 
 if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
     from .encoder_reuse import EncoderReuse
 
 
-def not_injectable(scheduler: Any) -> str | None:
+def not_injectable(scheduler: SchedulerMixin) -> str | None:
     """Why the initial noise cannot be added to the latents of a scheduler; None if it can."""
     sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
     if abs(sigma - 1.0) > 1e-6:
@@ -114,7 +116,7 @@ class _FirstStep(ModelHook):
         return as_given(module, args, named)
 
 
-def _latent_channels(module: Any, scheduler: Any, given: int) -> int:
+def _latent_channels(module: Any, scheduler: SchedulerMixin, given: int) -> int:
     """How many channels of a U-Net's input are the latents; behind them may be masks and images."""
     made = module.config.out_channels
     if str(getattr(scheduler, "config", {}).get("variance_type", "")).startswith("learned"):

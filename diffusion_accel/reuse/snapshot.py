@@ -51,7 +51,7 @@ class Snapshot:
             and all(torch.equal(a, b) for a, b in zip(self._values, _by_kind(self._views), strict=True))
         )
 
-    def _note(self, value: Any) -> None:
+    def _note(self, value: object) -> None:
         if isinstance(value, torch.Tensor):
             if id(value) not in self._seen and value.layout == torch.strided and not value.is_meta:
                 self._tensors.append((value, version_of(value), value.data_ptr()))
@@ -88,7 +88,7 @@ def _by_kind(views: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat(same) for same in kinds.values()]
 
 
-def _attributes(value: Any) -> dict[str, Any] | None:
+def _attributes(value: object) -> dict[str, Any] | None:
     """What an object holds, if it may hold something that changes."""
     return None if isinstance(value, _LEAVES) else getattr(value, "__dict__", None)
 

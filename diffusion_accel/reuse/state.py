@@ -5,7 +5,7 @@ Nothing here is a hook: `denoiser_hook`, `unet_hooks` and `block_hooks` stand on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ class DenoiserCall:
         """For how many steps it makes predictions."""
         return len(self.times)
 
-    def keep(self, key: Any, size: int, value: Any) -> None:
+    def keep(self, key: Hashable, size: int, value: Any) -> None:
         """Keep a value of a full step, with rows for both branches, for forecasts from `size` values."""
         history = self.features.histories.setdefault(key, History(size))
         if self.half:
@@ -112,7 +112,7 @@ class DenoiserCall:
             value = self._both(value, None if self.step.guidance == "none" else before)
         history.push(self.times[0], value)
 
-    def recall(self, key: Any) -> Any:
+    def recall(self, key: Hashable) -> Any:
         """The kept value at the times of this call, for its rows, one step after the other."""
         history = self.features.histories[key]
         values = [history.at(time, order) for time, order in zip(self.times, self.orders, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,14 +89,14 @@ class Outline:
         return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
-def _outlined(current: DenoiserCall, key: Any, output: Any, steps: int = 1) -> Any:
+def _outlined(current: DenoiserCall, key: Hashable, output: Any, steps: int = 1) -> Any:
     """Note the shapes of an output of a full step with the rows of so many steps, and return it."""
     if current.full:
         current.features.outlines[key] = (current.rows * steps, map_tensors(Outline.of, output))
     return output
 
 
-def _skipped(current: DenoiserCall, key: Any) -> Any:
+def _skipped(current: DenoiserCall, key: Hashable) -> Any:
     """What stands for the output of a part that is not computed."""
     rows, outline = current.features.outlines[key]
     if current.step.mode == "decoder":  # nothing reads it

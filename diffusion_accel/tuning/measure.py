@@ -27,7 +27,7 @@ from diffusion_accel.switchboard import accelerate
 from .search import Forecasts
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 PROBES = 12  # steps at which the influence is measured, along the trajectory
 ENDING = 4  # and all of the last ones, where it changes quickly
@@ -217,7 +217,7 @@ def reusing(pipe: DiffusionPipeline, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def scheduling(pipe: DiffusionPipeline, scheduler: Any) -> Iterator[None]:
+def scheduling(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None]:
     """Within this context the pipeline has another scheduler."""
     before = pipe.scheduler
     pipe.scheduler = scheduler

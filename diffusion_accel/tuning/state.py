@@ -36,13 +36,13 @@ def read_search(path: Path) -> tuple[Any, dict[str, list[float]]]:
     return head, known
 
 
-def _is_score(value: Any) -> bool:
+def _is_score(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("plan"), str) or not isinstance(value.get("psnr"), list):
         return False
     return bool(value["psnr"]) and all(type(score) in (int, float) and abs(score) < 1e6 for score in value["psnr"])
 
 
-def write_search(path: Path, head: Any, known: dict[str, list[float]]) -> None:
+def write_search(path: Path, head: object, known: dict[str, list[float]]) -> None:
     """Write the whole file anew, complete or not at all."""
     lines = [json.dumps(head), *(_line(plan, scores) for plan, scores in known.items())]
     with replacing(path) as temporary:

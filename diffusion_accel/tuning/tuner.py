@@ -32,7 +32,7 @@ from .target import Target
 from .trials import Trials
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 MANY, FEW = 20, 6  # families of plans that are tried: for a speed-up, and for each step towards a fidelity
 USUAL_STEPS = 50  # of a pipeline that names no number of its own
@@ -230,19 +230,9 @@ def tune(
     target = _checked(pipe, prompts, steps, options, Target(speedup, min_psnr))
     whole, calibration = Sampler(pipe, prompts, steps, seed, batch, options), 2 * len(prompts) // 3
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
-    found, failure = [], ConfigurationError("nothing was searched")
     with torch.inference_mode():
         reference = Reference.measure(whole.part(0, calibration), whole.part(calibration, len(prompts)))
-        for i, (count, scheduler) in enumerate(variants):
-            file = state.with_name(f"{state.name}.{i}") if state is not None and i else state
-            trials = Trials(replace(reference.sampler, steps=count), reference, file)
-            try:
-                found.append(_searched(trials, scheduler, target, seconds / len(variants), progress))
-            except ConfigurationError as error:
-                failure = error
-        if not found:
-            raise failure
-        best = max(found, key=lambda one: one.value)
+        best = _best(reference, variants, target, seconds, state, progress)
         progress("held-out prompts", 1.0)
         with scheduling(pipe, best.scheduler):
             return tuned_plan(best.plan, best.tuner.trials, best.tuner.seen, target)
@@ -257,7 +247,33 @@ class Found(NamedTuple):
     scheduler: Any
 
 
-def _searched(trials: Trials, scheduler: Any, target: Target, seconds: float, progress: Progress) -> Found:
+def _best(
+    reference: Reference,
+    variants: Sequence[tuple[int, SchedulerMixin]],
+    target: Target,
+    seconds: float,
+    state: Path | None,
+    progress: Progress,
+) -> Found:
+    """The best plan of all numbers of steps and schedulers, which share the time.
+
+    Raises:
+        ConfigurationError: none of them has a plan that reaches the target.
+    """
+    found, failure = [], ConfigurationError("nothing was searched")
+    for i, (steps, scheduler) in enumerate(variants):
+        file = state.with_name(f"{state.name}.{i}") if state is not None and i else state
+        trials = Trials(replace(reference.sampler, steps=steps), reference, file)
+        try:
+            found.append(_searched(trials, scheduler, target, seconds / len(variants), progress))
+        except ConfigurationError as error:
+            failure = error
+    if not found:
+        raise failure
+    return max(found, key=lambda one: one.value)
+
+
+def _searched(trials: Trials, scheduler: SchedulerMixin, target: Target, seconds: float, progress: Progress) -> Found:
     with scheduling(trials.sampler.pipe, scheduler):
         seen = Observations.measure(trials.sampler, trials.reference, progress)
         tuner = Tuner(trials, seen, target, Budget(seconds), progress)
