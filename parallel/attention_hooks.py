@@ -24,7 +24,7 @@ class AttentionHook(ModelHook):
         # what entered the layer of keys or that of values last, as it was and with the tokens of other parts
         self._tokens: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """Run the attention; meanwhile `level` says which part of the image its tokens are."""
         if self.run.split is None:
             return self.fn_ref.original_forward(*args, **kwargs)
@@ -63,7 +63,7 @@ class KeyValueHook(ModelHook):
         super().__init__()
         self.run, self.attention, self.name = run, attention, name
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """In mode "partial": the tokens of the neighbours enter with one's own."""
         run, level = self.run, self.attention.level
         if run.split is None or level is None or run.mode != "partial":
@@ -131,7 +131,7 @@ class WholeAttentionHook(ModelHook):
         super().__init__()
         self.run, self.name = run, name
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """Put the tokens of all parts together, run the attention, and cut this part out of what it returns."""
         run = self.run
         if run.split is None or (run.mode == "naive" and not run.exact):

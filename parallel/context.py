@@ -78,7 +78,7 @@ class SharedHook(ModelHook):
         super().__init__()
         self.check, self.count = check, count
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """Run the transformer; a message that fails becomes a `PeerError`."""
         self.check(bind_forward(module, args, kwargs))
         self.count()

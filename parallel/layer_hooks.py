@@ -33,7 +33,7 @@ class HaloHook(ModelHook):
         self.entry, self.asymmetric = entry, asymmetric
         self._plans: dict[Any, Halo] = {}
 
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: Any, *args: object, **kwargs: object) -> Any:
         """Run the convolution on this part's rows and those that it needs of the neighbours."""
         run = self.run
         if run.split is None:
@@ -120,7 +120,7 @@ class NormHook(ModelHook):
         super().__init__()
         self.run, self.name = run, name
 
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: Any, *args: object, **kwargs: object) -> Any:
         """Normalise this part with mean and variance of the whole image, put together in double precision."""
         run = self.run
         if run.split is None:

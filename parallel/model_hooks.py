@@ -88,7 +88,7 @@ class DenoiserHook(ModelHook):
         self.run, self.cfg_parallel, self.check = run, cfg_parallel, check
         self._rows: dict[int, int] = {}  # of one step's batch, by the number of the call within a step
 
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: Any, *args: object, **kwargs: object) -> Any:
         """Cut the arguments to this process's part, run the U-Net, and return the whole prediction."""
         run = self.run
         named = bind_forward(module, args, kwargs)
@@ -202,7 +202,7 @@ class PartHook(ModelHook):
         self.run, self.name, self.check = run, name, check
         self.halves, self.doubles, self.images, self.gathers = halves, doubles, images, gathers
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """Cut the arguments, run the model, and put its output together where that is wanted."""
         run, world = self.run, self.run.world
         named = bind_forward(module, args, kwargs)

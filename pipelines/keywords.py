@@ -31,7 +31,7 @@ OWN = frozenset("task controlnet dtype allow_pickle pipeline_class quantize runt
 
 def components_of(cls: type) -> frozenset[str]:
     """The parts and settings that a pipeline class is made of."""
-    return frozenset(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
+    return frozenset(inspect.signature(cls).parameters) - {"args", "kwargs"}
 
 
 def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:

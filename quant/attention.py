@@ -26,7 +26,7 @@ class WithScores:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
 
-    def get_attention_scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def get_attention_scores(self, *args: object, **kwargs: object) -> torch.Tensor:
         """The probabilities, passed through the function."""
         return self._change(self._attention.get_attention_scores(*args, **kwargs))
 
@@ -50,7 +50,7 @@ class QuantizedSoftmax(AttnProcessor):
         attention.register_buffer("softmax_scale", torch.zeros(len(buckets.timesteps), 1, device=device))
         attention.set_processor(cls(bits, buckets, attention.processor))
 
-    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, attn: Any, *args: object, **kwargs: object) -> Any:
         """What the plain processor answers, with rounded probabilities."""
 
         def rounded(probabilities: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class SelectBucket:
     def __reduce__(self) -> Any:
         return SelectBucket, (self.module, self.buckets, self.own)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Go to the bucket of the call's timestep, then do what the model does."""
         self.buckets.select(bind_forward(self.module, args, kwargs)["timestep"])
         if self.own is not None:

@@ -94,7 +94,7 @@ class QuantizedLayer(nn.Module):
     _floats: torch.Tensor | None
     _like: torch.Tensor
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
         """Called as the plain layer's class is called, this makes a plain layer: so does `type(layer)(…)` in peft."""
         return cls.plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
@@ -179,7 +179,7 @@ class QuantizedLayer(nn.Module):
             raise ConfigurationError(REASON)
         super().__setattr__(name, value)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: object, **kwargs: object) -> None:
         if f"{prefix}weight" in state_dict:
             raise ConfigurationError(f"{prefix}weight: {REASON}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -44,7 +44,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self._model = None if model is None else weakref.ref(model)
 
     @classmethod
-    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: object) -> Any:
         """What diffusers makes of the entry of a `config.json`. Raises `ModelLoadError` if it makes no sense."""
         made = cls(ModelSpec.from_dict(config_dict))
         return (made, kwargs) if return_unused_kwargs else made
@@ -105,7 +105,7 @@ class LowBitQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def check_if_quantized_param(
-        self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: object
     ) -> bool:
         """Whether a tensor is part of a quantized layer, by its name."""
         module, _, key = param_name.rpartition(".")
@@ -114,7 +114,7 @@ class LowBitQuantizer(DiffusersQuantizer):
         )
 
     def check_quantized_param_shape(
-        self, param_name: str, current: torch.Tensor, loaded: torch.Tensor, **kwargs: Any
+        self, param_name: str, current: torch.Tensor, loaded: torch.Tensor, **kwargs: object
     ) -> bool:
         """True. Raises `ModelLoadError` if a tensor has not the shape that the layer needs."""
         if current.shape != loaded.shape:
@@ -132,7 +132,7 @@ class LowBitQuantizer(DiffusersQuantizer):
         target_device: Any,
         state_dict: dict[str, Any],
         unexpected_keys: Any = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Put a tensor in as it is stored: scales stay float32 whatever type the rest of the model gets."""
         module, _, key = param_name.rpartition(".")
@@ -151,12 +151,12 @@ class LowBitQuantizer(DiffusersQuantizer):
             raise ModelLoadError(f"the checkpoint is damaged: it has no {sorted(missing_keys)[0]}{more}")
         return missing_keys
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: object) -> None:
         install(model, self.quantization_config.spec)
         set_config_entry(model.config, "quantization_config", self.quantization_config)
         _check_shapes(model, find_tensors(self._files))
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: object) -> None:
         spec = self.quantization_config.spec
         if self._files:
             verify(self._files[0].parent, self._files, logger.warning)

@@ -30,7 +30,7 @@ class _Config:
         return LowBitConfig.from_dict(values, **kwargs)
 
 
-def _quantizer(*args: Any, **kwargs: Any) -> Any:
+def _quantizer(*args: object, **kwargs: object) -> Any:
     """Stands for `loader.LowBitQuantizer`."""
     from .loader import LowBitQuantizer  # heavy: torch, diffusers
 

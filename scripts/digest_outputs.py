@@ -71,6 +71,7 @@ TUNED = {"quality": 20, "balanced": 20, "fast": 20, "ddim-quality": 50, "ddim-ba
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal noise, the same every time."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -374,6 +375,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main() -> int:
+    """1 if a digest differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write: the digest of every case")
     parser.add_argument("--against", type=Path, help="such a file of the other state")

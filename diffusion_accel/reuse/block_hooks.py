@@ -68,7 +68,7 @@ class BlockHook(ModelHook):
         self.state, self.inside = state, inside
         self.group, self.streams = block.group, block.streams
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """The block's own forward; what it added is kept at a full step, or stands in for it at a shallow one."""
         current = self.state.current
         shallow = current is not None and current.step.mode == "shallow" and current.step.depth in self.inside

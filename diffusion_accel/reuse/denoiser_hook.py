@@ -28,7 +28,7 @@ class DenoiserHook(ModelHook):
         super().__init__()
         self.state = state
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """What stands in the place of the denoiser's own forward."""
         output = self._served(module, args, bind_forward(module, args, kwargs))
         if self.state.family.calls:
@@ -171,7 +171,7 @@ class ControlNetHook(ModelHook):
         self.state = state
         self._kept: dict[int, tuple[Any, Any]] = {}
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """What stands in the place of the ControlNet's own forward."""
         state, clock = self.state, self.state.clock
         sample = sample_of(bind_forward(module, args, kwargs))

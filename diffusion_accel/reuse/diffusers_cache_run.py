@@ -107,7 +107,7 @@ class CacheRun:
         set_timesteps = self.scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: object, **kwargs: object) -> Any:
             result = set_timesteps(*args, **kwargs)
             for denoiser in self.denoisers:
                 self._enable(denoiser, len(self.scheduler.timesteps))
@@ -148,7 +148,7 @@ class CountHook(ModelHook):
         super().__init__()
         self.counters, self.name = counters, name
 
-    def pre_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, _module: nn.Module, *args: object, **kwargs: object) -> Any:
         """Count; what the module is given stays as it is."""
         self.counters[self.name] += 1
         return args, kwargs

@@ -103,7 +103,7 @@ class _FirstStep(ModelHook):
         super().__init__()
         self.noise = noise
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
         noise = self.noise
         if noise.clock.index != 0 or not noise.below(0):
             return args, kwargs

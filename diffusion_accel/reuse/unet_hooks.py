@@ -121,7 +121,7 @@ class PartHook(ModelHook):
 class EncoderStageHook(PartHook):
     """On conv_in, each down block and the mid block: runs the stage, or only pretends to."""
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """The stage's own forward, or what stands for its outputs."""
         current = self.state.current
         if current is None:
@@ -149,7 +149,7 @@ class UpBlockHook(PartHook):
         self.skips = skips
         self.size = state.kinds.orders("decoder") + 1 if decoding else 0
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """The block's own forward, on the inputs that are kept if this is a decoder step."""
         current = self.state.current
         if current is None:
@@ -189,7 +189,7 @@ class LayerHook(PartHook):
         super().__init__(state, number, number)
         self.size = state.kinds.orders("shallow", number + 1) + 1 if entered else 0
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """The module's own forward, on the kept deep feature where a shallow step enters, or nothing of it."""
         current = self.state.current
         if current is None:

@@ -137,7 +137,7 @@ class StreamHook(ModelHook):
         self.state = state
         self.block = block
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """Run the block on the active channels; the others pass by it unchanged."""
         named = bind_forward(module, args, kwargs)
         hidden = named["hidden_states"]

@@ -151,7 +151,7 @@ class TransparencyAttachment(Attachment[LatentTransparency]):
         original = getattr(owner, name)
         self.changes.set(owner, name, lambda *args, **kwargs: around(original, *args, **kwargs))
 
-    def _decode(self, original: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _decode(self, original: Callable[..., Any], z: torch.Tensor, *args: object, **kwargs: object) -> Any:
         made = original(z, *args, **kwargs)
         self._decoded.append((z.detach(), (made[0] if isinstance(made, tuple) else made.sample).detach()))
         return made
@@ -159,7 +159,7 @@ class TransparencyAttachment(Attachment[LatentTransparency]):
     def _decoded_by_vae(self, z: torch.Tensor) -> torch.Tensor:
         return self._read(z, return_dict=False)[0]
 
-    def _encode(self, original: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _encode(self, original: Callable[..., Any], x: torch.Tensor, *args: object, **kwargs: object) -> Any:
         """The VAE's encoding of an image over grey, moved by the encoder's offset; nothing is drawn at random."""
         made, rgba, loaded = original(x, *args, **kwargs), self._images.rgba_of(x), self._weights
         assert loaded.encoder is not None

@@ -66,7 +66,7 @@ class StopAdapterHook(ModelHook):
         self.clock, self.share, self.stop = clock, share, stop
         self.stopped = False
 
-    def pre_forward(self, _module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, _module: torch.nn.Module, *args: object, **kwargs: object) -> Any:
         """Look at the step, and stop the adapter if its share is over."""
         if not self.stopped and self.clock.index >= self.share * self.clock.total:
             self.stopped = True

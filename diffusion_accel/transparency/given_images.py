@@ -85,7 +85,9 @@ class GivenImages:
             image = image[0]
         return next((found for one, found in self.given if one is image), None)
 
-    def preprocess(self, processor: Any, original: Callable[..., Any], image: Any, *args: Any, **kwargs: Any) -> Any:
+    def preprocess(
+        self, processor: Any, original: Callable[..., Any], image: Any, *args: object, **kwargs: object
+    ) -> Any:
         """The pipeline cuts and resizes a given image; its colours without the grey and its alpha go the same way."""
         pixels, found = original(image, *args, **kwargs), self.known(image)
         if found is not None and isinstance(pixels, torch.Tensor):
@@ -99,7 +101,7 @@ class GivenImages:
         init_image: Any,
         image: Any,
         crop_coords: Any = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """The pipeline puts what was drawn into the whole image; where that is, is kept for RGBA."""
         found = self.known(init_image)

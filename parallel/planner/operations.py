@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
         def enter(module: nn.Module, _: Any) -> None:
             self._layers.append(self._names.get(id(module), self._layers[-1]))
 
-        def leave(*_: Any) -> None:
+        def leave(*_: object) -> None:
             self._layers.pop()
 
         self._handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]

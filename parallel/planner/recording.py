@@ -150,7 +150,7 @@ def record(subject: Subject, settings: PatchParallel, world: World) -> Recording
     return Recording(steps, decoding, dict(traffic), communicator.buffer_bytes)
 
 
-def _nobody_to_ask(*_: Any) -> None:
+def _nobody_to_ask(*_: object) -> None:
     """In place of the agreement among processes."""
 
 

@@ -115,7 +115,7 @@ class _WatchScores:
             return probabilities
 
         class Watching(AttnProcessor):
-            def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+            def __call__(self, attn: Any, *args: object, **kwargs: object) -> Any:
                 return super().__call__(WithScores(attn, note), *args, **kwargs)
 
         attention.set_processor(Watching())
