@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes docs/reference/api.md, the table of the public names, from their docstrings.
+"""Writes docs/reference: the tables of the public names (api.md) and of the modules (modules.md), from docstrings.
 
 python scripts/reference.py
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import diffusion_accel
 from diffusion_accel.registry import FEATURES, feature_class
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "api.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reference" / "api.md"
+MODULES = ROOT / "docs" / "reference" / "modules.md"
 HEAD = """# The public names
 
 Everything here is imported from `diffusion_accel` and loaded when it is first used. `help(diffusion_accel.compare)`
@@ -23,6 +26,31 @@ says all about a name: shapes, units, ranges and errors. This page is written by
 What measures or changes a pipeline takes it and prompts, then the same keywords with the same meaning: `steps`, `seed`,
 `guidance_scale`, `height`, `width`, `progress`. A keyword that is not known is refused, with the nearest one.
 """
+MODULES_HEAD = """# The modules
+
+What each file knows, in the words of its own first line. [architecture.md](../architecture.md) says which may import
+which. This page is written by `python scripts/reference.py`.
+"""
+SOURCES = {  # in the order of the floors, the lowest first; the other packages follow
+    "the core": "diffusion_accel",
+    "denoisers": "diffusion_accel/denoisers",
+    "model_files": "diffusion_accel/model_files",
+    "measure": "diffusion_accel/measure",
+    "reuse": "diffusion_accel/reuse",
+    "routing": "diffusion_accel/routing",
+    "transparency": "diffusion_accel/transparency",
+    "parallel": "parallel",
+    "parallel.planner": "parallel/planner",
+    "training": "diffusion_accel/training",
+    "evaluation": "diffusion_accel/evaluation",
+    "quant": "quant",
+    "quant.ptq": "quant/ptq",
+    "tuning": "diffusion_accel/tuning",
+    "pipelines": "pipelines",
+    "generation": "diffusion_accel/generation",
+    "bench": "diffusion_accel/bench",
+    "cli": "diffusion_accel/cli",
+}
 KINDS = ("verb", "feature", "error", "type")
 HEADINGS = {"verb": "Verbs", "feature": "Features", "error": "Errors", "type": "Settings, handles and results"}
 
@@ -60,10 +88,27 @@ def page() -> str:
     return "\n".join(lines)
 
 
+def modules_page() -> str:
+    """The page of the modules."""
+    lines = [MODULES_HEAD]
+    for name, folder in SOURCES.items():
+        lines += [f"## {name}", ""]
+        files = sorted((ROOT / folder).glob("*.py"))
+        texts = {f.name: ast.get_docstring(ast.parse(f.read_text(encoding="utf-8"))) or "" for f in files}
+        if about := texts.pop("__init__.py", "").split("\n\n")[0].replace("\n", " "):
+            lines += [about, ""]
+        lines += [f"Folder: `{folder}/`", "", "| file | what it knows |", "| --- | --- |"]
+        firsts = {file: text.split("\n\n")[0].replace("\n", " ").replace("|", "\\|") for file, text in texts.items()}
+        lines += [f"| `{file}` | {first} |" for file, first in firsts.items() if first]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> int:
-    """Write the page."""
+    """Write the pages."""
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
+    MODULES.write_text(modules_page(), encoding="utf-8")
     return 0
 
 
