@@ -45,6 +45,7 @@ DROPPED = frozenset(
     "seconds time_ratio predicted_time_ratio ratio picked peak peak_mib machine torch python versions version made_by "
     "path file folder _name_or_path _diffusers_version Version".split()
 )
+RENAMED = {"p": "neighbour_fraction"}  # fields that had another name: both states say the new one
 PLANS = """full hold:2 hold:3@0 hold:2@1 hold:3@2 hold:2@3 hold:2,epsilon hold:3,sample hold:3,epsilon@1 deepcache:3
     deepcache:3,1 deepcache:2@1 deepcache-pow:2,1,1.4 shallow:2,1 shallow:3,4@1 uniform:3 uniform:3@2 faster-diffusion
     faster-diffusion@1 tuned:quality tuned:balanced tuned:fast tuned:ddim-quality tuned:ddim-balanced tuned:ddim-fast
@@ -156,7 +157,8 @@ COMMANDS = {
 def scrubbed(value: Any) -> Any:
     """JSON without what differs from run to run; also without rows that times decide on, and words for readers."""
     if isinstance(value, dict):
-        return {k: scrubbed(v) for k, v in value.items() if k not in DROPPED and k not in ("summary", "meaning")}
+        kept = {RENAMED.get(k, k): scrubbed(v) for k, v in value.items() if k not in DROPPED}
+        return {k: v for k, v in kept.items() if k not in ("summary", "meaning")}
     if isinstance(value, list):
         return [scrubbed(v) for v in value if not (isinstance(v, dict) and "time of" in str(v.get("name")))]
     return value.partition(", Version: ")[0] if isinstance(value, str) else value
