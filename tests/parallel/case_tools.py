@@ -13,7 +13,7 @@ from diffusion_accel import accelerate
 from diffusion_accel.hooks import map_tensors
 from diffusion_accel.parallel import PatchParallel
 
-STEPS = 4
+STEPS = 2  # a first step, and one after a step; all others are as that one
 
 
 def parallel(**changes: Any) -> PatchParallel:
@@ -43,9 +43,11 @@ def exact(kind: str, wide: bool, feature: dict[str, Any] | None = None, **change
     """`sync` against one process, for a pipeline of the zoo."""
     pipe, call = double(*zoo.ZOO[kind]()) if wide else zoo.ZOO[kind]()
     tolerance = 1e-9 if wide else 1e-5
-    plain = once(lambda: zoo.run(pipe, call, steps=STEPS, **changes))
+    steps = STEPS if wide else 4  # longer steps make the differences of single precision larger
+    steps += kind in ("img2img", "inpaint")  # which leave out a share of the steps
+    plain = once(lambda: zoo.run(pipe, call, steps=steps, **changes))
     accelerate(pipe, parallel(**feature or {}))
-    close(zoo.run(pipe, call, steps=STEPS, **changes), plain, tolerance)
+    close(zoo.run(pipe, call, steps=steps, **changes), plain, tolerance)
     counters = pipe.acceleration.report().counters["patch_parallel"]
     assert counters["bytes_sent"] > 0 and counters["stale_steps"] == 0, counters
     return pipe

@@ -23,15 +23,15 @@ def displaced_pipeline(rank: int, size: int) -> None:
     """Every mode draws the same image on all processes and at a second call, near to but not that of one process."""
     pipe, call = zoo.sdxl()
     call |= {"height": 48, "width": 16}
-    plain, errors = once(lambda: zoo.run(pipe, call, steps=6)), []
+    plain, errors = once(lambda: zoo.run(pipe, call, steps=4)), []
     for settings in (
         {"mode": "displaced", "warmup": 2},
         {"mode": "partial", "warmup": 2},
         {"mode": "naive", "warmup": 0},
     ):
         accelerate(pipe, parallel(**settings, comm_checkpoint=5))
-        first = zoo.run(pipe, call, steps=6)
-        assert torch.equal(zoo.run(pipe, call, steps=6), first)
+        first = zoo.run(pipe, call, steps=4)
+        assert torch.equal(zoo.run(pipe, call, steps=4), first)
         error = float((first - plain).abs().max())
         assert error > 0
         errors.append(error)
@@ -40,10 +40,10 @@ def displaced_pipeline(rank: int, size: int) -> None:
         assert all(torch.equal(c, first) for c in copies)
         counters = pipe.acceleration.report().counters["patch_parallel"]
         warm = settings["warmup"]
-        assert (counters["exact_steps"], counters["stale_steps"]) == (warm, 6 - warm), counters
+        assert (counters["exact_steps"], counters["stale_steps"]) == (warm, 4 - warm), counters
     assert errors[0] < errors[2], errors
-    accelerate(pipe, parallel(mode="displaced", warmup=6))
-    close(zoo.run(pipe, call, steps=6), plain)
+    accelerate(pipe, parallel(mode="displaced", warmup=4))
+    close(zoo.run(pipe, call, steps=4), plain)
     report = pipe.acceleration.report()
     layers, total = report.details["patch_parallel"], report.counters["patch_parallel"]["bytes_sent"]
     assert sum(layers.values()) == total and layers["denoiser.conv_out"] > 0 and "denoiser.conv_in" not in layers
@@ -86,7 +86,7 @@ def reuse_keeps_its_parts(rank: int, size: int) -> None:
         pipe, call = double(*zoo.sd())
         call |= {"height": 32, "width": 24}
         accelerate(pipe, feature)
-        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, steps=6))
+        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, steps=4))
         for cfg in (False, True)[: 2 - size % 2]:
             if cfg and "guidance" in str(feature):
                 try:
@@ -97,25 +97,25 @@ def reuse_keeps_its_parts(rank: int, size: int) -> None:
                     raise AssertionError("not refused")
             else:
                 accelerate(pipe, parallel(cfg_parallel=cfg))
-                close(zoo.run(pipe, call, steps=6), plain, 1e-9)
-        accelerate(pipe, parallel(mode="displaced", warmup=2))
-        first = zoo.run(pipe, call, steps=6)
-        assert torch.equal(zoo.run(pipe, call, steps=6), first) and not torch.equal(first, plain)
+                close(zoo.run(pipe, call, steps=4), plain, 1e-9)
+        accelerate(pipe, parallel(mode="displaced", warmup=1))
+        first = zoo.run(pipe, call, steps=4)
+        assert torch.equal(zoo.run(pipe, call, steps=4), first) and not torch.equal(first, plain)
     pipe, call = zoo.sd()
     alternating = Reuse(plan="full", guidance="reuse:2")  # batches of 2 and of 1 in turn, each with its own old values
     accelerate(pipe, alternating, parallel(mode="displaced", warmup=2))
-    zoo.run(pipe, {**call, "height": 32, "width": 24}, steps=8)
+    zoo.run(pipe, {**call, "height": 32, "width": 24}, steps=5)
     assert pipe.acceleration.report().counters["patch_parallel"]["buffer_bytes"] > 0
     sent = {}
-    for key_steps in (6, 3):  # what is skipped is not sent
+    for key_steps in (4, 2):  # what is skipped is not sent
         pipe, call = zoo.sd()
-        accelerate(pipe, EncoderReuse(schedule=f"uniform:{6 // key_steps}", batch_decoder=False), parallel())
-        zoo.run(pipe, {**call, "height": 32, "width": 24}, steps=6)
+        accelerate(pipe, EncoderReuse(schedule=f"uniform:{4 // key_steps}", batch_decoder=False), parallel())
+        zoo.run(pipe, {**call, "height": 32, "width": 24}, steps=4)
         sent[key_steps] = pipe.acceleration.report().details["patch_parallel"]
-    for layer, size in sent[3].items():
+    for layer, size in sent[2].items():
         skipped = layer.startswith(("denoiser.down_blocks", "denoiser.mid_block"))
-        assert size * (2 if skipped else 1) == sent[6][layer], layer
-    assert any(layer.startswith("denoiser.mid_block") for layer in sent[3])
+        assert size * (2 if skipped else 1) == sent[4][layer], layer
+    assert any(layer.startswith("denoiser.mid_block") for layer in sent[2])
 
 
 def other_attention_processors(rank: int, size: int) -> None:
@@ -157,9 +157,9 @@ def lora_and_slicing(rank: int, size: int) -> None:
         if sliced:
             pipe.enable_attention_slicing(1)
         call |= {"height": 32, "width": 24}
-        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, steps=3))
+        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, steps=2))
         accelerate(pipe, parallel())
-        close(zoo.run(pipe, call, steps=3), plain, 1e-9)
+        close(zoo.run(pipe, call, steps=2), plain, 1e-9)
 
 
 def quantized_layers(rank: int, size: int) -> None:
@@ -190,33 +190,33 @@ def transformers_share_their_sequence(rank: int, size: int) -> None:
     without a plan."""
     pipe, call = zoo.flux()
     pipe.vae.register_to_config(shift_factor=0.0)
-    plain, decoded = zoo.run(pipe, call), zoo.run(pipe, {**call, "output_type": "pt"})
+    plain, decoded = zoo.run(pipe, call, 3), zoo.run(pipe, {**call, "output_type": "pt"}, 3)
     before = set(vars(pipe.transformer))
     accelerate(pipe, parallel())
     if size > 2:  # two heads
         try:
-            zoo.run(pipe, call)
+            zoo.run(pipe, call, 3)
         except ConfigurationError as error:
             assert f"2 attention heads of FluxTransformer2DModel cannot be shared by {size}" in str(error), error
         else:
             raise AssertionError("not refused")
     else:
         for _ in range(2):
-            close(zoo.run(pipe, call), plain)
-            assert pipe.acceleration.report().counters["patch_parallel"]["exact_steps"] == 6
+            close(zoo.run(pipe, call, 3), plain)
+            assert pipe.acceleration.report().counters["patch_parallel"]["exact_steps"] == 3
             assert not left_behind(pipe) and pipe.transformer._parallel_config is None
             assert set(vars(pipe.transformer)) <= before | {"_parallel_config"}
-        close(zoo.run(pipe, {**call, "output_type": "pt"}), decoded)
+        close(zoo.run(pipe, {**call, "output_type": "pt"}, 3), decoded)
         layers = pipe.acceleration.report().details["patch_parallel"]
         assert any(layer.startswith("vae.decoder") for layer in layers)
         try:
-            zoo.run(pipe, call, seed=rank)
+            zoo.run(pipe, call, 3, seed=rank)
         except DisagreementError as error:
             assert "the latents" in str(error), error
         else:
             raise AssertionError("different noise went unnoticed")
     pipe.acceleration.remove()
-    assert torch.equal(zoo.run(pipe, call), plain)
+    assert torch.equal(zoo.run(pipe, call, 3), plain)
 
 
 def noise_without_a_generator(rank: int, size: int) -> None:
