@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,3 +19,9 @@ torch.set_num_threads(1)
 # The same examples everywhere and every time; HYPOTHESIS_PROFILE=default searches for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_collection_finish() -> None:
+    """Collecting garbage, which training and many tests ask for, need not look at all that imports made each time."""
+    gc.collect()
+    gc.freeze()

@@ -110,6 +110,10 @@ def quantizing(folder: Path) -> None:
     _replace("diffusion_accel.quantize", quantize)
 
 
+def any_moment(_: Path) -> None:
+    """The program as it is; what sends the signal chooses when."""
+
+
 def nobody_reads(folder: Path) -> None:
     """`| head`, which has ended."""
     receiving, sending = os.pipe()
@@ -119,7 +123,7 @@ def nobody_reads(folder: Path) -> None:
 
 
 MOMENTS: dict[str, Callable[[Path], None]] = {
-    f.__name__: f for f in (loading, second_image, ignoring_hangups, searching, quantizing, nobody_reads)
+    f.__name__: f for f in (loading, second_image, ignoring_hangups, searching, quantizing, any_moment, nobody_reads)
 }
 
 

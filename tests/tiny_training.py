@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,3 +49,12 @@ def arguments(data: Path, work: Path, model: str, *more: str) -> list[str]:
     kind, config = kinds[model]
     given = ["--data", str(data / kind), "--work", str(work), "--model", model, "--model-config", str(data / config)]
     return [*given, "--size", "16", *QUICK, *more]
+
+
+def program(log: Path, words: list[str], settings: dict[str, str] | None = None) -> None:
+    """The trainer in a process of its own, see `forks`, on the CPU; what it says is appended to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(file, stream.fileno())
+    os.environ.update({"ACCELERATE_USE_CPU": "true"} | (settings or {}))
+    sys.exit(trainer.main(words))

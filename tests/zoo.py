@@ -136,14 +136,14 @@ def sd_odd_size() -> Built:
 
 
 def img2img() -> Built:
-    call = {**text(), "image": rand(1, 3, 16, 16).clamp(-1, 1), "strength": 0.7, "output_type": "latent"}
+    call = {**text(), "image": (rand(1, 3, 16, 16).clamp(-1, 1) + 1) / 2, "strength": 0.7, "output_type": "latent"}
     return _sd(StableDiffusionImg2ImgPipeline, unet()), call
 
 
 def inpaint() -> Built:
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 8:] = 1
-    call = {**text(), "image": rand(1, 3, 16, 16).clamp(-1, 1), "mask_image": mask, "height": 16, "width": 16}
+    call = {**text(), "image": (rand(1, 3, 16, 16).clamp(-1, 1) + 1) / 2, "mask_image": mask, "height": 16, "width": 16}
     return _sd(StableDiffusionInpaintPipeline, unet(in_channels=9)), {**call, "output_type": "latent"}
 
 
@@ -157,7 +157,8 @@ def upscale() -> Built:
         scheduler=ddim(),
         max_noise_level=350,
     )
-    return pipe, {**text(), "image": rand(1, 3, 8, 8).clamp(-1, 1), "noise_level": 20, "output_type": "latent"}
+    image = (rand(1, 3, 8, 8).clamp(-1, 1) + 1) / 2
+    return pipe, {**text(), "image": image, "noise_level": 20, "output_type": "latent"}
 
 
 def sdxl() -> Built:

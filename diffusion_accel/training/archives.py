@@ -68,7 +68,7 @@ def read_images(data: Path, rows: list[Row], size: int) -> np.ndarray:
 
 def on_colours(images: np.ndarray, background: np.ndarray | None = None) -> torch.Tensor:
     """Premultiplied uint8 (N, H, W, 4) over flat colours (N, 3) in 0..255, default white -> (N, 3, H, W) in -1..1."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).float()
+    pixels = torch.from_numpy(np.array(images, order="C")).float()  # a copy: a file that is mapped is read-only
     if background is None:
         background = np.full((len(images), 3), 255, np.float32)
     flat = torch.from_numpy(background.astype(np.float32))[:, None, None, :]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
+import interrupted
 import numpy as np
 import pytest
 from command import call
@@ -251,20 +251,20 @@ def test_the_documented_table_is_the_generated_one(capsys: pytest.CaptureFixture
 
 def test_ctrl_c_during_sampling_leaves_no_file(tmp_path: Path) -> None:
     arguments = ["generate", "apple " * 40, PROMPT, "--steps", "900", "--encoder-reuse", "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diffusion_accel", *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell that runs this suite in the background lets its children ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    assert "the model reads the first 24" in process.stderr.readline()  # printed just before sampling begins
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    process = forks.start(interrupted.command, logs, tmp_path, arguments, "any_moment")
+    try:
+        while not ((logs / "err").exists() and "\n" in (logs / "err").read_text()):
+            assert process.is_alive()
+            time.sleep(0.01)
+        assert "the model reads the first 24" in (logs / "err").read_text()  # printed just before sampling begins
+        time.sleep(1)
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(60)
+    finally:
+        process.kill()
+    _, err = (logs / "err").read_text().split("\n", 1)
+    assert process.exitcode == 130, err
     assert err == "error: interrupted; nothing was written\n"
-    assert not out and not list(tmp_path.rglob("*.*"))
+    assert not (logs / "out").read_text() and not list(tmp_path.rglob("*.*"))

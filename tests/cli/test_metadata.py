@@ -48,13 +48,16 @@ def test_long_prompts(suffix: str, length: int, tmp_path: Path) -> None:
     text = "ä\U0001f600, " + "x" * length + f"\nNegative prompt: blue\n{SETTINGS}"
     assert written(tmp_path, suffix, text, {"prompt": text}) == (text, {"prompt": text})
     if suffix != ".png":
-        comment = user_comment(Image.open(tmp_path / f"image{suffix}").getexif().get_ifd(0x8769)[0x9286])
+        with Image.open(tmp_path / f"image{suffix}") as image:
+            comment = user_comment(image.getexif().get_ifd(0x8769)[0x9286])
         assert comment is not None and comment.startswith("ä\U0001f600, xxx") and comment.endswith("\n" + SETTINGS)
 
 
 def test_an_image_is_not_lost_for_its_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_image(IMAGE, tmp_path / "a.jpg", "text", {"no": {1, 2}})  # a set is no JSON
-    assert Image.open(tmp_path / "a.jpg").size == (8, 8) and "without its settings" in caplog.text
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.size == (8, 8)
+    assert "without its settings" in caplog.text
     with pytest.raises(OutputError, match="cannot write"):
         save_image(Image.new("RGB", (16_384, 8)), tmp_path / "wide.webp", "text", {})
     assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]

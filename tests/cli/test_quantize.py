@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import filecmp
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
+import interrupted
 import pytest
 import torch
 import zoo
@@ -202,18 +200,21 @@ def test_killed_at_any_point_it_goes_on_and_ends_the_same(
     options = ["quantize", "-m", str(tiny), *WHOLE, "--report", "0", "--quiet", "-o"]
 
     def killed(name: str, seconds: float) -> bool:
-        command = [sys.executable, "-m", "diffusion_accel", *options, str(tmp_path / name)]
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        words = [*options, str(tmp_path / name)]
+        process = forks.start(interrupted.command, logs, tmp_path, words, "any_moment")
         work = tmp_path / f"{name}.work"
-        while process.poll() is None and not work.is_dir():
+        while process.is_alive() and not work.is_dir():
             time.sleep(0.05)
-        try:
-            assert process.wait(seconds) == 0
+        process.join(seconds)
+        if process.exitcode is not None:
+            assert process.exitcode == 0, (logs / "err").read_text()
             return False
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
+        process.kill()
+        process.join()
+        return True
+
+    logs = tmp_path / "logs"
+    logs.mkdir()
 
     assert call(capsys, *options, tmp_path / "whole")[0] == 0
     if killed("broken", 2.0):

@@ -20,6 +20,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("model") / "whole")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # diffusers turns it to bytes
 def test_no_image_that_is_not_a_number_comes_out_silently(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = accelerate(load_pipeline(str(whole)))
     with caplog.at_level(logging.WARNING, "diffusion_accel"):

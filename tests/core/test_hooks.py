@@ -32,8 +32,8 @@ class Around(ModelHook):
         return self.fn_ref.original_forward(*args, **kwargs) * self.factor
 
 
-@pytest.mark.parametrize("kinds", itertools.product((Times, Around), repeat=3))
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("kinds", list(itertools.product((Times, Around), repeat=3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_hooks_are_removed_in_any_order(kinds: Any, order: tuple[int, ...]) -> None:
     module, x = torch.nn.Identity(), torch.ones(1)
     sets = [HookSet(f"test.{i}") for i in range(3)]

@@ -10,6 +10,7 @@ from fuzz.harness import fuzz
 from fuzz.kinds import KINDS, quiet
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")  # the mutants of it
 @pytest.mark.parametrize("name", KINDS)
 def test_broken_files_are_refused_or_read_alike(name: str, tmp_path: Path) -> None:
     quiet()

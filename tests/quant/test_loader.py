@@ -88,7 +88,7 @@ def test_a_new_process_needs_one_import(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("which", ["checkpoint", "compact"])
 def test_another_dtype_leaves_grids_alone(which: str, request: pytest.FixtureRequest) -> None:
-    model = DiffusionPipeline.from_pretrained(request.getfixturevalue(which), torch_dtype=torch.bfloat16).unet
+    model = DiffusionPipeline.from_pretrained(request.getfixturevalue(which), dtype=torch.bfloat16).unet
     assert model.dtype == torch.bfloat16
     for layer in quantized_layers(model).values():
         stored = torch.float16 if layer.spec.compact_grids else torch.float32

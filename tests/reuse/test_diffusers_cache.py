@@ -59,7 +59,6 @@ def cogvideox() -> Built:
     [(flux, name) for name in ("first-block:0.5", "taylorseer:3,1", "mag:0.5", "pab:2")]
     + [(cogvideox, name) for name in ("faster-cache:2,3", "pab:2")],
 )
-@pytest.mark.filterwarnings("ignore")
 def test_diffusers_caches_equal_enable_cache_and_leave_no_trace(build: Any, name: str) -> None:
     pipe, call = build()
 

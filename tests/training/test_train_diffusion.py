@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from tiny_training import COLOURS, SCRIPT, arguments, log_of, trainer
+from tiny_training import COLOURS, arguments, log_of, program, trainer
 
 from diffusion_accel import accelerate
 from diffusion_accel.routing import Recipe
 from diffusion_accel.routing.hooks import trained_recipe
+
+ENDLESS = ["--steps", "100000"]
 
 
 @pytest.mark.parametrize(
@@ -73,29 +73,19 @@ def test_every_model_trains_and_saves(
             assert pipe.labels == {name: i for i, name in enumerate(sorted(COLOURS))}
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
     """kill -9 at an arbitrary moment; the resumed run has the same losses, weights and weighting."""
     switches = ["--task-clusters", "3", "--task-loss", "uw", "--immiscible", "knn:2", "--task-routing", "--fp32"]
     switches += ["--steps", "60", "--save-every", "0", "--eval-every", "20"]
     assert trainer.main(arguments(data, tmp_path / "whole", "unet", *switches)) == 0
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        *arguments(data, tmp_path / "parts", "unet", *switches, "--steps", "100000"),
-    ]
-    process = start(command)
+    process = forks.start(program, tmp_path / "log", arguments(data, tmp_path / "parts", "unet", *switches, *ENDLESS))
     state = tmp_path / "parts" / "train" / "state.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (state.exists() and json.loads(state.read_text())["step"] >= 3):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     stopped = json.loads(state.read_text())["step"]
     assert 3 <= stopped < 60, "the run ended before it could be killed"
     assert trainer.main(arguments(data, tmp_path / "parts", "unet", *switches, "--resume")) == 0
@@ -118,10 +108,18 @@ def test_resuming_is_exact_with_every_weighting(data: Path, tmp_path: Path) -> N
 def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
     given = ["--immiscible", "assign", "--task-clusters", "3", "--task-loss", "pcgrad", "--task-routing"]
     assert trainer.main(arguments(data, tmp_path / "one", "unet", *given)) == 0
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    process = start([*run, *arguments(data, tmp_path / "two", "unet", *given)])
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    words = arguments(data, tmp_path / "two", "unet", *given)
+    ranks = [place | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"} for rank in "01"]  # as torchrun does
+    processes = [forks.start(program, tmp_path / f"log {r['RANK']}", words, r) for r in ranks]
+    try:
+        for process in processes:
+            process.join(240)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.exitcode for p in processes] == [0, 0], [(tmp_path / f"log {r}").read_text() for r in "01"]
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     assert two[-1]["error_train"]["mean"] == pytest.approx(one[-1]["error_train"]["mean"], rel=1e-3)

@@ -223,7 +223,7 @@ def test_uncertainty_weighting_rests_at_the_log_of_the_loss() -> None:
     with torch.no_grad():
         weighting.s.fill_(1.0)
     expected = 0.5 * sum(np.exp(-1.0) * float(loss) / 3 + 1.0 for loss in losses)
-    assert float(weighting.total(losses)) == pytest.approx(expected, rel=1e-6)
+    assert weighting.total(losses).item() == pytest.approx(expected, rel=1e-6)
 
 
 def reference_pcgrad(gradients: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -61,7 +61,6 @@ def brute_force(cases: list[tuple[Forecasts, np.ndarray]], count: int, rules: li
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("highest", [1, 2, 3])
 @pytest.mark.parametrize("fitted", [False, True])
-@pytest.mark.filterwarnings("ignore")
 def test_the_dynamic_programme_equals_brute_force(seed: int, highest: int, fitted: bool) -> None:
     cases = [random_forecasts(7, seed), random_forecasts(7, seed + 10, "sample")]
     forecasts, rules = [f for f, _ in cases], rules_up_to(highest, fitted)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sticker import settings as stage_settings
 from sticker import stages
+from sticker.transparency import settings as transparency_settings
 
 from diffusion_accel.training.files import read_json_lines
 from diffusion_accel.training.loop import Settings
@@ -80,38 +85,23 @@ def write_data(folder: Path) -> None:
     (folder / "shape.json").write_text(json.dumps(TINY))
 
 
+@contextlib.contextmanager
+def small_batches(tuned: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Steps of at most eight images, in place of the tuned number of them."""
+    with contextlib.ExitStack() as patches:
+        for stage in tuned.values():
+            patches.enter_context(mock.patch.dict(stage, batch=min(8, stage["batch"])))
+        yield
+
+
 def train_all(data: Path, folder: Path) -> None:
     """All stages, with the exported pipeline in ``pipeline``."""
     steps = [f"--{stage}-steps=3" for stage in STAGES]
-    code = trainer.main(
-        [
-            "all",
-            "--data",
-            str(data),
-            "--work",
-            str(folder),
-            "--shape",
-            str(data / "shape.json"),
-            "--styles",
-            "flat,3d",
-            "--concepts",
-            str(data / "concepts.txt"),
-            "--sampling-steps",
-            "2",
-            "--count",
-            "4",
-            "--around",
-            "blob",
-            "--prompts",
-            "red disc|blue disc",
-            "--log-every",
-            "1",
-            "--grid-every",
-            "3",
-            *steps,
-        ]
-    )
-    assert code == 0
+    files = ["--data", str(data), "--work", str(folder), "--shape", str(data / "shape.json")]
+    chosen = ["--styles", "flat,3d", "--concepts", str(data / "concepts.txt"), "--around", "blob"]
+    drawn = ["--sampling-steps", "2", "--count", "4", "--prompts", "red disc|blue disc"]
+    with small_batches(stage_settings.TUNED):
+        assert trainer.main(["all", *files, *chosen, *drawn, "--log-every", "1", "--grid-every", "3", *steps]) == 0
 
 
 def train_transparency(work: Path, out: Path) -> None:
@@ -119,7 +109,8 @@ def train_transparency(work: Path, out: Path) -> None:
     steps = [f"--{stage}-steps=3" for stage in ("encoder", "decoder", "joint", "unet", "refine")]
     common = ["--work", str(work), "--model", str(work / "pipeline"), "--out", str(out), "--rank", "4"]
     flags = ["--log-every", "1", "--eval-every", "3", "--grid-every", "0"]
-    assert load_script("train_transparency").main(["all", *common, *steps, *flags]) == 0
+    with small_batches(transparency_settings.TUNED):
+        assert load_script("train_transparency").main(["all", *common, *steps, *flags]) == 0
 
 
 def unet_task(work: Path) -> Any:

@@ -53,7 +53,8 @@ def test_export_loads_and_draws(work: Path) -> None:
     result = json.loads((work / "evaluate.json").read_text())
     assert result["train"]["retrieval"]["n"] == 4 and result["heldout"]["retrieval"]["n"] == 1
     assert len(result["train"]["v_error"]["bins"]) == 4
-    assert Image.open(work / "grid.png").size == (2 * SIZE, 2 * SIZE)
+    with Image.open(work / "grid.png") as grid:
+        assert grid.size == (2 * SIZE, 2 * SIZE)
 
 
 def test_unusable_input_gives_one_line(
