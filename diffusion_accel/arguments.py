@@ -1,4 +1,4 @@
-"""Names that somebody gives: the nearest of those that there are, and unknown keywords refused."""
+"""Names that somebody gives: the nearest of those that there are, unknown keywords refused, old keywords accepted."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise TypeError(f"{name} takes any keyword: it has to check them itself")
     return checked
+
+
+def with_old_keywords(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """A decorator: the function also takes what its arguments were called before, old name -> argument."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            renamed = {names.get(key, key): value for key, value in kwargs.items()}
+            if len(renamed) < len(kwargs):
+                both = "; ".join(f"{old} is the old name of {new}" for old, new in names.items() if old in kwargs)
+                raise ConfigurationError(f"{function.__qualname__}(): {both}; give one of them")
+            return function(*args, **renamed)  # type: ignore[arg-type]
+
+        return checked
+
+    return decorate

@@ -101,7 +101,7 @@ def _show(found: Estimate, machine: str, link: str) -> None:
     def megabytes(value: int | None) -> str:
         return "–" if value is None else f"{value / 1e6:.1f}"
 
-    heads = ("devices", "picture", "faster", "exact", "later", "MB", "MB later", "hidden", "VAE")
+    heads = ("devices", "image", "faster", "exact", "later", "MB", "MB later", "hidden", "VAE")
     table = Table(*(Column(head, no_wrap=True) for head in heads), box=SIMPLE, padding=(0, 1, 0, 0))
     for row in found.rows():
         times = [seconds(row[name]) for name in ("exact_step_s", "stale_step_s")]

@@ -11,8 +11,8 @@ from collections.abc import Callable
 COMMANDS = {"plan": "estimate"}
 
 #: the tokens in place of an old flag, from what stood behind its "=", or else from the tokens behind it, of which it
-#: takes what is its own
-Rewrite = Callable[[str | None, list[str]], list[str]]
+#: takes what is its own; None: the old flag was not allowed like that, so the token stays, to be refused
+Rewrite = Callable[[str | None, list[str]], list[str] | None]
 
 
 def _renamed(flag: str) -> Rewrite:
@@ -33,7 +33,7 @@ def _minutes(flag: str) -> Rewrite:
 
 def _instead(*tokens: str) -> Rewrite:
     """A switch that something else stands for, or that is not needed any more."""
-    return lambda _value, _rest: list(tokens)
+    return lambda value, _: list(tokens) if value is None else None
 
 
 def _switch_or_file(flag: str, file_flag: str) -> Rewrite:
@@ -88,5 +88,6 @@ def in_todays_names(arguments: list[str]) -> list[str]:
             return [*made, token, *rest]
         name, equals, value = token.partition("=")
         rewrite = flags.get(name)
-        made += [token] if rewrite is None else rewrite(value if equals else None, rest)
+        rewritten = None if rewrite is None else rewrite(value if equals else None, rest)
+        made += [token] if rewritten is None else rewritten
     return made

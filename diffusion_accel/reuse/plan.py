@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from diffusion_accel.arguments import with_old_keywords
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 
@@ -230,10 +231,17 @@ class Plan(PlanSource):
     def __len__(self) -> int:
         return len(self.steps)
 
+    def __getattr__(self, name: str) -> Any:
+        """What `kinds` answers, by its old place."""
+        if name in ("depths", "orders", "spaces", "highest_order"):
+            return getattr(self.kinds(), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __str__(self) -> str:
         return " ".join(map(str, self.steps))
 
     @classmethod
+    @with_old_keywords(tokens="text")
     def parse(cls, text: str | Sequence[str]) -> Plan:
         """From the tokens of `Step`, as a list or separated by spaces, with "steps:" before them or without."""
         tokens = text.removeprefix("steps:").split() if isinstance(text, str) else text

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_accel._version import __version__
+from diffusion_accel.arguments import with_old_keywords
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import read_json, replacing, shown
 
@@ -70,6 +71,7 @@ class TunedPlan(PlanSource):
         """The number of steps that it was tuned for."""
         return len(self.plan)
 
+    @with_old_keywords(pipeline="pipe")
     def check(self, pipe: DiffusionPipeline) -> None:
         """Log how a pipeline differs from the one that the plan was tuned for, and which shipped plan fits it."""
         self._runtime().check(self, pipe)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from diffusion_accel.arguments import with_old_keywords
+
 Layer = tuple[torch.Tensor, torch.Tensor]
 _EMPTY = 1e-8
 
@@ -27,6 +29,7 @@ def stack_layers(layers: Sequence[Layer]) -> Layer:
     return premultiplied / covered.clamp(min=_EMPTY), covered
 
 
+@with_old_keywords(picture="image")
 def recomposition_error(layers: Sequence[Layer], image: torch.Tensor, background: float = 0.5) -> torch.Tensor:
     """Mean square error of the stacked layers (over a grey where nothing covers) against `image`, (N,).
 

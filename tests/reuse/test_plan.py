@@ -80,3 +80,14 @@ def test_deepcache_pow_places_steps_as_the_package_does() -> None:
                 preset.for_steps(total)
         else:
             assert {i for i, step in enumerate(preset.for_steps(total).steps) if step.mode == "full"} == want
+
+
+def test_a_plan_still_has_its_old_names() -> None:
+    plan = Plan.parse(tokens="full hold@1 shallow:2 hold:epsilon@2")
+    assert plan.depths == {2} and plan.highest_order == 2
+    assert plan.spaces == {"": 1, "epsilon": 2} and plan.orders("hold") == 2 and plan.orders("shallow", 2) == 0
+    assert not hasattr(plan, "depth")
+    with pytest.raises(ConfigurationError, match="tokens is the old name of text; give one of them"):
+        Plan.parse(text="full", tokens="full")
+    with pytest.raises(TypeError, match="token"):
+        Plan.parse(token="full")

@@ -214,6 +214,7 @@ def test_layers_that_make_up_a_image_have_no_error() -> None:
     assert recomposition_error([bg, fg], blend) < 1e-12
     wrong = recomposition_error([bg, (1 - fg[0], fg[1])], blend)
     assert wrong > 1e-3
+    assert recomposition_error([bg, fg], picture=blend) < 1e-12  # its old name
     rgb, alpha = stack_layers([bg, fg])
     assert torch.allclose(rgb, blend, atol=1e-6) and torch.allclose(alpha, torch.ones_like(alpha))
     alone = stack_layers([fg])
