@@ -1,18 +1,20 @@
-"""Names that somebody gives: the nearest of those that there are, unknown keywords refused, old keywords accepted."""
+"""Names that somebody gives: the nearest of those there are; unknown and missing ones refused, old ones accepted."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import ConfigurationError
 from .io import printable
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -70,3 +72,23 @@ def with_old_keywords(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P,
         return checked
 
     return decorate
+
+
+def by_name(cls: type[_T]) -> type[_T]:
+    """Let a dataclass refuse unknown and missing names as any bad input is refused. Goes above `@dataclass`."""
+    plain, fields = cls.__init__, [field for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    names, in_turn = [field.name for field in fields], [field.name for field in fields if not field.kw_only]
+    nothing = dataclasses.MISSING
+    needed = [field.name for field in fields if field.default is nothing and field.default_factory is nothing]
+
+    @functools.wraps(plain)
+    def init(self: _T, *args: Any, **values: Any) -> None:
+        if len(args) > len(in_turn):
+            raise ConfigurationError(f"{cls.__name__} is made by name, such as {cls.__name__}({names[0]}=...)")
+        refuse_unknown(values, names, cls.__name__)
+        if missing := [name for name in needed if name not in values and name not in in_turn[: len(args)]]:
+            raise ConfigurationError(f"{cls.__name__}: {missing[0]} is missing")
+        plain(self, *args, **values)
+
+    cls.__init__ = init  # type: ignore[method-assign,assignment]
+    return cls

@@ -11,11 +11,11 @@ import operator
 import types
 import typing
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from .arguments import refuse_unknown
+from .arguments import nearest, refuse_unknown
 from .changes import Changes
 from .errors import CallStateError, ConfigurationError
 from .io import shown
@@ -62,8 +62,12 @@ class Feature:
             if old in vars(cls):
                 setattr(cls, name, vars(cls)[old])
 
-    def __new__(cls, *_args: object, **values: object) -> Self:
-        """Refuses unknown fields as any bad input is; the rest is the dataclass's own."""
+    def __new__(cls, *args: object, **values: object) -> Self:
+        """Refuses unknown fields, and values without a name, as any bad input is; the rest is the dataclass's own."""
+        if args:
+            raise ConfigurationError(
+                f"{cls.__name__} takes settings by name, {cls.__name__}(name=value), got {shown(args[0])}"
+            )
         if values and dataclasses.is_dataclass(cls):
             refuse_unknown(_renamed(cls, values), [field.name for field in dataclasses.fields(cls)], cls.name)
         return super().__new__(cls)
@@ -133,11 +137,15 @@ class Feature:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises `ConfigurationError` for an unknown key or a value of the wrong type."""
+        if not isinstance(values, Mapping):
+            raise ConfigurationError(f"{cls.name}: settings must be a table of names and values, got {shown(values)}")
         values, known = _renamed(cls, values), {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
+                near = nearest(str(key)[:100], known)
                 raise ConfigurationError(
                     f"{cls.name}: unknown key {shown(key)}; the keys are: {', '.join(sorted(known)) or 'none'}"
+                    + (f"; did you mean {near!r}?" if near else "")
                 )
         return cls(**values)
 
@@ -229,7 +237,7 @@ def with_old_names(cls: type[_F]) -> type[_F]:
     return cls
 
 
-def _renamed(cls: type[Feature], values: dict[str, Any]) -> dict[str, Any]:
+def _renamed(cls: type[Feature], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values under their fields' names of today."""
     for old, new in cls.old_names.items():
         if old in values and new in values:
@@ -372,7 +380,7 @@ def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: obje
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
         if not low <= number <= high or not (isinstance(number, int) or math.isfinite(number)):
-            allowed = f"between {low:g} and {high:g}" if math.isfinite(high - low) else "finite"
+            allowed = f"between {low:.10g} and {high:.10g}" if math.isfinite(high - low) else "finite"
             meaning = field.metadata.get("doc", "")
             raise ConfigurationError(
                 f"{cls.name}: {field.name} must be {allowed}, got {shown(number)}"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
+from .arguments import public
 from .changes import Changes
 from .denoisers import called_denoisers, closed_inside, find_controlnet, find_denoisers, models_of_a_call
 from .diffusers_compat import announced_steps
@@ -35,6 +36,7 @@ _busy: dict[int, object] = {}  # ids of the models that running calls use -> the
 _busy_lock = threading.Lock()
 
 
+@public
 def accelerate(pipeline: PipelineT, *features: Feature | type[Feature] | str) -> PipelineT:
     """Switch features on for a diffusers pipeline, in place, and return it.
 

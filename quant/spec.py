@@ -215,7 +215,13 @@ def within(values: Any, low: float, high: float, name: str) -> None:
     for value in values if isinstance(values, tuple) else (values,):
         if type(value) not in kinds or not low <= value <= high:
             what = "a whole number" if kinds == (int,) else "a number"
-            raise ConfigurationError(f"{name} must be {what} from {low:g} to {high:g}, got {plain(value)}")
+            raise ConfigurationError(
+                f"{name} must be {what} from {_shortly(low)} to {_shortly(high)}, got {plain(value)}"
+            )
+
+
+def _shortly(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def checked(bits: Any, allowed: range, name: str) -> int:

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.registry import FEATURES, feature_class
 
+from .peers import PEERS
+
 if TYPE_CHECKING:
     from diffusion_accel.feature import Feature
 
-PEERS = ("deepcache", "tomesd", "tgate", "pab")
-PACKAGES = {"deepcache": "DeepCache", "tomesd": "tomesd", "tgate": "tgate"}  # pab is diffusers' own
 USUAL: tuple[str, ...] = (
     "reuse:hold:2",
     "reuse:hold:3",
@@ -60,9 +61,13 @@ class Entry:
         Raises:
             ConfigurationError: an unknown kind or settings that it does not take.
         """
+        if not isinstance(text, str):
+            raise ConfigurationError(f"entries must be texts or objects of Entry, got {shown(text)}")
         kind, _, settings = text.partition(":")
         if kind not in KINDS:
-            raise ConfigurationError(f"unknown entry {shown(text)}; the kinds are: {', '.join(KINDS)}")
+            near = nearest(kind[:100], KINDS)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ConfigurationError(f"unknown entry {shown(text)}; the kinds are: {', '.join(KINDS)}{hint}")
         entry = cls(kind, settings)
         if kind == "fewer-steps":
             entry.fewer_steps()
@@ -81,8 +86,8 @@ class Entry:
         """Why it cannot be compared with a baseline of so many steps, as far as that is known before a model is loaded;
         None if it can."""
         if self.is_peer:
-            package = PACKAGES.get(self.kind)
-            if package is not None and importlib.util.find_spec(package) is None:
+            package = PEERS[self.kind].package
+            if package and importlib.util.find_spec(package) is None:
                 return f"the package {package} is not installed (pip install {package})"
         elif self.kind not in ("baseline", "fewer-steps"):
             return self.feature.unfit_for(steps, scheduler)
@@ -101,7 +106,7 @@ class Entry:
 
     def numbers(self) -> tuple[float, ...]:
         """A peer's settings; its recommended ones if none are given."""
-        usual = {"deepcache": (3, 0), "tomesd": (0.5,), "tgate": (10,), "pab": (2,)}[self.kind]
+        usual, share = PEERS[self.kind].usual, PEERS[self.kind].share
         number = r"[0-9]{1,4}(\.[0-9]{1,9})?"
         if self.settings and not re.fullmatch(rf"{number}(,{number})*", self.settings):
             raise ConfigurationError(
@@ -110,8 +115,8 @@ class Entry:
         given = tuple(float(v) for v in self.settings.split(",")) if self.settings else usual
         if len(given) > len(usual):
             raise ConfigurationError(f"{self.kind} takes at most {len(usual)} numbers, got {shown(self.settings)}")
-        if given[0] == 0 or (self.kind == "tomesd" and given[0] > 1):
-            allowed = "above 0 and at most 1" if self.kind == "tomesd" else "at least 1"
+        if given[0] == 0 or (share and given[0] > 1):
+            allowed = "above 0 and at most 1" if share else "at least 1"
             raise ConfigurationError(f"{self.kind}: the first number must be {allowed}, got {shown(self.settings)}")
         return (*given, *usual[len(given) :])
 
@@ -122,7 +127,7 @@ def read_entries(entries: Sequence[str | Entry]) -> list[Entry]:
     Raises:
         ConfigurationError: an unknown kind, settings that it does not take, an entry that is given twice.
     """
-    if isinstance(entries, str):
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise ConfigurationError(f"entries must be a list of entries, got {shown(entries)}")
     parsed = [entry if isinstance(entry, Entry) else Entry.parse(entry) for entry in entries]
     if len(set(parsed)) < len(parsed):

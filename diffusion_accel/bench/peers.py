@@ -1,19 +1,19 @@
-"""Other accelerators, as their authors tell people to use them. Each is an optional dependency."""
+"""Other accelerators, as their authors tell people to use them. Each is an optional dependency.
+
+A new one is a function and an entry of `PEERS` here. Importing this imports no torch: the command line asks what there
+is before anything is loaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-from diffusers.hooks import HookRegistry
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Call = Callable[..., Any]
-
-
-def apply_peer(kind: str, numbers: tuple[float, ...], pipe: DiffusionPipeline, steps: int) -> Call:
-    """Switch a peer on for good and return what to call instead of the pipeline."""
-    return {"deepcache": _deepcache, "tomesd": _tomesd, "tgate": _tgate, "pab": _pab}[kind](numbers, pipe, steps)
 
 
 def _deepcache(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
@@ -50,6 +50,9 @@ def _tgate(numbers: tuple[float, ...], pipe: DiffusionPipeline, steps: int) -> C
 
 
 def _pab(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
+    from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast  # heavy: torch
+    from diffusers.hooks import HookRegistry  # heavy: torch
+
     now = {"timestep": 0}
 
     def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,3 +74,30 @@ def _pab(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Ca
         return pipe(**arguments)
 
     return call
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another accelerator.
+
+    Attributes:
+        usual: its recommended numbers.
+        apply: is given numbers, a pipeline and the steps of a call; switches it on for good and returns what is called
+            instead of the pipeline.
+        package: what has to be installed, by the name that is imported; "": it is diffusers' own.
+        share: the first number is a share, above 0 and at most 1; otherwise it is at least 1.
+    """
+
+    usual: tuple[float, ...]
+    apply: Callable[[tuple[float, ...], DiffusionPipeline, int], Call]
+    package: str = ""
+    share: bool = False
+
+
+#: by the kind of their entries
+PEERS: dict[str, Peer] = {
+    "deepcache": Peer((3, 0), _deepcache, "DeepCache"),
+    "tomesd": Peer((0.5,), _tomesd, "tomesd", share=True),
+    "tgate": Peer((10,), _tgate, "tgate"),
+    "pab": Peer((2,), _pab),
+}

@@ -23,7 +23,7 @@ import torch
 from diffusion_accel import interrupts
 
 from .entries import Entry
-from .peers import apply_peer
+from .peers import PEERS
 from .runner import Facts, Job, Runner
 
 MARK = "@bench "
@@ -124,7 +124,7 @@ def serve() -> None:
                 job = Job(**given | {"prompts": tuple(given["prompts"])})
                 peer = Entry(**command["entry"])
                 runner = Runner(job)
-                call = apply_peer(peer.kind, peer.numbers(), runner.pipe, job.steps)
+                call = PEERS[peer.kind].apply(peer.numbers(), runner.pipe, job.steps)
                 runner.sampler = replace(runner.sampler, caller=call)
             assert runner is not None
             if command.get("do") == "images":

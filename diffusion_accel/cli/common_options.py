@@ -26,7 +26,6 @@ from diffusion_accel.model_files.names import EMBEDDED, ModelSource
 from .settings import DTYPES, Settings, merge
 
 # numbers that only some commands have; those of `settings.LIMITS` are in every one of them
-COUNT = at_least(1, 100_000)
 BATCH = at_least(1, 1024)
 ROUNDS = at_least(1, 1000)
 SECONDS = Bounds(1, 10_000_000, "at least 1 and at most 10000000")

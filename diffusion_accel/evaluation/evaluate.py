@@ -14,7 +14,7 @@ from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, class_n
 from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import is_there, shown
-from diffusion_accel.measure.request import MAX_SEED, options_of, whole
+from diffusion_accel.measure.request import MAX_SEED, listed, options_of, whole
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.training.images import save_grid
 
@@ -121,7 +121,7 @@ def evaluate(
     else:
         asked, real, load = reference_of(Path(data), classifier)
     asked = of_classes(asked, class_names(pipe)) if condition == CLASS else asked
-    chosen = _chosen(asked, prompts, count)
+    chosen = _chosen(asked, None if prompts is None else listed(prompts), count)
     run = _Run(pipe, asked, classifier, load, options, seed, batch, height, width)
     images, parts = {}, {}
     for number, (split, indices) in enumerate(chosen.items()):

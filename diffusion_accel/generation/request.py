@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusion_accel.arguments import by_name
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 
@@ -25,20 +26,24 @@ class Bounds:
         low, high: the least and the greatest number.
         words: what is allowed, behind "must be".
         step: of which it must be a multiple; 0: of nothing.
+        whole: whether it is a whole number.
     """
 
     low: float
     high: float
     words: str
     step: int = 0
+    whole: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return False
         return self.low <= value <= self.high and (not self.step or value % self.step == 0)  # False for nan
 
     def allowed(self, value: Any) -> str:
         """The words for an error about `value`: without the upper end where it is only too low."""
+        if self.whole and isinstance(value, float):
+            return "a whole number"
         low = isinstance(value, (int, float)) and not self.step and value < self.low
         return self.words.partition(" and at most ")[0] if low else self.words
 
@@ -50,10 +55,10 @@ class Bounds:
 
 def at_least(low: int, high: int) -> Bounds:
     """Whole numbers from `low` to `high`."""
-    return Bounds(low, high, f"at least {low} and at most {high}")
+    return Bounds(low, high, f"at least {low} and at most {high}", whole=True)
 
 
-_SIZE = Bounds(8, 32_768, "a positive multiple of 8 and at most 32768", 8)
+_SIZE = Bounds(8, 32_768, "a positive multiple of 8 and at most 32768", 8, whole=True)
 LIMITS: dict[str, Bounds] = {
     "width": _SIZE,
     "height": _SIZE,
@@ -61,10 +66,11 @@ LIMITS: dict[str, Bounds] = {
     "count": at_least(1, MAX_IMAGES),
     "guidance_scale": Bounds(0, 1000, "a finite number of at least 0 and at most 1000"),
     "strength": Bounds(math.ulp(0), 1, "above 0 and at most 1"),
-    "seed": Bounds(0, MAX_SEED, f"between 0 and {MAX_SEED}"),
+    "seed": Bounds(0, MAX_SEED, f"between 0 and {MAX_SEED}", whole=True),
 }
 
 
+@by_name
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt, and how it is drawn. None: the pipeline's own default.
@@ -100,10 +106,18 @@ class Request:
     control_image: str | Path | None = None
 
     def __post_init__(self) -> None:
+        for name in ("seed", "count"):
+            if getattr(self, name) is None:
+                raise ConfigurationError(f"{name} must be {LIMITS[name].words}, got None")
+        for name in ("image", "mask_image", "control_image"):
+            if not isinstance(getattr(self, name), str | Path | None):
+                raise ConfigurationError(f"{name} must be the path of a file, got {shown(getattr(self, name))}")
         check_numbers({key: getattr(self, key) for key in LIMITS})
         if self.seed > MAX_SEED - self.count + 1:
             raise ConfigurationError(f"seed {self.seed} with count {self.count} goes beyond {MAX_SEED}")
         check_text(self.prompt, "prompt")
+        if self.prompt is None:
+            raise ConfigurationError("the prompt must be a text, got None")
         check_text(self.negative_prompt, "negative prompt")
         self.check_strength()
 
@@ -145,6 +159,8 @@ def check_text(text: str | None, what: str) -> None:
     """Raise `ConfigurationError` for a prompt that is no Unicode text, or longer than any model reads."""
     if text is None:
         return
+    if not isinstance(text, str):
+        raise ConfigurationError(f"the {what} must be a text, got {shown(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -62,9 +62,9 @@ def difference(a: Image.Image, b: Image.Image, gain: int = 4) -> Image.Image:
     )
 
 
-def data_url(picture: Any, side: int = 192) -> str:
+def data_url(pixels: Any, side: int = 192) -> str:
     """An image (3, H, W) in 0..1 as a data URL, at most `side` pixels wide."""
-    array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+    array = (pixels.permute(1, 2, 0) * 255).round().byte().numpy()
     image = Image.fromarray(array)
     image.thumbnail((side, side))
     file = io.BytesIO()

@@ -33,17 +33,22 @@ def whole(name: str, value: int, least: int = 1, most: int | None = None) -> int
     return value
 
 
+def listed(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts or names of classes as a list; one text is a list of one. Raises `ConfigurationError` for no texts."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ConfigurationError(f"prompts must be a text or a list of texts, got {shown(prompts)}")
+    return list(texts)
+
+
 def texts_of(pipe: DiffusionPipeline, prompts: str | Sequence[str], least: int = 1) -> list[str]:
-    """Prompts or names of classes as a list; one text is a list of one.
+    """Prompts or names of classes as a list, checked for a pipeline; one text is a list of one.
 
     Raises:
         ConfigurationError: they are no texts, too few, or classes that the model has not; empty where the pipeline
             takes a prompt.
     """
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise ConfigurationError(f"prompts must be a text or a list of texts, got {shown(prompts)}")
-    texts = list(texts)
+    texts = listed(prompts)
     if len(texts) < least:
         raise ConfigurationError(f"prompts must be at least {least}, got {len(texts)}")
     condition = condition_of(pipe)

@@ -14,7 +14,6 @@ import torch
 from .denoising import TIMESTEPS, Process
 from .files import UsageError
 
-CLUSTERINGS = ("timestep", "snr", "gradient")
 Interval = tuple[int, int]  # first timestep, last timestep + 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
 
 CEILING = 80.0  # dB; an image nearer than that counts as equal
 
@@ -24,7 +25,7 @@ class Target:
     def __post_init__(self) -> None:
         if (self.speedup is None) == (self.min_psnr is None):
             raise ConfigurationError("give either a speed-up or a lowest PSNR as the target")
-        if self.speedup is not None and not 1 < self.speedup < 1000:
-            raise ConfigurationError(f"the speed-up must be above 1, got {self.speedup}")
-        if self.min_psnr is not None and not 5 <= self.min_psnr <= CEILING:
-            raise ConfigurationError(f"the lowest PSNR must be 5 to {CEILING:g} dB, got {self.min_psnr}")
+        if self.speedup is not None and not (type(self.speedup) in (int, float) and 1 < self.speedup < 1000):
+            raise ConfigurationError(f"the speed-up must be above 1, got {shown(self.speedup)}")
+        if self.min_psnr is not None and not (type(self.min_psnr) in (int, float) and 5 <= self.min_psnr <= CEILING):
+            raise ConfigurationError(f"the lowest PSNR must be 5 to {CEILING:g} dB, got {shown(self.min_psnr)}")

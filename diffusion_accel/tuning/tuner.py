@@ -14,7 +14,7 @@ import torch
 from diffusion_accel.arguments import refuse_unknown
 from diffusion_accel.conditioning import call_parameters
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
-from diffusion_accel.measure.request import usual_steps
+from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, listed, options_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.reuse.plan import FULL, Plan, Step
@@ -223,15 +223,17 @@ def tune(
         ConfigurationError: a setting is impossible, or no plan reaches the target.
         UnsupportedPipelineError: the pipeline's steps cannot be left out.
     """
-    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    prompts = tuple(listed(prompts))
     steps = usual_steps(pipe) or USUAL_STEPS if steps is None else steps
     named = {"guidance_scale": guidance_scale, "height": height, "width": width}
     options |= {name: value for name, value in named.items() if value is not None}
     target = _checked(pipe, prompts, steps, options, Target(speedup, min_psnr))
-    whole, calibration = Sampler(pipe, prompts, steps, seed, batch, options), 2 * len(prompts) // 3
+    options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
+    whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
+    everything, calibration = Sampler(pipe, prompts, steps, seed, batch, options), 2 * len(prompts) // 3
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
     with torch.inference_mode():
-        reference = Reference.measure(whole.part(0, calibration), whole.part(calibration, len(prompts)))
+        reference = Reference.measure(everything.part(0, calibration), everything.part(calibration, len(prompts)))
         best = _best(reference, variants, target, seconds, state, progress)
         progress("held-out prompts", 1.0)
         with scheduling(pipe, best.scheduler):
@@ -290,7 +292,7 @@ def _checked(
     refuse_unknown(options, {*call_parameters(pipe), *own}, "tune()")
     if len(prompts) < 6:
         raise ConfigurationError(f"tuning needs at least 6 prompts (24 or more are recommended), got {len(prompts)}")
-    if steps < 4:
+    if whole("steps", steps, 1, MOST_STEPS) < 4:
         raise ConfigurationError(f"tuning needs at least 4 steps, got {steps}")
     if reason := Reuse().supports(pipe):
         raise UnsupportedPipelineError(f"reuse cannot be used on {type(pipe).__name__}: {reason}")

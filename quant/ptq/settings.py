@@ -7,7 +7,9 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from diffusion_accel.arguments import by_name
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import plain
 from diffusion_accel.quant.spec import (
     ACTIVATION_BITS,
     PERCENTILES,
@@ -26,6 +28,7 @@ BUCKETS = 25  # of timesteps, where an input has one grid or two
 BUCKETS_BY_CHANNEL = 16  # where each channel of an input has one, so that grids stay small beside 4-bit weights
 
 
+@by_name
 @dataclass(frozen=True)
 class RoundingSettings:
     """AdaRound as Q-Diffusion and QuEST run it.
@@ -59,6 +62,7 @@ class RoundingSettings:
         within(self.warmup, 0.0, 1.0, "warmup of rounding")
 
 
+@by_name
 @dataclass(frozen=True)
 class RangeSettings:
     """How ranges are chosen.
@@ -83,6 +87,7 @@ class RangeSettings:
             within(getattr(self, name), 1, ROWS_LIMIT, f"{name} of ranges")
 
 
+@by_name
 @dataclass(frozen=True)
 class FinetuneSettings:
     """QuEST's two stages; the defaults are those of its published code for Stable Diffusion.
@@ -115,6 +120,7 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if self.moments not in MOMENTS:
             raise ConfigurationError(f"moments must be one of {', '.join(MOMENTS)}, got {self.moments!r}")
+        _switches(self, "layer_loss")
         for name in ("time_epochs", "epochs"):
             within(getattr(self, name), 0, STEPS_LIMIT, name.replace("_", " "))
         for name in ("time_rows", "rows", "batch"):
@@ -123,6 +129,7 @@ class FinetuneSettings:
             within(getattr(self, name), math.ulp(0), 1.0, name.replace("_", " "))
 
 
+@by_name
 @dataclass(frozen=True)
 class QuantizeSettings:
     """How a model is quantized; the defaults follow QuEST.
@@ -169,21 +176,29 @@ class QuantizeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checked(self.weight_bits, WEIGHT_BITS, "weight bits")
-        checked(self.edge_bits, WEIGHT_BITS, "edge bits")
+        checked(self.weight_bits, WEIGHT_BITS, "weight_bits")
+        checked(self.edge_bits, WEIGHT_BITS, "edge_bits")
         for name in ("activation_bits", "attention_bits", "softmax_bits"):
             if getattr(self, name) is not None:
                 checked(getattr(self, name), ACTIVATION_BITS, name.replace("_", " "))
         within(self.validation, 0, ROWS_LIMIT, "validation")
         within(self.seed, 0, 2**63 - 1, "seed")
-        if self.bits_budget is not None and not 2 <= self.bits_budget <= 8:
-            raise ConfigurationError(f"bits_budget must be between 2 and 8 bits a weight, got {self.bits_budget:g}")
+        for name, kind in (("rounding", RoundingSettings), ("finetune", FinetuneSettings), ("ranges", RangeSettings)):
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise ConfigurationError(f"{name} must be {kind.__name__} or None, got {plain(value)}")
+        _switches(self, "split", "search")
+        if self.per_channel is not None:
+            _switches(self, "per_channel")
+        if self.bits_budget is not None and not _is_number(self.bits_budget, 2, 8):
+            raise ConfigurationError(
+                f"bits_budget must be between 2 and 8 bits a weight, got {plain(self.bits_budget)}"
+            )
         if self.layers not in (*LAYERS, *PRESETS):
             raise ConfigurationError(f"layers must be one of {', '.join((*LAYERS, *PRESETS))}, got {self.layers!r}")
-        if not 0 <= self.sensitive <= 1:
-            raise ConfigurationError(f"sensitive must be a share between 0 and 1, got {self.sensitive:g}")
-        if self.buckets is not None and self.buckets < 1:
-            raise ConfigurationError(f"buckets must be at least 1, got {self.buckets}")
+        if not _is_number(self.sensitive, 0, 1):
+            raise ConfigurationError(f"sensitive must be a share between 0 and 1, got {plain(self.sensitive)}")
+        if self.buckets is not None and (type(self.buckets) is not int or self.buckets < 1):
+            raise ConfigurationError(f"buckets must be at least 1, got {plain(self.buckets)}")
 
     @property
     def by_channel(self) -> bool:
@@ -218,11 +233,21 @@ class QuantizeSettings:
         return asdict(self) | {"buckets": self.bucket_count}
 
 
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _switches(settings: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(value := getattr(settings, name), bool):
+            raise ConfigurationError(f"{name} must be true or false, got {plain(value)}")
+
+
 def parse_bits(text: str) -> tuple[int, int | None]:
     """`w4a8` as (4, 8), `w4` as (4, None). Raises `ConfigurationError`."""
-    match = _BITS.fullmatch(text.strip())
+    match = _BITS.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
-        raise ConfigurationError(f"bits must look like w8a8, w4a8, w4a4, w8 or w4, got {text!r}")
+        raise ConfigurationError(f"bits must look like w8a8, w4a8, w4a4, w8 or w4, got {plain(text)}")
     weights, inputs = int(match[1]), None if match[2] is None else int(match[2])
     checked(weights, WEIGHT_BITS, "bits: the bits of weights")
     if inputs is not None and inputs != 16:
@@ -244,6 +269,8 @@ def settings_of(
     Raises:
         ConfigurationError: a value is not allowed.
     """
+    if settings is not None and not isinstance(settings, QuantizeSettings):
+        raise ConfigurationError(f"settings must be QuantizeSettings, got {plain(settings)}")
     if bits is not None:
         changes["weight_bits"], changes["activation_bits"] = parse_bits(bits)
     if seed is not None:

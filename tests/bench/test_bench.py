@@ -15,7 +15,7 @@ from zoo import ZOO
 
 from diffusion_accel import ConfigurationError
 from diffusion_accel.bench import run
-from diffusion_accel.bench.entries import Entry
+from diffusion_accel.bench.entries import Entry, read_entries
 from diffusion_accel.bench.report import markdown, page, pareto, plot
 from diffusion_accel.bench.result import Benchmark, Row
 from diffusion_accel.bench.run import bench
@@ -41,6 +41,7 @@ def test_entries_are_read(text: str) -> None:
     ("text", "words"),
     [
         ("nothing", "the kinds are"),
+        ("resue:hold:2", "the kinds are: .*; did you mean 'reuse'?"),
         ("fewer-steps", "STEPS"),
         ("fewer-steps:5,nothing", "unknown scheduler"),
         ("deepcache:a", "takes numbers"),
@@ -51,6 +52,12 @@ def test_entries_are_read(text: str) -> None:
 def test_bad_entries_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Entry.parse(text)
+
+
+@pytest.mark.parametrize("entries", ["reuse", 5, [5]])
+def test_entries_are_a_list_of_texts(entries: Any) -> None:
+    with pytest.raises(ConfigurationError, match="^entries must be "):
+        read_entries(entries)
 
 
 def test_pickles_need_permission(tmp_path: Path) -> None:

@@ -280,6 +280,10 @@ def test_configuration_survives_json_and_text(feature: Any) -> None:
     assert feature.parse("") == plain
     with pytest.raises(AccelerationError, match="unknown key"):
         feature.parse("nonsense=1")
+    with pytest.raises(AccelerationError, match="settings must be a table"):
+        feature.from_dict([1])
+    with pytest.raises(AccelerationError, match="takes settings by name"):
+        feature("nonsense")
     with pytest.raises(AccelerationError, match="allowed" if feature.shorthand else "key=value"):
         feature.parse("nonsense")
     with pytest.raises(dataclasses.FrozenInstanceError):

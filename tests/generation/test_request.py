@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -24,6 +27,13 @@ def test_seeds() -> None:
         ({"width": 100}, "width must be a positive multiple of 8 and at most 32768, got 100"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"seed": MAX_SEED, "count": 2}, f"seed {MAX_SEED} with count 2 goes beyond"),
+        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"seed": None}, "seed must be between 0 and 9223372036854775807, got None"),
+        ({"count": None}, "count must be at least 1 and at most 10000, got None"),
+        ({"prompt": 5}, "the prompt must be a text, got 5"),
+        ({"negative_prompt": 5}, "the negative prompt must be a text, got 5"),
+        ({"image": 5}, "image must be the path of a file, got 5"),
+        ({"guidance": 3}, "Request: unknown argument guidance; did you mean guidance_scale?"),
         ({"prompt": "\udce9"}, "the prompt '.*' is not valid UTF-8 at character 1"),
         ({"negative_prompt": "x" * 1_000_001}, "the negative prompt has 1000001 characters"),
         ({"image": "x.png", "strength": 0.01, "steps": 20}, "strength 0.01 of 20 steps leaves no step to run; use "),
@@ -32,6 +42,16 @@ def test_seeds() -> None:
 def test_what_no_pipeline_can_draw_is_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Request(**{"prompt": "x", **values})
+
+
+def test_a_request_needs_a_prompt_and_names() -> None:
+    with pytest.raises(ConfigurationError, match="Request: prompt is missing"):
+        Request()  # type: ignore[call-arg]
+    with pytest.raises(ConfigurationError, match="Request is made by name"):
+        Request("x")  # type: ignore[misc]
+    request = Request(prompt="x", seed=1)
+    assert dataclasses.replace(request, steps=3) == Request(prompt="x", seed=1, steps=3)
+    assert copy.deepcopy(request) == request == pickle.loads(pickle.dumps(request))
 
 
 def test_a_strength_is_checked_with_what_the_pipeline_takes() -> None:

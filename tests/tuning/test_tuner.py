@@ -127,9 +127,20 @@ def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None
 def test_impossible_targets_are_refused(sticker: Any) -> None:
     with pytest.raises(ConfigurationError, match="no plan is 900 times as fast"):
         tune(sticker, PROMPTS, steps=4, speedup=900, seconds=1, **SMALL)
-    for options, words in (({}, "either"), ({"speedup": 0.5}, "above 1"), ({"min_psnr": 200}, "5 to 80")):
+    for options, words in (
+        ({}, "either"),
+        ({"speedup": 0.5}, "above 1"),
+        ({"speedup": "2"}, "above 1"),
+        ({"min_psnr": 200}, "5 to 80"),
+        ({"min_psnr": "a"}, "5 to 80"),
+        ({"speedup": 2, "steps": "a"}, "steps must be a whole number"),
+        ({"speedup": 2, "seed": -1}, "seed must be a whole number"),
+        ({"speedup": 2, "batch": 0}, "batch must be a whole number"),
+        ({"speedup": 2, "guidance_scale": "x"}, "guidance_scale must be a number"),
+        ({"speedup": 2, "prompts": 5}, "prompts must be a text or a list of texts, got 5"),
+    ):
         with pytest.raises(ConfigurationError, match=words):
-            tune(sticker, PROMPTS, steps=4, **options)
+            tune(sticker, **{"prompts": PROMPTS, "steps": 4, **options})
     with pytest.raises(ConfigurationError, match="at least 6 prompts"):
         tune(sticker, PROMPTS[:3], steps=4, speedup=2)
 

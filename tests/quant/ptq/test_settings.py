@@ -11,7 +11,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.quant.ptq.finetune import FinetuneSettings
 from diffusion_accel.quant.ptq.ranges import RangeSettings
 from diffusion_accel.quant.ptq.reconstruct import RoundingSettings
-from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits
+from diffusion_accel.quant.ptq.settings import QuantizeSettings, parse_bits, settings_of
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,27 @@ def test_numbers_of_settings_have_bounds(cls: Any, name: str, value: Any) -> Non
         ConfigurationError, match=rf"{name.replace('_', ' ')}.* must be a (whole )?number from .*, got "
     ):
         cls(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"bits_budgt": 3}, "QuantizeSettings: unknown argument bits_budgt; did you mean bits_budget?"),
+        ({"bits_budget": "3"}, "bits_budget must be between 2 and 8"),
+        ({"weight_bits": "8"}, "weight_bits must be 2 to 8"),
+        ({"rounding": 3}, "rounding must be RoundingSettings or None, got 3"),
+        ({"finetune": "none"}, "finetune must be FinetuneSettings or None"),
+        ({"split": "no"}, "split must be true or false"),
+        ({"per_channel": 1}, "per_channel must be true or false"),
+        ({"buckets": "a"}, "buckets must be at least 1"),
+        ({"sensitive": True}, "sensitive must be a share between 0 and 1"),
+    ],
+)
+def test_what_is_no_setting_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        QuantizeSettings(**values)
+    with pytest.raises(ConfigurationError, match="settings must be QuantizeSettings, got 3"):
+        settings_of("w4", 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
