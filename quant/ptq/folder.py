@@ -22,6 +22,7 @@ from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.io import plain, read_json, replacing
 
 _LOCK, _SETTINGS, _LOG = "lock", "settings.json", "log.jsonl"
+_OLD_NAMES = {"seed of the pictures": "seed of the images"}  # of settings, in the folders of earlier versions
 _HELD: dict[Path, int] = {}  # folders that threads of this process hold
 
 
@@ -112,7 +113,8 @@ def agree(work: Path, wanted: dict[str, Any]) -> None:
     if not file.is_file():
         write(file, wanted)
         return
-    before, now = (_flat(values) for values in (read(file), wanted))
+    before, now = _flat(read(file)), _flat(wanted)
+    before = {_OLD_NAMES.get(key, key): value for key, value in before.items()}
     different = [key for key in {**now, **before} if before.get(key) != now.get(key)]
     if different:
         told = [_told(key, before.get(key), now.get(key)) for key in different[:3]]

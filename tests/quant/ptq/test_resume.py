@@ -51,6 +51,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 
+def test_a_folder_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
+    quick = replace(WHOLE, rounding=None, finetune=None)
+    quantize_denoiser(sampler(4), quick, tmp_path)
+    file = tmp_path / "settings.json"
+    file.write_text(file.read_text().replace("seed of the images", "seed of the pictures"))
+    quantize_denoiser(sampler(4), quick, tmp_path)
+    with pytest.raises(ConfigurationError, match=r"seed of the images \(0 then, 1 now\)"):
+        quantize_denoiser(replace(sampler(4), seed=1), quick, tmp_path)
+
+
 def test_other_settings_do_not_go_on_from_there(tmp_path: Path) -> None:
     quick = replace(WHOLE, rounding=None, finetune=None)
     quantize_denoiser(sampler(4), quick, tmp_path)
