@@ -14,6 +14,7 @@ import torch
 from diffusion_accel.arguments import refuse_unknown
 from diffusion_accel.conditioning import call_parameters
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.io import shown
 from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, listed, options_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.progress import Progress, silent
@@ -230,6 +231,12 @@ def tune(
     target = _checked(pipe, prompts, steps, options, Target(speedup, min_psnr))
     options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
     whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
+    if type(seconds) not in (int, float) or not seconds >= 0:
+        raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
+    if not isinstance(try_steps, tuple | list):
+        raise ConfigurationError(f"try_steps must be a list of numbers of steps, got {shown(try_steps)}")
+    for number in try_steps:
+        whole("try_steps", number, 1, MOST_STEPS)
     everything, calibration = Sampler(pipe, prompts, steps, seed, batch, options), 2 * len(prompts) // 3
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
     with torch.inference_mode():

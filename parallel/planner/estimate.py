@@ -108,6 +108,12 @@ def estimate(
         ModelLoadError: the model's configuration cannot be read.
     """
     settings = PatchParallel() if patch_parallel is None else patch_parallel
+    if not isinstance(settings, PatchParallel):
+        raise ConfigurationError(f"patch_parallel must be PatchParallel or None, got {shown(settings)}")
+    if not isinstance(devices, Sequence):
+        raise ConfigurationError(f"devices must be a list of whole numbers, got {shown(devices)}")
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
+        raise ConfigurationError(f"guidance_scale must be a number, got {shown(guidance_scale)}")
     counts = _counts(devices, settings)
     whole("steps", steps, 1, MOST_STEPS), whole("batch", batch), whole("threads", threads)
     whole("height", height, 8), whole("width", width, 8)
