@@ -6,11 +6,13 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import ConfigurationError
-from .io import printable
+from .io import printable, shown
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -40,20 +42,61 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
     raise ConfigurationError(f"{what}: unknown argument {names}; {hint}")
 
 
+_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path"}
+_WORDS |= {"Progress": "a function of what, share and left", "None": "None"}
+
+
+def _is_a(value: object, kind: str) -> bool:
+    match kind:
+        case "None":
+            return value is None
+        case "bool":
+            return isinstance(value, bool)
+        case "int" | "float":  # NumPy's are numbers too
+            number = numbers.Integral if kind == "int" else numbers.Real
+            return isinstance(value, number) and not isinstance(value, bool)
+        case "Progress":
+            return callable(value)
+    return isinstance(value, str if kind == "str" else Path)
+
+
+def check_types(what: str, hints: dict[str, str], values: dict[str, Any]) -> None:
+    """Raise `ConfigurationError` for a value that is not what its annotation says, where that is plain: numbers, texts,
+    paths, switches, progress, None. The rest is left to the function.
+
+    Args:
+        what: whose arguments they are, for the message: "tune()".
+        hints: annotations, as text.
+        values: what was given.
+    """
+    for name, value in values.items():
+        kinds = hints.get(name, "?").split(" | ")
+        if {*kinds} <= {*_WORDS} and not any(_is_a(value, kind) for kind in kinds):
+            words = " or ".join(_WORDS[kind] for kind in kinds)
+            raise ConfigurationError(f"{what}: {name} must be {words}, got {shown(value)}")
+
+
 def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function of the public interface: a mistyped keyword is refused as any bad input is, with the nearest one."""
-    parameters = inspect.signature(function).parameters.values()
+    """A function of the public interface: a mistyped keyword is refused as any bad input is, with the nearest one, and
+    so is a number, text or switch that is none. One that takes any keyword checks their names itself."""
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    hints = {p.name: p.annotation for p in parameters if isinstance(p.annotation, str)}
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     name = getattr(function, "__qualname__", "")
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not kwargs.keys() <= {*names}:
+        if not open_ended and not kwargs.keys() <= {*names}:
             refuse_unknown(kwargs, names, f"{name}()")
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:  # too many, or one is missing
+            raise ConfigurationError(f"{name}(): {error}") from error
+        check_types(f"{name}()", hints, given)
         return function(*args, **kwargs)
 
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise TypeError(f"{name} takes any keyword: it has to check them itself")
     return checked
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import reference
+import zoo
 
 import diffusion_accel
 from diffusion_accel import ConfigurationError
@@ -88,3 +89,37 @@ def test_the_reference_page_is_of_today() -> None:
     packages = {p.parent.relative_to(reference.ROOT).as_posix() for p in reference.ROOT.glob("*/**/__init__.py")}
     ours = {p for p in packages if p.split("/")[0] in ("diffusion_accel", "pipelines", "quant", "parallel")}
     assert ours - {"diffusion_accel/assets"} == {*reference.SOURCES.values()}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("quantize", {"output": 5}, "output must be a text or a path or None, got 5"),
+        ("quantize", {"overwrite": "a"}, "overwrite must be true or false"),
+        ("quantize", {"images": -1}, "images must be a whole number of at least 0"),
+        ("evaluate", {"data": 5}, "data must be a text"),
+        ("tune", {"speedup": 2, "progress": 3}, "progress must be a function"),
+        ("tune", {"speedup": True}, "speedup must be a number"),
+        ("tune", {"state": 3}, "state must be a text or a path"),
+        ("compare", {"seed": 1.5}, "seed must be a whole number"),
+        ("benchmark", {"entries": ["reuse:hold:2"], "device": "cdua"}, "device 'cdua' is none"),
+        ("benchmark", {"entries": ["reuse:hold:2"], "converged": 1}, "converged must be true or false"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused(name: str, values: dict[str, Any], says: str) -> None:
+    pipe, _ = zoo.sd()
+    with pytest.raises(ConfigurationError, match=says):
+        getattr(diffusion_accel, name)(pipe, ["a", "b"], **values)
+
+
+def test_what_no_verb_takes_is_refused() -> None:
+    for call in (
+        lambda: diffusion_accel.estimate(5),
+        lambda: diffusion_accel.estimate("sd15", decode="x"),
+        lambda: diffusion_accel.compare("no pipeline", ["a"], 4),
+        lambda: diffusion_accel.evaluate(),
+        lambda: diffusion_accel.fidelity(3, 4),
+        lambda: diffusion_accel.fidelity([], []),
+    ):
+        with pytest.raises(ConfigurationError):
+            call()

@@ -100,6 +100,10 @@ def benchmark(
         check_scheduler(scheduler)
     if dtype not in _DTYPES:
         raise ConfigurationError(f"dtype must be one of {', '.join(_DTYPES)}, got {shown(dtype)}")
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ConfigurationError(f"device {shown(device)} is none that torch knows; use cpu, cuda, mps, …") from error
     call = {"guidance_scale": guidance_scale, "height": height, "width": width}
     common: dict[str, Any] = {"scheduler": scheduler, "seed": seed, "batch": batch, "threads": torch.get_num_threads()}
     if not isinstance(pipe, (str, os.PathLike)):

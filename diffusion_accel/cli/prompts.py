@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.request import Request, check_numbers, check_text
+from diffusion_accel.generation.request import EACH, Request, check_numbers, check_text
 from diffusion_accel.io import first_line, parse_json, read_text, shown, split_lines
 from diffusion_accel.model_files.names import ModelSource
 
@@ -17,17 +18,11 @@ from .settings import OLD_KEYS, Settings, renamed, typed
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt with what a line of a prompts file may override; None means the common setting."""
+    """One prompt, the file it is written to, and what a line of a prompts file overrides of the common settings."""
 
     prompt: str
-    negative_prompt: str | None = None
-    seed: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    count: int | None = None
     output: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def read_jobs(prompts: list[str], file: str | None, flag: str = "--prompts-file") -> list[Job]:
@@ -48,8 +43,8 @@ def read_jobs(prompts: list[str], file: str | None, flag: str = "--prompts-file"
     for job in jobs:
         if not job.prompt.strip():
             raise ConfigurationError("a prompt is empty")
-        for name in ("prompt", "negative_prompt"):
-            check_text(getattr(job, name), name.replace("_", " "))
+        check_text(job.prompt, "prompt")
+        check_text(job.overrides.get("negative_prompt"), "negative prompt")
     return jobs
 
 
@@ -69,7 +64,7 @@ def _json_job(line: str, where: str) -> Job:
         values = parse_json(line, where, nonfinite=True)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: not valid JSON: {first_line(error.__cause__ or error)}") from error
-    known = {f.name for f in dataclasses.fields(Job)}
+    known = {"prompt", "output", "seed", *EACH}
     if not isinstance(values, dict) or "prompt" not in values:
         raise ConfigurationError(f'{where}: expected an object with a "prompt"')
     for key in values:
@@ -78,14 +73,14 @@ def _json_job(line: str, where: str) -> Job:
     values = renamed(values, where)
     values = {k: typed(k, v, f"{where}: ") for k, v in values.items()}
     check_numbers(values, f"{where}: ", "-")
-    return Job(**values)
+    return Job(values.pop("prompt"), values.pop("output", None), values)
 
 
 def request_of(settings: Settings, job: Job) -> Request:
     """One prompt with the common settings; without a seed anywhere, a random one is drawn (and printed and stored)."""
     keys = [f.name for f in dataclasses.fields(Request)]
     values = {key: getattr(settings, key) for key in keys if hasattr(settings, key)}
-    values |= {key: value for key in keys if (value := getattr(job, key, None)) is not None}
+    values |= {"prompt": job.prompt, **job.overrides}
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**32)
     return Request(**values)

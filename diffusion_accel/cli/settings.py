@@ -6,6 +6,7 @@ Everything here is checked before torch or a model is loaded.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from diffusion_accel.compositing import background_of
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.feature import Feature
 from diffusion_accel.generation.layers import drawn_layers
-from diffusion_accel.generation.request import MAX_SEED, MAX_TEXT, check_numbers, check_text
+from diffusion_accel.generation.request import MAX_SEED, MAX_TEXT, Options, check_numbers, check_text
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
@@ -34,24 +35,14 @@ OFFLOAD = ("none", "model", "sequential")
 ATTENTION = ("sdpa", "xformers")
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Options):
     """Everything `generate` was asked for. None: not set, diffusers' own default applies."""
 
     model: str = "sticker"
-    negative_prompt: str | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
     scheduler: str | None = None
-    width: int | None = None
-    height: int | None = None
     seed: int | None = None
-    count: int = 1
-    image: str | None = None
-    mask_image: str | None = None
-    strength: float | None = None
     controlnet: str | None = None
-    control_image: str | None = None
     lora: tuple[str, ...] = ()
     device: str | None = None
     dtype: str = "float32"
@@ -139,14 +130,13 @@ def merge(flags: dict[str, Any], config: dict[str, Any]) -> tuple[Settings, Mode
     return settings, source
 
 
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(("steps", "width", "height", "seed", "count"), int),
-    **dict.fromkeys(("guidance_scale", "strength"), float),
-    **dict.fromkeys(
-        ("compile", "overwrite", "metadata", "paths", "compare", "premultiplied", "allow_pickle", "low_memory"),
-        bool,
-    ),
-}
+def _kind(hint: Any) -> type:
+    """The type of a setting in a file: bool, int, float or text, whatever else it may be."""
+    parts = typing.get_args(hint) or (hint,)
+    return next((kind for kind in (bool, int, float) if kind in parts), str)
+
+
+_TYPES = {name: _kind(hint) for name, hint in typing.get_type_hints(Settings).items()}
 
 
 def typed(key: str, value: Any, where: str = "") -> Any:

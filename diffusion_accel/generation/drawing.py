@@ -19,7 +19,7 @@ from diffusion_accel.pipelines.sizes import far_from_trained
 from diffusion_accel.report import Report
 
 from .layers import drawn_layers
-from .request import Request
+from .request import CALLED, Request
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -140,14 +140,7 @@ def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None
 
 def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
-    wanted: dict[str, Any] = {
-        "negative_prompt": request.negative_prompt,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "width": request.width,
-        "height": request.height,
-        "strength": request.strength,
-    }
+    wanted: dict[str, Any] = {call: getattr(request, name) for name, call in CALLED.items()}
     images = {
         "image": ("image", request.image, "RGBA" if "transparent" in pipe.acceleration.features else "RGB"),
         "mask_image": ("mask_image", request.mask_image, "L"),

@@ -18,14 +18,12 @@ from diffusion_accel.image_metadata import names_only, parameters_text
 from diffusion_accel.quant.model import computed_with
 
 from .drawing import Drawn
-from .request import Request
+from .request import CALLED, Request
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from diffusion_accel.feature import Feature
-
-_FIELDS = "negative_prompt steps guidance_scale width height strength".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ class Origin:
 
     def data(self, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
         """Everything about one image, as JSON values."""
-        values = {key: getattr(request, key) for key in _FIELDS}
+        values = {key: getattr(request, key) for key in CALLED}
         values |= {key: self.settings.get(key) for key in ("dtype", "lora", "quantize", "runtime")}
         values |= {key: getattr(request, key) for key in ("image", "mask_image")}
         values |= {"controlnet": self.settings.get("controlnet"), "control_image": request.control_image}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,40 +70,69 @@ LIMITS: dict[str, Bounds] = {
 }
 
 
-@by_name
+def _asked(default: Any = None, call: str = "", each: bool = False) -> Any:
+    """A field of `Options`.
+
+    Args:
+        default: its value where nothing is asked for.
+        call: the argument of a pipeline's call that takes it as it is.
+        each: whether a line of a prompts file may have its own.
+    """
+    return field(default=default, metadata={"call": call, "each": each})
+
+
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt, and how it is drawn. None: the pipeline's own default.
+class Options:
+    """How anything is drawn, apart from the prompt and the seed: what requests and the command line have in common.
+
+    A field with `call` reaches the pipeline and the metadata of the image by itself. None: the pipeline's own default.
 
     Attributes:
-        prompt: what is drawn; for a model of classes, a class by name or number.
         negative_prompt: what the image should not show.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance, 0 to 1000; 1 switches it off.
         width, height: pixels, multiples of 8.
-        seed: image k is drawn from seed + k; by default a random one.
         count: images.
         image: file that the images start from; the pipeline must be an image-to-image or inpainting one.
         mask_image: file that is white where `image` is replaced.
         strength: how much of `image` is replaced, above 0 to 1.
         control_image: file for a ControlNet.
+    """
+
+    negative_prompt: str | None = _asked(call="negative_prompt", each=True)
+    steps: int | None = _asked(call="num_inference_steps", each=True)
+    guidance_scale: float | None = _asked(call="guidance_scale", each=True)
+    width: int | None = _asked(call="width", each=True)
+    height: int | None = _asked(call="height", each=True)
+    count: int = _asked(1, each=True)
+    image: str | Path | None = None
+    mask_image: str | Path | None = None
+    strength: float | None = _asked(call="strength")
+    control_image: str | Path | None = None
+
+
+#: the options that a pipeline's call takes as they are -> the call's own name
+CALLED = {f.name: call for f in fields(Options) if (call := f.metadata.get("call"))}
+#: the options that each prompt of a file may have
+EACH = tuple(f.name for f in fields(Options) if f.metadata.get("each"))
+
+
+@by_name
+@dataclass(frozen=True, kw_only=True)
+class Request(Options):
+    """One prompt, and how it is drawn. None: the pipeline's own default.
+
+    Attributes:
+        prompt: what is drawn; for a model of classes, a class by name or number.
+        seed: image k is drawn from seed + k; by default a random one.
+        others: see `Options`.
 
     Raises:
         ConfigurationError: for what no pipeline can draw.
     """
 
     prompt: str
-    negative_prompt: str | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
     seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
-    count: int = 1
-    image: str | Path | None = None
-    mask_image: str | Path | None = None
-    strength: float | None = None
-    control_image: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("seed", "count"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,9 @@ def spread(values: Sequence[float] | torch.Tensor, most: float = EQUAL) -> tuple
 
 def as_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     """PIL images of one size as (N, 3, H, W) in [0, 1]; RGBA ones as (N, 4, H, W), colours premultiplied by alpha."""
+    images = list(images) if isinstance(images, Iterable) else []
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise ConfigurationError("images must be a tensor (N, C, H, W) or PIL images, at least one")
     mode = "RGBA" if images[0].mode == "RGBA" else "RGB"
     arrays = np.stack([np.asarray(image.convert(mode), dtype=np.float32) / 255 for image in images])
     if mode == "RGBA":

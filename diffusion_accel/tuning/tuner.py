@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from diffusion_accel.arguments import refuse_unknown
+from diffusion_accel.arguments import public, refuse_unknown
 from diffusion_accel.conditioning import call_parameters
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import shown
@@ -173,6 +173,7 @@ class Tuner:
         self.progress(text, self.budget.used(), max(0.0, self.budget.left()))
 
 
+@public
 def tune(
     pipe: DiffusionPipeline,
     prompts: str | Sequence[str],
@@ -186,7 +187,7 @@ def tune(
     min_psnr: float | None = None,
     seconds: float = 600.0,
     batch: int = 8,
-    state: Path | None = None,
+    state: str | Path | None = None,
     progress: Progress = silent,
     try_steps: tuple[int, ...] = (),
     try_schedulers: tuple[Any, ...] = (),
@@ -241,7 +242,7 @@ def tune(
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
     with torch.inference_mode():
         reference = Reference.measure(everything.part(0, calibration), everything.part(calibration, len(prompts)))
-        best = _best(reference, variants, target, seconds, state, progress)
+        best = _best(reference, variants, target, seconds, None if state is None else Path(state), progress)
         progress("held-out prompts", 1.0)
         with scheduling(pipe, best.scheduler):
             return tuned_plan(best.plan, best.tuner.trials, best.tuner.seen, target)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 
 from diffusion_accel import interrupts
-from diffusion_accel.arguments import refuse_unknown
+from diffusion_accel.arguments import public, refuse_unknown
 from diffusion_accel.denoisers import denoiser_name, find_denoiser
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.evaluation.prompts import embedded_prompts
@@ -43,6 +43,7 @@ Load = Callable[[ModelSource], Any]
 _FIELDS = {f.name for f in fields(QuantizeSettings)} - {"weight_bits", "activation_bits", "seed"}
 
 
+@public
 def quantize(
     pipe: DiffusionPipeline,
     prompts: str | Sequence[str],
@@ -117,6 +118,7 @@ def quantize(
         raise ConfigurationError(f"minutes must be a number above 0, got {in_a_line(minutes)}")
     texts = tuple(texts_of(pipe, prompts, 2))
     options = options_of(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    images = whole("images", images, 0)
     count = options.pop("num_inference_steps", None) or usual_steps(pipe) or 50
     sampler = Sampler(pipe, texts, count, chosen.seed, whole("batch", batch), options)
     if output is None:
@@ -128,7 +130,7 @@ def quantize(
     with held(work), writing(folder):
         if restart:
             clear(work)
-        order = _Order(sampler, chosen, folder, source, load or _load, overwrite, minutes, whole("images", images, 0))
+        order = _Order(sampler, chosen, folder, source, load or _load, overwrite, minutes, images)
         report = _export(order, work, progress)
         with interrupts.unfinished(work):  # not needed any more
             return report

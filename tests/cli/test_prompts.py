@@ -18,7 +18,7 @@ def test_prompts_files(tmp_path: Path) -> None:
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "a", "seed": 3, "guidance_scale": 4}\n{"prompt": "b", "output": "b.webp"}\n')
     a, b = read_jobs([], str(lines))
-    assert (a.seed, a.guidance_scale, b.output) == (3, 4.0, "b.webp")
+    assert (a.overrides, b.output) == ({"seed": 3, "guidance_scale": 4.0}, "b.webp")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
