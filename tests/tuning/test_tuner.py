@@ -135,7 +135,7 @@ def test_impossible_targets_are_refused(sticker: Any) -> None:
         ({"min_psnr": "a"}, "min_psnr must be a number"),
         ({"speedup": 2, "steps": "a"}, "steps must be a whole number"),
         ({"speedup": 2, "seed": -1}, "seed must be a whole number"),
-        ({"speedup": 2, "seconds": "a"}, "seconds must be a number of at least 0, got 'a'"),
+        ({"speedup": 2, "seconds": "a"}, "seconds must be a number, got 'a'"),
         ({"speedup": 2, "try_steps": 5}, "try_steps must be a list"),
         ({"speedup": 2, "try_steps": ("a",)}, "try_steps must be a whole number"),
         ({"speedup": 2, "batch": 0}, "batch must be a whole number"),
