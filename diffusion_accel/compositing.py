@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageColor
 
 from .errors import ConfigurationError
 from .images import open_image
 from .io import is_there, shown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def over(image: Image.Image, background: Image.Image | tuple[int, ...]) -> Image.Image:
@@ -25,11 +28,13 @@ def checkerboard(size: tuple[int, int], low: int = 115, high: int = 140) -> Imag
     """Fields of two greys: 64 pixels on a side, or an eighth of a small image's."""
     width, height = size
     odd = odd_fields(height, width, max(1, min(64, min(size) // 8)))
-    return Image.fromarray(np.where(odd, high, low).astype(np.uint8)).convert("RGB")
+    return Image.fromarray((low + odd * (high - low)).astype("uint8")).convert("RGB")
 
 
 def odd_fields(height: int, width: int, side: int) -> np.ndarray:
     """The fields of a checkerboard, `side` pixels wide: bool (height, width), false in the first one."""
+    import numpy as np  # heavy: commands start by this module
+
     return (np.arange(height)[:, None] // side + np.arange(width) // side) % 2 == 1
 
 
@@ -40,11 +45,13 @@ def shown_as_rgb(image: Image.Image) -> Image.Image:
 
 def premultiplied(image: Image.Image) -> Image.Image:
     """An RGBA image with its colours multiplied by alpha, as compositing programs want them."""
-    return Image.fromarray(premultiplied_pixels(image).round().astype(np.uint8))
+    return Image.fromarray(premultiplied_pixels(image).round().astype("uint8"))
 
 
 def premultiplied_pixels(image: Image.Image) -> np.ndarray:
     """The pixels of an image, float32 (height, width, 4) in 0..255, colours multiplied by alpha."""
+    import numpy as np  # heavy: commands start by this module
+
     pixels = np.asarray(image.convert("RGBA")).astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
     return pixels

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.io import plain, printable, read_json
 from diffusion_accel.model_files.names import safetensors_header
@@ -165,6 +163,8 @@ def verify(folder: Path, files: Iterable[Path], warn: Callable[[str], None]) -> 
 
 def _finite(name: str, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor. Raises `ModelLoadError` at numbers that nothing can be computed with."""
+    import numpy as np  # heavy: commands start by this module
+
     scale = name.endswith(("_scale",))
     for data in tensor.chunks():
         if tensor.dtype in ("F64", "F32", "F16"):
