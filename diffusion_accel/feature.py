@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
-import numbers
 import operator
-import types
 import typing
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 from .arguments import nearest, refuse_unknown
 from .changes import Changes
 from .errors import CallStateError, ConfigurationError
+from .field_values import check_limits, from_json, from_text, objects_of
 from .io import shown
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from .steps import StepClock
 
 
-Hint = Any  # a type, as annotations have them
 _OLD_NAMES = {"redraws": "changes_output", "takes": "accepts_bare"}  # of facts that a subclass may still state
 
 
@@ -76,9 +73,9 @@ class Feature:
         hints, objects = typing.get_type_hints(type(self)), dict[str, Any]()
         for field in dataclasses.fields(self):
             value, hint, read = getattr(self, field.name), hints[field.name], field.metadata.get("read")
-            if read is None or not isinstance(value, _objects(hint)):
-                value = _from_json(type(self), field.name, value, hint)
-                _check_limits(type(self), field, value)
+            if read is None or not isinstance(value, objects_of(hint)):
+                value = from_json(type(self).name, field.name, value, hint)
+                check_limits(type(self).name, field, value)
             if read is not None:
                 value, objects[field.name] = read(value)
             object.__setattr__(self, field.name, value)
@@ -164,7 +161,7 @@ class Feature:
             first = ",".join(parts[:bare])
             if not keyed[0] or first.startswith(f"{cls.shorthand}="):
                 text = first.removeprefix(f"{cls.shorthand}=")
-                values[cls.shorthand] = _from_text(cls, cls.shorthand, text, hints[cls.shorthand])
+                values[cls.shorthand] = from_text(cls.name, cls.shorthand, text, hints[cls.shorthand])
                 parts = parts[bare:]
         for part in parts:
             key, eq, value = part.partition("=")
@@ -175,7 +172,7 @@ class Feature:
                 raise ConfigurationError(f"{cls.name}: {key!r} is given twice")
             if key not in hints or key not in {f.name for f in dataclasses.fields(cls)}:
                 cls.from_dict({key: value})  # raises, naming the keys
-            values[key] = _from_text(cls, key, value, hints[key])
+            values[key] = from_text(cls.name, key, value, hints[key])
         return cls.from_dict(values)
 
     @classmethod
@@ -310,90 +307,3 @@ def alive(pipeline: weakref.ref[Any]) -> Any:
     if found is None:
         raise CallStateError("the pipeline does not exist any more; keep a reference to it while its handle is used")
     return found
-
-
-# ---------------------------------------------------------------------- values
-_PLAIN = (bool, int, float, str, types.NoneType)
-
-
-def _alternatives(hint: Hint) -> tuple[Any, ...]:
-    """The plain types that a field may have: those of JSON, and tuples of them."""
-    return tuple(kind for kind in _members(hint) if kind in _PLAIN or typing.get_origin(kind) is tuple)
-
-
-def _objects(hint: Hint) -> tuple[type, ...]:
-    """The other classes in the type of a field; see `option`."""
-    return tuple(kind for kind in _members(hint) if kind not in _PLAIN and isinstance(kind, type))
-
-
-def _members(hint: Hint) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _from_text(cls: type[Feature], key: str, text: str, hint: Hint) -> Any:
-    kinds = _alternatives(hint)
-    for kind in kinds:
-        if typing.get_origin(kind) is tuple:
-            inner = typing.get_args(kind)[0]
-            try:
-                return [inner(p) for p in text.split("+")]
-            except ValueError:
-                continue
-        if kind is bool:
-            if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-                return text.lower() in ("true", "yes", "on", "1")
-            continue
-        if kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-        if kind is str:
-            return text
-    raise ConfigurationError(f"{cls.name}: {key}={shown(text)} is not allowed; it must be {_describe(hint)}")
-
-
-def _from_json(cls: type[Feature], key: str, value: object, hint: Hint) -> Any:
-    kinds = _alternatives(hint)
-    for kind in kinds:
-        if typing.get_origin(kind) is tuple:
-            inner = typing.get_args(kind)[0]
-            if isinstance(value, (list, tuple)) and all(_is_a(v, inner) for v in value):
-                return tuple(map(inner, value))
-        elif _is_a(value, kind):
-            return value if kind is types.NoneType else kind(value)
-    raise ConfigurationError(f"{cls.name}: {key}={shown(value)} is not {_describe(hint)}")
-
-
-def _is_a(value: object, kind: type) -> bool:
-    """Whether a value may stand for a field of this type: numbers of other packages do, true is no number."""
-    if kind is bool or isinstance(value, bool):
-        return type(value) is kind
-    if kind is float:
-        return isinstance(value, numbers.Real) and not (isinstance(value, int) and abs(value) > 2**1000)
-    return isinstance(value, numbers.Integral if kind is int else kind)
-
-
-def _check_limits(cls: type[Feature], field: dataclasses.Field[Any], value: object) -> None:
-    low, high = field.metadata.get("within") or (-math.inf, math.inf)
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            continue
-        if not low <= number <= high or not (isinstance(number, int) or math.isfinite(number)):
-            allowed = f"between {low:.10g} and {high:.10g}" if math.isfinite(high - low) else "finite"
-            meaning = field.metadata.get("doc", "")
-            raise ConfigurationError(
-                f"{cls.name}: {field.name} must be {allowed}, got {shown(number)}"
-                + (f" ({meaning})" if meaning else "")
-            )
-
-
-def _describe(hint: Hint) -> str:
-    kinds = _alternatives(hint)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "nothing"}
-    return " or ".join(
-        f"a list of {words[typing.get_args(k)[0]].split(' ')[-1]}s (a+b+c)"
-        if typing.get_origin(k) is tuple
-        else words.get(k, str(k))
-        for k in kinds
-    )
