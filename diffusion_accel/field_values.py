@@ -85,7 +85,7 @@ def _is_a(value: object, kind: type) -> bool:
 
 
 def check_limits(owner: str, field: dataclasses.Field[Any], value: object) -> None:
-    """Raise `ConfigurationError` for a number that is not finite, or beyond the limits of its field (`option(within=)`)."""
+    """Raise `ConfigurationError` for a number that is not finite, or beyond its field's limits (`option(within=)`)."""
     low, high = field.metadata.get("within") or (-math.inf, math.inf)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
