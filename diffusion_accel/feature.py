@@ -79,11 +79,11 @@ class Feature:
             if read is not None:
                 value, objects[field.name] = read(value)
             object.__setattr__(self, field.name, value)
-        object.__setattr__(self, "_objects", objects)
+        object.__setattr__(self, "objects_by_name", objects)
 
     def object_of(self, name: str) -> Any:
         """What the text of a field means, read once, when the feature was made; see `option`."""
-        return self.__dict__["_objects"][name]
+        return self.__dict__["objects_by_name"][name]
 
     @classmethod
     def neutral(cls) -> Self:
