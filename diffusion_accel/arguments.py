@@ -6,12 +6,13 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import numbers
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import ConfigurationError
+from .field_values import is_a
 from .io import printable, shown
 
 _P = ParamSpec("_P")
@@ -43,21 +44,19 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
 
 
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "Path": "a path"}
+_KINDS: dict[str, type] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "Path": Path,
+    "None": types.NoneType,
+}
 _WORDS |= {"Progress": "a function of what, share and left", "None": "None"}
 
 
 def _is_a(value: object, kind: str) -> bool:
-    match kind:
-        case "None":
-            return value is None
-        case "bool":
-            return isinstance(value, bool)
-        case "int" | "float":  # NumPy's are numbers too
-            number = numbers.Integral if kind == "int" else numbers.Real
-            return isinstance(value, number) and not isinstance(value, bool)
-        case "Progress":
-            return callable(value)
-    return isinstance(value, str if kind == "str" else Path)
+    return callable(value) if kind == "Progress" else is_a(value, _KINDS[kind])
 
 
 def check_types(what: str, hints: dict[str, str], values: dict[str, Any]) -> None:

@@ -68,14 +68,14 @@ def from_json(owner: str, key: str, value: object, hint: Hint) -> Any:
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)[0]
-            if isinstance(value, (list, tuple)) and all(_is_a(v, inner) for v in value):
+            if isinstance(value, (list, tuple)) and all(is_a(v, inner) for v in value):
                 return tuple(map(inner, value))
-        elif _is_a(value, kind):
+        elif is_a(value, kind):
             return value if kind is types.NoneType else kind(value)
     raise ConfigurationError(f"{owner}: {key}={shown(value)} is not {_describe(hint)}")
 
 
-def _is_a(value: object, kind: type) -> bool:
+def is_a(value: object, kind: type) -> bool:
     """Whether a value may stand for a field of this type: numbers of other packages do, true is no number."""
     if kind is bool or isinstance(value, bool):
         return type(value) is kind

@@ -161,18 +161,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 or 32 bits a sample with 8; others as they are."""
     if image.mode.startswith("I;16"):
         return _scaled(image, 65535.0)
-    if image.mode == "I":  # Pillow reads some 16-bit files as 32-bit whole numbers
-        return _scaled(image, None)
-    return _scaled(image, None) if image.mode == "F" else image
+    return _scaled(image, None) if image.mode in ("I", "F") else image
 
 
 def _scaled(image: Image.Image, top: float | None) -> Image.Image:
     """Samples from 0 to `top` as 8 bits; None: to what the largest of them suggests."""
     import numpy as np  # heavy: commands start by this module
 
-    if top is None and image.mode == "I":
-        top = 65535.0 if np.asarray(image).max() > 255 else 255.0
+    samples = np.asarray(image)
+    if top is None and image.mode == "I":  # Pillow reads some 16-bit files as 32-bit whole numbers
+        top = 65535.0 if samples.max() > 255 else 255.0
     elif top is None:
-        top = 255.0 if np.nanmax(np.asarray(image)) > 1 else 1.0
-    values = np.nan_to_num(np.asarray(image).astype(np.float32)) * (255 / top)
+        top = 255.0 if np.nanmax(samples) > 1 else 1.0
+    values = np.nan_to_num(samples.astype(np.float32)) * (255 / top)
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, is_there, read_json, shown
 
@@ -100,8 +100,8 @@ def find_model(model: str, allow_pickle: bool = False) -> ModelSource:
         raise ModelLoadError(f"no such model file or folder: {model}")
     if HUB_ID.fullmatch(model):
         return ModelSource("hub", model, model)
-    near = difflib.get_close_matches(model, EMBEDDED, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"embedded models: {', '.join(EMBEDDED)}"
+    near = nearest(model, EMBEDDED)
+    hint = f"did you mean {near!r}?" if near else f"embedded models: {', '.join(EMBEDDED)}"
     raise ConfigurationError(
         f"unknown model {model[:200]!r}; {hint}; a hub id (owner/name), a pipeline folder or a .safetensors file work "
         "as well"
