@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 
+from . import schedulers as _schedulers  # noqa: F401, diffusers finds it when a folder names one
 from ._version import __version__
 from .errors import (
     AccelerationError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .reuse import DiffusersCache, EncoderReuse, Plan, Preset, Reuse, Step, TunedPlan
     from .routing import TaskRouting
+    from .schedulers.learned import LearnedMultistepScheduler
     from .switchboard import Acceleration, accelerate
     from .transparency import LatentTransparency
     from .tuning.tuner import tune
@@ -78,11 +80,12 @@ _LAZY = {
     "Step": ".reuse",
     "TaskRouting": ".routing",
     "TunedPlan": ".reuse",
-    # pipelines, and what is switched on them
+    # pipelines, and what is switched on them or put into them
     "Acceleration": ".switchboard",
     "AcceleratedPipeline": ".pipelines",
     "Attachment": ".feature",
     "Feature": ".feature",
+    "LearnedMultistepScheduler": ".schedulers",
     # settings and results
     "Benchmark": ".bench.result",
     "Comparison": ".measure.comparison",
@@ -114,6 +117,7 @@ __all__ = [
     "FeatureConflictError",
     "Fidelity",
     "LatentTransparency",
+    "LearnedMultistepScheduler",
     "ModelLoadError",
     "OutputError",
     "PatchParallel",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MOST_TERMS = 8  # predictions, or latents, of one combination
 MOST_CHANNELS = 512
 MOST = 10_000.0  # of a number's size
-DIGITS = 6  # behind the point
+DIGITS = 9  # behind the point
 _NUMBER = r"-?[0-9]{1,5}(?:\.[0-9]{1,12})?"
 _LIST = rf"{_NUMBER}(?:,{_NUMBER}){{0,{MOST_TERMS - 1}}}"
 #: of the text of a combination

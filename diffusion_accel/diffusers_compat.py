@@ -148,6 +148,12 @@ def set_origin(pipe: DiffusionPipeline, location: str) -> None:
     pipe.register_to_config(_name_or_path=location)
 
 
+def whole_config(scheduler: Any) -> dict[str, Any]:
+    """The configuration of a scheduler with the values that are its class's defaults, for another class: `from_config`
+    leaves them to that class's own defaults (`_use_default_values`)."""
+    return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+
+
 # ---------------------------------------------------------------------- models
 def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
     """The classes of blocks that `compile_repeated_blocks` compiles (`_repeated_blocks`), as it does not tell."""

@@ -26,8 +26,8 @@ _KINDS: dict[str, str] = {
         DDPMParallelScheduler DDPMScheduler DEISMultistepScheduler DPMSolverMultistepInverseScheduler
         DPMSolverMultistepScheduler DPMSolverSDEScheduler DPMSolverSinglestepScheduler EulerAncestralDiscreteScheduler
         EulerDiscreteScheduler HeunDiscreteScheduler KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LCMScheduler
-        LMSDiscreteScheduler PNDMScheduler RePaintScheduler SASolverScheduler TCDScheduler UnCLIPScheduler
-        UniPCMultistepScheduler VQDiffusionScheduler
+        LMSDiscreteScheduler LearnedMultistepScheduler PNDMScheduler RePaintScheduler SASolverScheduler TCDScheduler
+        UnCLIPScheduler UniPCMultistepScheduler VQDiffusionScheduler
         """.split(),
         "training",
     ),
@@ -63,6 +63,12 @@ def _kind(scheduler: SchedulerMixin) -> str | None:
     if kind == "training" and (continuous or config.get("interpolation_type") == "log_linear"):
         return "sigma"  # Euler's timesteps are log(σ)/4, or do not have these σ in the table
     return kind
+
+
+def matches_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler is one of flow matching: x = (1 − σ)·x0 + σ·ε, and the model predicts ε − x0."""
+    name = type(scheduler).__name__
+    return name.startswith("FlowMatch") or (name == "LearnedMultistepScheduler" and bool(scheduler.config.flow))
 
 
 def counts_by_sigma(scheduler: SchedulerMixin) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .noise_level import counts_by_sigma
+from .noise_level import counts_by_sigma, matches_flow
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -26,7 +26,7 @@ class Conversion:
     def __init__(self, scheduler: SchedulerMixin) -> None:
         config = getattr(scheduler, "config", {})
         self.scheduler = scheduler
-        self.flow = type(scheduler).__name__.startswith("FlowMatch")
+        self.flow = matches_flow(scheduler)
         self.kind = "flow" if self.flow else config.get("prediction_type", "epsilon")
         self.training = float(config.get("num_train_timesteps", 1000))
         table = getattr(scheduler, "alphas_cumprod", None)

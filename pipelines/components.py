@@ -22,10 +22,11 @@ from diffusers import ConfigMixin, ModelMixin
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
+from diffusion_accel import schedulers
 from diffusion_accel.diffusers_compat import expendable_names, with_present_names
 from diffusion_accel.errors import AccelerationError, ModelLoadError
 from diffusion_accel.io import printable, read_json
-from diffusion_accel.model_files.folders import CONFIGS, INDEX, TABLES, is_pair
+from diffusion_accel.model_files.folders import CONFIGS, INDEX, LIBRARY, TABLES, is_pair
 from diffusion_accel.model_files.headers import PICKLE_SUFFIXES, safetensors_header
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _shapes(file: Path) -> dict[str, torch.Tensor]:
 
 def _class_of(library: str, name: str) -> Any:
     """The class of a component; None if the two libraries have none of this name."""
-    place: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    place: Any = {"diffusers": diffusers, "transformers": transformers, LIBRARY: schedulers}.get(library)
     if place is None:
         place = getattr(diffusers.pipelines, library, None)
     return getattr(place, name, None)

@@ -35,6 +35,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "the core": "diffusion_accel",
     "denoisers": "diffusion_accel/denoisers",
     "model_files": "diffusion_accel/model_files",
+    "schedulers": "diffusion_accel/schedulers",
     "measure": "diffusion_accel/measure",
     "reuse": "diffusion_accel/reuse",
     "routing": "diffusion_accel/routing",

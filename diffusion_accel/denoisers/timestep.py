@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffusion_accel.hooks import model_of
+from diffusion_accel.noise_level import matches_flow
 
 from .families import UNITS, Moment, Unit, family_of, model_family
 from .find import find_denoiser
@@ -42,4 +43,4 @@ def timestep_kind(pipeline: DiffusionPipeline, denoiser: nn.Module) -> str:
     family = model_family(type(model_of(denoiser)))
     if "t/1000" in (family_of(pipeline).time, family.time if family is not None else ""):
         return "unit"
-    return "flow" if type(pipeline.scheduler).__name__.startswith("FlowMatch") else "index"
+    return "flow" if matches_flow(pipeline.scheduler) else "index"

@@ -17,6 +17,7 @@ from diffusion_accel.io import is_there, printable, read_json
 from .headers import PICKLE_SUFFIXES, check_regular, check_weights
 
 INDEX = "model_index.json"
+LIBRARY = "diffusion_accel.schedulers"  # of this package's own scheduler, in an index
 CONFIGS = ("config.json", "scheduler_config.json")
 # JSON files that are tables; the others of a folder (vocabularies) may be large and are only opened by their own reader
 TABLES = (*CONFIGS, "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json")
@@ -27,7 +28,7 @@ FACTOR_LIMITS = (1e-9, 1e9)  # of what latents are multiplied with or divided by
 PADDING_LIMIT = 64  # of a convolution, in pixels
 SIDE_LIMIT = 1 << 16  # of a sample, in latents or pixels
 CHOICES = {
-    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "original_sample", "trigflow"),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow", "flow_prediction", "original_sample", "trigflow"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
 }
 _UNBOUNDED = ("lambda_min_clipped",)  # -Infinity is what DPM-Solver's is by default
@@ -135,7 +136,9 @@ def is_pair(value: object) -> bool:
 
 def _check_library(index: Path, name: str, library: str, part: Path) -> None:
     """diffusers imports whatever library a model_index.json names; only its own and transformers' classes are meant."""
-    if library in ("diffusers", "transformers") or (library.isidentifier() and (part / f"{library}.py").is_file()):
+    if library in ("diffusers", "transformers", LIBRARY):
+        return
+    if library.isidentifier() and (part / f"{library}.py").is_file():
         return  # a file of its own needs diffusers' trust_remote_code
     found = importlib.util.find_spec("diffusers")
     pipelines = Path(found.origin).parent / "pipelines" if found is not None and found.origin else None
