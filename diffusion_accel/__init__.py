@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .quant.ptq.export import quantize
     from .quant.ptq.report import QuantizationReport
     from .report import Report
-    from .reuse import DiffusersCache, EncoderReuse, Plan, Preset, Reuse, Step, TunedPlan
+    from .reuse import DiffusersCache, EncoderReuse, Plan, PlanFamily, Preset, Reuse, Step, TunedPlan
     from .routing import TaskRouting
     from .schedulers.learned import LearnedMultistepScheduler
     from .switchboard import Acceleration, accelerate
@@ -75,6 +75,7 @@ _LAZY = {
     "LatentTransparency": ".transparency",
     "PatchParallel": ".parallel",
     "Plan": ".reuse",
+    "PlanFamily": ".reuse",
     "Preset": ".reuse",
     "Reuse": ".reuse",
     "Step": ".reuse",
@@ -122,6 +123,7 @@ __all__ = [
     "OutputError",
     "PatchParallel",
     "Plan",
+    "PlanFamily",
     "Preset",
     "Progress",
     "QuantizationReport",

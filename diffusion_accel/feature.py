@@ -296,6 +296,10 @@ class Attachment(Generic[FeatureT]):
         """The same by layer, where that is known."""
         return {}
 
+    def choices(self) -> dict[str, Any]:
+        """What it chose by itself where the settings leave a choice, as JSON values."""
+        return {}
+
 
 def _always(_feature: Feature, _pipeline: DiffusionPipeline) -> bool:
     return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .io import plain
+
 
 @dataclass(frozen=True)
 class Report:
@@ -19,6 +21,7 @@ class Report:
             calls of their own; None if no feature was enabled.
         features: configuration of each feature that was enabled, by name.
         counters: what each feature did, by name (see the feature's documentation for the units).
+        choices: what a feature chose by itself, by name: the plan of a tuned family, with what was measured of it.
         details: of some features the same by layer; long, and therefore neither printed nor a part of `to_dict`.
     """
 
@@ -29,6 +32,7 @@ class Report:
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
     counters: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, dict[str, float]] = field(default_factory=dict)
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -39,6 +43,7 @@ class Report:
             "calls": self.calls,
             "features": self.features,
             "counters": self.counters,
+            "choices": self.choices,
         }
 
     def __str__(self) -> str:
@@ -51,6 +56,9 @@ class Report:
         for name, counters in self.counters.items():
             numbers = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in counters.items())
             lines.append(f"  {name}: {numbers}")
+        for name, choice in self.choices.items():
+            values = ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in choice.items() if v is not None)
+            lines.append(f"  {name} chose {values}")
         if not self.features:
             lines.append("  no feature enabled")
         return "\n".join(lines)

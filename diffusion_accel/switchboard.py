@@ -207,6 +207,7 @@ class Acceleration:
             features={a.feature.name: a.feature.to_dict() for a in active},
             counters={a.feature.name: a.counters() for a in active},
             details={a.feature.name: found for a in active if (found := a.details())},
+            choices={a.feature.name: chosen for a in active if (chosen := a.choices())},
         )
         return output
 

@@ -11,7 +11,7 @@ from diffusion_accel.io import shown
 from diffusion_accel.mixin import plain_twin
 from diffusion_accel.model_files.names import find_model
 from diffusion_accel.registry import FEATURES, feature_class
-from diffusion_accel.reuse.plan_file import is_tuned
+from diffusion_accel.reuse.plan_names import is_tuned
 
 from .keywords import CONVERSION, check_keywords, components_of
 from .schedulers import check_scheduler, set_scheduler

@@ -30,7 +30,7 @@ from diffusion_accel.flops import count_flops
 from diffusion_accel.measure.fidelity import psnr, spread, ssim
 from diffusion_accel.measure.timing import interleaved, ratios
 from diffusion_accel.pipelines.loading import load_pipeline
-from diffusion_accel.reuse.plan_file import LEVELS
+from diffusion_accel.reuse.plan_names import LEVELS
 
 SUBJECTS = (
     "red apple, banana, strawberry, pizza, hamburger, birthday cake, cat face, dog face, tiger face, panda, penguin, "

@@ -17,7 +17,7 @@ from diffusion_accel.generation.request import LIMITS
 from diffusion_accel.outputs import check_free, output_path
 from diffusion_accel.pipelines.schedulers import check_scheduler, scheduler_for
 from diffusion_accel.tuning.state import forget_search, read_search, search_files
-from diffusion_accel.tuning.target import Target
+from diffusion_accel.tuning.target import one_target
 
 from .common_options import (
     AllowPickle,
@@ -109,7 +109,7 @@ def tune(
     texts = texts_of(prompts_file, count, source)
     for name in try_scheduler or []:
         check_scheduler(name)
-    Target(speedup, min_psnr)
+    one_target(speedup, min_psnr)
     if not restart:
         for file in search_files(state):
             read_search(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
 
 EQUAL = 200.0  # dB; what equal images count as where a number is needed, and the most that any two count as
 WINDOW = 11  # pixels on a side of SSIM's window; smaller images have none
@@ -81,6 +83,32 @@ def spread(values: Sequence[float] | torch.Tensor, most: float = EQUAL) -> tuple
     """Median and worst decile (the value that nine of ten reach); none of the values counts as more than `most`."""
     finite = torch.as_tensor(values, dtype=torch.float64).clamp(max=most)
     return float(finite.quantile(0.5)), float(finite.quantile(0.1))
+
+
+def conformal_floor(values: Sequence[float] | torch.Tensor, share: float = 0.9) -> float | None:
+    """What a new value reaches with a probability of at least `share`, whatever the values' distribution.
+
+    Of n values that nothing was fitted to it is the ⌊(n + 1)(1 − share)⌋-th smallest. If a new value is exchangeable
+    with them (the same kind of prompts, model and settings), the probability that it lies below is at most 1 − share,
+    over the draws of both; for one set of values it may be more. Source: split conformal prediction (Vovk, Gammerman
+    and Shafer, "Algorithmic Learning in a Random World", 2005; Lei et al., "Distribution-Free Predictive Inference for
+    Regression", JASA 2018, section 2.2).
+
+    Args:
+        values: such as the PSNR of held-out images; none is not a number.
+        share: above 0 and below 1.
+
+    Returns:
+        One of the values, at most `EQUAL`; None if they are too few to say so (fewer than 9 for a share of 0.9).
+
+    Raises:
+        ConfigurationError: a value is not a number, or the share is not between 0 and 1.
+    """
+    finite = torch.as_tensor(values, dtype=torch.float64).flatten().clamp(max=EQUAL)
+    if not 0 < share < 1 or bool(finite.isnan().any()):
+        raise ConfigurationError(f"a floor needs numbers and a share between 0 and 1, got a share of {shown(share)}")
+    rank = math.floor((len(finite) + 1) * (1 - share) + 1e-9)  # 10 · (1 − 0.9) is a little less than 1 in floats
+    return float(finite.kthvalue(rank).values) if rank else None
 
 
 def as_tensor(images: Sequence[Image.Image]) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """Reuse over denoising steps: encoder propagation (Faster Diffusion), and the engine that runs any plan.
 
-`Plan`, `Preset`, `TunedPlan`, `KeySteps` and `DiffusersCache` are one family, `PlanSource`: each says what the steps of
-a call do, which kinds of steps there are, and which pipelines can follow.
+`Plan`, `Preset`, `TunedPlan`, `PlanFamily`, `KeySteps` and `DiffusersCache` are all a `PlanSource`: each says
+what the steps of a call do, which kinds of steps there are, and which pipelines can follow.
 """
 
 from .diffusers_cache import DiffusersCache
 from .encoder_reuse import EncoderReuse
 from .guidance import GuidanceRule
 from .plan import Plan, PlanSource, Step
+from .plan_family import PlanFamily
 from .plan_file import TunedPlan
 from .preset import Preset
 from .reading import read_plan
@@ -20,6 +21,7 @@ __all__ = [
     "GuidanceRule",
     "KeySteps",
     "Plan",
+    "PlanFamily",
     "PlanSource",
     "Preset",
     "Reuse",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from diffusion_accel.denoisers import layers_per_block, no_branches
 from diffusion_accel.errors import ConfigurationError
@@ -17,6 +17,7 @@ from .diffusers_cache_run import CacheRun
 from .encoder_reuse import EncoderReuse
 from .executor import ReuseRun
 from .plan import Plan, PlanSource
+from .plan_family import numbers_of
 from .plan_file import TunedPlan
 from .reuse import Reuse
 
@@ -103,6 +104,12 @@ class ReuseAttachment(Attachment[AnyReuse]):
     def counters(self) -> dict[str, float]:
         """What the last call did."""
         return dict(self._counters)
+
+    def choices(self) -> dict[str, Any]:
+        """The plan that was chosen from a family."""
+        feature = self.feature
+        choice = feature.choice if isinstance(feature, Reuse) else None
+        return {} if choice is None else {"plan": choice.text, **numbers_of(choice)}
 
 
 def plan_of_call(feature: Reuse | EncoderReuse, source: PlanSource, clock: StepClock, total: int) -> Plan:

@@ -12,7 +12,8 @@ from diffusion_accel.denoisers import find_denoisers, fingerprint
 from diffusion_accel.io import printable, shown
 
 from . import needs
-from .plan_file import TunedPlan, shipped_plans
+from .plan_family import PlanFamily, load_shipped
+from .plan_file import TunedPlan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,27 +52,25 @@ def for_another_denoiser(tuned: TunedPlan, denoisers: Sequence[nn.Module]) -> st
 
 
 def check(tuned: TunedPlan, pipe: DiffusionPipeline) -> None:
-    """Log how a pipeline differs from the one that a plan was tuned for, and which shipped plans fit it."""
+    """Log how a pipeline differs from the one that a plan was tuned for, and which shipped family of plans fits it."""
     here = conditions(pipe, len(tuned.plan))
     for key, what in (("weights", "other weights"), ("scheduler", "another scheduler"), ("scheduler_config", "")):
         if here[key] == tuned.conditions.get(key) or here[key] is None:
             continue
-        fitting = [name for name, plan in shipped_plans().items() if _fits(plan, here)]
+        fitting = [f"{family} ({', '.join(family.names)})" for family in load_shipped().values() if _fits(family, here)]
         logger.warning(
             "the plan was tuned with %s (%s, here %s): what it was measured to keep does not hold here; %s",
             what or "other settings of the scheduler",
             shown(tuned.conditions.get(key)),
             shown(here[key]),
-            f"plans for what is here: {', '.join(f'tuned:{name}' for name in fitting)}"
-            if fitting
-            else "make one with diffusion-accel tune",
+            f"plans for what is here: {', '.join(fitting)}" if fitting else "make one with diffusion-accel tune",
         )
         return
 
 
-def _fits(tuned: TunedPlan, here: dict[str, Any]) -> bool:
+def _fits(family: PlanFamily, here: dict[str, Any]) -> bool:
     keys = ("denoiser", "weights", "scheduler", "scheduler_config")
-    return all(here[key] == tuned.conditions.get(key) for key in keys)
+    return all(here[key] == family.conditions.get(key) for key in keys)
 
 
 def _kind(denoisers: Sequence[nn.Module]) -> str:

@@ -10,6 +10,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 
 from .plan import FULL, MAX_DEPTH, MAX_ORDER, MAX_STEPS, Kinds, Plan, PlanSource, Step
+from .plan_names import shipped_texts
 from .schedule import around_center, key_steps
 
 PRESETS = (
@@ -116,7 +117,7 @@ class Preset(PlanSource):
                 return cls(name, interval, argument, order if match[5] is None else int(match[5]), match[4] or "")
         raise ConfigurationError(
             f"unknown reuse plan {shown(text)}; allowed: {', '.join(PRESETS)}, each with @ORDER (0 to {MAX_ORDER}) if "
-            "wanted; tuned:quality, tuned:balanced, tuned:fast; or a tuned plan's JSON file"
+            f"wanted; {shipped_texts()}; or the JSON file of a tuned plan or family"
         )
 
     def for_unet(self, layers: int) -> Preset:

@@ -6,13 +6,16 @@ import re
 
 from .diffusers_cache import DiffusersCache, is_cache
 from .plan import Plan, PlanSource
-from .plan_file import TunedPlan, is_tuned
+from .plan_family import PlanFamily, load_tuned
+from .plan_file import TunedPlan
+from .plan_names import is_tuned
 from .preset import Preset, looks_like_a_preset
 
+_SETTINGS = re.compile(r"(?:,[A-Za-z_]\w*=[^,]*)+$")  # of the feature, behind the plan
 _STEPS = re.compile(r"full[@/0-9a-z]* \S.*", re.DOTALL)  # more than one, of which the first is always full
 
 
-def read_plan(text: str) -> Plan | Preset | TunedPlan | DiffusersCache:
+def read_plan(text: str) -> Plan | Preset | TunedPlan | PlanFamily | DiffusersCache:
     """What a plan's text names: steps, a file, a cache of diffusers, or a preset; the inverse of their `str`.
 
     Raises:
@@ -21,7 +24,7 @@ def read_plan(text: str) -> Plan | Preset | TunedPlan | DiffusersCache:
     if text.startswith("steps:") or _STEPS.fullmatch(text):
         return Plan.parse(text)
     if is_tuned(text):
-        return TunedPlan.load(text)
+        return load_tuned(text)
     return DiffusersCache.parse(text) if is_cache(text) else Preset.parse(text)
 
 
@@ -34,7 +37,8 @@ def read_plan_option(given: str | PlanSource) -> tuple[str, PlanSource]:
 
 
 def accepts_bare(text: str) -> bool:
-    """Whether a text is a plan; also one that is mistyped (name:value) or lacks its level (tuned), which no prompt
-    looks like."""
+    """Whether a text is a plan, with settings behind it or without; also one that is mistyped (name:value) or lacks its
+    level (tuned), which no prompt looks like."""
+    text = _SETTINGS.sub("", text)
     known = is_tuned(text) or text == "tuned" or looks_like_a_preset(text) or is_cache(text)
     return known or re.fullmatch(r"[\w-]+:\S+", text) is not None

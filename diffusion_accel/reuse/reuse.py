@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diffusion_accel.feature import Feature, option
 from diffusion_accel.io import printable
@@ -12,6 +12,7 @@ from . import reading
 from .diffusers_cache import DiffusersCache
 from .guidance import GuidanceRule, read_guidance
 from .plan import Plan, PlanSource
+from .plan_family import PlanFamily, called, chosen
 from .plan_file import TunedPlan
 from .preset import Preset
 from .schedule import MORE_TIMESTEPS
@@ -35,10 +36,14 @@ class Reuse(Feature):
 
     Attributes:
         plan: a preset by name, a tuned plan's file, or the steps themselves behind "steps:"; see `Preset.parse`,
-            `TunedPlan` and `Plan.parse`, whose objects may be given as well. On transformers that have diffusers' own
-            caches also one of those (`DiffusersCache`): first-block:threshold, taylorseer:interval,order,
-            mag:threshold,skips, pab:range, faster-cache:range,unconditional range. It is read once, here: `source` is
-            what it means, the field keeps the text.
+            `TunedPlan`, `PlanFamily` and `Plan.parse`, whose objects may be given as well. On transformers that have
+            diffusers' own caches also one of those (`DiffusersCache`): first-block:threshold,
+            taylorseer:interval,order, mag:threshold,skips, pab:range, faster-cache:range,unconditional range. It is
+            read once, here: `source` is what it means, the field keeps the text.
+        speedup: of a family of tuned plans: the best one that is at least so fast, 1 to 1000; of one tuned plan: refuse
+            it if it was not measured to be.
+        min_psnr: of a family: the fastest plan whose median is at least that, 5 to 80 dB; see `PlanFamily.choose`.
+            Without both it is the fastest whose worst decile is at least 40 dB.
         guidance: "both" branches at every step; "reuse:n": the unconditional one at every n-th step, its difference
             reused between them; "interval:low-high": guidance only where the noise level, the share of the training
             timesteps at which there is less noise, is within it (see `diffusion_accel.noise_level`). Or a
@@ -58,15 +63,26 @@ class Reuse(Feature):
     shorthand: ClassVar[str] = "plan"
     runtime: ClassVar[str] = "diffusion_accel.reuse.attachment"
 
-    plan: str | Plan | Preset | TunedPlan | DiffusersCache = option(
+    plan: str | Plan | Preset | TunedPlan | PlanFamily | DiffusersCache = option(
         "hold:2",
         "full, hold:n, deepcache:n[,branch], shallow:n,depth, uniform:m, faster-diffusion, FILE",
         read=reading.read_plan_option,
     )
+    speedup: float | None = option(None, "the best plan of a tuned family that is at least so fast", (1, 1000))
+    min_psnr: float | None = option(None, "the fastest plan of a tuned family with this median PSNR, dB", (5, 80))
     guidance: str | GuidanceRule = option("both", "both, reuse:n, or interval:low-high", read=read_guidance)
     stretch: bool = option(False, "use a tuned plan for another number of steps as well")
     batch_decoder: bool = option(True, "decode all steps up to the next full step as one batch")
     max_group_mb: int = option(1024, "limit in MiB for the features of one decoder batch", (1, 2**20))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.object_of("plan")
+        source = chosen(given, self.speedup, self.min_psnr)
+        object.__setattr__(self, "_source", source)
+        if isinstance(given, (TunedPlan, PlanFamily)) and not given.origin:  # without a file the choice is the setting
+            for name, value in (("plan", source.text), ("speedup", None), ("min_psnr", None)):
+                object.__setattr__(self, name, value)
 
     @classmethod
     def neutral(cls) -> Self:
@@ -80,8 +96,20 @@ class Reuse(Feature):
 
     @property
     def source(self) -> PlanSource:
-        """What `plan` means; a file was read when the feature was made."""
-        return self.object_of("plan")
+        """What `plan` means, of a family the plan that was chosen; a file was read when the feature was made."""
+        source: PlanSource = self.__dict__["_source"]
+        return source
+
+    @property
+    def choice(self) -> TunedPlan | None:
+        """The plan that was chosen from a family; None if the plan is no family."""
+        source = self.source
+        return source if isinstance(source, TunedPlan) and source is not self.object_of("plan") else None
+
+    def described(self, instead: dict[str, Any]) -> str:
+        """The name, the fields that differ from their defaults, and which plan of a family was chosen."""
+        choice = "" if self.choice is None else called(self.choice)
+        return super().described(instead) + (f", its plan {choice}" if choice else "")
 
     @property
     def rule(self) -> GuidanceRule:

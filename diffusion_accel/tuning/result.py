@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from diffusion_accel.flops import count_flops
-from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.fidelity import conformal_floor, psnr, spread
 from diffusion_accel.measure.timing import seconds_of
 from diffusion_accel.reuse.plan import Plan
 from diffusion_accel.reuse.plan_file import TunedPlan
@@ -17,6 +19,8 @@ from diffusion_accel.reuse.plan_file import TunedPlan
 from .measure import Observations, Reference, reusing, scheduling
 from .target import CEILING, Target
 from .trials import Trials
+
+FLOOR_SHARE = 0.9  # of new images that reach the floor
 
 
 def tuned_plan(plan: Plan, trials: Trials, seen: Observations, target: Target, rounds: int = 5) -> TunedPlan:
@@ -52,7 +56,7 @@ def measured(plan: Plan, base: Reference, steps: int, rounds: int) -> dict[str, 
         with count_flops() as whole:
             plain.images()
     with reusing(pipe, plan):
-        values = psnr(images, mine.images()).clamp(max=CEILING)
+        values = psnr(images, mine.images())
         counters = pipe.acceleration.report().counters["reuse"]
         with count_flops() as fast:
             one.images()
@@ -63,11 +67,29 @@ def measured(plan: Plan, base: Reference, steps: int, rounds: int) -> dict[str, 
         with reusing(pipe, plan):
             ratios.append(took / seconds_of(one.images))
     return {
-        "pictures": len(values),
-        "psnr_median": round(float(values.quantile(0.5)), 2),
-        "psnr_worst_decile": round(float(values.quantile(0.1)), 2),
+        **fidelity_of(values),
         "time_ratio": round(statistics.median(ratios), 3),
         "flop_ratio": round(whole.total / max(1.0, fast.total), 3),
         "full_steps": counters["full_steps"],
+        "evaluations": counters["full_steps"],
         "peak_cache_bytes": counters["peak_cache_bytes"],
+    }
+
+
+def fidelity_of(values: Sequence[float] | torch.Tensor) -> dict[str, Any]:
+    """What the PSNR of held-out images says of a plan, as its file has it.
+
+    Args:
+        values: in dB, of images that nothing was fitted to.
+    """
+    psnr_each = [min(float(value), CEILING) for value in values]
+    median, worst = spread(psnr_each)
+    floor = conformal_floor(psnr_each, FLOOR_SHARE)
+    return {
+        "pictures": len(psnr_each),
+        "psnr_median": round(median, 2),
+        "psnr_worst_decile": round(worst, 2),
+        "psnr_floor": None if floor is None else math.floor(floor * 100) / 100,
+        "floor_share": FLOOR_SHARE,
+        "psnr_each": [round(value, 2) for value in psnr_each],
     }

@@ -12,10 +12,11 @@ CEILING = 80.0  # dB; an image nearer than that counts as equal
 
 @dataclass(frozen=True)
 class Target:
-    """What to reach: a speed-up of the whole call at the best fidelity, or a fidelity at the highest speed-up.
+    """What to reach: a speed-up of the whole call at the best fidelity, a fidelity at the highest speed-up, or neither:
+    a family of plans for every speed-up.
 
     Attributes:
-        speedup: at least 1; None if `min_psnr` is given.
+        speedup: above 1; None if `min_psnr` is given, or if all are wanted.
         min_psnr: dB, the median over the images against the pipeline without reuse.
     """
 
@@ -23,9 +24,22 @@ class Target:
     min_psnr: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.speedup is None) == (self.min_psnr is None):
-            raise ConfigurationError("give either a speed-up or a lowest PSNR as the target")
+        if self.speedup is not None and self.min_psnr is not None:
+            raise ConfigurationError("give either a speed-up or a lowest PSNR as the target, not both")
         if self.speedup is not None and not (type(self.speedup) in (int, float) and 1 < self.speedup < 1000):
             raise ConfigurationError(f"the speed-up must be above 1, got {shown(self.speedup)}")
         if self.min_psnr is not None and not (type(self.min_psnr) in (int, float) and 5 <= self.min_psnr <= CEILING):
             raise ConfigurationError(f"the lowest PSNR must be 5 to {CEILING:g} dB, got {shown(self.min_psnr)}")
+
+    @property
+    def is_family(self) -> bool:
+        """Whether plans for every speed-up are wanted."""
+        return self.speedup is None and self.min_psnr is None
+
+
+def one_target(speedup: float | None, min_psnr: float | None) -> Target:
+    """The target of a search for one plan. Raises `ConfigurationError` if it is for none or for a family."""
+    target = Target(speedup, min_psnr)
+    if target.is_family:
+        raise ConfigurationError("give either a speed-up or a lowest PSNR as the target")
+    return target

@@ -29,7 +29,7 @@ from .measure import Observations, Reference, scheduling
 from .neighbours import neighbour
 from .result import tuned_plan
 from .search import predicted_error, refitted
-from .target import Target
+from .target import Target, one_target
 from .trials import Trials
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def tune(
     steps = usual_steps(pipe) or USUAL_STEPS if steps is None else steps
     named = {"guidance_scale": guidance_scale, "height": height, "width": width}
     options |= {name: value for name, value in named.items() if value is not None}
-    target = _checked(pipe, prompts, steps, options, Target(speedup, min_psnr))
+    target = _checked(pipe, prompts, steps, options, one_target(speedup, min_psnr))
     options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
     whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
     if type(seconds) not in (int, float) or not seconds >= 0:

@@ -151,10 +151,27 @@ def make_plan(folder: Path) -> None:
     TunedPlan(plan, found, {"psnr": 30.0, "flops": 0.5}, {"seed": 0}).save(folder / "plan.json")
 
 
-def read_plan(folder: Path) -> Any:
+def make_family(folder: Path) -> None:
+    from diffusion_accel.reuse.conditions import conditions
+    from diffusion_accel.reuse.plan import Plan
+    from diffusion_accel.reuse.plan_family import PlanFamily
+    from diffusion_accel.reuse.plan_file import TunedPlan
+
+    found, plans = conditions(_sd()[0], 6), []
+    for speed, tokens in (
+        (2.0, "full hold@1 full shallow:1 full hold"),
+        (3.0, "full hold hold full hold=1.5,-0.5 hold"),
+    ):
+        measured = {"time_ratio": speed, "psnr_median": 50.0, "psnr_worst_decile": 45.0, "psnr_floor": None}
+        plans.append(TunedPlan(Plan.parse(tokens), found, measured))
+    solvers = {"five": {"config": {"timesteps": [999, 500.5]}, "measured": {"psnr_median": 44.0}}}
+    PlanFamily.of(plans, ["slow"], solvers, {"seed": 0}).save(folder / "plan.json")
+
+
+def read_plan(folder: Path, **wish: float) -> Any:
     pipe, call = _sd()
     try:
-        accelerate(pipe, Reuse(plan=str(folder / "plan.json")))
+        accelerate(pipe, Reuse(plan=str(folder / "plan.json"), **wish))
         with printed():
             return Same((str(pipe.acceleration.features["reuse"]), draw(pipe, call, 6)))
     finally:
@@ -345,6 +362,7 @@ def read_lora(folder: Path) -> Any:
 KINDS: dict[str, Kind] = {
     "checkpoint": Kind(make_checkpoint, read_checkpoint, exact=True, count=60),
     "plan": Kind(make_plan, read_plan, judge=finite_or_said, count=150),
+    "family": Kind(make_family, functools.partial(read_plan, speedup=2.5), judge=finite_or_said, count=100),
     "prompts": Kind(make_prompts, read_prompts),
     "config": Kind(make_config, read_settings),
     "metadata": Kind(make_images, read_images, mutant=image_mutant, judge=nothing_unprintable),

@@ -12,7 +12,7 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from diffusion_accel import ConfigurationError
-from diffusion_accel.measure.fidelity import EQUAL, Fidelity, fidelity, psnr, ssim
+from diffusion_accel.measure.fidelity import EQUAL, Fidelity, conformal_floor, fidelity, psnr, ssim
 
 
 def images(seed: int, n: int = 3, size: tuple[int, int] = (24, 31)) -> torch.Tensor:
@@ -75,3 +75,45 @@ def test_equal_and_small_images_have_a_record_too() -> None:
     assert fidelity([red, red], [red, blue]) == Fidelity(
         (float("inf"), pytest.approx(1.76, abs=0.01)), (1.0, pytest.approx(0.33, abs=0.05))
     )
+
+
+# ---------------------------------------------------------------------- the conformal floor
+@given(
+    values=st.lists(st.floats(0, 100), min_size=1, max_size=60),
+    share=st.sampled_from([0.5, 0.75, 0.8, 0.9, 0.95]),
+)
+def test_the_floor_is_the_value_that_few_enough_lie_below(values: list[float], share: float) -> None:
+    """By the definition: the highest of the values that at most (n + 1)(1 - share) - 1 others lie below."""
+    floor = conformal_floor(values, share)
+    allowed = round((len(values) + 1) * (1 - share), 9)
+    if allowed < 1:
+        assert floor is None
+        return
+    assert floor is not None and floor in values
+    assert floor == max(v for v in values if sum(other < v for other in values) <= allowed - 1)
+
+
+def test_nine_values_are_the_fewest_for_nine_of_ten() -> None:
+    assert conformal_floor(range(8)) is None and conformal_floor([]) is None
+    assert conformal_floor([5.0, *range(10, 18)]) == 5.0, "the lowest of nine"
+    assert conformal_floor(list(range(24))) == 1 and conformal_floor(torch.arange(96)) == 8
+    assert conformal_floor([math.inf] * 9) == EQUAL
+    for values, share in (([1.0] * 8 + [math.nan], 0.9), ([1.0] * 9, 1.0), ([1.0] * 9, 0.0), ([1.0], math.nan)):
+        with pytest.raises(ConfigurationError, match="a floor needs"):
+            conformal_floor(values, share)
+
+
+@pytest.mark.parametrize("size", [9, 10, 24])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "some prompts are hard"])
+def test_fresh_values_lie_below_the_floor_no_more_often_than_promised(size: int, kind: str) -> None:
+    """10,000 held-out sets, each with one fresh value of the same kind: a standard error of 0.3%."""
+    generator = torch.Generator().manual_seed(size)
+    draws = torch.randn(10_000, size + 1, generator=generator, dtype=torch.float64)
+    if kind == "skewed":
+        draws = -draws.abs().pow(3)
+    elif kind != "normal":
+        draws = draws - 8 * (torch.rand(draws.shape, generator=generator) < 0.3)
+    floors = torch.tensor([conformal_floor(row[:-1]) for row in draws], dtype=torch.float64)
+    below = float((draws[:, -1] < floors).double().mean())
+    exact = math.floor((size + 1) * 0.1 + 1e-9) / (size + 1)  # for values without ties
+    assert exact <= 0.1 and abs(below - exact) < 0.012

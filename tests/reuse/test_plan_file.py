@@ -70,6 +70,10 @@ def test_the_fingerprint_follows_the_weights_not_the_dtype() -> None:
         ('{"format": "diffusion-accel reuse plan", "version": 99}', "version 99"),
         ('{"format": "diffusion-accel reuse plan", "version": 1, "plan": "full"}', "list of steps"),
         ('{"format": "diffusion-accel reuse plan", "version": 1, "plan": ["hold"], "conditions": {}}', "first step"),
+        (
+            '{"format": "diffusion-accel reuse plan", "version": 1, "plan": ["full"], "conditions": {}, "name": "A"}',
+            "small",
+        ),
     ],
 )
 def test_broken_plan_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -152,7 +156,7 @@ def test_the_warning_names_the_plans_that_fit(sticker: Any, caplog: Any) -> None
     sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
     TunedPlan.load("tuned:balanced").check(sticker)
     assert "another scheduler ('DPMSolverMultistepScheduler', here 'DDIMScheduler')" in caplog.text
-    assert "plans for what is here: tuned:ddim-balanced, tuned:ddim-fast, tuned:ddim-quality" in caplog.text
+    assert "plans for what is here: tuned:ddim (quality, balanced, fast)" in caplog.text
     caplog.clear()
     TunedPlan.load("tuned:ddim-balanced").check(sticker)
     assert not caplog.text
