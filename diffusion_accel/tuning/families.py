@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from diffusion_accel.reuse.plan import Plan
 from diffusion_accel.reuse.preset import Preset
+from diffusion_accel.reuse.search import Rule, best_plans, predicted_error
 
 from .measure import Observations
 from .neighbours import guidance_thinned
-from .search import Rule, best_plans, predicted_error
 
 
 def find_families(seen: Observations) -> list[list[Plan]]:

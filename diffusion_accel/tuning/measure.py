@@ -21,10 +21,9 @@ from diffusion_accel.prediction import SPACES, Conversion
 from diffusion_accel.progress import Progress
 from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.reuse.reuse import Reuse
+from diffusion_accel.reuse.search import Forecasts
 from diffusion_accel.steps import StepClock
 from diffusion_accel.switchboard import accelerate
-
-from .search import Forecasts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin

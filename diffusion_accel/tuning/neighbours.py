@@ -6,9 +6,9 @@ import random
 from dataclasses import replace
 
 from diffusion_accel.reuse.plan import FULL, Plan, Step
+from diffusion_accel.reuse.search import Rule
 
 from .measure import CONDITIONAL
-from .search import Rule
 
 RULES = (Rule(1), Rule(2), Rule(3), Rule(4), Rule(1, True), Rule(2, True), Rule(3, True))
 

@@ -21,6 +21,7 @@ from diffusion_accel.progress import Progress, silent
 from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.reuse.plan_file import TunedPlan
 from diffusion_accel.reuse.reuse import Reuse
+from diffusion_accel.reuse.search import predicted_error, refitted
 
 from .budget import Budget
 from .families import find_families, starts
@@ -28,7 +29,6 @@ from .fit_weights import fit_weights, with_weights
 from .measure import Observations, Reference, scheduling
 from .neighbours import neighbour
 from .result import tuned_plan
-from .search import predicted_error, refitted
 from .target import Target, one_target
 from .trials import Trials
 

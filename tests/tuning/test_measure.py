@@ -13,8 +13,8 @@ from zoo import flux, sd
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.reuse.plan import Plan, Step
+from diffusion_accel.reuse.search import predicted_error
 from diffusion_accel.tuning.measure import measure_forecasts, measure_influence, record, reusing, why_unguided
-from diffusion_accel.tuning.search import predicted_error
 
 
 def sampler_of(solver: Any, steps: int) -> Sampler:

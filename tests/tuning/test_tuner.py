@@ -17,11 +17,11 @@ from diffusion_accel.cli.main import main
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.progress import silent
 from diffusion_accel.reuse.plan import Plan, Step
+from diffusion_accel.reuse.search import Rule, best_plans
 from diffusion_accel.tuning import measure as calibration
 from diffusion_accel.tuning.budget import Budget
 from diffusion_accel.tuning.fit_weights import fit_weights, with_weights
 from diffusion_accel.tuning.measure import Observations, Reference, measure_costs
-from diffusion_accel.tuning.search import Rule, best_plans
 from diffusion_accel.tuning.state import read_search
 from diffusion_accel.tuning.target import Target
 from diffusion_accel.tuning.trials import Trials

@@ -1,9 +1,10 @@
 """Which steps to compute: dynamic programming over how well predictions can be forecast from each other.
 
 A held prediction is a linear combination of computed ones. How much the images change with the prediction at a step
-is measured (`measure.measure_influence`). So, as long as the latents stay near the baseline's, the squared error
-that a run of held steps leaves is a quadratic form in the Gram matrix of the baseline's own predictions, and the best
-combination a least-squares problem in it: plans can be made and compared without running any.
+is known: the tuner measures it (`tuning.measure.measure_influence`). So, as long as the latents stay near the
+baseline's, the squared error that a run of held steps leaves is a quadratic form in the Gram matrix of the baseline's
+own predictions, and the best combination a least-squares problem in it: plans can be made and compared without running
+any.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_accel.reuse.history import weights
-from diffusion_accel.reuse.plan import FULL, Plan, Step, bounded
+from .history import weights
+from .plan import FULL, Plan, Step, bounded
 
 SPAN = 32  # longest run of held steps that is considered
 BEAM = 4000

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from diffusion_accel.reuse.plan import Plan, Step
+from diffusion_accel.reuse.search import Choice, Forecasts, Rule, best_plans, held_plan, predicted_error, refitted
 from diffusion_accel.tuning.measure import Costs
 from diffusion_accel.tuning.neighbours import neighbour
-from diffusion_accel.tuning.search import Choice, Forecasts, Rule, best_plans, held_plan, predicted_error, refitted
 
 
 def random_forecasts(n: int, seed: int, space: str = "") -> tuple[Forecasts, np.ndarray]:
