@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from zoo import run
 
 from diffusion_accel import Reuse, accelerate
+from diffusion_accel.combination import Combination
 from diffusion_accel.hooks import tensors_in
 from diffusion_accel.reuse.plan import Plan, Step
 
@@ -88,3 +89,27 @@ STEPS |= st.builds(Step, mode=st.just("shallow"), depth=st.integers(1, 3), order
 
 
 PLANS = st.lists(STEPS, min_size=0, max_size=12).map(lambda rest: Plan((Step(), *rest)))
+
+# ---------------------------------------------------------------------- with fits, for any number of channels
+NUMBERS = st.integers(-9_999_999_999, 9_999_999_999).map(lambda n: n / 10**6)
+SPACES = st.sampled_from(["", "epsilon", "sample"])
+
+
+def _tables(rows: int, numbers: int) -> Any:
+    row = st.lists(NUMBERS, min_size=numbers, max_size=numbers).map(tuple)
+    return st.lists(row, min_size=rows, max_size=rows).map(tuple)
+
+
+FITS = st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(0, 8)).flatmap(
+    lambda sizes: st.builds(Combination, _tables(sizes[0], sizes[1]), _tables(sizes[0], sizes[2]))
+)
+FITTED = st.builds(Step, mode=st.just("hold"), space=SPACES, guidance=st.sampled_from(["both", "reuse"]), fit=FITS)
+FITTED |= st.builds(
+    lambda fit, space, **others: Step(fit=fit, space=space if fit else "", guidance="reuse", **others),
+    fit=st.none() | FITS,
+    space=SPACES,
+    order=st.integers(0, 3),
+    guidance_weight=st.integers(0, 100_000).map(lambda n: n / 10**4),
+)
+FITTED |= st.builds(Step, space=SPACES, fit=FITS)
+FITTED_PLANS = st.lists(STEPS | FITTED, min_size=0, max_size=8).map(lambda rest: Plan((Step(), *rest)))

@@ -9,7 +9,7 @@ from diffusion_accel.denoisers import prediction, with_prediction
 from .history import History
 from .plan import Step
 from .rows import sample_of
-from .state import FeatureCache, ReuseState
+from .state import FeatureCache, ReuseState, weighed
 
 
 def note(state: ReuseState, hook: int, output: Any) -> None:
@@ -47,7 +47,7 @@ def unconditional(state: ReuseState, hook: int, features: FeatureCache, step: St
     if step.mode == "hold" or history is None:
         return None
     state.counters["unguided_steps"] += 1
-    value = prediction(conditional) + history.at(time, step.order)
+    value = prediction(conditional) + weighed(history.at(time, step.order), step)
     if step.mode == "full":
         state.keep_prediction(features, value, sample_of(named), time)
     return with_prediction(conditional, value)

@@ -16,7 +16,7 @@ from .history import History
 from .plan import FULL, Step
 from .rows import can_stack, conditional_rows, sample_of, stacked
 from .snapshot import Arguments, Snapshot
-from .state import DenoiserCall, FeatureCache, ReuseState
+from .state import DenoiserCall, FeatureCache, ReuseState, weighed
 
 Named = dict[str, Any]  # the arguments of a denoiser by name
 
@@ -38,6 +38,7 @@ class DenoiserHook(ModelHook):
     def _served(self, module: nn.Module, args: tuple[Any, ...], named: Named) -> Any:
         state, clock = self.state, self.state.clock
         features, step = self._find(named)
+        state.note(step.mode)
         if state.family.calls and clock.call == 1 and step.guidance != "both":
             output = branch_calls.unconditional(state, id(self), features, step, named)
             if output is not None:
@@ -67,9 +68,10 @@ class DenoiserHook(ModelHook):
     def _hold(self, features: FeatureCache, step: Step, time: float, named: Named) -> Any:
         """The prediction of a step that computes nothing."""
         state = self.state
-        value = features.histories["prediction", step.space].at(time, step.order, step.weights)
-        if step.space:
-            value = state.conversion.back(step.space, value, sample_of(named), time)
+        space = step.space if step.fit is None else ""  # a fit acts on what the scheduler is given: `fitted_steps`
+        value = features.histories["prediction", space].at(time, step.order, step.weights)
+        if space:
+            value = state.conversion.back(space, value, sample_of(named), time)
         if step.guidance == "none" and state.guidance_thinned(named):
             value = state.branches.joined(state.branches.conditional(value))
         state.counters["reused_steps"] += state.clock.first
@@ -146,8 +148,7 @@ class DenoiserHook(ModelHook):
         if call.full:
             state.keep_prediction(features, chunks[0], given, call.times[0])
             features.output = output
-            held = sum(f.bytes() for f in state.cache.values())
-            state.counters["peak_cache_bytes"] = max(state.counters["peak_cache_bytes"], held)
+            state.note_peak()
         return chunks
 
     def _with_guidance(self, call: DenoiserCall, value: torch.Tensor, time: float) -> torch.Tensor:
@@ -160,7 +161,8 @@ class DenoiserHook(ModelHook):
             return value
         if call.step.guidance == "none" or not len(history):
             return call.branches.joined(value)
-        return call.branches.joined(value, history.at(time, call.step.order))
+        difference = history.at(time, call.step.order)
+        return call.branches.joined(value, weighed(difference, call.step))
 
 
 class ControlNetHook(ModelHook):

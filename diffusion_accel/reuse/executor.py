@@ -1,7 +1,7 @@
 """The executor of reuse plans: puts the hooks that follow a plan on the denoisers, for one pipeline call.
 
-Below it lie the state that they share (`state`), the hooks on the denoiser as a whole (`denoiser_hook`), and those on
-the parts of U-Nets and of transformers (`unet_hooks`, `block_hooks`).
+Below it lie the state that they share (`state`), the hooks on the denoiser as a whole (`denoiser_hook`), those on the
+parts of U-Nets and of transformers (`unet_hooks`, `block_hooks`), and what acts at the scheduler (`fitted_steps`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from diffusion_accel.steps import StepClock
 
 from . import block_hooks, unet_hooks
 from .denoiser_hook import ControlNetHook, DenoiserHook
+from .fitted_steps import FittedSteps
 from .plan import Kinds, Plan
 from .state import ReuseState
 
@@ -67,6 +68,8 @@ class ReuseRun:
             state.hooks.add(denoiser, DenoiserHook(state))
         if self.controlnet is not None:
             state.hooks.add(self.controlnet, ControlNetHook(state))
+        if state.kinds.fitted:
+            state.clock.on_step(before=FittedSteps(state))
 
     def uninstall(self) -> None:
         """Remove the hooks and free every kept tensor."""

@@ -10,7 +10,7 @@ from decimal import Decimal
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 
-from .plan import Plan
+from .plan import Plan, Step
 
 _SHARE = r"(0?\.\d+|0|1(?:\.0)?)"
 
@@ -75,8 +75,14 @@ class GuidanceRule:
             steps = [s if i % self.every == 0 else replace(s, guidance="reuse") for i, s in enumerate(plan.steps)]
         else:
             inside = [self.low <= levels[i] <= self.high for i in range(len(plan))]
-            steps = [s if within else replace(s, guidance="none") for s, within in zip(plan.steps, inside, strict=True)]
+            steps = [s if within else _unguided(s) for s, within in zip(plan.steps, inside, strict=True)]
         return Plan(tuple(steps))
+
+
+def _unguided(step: Step) -> Step:
+    """The step without guidance, which a fit is about."""
+    own = step if step.fit is None and step.guidance_weight == 1 else step.unfitted()
+    return replace(own, guidance="none")
 
 
 def read_guidance(given: str | GuidanceRule) -> tuple[str, GuidanceRule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,23 @@ class History:
     def bytes(self) -> int:
         """What the kept values hold."""
         return tensor_bytes(self.values)
+
+
+@dataclass(frozen=True)
+class GivenStep:
+    """What a scheduler was given at a full step, for steps with a fit.
+
+    Attributes:
+        place: the pass over the timesteps, and the shapes: what the steps that follow must have in common with it.
+        time: the scheduler's timestep.
+        value: the prediction, after guidance.
+        latents: as the denoiser is given them.
+    """
+
+    place: tuple[Any, ...]
+    time: float
+    value: torch.Tensor
+    latents: torch.Tensor
 
 
 def _mix(shares: list[float], tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:

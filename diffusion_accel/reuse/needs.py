@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from diffusion_accel.denoisers import (
+    family_of,
     find_denoisers,
     layers_per_block,
     no_branches,
@@ -17,6 +18,7 @@ from diffusion_accel.denoisers import (
 from diffusion_accel.prediction import Conversion
 
 from . import block_hooks, unet_hooks
+from .fitted_steps import unfit_scheduler
 from .plan import Kinds, PlanSource
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ def supports(source: PlanSource, pipe: DiffusionPipeline) -> str | None:
         return reason
     kinds = source.for_unet(layers_per_block(pipe)).kinds()
     if kinds.leaves_branches_out and (reason := no_branches(pipe)):
+        return reason
+    if kinds.fitted and (reason := _no_fits(pipe)):
         return reason
     reasons = (unmet_need(denoiser, pipe.scheduler, kinds) for denoiser in find_denoisers(pipe))
     return next(filter(None, reasons), None)
@@ -48,12 +52,19 @@ def unfollowable(pipe: DiffusionPipeline) -> str | None:
     return no_loop(pipe) or reads_every_step(pipe) or not_followed(pipe)
 
 
+def _no_fits(pipe: DiffusionPipeline) -> str | None:
+    """Why nothing can be put in the place of what the scheduler of a pipeline is given; None if it can."""
+    if family_of(pipe).views:
+        return "its scheduler steps once for each view of the image, so no step can have a fit; use hold without one"
+    return unfit_scheduler(pipe.scheduler)
+
+
 def unmet_need(denoiser: nn.Module, scheduler: SchedulerMixin, kinds: Kinds) -> str | None:
     """Why a denoiser cannot follow a plan with these kinds of steps; None if it can."""
-    if any(kinds.spaces) and not Conversion(scheduler).possible:
+    if any(kinds.spaces | dict.fromkeys(kinds.fitted_spaces, 0)) and not Conversion(scheduler).possible:
         return (
             f"with {type(scheduler).__name__} a prediction cannot be turned into noise or clean sample; "
-            "use hold without epsilon or sample"
+            "use hold, and fits, without epsilon or sample"
         )
     parts = unet_hooks if not_a_unet(denoiser) is None else block_hooks
     return parts.missing_parts(denoiser, kinds)

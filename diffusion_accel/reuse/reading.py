@@ -12,7 +12,7 @@ from .plan_names import is_tuned
 from .preset import Preset, looks_like_a_preset
 
 _SETTINGS = re.compile(r"(?:,[A-Za-z_]\w*=[^,]*)+$")  # of the feature, behind the plan
-_STEPS = re.compile(r"full[@/0-9a-z]* \S.*", re.DOTALL)  # more than one, of which the first is always full
+_STEPS = re.compile(r"full[@/0-9a-z:=,;|.*-]* \S.*", re.DOTALL)  # more than one, of which the first is always full
 
 
 def read_plan(text: str) -> Plan | Preset | TunedPlan | PlanFamily | DiffusersCache:

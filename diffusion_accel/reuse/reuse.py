@@ -27,8 +27,9 @@ class Reuse(Feature):
 
     A plan gives every step what it computes: all; a U-Net's decoder (Faster Diffusion); the outer levels (DeepCache);
     or nothing, the prediction itself is held. What is reused may be forecast in time by the polynomial through the
-    last full steps, in the scheduler's own time variable; a held prediction also by weights that the tuner fitted. A
-    step may also leave out the unconditional branch.
+    last full steps, in the scheduler's own time variable; a held prediction also by weights that the tuner fitted, or
+    by a combination of predictions and latents, which may correct a computed one as well. A step may also leave out the
+    unconditional branch.
 
     Sources: Li et al., "Faster Diffusion" (NeurIPS 2024); Ma et al., "DeepCache" (CVPR 2024); Liu et al., "From
     Reusing to Forecasting" (TaylorSeer, ICCV 2025) for forecasts; Kynkäänniemi et al., "Applying Guidance in a Limited
@@ -51,8 +52,9 @@ class Reuse(Feature):
         stretch: use a plan for another number of steps too, its full steps at the same places of the trajectory.
         batch_decoder, max_group_mb: of decoder steps, as in `EncoderReuse`.
 
-    Counters: `full_steps`, `reused_steps`, of which `hold_steps` and `shallow_steps`; `unguided_steps`; and those of
-    `EncoderReuse`. `peak_cache_bytes` is what the kept values hold at most.
+    Counters: `full_steps`, `reused_steps`, of which `hold_steps` and `shallow_steps`; `unguided_steps`;
+    `corrected_steps` if full steps have a fit; and those of `EncoderReuse`. `peak_cache_bytes` is what the kept values
+    hold at most.
     """
 
     name: ClassVar[str] = "reuse"

@@ -25,7 +25,7 @@ from diffusion_accel.hooks import HookSet, map_tensors, tensor_bytes, tensors_in
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.steps import StepClock
 
-from .history import History
+from .history import GivenStep, History
 from .plan import FULL, Kinds, Plan, Step
 from .rows import sample_of
 from .snapshot import Arguments, Snapshot
@@ -131,6 +131,11 @@ class DenoiserCall:
         return map_tensors(lambda tensor: self.branches.joined(tensor, next(differences)), value)
 
 
+def weighed(difference: torch.Tensor, step: Step) -> torch.Tensor:
+    """The difference of the branches of guidance as a step reuses it."""
+    return difference if step.guidance_weight == 1 else difference * step.guidance_weight
+
+
 class ReuseState:
     """A plan during one call of a pipeline.
 
@@ -141,6 +146,7 @@ class ReuseState:
         unet: whether the denoisers are U-Nets.
         cache: by the denoiser's hook and the number of its call within a step.
         branch: by the same: when and what the last call returned, where each branch of guidance is a call.
+        given: what the scheduler was given at the last full steps, the newest first, if a step has a fit.
         current: the call of the denoiser that runs, None in between.
         thrown_away: times that predictions decoded ahead were of no use.
         plan: of the current segment, with its kinds of steps in `plan_kinds`.
@@ -165,6 +171,8 @@ class ReuseState:
         self.batching = batch_decoder and self.unet and all(map(rows_are_independent, denoisers))
         self.cache: dict[Any, FeatureCache] = {}
         self.branch: dict[Any, tuple[Any, Any]] = {}
+        self.given: list[GivenStep] = []
+        self._done: tuple[Any, set[str]] = (None, set())
         self.current: DenoiserCall | None = None
         self.thrown_away = 0
         self.plan = Plan((FULL,))
@@ -179,6 +187,7 @@ class ReuseState:
         """Free every kept tensor."""
         self.cache.clear()
         self.branch.clear()
+        self.given.clear()
         self.current = None
 
     # ------------------------------------------------------------------ the plan
@@ -193,6 +202,8 @@ class ReuseState:
                     self.counters.setdefault(f"{step.mode}_steps", 0)
                 if step.guidance != "both":
                     self.counters.setdefault("unguided_steps", 0)
+                if step.mode == "full" and step.fit is not None:
+                    self.counters.setdefault("corrected_steps", 0)
         return self.plan
 
     def step_at(self, index: int) -> Step:
@@ -245,6 +256,27 @@ class ReuseState:
         for space, order in self.kinds.spaces.items():
             meant = self.conversion.to(space, value, given, time) if space else value
             features.histories.setdefault(("prediction", space), History(order + 1)).push(time, meant)
+
+    def note_peak(self) -> None:
+        """Count the bytes that are kept now, if they are more than before; what is kept twice counts once."""
+        known = {id(t) for cache in self.cache.values() for h in cache.histories.values() for t in tensors_in(h.values)}
+        beside = [t for given in self.given for t in (given.value, given.latents) if id(t) not in known]
+        held = sum(cache.bytes() for cache in self.cache.values()) + tensor_bytes(beside)
+        self.counters["peak_cache_bytes"] = max(self.counters["peak_cache_bytes"], held)
+
+    # ------------------------------------------------------------------ what was done
+    def note(self, mode: str) -> None:
+        """Note what a call of the denoiser really does at this step."""
+        here = (self.clock.segment, self.clock.index)
+        if self._done[0] != here:
+            self._done = (here, set())
+        self._done[1].add(mode)
+
+    def happened(self) -> set[str]:
+        """The modes of the calls of the denoiser at this step, since it was asked last."""
+        here, modes = self._done
+        self._done = (None, set())
+        return modes if here == (self.clock.segment, self.clock.index) else set()
 
     def count(self, step: Step, steps: int) -> None:
         """Count a call of the denoiser for a step, which made the predictions of so many."""

@@ -52,7 +52,7 @@ class Costs:
 def kind(step: Step) -> str:
     """The kind of a step by what it costs; the order of a forecast costs next to nothing."""
     half = step.guidance != "both" and step.mode != "hold"
-    return str(replace(step, order=0, space="", weights=(), guidance="reuse" if half else "both"))
+    return str(replace(step.unfitted(), order=0, space="", guidance="reuse" if half else "both"))
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,14 @@ def test_repeated_blocks_are_compiled_once_for_all_modes() -> None:
     torch._dynamo.reset()
 
 
+FITTED = [
+    "steps:full hold:sample=1,0.1;0.1|0.9,0;0|1,0;0.2|1,-0.1;0.1 full:epsilon=1,0.1;0.02 hold=0.9,0.1;0.1,0.1",
+    "steps:full full=0.9;0.1 full/reuse*0.8 hold:epsilon=0.5,0.5; shallow:1 hold=1.1;0.1",
+]
 CALLS = st.fixed_dictionaries(
     {
-        "plan": PLANS.map(lambda plan: f"steps:{plan}") | st.sampled_from(["hold:2", "deepcache:3", "uniform:2@1"]),
+        "plan": PLANS.map(lambda plan: f"steps:{plan}")
+        | st.sampled_from(["hold:2", "deepcache:3", "uniform:2@1", *FITTED]),
         "steps": st.integers(1, 8),
         "scheduler": st.sampled_from(
             ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DDPMScheduler"]
