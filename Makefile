@@ -23,7 +23,7 @@ fuzz: $(STAMP)
 	$(BIN)/python scripts/fuzz.py $(or $(KIND),all) --minutes $(or $(MINUTES),2)
 
 # the table of docs/reuse.md; other packages are a part of it once they are installed: make bench PEERS=1
-BENCH ?= $(addprefix reuse:,tuned:ddim-quality tuned:ddim-balanced tuned:ddim-fast hold:2 hold:3 deepcache:3 faster-diffusion) \
+BENCH ?= family:tuned:ddim $(addprefix reuse:,hold:2 hold:3 deepcache:3 faster-diffusion) \
   $(if $(PEERS),deepcache:3 deepcache:5 tomesd tgate:25 pab:2) $(addprefix fewer-steps:,25 17 12 10 15,dpm++ 12,dpm++ 10,dpm++)
 bench: $(STAMP)
 	$(if $(PEERS),$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps tomesd tgate)

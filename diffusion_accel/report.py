@@ -57,7 +57,7 @@ class Report:
             numbers = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in counters.items())
             lines.append(f"  {name}: {numbers}")
         for name, choice in self.choices.items():
-            values = ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in choice.items() if v is not None)
+            values = ", ".join(f"{k.replace('_', ' ')} {plain(v, 300)}" for k, v in choice.items() if v is not None)
             lines.append(f"  {name} chose {values}")
         if not self.features:
             lines.append("  no feature enabled")

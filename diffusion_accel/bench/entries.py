@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffusion_accel.arguments import nearest
@@ -15,6 +15,7 @@ from diffusion_accel.io import shown
 from diffusion_accel.pipelines.schedulers import check_scheduler
 from diffusion_accel.registry import FEATURES, feature_class
 
+from . import families
 from .peers import PEERS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ USUAL: tuple[str, ...] = (
     "fewer-steps:25",
     "fewer-steps:17",
 )
-KINDS = (*(name.replace("_", "-") for name in FEATURES), "fewer-steps", *PEERS)
+KINDS = (*(name.replace("_", "-") for name in FEATURES), families.KIND, "fewer-steps", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Entry:
     """One row of the benchmark.
 
     Attributes:
-        kind: "baseline", a feature's name with dashes, "fewer-steps", or one of `PEERS`.
+        kind: "baseline", a feature's name with dashes, "family" (see `expanded`), "fewer-steps", or one of `PEERS`.
         settings: a feature's settings as on the command line; "STEPS[,SCHEDULER]" of fewer steps; a peer's numbers.
+        family: the tuned family that it is one plan of, "" if it is none or given by itself.
     """
 
     kind: str
     settings: str = ""
+    family: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -73,9 +76,17 @@ class Entry:
             entry.fewer_steps()
         elif entry.is_peer:
             entry.numbers()
+        elif kind == families.KIND:
+            families.members_of(settings)
         else:
             _ = entry.feature
         return entry
+
+    def expanded(self) -> list[Entry]:
+        """Itself; of a family an entry for each of its plans."""
+        if self.kind != families.KIND:
+            return [self]
+        return [Entry("reuse", settings, self.settings) for settings in families.members_of(self.settings)]
 
     @functools.cached_property
     def feature(self) -> Feature:
@@ -122,14 +133,15 @@ class Entry:
 
 
 def read_entries(entries: Sequence[str | Entry]) -> list[Entry]:
-    """Entries as they are written.
+    """Entries as they are written, and those that a family stands for.
 
     Raises:
         ConfigurationError: an unknown kind, settings that it does not take, an entry that is given twice.
     """
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise ConfigurationError(f"entries must be a list of entries, got {shown(entries)}")
-    parsed = [entry if isinstance(entry, Entry) else Entry.parse(entry) for entry in entries]
+    given = [entry if isinstance(entry, Entry) else Entry.parse(entry) for entry in entries]
+    parsed = [entry for one in given for entry in one.expanded()]
     if len(set(parsed)) < len(parsed):
         raise ConfigurationError("an entry is given twice")
     return parsed

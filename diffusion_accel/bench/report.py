@@ -98,6 +98,7 @@ def page(result: Benchmark) -> str:
         f"diffusion-accel: {result.job.model}",
         PAGE,
         heading=heading(result),
+        families=families_of(result.rows),
         plots=[Markup(svg) for svg in plots if svg],
         columns=COLUMNS,
         rows=[(colour_of(row, result), cells(row)) for row in result.rows],
@@ -120,8 +121,18 @@ def value_of(row: Row, key: str) -> float | None:
     return None if value is None or value >= EQUAL else value
 
 
+def families_of(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each tuned family, the slowest first."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.time_ratio or 0.0):
+        if row.family is not None:
+            found.setdefault(row.family, []).append(row)
+    return found
+
+
 def plot(result: Benchmark, key: str, label: str) -> str:
-    """Speed against fidelity as SVG, with the Pareto front of the fidelity to the baseline; "" if nothing is to show.
+    """Speed against fidelity as SVG, with the Pareto front of the fidelity to the baseline and a line through the plans
+    of each tuned family; "" if nothing is to show.
 
     Args:
         key: "psnr" or "psnr_converged".
@@ -131,10 +142,14 @@ def plot(result: Benchmark, key: str, label: str) -> str:
     shown = [(row, x, y) for row, x, y in points if x and y is not None]
     if not shown:
         return ""
+    places = {row.name: (x, y) for row, x, y in shown}
     axes = _Axes([x for _, x, _ in shown], [y for *_, y in shown], label)
     if key == "psnr":
         front = [axes.at(row.time_ratio or 1, (row.psnr or [0])[0]) for row in pareto(result.rows)]
         axes.svg.add("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in front), class_="front")
+    for line in families_of([row for row, *_ in shown]).values():
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in (axes.at(*places[row.name]) for row in line))
+        axes.svg.add("polyline", points=corners, class_="family", stroke=colour_of(line[0], result))
     for row, x, y in shown:
         across, down = axes.at(x, y)
         tip = f"{row.name}: {x:.2f}x, {y:.1f} dB"
@@ -183,11 +198,12 @@ class _Axes:
 SHOWN = 6  # images of each row
 SVG_STYLE = (
     "text { font: 12px sans-serif; fill: #333 } .name { font-size: 10px } .grid { stroke: #e5e5e5 } "
-    ".front { fill: none; stroke: #999; stroke-dasharray: 4 }"
+    ".front { fill: none; stroke: #999; stroke-dasharray: 4 } .family { fill: none; stroke-width: 1.5 }"
 )
 PAGE = """<p>{{ heading }}</p>
 {% for plot in plots %}<figure>{{ plot }}</figure>{% endfor %}
-<p>The dashed line is the Pareto front: nothing measured is both faster and nearer.</p>
+<p>The dashed line is the Pareto front: nothing measured is both faster and nearer.
+{%- if families %} A solid line joins the plans of one tuned family.{% endif %}</p>
 <table><thead><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for colour, cells in rows %}
 <tr><td><span style="color:{{ colour }}">&#9632;</span> {{ cells[0] }}</td>

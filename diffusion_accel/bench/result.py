@@ -15,6 +15,7 @@ class Row:
     """What one entry gained and lost.
 
     Fidelity is [median, worst decile], and `psnr_each` that of every image; `failed` says why there is none.
+    `family` is the tuned family that a plan is of.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Row:
     ms_ssim: list[float] | None = None
     psnr_converged: float | None = None
     failed: str | None = None
+    family: str | None = None
     images: torch.Tensor | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:

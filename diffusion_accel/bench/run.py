@@ -84,7 +84,7 @@ def bench(
 
 def measure(local: Runner, job: Job, entries: Sequence[Entry], rounds: int, progress: Progress) -> list[Row]:
     """Images, FLOPs, memory and interleaved times of the baseline and of the entries."""
-    rows = {entry: Row(entry.name, entry.kind) for entry in (BASELINE, *entries)}
+    rows = {entry: Row(entry.name, entry.kind, family=entry.family or None) for entry in (BASELINE, *entries)}
     work = MEASURED / (len(rows) + rounds + 1)  # of the whole, for one entry's images or one round
     with contextlib.ExitStack() as opened:
         places = _Places(local, job, rows, opened)

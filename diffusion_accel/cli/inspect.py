@@ -1,4 +1,4 @@
-"""`inspect`: what a quantized checkpoint holds."""
+"""`inspect`: what a quantized checkpoint or a file of tuned plans holds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.pipelines.quantizers import checkpoint_folder
 from diffusion_accel.quant.spec import LayerSpec
 from diffusion_accel.quant.stored import Tensor, read_config, verify
+from diffusion_accel.reuse.plan_names import is_tuned
 
 from .common_options import AsJson
+from .plan_table import show_plans
 from .terminal import console, note, say
 
 PARTS = (  # of a layer in the file
@@ -24,10 +26,20 @@ PARTS = (  # of a layer in the file
 
 
 def inspect(
-    folder: Annotated[str, typer.Argument(help="A folder that `quantize` wrote, or its unet or transformer.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|FILE",
+            help="A folder that `quantize` wrote, or its unet or transformer; a .json file of tuned plans; tuned:NAME.",
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Show the layers of a quantized checkpoint: bits, sizes, rounding error, sensitivity."""
+    """Show the layers of a quantized checkpoint: bits, sizes, rounding error, sensitivity; or what was measured of
+    tuned plans."""
+    if is_tuned(folder) and not Path(folder).is_dir():
+        show_plans(folder, as_json)
+        return
     if not Path(folder).is_dir():
         raise ModelLoadError(f"no such folder: {folder}")
     place = checkpoint_folder(folder)

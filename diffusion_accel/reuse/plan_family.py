@@ -130,7 +130,7 @@ class PlanFamily(PlanSource):
 
         Args:
             plans: of the same conditions, each measured.
-            names: of the plans, in the order given; those behind the last one have none.
+            names: of the plans, in the order given; those behind the last one keep their own, if they have any.
             solvers, search: see the class.
 
         Raises:

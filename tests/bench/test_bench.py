@@ -47,11 +47,28 @@ def test_entries_are_read(text: str) -> None:
         ("deepcache:a", "takes numbers"),
         ("tomesd:0.5,1", "at most 1"),
         ("reuse:hold:0", "hold:n"),
+        ("family", "takes the file of a tuned family"),
+        ("family:tuned:fast", "is no family of tuned plans; reuse:tuned:fast compares one"),
+        ("family:tuned:ddim,speedup=3", "reuse:tuned:ddim,speedup=3 compares the one"),
     ],
 )
 def test_bad_entries_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Entry.parse(text)
+
+
+def test_a_family_stands_for_a_row_of_each_of_its_plans(tmp_path: Path) -> None:
+    entries = read_entries(["family:tuned:dpm", "family:tuned:ddim,stretch=true", "fewer-steps:5"])
+    assert [entry.name for entry in entries] == [
+        "reuse tuned:quality", "reuse tuned:balanced", "reuse tuned:fast", "reuse tuned:ddim-quality,stretch=True",
+        "reuse tuned:ddim-balanced,stretch=True", "reuse tuned:ddim-fast,stretch=True", "fewer-steps 5",
+    ]  # fmt: skip
+    assert entries[0] == Entry.parse("reuse:tuned:quality") and entries[0].family == "tuned:dpm"
+    assert entries[3].feature.stretch and not entries[6].family
+    with pytest.raises(ConfigurationError, match="given twice"):
+        read_entries(["family:tuned:dpm", "reuse:tuned:fast"])
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_entries([f"family:{tmp_path / 'no.json'}"])
 
 
 @pytest.mark.parametrize("entries", ["reuse", 5, [5]])
@@ -126,6 +143,21 @@ def test_reports_hold_everything_and_need_no_other_file(result: Benchmark) -> No
     for key in ("psnr", "psnr_converged"):
         ET.fromstring(plot(result, key, "label"))
     json.dumps(result.to_dict())
+
+
+def test_the_plans_of_a_family_are_one_line(result: Benchmark) -> None:
+    """Through the points of its rows, by speed, and of no other row; a row that failed has none."""
+    plan = replace(result.rows[0], kind="reuse", family="f")
+    rows = [replace(plan, name=f"plan {n}", psnr=[60.0 - 9 * n, 1.0], time_ratio=1.5 + n) for n in (2, 0, 1)]
+    rows += [Row("plan 3", "reuse", family="f", failed="x"), *result.rows]
+    drawing = ET.fromstring(plot(replace(result, rows=rows), "psnr", "label"))
+    svg = "{http://www.w3.org/2000/svg}"
+    (line,) = [found for found in drawing.iter(f"{svg}polyline") if found.get("class") == "family"]
+    places = {found.findtext(f"{svg}title").partition(":")[0]: f"{found.get('cx')},{found.get('cy')}"
+              for found in drawing.iter(f"{svg}circle")}  # fmt: skip
+    spots = [tuple(map(float, corner.split(","))) for corner in line.get("points").split()]
+    assert spots == [tuple(map(float, places[f"plan {n}"].split(","))) for n in range(3)]
+    assert "joins the plans" in page(replace(result, rows=rows)) and "joins the plans" not in page(result)
 
 
 def test_names_from_outside_are_text_in_reports(result: Benchmark) -> None:

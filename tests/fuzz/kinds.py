@@ -173,6 +173,7 @@ def read_plan(folder: Path, **wish: float) -> Any:
     try:
         accelerate(pipe, Reuse(plan=str(folder / "plan.json"), **wish))
         with printed():
+            inspect(str(folder / "plan.json"))
             return Same((str(pipe.acceleration.features["reuse"]), draw(pipe, call, 6)))
     finally:
         if hasattr(pipe, "acceleration"):
