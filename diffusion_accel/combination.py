@@ -110,7 +110,7 @@ class Combination:
         wide = first.dtype if first.dtype == torch.float64 else torch.float32
         parts = [*predictions[: self.count], *latents[: self.count_latents]]
         rows = [(*p, *x) for p, x in zip(self.predictions, self.latents, strict=True)]
-        table = torch.tensor(rows, dtype=wide, device=first.device)
+        table = torch.tensor(rows, dtype=wide).to(first.device, non_blocking=first.is_cuda)  # waits for nothing
         shape = [1] * first.dim()
         shape[channel_dim(first)] = self.channels
         mixed = parts[0].to(wide) * table[:, 0].view(shape)

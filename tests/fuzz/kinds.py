@@ -146,7 +146,9 @@ def make_plan(folder: Path) -> None:
     from diffusion_accel.reuse.plan_file import TunedPlan
 
     pipe, _ = _sd()
-    plan = Plan.parse("full hold:sample@1 full shallow:1 full/none hold=1.5,-0.5/reuse".split())
+    plan = Plan.parse(
+        "full hold:sample=1.1;0.02 full:epsilon=1,0.1;0.01 shallow:1 full/none hold=1.5,-0.5/reuse".split()
+    )
     found = {**conditions(pipe, len(plan)), "guidance_scale": 5.0, "height": 16, "width": 16}
     TunedPlan(plan, found, {"psnr": 30.0, "flops": 0.5}, {"seed": 0}).save(folder / "plan.json")
 

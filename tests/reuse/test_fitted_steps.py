@@ -202,6 +202,46 @@ def test_without_enough_full_steps_before_it_a_step_is_as_without_a_fit() -> Non
     assert not close(got, reused(pipe, call, "steps:full full hold full hold full", steps=10, strength=0.6), 1e-3)
 
 
+def test_latents_of_another_size_begin_anew() -> None:
+    pipe, call = sd()
+
+    def grow(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        larger = torch.nn.functional.interpolate(kwargs["latents"], scale_factor=2)
+        return {"latents": larger} if index == 1 else kwargs
+
+    call = {**call, "callback_on_step_end": grow}
+    plan = "steps:full hold:sample=0.9;0.1 {0} {1} full:sample=0.9,0.1;0.1,0.1 hold:sample=0.6,0.4;"
+    for third in ("full", "hold:sample=0.9;0.1"):  # both are computed: nothing is known of latents of this size
+        got = reused(pipe, call, plan.format(third, "hold:sample=0.5,0.5;0.1"), steps=6)
+        assert close(got, reused(pipe, call, plan.format("full", "hold:sample"), steps=6))
+        assert got.shape[-1] == 16
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep"])
+def test_latents_are_what_the_denoiser_is_given(name: str) -> None:
+    cls = getattr(diffusers, f"{name}Scheduler")
+    given: list[torch.Tensor] = []
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Noting(cls):  # type: ignore[misc, valid-type]
+        def scale_model_input(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+            given.append(super().scale_model_input(sample, timestep))
+            return given[-1]
+
+        def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
+            seen.append((model_output, given[0][:1]))  # the pipeline asks first, with a row for each branch
+            given.clear()
+            return super().step(model_output, timestep, sample, **kwargs)
+
+    pipe, call = sd()
+    pipe.scheduler = Noting.from_config(ddim().config)
+    steps = 4 if name == "HeunDiscrete" else 7
+    reused(pipe, call, "steps:full full hold=0;1 hold=0;0,1 hold=0;0,0,1 full=0;1 full=0,0;0,1", steps=steps)
+    made, latents = zip(*seen, strict=True)
+    for step, of in ((2, 2), (3, 1), (4, 0), (5, 5), (6, 5)):
+        assert torch.equal(made[step], latents[of])
+
+
 def test_another_pass_over_the_timesteps_begins_anew() -> None:
     pipe, call = ZOO["animatediff"]()
     pipe.enable_free_init(num_iters=2, use_fast_sampling=False)
