@@ -25,6 +25,7 @@ from .hooks import bind_method, call_arguments, run_uncompiled
 from .mixin import AcceleratedMixin
 from .registry import FEATURES, feature_class
 from .report import Report
+from .schedulers.measured import unmeasured
 from .steps import StepClock
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,7 @@ class Acceleration:
         began = time.perf_counter()
         flops: float | None = None
         clock: StepClock | None = None
+        _warn_unmeasured(pipeline, args, kwargs)
         if not active or getattr(pipeline, "scheduler", None) is None:
             output, flops = self._counted(call, args, kwargs)
         else:
@@ -307,6 +309,13 @@ def _check_conflicts(features: list[Feature]) -> None:
         for other in features:
             if reason := feature.clash(other):
                 raise FeatureConflictError(f"{feature.name} cannot be combined with {other}: {reason}")
+
+
+def _warn_unmeasured(pipeline: DiffusionPipeline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Log how a call differs from what the pipeline's learned solver was measured with."""
+    named = call_arguments(type(pipeline)._accelerated_base.__call__, args, kwargs)
+    if reason := unmeasured(pipeline, named):
+        logger.warning("%s", reason)
 
 
 def _claim(models: list[torch.nn.Module], changes: Changes) -> None:

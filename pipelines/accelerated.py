@@ -14,7 +14,7 @@ from diffusion_accel.registry import FEATURES, feature_class
 from diffusion_accel.reuse.plan_names import is_tuned
 
 from .keywords import CONVERSION, check_keywords, components_of
-from .schedulers import check_scheduler, set_scheduler
+from .schedulers import check_scheduler, check_steps, set_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,6 +56,7 @@ class AcceleratedPipeline:
         name = options.get("scheduler", source.defaults.get("scheduler") if tuned else None)
         if isinstance(name, str):
             check_scheduler(name)
+            check_steps(name, source, None)
             options.pop("scheduler", None)
         pipe = load_pipeline(source, pipeline_class=cls.pipeline_class, **options)
         if isinstance(name, str):

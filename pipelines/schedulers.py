@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import first_line
+from diffusion_accel.schedulers.solver import not_learnt
+
+from .learned import LEARNED, check_learned, check_own, is_learned, learned_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from diffusion_accel.model_files.names import ModelSource
 
 # short name -> (diffusers class, changes of its configuration)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,11 +41,34 @@ def check_scheduler(name: str) -> None:
     """Raise `ConfigurationError` if `name` is neither a short name nor a diffusers class name."""
     if name in SCHEDULERS or (name.endswith("Scheduler") and name.isidentifier()):
         return
-    near = nearest(name, SCHEDULERS)
+    if is_learned(name):
+        return check_learned(name)
+    near = nearest(name, [*SCHEDULERS, LEARNED])
     hint = f"did you mean {near!r}? " if near else ""
     raise ConfigurationError(
-        f"unknown scheduler {name!r}; {hint}allowed: {', '.join(SCHEDULERS)}, or a diffusers class name"
+        f"unknown scheduler {name!r}; {hint}allowed: {', '.join(SCHEDULERS)}, {LEARNED}, a diffusers class name, or "
+        "the folder or file of a saved learned solver"
     )
+
+
+def check_steps(name: str | None, source: ModelSource, steps: int | None) -> None:
+    """Raise `ConfigurationError` if a scheduler cannot do so many steps of a model, before that is loaded.
+
+    Args:
+        name: of the scheduler; None: the model's own.
+        source: the model.
+        steps: of a call; None: they are not known, only whether there is such a scheduler.
+    """
+    if name is not None and name not in SCHEDULERS and is_learned(name):
+        check_learned(name, source, steps)
+    elif name is None and steps is not None:
+        check_own(source, steps)
+
+
+def not_learnt_here(pipe: DiffusionPipeline, steps: int) -> str | None:
+    """Why a pipeline's scheduler, a learned one, cannot do so many steps; None if it can."""
+    evaluations = getattr(pipe.scheduler, "evaluations", None)
+    return None if evaluations is None else not_learnt(evaluations, steps)
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
@@ -57,6 +85,8 @@ def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
     import diffusers  # heavy: diffusers
 
     check_scheduler(name)
+    if name not in SCHEDULERS and is_learned(name):
+        return learned_for(pipe, name)
     class_name, changes = SCHEDULERS.get(name, (name, {}))
     cls = getattr(diffusers, class_name, None)
     fitting = {c.__name__ for c in pipe.scheduler.compatibles} | {type(pipe.scheduler).__name__}

@@ -18,7 +18,7 @@ from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.io import shown
 from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, options_of, texts_of, usual_steps, whole
 from diffusion_accel.model_files.names import find_model
-from diffusion_accel.pipelines.schedulers import check_scheduler
+from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
 from diffusion_accel.progress import Progress, silent
 
 from .entries import USUAL, Entry, check_entries, read_entries
@@ -112,7 +112,9 @@ def benchmark(
     recommended = source.defaults
     call = {name: recommended.get(name) if value is None else value for name, value in call.items()}
     steps = steps or recommended.get("steps") or USUAL_STEPS
-    check_entries(parsed, whole("steps", steps, 1, MOST_STEPS), scheduler or recommended.get("scheduler", ""))
+    named = scheduler or recommended.get("scheduler", "")
+    check_entries(parsed, whole("steps", steps, 1, MOST_STEPS), named, source)
+    check_steps(named or None, source, steps)
     if prompts is None:
         prompts = embedded_prompts(count, UNSEEN) if source.kind == "embedded" else [""] * count
     job = Job(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
-from diffusion_accel.pipelines.schedulers import check_scheduler
+from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
 from diffusion_accel.registry import FEATURES, feature_class
 
 from . import families
@@ -20,6 +20,7 @@ from .peers import PEERS
 
 if TYPE_CHECKING:
     from diffusion_accel.feature import Feature
+    from diffusion_accel.model_files.names import ModelSource
 
 USUAL: tuple[str, ...] = (
     "reuse:hold:2",
@@ -147,8 +148,13 @@ def read_entries(entries: Sequence[str | Entry]) -> list[Entry]:
     return parsed
 
 
-def check_entries(entries: Sequence[Entry], steps: int, scheduler: str) -> None:
+def check_entries(entries: Sequence[Entry], steps: int, scheduler: str, source: ModelSource | None = None) -> None:
     """Refuse what cannot work with so many steps and a scheduler, as far as that is known before a model is loaded.
+
+    Args:
+        entries: what is compared.
+        steps, scheduler: of the baseline.
+        source: the model, if it is one that is loaded later.
 
     Raises:
         ConfigurationError: an entry cannot work.
@@ -156,3 +162,6 @@ def check_entries(entries: Sequence[Entry], steps: int, scheduler: str) -> None:
     for entry in entries:
         if reason := entry.refusal(steps, scheduler):
             raise ConfigurationError(f"the entry {entry.name} cannot work: {reason}")
+        if source is not None and entry.kind == "fewer-steps":
+            fewer, other = entry.fewer_steps()
+            check_steps(other or scheduler or None, source, fewer)

@@ -19,7 +19,7 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import seconds_of
 from diffusion_accel.model_files.names import find_model
 from diffusion_accel.pipelines.loading import load_pipeline
-from diffusion_accel.pipelines.schedulers import set_scheduler
+from diffusion_accel.pipelines.schedulers import not_learnt_here, set_scheduler
 from diffusion_accel.switchboard import accelerate, why_not
 
 from .entries import Entry
@@ -94,9 +94,11 @@ class Runner:
             ConfigurationError: the entry cannot work.
         """
         reason = None if entry.is_peer else entry.refusal(self.job.steps, self.scheduler)
-        if entry.kind == "fewer-steps" and (name := entry.fewer_steps()[1]):
-            before = self.pipe.scheduler
-            set_scheduler(self.pipe, name)
+        if entry.kind == "fewer-steps":
+            before, (steps, name) = self.pipe.scheduler, entry.fewer_steps()
+            if name:
+                set_scheduler(self.pipe, name)
+            reason = not_learnt_here(self.pipe, steps)
             self.pipe.scheduler = before
         elif not entry.is_peer and entry.kind not in ("baseline", "fewer-steps"):
             reason = reason or why_not(entry.feature, self.pipe)

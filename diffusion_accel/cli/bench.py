@@ -81,8 +81,8 @@ def bench(
     written = [output_path(file, flags[kind]) for kind, file in files.items() if file is not None]
     check_free(written, overwrite)
     check_distinct(written)
-    settings, _ = settings_of(options)
-    check_entries(parsed, settings.steps or 50, settings.scheduler or "")
+    settings, source = settings_of(options)
+    check_entries(parsed, settings.steps or 50, settings.scheduler or "", source)
     prompts = None if prompts_file is None else [job.prompt for job in read_jobs([], prompts_file)][:count]
 
     from diffusion_accel.bench import report  # heavy: torch

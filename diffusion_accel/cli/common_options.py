@@ -170,7 +170,10 @@ GuidanceScale = Annotated[
 ]
 Scheduler = Annotated[
     str | None,
-    typer.Option(help="ddim, dpm++, euler, unipc, … or a diffusers class.", show_default=recommended("scheduler")),
+    typer.Option(
+        help="ddim, dpm++, euler, unipc, learned, … a diffusers class, or a saved learned solver.",
+        show_default=recommended("scheduler"),
+    ),
 ]
 Pixels = Annotated[int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"))]
 Seed = Annotated[int, bounded(LIMITS["seed"], help="Image k uses seed + k.")]

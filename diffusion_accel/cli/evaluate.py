@@ -74,7 +74,7 @@ def evaluate(
         if not is_image_file(grid, "--grid"):
             raise ConfigurationError(f"--grid {grid} must be an image file: {', '.join(SUFFIXES)}")
     settings, source = settings_of(options, features)
-    check_features(settings.features, settings.steps, settings.scheduler)
+    check_features(settings.features, settings.steps, settings.scheduler, source)
 
     from .session import check_machine, open_for  # heavy: torch, diffusers
 

@@ -11,6 +11,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.layers import drawn_layers
 from diffusion_accel.generation.outputs import OutputPlan, plan_outputs
 from diffusion_accel.generation.request import LIMITS, MAX_IMAGES, Request
+from diffusion_accel.model_files.names import ModelSource
 
 from . import processes
 from .common_options import (
@@ -147,7 +148,7 @@ def generate(
     starts = processes.must_start(settings)
     settings = processes.join(settings)
     requests = processes.same_seeds(settings, [request_of(settings, job) for job in jobs])
-    plans = _plan(settings, requests, jobs)
+    plans = _plan(settings, source, requests, jobs)
     if starts:  # they check the rest: this one need not import torch
         return processes.start(settings)
 
@@ -175,10 +176,10 @@ def _jobs(prompts: list[str], classes: list[str], file: str | None, config: dict
     return read_jobs(given or ([more] if isinstance(more, str) else list(more)), from_config if file is None else file)
 
 
-def _plan(settings: Settings, requests: list[Request], jobs: list[Job]) -> list[OutputPlan]:
+def _plan(settings: Settings, source: ModelSource, requests: list[Request], jobs: list[Job]) -> list[OutputPlan]:
     """The files of all prompts; whatever can be refused without a model is."""
     for request in requests:
-        check_features(settings.features, request.steps, settings.scheduler)
+        check_features(settings.features, request.steps, settings.scheduler, source)
     if (total := sum(request.count for request in requests)) > MAX_IMAGES:
         raise ConfigurationError(f"{total} images are asked for; one command draws at most {MAX_IMAGES}")
     plans = plan_outputs(

@@ -21,7 +21,7 @@ from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
 from diffusion_accel.pipelines.quantizers import check_quantize
-from diffusion_accel.pipelines.schedulers import check_scheduler
+from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
 from diffusion_accel.quant.spec import RUNTIMES
 from diffusion_accel.registry import FEATURES
 
@@ -127,6 +127,7 @@ def merge(flags: dict[str, Any], config: dict[str, Any]) -> tuple[Settings, Mode
     source = find_model(given.get("model", Settings.model), given.get("allow_pickle", False))
     settings = Settings(**{**source.defaults, **given}, features=features)
     check(settings)
+    check_steps(settings.scheduler, source, None)
     return settings, source
 
 
@@ -207,8 +208,11 @@ def check(settings: Settings) -> None:
         raise ConfigurationError("--compile cannot be combined with --offload sequential")
 
 
-def check_features(features: Mapping[str, Feature], steps: int | None, scheduler: str | None) -> None:
-    """Refuse features that cannot do so many steps. Without `steps` only the pipeline knows them."""
+def check_features(
+    features: Mapping[str, Feature], steps: int | None, scheduler: str | None, source: ModelSource
+) -> None:
+    """Refuse features, and a scheduler, that cannot do so many steps. Without `steps` only the pipeline knows them."""
+    check_steps(scheduler, source, steps)
     for feature in features.values():
         if steps is not None and (reason := feature.unfit_for(steps, scheduler or "")):
             raise ConfigurationError(f"{feature.flag()} with --steps {steps}: {reason}")

@@ -20,6 +20,7 @@ from diffusion_accel.model_files.names import EMBEDDED
 
 CLASS = "LearnedMultistepScheduler"
 FILE = "scheduler_config.json"
+SHIPPED = Path(str(resources.files("diffusion_accel.assets"))) / "solvers"  # a folder for each embedded model
 MOST_EVALUATIONS = 1000
 MOST_SOLVERS = 64  # of one file
 LEAST_STEP = 0.001  # from a timestep to the next
@@ -186,7 +187,7 @@ def shipped_file(model: str) -> Path | None:
     """Where the learned solver of an embedded model is; None if none ships for it."""
     if model not in EMBEDDED:
         return None
-    file = Path(str(resources.files("diffusion_accel.assets"))) / "solvers" / model / FILE
+    file = SHIPPED / model / FILE
     return file if file.is_file() else None
 
 
