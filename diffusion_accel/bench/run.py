@@ -15,6 +15,7 @@ import torch
 
 from diffusion_accel.measure.fidelity import EQUAL, fidelity, spread
 from diffusion_accel.measure.timing import in_turn, ratios
+from diffusion_accel.pipelines.schedulers import not_learnt_here
 from diffusion_accel.pipelines.sizes import far_from_trained
 from diffusion_accel.progress import Progress, silent
 
@@ -151,13 +152,16 @@ def anchors(local: Runner, job: Job, rows: list[Row], progress: Progress) -> lis
     def median(entry: Entry) -> float:
         return statistics.median(local.seconds(entry) for _ in range(4))
 
-    whole, least = median(BASELINE), min(2, job.steps - 1)
-    each = (whole - median(Entry("fewer-steps", str(least)))) / max(1, job.steps - least)
-    counts = {job.steps - 1: "one step fewer"}
-    for row in rows[1:]:
-        if row.time_ratio and row.kind != "fewer-steps":
-            saved = (whole - whole / row.time_ratio) / max(1e-9, each)
-            counts.setdefault(max(1, round(job.steps - saved)), f"time of {row.name}")
+    possible = [n for n in range(1, job.steps) if not_learnt_here(local.pipe, n) is None]
+    counts: dict[int, str] = {}
+    if possible:
+        whole, least = median(BASELINE), possible[:2][-1]
+        each = (whole - median(Entry("fewer-steps", str(least)))) / max(1, job.steps - least)
+        counts[possible[-1]] = "one step fewer" if possible[-1] == job.steps - 1 else "the next that was learnt"
+        for row in rows[1:]:
+            if row.time_ratio and row.kind != "fewer-steps":
+                wanted = job.steps - (whole - whole / row.time_ratio) / max(1e-9, each)
+                counts.setdefault(min(possible, key=lambda n: abs(n - wanted)), f"time of {row.name}")
     base = local.facts(BASELINE)["flops"]
     for number, (count, what) in enumerate(counts.items()):
         if 1 <= count < job.steps:

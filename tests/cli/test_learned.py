@@ -75,14 +75,24 @@ def test_a_call_that_was_not_measured_is_said_and_features_act_on_top(
     assert (tmp_path / "a.png").is_file()
 
 
-def test_bench_compares_with_it(shipped: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = call(
-        capsys, "bench", "fewer-steps:2,learned", "--steps", "3", "--count", "1", "--rounds", "1", "--json", "-q",
-        "--no-converged", "--width", "32", "--height", "32",
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (["fewer-steps:2,learned", "--steps", "3"], {"fewer-steps 2,learned", "2 steps (one step fewer)"}),
+        (
+            ["reuse:deepcache:2", "--scheduler", "learned", "--steps", "4"],
+            {"reuse deepcache:2", "2 steps (the next that was learnt)"},
+        ),
+    ],
+)
+def test_bench_compares_with_it(
+    arguments: list[str], rows: set[str], shipped: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--count", "1", "--rounds", "1", "--no-converged", "--width", "32", "--height", "32"]
+    code, out, err = call(capsys, "bench", *arguments, *few, "--json", "-q")
     assert code == 0, err
-    rows = {row["name"]: row for row in json.loads(out)["rows"]}
-    assert rows["fewer-steps 2,learned"]["psnr_each"], rows
+    found = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert found.keys() >= rows and all(found[name]["psnr_each"] for name in rows)
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

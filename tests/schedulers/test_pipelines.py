@@ -18,6 +18,7 @@ from diffusion_accel import (
     AcceleratedPipeline,
     ConfigurationError,
     EncoderReuse,
+    LatentTransparency,
     LearnedMultistepScheduler,
     PatchParallel,
     Reuse,
@@ -214,3 +215,16 @@ def test_calls_unlike_those_it_was_measured_for_are_said(caplog: pytest.LogCaptu
     assert unmeasured(pipe, {"guidance_scale": 5.0}) is None
     pipe.scheduler = odd(pipe.scheduler, 4)
     assert unmeasured(pipe, {"guidance_scale": 90.0}) is None
+
+
+def test_transparency_takes_it() -> None:
+    pipe: Any = load_pipeline("sticker")
+    base = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    call = {"prompt": "red apple, 3d style", "height": 96, "width": 96, "guidance_scale": 3.0, "output_type": "np"}
+    accelerate(pipe, LatentTransparency(views=1))
+    pipe.scheduler = base
+    wanted = run(pipe, call, 3)
+    pipe.scheduler = neutral(base, 3, by=dpmpp_2m_coefficients)
+    found = run(pipe, call, 3)
+    assert found.shape[-1] == 4
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
