@@ -84,6 +84,7 @@ class Runner:
         if self.scheduler:
             set_scheduler(self.pipe, self.scheduler)
         self.job = job
+        self._taught: set[str] = set()  # entries whose first call only taught the next ones
         self.sampler = Sampler(self.pipe, job.prompts, job.steps, job.seed, job.batch, job.options)
 
     def check(self, entry: Entry) -> None:
@@ -120,6 +121,9 @@ class Runner:
                     set_scheduler(self.pipe, name)
             elif entry.kind != "baseline":
                 accelerate(self.pipe, entry.feature)
+                if entry.feature.learns() and entry.name not in self._taught:
+                    self._taught.add(entry.name)
+                    sampler.part(0, 1).images()
             with torch.inference_mode():
                 yield sampler
         finally:

@@ -169,6 +169,9 @@ def compare_calls(
             changes.add(lambda: handle.enable(*enabled))
         for one in sides.values():
             changes.set(one.acceleration, "count_flops", False)
+        if any(features[name].learns() for name in enabled):
+            with side(True):
+                call(pipe)
         for on, current in sides.items():
             with side(on):
                 current.acceleration.count_flops = flop_ratio is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from diffusion_accel.denoisers import layers_per_block, no_branches
@@ -12,6 +13,8 @@ from diffusion_accel.noise_level import unknown_noise_levels
 from diffusion_accel.steps import StepClock
 
 from . import needs
+from .auto import Auto
+from .auto_run import AutoCall
 from .diffusers_cache import DiffusersCache
 from .diffusers_cache_run import CacheRun
 from .encoder_reuse import EncoderReuse
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 AnyReuse = TypeVar("AnyReuse", bound=Reuse | EncoderReuse, covariant=True)
+
+_numbers = itertools.count(1)
 
 
 class Run(Protocol):
@@ -64,13 +69,15 @@ class ReuseAttachment(Attachment[AnyReuse]):
         super().__init__(feature, pipeline)
         self._run: Run | None = None
         self._counters: dict[str, float] = {}
+        self._auto: AutoCall | None = None
+        self._own = f"of attachment {next(_numbers)}"
 
     def before_call(self, clock: StepClock) -> None:
         """Put the plan in force. The user may have replaced the denoiser since accelerate(), so it is asked again."""
         feature, source = self.feature, self.feature.source
         if reason := feature.supports(self.pipeline):
             raise ConfigurationError(f"{feature.name} cannot be used on this pipeline any more: {reason}")
-        self._counters = {}
+        self._counters, self._auto = {}, None
         if isinstance(source, TunedPlan):
             source.check(self.pipeline)
         self._install(self._cache_run(source, clock) if isinstance(source, DiffusersCache) else self._plan_run(clock))
@@ -85,6 +92,8 @@ class ReuseAttachment(Attachment[AnyReuse]):
 
     def _plan_run(self, clock: StepClock) -> Run:
         feature, source = self.feature, self.feature.source.for_unet(layers_per_block(self.pipeline))
+        if isinstance(source, Auto):
+            source = self._auto = AutoCall(source, self.pipeline, clock, self._own)
         return ReuseRun(
             feature.name,
             self.pipeline,
@@ -101,12 +110,20 @@ class ReuseAttachment(Attachment[AnyReuse]):
         super().after_call()
         self._run = None
 
+    def process_output(self, output: Any) -> Any:
+        """What is returned stays as it is; a call that succeeded may have taught something."""
+        if self._auto is not None:
+            self._auto.learn()
+        return output
+
     def counters(self) -> dict[str, float]:
         """What the last call did."""
         return dict(self._counters)
 
     def choices(self) -> dict[str, Any]:
-        """The plan that was chosen from a family."""
+        """The plan that was chosen from a family, or the one that was learned."""
+        if self._auto is not None:
+            return self._auto.choices()
         feature = self.feature
         choice = feature.choice if isinstance(feature, Reuse) else None
         return {} if choice is None else {"plan": choice.text, **numbers_of(choice)}

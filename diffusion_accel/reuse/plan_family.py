@@ -14,6 +14,7 @@ from diffusion_accel._version import __version__
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import printable, replacing, shown
 
+from .auto import Auto
 from .plan import Kinds, Plan, PlanSource
 from .plan_file import FAMILY, VERSION, TunedPlan, as_file, read_plan_file
 from .plan_names import may_name, names_of, shipped_families, text_of_member
@@ -228,6 +229,8 @@ def chosen(source: PlanSource, speedup: float | None, min_psnr: float | None) ->
     """
     if isinstance(source, PlanFamily):
         return source.choose(speedup, min_psnr)
+    if isinstance(source, Auto):
+        return source.at(speedup, min_psnr)
     if speedup is None and min_psnr is None:
         return source
     if not isinstance(source, TunedPlan):

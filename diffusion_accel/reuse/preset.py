@@ -116,8 +116,8 @@ class Preset(PlanSource):
                 interval, argument = (*numbers, 1, 0)[:2] if not numbers else (*numbers, 0)[:2]
                 return cls(name, interval, argument, order if match[5] is None else int(match[5]), match[4] or "")
         raise ConfigurationError(
-            f"unknown reuse plan {shown(text)}; allowed: {', '.join(PRESETS)}, each with @ORDER (0 to {MAX_ORDER}) if "
-            f"wanted; {shipped_texts()}; or the JSON file of a tuned plan or family"
+            f"unknown reuse plan {shown(text)}; allowed: auto, {', '.join(PRESETS)}, each with @ORDER "
+            f"(0 to {MAX_ORDER}) if wanted; {shipped_texts()}; or the JSON file of a tuned plan or family"
         )
 
     def for_unet(self, layers: int) -> Preset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .auto import Auto, is_auto
 from .diffusers_cache import DiffusersCache, is_cache
 from .plan import Plan, PlanSource
 from .plan_family import PlanFamily, load_tuned
@@ -15,8 +16,8 @@ _SETTINGS = re.compile(r"(?:,[A-Za-z_]\w*=[^,]*)+$")  # of the feature, behind t
 _STEPS = re.compile(r"full[@/0-9a-z:=,;|.*-]* \S.*", re.DOTALL)  # more than one, of which the first is always full
 
 
-def read_plan(text: str) -> Plan | Preset | TunedPlan | PlanFamily | DiffusersCache:
-    """What a plan's text names: steps, a file, a cache of diffusers, or a preset; the inverse of their `str`.
+def read_plan(text: str) -> Plan | Preset | Auto | TunedPlan | PlanFamily | DiffusersCache:
+    """What a plan's text names: steps, a file, a cache of diffusers, "auto", or a preset; the inverse of their `str`.
 
     Raises:
         ConfigurationError: it is none of these, or the file is not a plan.
@@ -25,6 +26,8 @@ def read_plan(text: str) -> Plan | Preset | TunedPlan | PlanFamily | DiffusersCa
         return Plan.parse(text)
     if is_tuned(text):
         return load_tuned(text)
+    if is_auto(text):
+        return Auto.parse(text)
     return DiffusersCache.parse(text) if is_cache(text) else Preset.parse(text)
 
 
@@ -40,5 +43,5 @@ def accepts_bare(text: str) -> bool:
     """Whether a text is a plan, with settings behind it or without; also one that is mistyped (name:value) or lacks its
     level (tuned), which no prompt looks like."""
     text = _SETTINGS.sub("", text)
-    known = is_tuned(text) or text == "tuned" or looks_like_a_preset(text) or is_cache(text)
+    known = is_tuned(text) or text == "tuned" or looks_like_a_preset(text) or is_cache(text) or is_auto(text)
     return known or re.fullmatch(r"[\w-]+:\S+", text) is not None

@@ -9,6 +9,7 @@ from diffusion_accel.feature import Feature, option
 from diffusion_accel.io import printable
 
 from . import reading
+from .auto import Auto
 from .diffusers_cache import DiffusersCache
 from .guidance import GuidanceRule, read_guidance
 from .plan import Plan, PlanSource
@@ -40,9 +41,9 @@ class Reuse(Feature):
             `TunedPlan`, `PlanFamily` and `Plan.parse`, whose objects may be given as well. On transformers that have
             diffusers' own caches also one of those (`DiffusersCache`): first-block:threshold,
             taylorseer:interval,order, mag:threshold,skips, pab:range, faster-cache:range,unconditional range. It is
-            read once, here: `source` is what it means, the field keeps the text.
+            read once, here: `source` is what it means, the field keeps the text. "auto": see `Auto`.
         speedup: of a family of tuned plans: the best one that is at least so fast, 1 to 1000; of one tuned plan: refuse
-            it if it was not measured to be.
+            it if it was not measured to be; of auto: steps for each step that is computed.
         min_psnr: of a family: the fastest plan whose median is at least that, 5 to 80 dB; see `PlanFamily.choose`.
             Without both it is the fastest whose worst decile is at least 40 dB.
         guidance: "both" branches at every step; "reuse:n": the unconditional one at every n-th step, its difference
@@ -65,9 +66,9 @@ class Reuse(Feature):
     shorthand: ClassVar[str] = "plan"
     runtime: ClassVar[str] = "diffusion_accel.reuse.attachment"
 
-    plan: str | Plan | Preset | TunedPlan | PlanFamily | DiffusersCache = option(
+    plan: str | Plan | Preset | Auto | TunedPlan | PlanFamily | DiffusersCache = option(
         "hold:2",
-        "full, hold:n, deepcache:n[,branch], shallow:n,depth, uniform:m, faster-diffusion, FILE",
+        "auto, full, hold:n, deepcache:n[,branch], shallow:n,depth, uniform:m, faster-diffusion, FILE",
         read=reading.read_plan_option,
     )
     speedup: float | None = option(None, "the best plan of a tuned family that is at least so fast", (1, 1000))
@@ -121,6 +122,16 @@ class Reuse(Feature):
     def works_inside(self, _pipeline: DiffusionPipeline) -> bool:
         """Whether a step runs some parts of the denoiser only; what holds predictions acts on its calls."""
         return self.source.works_inside
+
+    def learns(self) -> bool:
+        """Whether the first call teaches the plan of the next ones."""
+        return isinstance(self.source, Auto)
+
+    def clash(self, other: Feature) -> str | None:
+        """That processes which draw one image would each learn a plan of their own."""
+        if self.learns() and other.name == "patch_parallel":
+            return "every process would learn a plan of its own; draw without it and give the plan of the report"
+        return None
 
     def leaves_branches_out(self) -> bool:
         """Whether it computes one branch of guidance only at some steps."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import call_arguments
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import seconds_of
-from diffusion_accel.prediction import SPACES, Conversion
 from diffusion_accel.progress import Progress
 from diffusion_accel.reuse.plan import FULL, Plan, Step
+from diffusion_accel.reuse.recorded import forecasts_of
 from diffusion_accel.reuse.reuse import Reuse
 from diffusion_accel.reuse.search import Forecasts
 from diffusion_accel.steps import StepClock
@@ -161,18 +160,7 @@ def measure_forecasts(sampler: Sampler, tell: Callable[[], None]) -> list[Foreca
     """What the predictions of the baseline say, in every space that the scheduler allows."""
     predictions, inputs, times = record(sampler)
     influence = measure_influence(sampler, predictions, tell)
-    conversion, found = Conversion(sampler.pipe.scheduler), []
-    for space in ("", *SPACES) if conversion.possible else ("",):
-        if space == conversion.kind:
-            continue  # the prediction itself
-        values, scale = predictions, np.ones(len(times))
-        if space:
-            pairs = zip(predictions, inputs, times, strict=True)
-            values = torch.stack([conversion.to(space, p, x, t) for p, x, t in pairs])
-            scale = np.array([conversion.slope(space, t) for t in times])
-        products = functools.reduce(np.add, ((one @ one.T).numpy() for one in values.double().unbind(1)))
-        found.append(Forecasts(times, products / values[0].numel(), influence / np.abs(scale), space))
-    return found
+    return forecasts_of(sampler.pipe.scheduler, predictions, inputs, times, influence)
 
 
 def measure_influence(sampler: Sampler, predictions: torch.Tensor, tell: Callable[[], None]) -> np.ndarray:
