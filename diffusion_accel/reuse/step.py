@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from diffusion_accel import combination
 from diffusion_accel.combination import Combination
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.field_values import is_a
 from diffusion_accel.io import shown
 
 MODES = ("full", "decoder", "shallow", "hold")
@@ -95,7 +96,7 @@ class Step:
                     f"instead of an order or weights; got {shown(vars(self))}"
                 )
         weight = self.guidance_weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_GUIDANCE_WEIGHT:
+        if not is_a(weight, float) or not 0 <= weight <= MAX_GUIDANCE_WEIGHT:
             raise ConfigurationError(
                 f"a weight of guidance must be a number of 0 to {MAX_GUIDANCE_WEIGHT:g}, got {shown(weight)}"
             )

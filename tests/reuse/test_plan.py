@@ -121,6 +121,7 @@ def test_values_of_the_wrong_kind_are_refused() -> None:
     for options in ({"fit": "1;"}, {"fit": 1.0}, {"fit": Combination(((1.0,),), ((),)), "weights": (1.0,)}):
         with pytest.raises(ConfigurationError, match="which is a Combination"):
             Step("hold", **options)
+    assert Step(guidance="reuse", guidance_weight=np.float32(0.5)) == Step.parse("full/reuse*0.5")
     for weight in (float("nan"), -0.1, 11, True, "1"):
         with pytest.raises(ConfigurationError, match="a weight of guidance must be a number of 0 to 10"):
             Step(guidance="reuse", guidance_weight=weight)
