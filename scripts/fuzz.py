@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 PATIENCE = 60  # seconds without a sign of life, making the good file included
 NAMES = (
-    *("checkpoint", "plan", "family", "prompts", "config", "metadata", "transparency", "training", "folder"),
+    *("checkpoint", "plan", "family", "solver", "prompts", "config", "metadata", "transparency", "training", "folder"),
     *("controlnet", "lora"),
 )
 

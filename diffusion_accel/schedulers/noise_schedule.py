@@ -102,7 +102,9 @@ def prediction_kind(given: object, flow: bool) -> str:
 
 def _alphas_cumprod(training: int, *, trained_betas: Any = None, rescale_betas_zero_snr: bool, **given: Any) -> Any:
     """Diffusers' own table of ᾱ for a noise schedule."""
-    betas = None if trained_betas is None else np.asarray(trained_betas, dtype=object).tolist()
+    betas = trained_betas.tolist() if isinstance(trained_betas, (np.ndarray, torch.Tensor)) else trained_betas
+    if not isinstance(betas, list | tuple | None) or not isinstance(rescale_betas_zero_snr, bool):
+        raise ConfigurationError("trained_betas must be a list of numbers, and rescale_betas_zero_snr true or false")
     numbers = [given["beta_start"], given["beta_end"]] if betas is None else betas
     right = all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in numbers)
     if not right or (betas is not None and len(betas) != training):
@@ -112,7 +114,7 @@ def _alphas_cumprod(training: int, *, trained_betas: Any = None, rescale_betas_z
         made = DPMSolverMultistepScheduler(
             num_train_timesteps=training,
             trained_betas=betas,
-            rescale_betas_zero_snr=bool(rescale_betas_zero_snr),
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
             **given,
         )
     except (NotImplementedError, ValueError, TypeError) as error:

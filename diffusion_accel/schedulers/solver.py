@@ -168,7 +168,7 @@ def read_file(path: Path | str) -> dict[str, Any]:
     name = values.get("_class_name") if isinstance(values, dict) else None
     if name != CLASS:
         raise ConfigurationError(f"{file} is no learned solver: its _class_name is {shown(name)}, not {CLASS}")
-    return values
+    return {key: value for key, value in values.items() if not key.startswith("_")}  # diffusers' own notes
 
 
 def evaluations_in(path: Path | str) -> list[int]:

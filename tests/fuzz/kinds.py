@@ -22,6 +22,7 @@ from diffusers import ControlNetModel
 from model_folder import write_folder
 from PIL import Image
 from safetensors.torch import save_file
+from solvers import odd
 from transparency_weights import write_weights
 
 from diffusion_accel import accelerate
@@ -32,11 +33,14 @@ from diffusion_accel.cli.settings import merge, read_config
 from diffusion_accel.finite import finite
 from diffusion_accel.image_files import read_metadata, save_image
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.pipelines.loading import load_controlnet, load_lora, load_pipeline
 from diffusion_accel.pipelines.quantizers import check_quantize, load_quantized
+from diffusion_accel.pipelines.schedulers import check_steps, scheduler_for
 from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
 from diffusion_accel.reuse import Reuse
+from diffusion_accel.schedulers.measured import describe
 from diffusion_accel.training.state import load_average, load_state, read_counters, save_state
 from diffusion_accel.transparency.latent_transparency import LatentTransparency
 
@@ -178,6 +182,28 @@ def read_plan(folder: Path, **wish: float) -> Any:
             inspect(str(folder / "plan.json"))
             return Same((str(pipe.acceleration.features["reuse"]), draw(pipe, call, 6)))
     finally:
+        if hasattr(pipe, "acceleration"):
+            pipe.acceleration.remove()
+
+
+# ---------------------------------------------------------------------- learned solvers
+def make_solver(folder: Path) -> None:
+    pipe, _ = _sd()
+    solver = odd(pipe.scheduler, 4, channels=4, start={"2": ["1;0.5"]})
+    solver.register_to_config(made_for={**describe(pipe), "guidance_scale": [1.0, 6.0], "height_width": [[16, 16]]})
+    solver.save_pretrained(folder)
+
+
+def read_solver(folder: Path) -> Any:
+    pipe, call = _sd()
+    before = pipe.scheduler
+    try:
+        check_steps(str(folder), ModelSource("hub", "owner/model", "owner/model"), 4)
+        pipe.scheduler = scheduler_for(pipe, str(folder))
+        accelerate(pipe)
+        return Same((draw(pipe, call, 4),))
+    finally:
+        pipe.scheduler = before
         if hasattr(pipe, "acceleration"):
             pipe.acceleration.remove()
 
@@ -366,6 +392,7 @@ KINDS: dict[str, Kind] = {
     "checkpoint": Kind(make_checkpoint, read_checkpoint, exact=True, count=60),
     "plan": Kind(make_plan, read_plan, judge=finite_or_said, count=150),
     "family": Kind(make_family, functools.partial(read_plan, speedup=2.5), judge=finite_or_said, count=100),
+    "solver": Kind(make_solver, read_solver, judge=finite_or_said, count=100),
     "prompts": Kind(make_prompts, read_prompts),
     "config": Kind(make_config, read_settings),
     "metadata": Kind(make_images, read_images, mutant=image_mutant, judge=nothing_unprintable),
