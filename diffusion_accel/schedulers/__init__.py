@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 
+from diffusion_accel.when_imported import when_imported
+
 TYPE_CHECKING = False  # without importing `typing`: every start of the command comes by here
 if TYPE_CHECKING:
     from typing import Any
@@ -21,6 +23,14 @@ _LAZY = {
 }
 
 __all__ = [*_LAZY]
+
+
+def _fill(table: Any) -> None:
+    """Name the class in diffusers' table of what pipelines of the hub may have."""
+    table.LOADABLE_CLASSES.setdefault(__name__, {"LearnedMultistepScheduler": ["save_pretrained", "from_pretrained"]})
+
+
+when_imported("diffusers.pipelines.pipeline_loading_utils", _fill)
 
 
 def __getattr__(name: str) -> Any:

@@ -241,6 +241,8 @@ def test_importing_the_package_alone_makes_it_known_to_diffusers() -> None:
         "from diffusers import pipelines\n"
         "cls, known = get_class_obj_and_candidates('diffusion_accel.schedulers', 'LearnedMultistepScheduler',\n"
         "    ALL_IMPORTABLE_CLASSES, pipelines, False)\n"
+        "from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders as of_the_hub\n"
+        "of_the_hub('owner/model', {'scheduler': ['diffusion_accel.schedulers', cls.__name__]}, set())\n"
         "assert issubclass(cls, known['SchedulerMixin']); print(cls.__module__, cls.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
