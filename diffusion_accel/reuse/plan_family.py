@@ -314,7 +314,8 @@ def _check_member(plan: TunedPlan, family: PlanFamily) -> None:
 
 
 def _check_solvers(solvers: dict[str, Any]) -> None:
-    if len(solvers) > MOST or not all(map(may_name, solvers)) or not all(isinstance(s, dict) for s in solvers.values()):
+    known = all(may_name(name, numbers=True) and isinstance(solver, dict) for name, solver in solvers.items())
+    if len(solvers) > MOST or not known:
         raise ConfigurationError(f"solvers must be at most {MOST} objects by name, each with config and measured")
     for name, solver in solvers.items():
         if not {*solver} <= {"config", "measured"} or not all(isinstance(part, dict) for part in solver.values()):

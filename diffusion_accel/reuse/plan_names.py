@@ -34,9 +34,9 @@ def is_tuned(text: str) -> bool:
     return text.startswith("tuned:") or _FILE.fullmatch(text) is not None
 
 
-def may_name(name: object) -> bool:
-    """Whether a plan of a family may be called so: letters, digits and dashes, no number alone."""
-    return isinstance(name, str) and re.fullmatch(_MEMBER, name) is not None and not name.isdigit()
+def may_name(name: object, numbers: bool = False) -> bool:
+    """Whether a plan of a family may be called so: small letters, digits and dashes; a number alone if `numbers`."""
+    return isinstance(name, str) and re.fullmatch(_MEMBER, name) is not None and (numbers or not name.isdigit())
 
 
 def place_of(text: str) -> Place:

@@ -23,7 +23,12 @@ from diffusion_accel.reuse.plan_family import USUAL_FLOOR, in_words, load_shippe
 from diffusion_accel.reuse.plan_names import is_tuned, shipped
 
 TINY = sd()[0]
-TOKENS = ("full hold full hold", "full hold hold full", "full hold:sample=0.9 hold@1 hold", "full full shallow:1 hold")
+TOKENS = (
+    "full hold full hold",
+    "full hold hold full",
+    "full hold full hold:sample=0.9;0.01",
+    "full full shallow:1 hold",
+)
 NUMBERS = {"time_ratio": 2.0, "psnr_median": 50.0, "psnr_worst_decile": 45.0}
 
 
@@ -211,7 +216,8 @@ def test_a_plan_and_its_wish_may_stand_behind_a_bare_flag() -> None:
 def test_a_family_file_survives(tmp_path: Path) -> None:
     file = tmp_path / "family.json"
     solver = {"config": {"timesteps": [999, 1.5], "coefficients": [[1.0]]}, "measured": {"psnr_median": 44.0}}
-    family = PlanFamily.of([plan_of(time_ratio=3.0), plan_of(TOKENS[1])], ["quick"], {"five": solver}, {"torch": "x"})
+    plans, solvers = [plan_of(time_ratio=3.0), plan_of(TOKENS[1])], {"five": solver, "8": {}}
+    family = PlanFamily.of(plans, ["quick"], solvers, {"torch": "x"})
     family.save(file)
     assert list(tmp_path.iterdir()) == [file]
     read = PlanFamily.load(str(file))
