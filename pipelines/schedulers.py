@@ -10,6 +10,7 @@ from diffusion_accel.io import first_line
 from diffusion_accel.schedulers.solver import not_learnt
 
 from .learned import LEARNED, check_learned, check_own, is_learned, learned_for
+from .spacings import check_spacing, spacing_changes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,16 +39,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def check_scheduler(name: str) -> None:
-    """Raise `ConfigurationError` if `name` is neither a short name nor a diffusers class name."""
-    if name in SCHEDULERS or (name.endswith("Scheduler") and name.isidentifier()):
+    """Raise `ConfigurationError` if `name` is neither a short name nor a diffusers class name, or has a spacing behind
+    a comma ("dpm++,lu") that is none of `SPACINGS` or that the scheduler does not offer."""
+    short, comma, spacing = name.partition(",")
+    if short in SCHEDULERS or (short.endswith("Scheduler") and short.isidentifier()):
+        if comma:
+            check_spacing(short, SCHEDULERS.get(short, (short,))[0], spacing)
         return
     if is_learned(name):
         return check_learned(name)
-    near = nearest(name, [*SCHEDULERS, LEARNED])
+    near = nearest(short, [*SCHEDULERS, LEARNED])
     hint = f"did you mean {near!r}? " if near else ""
     raise ConfigurationError(
-        f"unknown scheduler {name!r}; {hint}allowed: {', '.join(SCHEDULERS)}, {LEARNED}, a diffusers class name, or "
-        "the folder or file of a saved learned solver"
+        f"unknown scheduler {name!r}; {hint}allowed: {', '.join(SCHEDULERS)}, {LEARNED}, a diffusers class name, "
+        "these with a spacing behind a comma if wanted (dpm++,lu), or the folder or file of a saved learned solver"
     )
 
 
@@ -79,6 +84,10 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
     """The scheduler `name`, configured like the one that `pipe` has, which keeps its own.
 
+    Args:
+        pipe: a loaded pipeline.
+        name: a short name or a diffusers class, with another spacing of its steps behind a comma if wanted: "dpm++,lu".
+
     Raises:
         ConfigurationError: the name is unknown, or that scheduler does not fit the model.
     """
@@ -87,6 +96,7 @@ def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
     check_scheduler(name)
     if name not in SCHEDULERS and is_learned(name):
         return learned_for(pipe, name)
+    name, _, spacing = name.partition(",")
     class_name, changes = SCHEDULERS.get(name, (name, {}))
     cls = getattr(diffusers, class_name, None)
     fitting = {c.__name__ for c in pipe.scheduler.compatibles} | {type(pipe.scheduler).__name__}
@@ -96,6 +106,8 @@ def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
             f"scheduler {name!r} does not fit this model ({type(pipe.scheduler).__name__}); "
             f"fitting: {', '.join(short or sorted(fitting))}"
         )
+    if spacing:
+        changes = changes | spacing_changes(name, cls, spacing)
     try:
         return cls.from_config(pipe.scheduler.config, **changes)
     except (ImportError, ValueError) as error:

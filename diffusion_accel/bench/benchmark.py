@@ -69,13 +69,15 @@ def benchmark(
         prompts: one an image; None: captions of the embedded model's training images, classes evenly over all there
             are, or nothing where nothing is asked.
         entries: `KIND` or `KIND:SETTINGS`: a feature with its settings ("reuse:tuned:fast", "encoder-reuse"), every
-            plan of a tuned family ("family:tuned:ddim", "family:FILE"), fewer steps ("fewer-steps:STEPS[,SCHEDULER]"),
-            or another package that is installed ("deepcache:n[,branch]", "tomesd:ratio", "tgate:step", "pab:range").
+            plan of a tuned family ("family:tuned:ddim", "family:FILE"), fewer steps
+            ("fewer-steps:STEPS[,SCHEDULER[,SPACING]]"), another method's forecasts in the place of steps
+            ("forecast:NAME[@ORDER][,EVERY][,SPACE]", see `forecasting.Rule.parse`), or another package that is
+            installed ("deepcache:n[,branch]", "tomesd:ratio", "tgate:step", "pab:range").
         steps: of the baseline; None: what the embedded model recommends, as for the next three, else 50.
         seed: image k starts from the noise of seed + k.
         guidance_scale: 0 to 1000; 1 switches classifier-free guidance off.
         height, width: pixels.
-        scheduler: of the baseline, such as "ddim" or "dpm++"; None: the recommended one, else the model's own.
+        scheduler: of the baseline, such as "ddim" or "dpm++,lu"; None: the recommended one, else the model's own.
         count: how many prompts or images where no prompts are given.
         batch: images in a call, except for times.
         rounds: timed rounds, in each of which every entry has its turn.

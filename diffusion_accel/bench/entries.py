@@ -1,4 +1,4 @@
-"""What can be compared: our features, fewer steps, and other accelerators."""
+"""What can be compared: our features, fewer steps, other methods' forecasts, and other accelerators."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
 from diffusion_accel.registry import FEATURES, feature_class
 
 from . import families
+from .forecasting import Forecast
 from .peers import PEERS
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ USUAL: tuple[str, ...] = (
     "fewer-steps:25",
     "fewer-steps:17",
 )
-KINDS = (*(name.replace("_", "-") for name in FEATURES), families.KIND, "fewer-steps", *PEERS)
+KINDS = (*(name.replace("_", "-") for name in FEATURES), families.KIND, "fewer-steps", "forecast", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Entry:
     """One row of the benchmark.
 
     Attributes:
-        kind: "baseline", a feature's name with dashes, "family" (see `expanded`), "fewer-steps", or one of `PEERS`.
-        settings: a feature's settings as on the command line; "STEPS[,SCHEDULER]" of fewer steps; a peer's numbers.
+        kind: "baseline", a feature's name with dashes, "family" (see `expanded`), "fewer-steps", "forecast", or one of
+            `PEERS`.
+        settings: a feature's settings as on the command line; "STEPS[,SCHEDULER[,SPACING]]" of fewer steps; what
+            `forecasting.Rule` reads; a peer's numbers.
         family: the tuned family that it is one plan of, "" if it is none or given by itself.
     """
 
@@ -91,8 +94,14 @@ class Entry:
 
     @functools.cached_property
     def feature(self) -> Feature:
-        """The feature with its settings, of an entry that is one of ours."""
-        return feature_class(self.kind).parse(self.settings)
+        """The feature with its settings, of an entry that runs here as one: ours, and other methods' forecasts."""
+        kind = Forecast if self.kind == "forecast" else feature_class(self.kind)
+        return kind.parse(self.settings)
+
+    @property
+    def by_image(self) -> bool:
+        """Whether it decides by what it sees which steps are computed, so that each image is a call of its own."""
+        return self.kind == "forecast" and isinstance(self.feature, Forecast) and self.feature.parsed.kind.adaptive
 
     def refusal(self, steps: int, scheduler: str) -> str | None:
         """Why it cannot be compared with a baseline of so many steps, as far as that is known before a model is loaded;
@@ -110,7 +119,8 @@ class Entry:
         steps, _, scheduler = self.settings.partition(",")
         if not re.fullmatch(r"[0-9]{1,5}", steps) or not 1 <= int(steps) <= 10_000:
             raise ConfigurationError(
-                f"fewer-steps takes STEPS[,SCHEDULER], such as fewer-steps:25,dpm++; got {shown(self.settings)}"
+                "fewer-steps takes STEPS[,SCHEDULER[,SPACING]], such as fewer-steps:25,dpm++,lu; "
+                f"got {shown(self.settings)}"
             )
         if scheduler:
             check_scheduler(scheduler)

@@ -70,7 +70,7 @@ def bench(
     goal = None
     if converged:
         progress("many steps", ANCHORED)
-        goal = _converged(local)
+        goal = converged_images(local)
     for row in rows:
         _compare(row, rows[0].images, goal)
     machine = {
@@ -204,7 +204,7 @@ def _spread(values: Sequence[float], digits: int = 2) -> list[float]:
     return [round(value, digits) for value in spread(values)]
 
 
-def _converged(local: Runner) -> torch.Tensor | None:
+def converged_images(local: Runner) -> torch.Tensor | None:
     """The same noise and prompts with many steps of a solver that converges fast; None where it does not fit."""
     for solver in (",dpm++", ""):
         try:

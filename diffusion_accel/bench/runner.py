@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -86,6 +87,7 @@ class Runner:
         self.job = job
         self._taught: set[str] = set()  # entries whose first call only taught the next ones
         self.sampler = Sampler(self.pipe, job.prompts, job.steps, job.seed, job.batch, job.options)
+        self._turns = itertools.count()
 
     def check(self, entry: Entry) -> None:
         """Refuse what cannot work on this pipeline, before anything is measured. What a peer needs only its own process
@@ -112,6 +114,8 @@ class Runner:
         sampler = self.sampler if sampler is None else sampler
         if seed is not None:
             sampler = replace(sampler, seed=seed)
+        if entry.by_image:
+            sampler = replace(sampler, batch=1)
         scheduler, handle = self.pipe.scheduler, getattr(self.pipe, "acceleration", None)
         try:
             if entry.kind == "fewer-steps":
@@ -137,15 +141,20 @@ class Runner:
             return sampler.images()
 
     def seconds(self, entry: Entry) -> float:
-        """Of one image."""
-        with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
+        """Of one image; of one after the other where they take different numbers of steps."""
+        first = next(self._turns) % len(self.sampler.prompts) if entry.by_image else 0
+        with self.active(entry, sampler=self.sampler.part(first, first + 1)) as sampler:
             return seconds_of(sampler.images, self.job.device)
 
     def facts(self, entry: Entry) -> Facts:
-        """FLOPs of one image's call, and the peak memory in MiB while it runs (None where it cannot be measured)."""
-        with self.active(entry, sampler=self.sampler.part(0, 1)) as sampler:
+        """FLOPs of one image's call, and the peak memory in MiB while it runs (None where it cannot be measured).
+
+        The mean FLOPs of all images where they take different numbers of steps.
+        """
+        counted = len(self.sampler.prompts) if entry.by_image else 1
+        with self.active(entry, sampler=self.sampler.part(0, counted)) as sampler:
             with count_flops() as count:
                 sampler.images()
             reset_peak(self.job.device)
-            sampler.images()
-            return {"flops": count.total, "peak_mib": peak_mib(self.job.device)}
+            sampler.part(0, 1).images()
+            return {"flops": count.total / counted, "peak_mib": peak_mib(self.job.device)}

@@ -171,7 +171,8 @@ GuidanceScale = Annotated[
 Scheduler = Annotated[
     str | None,
     typer.Option(
-        help="ddim, dpm++, euler, unipc, learned, … a diffusers class, or a saved learned solver.",
+        help="ddim, dpm++, euler, unipc, learned, … a diffusers class, also with a spacing (dpm++,lu), or a saved "
+        "learned solver.",
         show_default=recommended("scheduler"),
     ),
 ]
