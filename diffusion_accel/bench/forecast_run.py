@@ -178,7 +178,8 @@ class _Run:
     def before_step(self, named: dict[str, Any]) -> None:
         """Note what was computed, or put the forecast in its place."""
         index, decider = self.clock.index, self.decider
-        assert decider is not None
+        if decider is None:  # no denoiser was called before this step of the scheduler
+            return
         x = self.clock.scheduler.scale_model_input(named["sample"], named["timestep"])
         if self.computed:
             decider.computed(index, x, named["model_output"])

@@ -106,7 +106,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(monkeypatch: py
 
 @pytest.fixture(scope="module")
 def result() -> Benchmark:
-    texts = ("reuse:full", "reuse:deepcache:2", "deepcache:2", "fewer-steps:2")
+    texts = ("reuse:full", "reuse:deepcache:2", "deepcache:2", "fewer-steps:2", "forecast:hold,2")
     entries = [*map(Entry.parse, texts), Entry("deepcache", "7,7,7")]  # the last one fails
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "CONVERGED_STEPS", 8)
@@ -123,6 +123,7 @@ def test_a_benchmark_measures_what_it_says(result: Benchmark) -> None:
     assert theirs.failed is None
     assert torch.allclose(ours.images, theirs.images, atol=1e-4), "the package, in its own process"
     assert ours.flop_ratio == theirs.flop_ratio and ours.flop_ratio > 1.2
+    assert rows["forecast hold,2"].flop_ratio > 1.5 and rows["forecast hold,2"].failed is None
     assert rows["fewer-steps 2"].flop_ratio > 1.2 and rows["fewer-steps 2"].psnr[0] < 60
     assert rows["another seed"].psnr[0] < 60
     assert all(row.psnr_converged for row in result.rows if row.failed is None)
