@@ -68,7 +68,7 @@ def test_what_the_model_has_is_replaced(pipe: Any) -> None:
         ("dpm++,lou", "unknown spacing 'lou'; did you mean 'lu'"),
         ("dpm++,", "unknown spacing ''; allowed: leading"),
         ("dpm++,lu,karras", "unknown spacing 'lu,karras'"),
-        ("eulr,lu", "unknown scheduler 'eulr'; did you mean 'euler'"),
+        ("eulr,lu", "unknown scheduler 'eulr,lu'; did you mean 'euler'"),
     ],
 )
 def test_what_there_is_not_is_refused_without_a_model(name: str, words: str) -> None:
