@@ -75,6 +75,16 @@ def test_a_call_that_was_not_measured_is_said_and_features_act_on_top(
     assert (tmp_path / "a.png").is_file()
 
 
+def test_an_image_to_start_from(shipped: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (96, 96), (200, 30, 30)).save(tmp_path / "red.png")
+    start = ["--image", tmp_path / "red.png", "--scheduler", "learned", "--steps", "4", "--strength"]
+    for strength in ("0.5", "1"):
+        file = tmp_path / f"{strength}.png"
+        code, _, err = call(capsys, "generate", PROMPT, *start, strength, "--json", *QUIET, "-o", file)
+        assert (code, err) == (0, "")
+    assert not np.array_equal(pixels(tmp_path / "0.5.png"), pixels(tmp_path / "1.png"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "rows"),
     [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from solvers import neutral, odd
-from zoo import ddim
+from zoo import ddim, sd
 
 from diffusion_accel import ConfigurationError, LearnedMultistepScheduler, UnsupportedPipelineError
 from diffusion_accel.combination import Combination
@@ -357,3 +359,20 @@ def test_a_flow_has_limits_of_its_own() -> None:
 def test_configurations_that_cannot_be_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         LearnedMultistepScheduler(**values)
+
+
+# ---------------------------------------------------------------------- the page
+PAGE = Path(__file__).parents[2] / "docs" / "learned-solver.md"
+
+
+def test_the_examples_of_the_page_hold() -> None:
+    blocks = dict(re.findall(r"```(json|python)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+    values = {k: v for k, v in json.loads(blocks["json"]).items() if k != "_class_name"}
+    assert LearnedMultistepScheduler(**values).evaluations == [2]
+    names: dict[str, Any] = {"pipe": sd()[0]}
+    exec(blocks["python"], names)  # the last one
+    scheduler = names["pipe"].scheduler
+    assert scheduler.evaluations == [4] and sampled(scheduler).isfinite().all()
+    table = PAGE.read_text(encoding="utf-8").partition("| key | meaning |")[2]
+    keys = {*inspect.signature(LearnedMultistepScheduler).parameters}
+    assert keys <= {*re.findall(r"`(\w+)`", table)}

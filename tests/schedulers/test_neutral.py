@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from solvers import neutral
 from zoo import run, sd, sd3
 
@@ -94,6 +97,23 @@ def test_2m_of_a_flow() -> None:
         prediction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
         x, y = dpm.step(prediction, t, x).prev_sample, mine.step(prediction, own, y).prev_sample
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    st.lists(st.floats(0.01, 0.999), min_size=1, max_size=20, unique=True).filter(
+        lambda found: all(a - b > 1e-3 for a, b in itertools.pairwise(sorted(found, reverse=True)))
+    ),
+    st.booleans(),
+)
+def test_latents_of_one_image_stay_on_its_way(sigmas: list[float], flow: bool) -> None:
+    """Where the model always means the same image, every solver goes to the next noise level of it exactly."""
+    sigmas = sorted(sigmas, reverse=True)
+    alphas = [1 - s if flow else (1 - s**2) ** 0.5 for s in sigmas]
+    for by in (ddim_coefficients, dpmpp_2m_coefficients):
+        here, there = zip(alphas, sigmas, strict=True), [*zip(alphas[1:], sigmas[1:], strict=True), (1.0, 0.0)]
+        for step, (a, s), (b, r) in zip(by(alphas, sigmas), here, there, strict=True):
+            image, noise = sum(step.predictions[0]), step.latents[0][0]
+            assert image + noise * a == pytest.approx(b, abs=1e-8) and noise * s == pytest.approx(r, abs=1e-8)
 
 
 @pytest.mark.parametrize(
