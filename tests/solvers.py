@@ -48,6 +48,6 @@ def odd(base: Any, *counts: int, channels: int = 1, **entry: Any) -> Any:
     plain = LearnedMultistepScheduler.like(base)
     solvers = {}
     for count in counts:
-        times = [float(t) for t in torch.linspace(950.25, 30.5, count)]
+        times = [950.25 - i * (919.75 / max(1, count - 1)) for i in range(count)]
         solvers[str(count)] = {"timesteps": times, "steps": odd_steps(plain, times, channels), **entry}
     return LearnedMultistepScheduler.like(base, solvers)

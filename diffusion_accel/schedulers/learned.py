@@ -230,7 +230,9 @@ class LearnedMultistepScheduler(SchedulerMixin, ConfigMixin):
         self._forget()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say at which of the timesteps the loop begins."""
+        """Say at which of the timesteps the loop begins. Raises `ConfigurationError` if there is no such one."""
+        if begin_index is not None and not 0 <= begin_index <= len(self._times):  # the last: no step is left to make
+            raise ConfigurationError(f"begin_index must be from 0 to {len(self._times)}, got {shown(begin_index)}")
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Level | None = None) -> torch.Tensor:  # noqa: ARG002
@@ -313,7 +315,7 @@ class LearnedMultistepScheduler(SchedulerMixin, ConfigMixin):
                 own = self.timesteps
                 same = timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
                 return int(timestep.storage_offset() - own.storage_offset()) if same else None
-        value = float(timestep)
+        value = float(np.float32(float(timestep)))  # as `timesteps` has it
         return self._times.index(value) if value in self._times else None
 
     def index_for_timestep(self, timestep: Level, schedule_timesteps: torch.Tensor | None = None) -> int:

@@ -124,6 +124,26 @@ def test_a_jump_begins_anew() -> None:
         scheduler.step(x, torch.full((2,), 5.0), x)
 
 
+def test_timesteps_are_known_as_they_were_learnt() -> None:
+    """In double precision as in the file, where the tensor has single; where they say nothing, by `begin_index`."""
+    scheduler = odd(ddim(), 7)
+    learnt = scheduler.config.solvers["7"]["timesteps"]
+    scheduler.set_timesteps(7)
+    assert any(t not in scheduler.timesteps.tolist() for t in learnt), "some are rounded"
+    x = noise(1, 4, 2, 2)
+    for i in (4, 2, 6, 0):
+        scheduler.step(x, learnt[i], x)
+        assert scheduler.step_index == i + 1
+    scheduler.set_timesteps(7)
+    scheduler.set_begin_index(3)
+    assert scheduler.begin_index == 3
+    scheduler.step(x, torch.tensor([5.0, 5.0]), x)
+    assert scheduler.step_index == 4
+    for begin in (8, -1):
+        with pytest.raises(ConfigurationError, match="begin_index must be from 0 to 7"):
+            scheduler.set_begin_index(begin)
+
+
 def test_starting_in_the_middle_is_neutral_until_enough_is_known() -> None:
     scheduler = odd(ddim(), 6)
     scheduler.set_timesteps(6)
