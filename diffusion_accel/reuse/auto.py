@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,17 +14,18 @@ from diffusion_accel.io import shown
 from .plan import FULL, Kinds, Plan, PlanSource
 from .step import SPACES, Step
 
-NEAR = 40.0  # dB; plans predicted to be so near are the usual choice, see docs/reuse.md for what that is in an image
+NEAR = 30.0  # dB; the fastest plan that is so near is the usual choice, see docs/reuse.md for what that is in an image
+MOST_NEAR = 150.0  # dB; what equal latents count as
 LEAST = 1.2  # times fewer full steps than steps: what is slower is not worth an approximation
 MOST = 100.0
 _TEXT = re.compile(r"auto(?::([0-9]{1,3}(?:\.[0-9]{1,4})?))?")
 
 
 class Candidate(NamedTuple):
-    """A plan that a recorded call suggests.
+    """A plan that was tried by repeating a call.
 
     Attributes:
-        nearness: predicted: how far the error of the last latents is below their variance, in dB.
+        nearness: how far the error of the last latents was below their variance where it was tried, in dB.
         plan: its steps.
     """
 
@@ -31,9 +33,14 @@ class Candidate(NamedTuple):
     plan: Plan
 
     @property
+    def full(self) -> int:
+        """How many steps are full."""
+        return sum(step.mode == "full" for step in self.plan.steps)
+
+    @property
     def speedup(self) -> float:
         """Steps for each full step."""
-        return len(self.plan) / sum(step.mode == "full" for step in self.plan.steps)
+        return len(self.plan) / self.full
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Auto(PlanSource):
     """The plan that the first call teaches; see `auto_run`. By itself it is the plan of that call: every step in full.
 
     Attributes:
-        speedup: steps for each full step, at least, 1 to 100; None: the fastest plan that is predicted to be near.
+        speedup: steps for each full step, at least but for rounding, 1 to 100; None: the fastest plan that was near.
     """
 
     speedup: float | None = None
@@ -86,7 +93,7 @@ class Auto(PlanSource):
         if self.speedup is None:
             near = [one for one in candidates if one.nearness >= NEAR and one.speedup >= LEAST]
             return max(near, key=lambda one: one.speedup, default=None)
-        fast = [one for one in candidates if one.speedup >= self.speedup - 1e-9]
+        fast = [one for one in candidates if one.full <= math.ceil(len(one.plan) / self.speedup)]
         if not fast:
             return max(candidates, key=lambda one: one.speedup, default=None)
         return max(fast, key=lambda one: one.nearness)

@@ -1,4 +1,4 @@
-"""`Auto` on a pipeline: the first call is computed in full and recorded, the next ones follow what it taught."""
+"""`Auto` on a pipeline: the first call is computed in full and repeated with plans, the next ones follow one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from . import auto_memory, needs
 from .auto import Auto, Candidate
 from .conditions import conditions
 from .plan import FULL, Kinds, Plan, PlanSource
+from .probe import Probe
 from .recorded import Recording
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class AutoCall(PlanSource):
     def __init__(self, auto: Auto, pipe: DiffusionPipeline, clock: StepClock, own: str) -> None:
         self.auto, self.clock = auto, clock
         self.about, self.keep = about(pipe, clock, own)
+        self.probe = Probe(pipe, clock.arguments)
         self.known = auto_memory.recall(self.about)
         self.recording: Recording | None = None
         self.followed: Plan | None = None
@@ -52,7 +54,7 @@ class AutoCall(PlanSource):
         candidates = self.known.get(self._steps())
         if candidates is None and self.clock.segment == 0:
             self.recording = Recording(self.clock)
-            self.clock.on_step(before=self.recording)
+            self.clock.on_step(before=self.recording, after=self.recording.after)
         plan = self.auto.for_steps(total)
         if candidates is not None:
             chosen = self.auto.choose(candidates)
@@ -67,10 +69,15 @@ class AutoCall(PlanSource):
         if (recording := self.recording) is None or self.outcome:
             return
         problem = recording.problem
-        candidates = () if problem else recording.candidates()
+        candidates: tuple[Candidate, ...] = ()
+        if not problem:
+            searched = recording.search()
+            candidates = self.probe.candidates(recording.last, len(recording.times), searched)
         auto_memory.remember(self.about + self._key_of(recording.times), candidates, self.keep)
-        learned = _said(self.auto.choose(candidates), "learned for the next")
-        self.outcome = f"first call, computed in full; {f'nothing was learned: {problem}' if problem else learned}"
+        said = (
+            f"nothing was learned: {problem}" if problem else _said(self.auto.choose(candidates), "for the next ones")
+        )
+        self.outcome = f"first call, computed in full and repeated to try plans; {said}"
 
     def _steps(self) -> str:
         return self._key_of(self.clock.timesteps)
@@ -105,5 +112,5 @@ def _hash(values: Any) -> str:
 def _said(chosen: Candidate | None, when: str) -> str:
     if chosen is None:
         return f"{when}: no plan is near enough, every step is computed"
-    full = sum(step.mode == "full" for step in chosen.plan.steps)
-    return f"{when}: {full} of {len(chosen.plan)} steps computed, error {chosen.nearness:.0f} dB below the latents"
+    steps = f"{chosen.full} of {len(chosen.plan)} steps computed"
+    return f"{when}: {steps}, error {chosen.nearness:.0f} dB below the latents"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,8 @@ import torch
 
 from diffusion_accel.prediction import SPACES, Conversion
 
-from .auto import LEAST, Candidate
 from .plan import Plan
-from .preset import Preset
-from .search import Forecasts, Rule, best_plans, predicted_error
+from .search import Forecasts, Rule, best_plans
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -24,9 +22,8 @@ if TYPE_CHECKING:
 ROWS = 4  # images of a batch that are recorded
 VALUES = 2**14  # of each image, evenly spaced
 STEPS = 4  # fewer are not worth a plan
-SEARCHED = 150  # steps up to which their places are searched; above, presets are compared
+SEARCHED = 150  # steps up to which the places of full ones are searched
 RULES = (Rule(1), Rule(2), Rule(1, True), Rule(2, True))
-APART = 1.06  # two plans that are kept differ in their number of full steps by so much at least
 
 
 class Recording:
@@ -38,6 +35,7 @@ class Recording:
         self.times = list(clock.timesteps)
         self.predictions: list[torch.Tensor] = []
         self.inputs: list[torch.Tensor] = []
+        self.last = torch.zeros(0)
 
     def __call__(self, named: dict[str, Any]) -> None:
         """Note what `scheduler.step` is called with."""
@@ -50,6 +48,12 @@ class Recording:
             predicted = predicted[:, : x.shape[1]]  # a learned variance behind it
         self.predictions.append(_some(predicted))
         self.inputs.append(_some(x))
+
+    def after(self, sample: torch.Tensor) -> torch.Tensor:
+        """Note what a step leads to."""
+        if self.clock.segment == self.segment:
+            self.last = sample
+        return sample
 
     @property
     def problem(self) -> str | None:
@@ -69,19 +73,16 @@ class Recording:
     def _all(self) -> list[torch.Tensor]:
         return [*self.predictions, *self.inputs]
 
-    def candidates(self) -> tuple[Candidate, ...]:
-        """Plans of every speed, the slowest first; only if there is no `problem`."""
-        scheduler = self.clock.scheduler
+    def search(self) -> Callable[[int], Plan | None]:
+        """Plans by how many steps there are for each full one; only if there is no `problem`."""
+        scheduler, total = self.clock.scheduler, len(self.times)
+        if total > SEARCHED:
+            return lambda _interval: None
         predictions, inputs = torch.stack(self.predictions), torch.stack(self.inputs)
         gained = influence(scheduler, predictions, inputs, self.times)
         forecasts = forecasts_of(scheduler, predictions, inputs, self.times, gained)
-        last = Conversion(scheduler).to("sample", predictions[-1], inputs[-1], self.times[-1])
-        variance = float(last.double().var().clamp(min=1e-12))
-        found = []
-        for plan in _plans(forecasts):
-            error = max(predicted_error(plan, forecasts), variance * 1e-12)
-            found.append(Candidate(round(10 * math.log10(variance / error), 2), plan))
-        return _thinned(found)
+        found = best_plans(forecasts, -(-total // 2), RULES)
+        return lambda interval: found.get(-(-total // interval))
 
 
 def _some(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,8 @@ def influence(
     (Tweedie's formula for the second moment; Efron, JASA 2011), and the distance between its clean sample and the last
     one is about as large as that covariance. Near the end, where that distance says nothing any more, the derivative
     stays what it was; the last step passes on what it gets. On the embedded model it is the measured influence of the
-    steps of DDIM, DPM-Solver++ and Euler but for a factor, within a third.
+    steps of DDIM, DPM-Solver++ and Euler but for a factor, within a third; a trained DiT corrects early errors less
+    than it says, so plans that follow from it are tried beside others.
 
     Args:
         scheduler: of the call, with its timesteps.
@@ -150,30 +152,3 @@ def forecasts_of(
         products = functools.reduce(np.add, ((one @ one.T).numpy() for one in values.double().unbind(1)))
         found.append(Forecasts(times, products / values[0].numel(), influence / np.abs(scale), space))
     return found
-
-
-def _plans(forecasts: list[Forecasts]) -> list[Plan]:
-    """The best plan for each number of full steps, as far as it can be found."""
-    total = len(forecasts[0].times)
-    if total <= SEARCHED:
-        return list(best_plans(forecasts, int(total / LEAST), RULES).values())
-    best: dict[int, tuple[float, Plan]] = {}
-    for own in forecasts:
-        for interval in (2, 3, 4, 5, 6, 8, 10, 12):
-            for order in (0, 1, 2):
-                plan = Preset("hold", interval, order=order, space=own.space).for_steps(total)
-                error = predicted_error(plan, forecasts)
-                if error < best.get(interval, (math.inf, plan))[0]:
-                    best[interval] = (error, plan)
-    return [plan for _, plan in best.values()]
-
-
-def _thinned(candidates: list[Candidate]) -> tuple[Candidate, ...]:
-    """Those that are faster than every one that is nearer, some way apart, the slowest first."""
-    kept: list[Candidate] = []
-    for one in sorted(candidates, key=lambda one: one.speedup):
-        while kept and kept[-1].nearness <= one.nearness:
-            kept.pop()
-        if not kept or one.speedup >= kept[-1].speedup * APART:
-            kept.append(one)
-    return tuple(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from zoo import ddim, dit, run, sd, sd3, sd_without_guidance
 
 from diffusion_accel import ConfigurationError, Reuse, accelerate
 from diffusion_accel.reuse import auto_memory, recorded
-from diffusion_accel.reuse.auto import NEAR, Auto, Candidate
+from diffusion_accel.reuse.auto import MOST_NEAR, NEAR, Auto, Candidate
 from diffusion_accel.reuse.plan import Plan
 from diffusion_accel.reuse.preset import Preset
+from diffusion_accel.reuse.probe import Probe, nearness
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +51,8 @@ def test_the_first_call_is_exact_and_the_second_follows_what_it_taught(build: An
     pipe, given = build()
     plain = run(pipe, given, steps=8)
     accelerate(pipe, Reuse(plan="auto:2"))
-    assert torch.equal(run(pipe, given, steps=8), plain)
-    assert chose(pipe)["plan"] == "full" and "learned for the next" in chose(pipe)["outcome"]
+    assert torch.equal(run(pipe, given, steps=8), plain) and "progress_bar" not in vars(pipe)
+    assert chose(pipe)["plan"] == "full" and "for the next ones" in chose(pipe)["outcome"]
     assert counters(pipe)["full_steps"] == 8 and counters(pipe)["peak_cache_bytes"] == 0
     images = run(pipe, given, steps=8, seed=1)
     steps = Plan.parse(chose(pipe)["plan"]).steps
@@ -184,12 +186,41 @@ def test_a_stochastic_scheduler_can_be_learned() -> None:
     assert learned(pipe, given, steps=8) and not learned(pipe, given, steps=8)
 
 
+def test_the_probe_repeats_the_call_and_measures_what_a_plan_leaves() -> None:
+    pipe, given = sd()
+    accelerate(pipe, Reuse(plan="full"))
+    for generator in (torch.Generator().manual_seed(3), [torch.Generator().manual_seed(3)], None):
+        arguments = {**given, "num_inference_steps": 8, "generator": generator}
+        torch.manual_seed(4)
+        probe = Probe(pipe, arguments)
+        reference = pipe(**arguments)[0]
+        after = torch.random.get_rng_state()
+        again = probe.latents(Preset("full").for_steps(8))
+        assert again is not None and nearness(reference, again) == MOST_NEAR
+        held = probe.latents(Preset("hold", 2).for_steps(8))
+        assert held is not None
+        error, variance = (reference - held).double().square().mean(), reference.double().var()
+        assert math.isclose(nearness(reference, held), float(-10 * (error / variance).log10()), rel_tol=1e-3)
+        assert torch.equal(torch.random.get_rng_state(), after)
+    assert nearness(reference, None) == nearness(reference, reference * float("nan")) == -MOST_NEAR
+
+
+def test_where_fewer_steps_come_nearer_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, given = sd()
+    monkeypatch.setattr(Probe, "_fewer", lambda *_: MOST_NEAR)
+    accelerate(pipe, Reuse(plan="auto:2"))
+    run(pipe, given, steps=8)
+    run(pipe, given, steps=8)
+    assert counters(pipe)["reused_steps"] == 0 and "every step is computed" in chose(pipe)["outcome"]
+
+
 def test_the_choice_by_speed_and_by_nearness() -> None:
     plans = [
         Candidate(value, Preset("hold", n).for_steps(12)) for value, n in ((NEAR + 9, 2), (NEAR, 3), (NEAR - 1, 4))
     ]
     assert Auto().choose(plans) == plans[1] and Auto(speedup=2).choose(plans) == plans[0]
     assert Auto(speedup=2.5).choose(plans) == plans[1] and Auto(speedup=9).choose(plans) == plans[2]
+    assert Auto(speedup=2.9).choose([Candidate(NEAR, Preset("hold", 3).for_steps(50))]) is not None  # 17 of 50
     assert Auto().choose(plans[2:]) is None and Auto(speedup=2).choose([]) is None
 
 
