@@ -94,6 +94,7 @@ def prompts_for(pipe: Any, count: int) -> tuple[str, ...]:
 
 def run(model: str, scheduler: str, steps: int, count: int) -> Iterator[dict[str, Any]]:
     """Every entry on one model, scheduler and number of steps."""
+    called = next(part for part in reversed(Path(model).parts) if part != "pipeline")
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     options = {} if condition_of(pipe) not in (PROMPT, CLASS) else {"guidance_scale": 3.0}
@@ -110,7 +111,7 @@ def run(model: str, scheduler: str, steps: int, count: int) -> Iterator[dict[str
                 line = measure(runner, name, plain, whole.total)
             except AccelerationError as error:
                 line = {"entry": name, "refused": str(error)}
-            yield {"model": Path(model).parent.name or model, "baseline": f"{scheduler} {steps}", "group": group} | line
+            yield {"model": called, "baseline": f"{scheduler} {steps}", "group": group} | line
 
 
 def shown(line: dict[str, Any]) -> str:

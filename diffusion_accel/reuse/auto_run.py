@@ -7,6 +7,8 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+from diffusion_accel.io import first_line
+
 from . import auto_memory, needs
 from .auto import Auto, Candidate
 from .conditions import conditions
@@ -68,15 +70,16 @@ class AutoCall(PlanSource):
         """Remember what a recorded call, which has succeeded, teaches."""
         if (recording := self.recording) is None or self.outcome:
             return
-        problem = recording.problem
-        candidates: tuple[Candidate, ...] = ()
+        problem, candidates, keep = recording.problem, tuple[Candidate, ...](), self.keep
         if not problem:
-            searched = recording.search()
-            candidates = self.probe.candidates(recording.last, len(recording.times), searched)
-        auto_memory.remember(self.about + self._key_of(recording.times), candidates, self.keep)
-        said = (
-            f"nothing was learned: {problem}" if problem else _said(self.auto.choose(candidates), "for the next ones")
-        )
+            try:
+                candidates = self.probe.candidates(recording.last, len(recording.times), recording.search())
+            except Exception as error:  # the image is there already, and nobody asked for more of it
+                problem, keep = f"the call cannot be repeated ({first_line(error, 120)})", False
+                logger.warning("auto: %s", problem)
+        auto_memory.remember(self.about + self._key_of(recording.times), candidates, keep)
+        chosen = self.auto.choose(candidates)
+        said = f"nothing was learned: {problem}" if problem else _said(chosen, "for the next ones")
         self.outcome = f"first call, computed in full and repeated to try plans; {said}"
 
     def _steps(self) -> str:

@@ -17,6 +17,8 @@ from reuse_tools import counters
 from zoo import ddim, dit, run, sd, sd3, sd_without_guidance
 
 from diffusion_accel import ConfigurationError, Reuse, accelerate
+from diffusion_accel.measure.comparison import compare_calls
+from diffusion_accel.parallel.patch_parallel import PatchParallel
 from diffusion_accel.reuse import auto_memory, recorded
 from diffusion_accel.reuse.auto import MOST_NEAR, NEAR, Auto, Candidate
 from diffusion_accel.reuse.plan import Plan
@@ -212,6 +214,34 @@ def test_where_fewer_steps_come_nearer_it_does_nothing(monkeypatch: pytest.Monke
     run(pipe, given, steps=8)
     run(pipe, given, steps=8)
     assert counters(pipe)["reused_steps"] == 0 and "every step is computed" in chose(pipe)["outcome"]
+
+
+def test_a_call_that_cannot_be_repeated_succeeds(
+    monkeypatch: pytest.MonkeyPatch, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, given = sd()
+    plain = run(pipe, given)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Probe, "latents", fail)
+    accelerate(pipe, Reuse(plan="auto:2"))
+    assert torch.equal(run(pipe, given), plain) and torch.equal(run(pipe, given), plain)
+    assert caplog.text.count("cannot be repeated (no room)") == 1 and not file.exists()
+
+
+def test_a_comparison_is_with_what_follows_the_first_call() -> None:
+    pipe, given = sd()
+    accelerate(pipe, Reuse(plan="auto:2"))
+    found = compare_calls(pipe, lambda current: run(current, given, steps=8), flop_ratio=1.0)
+    assert math.isfinite(found.psnr[0]) and found.report.counters["reuse"]["reused_steps"] >= 4
+
+
+def test_processes_that_draw_one_image_do_not_learn() -> None:
+    reason = Reuse(plan="auto").clash(PatchParallel())
+    assert reason and "plan of its own" in reason
+    assert Reuse(plan="hold:2").clash(PatchParallel()) is None and Reuse(plan="auto").clash(Reuse()) is None
 
 
 def test_the_choice_by_speed_and_by_nearness() -> None:
