@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .schedulers.learned import LearnedMultistepScheduler
     from .switchboard import Acceleration, accelerate
     from .transparency import LatentTransparency
+    from .tuning.solver import tune_solver
     from .tuning.tuner import tune
 
 _register_checkpoints()  # from now on diffusers loads quantized checkpoints
@@ -69,6 +70,7 @@ _LAZY = {
     "load_pipeline": ".pipelines.loading",
     "quantize": ".quant.ptq.export",
     "tune": ".tuning.tuner",
+    "tune_solver": ".tuning.solver",
     # features, and what they are given
     "DiffusersCache": ".reuse",
     "EncoderReuse": ".reuse",
@@ -144,6 +146,7 @@ __all__ = [
     "load_pipeline",
     "quantize",
     "tune",
+    "tune_solver",
 ]
 
 

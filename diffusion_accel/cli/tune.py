@@ -16,8 +16,9 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS
 from diffusion_accel.outputs import check_free, output_path
 from diffusion_accel.pipelines.schedulers import check_scheduler, scheduler_for
+from diffusion_accel.reuse.plan_family import PlanFamily
 from diffusion_accel.tuning.state import forget_search, read_search, search_files
-from diffusion_accel.tuning.target import one_target
+from diffusion_accel.tuning.target import Target
 
 from .common_options import (
     AllowPickle,
@@ -41,6 +42,7 @@ from .common_options import (
     number,
     settings_of,
 )
+from .plan_table import show_plans
 from .prompts import texts_of
 from .terminal import Bar, say
 
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from diffusion_accel import TunedPlan
 
 _PANELS = {
-    "Target (one of them)": "speedup min_psnr",
+    "Target (one of them, or none)": "speedup min_psnr",
     "Prompts": "prompts_file count seed",
     "What the plan is for": "steps guidance_scale scheduler width height",
     "Search": "try_steps try_scheduler batch budget restart",
@@ -91,8 +93,9 @@ def tune(
 ) -> None:
     """Find out which steps a pipeline must compute: writes a plan for --reuse.
 
-    Give either --speedup or --min-psnr. The plan is valid for this model, scheduler and number of steps. An interrupted
-    search goes on from where it was when it is called again; what lies between is kept in FILE.search.
+    With --speedup or --min-psnr it is one plan, without both a family: plans for every speed in one file. It is valid
+    for this model, scheduler and number of steps. An interrupted search goes on from where it was when it is called
+    again; what lies between is kept in FILE.search.
     """
     options = locals()
     if not output.endswith(".json"):
@@ -109,7 +112,7 @@ def tune(
     texts = texts_of(prompts_file, count, source)
     for name in try_scheduler or []:
         check_scheduler(name)
-    one_target(speedup, min_psnr)
+    Target(speedup, min_psnr)
     if not restart:
         for file in search_files(state):
             read_search(file)
@@ -144,7 +147,9 @@ def tune(
     with interrupts.undivided():
         plan.save(Path(output), overwrite)
         forget_search(state)
-    if as_json:
+    if isinstance(plan, PlanFamily):
+        show_plans(output, as_json)
+    elif as_json:
         typer.echo(json.dumps({"file": output, "measured": plan.measured, "search": plan.search}))
     else:
         show(output, plan)

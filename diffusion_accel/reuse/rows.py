@@ -37,7 +37,7 @@ def stacked(named: dict[str, Any], steps: int, timesteps: torch.Tensor) -> dict[
 
 
 # Arguments without a row for each sample, whatever their first dimension is.
-_NOT_ROWS = frozenset({"image_rotary_emb", "rotary_embedding", "img_ids", "txt_ids", "position_ids"})
+NOT_ROWS = frozenset({"image_rotary_emb", "rotary_embedding", "img_ids", "txt_ids", "position_ids"})
 
 
 def conditional_rows(named: dict[str, Any], rows: int, branches: Branches, frames: bool) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def conditional_rows(named: dict[str, Any], rows: int, branches: Branches, frame
         return branches.conditional(tensor)
 
     def cut(name: str, value: Any) -> Any:
-        if name in _NOT_ROWS:
+        if name in NOT_ROWS:
             return value
         if name == "cross_attention_kwargs":  # only GLIGEN's have rows
             return {k: map_tensors(half, v) if k == "gligen" else v for k, v in value.items()} if value else value

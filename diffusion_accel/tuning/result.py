@@ -20,6 +20,7 @@ from .measure import Observations, Reference, reusing, scheduling
 from .target import CEILING, Target
 from .trials import Trials
 
+_COUNTED = ("full_steps", "evaluations", "peak_cache_bytes")
 FLOOR_SHARE = 0.9  # of new images that reach the floor
 
 
@@ -74,6 +75,37 @@ def measured(plan: Plan, base: Reference, steps: int, rounds: int) -> dict[str, 
         "evaluations": counters["full_steps"],
         "peak_cache_bytes": counters["peak_cache_bytes"],
     }
+
+
+def measured_together(plans: Sequence[Plan], base: Reference, rounds: int) -> list[dict[str, Any]]:
+    """The same for several plans, which share the calls of the baseline.
+
+    Args:
+        plans: for the pipeline's scheduler and number of steps.
+        base: the baseline.
+        rounds: of timing, of which the first warms up.
+    """
+    pipe, one, images = base.sampler.pipe, base.heldout.part(0, 1), base.heldout.images()
+    with count_flops() as whole:
+        one.images()
+    found = []
+    for plan in plans:
+        with reusing(pipe, plan):
+            values = psnr(images, base.heldout.images())
+            counters = pipe.acceleration.report().counters["reuse"]
+            with count_flops() as fast:
+                one.images()
+        numbers = {key: counters["full_steps" if key == "evaluations" else key] for key in _COUNTED}
+        found.append(fidelity_of(values) | {"flop_ratio": round(whole.total / max(1.0, fast.total), 3)} | numbers)
+    ratios: list[list[float]] = [[] for _ in plans]
+    for turn in range(rounds):
+        took = seconds_of(one.images)
+        for plan, own in zip(plans, ratios, strict=True):
+            with reusing(pipe, plan):
+                ratio = took / seconds_of(one.images)
+            if turn:
+                own.append(ratio)
+    return [f | {"time_ratio": round(statistics.median(own), 3)} for f, own in zip(found, ratios, strict=True)]
 
 
 def fidelity_of(values: Sequence[float] | torch.Tensor) -> dict[str, Any]:

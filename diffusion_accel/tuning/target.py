@@ -35,11 +35,3 @@ class Target:
     def is_family(self) -> bool:
         """Whether plans for every speed-up are wanted."""
         return self.speedup is None and self.min_psnr is None
-
-
-def one_target(speedup: float | None, min_psnr: float | None) -> Target:
-    """The target of a search for one plan. Raises `ConfigurationError` if it is for none or for a family."""
-    target = Target(speedup, min_psnr)
-    if target.is_family:
-        raise ConfigurationError("give either a speed-up or a lowest PSNR as the target")
-    return target

@@ -9,7 +9,7 @@ import torch
 
 from diffusion_accel import ConfigurationError
 from diffusion_accel.tuning.result import fidelity_of
-from diffusion_accel.tuning.target import CEILING, Target, one_target
+from diffusion_accel.tuning.target import CEILING, Target
 
 
 def test_the_numbers_of_a_file_are_those_of_its_images() -> None:
@@ -26,6 +26,3 @@ def test_a_target_may_be_a_family_but_not_two_things_at_once() -> None:
     assert Target().is_family and not Target(speedup=2).is_family and not Target(min_psnr=40).is_family
     with pytest.raises(ConfigurationError, match="not both"):
         Target(speedup=2, min_psnr=40)
-    with pytest.raises(ConfigurationError, match="either"):
-        one_target(None, None)
-    assert one_target(2, None) == Target(speedup=2)

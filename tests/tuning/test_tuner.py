@@ -20,12 +20,13 @@ from diffusion_accel.reuse.plan import Plan, Step
 from diffusion_accel.reuse.search import Rule, best_plans
 from diffusion_accel.tuning import measure as calibration
 from diffusion_accel.tuning.budget import Budget
+from diffusion_accel.tuning.by_trials import Tuner
 from diffusion_accel.tuning.fit_weights import fit_weights, with_weights
 from diffusion_accel.tuning.measure import Observations, Reference, measure_costs
 from diffusion_accel.tuning.state import read_search
 from diffusion_accel.tuning.target import Target
 from diffusion_accel.tuning.trials import Trials
-from diffusion_accel.tuning.tuner import Tuner, tune
+from diffusion_accel.tuning.tuner import tune
 
 PROMPTS = [f"{name}, {style} style" for name in ("red apple", "panda", "rocket") for style in ("3d", "flat")]
 
@@ -128,7 +129,8 @@ def test_impossible_targets_are_refused(sticker: Any) -> None:
     with pytest.raises(ConfigurationError, match="no plan is 900 times as fast"):
         tune(sticker, PROMPTS, steps=4, speedup=900, seconds=1, **SMALL)
     for options, words in (
-        ({}, "either"),
+        ({"speedup": 2, "min_psnr": 40}, "either"),
+        ({"evaluations": (0,)}, "evaluations must be a whole number"),
         ({"speedup": 0.5}, "above 1"),
         ({"speedup": "2"}, "speedup must be a number"),
         ({"min_psnr": 200}, "5 to 80"),

@@ -1,0 +1,289 @@
+"""The search by rollouts: plans whose steps are all fitted, found without calling the pipeline.
+
+What the denoiser says with guidance is repeated without text encoder and decoder (`replay`), a dynamic programme and
+real rollouts find which steps to compute (`timesteps`, `jumps`), and every step is fitted on the way
+(`error_feedback`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.timing import seconds_of
+from diffusion_accel.prediction import Conversion
+from diffusion_accel.progress import Progress, silent
+from diffusion_accel.reuse.conditions import conditions
+from diffusion_accel.reuse.plan import FULL, Plan, Step
+from diffusion_accel.reuse.plan_family import PlanFamily
+from diffusion_accel.reuse.plan_file import TunedPlan
+
+from .budget import Budget
+from .error_feedback import Rollout
+from .jumps import Jumps, Trajectory
+from .measure import Reference, reusing
+from .replay import Recording, Replay
+from .result import measured_together
+from .state import add_score, read_search, write_search
+from .target import Target
+from .timesteps import Nodes, NodeSearch, residuals
+
+if TYPE_CHECKING:
+    pass
+
+FEW = 8  # images of which rollouts are compared, or half of the calibration images if that is more
+ROUNDS = 3  # of the dynamic programme
+TIMED = 3  # rounds of timing, of which the first warms up
+GROWTH = 1.25  # from one number of evaluations of a family to the next
+FASTEST, SLOWEST = 0.08, 0.56  # shares of the steps that the plans of a family compute
+
+
+@dataclass
+class Work:
+    """What a search has done, in images drawn by the baseline.
+
+    Attributes:
+        steps: of the baseline.
+        spent: by what for.
+    """
+
+    steps: int
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def add(self, what: str, images: float) -> None:
+        """So many images more."""
+        self.spent[what] = round(self.spent.get(what, 0.0) + images, 2)
+
+
+def untraceable(recording: Recording) -> str | None:
+    """Why plans for a pipeline cannot be searched by rollouts; None if they can."""
+    if recording.reason:
+        return recording.reason
+    conversion = Conversion(recording.scheduler)
+    if not conversion.possible:
+        return f"with {type(recording.scheduler).__name__} a prediction cannot be turned into a clean sample"
+    return None
+
+
+class RolloutTuner:
+    """A search for one pipeline, scheduler and number of steps.
+
+    Attributes:
+        reference: the baseline.
+        recording: its run for the calibration images.
+        fixed, each: what a call takes without any computed step, and what each adds, as shares of the baseline's time.
+        search: which steps to compute.
+        work: what was done.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        recording: Recording,
+        budget: Budget,
+        progress: Progress = silent,
+        state: Path | None = None,
+    ) -> None:
+        self.reference, self.recording, self.budget, self.progress = reference, recording, budget, progress
+        self.total = len(recording)
+        self.work = Work(self.total)
+        self.work.add("baseline", recording.images)
+        self.replay = Replay(recording)
+        self.trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
+        self.fixed, self.each = self._costs()
+        self.few = range(min(recording.images, max(FEW, recording.images // 2)))
+        self.jumps = Jumps(self.replay, self.trajectory, self.few)
+        self.state = state
+        self._known: dict[str, list[float]] | None = None
+        weights = torch.ones(len(self.jumps.weights))
+        self.search = NodeSearch(self._run, residuals(self.trajectory, range(recording.images), weights))
+
+    # ------------------------------------------------------------------ what is asked for
+    def one(self, speedup: float) -> tuple[Plan, Nodes]:
+        """The nearest plan that is so fast.
+
+        Raises:
+            ConfigurationError: none is.
+        """
+        size = self.largest(speedup)
+        self.search.rounds([size], ROUNDS, self._go_on)
+        self._refine(size, 1.0)
+        nodes = self.search.best(size)
+        return self.plan(nodes), nodes
+
+    def fastest(self, min_psnr: float) -> tuple[Plan, Nodes]:
+        """The fastest plan whose median reaches a PSNR on the calibration images.
+
+        Raises:
+            ConfigurationError: none does.
+        """
+        sizes = range(2, self.total)
+        self.search.rounds(family_sizes(self.total), ROUNDS, self._go_on)
+        low, high, found = 0, len(sizes), None
+        while low < high:
+            middle = (low + high) // 2
+            size = sizes[middle]
+            self.search.rounds([size], 1, lambda: True)
+            self._refine(size, 0.25)
+            nodes = self.search.best(size)
+            plan = self.plan(nodes)
+            if self._median(plan) >= min_psnr:
+                found, high = (plan, nodes), middle
+            else:
+                low = middle + 1
+        if found is None:
+            raise ConfigurationError(f"no plan reaches {min_psnr:g} dB on these prompts")
+        return found
+
+    def every(self, sizes: Sequence[int] = ()) -> list[tuple[Plan, Nodes]]:
+        """Plans for every speed, from the fastest to the nearest one."""
+        sizes = list(sizes) or family_sizes(self.total)
+        self.search.rounds(sizes, ROUNDS, self._go_on)
+        for done, size in enumerate(sizes):
+            self._refine(size, 1 / (len(sizes) - done))
+        return [(self.plan(nodes), nodes) for nodes in map(self.search.best, sizes)]
+
+    def largest(self, speedup: float) -> int:
+        """How many steps may be computed at a speed-up. Raises `ConfigurationError` if not even one may."""
+        size = int((1 / speedup - self.fixed) / self.each + 1e-6) if self.each else self.total
+        if size < 1:
+            raise ConfigurationError(
+                f"no plan is {speedup:g} times as fast: what a plan cannot save limits it to "
+                f"{1 / (self.fixed + self.each):.1f} here (decoding, the scheduler's own steps)"
+            )
+        return min(size, self.total)
+
+    def plan(self, nodes: Nodes) -> Plan:
+        """The plan with these full steps, fitted on all calibration images."""
+        if len(nodes) == self.total:
+            return Plan((FULL,) * self.total)
+        before = self.replay.evaluations
+        rollout = Rollout(self.replay, self.recording, self.trajectory, range(self.recording.images))
+        plan = rollout.plan(nodes)
+        self.work.add("fits", (self.replay.evaluations - before) / self.total)
+        return plan
+
+    # ------------------------------------------------------------------ what comes out
+    def tuned(self, found: Sequence[tuple[Plan, Nodes]], target: Target) -> list[TunedPlan]:
+        """Plans as files have them, with their measurements on the held-out images."""
+        self.progress("held-out prompts", 1.0)
+        plans = [plan for plan, _ in found]
+        numbers = measured_together(plans, self.reference, TIMED)
+        held, pictures = len(self.reference.heldout.prompts), sum(len(nodes) for _, nodes in found) / self.total
+        self.work.add("held-out images", held * (1 + pictures) + TIMED * (1 + pictures))
+        call = {**self.reference.sampler.options, "seed": self.reference.sampler.seed}
+        valid = conditions(self.reference.sampler.pipe, self.total) | {"call": call}
+        return [
+            TunedPlan(plan, valid, values, self._notes(nodes, target))
+            for plan, nodes, values in zip(plans, [nodes for _, nodes in found], numbers, strict=True)
+        ]
+
+    def family(self, found: Sequence[tuple[Plan, Nodes]]) -> PlanFamily:
+        """Several of them in one file, without those that are neither faster nor nearer than another."""
+        plans = self.tuned(found, Target())
+        return PlanFamily.of(plans, search={"work": self.work.spent, "rollouts": len(self.search.known)})
+
+    def _notes(self, nodes: Nodes, target: Target) -> dict[str, Any]:
+        return {
+            "target": {k: v for k, v in vars(target).items() if v is not None},
+            "method": "rollouts",
+            "predicted_time_ratio": round(1 / (self.fixed + self.each * len(nodes)), 3),
+            "baseline": {"steps": self.total, "scheduler": type(self.reference.scheduler).__name__},
+            "calibration_pictures": self.recording.images,
+            "plans_evaluated": len(self.search.known),
+            "guidance_reuse": "not searched: every step that is computed has both branches",
+            "work": self.work.spent,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    # ------------------------------------------------------------------ rollouts
+    def _run(self, nodes: Nodes) -> list[float]:
+        name = f"rollout {','.join(map(str, nodes))}"
+        if self._known is None:
+            self._known = self._resumed()
+        if name not in self._known:
+            before = self.replay.evaluations
+            if self.recording.draws_noise:  # a jump cannot follow noise; the scheduler's own steps can
+                rollout = Rollout(self.replay, self.recording, self.trajectory, self.few)
+                rollout.plan(nodes)
+                values = self.jumps.decibels(rollout.sample).tolist()
+            else:
+                values = self.jumps.run(nodes).decibels.tolist()
+            self.work.add("rollouts", (self.replay.evaluations - before) / self.total)
+            self._known[name] = values
+            if self.state is not None:
+                add_score(self.state, name, values)
+        return self._known[name]
+
+    def _resumed(self) -> dict[str, list[float]]:
+        if self.state is None:
+            return {}
+        sampler = self.reference.sampler
+        call = {**sampler.options, "seed": sampler.seed}
+        head = {
+            "conditions": conditions(sampler.pipe, self.total) | {"call": call},
+            "prompts": list(sampler.prompts),
+            "method": "rollouts",
+        }
+        known: dict[str, list[float]] = {}
+        if self.state.exists():
+            before, scores = read_search(self.state)
+            known = scores if before == json.loads(json.dumps(head)) else {}
+        write_search(self.state, head, known)
+        return known
+
+    def _refine(self, size: int, share: float) -> None:
+        """Spend a share of what is left on plans with so many computed steps."""
+        until = self.budget.share(share)
+        self.search.refine(size, lambda: time.monotonic() < until, lambda: self._tell(size))
+
+    def _median(self, plan: Plan) -> float:
+        with reusing(self.reference.sampler.pipe, plan):
+            images = self.reference.sampler.images()
+        self.work.add(
+            "plans in the pipeline", len(images) * len([s for s in plan.steps if s.mode == "full"]) / self.total
+        )
+        return statistics.median(psnr(self.reference.images, images).tolist())
+
+    def _costs(self) -> tuple[float, float]:
+        """What a call takes if nothing but the first step is computed, in turn with the baseline."""
+        self.progress("costs", 0.0)
+        one = self.reference.sampler.part(0, 1)
+        held, shares = Plan((FULL, *(Step("hold"),) * (self.total - 1))), []
+        for turn in range(TIMED):
+            whole = seconds_of(one.images)
+            with reusing(one.pipe, held):
+                part = seconds_of(one.images) / whole
+            if turn:
+                shares.append(part)
+        self.work.add("costs", TIMED * (1 + 1 / self.total))
+        took = min(1.0, statistics.median(shares))
+        each = (1 - took) / (self.total - 1)
+        return took - each, each
+
+    def _go_on(self) -> bool:
+        return self.budget.left() > 0
+
+    def _tell(self, size: int) -> None:
+        speedup = 1 / (self.fixed + self.each * size)
+        text = f"{len(self.search.known)} rollouts, {size} computed steps, {speedup:.2f}x"
+        self.progress(text, self.budget.used(), max(0.0, self.budget.left()))
+
+
+def family_sizes(total: int) -> list[int]:
+    """How many steps the plans of a family compute, of so many."""
+    sizes, size = [], max(2, round(FASTEST * total))
+    while size <= max(2, SLOWEST * total):
+        sizes.append(size)
+        size = max(size + 1, round(size * GROWTH))
+    return sizes

@@ -1,0 +1,101 @@
+"""The error-feedback fit: a plan whose steps make up for the errors of those before them.
+
+The calibration images are rolled out under the plan. At a step the scheduler's update is affine in the prediction, so
+with two probes on a copy of the scheduler, f0 = step(0) and f1 = step(1), the prediction that lands on the baseline's
+next latents is (wanted − f0) / (f1 − f0). The combination of what there is, predictions and latents of the last full
+steps and the latents now, is fitted towards it; the rollout goes on with what it gives. Steps that are computed are
+corrected in the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffusion_accel.prediction import Conversion, converted
+from diffusion_accel.reuse.plan import Plan, Step
+
+from .fits import combination, fitted
+from .jumps import Seen, Trajectory
+from .replay import Recording, Replay
+
+_UNEVEN = 1e-3  # relative; a step that differs more between values is not affine in the prediction
+_FLAT = 1e-9  # a step that answers to the prediction less does not answer at all
+
+
+class Rollout:
+    """The calibration images under a plan, with the scheduler's own steps.
+
+    Attributes:
+        replay: the denoiser with guidance.
+        recording: the baseline, whose latents are what is wanted.
+        images: which images are rolled out.
+    """
+
+    def __init__(self, replay: Replay, recording: Recording, trajectory: Trajectory, images: Sequence[int]) -> None:
+        self.replay, self.recording, self.trajectory, self.images = replay, recording, trajectory, list(images)
+        self.scheduler: Any = copy.deepcopy(recording.scheduler)
+        self.conversion = Conversion(self.scheduler)
+        self.sample = recording.samples[0][self.images]
+        self.seen = Seen()
+
+    def plan(self, nodes: Sequence[int]) -> Plan:
+        """The plan with these full steps, the first of which is 0."""
+        full, total = set(nodes), len(self.recording)
+        steps = []
+        for i in range(total):
+            lands = i + 1 == total or i + 1 in full
+            steps.append(self._step(i, i in full, lands))
+        return Plan(tuple(steps))
+
+    def _step(self, i: int, full: bool, lands: bool) -> Step:
+        """Make one step. What lands on the next full one is fitted by channel, others alike for all channels."""
+        own, time = self.trajectory, self.scheduler.timesteps[i]
+        a, s = own.alphas[i], own.sigmas[i]
+        x = self.scheduler.scale_model_input(self.sample, time)
+        if full:
+            v = self.replay(x, own.times[i], self.images)
+            self.seen = self.seen.then(converted("sample", own.kind, v, x, a, s), x)
+            latents = list(self.seen.latents)
+        else:
+            latents = [x, *self.seen.latents]
+        clean = list(self.seen.clean)
+        wanted = self._wanted(i, time, x)
+        fit = None
+        if wanted is not None:
+            features = [*clean, *latents]
+            centre = [1.0] + [0.0] * (len(features) - 1)
+            goal = converted("sample", own.kind, wanted, x, a, s)
+            fit = combination(fitted(features, goal, centre, alike=not lands), len(clean))
+        value = clean[0] if fit is None else fit.apply(clean, latents)
+        self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
+        mode = "full" if full else "hold"
+        return Step(mode, space="sample" if fit is not None or not full else "", fit=fit)
+
+    def _wanted(self, i: int, time: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """The prediction that lands where the baseline is after this step; None if none does."""
+        total, goals = len(self.recording), self.recording
+        goal = (goals.samples[i + 1] if i + 1 < total else goals.result)[self.images]
+        zero, one = (
+            self._made(copy.deepcopy(self.scheduler), i, time, torch.full_like(x, value)) for value in (0.0, 1.0)
+        )
+        slope = one - zero
+        mean = slope.mean()
+        if abs(float(mean)) < _FLAT or float((slope - mean).abs().max()) > _UNEVEN * abs(float(mean)):
+            return None
+        return (goal - zero) / mean
+
+    def _made(self, scheduler: Any, i: int, time: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        extra = dict(self.recording.extra)
+        if self.recording.draws:
+            extra["generator"] = [_generator(self.recording.draws[i][image]) for image in self.images]
+        return scheduler.step(prediction, time, self.sample, **extra, return_dict=False)[0]
+
+
+def _generator(state: torch.Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator

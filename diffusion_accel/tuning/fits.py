@@ -1,0 +1,109 @@
+"""Fitting a combination of predictions and latents to what is wanted, and deciding by held-out images how finely.
+
+A ridge regression around a combination that is known to be sensible: one for all channels or one for each, with more or
+less trust in the images. Which of these is decided by the error on images that were not fitted to, so that few images
+or many channels do not end in weights that hold for these images only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffusion_accel.combination import MOST, Combination, channel_dim
+
+RIDGES = (1e-7, 1e-5, 1e-3)  # of the mean of the Gram matrix's diagonal
+DIGITS = 6  # of what is written down
+MOST_CHANNELS = 64  # with more, the same for all
+
+
+def by_channel(tensor: torch.Tensor) -> torch.Tensor:
+    """(N, C, positions) of latents, (N, C, …) or tokens (N, L, C)."""
+    return tensor.movedim(channel_dim(tensor), 1).flatten(2)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a least-squares problem needs of each image: (N, C, K, K), (N, C, K) and (N, C)."""
+
+    gram: torch.Tensor
+    aims: torch.Tensor
+    square: torch.Tensor
+
+    @classmethod
+    def of(cls, features: Sequence[torch.Tensor], target: torch.Tensor) -> Moments:
+        """From features and target, each (N, C, …)."""
+        table = torch.stack([by_channel(f).double() for f in features], 2)  # (N, C, K, positions)
+        wanted = by_channel(target).double()
+        return cls(table @ table.transpose(2, 3), (table @ wanted[..., None])[..., 0], wanted.pow(2).sum(2))
+
+    def summed(self, images: torch.Tensor, shared: bool) -> Moments:
+        """Over some of the images, and over all channels if `shared`."""
+        parts = [part[images].sum(0) for part in (self.gram, self.aims, self.square)]
+        return Moments(*(part.sum(0, keepdim=True) for part in parts)) if shared else Moments(*parts)
+
+    def solved(self, centre: torch.Tensor, ridge: float) -> torch.Tensor:
+        """The weights, (C, K), around `centre`, (K,); of summed moments."""
+        size = ridge * self.gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+        own = self.gram + size[:, None, None] * torch.eye(self.gram.shape[-1], dtype=torch.float64)
+        left = self.aims - (self.gram @ centre)
+        return (centre + torch.linalg.solve(own, left)).clamp(-MOST, MOST)
+
+    def error(self, weights: torch.Tensor) -> torch.Tensor:
+        """The squared error of weights, (C, K) or (1, K), in all; of summed moments."""
+        w = weights.expand(len(self.gram), -1)
+        crossed = (w * self.aims).sum(1)
+        return (self.square - 2 * crossed + (w[:, None] @ self.gram @ w[:, :, None])[:, 0, 0]).clamp(min=0).sum()
+
+
+def fitted(
+    features: Sequence[torch.Tensor], target: torch.Tensor, centre: Sequence[float], alike: bool = False
+) -> torch.Tensor:
+    """The weights of each feature, (C, K) or (1, K), nearest to `target` on images that were not fitted to.
+
+    Args:
+        features: K tensors, (N, C, …).
+        target: what their combination is to be.
+        centre: weights that are sensible without any image, K.
+        alike: the same weights for all channels, whatever the images say.
+    """
+    moments, middle = Moments.of(features, target), torch.tensor(list(centre), dtype=torch.float64)
+    return fitted_moments(moments, middle, alike)
+
+
+def fitted_moments(moments: Moments, middle: torch.Tensor, alike: bool = False) -> torch.Tensor:
+    """The same from the moments of every image."""
+    images, channels = moments.square.shape
+    everything = torch.arange(images)
+    kinds = [(shared, ridge) for shared in (False, True)[alike or channels > MOST_CHANNELS :] for ridge in RIDGES]
+    folds = [(everything[everything % 2 == k], everything[everything % 2 != k]) for k in (0, 1)]
+    if images < 4:
+        shared, ridge = True, RIDGES[-1]
+    else:
+        losses = []
+        for shared, ridge in kinds:
+            loss = torch.zeros((), dtype=torch.float64)
+            for inside, outside in folds:
+                weights = moments.summed(inside, shared).solved(middle, ridge)
+                loss += moments.summed(outside, False).error(weights)
+            losses.append(float(loss))
+        shared, ridge = kinds[min(range(len(kinds)), key=losses.__getitem__)]
+    return moments.summed(everything, shared).solved(middle, ridge)
+
+
+def combination(weights: torch.Tensor, count: int) -> Combination:
+    """Weights as a combination, the first `count` of predictions and the others of latents."""
+    rows = [[round(float(v), DIGITS) for v in row] for row in weights]
+    return Combination(tuple(tuple(r[:count]) for r in rows), tuple(tuple(r[count:]) for r in rows))
+
+
+def mixed(weights: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The combination of features with these weights, (C, K) or (1, K)."""
+    shape = [1] * features[0].dim()
+    shape[channel_dim(features[0])] = len(weights)
+    total = torch.zeros_like(features[0])
+    for column, feature in zip(weights.T.to(features[0].dtype), features, strict=True):
+        total += column.reshape(shape) * feature
+    return total

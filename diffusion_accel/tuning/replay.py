@@ -1,0 +1,362 @@
+"""The denoiser of a pipeline without the pipeline: what guidance makes of it at any latents and timestep.
+
+A call of the baseline is watched. If the denoiser is told the same at every step but for latents and timestep, and what
+the scheduler is given is always the same sum of its outputs (guidance is such a sum), then both can be repeated for
+other latents and timesteps, for some of the images only, and from the middle of a trajectory: no text is encoded again,
+nothing is decoded. Whatever is not so is not repeated but refused, so nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.hooks import ModelHook
+from torch import nn
+
+from diffusion_accel.combination import channel_dim
+from diffusion_accel.denoisers import called_denoisers, family_of, prediction, time_argument
+from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.hooks import HookSet, as_given, bind_forward, map_tensors
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.reuse.rows import NOT_ROWS, sample_of
+from diffusion_accel.reuse.snapshot import Arguments
+from diffusion_accel.steps import StepClock
+
+_STEP = ("model_output", "timestep", "sample")  # of a scheduler's step
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}  # of a sum of outputs, relative; others: 0.05
+
+
+def own_channels(value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The channels of a denoiser's output that are about the latents; behind them may be a learned variance."""
+    return value.narrow(channel_dim(latents), 0, latents.shape[channel_dim(latents)])
+
+
+@dataclass
+class CallOfDenoiser:
+    """One call of a denoiser within a step.
+
+    Attributes:
+        module: what was called, and `args`: how many arguments were not named.
+        named: its arguments at the first step.
+        latents: the name of the latents among them, and `time` that of the timestep.
+        rows: of its batch.
+        images: for how many images; a row for each, once for each branch.
+        told: what it was told as the timestep, step by step.
+        arguments: to compare those of later steps with.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    latents: str
+    time: str
+    images: int
+    told: list[float] = field(default_factory=list)
+    arguments: Arguments | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of its batch."""
+        return int(self.named[self.latents].shape[0])
+
+    @property
+    def branches(self) -> int:
+        """How many rows an image has."""
+        return self.rows // self.images
+
+    def outputs(self, x: torch.Tensor, told: float, which: Sequence[int]) -> list[torch.Tensor]:
+        """What it returns for other latents of some of its images, a tensor for each branch."""
+        rows = [branch * self.images + i for branch in range(self.branches) for i in which]
+        chosen = torch.tensor(rows, device=x.device)
+
+        def some(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, chosen) if tensor.dim() and tensor.shape[0] == self.rows else tensor
+
+        named = {k: v if k in NOT_ROWS else map_tensors(some, v) for k, v in self.named.items()}
+        given = self.named[self.latents]
+        latents = x.repeat(self.branches, *[1] * (x.dim() - 1)).to(given.dtype)
+        dim, own = channel_dim(x), x.shape[channel_dim(x)]
+        if given.shape[dim] > own:  # inpainting: a mask and masked latents behind them
+            rest = named[self.latents].narrow(dim, own, given.shape[dim] - own)
+            latents = torch.cat([latents, rest], dim)
+        named |= {self.latents: latents, self.time: self._time(named[self.time], told)}
+        args, keywords = as_given(self.module, self.args, named)
+        output = own_channels(prediction(self.module(*args, **keywords)), x)
+        return list(output.float().chunk(self.branches))
+
+    def _time(self, like: Any, told: float) -> Any:
+        if not isinstance(like, torch.Tensor):
+            return type(like)(told)
+        whole = not like.dtype.is_floating_point
+        return torch.full_like(like, round(told) if whole else told)
+
+
+class _Watch(ModelHook):
+    """On a denoiser: notes its calls."""
+
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
+        """What stands in the place of the denoiser's own forward."""
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self.tape.note(module, args, bind_forward(module, args, kwargs), output)
+        return output
+
+
+class _Tape:
+    """What is seen of one call of the pipeline, for some images."""
+
+    def __init__(self, clock: StepClock, kept: Callable[[int], bool]) -> None:
+        self.clock, self.kept = clock, kept
+        self.calls: list[CallOfDenoiser] = []
+        self.place = 0  # of the next call of the denoiser within its step
+        self.outputs: list[torch.Tensor] = []
+        self.times: list[float] = []
+        self.inputs: list[torch.Tensor] = []
+        self.latents: list[torch.Tensor] = []
+        self.predictions: list[torch.Tensor] = []
+        self.samples: list[torch.Tensor] = []
+        self.scheduler: Any = None
+        self.draws: list[list[torch.Tensor]] = []
+        self.extra: dict[str, Any] = {}
+        self.sums: list[tuple[np.ndarray, np.ndarray, float]] = []
+        self.last: torch.Tensor | None = None
+        self.reason = ""
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """A call of a denoiser."""
+        latents, time = "sample" if "sample" in named else "hidden_states", time_argument(named) or ""
+        rest = {k: v for k, v in named.items() if k not in (latents, time)}
+        self.inputs.append(sample_of(named).detach())
+        told = named[time]
+        values = told.flatten().unique().tolist() if isinstance(told, torch.Tensor) else [float(told)]
+        if len(values) > 1:
+            self.reason = self.reason or "its timesteps differ within a call"
+        if len(self.calls) <= self.place:
+            if self.times:
+                self.reason = self.reason or "it calls its denoiser more often at later steps"
+            call = CallOfDenoiser(module, args, named, latents, time, 1, arguments=Arguments(rest))
+            self.calls.append(call)
+        call = self.calls[self.place]
+        if self.times and (call.arguments is None or not call.arguments.same(rest)):
+            self.reason = self.reason or "its denoiser is told something else at every step"
+        call.told.append(float(values[0]))
+        self.place += 1
+        self.outputs.append(prediction(output).detach())
+
+    def step(self, named: dict[str, Any]) -> None:
+        """What the scheduler is given."""
+        x = self.clock.scheduler.scale_model_input(named["sample"], named["timestep"])
+        predicted = own_channels(named["model_output"], x).detach()
+        if not self.times:
+            for call in self.calls:
+                call.images = x.shape[0]
+            self.scheduler = copy.deepcopy(self.clock.scheduler)
+            self.extra = {k: v for k, v in named.items() if k not in (*_STEP, "generator", "return_dict")}
+            if named["model_output"].shape != x.shape:
+                self.reason = self.reason or "its scheduler is given a variance as well"
+        if self.place != len(self.calls) or any(i.shape[0] % x.shape[0] for i in self.inputs):
+            self.reason = self.reason or "its denoiser is not called for all branches of guidance at every step"
+        elif not self.reason:
+            self._sum(x, predicted)
+        self.times.append(float(named["timestep"]))
+        if self.kept(len(self.times) - 1):
+            self._keep(named, x, predicted)
+        self.place, self.outputs, self.inputs = 0, [], []
+
+    def _keep(self, named: dict[str, Any], x: torch.Tensor, predicted: torch.Tensor) -> None:
+        generators = named.get("generator")
+        if generators is not None:
+            several = generators if isinstance(generators, list) else [generators]
+            self.draws.append([generator.get_state() for generator in several])
+        self.latents.append(x.detach().float().cpu())
+        self.samples.append(self.latents[-1] if x is named["sample"] else named["sample"].detach().float().cpu())
+        self.predictions.append(predicted.float().cpu())
+
+    def _sum(self, x: torch.Tensor, predicted: torch.Tensor) -> None:
+        parts: list[torch.Tensor] = []
+        for given, output in zip(self.inputs, self.outputs, strict=True):
+            branches = given.shape[0] // x.shape[0]
+            own = given.narrow(channel_dim(x), 0, x.shape[channel_dim(x)])
+            if not torch.allclose(own, x.repeat(branches, *[1] * (x.dim() - 1)).to(own.dtype), rtol=1e-2, atol=1e-3):
+                self.reason = self.reason or "its denoiser is given other latents than the scheduler's"
+            parts += list(own_channels(output, x).float().chunk(branches))
+        table = torch.stack([part.flatten() for part in (*parts, predicted.float())]).double()
+        products = (table @ table.T).cpu().numpy()
+        self.sums.append((products[:-1, :-1], products[:-1, -1], float(products[-1, -1])))
+
+    def after(self, sample: torch.Tensor) -> torch.Tensor:
+        """What the scheduler makes of it."""
+        self.last = sample.detach().float().cpu()
+        return sample
+
+    def shares(self, dtype: torch.dtype) -> list[float]:
+        """What each output counts in what the scheduler is given, the same at every step.
+
+        Sets `reason` if there is no such sum.
+        """
+        products, aims = sum(s[0] for s in self.sums), sum(s[1] for s in self.sums)
+        found = np.linalg.lstsq(np.asarray(products), np.asarray(aims), rcond=1e-9)[0]
+        for own, aim, whole in self.sums:
+            left = max(0.0, whole - 2 * found @ aim + found @ own @ found)
+            if left > (TOLERANCE.get(dtype, 0.05) ** 2) * max(whole, 1e-12):
+                self.reason = (
+                    self.reason or "what it gives its scheduler is not the same sum of predictions at every step"
+                )
+        return [float(v) for v in found]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run of the baseline.
+
+    Attributes:
+        times: the scheduler's timesteps at the steps that were kept, (S,).
+        all_times: those at all steps.
+        latents: at the steps that were kept, as the denoiser sees them, (S, N, C, …), float32 on the CPU.
+        predictions: what the scheduler was given, (S, N, C, …).
+        samples: the latents as the scheduler has them; `latents` itself where both are the same.
+        result: what it made in the end, (N, C, …).
+        scheduler: a copy from before its first step.
+        extra: what its step is given beside prediction, timestep, sample and generator.
+        draws: the states of the images' generators before each step; empty if it is given none.
+        tapes: a part of the images each, with what their outputs count; empty if `reason` is not.
+        reason: why the denoiser cannot be called without the pipeline; empty if it can.
+    """
+
+    times: list[float]
+    all_times: list[float]
+    latents: torch.Tensor
+    predictions: torch.Tensor
+    samples: torch.Tensor
+    result: torch.Tensor
+    scheduler: Any
+    extra: dict[str, Any]
+    draws: list[list[torch.Tensor]]
+    tapes: list[tuple[list[CallOfDenoiser], list[float]]]
+    reason: str
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the scheduler's steps draw noise."""
+        return (
+            any(not torch.equal(a, b) for a, b in zip(*self.draws[:2], strict=True)) if len(self.draws) > 1 else False
+        )
+
+    @property
+    def images(self) -> int:
+        """How many images."""
+        return int(self.latents.shape[1])
+
+
+class Replay:
+    """The denoiser with guidance, for the images of a recording; counts its calls.
+
+    Attributes:
+        evaluations: of an image at a timestep, so far.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        if recording.reason:
+            raise UnsupportedPipelineError(recording.reason)
+        self.recording, self.evaluations = recording, 0
+
+    def __call__(self, x: torch.Tensor, time: float, which: Sequence[int]) -> torch.Tensor:
+        """What the scheduler would be given: (len(which), C, …), float32 on the CPU.
+
+        Args:
+            x: latents as the denoiser sees them, of the images `which`, in this order.
+            time: in the scheduler's unit; between its timesteps, what the denoiser is told is interpolated.
+            which: numbers of images, increasing.
+        """
+        parts, first, done = [], 0, 0
+        for calls, shares in self.recording.tapes:
+            images = calls[0].images
+            here = [i - first for i in which if first <= i < first + images]
+            first += images
+            if not here:
+                continue
+            own = x[done : done + len(here)].to(self.recording.device)
+            outputs = [o for call in calls for o in call.outputs(own, self._told(call, time), here)]
+            parts.append(torch.stack([s * o for s, o in zip(shares, outputs, strict=True)]).sum(0).cpu())
+            done += len(here)
+        self.evaluations += len(which)
+        return torch.cat(parts)
+
+    def _told(self, call: CallOfDenoiser, time: float) -> float:
+        times, told = np.array(self.recording.all_times), np.array(call.told)
+        order = np.argsort(times, kind="stable")
+        times, told = times[order], told[order]
+        if time < times[0] or time > times[-1]:  # beyond its ends, along the line through them
+            slope = (told[-1] - told[0]) / max(1e-12, times[-1] - times[0])
+            return float(told[0] + slope * (time - times[0]))
+        return float(np.interp(time, times, told))
+
+
+def record(sampler: Sampler, kept: Callable[[int], bool] = lambda _: True) -> tuple[Recording, torch.Tensor]:
+    """A run of the pipeline as it is, and the images that it draws, (N, 3, H, W) in 0..1.
+
+    Args:
+        sampler: what is drawn.
+        kept: by the number of a step, whether its latents and prediction are kept.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline does not step once for every timestep.
+    """
+    tapes, images = [], []
+    for start, end in sampler.chunks():
+        clock = StepClock(sampler.pipe)
+        tape = _Tape(clock, kept)
+        clock.on_step(before=tape.step, after=tape.after)
+        hooks = HookSet("diffusion_accel.replay")
+        clock.start([])
+        try:
+            for denoiser in called_denoisers(sampler.pipe):
+                hooks.add(denoiser, _Watch(tape))
+            images.append(sampler.call(start, end))
+        finally:
+            hooks.remove()
+            clock.stop()
+        tapes.append(tape)
+    known = [float(t) for t in sampler.pipe.scheduler.timesteps]
+    if len(tapes[0].times) != len(known):
+        raise UnsupportedPipelineError(
+            f"{type(sampler.pipe).__name__} calls its scheduler {len(tapes[0].times)} times for {len(known)} timesteps"
+        )
+    dtype = tapes[0].calls[0].named[tapes[0].calls[0].latents].dtype
+    if len(called_denoisers(sampler.pipe)) > 1:
+        tapes[0].reason = tapes[0].reason or "it has two denoisers"
+    if family_of(sampler.pipe).views:
+        tapes[0].reason = tapes[0].reason or "it denoises an image in views"
+    shares = [tape.shares(dtype) if not tape.reason else [] for tape in tapes]
+    reason = next((tape.reason for tape in tapes if tape.reason), "")
+    last = [tape.last for tape in tapes if tape.last is not None]
+    latents = torch.cat([torch.stack(tape.latents) for tape in tapes], 1)
+    alike = all(a is b for tape in tapes for a, b in zip(tape.latents, tape.samples, strict=True))
+    draws = [[state for tape in tapes for state in tape.draws[i]] for i in range(len(tapes[0].draws))]
+    recording = Recording(
+        [time for i, time in enumerate(known) if kept(i)],
+        known,
+        latents,
+        torch.cat([torch.stack(tape.predictions) for tape in tapes], 1),
+        latents if alike else torch.cat([torch.stack(tape.samples) for tape in tapes], 1),
+        torch.cat(last),
+        tapes[0].scheduler,
+        tapes[0].extra,
+        draws,
+        [] if reason else [(tape.calls, share) for tape, share in zip(tapes, shares, strict=True)],
+        reason,
+        tapes[0].calls[0].named[tapes[0].calls[0].latents].device,
+    )
+    return recording, torch.cat(images)

@@ -1,0 +1,188 @@
+"""Learning a solver: at which timesteps to evaluate, and what to make of the evaluations, for a model and its use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from diffusion_accel.arguments import public, refuse_unknown
+from diffusion_accel.conditioning import call_parameters
+from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.io import shown
+from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, listed, options_of, usual_steps, whole
+from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.prediction import Conversion
+from diffusion_accel.progress import Progress, silent
+from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
+from diffusion_accel.schedulers.measured import describe
+from diffusion_accel.schedulers.solver import Solver
+
+from .budget import Budget
+from .by_rollouts import FEW, ROUNDS, untraceable
+from .jumps import Jumps, Rolled, Trajectory
+from .measure import scheduling
+from .replay import Recording, Replay, record
+from .result import fidelity_of
+from .timesteps import NodeSearch, residuals
+from .tuner import ENOUGH, USUAL_STEPS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+TOWARDS = ("converged", "baseline")
+MANY_STEPS = 200  # of the solver that stands for the converged image
+CANDIDATES = 64  # timesteps of these that may be chosen; the last ones all, the others evenly
+LAST = 20
+LONGEST = 50  # evaluations of a learned solver
+
+
+@public
+def tune_solver(
+    pipe: DiffusionPipeline,
+    prompts: str | Sequence[str],
+    evaluations: int | Sequence[int],
+    *,
+    towards: str = "converged",
+    steps: int | None = None,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seconds: float = 300.0,
+    batch: int = 8,
+    progress: Progress = silent,
+    **options: Any,
+) -> LearnedMultistepScheduler:
+    """Learn a solver of few evaluations for a model: its timesteps, and the combinations between them.
+
+        pipe.scheduler = tune_solver(pipe, prompts, [6, 8])
+        pipe("red apple", num_inference_steps=8)
+
+    The timesteps are searched by a dynamic programme and by rollouts, the combinations are fitted on the way
+    (`tuning.jumps`). Most of the prompts calibrate; the others measure the result, which is in the configuration's
+    `made_for`.
+
+    Args:
+        pipe: a loaded pipeline; its scheduler says what the model was trained with.
+        prompts: at least 6; 24 or more are recommended. For an unconditional pipeline they only count the images.
+        evaluations: of the denoiser for each image, one number or several, each 1 to 50.
+        towards: "converged": what 200 steps of DPM-Solver++ draw (of the pipeline's own scheduler where that does not
+            fit); "baseline": what the pipeline draws as it is, with `steps` steps.
+        steps: of the baseline; None: the pipeline's own default.
+        seed: image k starts from the noise of seed + k.
+        guidance_scale, height, width: of the calls; None: the pipeline's own default.
+        seconds: time budget of the search, without what is drawn before and after it.
+        batch: images in a call.
+        progress: told what is being done.
+        options: further arguments of the pipeline's call.
+
+    Raises:
+        ConfigurationError: a setting is impossible.
+        UnsupportedPipelineError: the denoiser cannot be repeated without the pipeline, or its scheduler draws noise.
+    """
+    prompts = tuple(listed(prompts))
+    named = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    options |= {name: value for name, value in named.items() if value is not None}
+    sizes = _checked(pipe, prompts, evaluations, towards, options)
+    options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
+    whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
+    if type(seconds) not in (int, float) or not seconds >= 0:
+        raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
+    steps = whole("steps", usual_steps(pipe) or USUAL_STEPS if steps is None else steps, 2, MOST_STEPS)
+    held = max(len(prompts) - 2 * len(prompts) // 3, ENOUGH if len(prompts) >= 20 else 0)
+    goal, many = _goal(pipe, towards, steps)
+    everything, calibration = Sampler(pipe, prompts, many, seed, batch, options), len(prompts) - held
+    with torch.inference_mode(), scheduling(pipe, goal):
+        progress("where the samples should be", 0.0)
+        recording, _ = record(everything.part(0, calibration), _chosen(many) if towards == TOWARDS[0] else _every)
+        wanted = everything.part(calibration, len(prompts)).images()
+    if reason := untraceable(recording) or ("its scheduler draws noise" if recording.draws_noise else None):
+        raise UnsupportedPipelineError(f"a solver cannot be learnt for {type(pipe).__name__}: {reason}")
+    with torch.inference_mode():
+        found = _search(recording, sizes, Budget(seconds), progress)
+        solvers = {n: Solver(tuple(times), tuple(rolled.combinations)) for n, (times, rolled) in found.items()}
+        made = LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, {}))
+        progress("held-out prompts", 1.0)
+        measured = {}
+        with scheduling(pipe, made):
+            for n in sizes:
+                sampler = Sampler(pipe, prompts, n, seed, batch, options).part(calibration, len(prompts))
+                measured[str(n)] = fidelity_of(psnr(wanted, sampler.images()))
+    numbers = {"towards": towards, "reference": f"{type(goal).__name__}, {many} steps", "measured": measured}
+    return LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, numbers))
+
+
+def _search(
+    recording: Recording, sizes: Sequence[int], budget: Budget, progress: Progress
+) -> dict[int, tuple[list[float], Rolled]]:
+    """For each number of evaluations its timesteps and the rollout with all images."""
+    replay, trajectory = Replay(recording), Trajectory.of(recording, Conversion(recording.scheduler))
+    few = range(min(recording.images, max(FEW, recording.images // 2)))
+    jumps = Jumps(replay, trajectory, few)
+    left = residuals(trajectory, range(recording.images), torch.ones(len(jumps.weights)))
+    search = NodeSearch(lambda nodes: jumps.run(nodes).decibels.tolist(), left)
+    search.rounds(sizes, ROUNDS, lambda: budget.left() > 0)
+    found = {}
+    for done, size in enumerate(sizes):
+        part = Budget(max(0.0, budget.left()) / (len(sizes) - done))
+
+        def tell(size: int = size) -> None:
+            text = f"{len(search.known)} rollouts, {size} evaluations, {search.known[search.best(size)]:.1f} dB"
+            progress(text, budget.used(), max(0.0, budget.left()))
+
+        search.refine(size, lambda part=part: part.left() > 0, tell)  # type: ignore[misc]
+        nodes = search.best(size)
+        found[size] = (
+            [trajectory.times[n] for n in nodes],
+            Jumps(replay, trajectory, range(recording.images)).run(nodes),
+        )
+    return found
+
+
+def _checked(
+    pipe: DiffusionPipeline, prompts: Sequence[str], evaluations: Any, towards: str, options: dict[str, Any]
+) -> list[int]:
+    own = [name for name in tune_solver.__annotations__ if name not in ("pipe", "options", "return")]
+    refuse_unknown(options, {*call_parameters(pipe), *own}, "tune_solver()")
+    if len(prompts) < 6:
+        raise ConfigurationError(f"tuning needs at least 6 prompts (24 or more are recommended), got {len(prompts)}")
+    if towards not in TOWARDS:
+        raise ConfigurationError(f"towards must be one of {', '.join(TOWARDS)}, got {shown(towards)}")
+    several = evaluations if isinstance(evaluations, (list, tuple)) else [evaluations]
+    if not several:
+        raise ConfigurationError("evaluations must be a number or several, got none")
+    return sorted({whole("evaluations", n, 1, LONGEST) for n in several})
+
+
+def _goal(pipe: DiffusionPipeline, towards: str, steps: int) -> tuple[Any, int]:
+    """The scheduler that draws what is wanted, and its number of steps."""
+    if towards == "baseline":
+        return pipe.scheduler, steps
+    fitting = {kind.__name__ for kind in pipe.scheduler.compatibles}
+    if "DPMSolverMultistepScheduler" in fitting and not Conversion(pipe.scheduler).flow:
+        return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config), MANY_STEPS
+    return pipe.scheduler, MANY_STEPS
+
+
+def _chosen(many: int) -> Any:
+    """Which steps of a long trajectory are candidates: the last ones, and of the others one of so many."""
+    every = max(1, round((many - LAST) / (CANDIDATES - LAST)))
+    return lambda i: i >= many - LAST or i % every == 0
+
+
+def _every(_: int) -> bool:
+    return True
+
+
+def _record(pipe: DiffusionPipeline, options: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    """What a solver was made for."""
+    made: dict[str, Any] = dict(describe(pipe))
+    if (scale := options.get("guidance_scale")) is not None:
+        made["guidance_scale"] = [scale, scale]
+    if "height" in options and "width" in options:
+        made["height_width"] = [[options["height"], options["width"]]]
+    return made | numbers

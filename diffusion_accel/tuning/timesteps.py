@@ -1,0 +1,228 @@
+"""Which steps to evaluate: a dynamic programme over what jumps along a reference trajectory leave, then real rollouts.
+
+The error that a jump leaves on the reference trajectory itself, from two evaluations to where it is later, is a
+least-squares residual in the Gram matrix of the recorded clean samples and latents: nothing needs to be run. How much
+of it reaches the result is a profile over the trajectory, which rollouts teach. The sum over the jumps is what the
+programme minimises, for every number of evaluations at once; what it does not know, the search on rollouts corrects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from .fits import by_channel
+from .jumps import Trajectory
+
+RIDGE = 1e-8
+KNOTS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)  # shares of the trajectory at which the profile is adjusted
+STEEPNESS = 6.0  # of the profile before anything was run: an early error counts exp(-6) times as much as a late one
+SMOOTH, NEAR = 0.02, 0.02  # how much a profile is kept smooth, and near the one before
+SHIFTS = (1, -1, 2, -2, 3, -3)
+
+Nodes = tuple[int, ...]
+
+
+def residuals(trajectory: Trajectory, images: Sequence[int], weights: torch.Tensor) -> np.ndarray:
+    """The mean squared error of a jump from node i, with node h evaluated before it, to node j: (M, M, M + 1), at
+    [h, i, j]; at [0, 0, j] that of the first jump. Infinite where h ≥ i or i ≥ j.
+
+    Args:
+        trajectory: with M nodes and the result behind them.
+        images: which images count.
+        weights: of the channels, (C,).
+    """
+    size, which = len(trajectory), list(images)
+    clean = torch.stack([by_channel(y) for y in trajectory.clean[:, which]])  # (M, N, C, positions)
+    latents = torch.stack([by_channel(x) for x in trajectory.latents[:, which]])
+    gram = torch.stack(
+        [_products(torch.cat([clean[:, :, c], latents[:, :, c]]).flatten(1)) for c in range(clean.shape[2])]
+    )
+    share = (weights / weights.sum()).double()
+    count = clean.shape[1] * clean.shape[3]
+    found = np.full((size, size, size + 1), np.inf)
+    goals = torch.arange(size, 2 * size + 1)
+    squares = gram[:, goals, goals]
+    for i in range(size):
+        before = list(range(i)) if i else [0]
+        rows = torch.tensor([[i, h, size + i, size + h] if i else [0, size] for h in before])
+        own = gram[:, rows[:, :, None], rows[:, None, :]]  # (C, h, K, K)
+        scale = own.diagonal(dim1=2, dim2=3).mean(2)[..., None, None]
+        own = own + RIDGE * scale * torch.eye(rows.shape[1], dtype=torch.float64)
+        aims = gram[:, rows][..., goals[i + 1 :]]  # (C, h, K, j)
+        left = squares[:, None, i + 1 :] - (aims * torch.linalg.solve(own, aims)).sum(2)
+        found[before, i, i + 1 :] = torch.einsum("c,chj->hj", share, left.clamp(min=0)).numpy() / count
+    return found
+
+
+def _products(table: torch.Tensor) -> torch.Tensor:
+    """table · tableᵀ in float64, by parts of its columns."""
+    return sum((part.double() @ part.double().T for part in table.split(2**20, 1)), torch.zeros(1).double())
+
+
+def best_nodes(cost: np.ndarray, most: int) -> dict[int, Nodes]:
+    """For every number of evaluations up to `most` the nodes with the smallest sum of costs to the result.
+
+    Args:
+        cost: of each jump, as `residuals` has it.
+        most: evaluations.
+    """
+    size = cost.shape[1]
+    value = np.full((size, size), np.inf)  # of the best way to the last two evaluations (h, i)
+    value[0, 0] = 0.0
+    found: dict[int, Nodes] = {}
+    ways: list[np.ndarray] = []
+    for count in range(1, most + 1):
+        ends = value + cost[:, :, size]
+        if np.isfinite(ends.min()):
+            h, i = np.unravel_index(int(ends.argmin()), ends.shape)
+            found[count] = _way(ways, int(h), int(i))
+        total = value[:, :, None] + cost[:, :, :size]  # h, i -> j
+        ways.append(total.argmin(0))  # for (i, j) the best h
+        value = total.min(0)
+    return found
+
+
+def _way(ways: Sequence[np.ndarray], h: int, i: int) -> Nodes:
+    nodes = [i]
+    for table in reversed(ways):
+        nodes.append(h)
+        h, i = int(table[h, i]), h
+    return tuple(reversed(nodes))
+
+
+class Profile:
+    """How much of a squared error at a node reaches the result, learnt from rollouts.
+
+    Attributes:
+        left: see `residuals`.
+        logarithms: at the knots; 0 at the end.
+    """
+
+    def __init__(self, left: np.ndarray) -> None:
+        self.left, self.size = left, left.shape[1]
+        self.logarithms = np.array([-STEEPNESS * (1 - knot) for knot in KNOTS])
+
+    def weights(self, logarithms: np.ndarray | None = None) -> np.ndarray:
+        """At every node and at the result, (M + 1,)."""
+        own = self.logarithms if logarithms is None else logarithms
+        return np.exp(np.interp(np.arange(self.size + 1), np.array([*KNOTS, 1.0]) * self.size, [*own, 0.0]))
+
+    def cost(self) -> np.ndarray:
+        """Of every jump."""
+        return self.left * self.weights()
+
+    def predicted(self, nodes: Nodes) -> float:
+        """The mean squared error of a rollout."""
+        jumps, ends = self._jumps(nodes)
+        return float(jumps @ self.weights()[ends])
+
+    def learn(self, runs: Iterable[tuple[Nodes, float]]) -> None:
+        """Adjust to rollouts: pairs of nodes and the mean squared error that they had."""
+        seen = [(*self._jumps(nodes), np.log(max(error, 1e-12))) for nodes, error in runs]
+        before = self.logarithms
+
+        def loss(own: np.ndarray) -> float:
+            weights = self.weights(own)
+            off = sum((np.log(max(jumps @ weights[ends], 1e-12)) - error) ** 2 for jumps, ends, error in seen)
+            bends = np.diff(np.append(own, 0.0), 2)
+            return float(off + SMOOTH * (bends**2).sum() + NEAR * ((own - before) ** 2).sum())
+
+        own, least, step = before.copy(), loss(before), 1.0
+        while step > 0.02:
+            moved = False
+            for k in range(len(own)):
+                for change in (step, -step):
+                    other = own.copy()
+                    other[k] = min(0.5, other[k] + change)
+                    if (value := loss(other)) < least:
+                        own, least, moved = other, value, True
+            step = step if moved else step / 2
+        self.logarithms = own
+
+    def _jumps(self, nodes: Nodes) -> tuple[np.ndarray, list[int]]:
+        ends = [*nodes[1:], self.size]
+        before = [0, *nodes[:-1]]
+        return np.array([self.left[h, i, j] for h, i, j in zip(before, nodes, ends, strict=True)]), ends
+
+
+class NodeSearch:
+    """Finds the steps to evaluate, for one number of evaluations or for many.
+
+    Attributes:
+        run: the scores of the images in dB of a rollout with some nodes.
+        profile: what is predicted of rollouts that were not run.
+        known: the scores of all that were.
+    """
+
+    def __init__(self, run: Callable[[Nodes], Sequence[float]], left: np.ndarray) -> None:
+        self.run, self.profile = run, Profile(left)
+        self.known: dict[Nodes, float] = {}
+        self.errors: dict[Nodes, float] = {}
+
+    def score(self, nodes: Nodes) -> float:
+        """How near a rollout comes, in dB; see `nearness`."""
+        if nodes not in self.known:
+            values = np.asarray(self.run(nodes), dtype=float)
+            self.known[nodes], self.errors[nodes] = nearness(values), float(np.mean(10 ** (-values / 10)))
+        return self.known[nodes]
+
+    def rounds(self, sizes: Sequence[int], count: int, go_on: Callable[[], bool]) -> None:
+        """Let the dynamic programme find nodes for each size, run them, learn from that, and so on."""
+        for size in sizes:
+            self.score(evenly(self.profile.size, size))
+        for _ in range(count):
+            self.profile.learn(self.errors.items())
+            found = best_nodes(self.profile.cost(), max(sizes))
+            new = [found[size] for size in sizes if size in found and found[size] not in self.known]
+            for nodes in new:
+                if not go_on():
+                    return
+                self.score(nodes)
+            if not new:
+                return
+
+    def best(self, size: int) -> Nodes:
+        """The best nodes so far."""
+        return max((nodes for nodes in self.known if len(nodes) == size), key=self.known.__getitem__)
+
+    def refine(self, size: int, go_on: Callable[[], bool], told: Callable[[], None] = lambda: None) -> None:
+        """Try what is nearly the same as the best, the most promising first, until nothing is left or it is time."""
+        while go_on():
+            best = self.best(size)
+            self.profile.learn((n, e) for n, e in self.errors.items() if len(n) == size)
+            candidates = [nodes for nodes in neighbours(best, self.profile.size) if nodes not in self.known]
+            if not candidates:
+                return
+            for nodes in sorted(candidates, key=self.profile.predicted)[:4]:
+                if not go_on():
+                    return
+                self.score(nodes)
+                told()
+                if self.known[nodes] > self.known[best]:
+                    break
+
+
+def nearness(decibels: np.ndarray) -> float:
+    """One number for how near images are: the mean of their mean PSNR and of the PSNR of their mean error, in which the
+    bad ones count most."""
+    return float((decibels.mean() - 10 * np.log10(np.mean(10 ** (-decibels / 10)))) / 2)
+
+
+def evenly(size: int, count: int) -> Nodes:
+    """Nodes at equal distances, the first of which is 0."""
+    return tuple(sorted({round(k * size / count) for k in range(count)}))
+
+
+def neighbours(nodes: Nodes, size: int) -> list[Nodes]:
+    """One node moved a little, or two beside each other moved together."""
+    found = set()
+    for k in range(1, len(nodes)):
+        for end in (k + 1, min(k + 2, len(nodes))):
+            for shift in SHIFTS:
+                other = (*nodes[:k], *(n + shift for n in nodes[k:end]), *nodes[end:])
+                if sorted(set(other)) == list(other) and other[1] > 0 and other[-1] < size:
+                    found.add(other)
+    return sorted(found)

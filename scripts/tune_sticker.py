@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Make what ships for the embedded model: two families of plans, and the learned solver.
+
+    python scripts/tune_sticker.py ddim --seconds 900
+    python scripts/tune_sticker.py dpm --seconds 600
+    python scripts/tune_sticker.py solver --seconds 900
+
+Calibrated on captions of the kind the model was trained on and on what people type, in turn (`data/varied_prompts.txt`); a
+third of them measures. Writes into `diffusion_accel/assets`, or into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffusion_accel
+from diffusion_accel.evaluation.prompts import embedded_prompts
+from diffusion_accel.pipelines.schedulers import set_scheduler
+from diffusion_accel.reuse.plan_family import PlanFamily
+
+ASSETS = Path(diffusion_accel.__file__).parent / "assets"
+VARIED = Path(__file__).parent / "data" / "varied_prompts.txt"
+CALL: dict[str, Any] = {"guidance_scale": 3.0, "height": 96, "width": 96}
+# what ships: the scheduler, its steps, the evaluations of the plans, and what some of them are called
+FAMILIES: dict[str, tuple[str, int, dict[int, str]]] = {
+    "ddim": ("ddim", 50, {5: "", 6: "fast", 8: "balanced", 10: "", 14: "quality", 18: ""}),
+    "dpm": ("dpm++", 20, {4: "", 5: "fast", 6: "", 8: "balanced", 11: "quality"}),
+}
+SOLVER = (5, 6, 8, 10, 12)
+
+
+def prompts_to_calibrate(count: int) -> list[str]:
+    """Captions and what people type, in turn."""
+    varied = VARIED.read_text(encoding="utf-8").splitlines()
+    captions = embedded_prompts(count)
+    mixed = [text for pair in zip(captions, varied, strict=False) for text in pair]
+    return (mixed + captions[len(varied) :])[:count]
+
+
+def told(what: str, share: float = 0.0, left: float | None = None) -> None:
+    """Progress, a line each."""
+    print(f"{share:4.0%} {what}" + (f", {left:.0f} s left" if left is not None else ""), flush=True)
+
+
+def main() -> int:
+    """Tune one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=(*FAMILIES, "solver"))
+    parser.add_argument("--seconds", type=float, default=900.0, help="time budget of the search")
+    parser.add_argument("--count", type=int, default=60, help="prompts; a third of them measures")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write into")
+    options = parser.parse_args()
+    pipe: Any = diffusion_accel.load_pipeline("sticker")
+    pipe.set_progress_bar_config(disable=True)
+    common: dict[str, Any] = CALL | {"seconds": options.seconds, "progress": told, "seed": 20_000}
+    prompts = prompts_to_calibrate(options.count)
+    if options.what == "solver":
+        made = diffusion_accel.tune_solver(pipe, prompts, SOLVER, **common)
+        made.save_pretrained(options.out / "solvers" / "sticker")
+        print(made.config.made_for["measured"])
+        return 0
+    scheduler, steps, names = FAMILIES[options.what]
+    set_scheduler(pipe, scheduler)
+    family: Any = diffusion_accel.tune(pipe, prompts, steps=steps, evaluations=tuple(names), **common)
+    members = [replace(plan, name=names.get(plan.evaluations, "")) for plan in family.members]
+    named = PlanFamily.of(members, search=family.search)
+    (options.out / "plans").mkdir(parents=True, exist_ok=True)
+    named.save(options.out / "plans" / f"{options.what}.json", overwrite=True)
+    for plan in named.members:
+        print(plan.name, plan.evaluations, plan.speedup, plan.psnr_median, plan.psnr_worst_decile, plan.psnr_floor)
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
