@@ -5,8 +5,8 @@
     python scripts/tune_sticker.py dpm --seconds 600
     python scripts/tune_sticker.py solver --seconds 900
 
-Calibrated on captions of the kind the model was trained on and on what people type, in turn (`data/varied_prompts.txt`); a
-third of them measures. Writes into `diffusion_accel/assets`, or into --out.
+Calibrated on captions of the kind the model was trained on and on what people type, in turn
+(`data/varied_prompts.txt`); a third of them measures. Writes into `diffusion_accel/assets`, or into --out.
 """
 
 from __future__ import annotations
