@@ -88,6 +88,12 @@ class Conversion:
         return torch.cat([fn(own, x, alpha, sigma), rest], 1)
 
 
+def model_input(scheduler: SchedulerMixin, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+    """The scheduler's latents as the denoiser sees them; most schedulers of flow matching scale nothing."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, timestep)
+
+
 def _scaled(ratio: float) -> tuple[float, float]:
     """α and σ with α² + σ² = 1 from σ/α."""
     alpha = 1 / math.sqrt(1 + ratio**2)

@@ -13,7 +13,7 @@ from diffusers.hooks import ModelHook
 from diffusion_accel.denoisers import called_denoisers, family_of, find_controlnet
 from diffusion_accel.feature import Attachment
 from diffusion_accel.hooks import HookSet
-from diffusion_accel.prediction import Conversion
+from diffusion_accel.prediction import Conversion, model_input
 from diffusion_accel.reuse.needs import unfollowable
 from diffusion_accel.steps import StepClock
 
@@ -180,7 +180,7 @@ class _Run:
         index, decider = self.clock.index, self.decider
         if decider is None:  # no denoiser was called before this step of the scheduler
             return
-        x = self.clock.scheduler.scale_model_input(named["sample"], named["timestep"])
+        x = model_input(self.clock.scheduler, named["sample"], named["timestep"])
         if self.computed:
             decider.computed(index, x, named["model_output"])
         else:

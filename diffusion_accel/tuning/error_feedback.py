@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffusion_accel.prediction import Conversion, converted
+from diffusion_accel.prediction import Conversion, converted, model_input
 from diffusion_accel.reuse.plan import Plan, Step
 
 from .fits import combination, fitted
@@ -55,7 +55,7 @@ class Rollout:
         """Make one step. What lands on the next full one is fitted by channel, others alike for all channels."""
         own, time = self.trajectory, self.scheduler.timesteps[i]
         a, s = own.alphas[i], own.sigmas[i]
-        x = self.scheduler.scale_model_input(self.sample, time)
+        x = model_input(self.scheduler, self.sample, time)
         if full:
             v = self.replay(x, own.times[i], self.images)
             self.seen = self.seen.then(converted("sample", own.kind, v, x, a, s), x)
@@ -69,7 +69,7 @@ class Rollout:
             features = [*clean, *latents]
             centre = [1.0] + [0.0] * (len(features) - 1)
             goal = converted("sample", own.kind, wanted, x, a, s)
-            fit = combination(fitted(features, goal, centre, alike=not lands), len(clean))
+            fit = combination(fitted(features, goal, centre, alike=own.alike or not lands), len(clean))
         value = clean[0] if fit is None else fit.apply(clean, latents)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         mode = "full" if full else "hold"

@@ -2,7 +2,8 @@
 
 A ridge regression around a combination that is known to be sensible: one for all channels or one for each, with more or
 less trust in the images. Which of these is decided by the error on images that were not fitted to, so that few images
-or many channels do not end in weights that hold for these images only.
+or many channels do not end in weights that hold for these images only. Where no fit is better there than the sensible
+combination, that stays.
 """
 
 from __future__ import annotations
@@ -77,20 +78,18 @@ def fitted_moments(moments: Moments, middle: torch.Tensor, alike: bool = False) 
     """The same from the moments of every image."""
     images, channels = moments.square.shape
     everything = torch.arange(images)
-    kinds = [(shared, ridge) for shared in (False, True)[alike or channels > MOST_CHANNELS :] for ridge in RIDGES]
-    folds = [(everything[everything % 2 == k], everything[everything % 2 != k]) for k in (0, 1)]
     if images < 4:
-        shared, ridge = True, RIDGES[-1]
-    else:
-        losses = []
-        for shared, ridge in kinds:
-            loss = torch.zeros((), dtype=torch.float64)
-            for inside, outside in folds:
-                weights = moments.summed(inside, shared).solved(middle, ridge)
-                loss += moments.summed(outside, False).error(weights)
-            losses.append(float(loss))
-        shared, ridge = kinds[min(range(len(kinds)), key=losses.__getitem__)]
-    return moments.summed(everything, shared).solved(middle, ridge)
+        return moments.summed(everything, True).solved(middle, RIDGES[-1])
+    kinds = [(shared, ridge) for shared in (False, True)[alike or channels > MOST_CHANNELS :] for ridge in RIDGES]
+    losses = [0.0] * len(kinds)
+    for k in (0, 1):
+        inside, outside = everything[everything % 2 == k], moments.summed(everything[everything % 2 != k], False)
+        for n, (shared, ridge) in enumerate(kinds):
+            losses[n] += float(outside.error(moments.summed(inside, shared).solved(middle, ridge)))
+    best = min(range(len(kinds)), key=losses.__getitem__)
+    if losses[best] > float(moments.summed(everything, False).error(middle[None])):
+        return middle[None].clone()
+    return moments.summed(everything, kinds[best][0]).solved(middle, kinds[best][1])
 
 
 def combination(weights: torch.Tensor, count: int) -> Combination:

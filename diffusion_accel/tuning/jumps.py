@@ -35,6 +35,7 @@ class Trajectory:
         latents: (M + 1, N, C, …), as the denoiser sees them.
         clean: the clean samples that its predictions mean, (M, N, C, …).
         kind: what the denoiser predicts, as `prediction.converted` has it.
+        alike: whether jumps are fitted alike for all channels, since it is not known which dimension has them.
     """
 
     times: list[float]
@@ -43,6 +44,7 @@ class Trajectory:
     latents: torch.Tensor
     clean: torch.Tensor
     kind: str
+    alike: bool = False
 
     @classmethod
     def of(cls, recording: Recording, conversion: Conversion) -> Trajectory:
@@ -59,6 +61,7 @@ class Trajectory:
             torch.cat([recording.latents, recording.result[None]]),
             torch.stack(clean),
             conversion.kind,
+            not recording.channelwise,
         )
 
     def __len__(self) -> int:
@@ -74,6 +77,7 @@ class Trajectory:
             self.latents[ends],
             self.clean[list(nodes)],
             self.kind,
+            self.alike,
         )
 
 
@@ -171,7 +175,7 @@ class Jumps:
         return -10 * torch.log10((error / len(self.weights)).clamp(min=CEILING)).double()
 
     def _jump(self, seen: Seen, start: int, end: int) -> torch.Tensor:
-        return fitted(seen.features, self.goals[end], seen.centre(self.trajectory, start, end))
+        return fitted(seen.features, self.goals[end], seen.centre(self.trajectory, start, end), self.trajectory.alike)
 
     def _keep(self, nodes: tuple[int, ...], state: tuple[Seen, tuple[torch.Tensor, ...]]) -> None:
         self._kept[nodes] = state

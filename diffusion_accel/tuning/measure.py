@@ -16,6 +16,7 @@ from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import call_arguments
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import seconds_of
+from diffusion_accel.prediction import model_input
 from diffusion_accel.progress import Progress
 from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.reuse.recorded import forecasts_of
@@ -223,7 +224,7 @@ def record(sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     seen: list[torch.Tensor] = []
 
     def note(named: dict[str, Any]) -> None:
-        x = clock.scheduler.scale_model_input(named["sample"], named["timestep"])
+        x = model_input(clock.scheduler, named["sample"], named["timestep"])
         predicted = named["model_output"]
         if predicted.shape[1] > x.shape[1]:
             predicted = predicted[:, : x.shape[1]]  # a learned variance behind it

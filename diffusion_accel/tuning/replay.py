@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from diffusion_accel.denoisers import called_denoisers, family_of, prediction, t
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import HookSet, as_given, bind_forward, map_tensors
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.prediction import model_input
 from diffusion_accel.reuse.rows import NOT_ROWS, sample_of
 from diffusion_accel.reuse.snapshot import Arguments
 from diffusion_accel.steps import StepClock
@@ -31,9 +32,25 @@ _STEP = ("model_output", "timestep", "sample")  # of a scheduler's step
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}  # of a sum of outputs, relative; others: 0.05
 
 
-def own_channels(value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """The channels of a denoiser's output that are about the latents; behind them may be a learned variance."""
-    return value.narrow(channel_dim(latents), 0, latents.shape[channel_dim(latents)])
+def own_part(value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+    """The part of what a denoiser is given, or returns, that is about the latents; None if there is none.
+
+    Behind it may be other channels (a mask, a learned variance) or other tokens (a reference image).
+    """
+    longer = dims_beyond(value, latents)
+    if longer is None:
+        return None
+    return value if longer < 0 else value.narrow(longer, 0, latents.shape[longer])
+
+
+def dims_beyond(value: torch.Tensor, latents: torch.Tensor) -> int | None:
+    """The dimension in which a tensor goes on behind the latents: -1: in none; None: it is of another shape."""
+    if value.dim() != latents.dim():
+        return None
+    differ = [d for d in range(1, value.dim()) if value.shape[d] != latents.shape[d]]
+    if not differ:
+        return -1
+    return differ[0] if len(differ) == 1 and value.shape[differ[0]] > latents.shape[differ[0]] else None
 
 
 @dataclass
@@ -75,18 +92,22 @@ class CallOfDenoiser:
         chosen = torch.tensor(rows, device=x.device)
 
         def some(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.index_select(0, chosen) if tensor.dim() and tensor.shape[0] == self.rows else tensor
+            if not tensor.dim() or not tensor.shape[0] or tensor.shape[0] % self.rows:
+                return tensor
+            return tensor.unflatten(0, (self.rows, -1)).index_select(0, chosen).flatten(0, 1)  # of each frame, too
 
         named = {k: v if k in NOT_ROWS else map_tensors(some, v) for k, v in self.named.items()}
         given = self.named[self.latents]
         latents = x.repeat(self.branches, *[1] * (x.dim() - 1)).to(given.dtype)
-        dim, own = channel_dim(x), x.shape[channel_dim(x)]
-        if given.shape[dim] > own:  # inpainting: a mask and masked latents behind them
+        dim = dims_beyond(given, x)
+        if dim is not None and dim > 0:  # inpainting: a mask and masked latents behind them
+            own = x.shape[dim]
             rest = named[self.latents].narrow(dim, own, given.shape[dim] - own)
             latents = torch.cat([latents, rest], dim)
         named |= {self.latents: latents, self.time: self._time(named[self.time], told)}
         args, keywords = as_given(self.module, self.args, named)
-        output = own_channels(prediction(self.module(*args, **keywords)), x)
+        output = own_part(prediction(self.module(*args, **keywords)), x)
+        assert output is not None  # it was when it was recorded
         return list(output.float().chunk(self.branches))
 
     def _time(self, like: Any, told: float) -> Any:
@@ -113,8 +134,10 @@ class _Watch(ModelHook):
 class _Tape:
     """What is seen of one call of the pipeline, for some images."""
 
-    def __init__(self, clock: StepClock, kept: Callable[[int], bool]) -> None:
-        self.clock, self.kept = clock, kept
+    def __init__(self, clock: StepClock, kept: Callable[[int], bool], images: int) -> None:
+        self.clock, self.kept, self.images = clock, kept, images
+        self.several = False  # whether the scheduler has each image more than once
+        self.noise: torch.Tensor | None = None  # the state of torch's own generator before the step
         self.calls: list[CallOfDenoiser] = []
         self.place = 0  # of the next call of the denoiser within its step
         self.outputs: list[torch.Tensor] = []
@@ -128,48 +151,84 @@ class _Tape:
         self.extra: dict[str, Any] = {}
         self.sums: list[tuple[np.ndarray, np.ndarray, float]] = []
         self.last: torch.Tensor | None = None
+        self.rest: list[torch.Tensor | None] = []  # what a denoiser is given behind the latents
         self.reason = ""
+
+    def refuse(self, reason: str) -> None:
+        """Note why nothing can be repeated; the first reason stays."""
+        self.reason = self.reason or reason
 
     def note(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """A call of a denoiser."""
         latents, time = "sample" if "sample" in named else "hidden_states", time_argument(named) or ""
+        if not isinstance(named.get(latents), torch.Tensor) or named.get(time) is None:
+            self.refuse("its denoiser is told no latents or no timestep")
+            return
         rest = {k: v for k, v in named.items() if k not in (latents, time)}
         self.inputs.append(sample_of(named).detach())
         told = named[time]
         values = told.flatten().unique().tolist() if isinstance(told, torch.Tensor) else [float(told)]
         if len(values) > 1:
-            self.reason = self.reason or "its timesteps differ within a call"
+            self.refuse("its timesteps differ within a call")
         if len(self.calls) <= self.place:
             if self.times:
-                self.reason = self.reason or "it calls its denoiser more often at later steps"
+                self.refuse("it calls its denoiser more often at later steps")
             call = CallOfDenoiser(module, args, named, latents, time, 1, arguments=Arguments(rest))
             self.calls.append(call)
         call = self.calls[self.place]
-        if self.times and (call.arguments is None or not call.arguments.same(rest)):
-            self.reason = self.reason or "its denoiser is told something else at every step"
+        if module is not call.module or (call.latents, call.time) != (latents, time):
+            self.refuse("it has two denoisers")
+        elif self.times and (call.arguments is None or not call.arguments.same(rest)):
+            self.refuse("its denoiser is told something else at every step")
         call.told.append(float(values[0]))
         self.place += 1
         self.outputs.append(prediction(output).detach())
 
     def step(self, named: dict[str, Any]) -> None:
         """What the scheduler is given."""
-        x = self.clock.scheduler.scale_model_input(named["sample"], named["timestep"])
-        predicted = own_channels(named["model_output"], x).detach()
+        named = self._once(named)
+        x = model_input(self.clock.scheduler, named["sample"], named["timestep"])
+        predicted = own_part(named["model_output"], x)
+        if predicted is None:
+            self.refuse("its scheduler is given something else than its latents")
+            predicted = x
+        predicted = predicted.detach()
         if not self.times:
-            for call in self.calls:
-                call.images = x.shape[0]
-            self.scheduler = copy.deepcopy(self.clock.scheduler)
-            self.extra = {k: v for k, v in named.items() if k not in (*_STEP, "generator", "return_dict")}
-            if named["model_output"].shape != x.shape:
-                self.reason = self.reason or "its scheduler is given a variance as well"
+            self._begin(named, x)
+        elif self.last is not None and not _near(named["sample"], self.last):
+            self.refuse("it changes its latents between the scheduler's steps")
         if self.place != len(self.calls) or any(i.shape[0] % x.shape[0] for i in self.inputs):
-            self.reason = self.reason or "its denoiser is not called for all branches of guidance at every step"
+            self.refuse("its denoiser is not called for all branches of guidance at every step")
         elif not self.reason:
             self._sum(x, predicted)
         self.times.append(float(named["timestep"]))
+        self.noise = torch.get_rng_state()
         if self.kept(len(self.times) - 1):
             self._keep(named, x, predicted)
         self.place, self.outputs, self.inputs = 0, [], []
+
+    def _once(self, named: dict[str, Any]) -> dict[str, Any]:
+        """The same for each image once, where a scheduler steps with both branches of guidance (DiT)."""
+        sample, output = named["sample"], named["model_output"]
+        if not self.times:
+            first = sample[: self.images]
+            several = sample.shape[0] // self.images if sample.shape[0] % self.images == 0 else 1
+            self.several = several > 1 and torch.equal(sample, first.repeat(several, *[1] * (sample.dim() - 1)))
+        if not self.several:
+            return named
+        copies = sample.shape[0] // self.images
+        sample, output = sample[: self.images], output[: self.images]
+        if not torch.equal(named["model_output"], output.repeat(copies, *[1] * (output.dim() - 1))):
+            self.refuse("it predicts something else for the branches of guidance")
+        return {**named, "sample": sample, "model_output": output}
+
+    def _begin(self, named: dict[str, Any], x: torch.Tensor) -> None:
+        for call in self.calls:
+            call.images = x.shape[0]
+        self.scheduler = copy.deepcopy(self.clock.scheduler)
+        self.extra = {k: v for k, v in named.items() if k not in (*_STEP, "generator", "return_dict")}
+        if named["model_output"].shape != x.shape:
+            self.refuse("its scheduler is given a variance as well")
 
     def _keep(self, named: dict[str, Any], x: torch.Tensor, predicted: torch.Tensor) -> None:
         generators = named.get("generator")
@@ -182,19 +241,27 @@ class _Tape:
 
     def _sum(self, x: torch.Tensor, predicted: torch.Tensor) -> None:
         parts: list[torch.Tensor] = []
-        for given, output in zip(self.inputs, self.outputs, strict=True):
+        for n, (given, output) in enumerate(zip(self.inputs, self.outputs, strict=True)):
             branches = given.shape[0] // x.shape[0]
-            own = given.narrow(channel_dim(x), 0, x.shape[channel_dim(x)])
-            if not torch.allclose(own, x.repeat(branches, *[1] * (x.dim() - 1)).to(own.dtype), rtol=1e-2, atol=1e-3):
-                self.reason = self.reason or "its denoiser is given other latents than the scheduler's"
-            parts += list(own_channels(output, x).float().chunk(branches))
+            own, said, dim = own_part(given, x), own_part(output, x), dims_beyond(given, x)
+            if own is None or said is None or not _near(own, x.repeat(branches, *[1] * (x.dim() - 1))):
+                self.refuse("its denoiser is given other latents than the scheduler's")
+                return
+            rest = given.narrow(dim, x.shape[dim], given.shape[dim] - x.shape[dim]) if dim and dim > 0 else None
+            if not self.times:
+                self.rest.append(None if rest is None else rest.clone())
+            elif rest is not None and not torch.equal(rest, self.rest[n]):
+                self.refuse("its denoiser is told something else at every step")
+            parts += list(said.float().chunk(branches))
         table = torch.stack([part.flatten() for part in (*parts, predicted.float())]).double()
         products = (table @ table.T).cpu().numpy()
         self.sums.append((products[:-1, :-1], products[:-1, -1], float(products[-1, -1])))
 
     def after(self, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler makes of it."""
-        self.last = sample.detach().float().cpu()
+        if self.noise is not None and not torch.equal(self.noise, torch.get_rng_state()):
+            self.refuse("its scheduler draws noise that is not the images' own")
+        self.last = (sample[: self.images] if self.several else sample).detach().float().cpu()
         return sample
 
     def shares(self, dtype: torch.dtype) -> list[float]:
@@ -207,10 +274,14 @@ class _Tape:
         for own, aim, whole in self.sums:
             left = max(0.0, whole - 2 * found @ aim + found @ own @ found)
             if left > (TOLERANCE.get(dtype, 0.05) ** 2) * max(whole, 1e-12):
-                self.reason = (
-                    self.reason or "what it gives its scheduler is not the same sum of predictions at every step"
-                )
+                self.refuse("what it gives its scheduler is not the same sum of predictions at every step")
         return [float(v) for v in found]
+
+
+def _near(given: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    a, b = given.float().cpu(), wanted.float().cpu()
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-3)
 
 
 @dataclass(frozen=True)
@@ -229,6 +300,7 @@ class Recording:
         draws: the states of the images' generators before each step; empty if it is given none.
         tapes: a part of the images each, with what their outputs count; empty if `reason` is not.
         reason: why the denoiser cannot be called without the pipeline; empty if it can.
+        channelwise: whether the channels of the latents are where `combination.channel_dim` has them.
     """
 
     times: list[float]
@@ -243,6 +315,7 @@ class Recording:
     tapes: list[tuple[list[CallOfDenoiser], list[float]]]
     reason: str
     device: torch.device
+    channelwise: bool = True
 
     def __len__(self) -> int:
         return len(self.times)
@@ -317,11 +390,11 @@ def record(sampler: Sampler, kept: Callable[[int], bool] = lambda _: True) -> tu
     tapes, images = [], []
     for start, end in sampler.chunks():
         clock = StepClock(sampler.pipe)
-        tape = _Tape(clock, kept)
+        tape = _Tape(clock, kept, end - start)
         clock.on_step(before=tape.step, after=tape.after)
         hooks = HookSet("diffusion_accel.replay")
-        clock.start([])
         try:
+            clock.start([])
             for denoiser in called_denoisers(sampler.pipe):
                 hooks.add(denoiser, _Watch(tape))
             images.append(sampler.call(start, end))
@@ -334,12 +407,14 @@ def record(sampler: Sampler, kept: Callable[[int], bool] = lambda _: True) -> tu
         raise UnsupportedPipelineError(
             f"{type(sampler.pipe).__name__} calls its scheduler {len(tapes[0].times)} times for {len(known)} timesteps"
         )
-    dtype = tapes[0].calls[0].named[tapes[0].calls[0].latents].dtype
+    if not tapes[0].calls:
+        raise UnsupportedPipelineError(f"{type(sampler.pipe).__name__} calls no denoiser that is known")
+    given = tapes[0].calls[0].named[tapes[0].calls[0].latents]
     if len(called_denoisers(sampler.pipe)) > 1:
-        tapes[0].reason = tapes[0].reason or "it has two denoisers"
+        tapes[0].refuse("it has two denoisers")
     if family_of(sampler.pipe).views:
-        tapes[0].reason = tapes[0].reason or "it denoises an image in views"
-    shares = [tape.shares(dtype) if not tape.reason else [] for tape in tapes]
+        tapes[0].refuse("it denoises an image in views")
+    shares = [tape.shares(given.dtype) if not tape.reason else [] for tape in tapes]
     reason = next((tape.reason for tape in tapes if tape.reason), "")
     last = [tape.last for tape in tapes if tape.last is not None]
     latents = torch.cat([torch.stack(tape.latents) for tape in tapes], 1)
@@ -357,6 +432,40 @@ def record(sampler: Sampler, kept: Callable[[int], bool] = lambda _: True) -> tu
         draws,
         [] if reason else [(tape.calls, share) for tape, share in zip(tapes, shares, strict=True)],
         reason,
-        tapes[0].calls[0].named[tapes[0].calls[0].latents].device,
+        given.device,
+        channelwise(tapes[0].calls[0].module, latents[0]),
     )
-    return recording, torch.cat(images)
+    return (recording if reason else _checked(recording, given.dtype)), torch.cat(images)
+
+
+def channelwise(denoiser: nn.Module, latents: torch.Tensor) -> bool:
+    """Whether the channels of latents are where `combination.channel_dim` has them.
+
+    They are not in videos whose frames come first, (B, F, C, H, W), nor in sound, (B, C, L).
+    """
+    config = getattr(denoiser, "config", {})
+    known = {config.get("in_channels"), config.get("out_channels")}
+    own = channel_dim(latents)
+    if latents.dim() in (3, 5):
+        other = 1 if latents.dim() == 3 else 2
+        return latents.shape[own] in known and latents.shape[other] not in known
+    return latents.dim() == 4
+
+
+def _checked(recording: Recording, dtype: torch.dtype) -> Recording:
+    """With a reason if predictions that are repeated, for some of the images each time, are not those recorded."""
+    replay, total = Replay(recording), len(recording)
+    for step, part in ((total // 2, slice(0, None, 2)), ((total - 1) * 3 // 4, slice(1, None, 2))):
+        which = list(range(recording.images))[part]
+        if not which:
+            continue
+        again, wanted = (
+            replay(recording.latents[step][which], recording.times[step], which),
+            recording.predictions[step][which],
+        )
+        off = (again - wanted).flatten(1).pow(2).mean(1) > TOLERANCE.get(dtype, 0.05) ** 2 * wanted.flatten(1).pow(
+            2
+        ).mean(1)
+        if bool(off.any()):
+            return replace(recording, tapes=[], reason="its denoiser does not say the same when it is asked again")
+    return recording

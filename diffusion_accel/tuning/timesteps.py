@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
-from .fits import by_channel
+from .fits import MOST_CHANNELS, by_channel
 from .jumps import Trajectory
 
 RIDGE = 1e-8
@@ -37,6 +37,12 @@ def residuals(trajectory: Trajectory, images: Sequence[int], weights: torch.Tens
     size, which = len(trajectory), list(images)
     clean = torch.stack([by_channel(y) for y in trajectory.clean[:, which]])  # (M, N, C, positions)
     latents = torch.stack([by_channel(x) for x in trajectory.latents[:, which]])
+    if trajectory.alike or clean.shape[2] > MOST_CHANNELS:  # as `fits` does
+        clean, latents, weights = (
+            clean.flatten(2).unsqueeze(2),
+            latents.flatten(2).unsqueeze(2),
+            torch.ones(1),
+        )
     gram = torch.stack(
         [_products(torch.cat([clean[:, :, c], latents[:, :, c]]).flatten(1)) for c in range(clean.shape[2])]
     )
