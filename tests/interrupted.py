@@ -101,6 +101,15 @@ def searching(folder: Path) -> None:
     _replace("diffusion_accel.tuning.tuner.tune", search)
 
 
+def learning(folder: Path) -> None:
+    def learn(*_: Any, state: Path, **__: Any) -> None:
+        state.write_text("{}\n")
+        arrive(folder)
+
+    _replace("diffusion_accel.cli.session.open_for", mock.MagicMock())
+    _replace("diffusion_accel.tuning.solver.tune_solver", learn)
+
+
 def quantizing(folder: Path) -> None:
     def quantize(*_: Any, output: Path, **__: Any) -> None:
         output.with_name(f"{output.name}.work").mkdir()
@@ -123,7 +132,8 @@ def nobody_reads(folder: Path) -> None:
 
 
 MOMENTS: dict[str, Callable[[Path], None]] = {
-    f.__name__: f for f in (loading, second_image, ignoring_hangups, searching, quantizing, any_moment, nobody_reads)
+    f.__name__: f
+    for f in (loading, second_image, ignoring_hangups, searching, learning, quantizing, any_moment, nobody_reads)
 }
 
 

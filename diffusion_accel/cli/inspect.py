@@ -1,4 +1,4 @@
-"""`inspect`: what a quantized checkpoint or a file of tuned plans holds."""
+"""`inspect`: what a quantized checkpoint, a file of tuned plans or a learned solver holds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from diffusion_accel.errors import ModelLoadError
+from diffusion_accel.io import is_there
 from diffusion_accel.pipelines.quantizers import checkpoint_folder
 from diffusion_accel.quant.spec import LayerSpec
 from diffusion_accel.quant.stored import Tensor, read_config, verify
 from diffusion_accel.reuse.plan_names import is_tuned
+from diffusion_accel.schedulers.solver import FILE
 
 from .common_options import AsJson
-from .plan_table import show_plans
+from .plan_table import show_plans, show_solver
 from .terminal import console, note, say
 
 PARTS = (  # of a layer in the file
@@ -30,15 +32,18 @@ def inspect(
         str,
         typer.Argument(
             metavar="FOLDER|FILE",
-            help="A folder that `quantize` wrote, or its unet or transformer; a .json file of tuned plans; tuned:NAME.",
+            help="A folder that `quantize` wrote, or its unet or transformer; what `tune` wrote; tuned:NAME.",
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
     """Show the layers of a quantized checkpoint: bits, sizes, rounding error, sensitivity; or what was measured of
-    tuned plans."""
+    tuned plans or of a learned solver."""
     if is_tuned(folder) and not Path(folder).is_dir():
         show_plans(folder, as_json)
+        return
+    if is_there(Path(folder) / FILE, "file"):
+        show_solver(Path(folder), as_json)
         return
     if not Path(folder).is_dir():
         raise ModelLoadError(f"no such folder: {folder}")

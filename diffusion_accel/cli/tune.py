@@ -1,9 +1,11 @@
-"""`tune`: search the reuse plan of a pipeline and write it as a file."""
+"""`tune`: search the reuse plan of a pipeline, or learn its solver, and write it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +14,16 @@ import typer
 import diffusion_accel as api
 from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
-from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.request import LIMITS
-from diffusion_accel.outputs import check_free, output_path
-from diffusion_accel.pipelines.schedulers import check_scheduler, scheduler_for
+from diffusion_accel.errors import ConfigurationError, OutputError
+from diffusion_accel.generation.request import LIMITS, Bounds
+from diffusion_accel.io import is_there, replacing
+from diffusion_accel.outputs import check_free, check_writable, output_path
+from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps, scheduler_for
 from diffusion_accel.reuse.plan_family import PlanFamily
+from diffusion_accel.reuse.plan_file import TunedPlan
+from diffusion_accel.schedulers.solver import FILE as SOLVER_FILE
 from diffusion_accel.tuning.state import forget_search, read_search, search_files
-from diffusion_accel.tuning.target import Target
+from diffusion_accel.tuning.target import LONGEST, TOWARDS, Target
 
 from .common_options import (
     AllowPickle,
@@ -40,17 +45,19 @@ from .common_options import (
     count_option,
     in_panels,
     number,
+    one_of,
     settings_of,
 )
-from .plan_table import show_plans
+from .plan_table import show_plans, show_solver
 from .prompts import texts_of
 from .terminal import Bar, say
 
 if TYPE_CHECKING:
-    from diffusion_accel import TunedPlan
+    from diffusion_accel import LearnedMultistepScheduler
 
 _PANELS = {
     "Target (one of them, or none)": "speedup min_psnr",
+    "A learned solver": "evaluations towards",
     "Prompts": "prompts_file count seed",
     "What the plan is for": "steps guidance_scale scheduler width height",
     "Search": "try_steps try_scheduler batch budget restart",
@@ -60,11 +67,26 @@ _PANELS = {
 
 @in_panels(_PANELS)
 def tune(
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The plan to write, a .json file.")],
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FILE|FOLDER", help="A .json file, or the folder of a learned solver."),
+    ],
     model: Model = None,
     speedup: Annotated[float | None, typer.Option(help="The best fidelity at this speed-up. (above 1)")] = None,
     min_psnr: Annotated[
         float | None, typer.Option(help="The highest speed-up at this median PSNR. (5 to 80 dB)")
+    ] = None,
+    evaluations: Annotated[
+        list[int] | None,
+        number("Learn a solver of so many evaluations; repeatable.", Bounds(1, LONGEST, f"1 to {LONGEST}")),
+    ] = None,
+    towards: Annotated[
+        str | None,
+        one_of(
+            "What a solver is to draw: the converged image, or what the pipeline draws with --steps.",
+            TOWARDS,
+            show_default=TOWARDS[0],
+        ),
     ] = None,
     prompts_file: PromptsFile = None,
     count: Annotated[int, count_option(6)] = 24,  # the search needs some, and others to test what it found
@@ -91,30 +113,23 @@ def tune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find out which steps a pipeline must compute: writes a plan for --reuse.
+    """Find out which steps a pipeline must compute: writes a plan for --reuse, or learns a solver for --scheduler.
 
-    With --speedup or --min-psnr it is one plan, without both a family: plans for every speed in one file. It is valid
-    for this model, scheduler and number of steps. An interrupted search goes on from where it was when it is called
-    again; what lies between is kept in FILE.search.
+    With --speedup or --min-psnr it is one plan, without both a family: plans for every speed in one file. With
+    --evaluations it is a solver where -o is a folder, and a family of plans and solvers where it is a .json file. All
+    are valid for this model, scheduler and number of steps. An interrupted search goes on from where it was when it is
+    called again; what lies between is kept beside the output, with .search behind its name.
     """
     options = locals()
-    if not output.endswith(".json"):
-        raise ConfigurationError(f"--output must end in .json, got {output}")
-    check_free([output_path(output)], overwrite)
-    state, begun = Path(f"{output}.search"), not restart
-
-    def how_to_go_on() -> str:
-        kept = begun and Path(output) not in interrupts.finished() and any(state.parent.glob(f"{state.name}*"))
-        return f"call it again to go on from here ({state})" if kept else interrupts.names()
-
-    interrupts.explain(how_to_go_on)
+    wish = _wish(options)
+    interrupts.explain(wish.how_to_go_on)
     settings, source = settings_of(options)
+    check_steps(settings.scheduler, source, settings.steps or 50)
     texts = texts_of(prompts_file, count, source)
     for name in try_scheduler or []:
         check_scheduler(name)
-    Target(speedup, min_psnr)
     if not restart:
-        for file in search_files(state):
+        for file in search_files(wish.state):
             read_search(file)
 
     from .session import check_machine, open_for  # heavy: torch, diffusers
@@ -123,36 +138,132 @@ def tune(
     if not texts and condition_of(pipe) == PROMPT:
         raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
     others = tuple(scheduler_for(pipe, name) for name in try_scheduler or [])
-    begun = True
+    wish.begun = True
     if restart:
-        forget_search(state)
+        forget_search(wish.state)
+    call = {
+        "steps": settings.steps or 50,
+        "seed": seed,
+        "guidance_scale": settings.guidance_scale,
+        "height": settings.height,
+        "width": settings.width,
+        "batch": batch,
+    }
     with closing(Bar(quiet)) as bar:
-        plan = api.tune(
-            pipe,
-            texts or usual_texts(pipe, count),
-            steps=settings.steps or 50,
-            seed=seed,
-            guidance_scale=settings.guidance_scale,
-            height=settings.height,
-            width=settings.width,
-            speedup=speedup,
-            min_psnr=min_psnr,
-            seconds=budget,
-            batch=batch,
-            state=state,
-            progress=bar,
-            try_steps=tuple(try_steps or ()),
-            try_schedulers=others,
-        )
+        found = _searched(wish, bar, pipe, texts or usual_texts(pipe, count), budget, call, others)
     with interrupts.undivided():
-        plan.save(Path(output), overwrite)
-        forget_search(state)
-    if isinstance(plan, PlanFamily):
+        if isinstance(found, (TunedPlan, PlanFamily)):
+            found.save(wish.path, overwrite)
+        else:
+            with replacing(wish.path) as temporary:  # as `save_pretrained` writes it
+                temporary.write_text(found.to_json_string(), encoding="utf-8")
+        forget_search(wish.state)
+    _show(wish, output, found, as_json)
+
+
+@dataclass
+class _Wish:
+    """What is to be made.
+
+    Attributes:
+        target: of plans.
+        evaluations: of solvers; empty: none.
+        towards: what they are to draw.
+        alone: only a solver, no plans.
+        try_steps: fewer steps that a plan may use.
+        path: the file to write.
+        state: the file that keeps the search.
+        begun: whether what is in `state` is of use.
+    """
+
+    target: Target
+    evaluations: list[int]
+    towards: str
+    alone: bool
+    try_steps: tuple[int, ...]
+    path: Path
+    state: Path
+    begun: bool
+
+    def how_to_go_on(self) -> str:
+        """What an interrupt says."""
+        kept = self.begun and self.path not in interrupts.finished() and bool(search_files(self.state))
+        return f"call it again to go on from here ({self.state})" if kept else interrupts.names()
+
+
+def _wish(options: dict[str, Any]) -> _Wish:
+    """What the options ask for. Raises `ConfigurationError` or `OutputError` for what cannot be made."""
+    output, sizes = options["output"], options["evaluations"] or []
+    target = Target(options["speedup"], options["min_psnr"])
+    path, alone = output_path(output), bool(sizes) and not output.endswith(".json")
+    if sizes and not target.is_family:
+        raise ConfigurationError(
+            "--evaluations cannot be combined with --speedup or --min-psnr: these ask for one plan of the pipeline's "
+            "own scheduler, --evaluations for a solver; call it once for each, or leave them out for a family of both"
+        )
+    if options["towards"] is not None and not sizes:
+        raise ConfigurationError("--towards needs --evaluations: it says what a learned solver is to draw")
+    if target.is_family and (options["try_steps"] or options["try_scheduler"]):
+        raise ConfigurationError(
+            "--try-steps and --try-scheduler need --speedup or --min-psnr: only the search of one plan tries others"
+        )
+    if alone:
+        if is_there(path, "file"):
+            raise OutputError(f"{path} is a file; a solver needs a folder, plans and solvers together a .json file")
+        path = path / SOLVER_FILE
+        check_writable(path.parent)
+    elif not output.endswith(".json"):
+        raise ConfigurationError(f"--output must end in .json, got {output}")
+    check_free([path], options["overwrite"])
+    state = Path(f"{Path(output)}.search")
+    tried = tuple(options["try_steps"] or ())
+    return _Wish(target, sizes, options["towards"] or TOWARDS[0], alone, tried, path, state, not options["restart"])
+
+
+def _searched(
+    wish: _Wish, bar: Bar, pipe: Any, texts: Sequence[str], budget: float, call: dict[str, Any], others: tuple[Any, ...]
+) -> TunedPlan | PlanFamily | LearnedMultistepScheduler:
+    """The plan, the family or the solver; of a family with solvers each has half of the time."""
+    both = bool(wish.evaluations) and not wish.alone
+    share = 0.5 if both else 1.0
+    solver = None
+    if wish.evaluations:
+        solver = api.tune_solver(
+            pipe,
+            texts,
+            wish.evaluations,
+            towards=wish.towards,
+            seconds=budget * share,
+            state=Path(f"{wish.state}.1") if both else wish.state,
+            progress=lambda what, done=0.0, left=None: bar(what, share * done, left),
+            **call,
+        )
+        if wish.alone:
+            return solver
+    plan = api.tune(
+        pipe,
+        texts,
+        speedup=wish.target.speedup,
+        min_psnr=wish.target.min_psnr,
+        seconds=budget * share,
+        state=wish.state,
+        progress=lambda what, done=0.0, left=None: bar(what, 1 - share + share * done, left),
+        try_steps=wish.try_steps,
+        try_schedulers=others,
+        **call,
+    )
+    return plan.with_solvers(solver) if isinstance(plan, PlanFamily) and solver is not None else plan
+
+
+def _show(wish: _Wish, output: str, found: TunedPlan | PlanFamily | LearnedMultistepScheduler, as_json: bool) -> None:
+    if isinstance(found, PlanFamily):
         show_plans(output, as_json)
+    elif not isinstance(found, TunedPlan):
+        show_solver(wish.path.parent, as_json)
     elif as_json:
-        typer.echo(json.dumps({"file": output, "measured": plan.measured, "search": plan.search}))
+        typer.echo(json.dumps({"file": output, "measured": found.measured, "search": found.search}))
     else:
-        show(output, plan)
+        show(output, found)
 
 
 def show(output: str, plan: TunedPlan) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffusion_accel._version import __version__
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import printable, replacing, shown
+from diffusion_accel.schedulers.in_family import apart
 
 from .auto import Auto
 from .plan import Kinds, Plan, PlanSource
@@ -21,6 +22,8 @@ from .plan_names import may_name, names_of, shipped_families, text_of_member
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
 
 MOST = 64  # plans, and solvers, of a family
 SOLVER_LIMIT = 2**20  # characters of a solver's JSON
@@ -37,7 +40,7 @@ class PlanFamily(PlanSource):
         members: plans with the same conditions; they are kept by speed-up, the slowest first. Each has a measured
             speed-up, median and worst decile; a name of its own, such as "balanced", or none.
         conditions: those of every member, see `TunedPlan`.
-        solvers: learned solvers by name, each {"config": …, "measured": …}; opaque here.
+        solvers: learned solvers by name, each {"config": …, "measured": …}; see `with_solvers`.
         search: how the family was found.
         origin: what it was loaded by, a path or "tuned:NAME"; empty: it was made here.
     """
@@ -142,6 +145,13 @@ class PlanFamily(PlanSource):
         named = [replace(plan, origin="", name=name) for plan, name in zip(plans, names, strict=False)]
         named += [replace(plan, origin="") for plan in plans[len(names) :]]
         return cls(tuple(named), plans[0].conditions, solvers or {}, search or {})
+
+    def with_solvers(self, scheduler: LearnedMultistepScheduler) -> PlanFamily:
+        """This family and the solvers of a learned scheduler, by their numbers of evaluations, in one file.
+
+        `--scheduler FILE` and `AcceleratedPipeline.from_pretrained(..., scheduler=FILE)` take them from there.
+        """
+        return replace(self, solvers=self.solvers | apart(json.loads(scheduler.to_json_string())))
 
     def to_dict(self) -> dict[str, Any]:
         """What is in its file."""

@@ -18,6 +18,8 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import at_home, is_there, printable, read_json, shown
 from diffusion_accel.model_files.names import EMBEDDED
 
+from .in_family import is_family, together
+
 CLASS = "LearnedMultistepScheduler"
 FILE = "scheduler_config.json"
 SHIPPED = Path(str(resources.files("diffusion_accel.assets"))) / "solvers"  # a folder for each embedded model
@@ -156,7 +158,8 @@ def _place(key: object, count: int) -> int:
 
 # ---------------------------------------------------------------------- files
 def read_file(path: Path | str) -> dict[str, Any]:
-    """The configuration of a saved learned scheduler: a folder with a scheduler_config.json, or that file.
+    """The configuration of a saved learned scheduler: a folder with a scheduler_config.json, or that file, or the file
+    of a family of plans that has solvers.
 
     Raises:
         ConfigurationError: there is none, or it is the configuration of another class.
@@ -164,7 +167,9 @@ def read_file(path: Path | str) -> dict[str, Any]:
     file = at_home(path)
     if is_there(file, "dir"):
         file = file / FILE
-    values = read_json(file, "the learned solver", limit=SIZE_LIMIT)
+    values = read_json(file, "the learned solver", limit=SIZE_LIMIT, nonfinite=True)  # DPM-Solver's own -Infinity
+    if is_family(values):
+        values = together(values["solvers"], str(file))
     name = values.get("_class_name") if isinstance(values, dict) else None
     if name != CLASS:
         raise ConfigurationError(f"{file} is no learned solver: its _class_name is {shown(name)}, not {CLASS}")

@@ -7,7 +7,6 @@ real rollouts find which steps to compute (`timesteps`, `jumps`), and every step
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from .jumps import Jumps, Trajectory
 from .measure import Reference, reusing
 from .replay import Recording, Replay
 from .result import measured_together
-from .state import add_score, read_search, write_search
+from .state import Scores
 from .target import Target
 from .timesteps import Nodes, NodeSearch, residuals
 
@@ -102,8 +101,7 @@ class RolloutTuner:
         self.fixed, self.each = self._costs()
         self.few = range(min(recording.images, max(FEW, recording.images // 2)))
         self.jumps = Jumps(self.replay, self.trajectory, self.few)
-        self.state = state
-        self._known: dict[str, list[float]] | None = None
+        self._scores = Scores(state, self._about)
         weights = torch.ones(len(self.jumps.weights))
         self.search = NodeSearch(self._run, residuals(self.trajectory, range(recording.images), weights))
 
@@ -208,39 +206,27 @@ class RolloutTuner:
 
     # ------------------------------------------------------------------ rollouts
     def _run(self, nodes: Nodes) -> list[float]:
-        name = f"rollout {','.join(map(str, nodes))}"
-        if self._known is None:
-            self._known = self._resumed()
-        if name not in self._known:
-            before = self.replay.evaluations
-            if self.recording.draws_noise:  # a jump cannot follow noise; the scheduler's own steps can
-                rollout = Rollout(self.replay, self.recording, self.trajectory, self.few)
-                rollout.plan(nodes)
-                values = self.jumps.decibels(rollout.sample).tolist()
-            else:
-                values = self.jumps.run(nodes).decibels.tolist()
-            self.work.add("rollouts", (self.replay.evaluations - before) / self.total)
-            self._known[name] = values
-            if self.state is not None:
-                add_score(self.state, name, values)
-        return self._known[name]
+        return self._scores.of(f"rollout {','.join(map(str, nodes))}", lambda: self._rolled(nodes))
 
-    def _resumed(self) -> dict[str, list[float]]:
-        if self.state is None:
-            return {}
+    def _rolled(self, nodes: Nodes) -> list[float]:
+        before = self.replay.evaluations
+        if self.recording.draws_noise:  # a jump cannot follow noise; the scheduler's own steps can
+            rollout = Rollout(self.replay, self.recording, self.trajectory, self.few)
+            rollout.plan(nodes)
+            values = self.jumps.decibels(rollout.sample).tolist()
+        else:
+            values = self.jumps.run(nodes).decibels.tolist()
+        self.work.add("rollouts", (self.replay.evaluations - before) / self.total)
+        return values
+
+    def _about(self) -> dict[str, Any]:
         sampler = self.reference.sampler
         call = {**sampler.options, "seed": sampler.seed}
-        head = {
+        return {
             "conditions": conditions(sampler.pipe, self.total) | {"call": call},
             "prompts": list(sampler.prompts),
             "method": "rollouts",
         }
-        known: dict[str, list[float]] = {}
-        if self.state.exists():
-            before, scores = read_search(self.state)
-            known = scores if before == json.loads(json.dumps(head)) else {}
-        write_search(self.state, head, known)
-        return known
 
     def _refine(self, size: int, share: float) -> None:
         """Spend a share of what is left on plans with so many computed steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, listed, option
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.progress import Progress, silent
+from diffusion_accel.reuse.conditions import conditions
 from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
 from diffusion_accel.schedulers.measured import describe
 from diffusion_accel.schedulers.solver import Solver
@@ -27,17 +29,17 @@ from .jumps import Jumps, Rolled, Trajectory
 from .measure import scheduling
 from .replay import Recording, Replay, record
 from .result import fidelity_of
-from .timesteps import NodeSearch, residuals
+from .state import Scores
+from .target import LONGEST, TOWARDS
+from .timesteps import Nodes, NodeSearch, residuals
 from .tuner import ENOUGH, USUAL_STEPS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-TOWARDS = ("converged", "baseline")
 MANY_STEPS = 200  # of the solver that stands for the converged image
 CANDIDATES = 64  # timesteps of these that may be chosen; the last ones all, the others evenly
 LAST = 20
-LONGEST = 50  # evaluations of a learned solver
 
 
 @public
@@ -54,6 +56,7 @@ def tune_solver(
     width: int | None = None,
     seconds: float = 300.0,
     batch: int = 8,
+    state: str | Path | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> LearnedMultistepScheduler:
@@ -77,6 +80,7 @@ def tune_solver(
         guidance_scale, height, width: of the calls; None: the pipeline's own default.
         seconds: time budget of the search, without what is drawn before and after it.
         batch: images in a call.
+        state: file that keeps every rollout, so that an interrupted search goes on; None: none.
         progress: told what is being done.
         options: further arguments of the pipeline's call.
 
@@ -102,8 +106,15 @@ def tune_solver(
         wanted = everything.part(calibration, len(prompts)).images()
     if reason := untraceable(recording) or ("its scheduler draws noise" if recording.draws_noise else None):
         raise UnsupportedPipelineError(f"a solver cannot be learnt for {type(pipe).__name__}: {reason}")
+
+    def about() -> dict[str, Any]:
+        call = {**options, "seed": seed, "towards": towards, "goal": type(goal).__name__}
+        valid = conditions(pipe, many) | {"call": call}
+        return {"conditions": valid, "prompts": list(prompts[:calibration]), "method": "solver"}
+
     with torch.inference_mode():
-        found = _search(recording, sizes, Budget(seconds), progress)
+        scores = Scores(None if state is None else Path(state), about)
+        found = _search(recording, sizes, Budget(seconds), progress, scores)
         solvers = {n: Solver(tuple(times), tuple(rolled.combinations)) for n, (times, rolled) in found.items()}
         made = LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, {}))
         progress("held-out prompts", 1.0)
@@ -117,14 +128,19 @@ def tune_solver(
 
 
 def _search(
-    recording: Recording, sizes: Sequence[int], budget: Budget, progress: Progress
+    recording: Recording, sizes: Sequence[int], budget: Budget, progress: Progress, scores: Scores
 ) -> dict[int, tuple[list[float], Rolled]]:
     """For each number of evaluations its timesteps and the rollout with all images."""
     replay, trajectory = Replay(recording), Trajectory.of(recording, Conversion(recording.scheduler))
     few = range(min(recording.images, max(FEW, recording.images // 2)))
     jumps = Jumps(replay, trajectory, few)
     left = residuals(trajectory, range(recording.images), torch.ones(len(jumps.weights)))
-    search = NodeSearch(lambda nodes: jumps.run(nodes).decibels.tolist(), left)
+
+    def run(nodes: Nodes) -> list[float]:
+        name = f"rollout {','.join(map(str, nodes))}"
+        return scores.of(name, lambda: jumps.run(nodes).decibels.tolist())
+
+    search = NodeSearch(run, left)
     search.rounds(sizes, ROUNDS, lambda: budget.left() > 0)
     found = {}
     for done, size in enumerate(sizes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,39 @@ def add_score(path: Path, plan: str, scores: list[float]) -> None:
     """Add a line: the PSNR of every image with a plan."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_line(plan, scores) + "\n")
+
+
+class Scores:
+    """The PSNR of every image by plan, each computed once, and kept in a file if there is one.
+
+    Args:
+        state: the file; None: they are kept in memory only.
+        about: what the search is about; scores of another search are forgotten.
+    """
+
+    def __init__(self, state: Path | None, about: Callable[[], object]) -> None:
+        self._state, self._about = state, about
+        self._known: dict[str, list[float]] | None = None
+
+    def of(self, plan: str, compute: Callable[[], list[float]]) -> list[float]:
+        """Those of a plan. Nothing is read or written before the first one is asked for."""
+        if self._known is None:
+            self._known = self._resumed()
+        if plan not in self._known:
+            self._known[plan] = compute()
+            if self._state is not None:
+                add_score(self._state, plan, self._known[plan])
+        return self._known[plan]
+
+    def _resumed(self) -> dict[str, list[float]]:
+        if self._state is None:
+            return {}
+        head, known = self._about(), {}
+        if self._state.exists():
+            before, scores = read_search(self._state)
+            known = scores if before == json.loads(json.dumps(head)) else {}
+        write_search(self._state, head, known)
+        return known
 
 
 def _line(plan: str, scores: list[float]) -> str:

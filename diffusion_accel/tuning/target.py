@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 
+TOWARDS = ("converged", "baseline")  # what a learned solver is to draw
+LONGEST = 50  # evaluations of a learned solver
 CEILING = 80.0  # dB; an image nearer than that counts as equal
 
 

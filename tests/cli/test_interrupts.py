@@ -45,6 +45,7 @@ def end(process: BaseProcess, folder: Path, number: Signals, at: str = "arrived"
         ("loading", SIGINT, "nothing was written"),
         ("second_image", SIGTERM, "1 of 2 images were written"),
         ("searching", SIGHUP, "call it again to go on from here (o.json.search)"),
+        ("learning", SIGTERM, "call it again to go on from here (solver.search)"),
         ("quantizing", SIGINT, "call it again to go on from here (q.work)"),
     ],
 )
@@ -54,14 +55,20 @@ def test_commands(moment: str, number: Signals, says: str, tmp_path: Path, monke
         "loading": ["generate", "red apple", "-o", "o.png"],
         "second_image": ["generate", "red apple", "red heart", "--steps", "1", "-q", "-o", "o.png"],
         "searching": ["tune", "--speedup", "2", "-q", "-o", "o.json"],
+        "learning": ["tune", "--evaluations", "6", "-q", "-o", "solver/"],
         "quantizing": ["quantize", "-q", "-o", "q"],
     }[moment]
     monkeypatch.chdir(tmp_path / "work")
     process = forks.start(interrupted.command, tmp_path, Path.cwd(), words, moment)
     code, err = end(process, tmp_path, number)
     assert (code, err) == (128 + number, f"error: interrupted; {says}\n")
-    expected = {"second_image": ["o-1.png"], "searching": ["o.json.search"], "quantizing": ["q.work"]}.get(moment, [])
-    assert os.listdir() == expected and not (tmp_path / "out").read_text()
+    expected = {
+        "second_image": ["o-1.png"],
+        "searching": ["o.json.search"],
+        "learning": ["solver.search"],
+        "quantizing": ["q.work"],
+    }
+    assert os.listdir() == expected.get(moment, []) and not (tmp_path / "out").read_text()
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
