@@ -124,8 +124,9 @@ def tune(
     wish = _wish(options)
     interrupts.explain(wish.how_to_go_on)
     settings, source = settings_of(options)
-    check_steps(settings.scheduler, source, settings.steps or 50)
     texts = texts_of(prompts_file, count, source)
+    wish.check(settings.steps or 50, len(texts or ()))
+    check_steps(settings.scheduler, source, settings.steps or 50)
     for name in try_scheduler or []:
         check_scheduler(name)
     if not restart:
@@ -184,6 +185,19 @@ class _Wish:
     path: Path
     state: Path
     begun: bool
+
+    def check(self, steps: int, prompts: int) -> None:
+        """Refuse numbers of steps, and of prompts (0: they are not known yet), from which it cannot be made."""
+        least = 2 if self.alone else 4
+        if steps < least:
+            raise ConfigurationError(f"--steps must be at least {least}, got {steps}")
+        if 0 < prompts < 6:
+            raise ConfigurationError(f"tuning needs at least 6 prompts (24 or more are recommended), got {prompts}")
+        if self.towards == "baseline" and max(self.evaluations) > steps:
+            raise ConfigurationError(
+                f"--towards baseline takes its timesteps from the baseline's {steps} steps, so --evaluations must be "
+                f"at most that, got {max(self.evaluations)}"
+            )
 
     def how_to_go_on(self) -> str:
         """What an interrupt says."""

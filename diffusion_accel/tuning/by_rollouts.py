@@ -187,7 +187,7 @@ class RolloutTuner:
 
     def family(self, found: Sequence[tuple[Plan, Nodes]]) -> PlanFamily:
         """Several of them in one file, without those that are neither faster nor nearer than another."""
-        plans = self.tuned(found, Target())
+        plans = unsurpassed(self.tuned(found, Target()))
         return PlanFamily.of(plans, search={"work": self.work.spent, "rollouts": len(self.search.known)})
 
     def _notes(self, nodes: Nodes, target: Target) -> dict[str, Any]:
@@ -264,6 +264,16 @@ class RolloutTuner:
         speedup = 1 / (self.fixed + self.each * size)
         text = f"{len(self.search.known)} rollouts, {size} computed steps, {speedup:.2f}x"
         self.progress(text, self.budget.used(), max(0.0, self.budget.left()))
+
+
+def unsurpassed(plans: Sequence[TunedPlan]) -> list[TunedPlan]:
+    """Those than which no other one is at least as fast and as near, in median and worst decile."""
+    numbers = [tuple(value or 0.0 for value in (p.speedup, p.psnr_median, p.psnr_worst_decile)) for p in plans]
+
+    def surpassed(own: tuple[float, ...]) -> bool:
+        return any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in numbers)
+
+    return [plan for plan, own in zip(plans, numbers, strict=True) if not surpassed(own)]
 
 
 def family_sizes(total: int) -> list[int]:

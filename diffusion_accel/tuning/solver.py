@@ -97,6 +97,8 @@ def tune_solver(
     if type(seconds) not in (int, float) or not seconds >= 0:
         raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
     steps = whole("steps", usual_steps(pipe) or USUAL_STEPS if steps is None else steps, 2, MOST_STEPS)
+    if towards == "baseline" and sizes[-1] > steps:
+        raise ConfigurationError(f"towards the baseline of {steps} steps at most {steps} evaluations, got {sizes[-1]}")
     held = max(len(prompts) - 2 * len(prompts) // 3, ENOUGH if len(prompts) >= 20 else 0)
     goal, many = _goal(pipe, towards, steps)
     everything, calibration = Sampler(pipe, prompts, many, seed, batch, options), len(prompts) - held

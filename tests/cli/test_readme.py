@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from command import call
+from diffusers import DDIMScheduler
 from PIL import Image
+from solvers import odd
 
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.model_files.names import EMBEDDED
@@ -77,6 +79,8 @@ def test_the_commands_are_understood(
         if "reuse:plan.json" in words:  # what the line before it would have made
             steps = int(words[words.index("--steps") + 1])
             TunedPlan(shipped.plan.stretched(steps), shipped.conditions).save(Path("plan.json"))
+        if name == "generate" and "my-solver/" in words:
+            odd(DDIMScheduler.from_pretrained(STICKER, subfolder="scheduler"), 8).save_pretrained("my-solver")
         if "--quantize" in words:
             Path("sticker-w4a8").mkdir()
             config = {"quantization_config": {"quant_method": "diffusion_accel"}}

@@ -83,6 +83,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "many": (["-o", "s", "--evaluations", "6", "--evaluations", "51"], "--evaluations must be 1 to 50, got 51"),
     "towards": (["-o", "s", "--evaluations", "6", "--towards", "truth"], "--towards must be converged or baseline"),
     "towards alone": (["-o", "s.json", "--towards", "baseline"], "--towards needs --evaluations"),
+    "more than the baseline": (
+        ["-o", "s", "--evaluations", "6", "--steps", "5", "--towards", "baseline"],
+        "the baseline's 5 steps, so --evaluations must be at most that, got 6",
+    ),
+    "few steps": (["-o", "s.json", "--speedup", "2", "--steps", "3"], "--steps must be at least 4, got 3"),
+    "few prompts": (["-o", "s", "--evaluations", "6", "--prompts-file", "three.txt"], "at least 6 prompts"),
     "other steps": (["-o", "s.json", "--try-steps", "10"], "--try-steps and --try-scheduler need --speedup"),
     "other schedulers": (["-o", "s", "--evaluations", "6", "--try-scheduler", "ddim"], "need --speedup or --min-psnr"),
     "a folder of plans": (["-o", "s"], "--output must end in .json, got s"),
@@ -97,11 +103,12 @@ def test_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("damaged.search").write_text("{{\n")
+    Path("three.txt").write_text("a\nb\nc\n")
     arguments, says = REFUSED[case]
     code, out, err = call(capsys, "tune", *arguments)
     assert code == 2 and not out and err.count("\n") == 1
     assert says in err
-    assert [path.name for path in tmp_path.iterdir()] == ["damaged.search"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.search", "three.txt"]
 
 
 def test_a_file_where_a_folder_is_needed(no_model: None, tmp_path: Path, capsys: Any) -> None:
