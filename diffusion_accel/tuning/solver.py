@@ -84,6 +84,10 @@ def tune_solver(
         progress: told what is being done.
         options: further arguments of the pipeline's call.
 
+    Returns:
+        The scheduler, for the pipeline and for others with the same model; `save_pretrained` writes it,
+        `PlanFamily.with_solvers` puts it beside plans.
+
     Raises:
         ConfigurationError: a setting is impossible.
         UnsupportedPipelineError: the denoiser cannot be repeated without the pipeline, or its scheduler draws noise.
