@@ -62,7 +62,6 @@ def start(settings: Settings) -> None:
 
 def join(settings: Settings) -> Settings:
     """Join the other processes, if there are any: on a CUDA device of its own."""
-    global joined
     feature = _feature(settings)
     if feature is None or not launched():
         return settings
@@ -72,14 +71,25 @@ def join(settings: Settings) -> Settings:
             f"--patch-parallel {feature.ranks} asks for {feature.ranks} processes, but the launcher started "
             f"{here.size}; leave the number out"
         )
+    return _joined(settings, feature.timeout)
+
+
+def share(settings: Settings, timeout: float) -> Settings:
+    """Join the other processes that a launcher started for this command, if there are any: on a CUDA device of its
+    own. For commands whose work is shared whatever the settings say."""
+    return _joined(settings, timeout) if launched() else settings
+
+
+def _joined(settings: Settings, timeout: float) -> Settings:
+    global joined
     joined = True
     import torch  # heavy
 
     from diffusion_accel.parallel.group import join as join_group  # heavy: torch
 
     if settings.device in (None, "cuda") and torch.cuda.is_available():
-        settings = dataclasses.replace(settings, device=f"cuda:{here.local_rank}")
-    join_group(torch.device(settings.device or "cpu"), feature.timeout)
+        settings = dataclasses.replace(settings, device=f"cuda:{place().local_rank}")
+    join_group(torch.device(settings.device or "cpu"), timeout)
     return settings
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ from diffusion_accel.schedulers.solver import FILE as SOLVER_FILE
 from diffusion_accel.tuning.state import forget_search, read_search, search_files
 from diffusion_accel.tuning.target import LONGEST, TOWARDS, Target
 
+from . import processes
 from .common_options import (
     AllowPickle,
     AsJson,
@@ -118,7 +119,8 @@ def tune(
     With --speedup or --min-psnr it is one plan, without both a family: plans for every speed in one file. With
     --evaluations it is a solver where -o is a folder, and a family of plans and solvers where it is a .json file. All
     are valid for this model, scheduler and number of steps. An interrupted search goes on from where it was when it is
-    called again; what lies between is kept beside the output, with .search behind its name.
+    called again; what lies between is kept beside the output, with .search behind its name. Under torchrun or
+    accelerate launch several devices share the work.
     """
     options = locals()
     wish = _wish(options)
@@ -133,14 +135,18 @@ def tune(
         for file in search_files(wish.state):
             read_search(file)
 
+    from diffusion_accel.tuning.together import TIMEOUT, FirstFailedError, Together  # heavy: torch
+
     from .session import check_machine, open_for  # heavy: torch, diffusers
 
+    settings = processes.share(settings, TIMEOUT)
     pipe: Any = open_for(settings, source, check_machine(settings), promptless=True)
     if not texts and condition_of(pipe) == PROMPT:
         raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
     others = tuple(scheduler_for(pipe, name) for name in try_scheduler or [])
-    wish.begun = True
-    if restart:
+    together = Together.joined(pipe.device)
+    wish.begun = together.first
+    if restart and together.first:
         forget_search(wish.state)
     call = {
         "steps": settings.steps or 50,
@@ -149,9 +155,12 @@ def tune(
         "height": settings.height,
         "width": settings.width,
         "batch": batch,
+        "together": together,
     }
-    with closing(Bar(quiet)) as bar:
+    with closing(Bar(quiet or not together.first)) as bar, _said_by_the_first(FirstFailedError):
         found = _searched(wish, bar, pipe, texts or usual_texts(pipe, count), budget, call, others)
+    if not together.first:
+        return
     with interrupts.undivided():
         if isinstance(found, (TunedPlan, PlanFamily)):
             found.save(wish.path, overwrite)
@@ -278,6 +287,15 @@ def _show(wish: _Wish, output: str, found: TunedPlan | PlanFamily | LearnedMulti
         typer.echo(json.dumps({"file": output, "measured": found.measured, "search": found.search}))
     else:
         show(output, found)
+
+
+@contextmanager
+def _said_by_the_first(kind: type[Exception]) -> Iterator[None]:
+    """Ends this process without a word where the first process of the job says why."""
+    try:
+        yield
+    except kind as error:
+        raise typer.Exit(1) from error
 
 
 def show(output: str, plan: TunedPlan) -> None:

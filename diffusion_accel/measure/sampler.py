@@ -24,10 +24,11 @@ class Sampler:
         prompts: one an image; a class-conditioned pipeline takes names or numbers of classes; what they say does not
             matter to an unconditional one.
         steps: denoising steps.
-        seed: image i starts from the noise of seed + i.
+        seed: of the noise that the first image starts from.
         batch: images in a call.
         options: further arguments of the pipeline, such as guidance_scale, height and width.
         caller: what is called instead of the pipeline; None: the pipeline.
+        stride: image i starts from the noise of seed + i · stride.
     """
 
     pipe: DiffusionPipeline
@@ -37,6 +38,7 @@ class Sampler:
     batch: int = 8
     options: dict[str, Any] = field(default_factory=dict)
     caller: Any = None
+    stride: int = 1
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Where each call's images begin and end."""
@@ -47,7 +49,7 @@ class Sampler:
         """Images `start` to `end`, (N, 3, H, W) in 0..1 on the CPU."""
         parameters = call_parameters(self.pipe)
         given = {k: v for k, v in self.options.items() if k in parameters and v is not None}
-        generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in range(start, end)]
+        generators = [torch.Generator("cpu").manual_seed(self.seed + i * self.stride) for i in range(start, end)]
         given |= call_arguments(self.pipe, list(self.prompts[start:end]))
         given |= {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"} | changes
         images = np.asarray((self.caller or self.pipe)(**given).images, np.float32)
@@ -59,4 +61,4 @@ class Sampler:
 
     def part(self, start: int, end: int) -> Sampler:
         """A sampler of some of the images, with the same seeds."""
-        return replace(self, prompts=self.prompts[start:end], seed=self.seed + start)
+        return replace(self, prompts=self.prompts[start:end], seed=self.seed + start * self.stride)

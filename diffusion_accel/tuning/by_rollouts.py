@@ -35,6 +35,7 @@ from .result import measured_together
 from .state import Scores
 from .target import Target
 from .timesteps import Nodes, NodeSearch, residuals
+from .together import ALONE, Tasks, Together
 
 if TYPE_CHECKING:
     pass
@@ -60,7 +61,13 @@ class Work:
 
     def add(self, what: str, images: float) -> None:
         """So many images more."""
-        self.spent[what] = round(self.spent.get(what, 0.0) + images, 2)
+        self.spent[what] = self.spent.get(what, 0.0) + images
+
+    def total(self, together: Together) -> dict[str, float]:
+        """What all processes have spent."""
+        parts = together.everyone(self.spent)
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: round(sum(part.get(name, 0.0) for part in parts), 2) for name in names}
 
 
 def untraceable(recording: Recording) -> str | None:
@@ -81,7 +88,9 @@ class RolloutTuner:
         recording: its run for the calibration images.
         fixed, each: what a call takes without any computed step, and what each adds, as shares of the baseline's time.
         search: which steps to compute.
-        work: what was done.
+        work: what this process has done.
+        together: the processes that search; the first of them has the methods called that ask for something, the
+            others `tasks.follow`.
     """
 
     def __init__(
@@ -91,19 +100,25 @@ class RolloutTuner:
         budget: Budget,
         progress: Progress = silent,
         state: Path | None = None,
+        together: Together = ALONE,
     ) -> None:
         self.reference, self.recording, self.budget, self.progress = reference, recording, budget, progress
+        self.together = together
+        self.prompts = together.in_order(reference.sampler.prompts)
+        self.tasks = Tasks(
+            together, {"rollout": self._rolled, "plan": self._fitted, "psnr": self._drawn, "measure": self._measured}
+        )
         self.total = len(recording)
         self.work = Work(self.total)
         self.work.add("baseline", recording.images)
         self.replay = Replay(recording)
         self.trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
         self.fixed, self.each = self._costs()
-        self.few = range(min(recording.images, max(FEW, recording.images // 2)))
-        self.jumps = Jumps(self.replay, self.trajectory, self.few)
+        self.few = together.among(min(len(self.prompts), max(FEW, len(self.prompts) // 2)))
+        self.jumps = Jumps(self.replay, self.trajectory, self.few, together=together)
         self._scores = Scores(state, self._about)
         weights = torch.ones(len(self.jumps.weights))
-        self.search = NodeSearch(self._run, residuals(self.trajectory, range(recording.images), weights))
+        self.search = NodeSearch(self._run, residuals(self.trajectory, range(recording.images), weights, together))
 
     # ------------------------------------------------------------------ what is asked for
     def one(self, speedup: float) -> tuple[Plan, Nodes]:
@@ -164,10 +179,7 @@ class RolloutTuner:
         """The plan with these full steps, fitted on all calibration images."""
         if len(nodes) == self.total:
             return Plan((FULL,) * self.total)
-        before = self.replay.evaluations
-        rollout = Rollout(self.replay, self.recording, self.trajectory, range(self.recording.images))
-        plan = rollout.plan(nodes)
-        self.work.add("fits", (self.replay.evaluations - before) / self.total)
+        plan: Plan = self.tasks.do("plan", list(nodes))
         return plan
 
     # ------------------------------------------------------------------ what comes out
@@ -175,56 +187,44 @@ class RolloutTuner:
         """Plans as files have them, with their measurements on the held-out images."""
         self.progress("held-out prompts", 1.0)
         plans = [plan for plan, _ in found]
-        numbers = measured_together(plans, self.reference, TIMED)
-        held, pictures = len(self.reference.heldout.prompts), sum(len(nodes) for _, nodes in found) / self.total
-        self.work.add("held-out images", held * (1 + pictures) + TIMED * (1 + pictures))
+        numbers, work = self.tasks.do("measure", [_tokens(plan) for plan in plans])
         call = {**self.reference.sampler.options, "seed": self.reference.sampler.seed}
         valid = conditions(self.reference.sampler.pipe, self.total) | {"call": call}
         return [
-            TunedPlan(plan, valid, values, self._notes(nodes, target))
+            TunedPlan(plan, valid, values, self._notes(nodes, target, work))
             for plan, nodes, values in zip(plans, [nodes for _, nodes in found], numbers, strict=True)
         ]
 
     def family(self, found: Sequence[tuple[Plan, Nodes]]) -> PlanFamily:
         """Several of them in one file, without those that are neither faster nor nearer than another."""
-        plans = unsurpassed(self.tuned(found, Target()))
-        return PlanFamily.of(plans, search={"work": self.work.spent, "rollouts": len(self.search.known)})
+        plans = self.tuned(found, Target())
+        work = plans[0].search["work"]
+        return PlanFamily.of(unsurpassed(plans), search={"work": work, "rollouts": len(self.search.known)})
 
-    def _notes(self, nodes: Nodes, target: Target) -> dict[str, Any]:
+    def _notes(self, nodes: Nodes, target: Target, work: dict[str, float]) -> dict[str, Any]:
         return {
             "target": {k: v for k, v in vars(target).items() if v is not None},
             "method": "rollouts",
             "predicted_time_ratio": round(1 / (self.fixed + self.each * len(nodes)), 3),
             "baseline": {"steps": self.total, "scheduler": type(self.reference.scheduler).__name__},
-            "calibration_pictures": self.recording.images,
+            "calibration_pictures": len(self.prompts),
             "plans_evaluated": len(self.search.known),
             "guidance_reuse": "not searched: every step that is computed has both branches",
-            "work": self.work.spent,
+            "work": work,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
 
     # ------------------------------------------------------------------ rollouts
     def _run(self, nodes: Nodes) -> list[float]:
-        return self._scores.of(f"rollout {','.join(map(str, nodes))}", lambda: self._rolled(nodes))
-
-    def _rolled(self, nodes: Nodes) -> list[float]:
-        before = self.replay.evaluations
-        if self.recording.draws_noise:  # a jump cannot follow noise; the scheduler's own steps can
-            rollout = Rollout(self.replay, self.recording, self.trajectory, self.few)
-            rollout.plan(nodes)
-            values = self.jumps.decibels(rollout.sample).tolist()
-        else:
-            values = self.jumps.run(nodes).decibels.tolist()
-        self.work.add("rollouts", (self.replay.evaluations - before) / self.total)
-        return values
+        return self._scores.of(f"rollout {','.join(map(str, nodes))}", lambda: self.tasks.do("rollout", list(nodes)))
 
     def _about(self) -> dict[str, Any]:
         sampler = self.reference.sampler
         call = {**sampler.options, "seed": sampler.seed}
         return {
             "conditions": conditions(sampler.pipe, self.total) | {"call": call},
-            "prompts": list(sampler.prompts),
+            "prompts": self.prompts,
             "method": "rollouts",
         }
 
@@ -234,14 +234,49 @@ class RolloutTuner:
         self.search.refine(size, lambda: time.monotonic() < until, lambda: self._tell(size))
 
     def _median(self, plan: Plan) -> float:
+        return statistics.median(self.tasks.do("psnr", _tokens(plan)))
+
+    # ------------------------------------------------------------------ what every process does for its images
+    def _rolled(self, nodes: Sequence[int]) -> list[float]:
+        """The scores of all images of which rollouts are compared."""
+        before = self.replay.evaluations
+        if self.recording.draws_noise:  # a jump cannot follow noise; the scheduler's own steps can
+            rollout = Rollout(self.replay, self.recording, self.trajectory, self.few, self.together)
+            rollout.plan(nodes)
+            values = self.jumps.decibels(rollout.sample)
+        else:
+            values = self.jumps.run(nodes).decibels
+        self.work.add("rollouts", (self.replay.evaluations - before) / self.total)
+        return self.together.in_order(values.tolist())
+
+    def _fitted(self, nodes: Sequence[int]) -> Plan:
+        before, every = self.replay.evaluations, range(self.recording.images)
+        plan = Rollout(self.replay, self.recording, self.trajectory, every, self.together).plan(nodes)
+        self.work.add("fits", (self.replay.evaluations - before) / self.total)
+        return plan
+
+    def _drawn(self, tokens: list[str]) -> list[float]:
+        """The PSNR of all calibration images under a plan."""
+        plan = Plan.parse(tokens)
         with reusing(self.reference.sampler.pipe, plan):
             images = self.reference.sampler.images()
-        self.work.add(
-            "plans in the pipeline", len(images) * len([s for s in plan.steps if s.mode == "full"]) / self.total
-        )
-        return statistics.median(psnr(self.reference.images, images).tolist())
+        self.work.add("plans in the pipeline", len(images) * _share(plan))
+        return self.together.in_order(psnr(self.reference.images, images).tolist())
+
+    def _measured(self, several: list[list[str]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """The numbers of plans on the held-out images, and what everything took."""
+        plans = [Plan.parse(tokens) for tokens in several]
+        numbers = measured_together(plans, self.reference, TIMED, self.together)
+        timed = TIMED + 1 if self.together.first else 0  # and once to count
+        self.work.add("held-out images", (len(self.reference.heldout.prompts) + timed) * (1 + sum(map(_share, plans))))
+        return numbers, self.work.total(self.together)
 
     def _costs(self) -> tuple[float, float]:
+        took = self.together.agreed(self._least() if self.together.first else None)
+        each = (1 - took) / (self.total - 1)
+        return took - each, each
+
+    def _least(self) -> float:
         """What a call takes if nothing but the first step is computed, in turn with the baseline."""
         self.progress("costs", 0.0)
         one = self.reference.sampler.part(0, 1)
@@ -253,9 +288,7 @@ class RolloutTuner:
             if turn:
                 shares.append(part)
         self.work.add("costs", TIMED * (1 + 1 / self.total))
-        took = min(1.0, statistics.median(shares))
-        each = (1 - took) / (self.total - 1)
-        return took - each, each
+        return min(1.0, statistics.median(shares))
 
     def _go_on(self) -> bool:
         return self.budget.left() > 0
@@ -274,6 +307,15 @@ def unsurpassed(plans: Sequence[TunedPlan]) -> list[TunedPlan]:
         return any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in numbers)
 
     return [plan for plan, own in zip(plans, numbers, strict=True) if not surpassed(own)]
+
+
+def _tokens(plan: Plan) -> list[str]:
+    return [str(step) for step in plan.steps]
+
+
+def _share(plan: Plan) -> float:
+    """Of its steps, those that compute everything."""
+    return sum(step.mode == "full" for step in plan.steps) / len(plan)
 
 
 def family_sizes(total: int) -> list[int]:

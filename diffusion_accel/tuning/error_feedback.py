@@ -21,6 +21,7 @@ from diffusion_accel.reuse.plan import Plan, Step
 from .fits import combination, fitted
 from .jumps import Seen, Trajectory
 from .replay import Recording, Replay
+from .together import ALONE, Together
 
 _UNEVEN = 1e-3  # relative; a step that differs more between values is not affine in the prediction
 _FLAT = 1e-9  # a step that answers to the prediction less does not answer at all
@@ -33,13 +34,22 @@ class Rollout:
         replay: the denoiser with guidance.
         recording: the baseline, whose latents are what is wanted.
         images: which images are rolled out.
+        together: the processes that do so, each with images of its own.
     """
 
-    def __init__(self, replay: Replay, recording: Recording, trajectory: Trajectory, images: Sequence[int]) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        recording: Recording,
+        trajectory: Trajectory,
+        images: Sequence[int],
+        together: Together = ALONE,
+    ) -> None:
+        self.together = together
         self.replay, self.recording, self.trajectory, self.images = replay, recording, trajectory, list(images)
         self.scheduler: Any = copy.deepcopy(recording.scheduler)
         self.conversion = Conversion(self.scheduler)
-        self.sample = recording.samples[0][self.images]
+        self.sample = recording.samples[0][self.images].float()
         self.seen = Seen()
 
     def plan(self, nodes: Sequence[int]) -> Plan:
@@ -69,7 +79,8 @@ class Rollout:
             features = [*clean, *latents]
             centre = [1.0] + [0.0] * (len(features) - 1)
             goal = converted("sample", own.kind, wanted, x, a, s)
-            fit = combination(fitted(features, goal, centre, alike=own.alike or not lands), len(clean))
+            alike = own.alike or not lands
+            fit = combination(fitted(features, goal, centre, alike, self.together, self.images), len(clean))
         value = clean[0] if fit is None else fit.apply(clean, latents)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         mode = "full" if full else "hold"
@@ -78,13 +89,16 @@ class Rollout:
     def _wanted(self, i: int, time: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """The prediction that lands where the baseline is after this step; None if none does."""
         total, goals = len(self.recording), self.recording
-        goal = (goals.samples[i + 1] if i + 1 < total else goals.result)[self.images]
+        goal = (goals.samples[i + 1] if i + 1 < total else goals.result)[self.images].float()
         zero, one = (
             self._made(copy.deepcopy(self.scheduler), i, time, torch.full_like(x, value)) for value in (0.0, 1.0)
         )
         slope = one - zero
         mean = slope.mean()
-        if abs(float(mean)) < _FLAT or float((slope - mean).abs().max()) > _UNEVEN * abs(float(mean)):
+        off = bool(slope.numel()) and (
+            abs(float(mean)) < _FLAT or float((slope - mean).abs().max()) > _UNEVEN * abs(float(mean))
+        )
+        if self.together.total(torch.tensor(float(off))) > 0:
             return None
         return (goal - zero) / mean
 

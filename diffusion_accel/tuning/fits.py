@@ -15,6 +15,8 @@ import torch
 
 from diffusion_accel.combination import MOST, Combination, channel_dim
 
+from .together import ALONE, Together
+
 RIDGES = (1e-7, 1e-5, 1e-3)  # of the mean of the Gram matrix's diagonal
 DIGITS = 6  # of what is written down
 MOST_CHANNELS = 64  # with more, the same for all
@@ -60,7 +62,12 @@ class Moments:
 
 
 def fitted(
-    features: Sequence[torch.Tensor], target: torch.Tensor, centre: Sequence[float], alike: bool = False
+    features: Sequence[torch.Tensor],
+    target: torch.Tensor,
+    centre: Sequence[float],
+    alike: bool = False,
+    together: Together = ALONE,
+    images: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The weights of each feature, (C, K) or (1, K), nearest to `target` on images that were not fitted to.
 
@@ -69,27 +76,46 @@ def fitted(
         target: what their combination is to be.
         centre: weights that are sensible without any image, K.
         alike: the same weights for all channels, whatever the images say.
+        together: the processes that fit, each with images of its own.
+        images: which of the images of this process the N are; None: the first ones.
     """
     moments, middle = Moments.of(features, target), torch.tensor(list(centre), dtype=torch.float64)
-    return fitted_moments(moments, middle, alike)
+    return fitted_moments(moments, middle, alike, together, images)
 
 
-def fitted_moments(moments: Moments, middle: torch.Tensor, alike: bool = False) -> torch.Tensor:
+def fitted_moments(
+    moments: Moments,
+    middle: torch.Tensor,
+    alike: bool = False,
+    together: Together = ALONE,
+    images: Sequence[int] | None = None,
+) -> torch.Tensor:
     """The same from the moments of every image."""
-    images, channels = moments.square.shape
-    everything = torch.arange(images)
-    if images < 4:
-        return moments.summed(everything, True).solved(middle, RIDGES[-1])
+    images = range(len(moments.square)) if images is None else images
+    halves, count = _halves(moments, torch.tensor(together.numbers(images)), together)
+    everything, channels = torch.arange(2), moments.square.shape[1]
+    whole = halves.summed(everything >= 0, False)
+    if count < 4:
+        return halves.summed(everything >= 0, True).solved(middle, RIDGES[-1])
     kinds = [(shared, ridge) for shared in (False, True)[alike or channels > MOST_CHANNELS :] for ridge in RIDGES]
     losses = [0.0] * len(kinds)
     for k in (0, 1):
-        inside, outside = everything[everything % 2 == k], moments.summed(everything[everything % 2 != k], False)
+        inside, outside = everything == k, halves.summed(everything != k, False)
         for n, (shared, ridge) in enumerate(kinds):
-            losses[n] += float(outside.error(moments.summed(inside, shared).solved(middle, ridge)))
+            losses[n] += float(outside.error(halves.summed(inside, shared).solved(middle, ridge)))
     best = min(range(len(kinds)), key=losses.__getitem__)
-    if losses[best] > float(moments.summed(everything, False).error(middle[None])):
+    if losses[best] > float(whole.error(middle[None])):
         return middle[None].clone()
-    return moments.summed(everything, kinds[best][0]).solved(middle, kinds[best][1])
+    return halves.summed(everything >= 0, kinds[best][0]).solved(middle, kinds[best][1])
+
+
+def _halves(moments: Moments, numbers: torch.Tensor, together: Together) -> tuple[Moments, int]:
+    """Summed over the even and over the odd images of all processes, and how many images there are."""
+    tensors = (moments.gram, moments.aims, moments.square)
+    both = [torch.stack([part[numbers % 2 == k].sum(0) for k in (0, 1)]) for part in tensors]
+    everything = together.total(torch.cat([torch.tensor([float(len(numbers))]).double(), *map(torch.flatten, both)]))
+    parts = everything[1:].split([part.numel() for part in both])
+    return Moments(*(part.reshape(own.shape) for part, own in zip(parts, both, strict=True))), int(everything[0])
 
 
 def combination(weights: torch.Tensor, count: int) -> Combination:

@@ -8,7 +8,7 @@ before it have really left (error feedback), so each makes up for the errors of 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +19,10 @@ from diffusion_accel.prediction import Conversion, converted
 
 from .fits import by_channel, combination, fitted, mixed
 from .replay import Recording, Replay
+from .together import ALONE, Together
 
 PREDICTIONS, LATENTS = 4, 3  # how many a jump combines at most
-KEPT = 400  # prefixes whose state is kept
+KEPT = 2**28  # bytes of clean samples and latents at the beginnings of rollouts that are kept
 CEILING = 1e-10  # least squared error that counts
 
 
@@ -32,8 +33,8 @@ class Trajectory:
     Attributes:
         times: of its nodes, (M,); behind the last one is the result, node M.
         alphas, sigmas: of the M + 1 nodes; 1 and 0 of the result.
-        latents: (M + 1, N, C, …), as the denoiser sees them.
-        clean: the clean samples that its predictions mean, (M, N, C, …).
+        latents, predictions: (M, N, C, …), as the denoiser sees them and what it says, in float32 or float16.
+        result: (N, C, …).
         kind: what the denoiser predicts, as `prediction.converted` has it.
         alike: whether jumps are fitted alike for all channels, since it is not known which dimension has them.
     """
@@ -42,30 +43,32 @@ class Trajectory:
     alphas: list[float]
     sigmas: list[float]
     latents: torch.Tensor
-    clean: torch.Tensor
+    predictions: torch.Tensor
+    result: torch.Tensor
     kind: str
     alike: bool = False
 
     @classmethod
     def of(cls, recording: Recording, conversion: Conversion) -> Trajectory:
-        """What was recorded of a call with the scheduler of `conversion`."""
+        """What was recorded of a call with the scheduler of `conversion`; nothing is copied."""
         both = [conversion.coefficients(t) for t in recording.times]
-        clean = [
-            converted("sample", conversion.kind, v, x, a, s)
-            for v, x, (a, s) in zip(recording.predictions, recording.latents, both, strict=True)
-        ]
-        return cls(
-            recording.times,
-            [a for a, _ in both] + [1.0],
-            [s for _, s in both] + [0.0],
-            torch.cat([recording.latents, recording.result[None]]),
-            torch.stack(clean),
-            conversion.kind,
-            not recording.channelwise,
-        )
+        alphas, sigmas = [a for a, _ in both] + [1.0], [s for _, s in both] + [0.0]
+        kept = recording.latents, recording.predictions, recording.result
+        return cls(recording.times, alphas, sigmas, *kept, conversion.kind, not recording.channelwise)
 
     def __len__(self) -> int:
         return len(self.times)
+
+    def goal(self, node: int, images: Sequence[int]) -> torch.Tensor:
+        """Where some images should be at a node, or in the end: (len(images), C, …), float32."""
+        return self.result[images] if node == len(self) else self.latents[node][images].float()
+
+    def clean(self, images: Sequence[int] | slice = slice(None)) -> torch.Tensor:
+        """The clean samples that the predictions of images mean, (M, N, C, …)."""
+        both = zip(self.predictions, self.latents, self.alphas[:-1], self.sigmas[:-1], strict=True)
+        return torch.stack(
+            [converted("sample", self.kind, v[images].float(), x[images].float(), a, s) for v, x, a, s in both]
+        )
 
     def part(self, nodes: Sequence[int]) -> Trajectory:
         """Some of its nodes, and the result."""
@@ -74,8 +77,9 @@ class Trajectory:
             [self.times[n] for n in nodes],
             [self.alphas[n] for n in ends],
             [self.sigmas[n] for n in ends],
-            self.latents[ends],
-            self.clean[list(nodes)],
+            self.latents[list(nodes)],
+            self.predictions[list(nodes)],
+            self.result,
             self.kind,
             self.alike,
         )
@@ -120,6 +124,39 @@ class Rolled:
         return [combination(w, min(n, PREDICTIONS)) for n, w in enumerate(self.weights, 1)]
 
 
+class Beginnings:
+    """The states of rollouts after their first evaluations, so that none is made twice; the least used are forgotten.
+
+    Attributes:
+        most: tensors that are kept; those that beginnings share count once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: OrderedDict[tuple[int, ...], tuple[Seen, tuple[torch.Tensor, ...]]] = OrderedDict()
+        self._tensors: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def longest(self, nodes: tuple[int, ...]) -> tuple[int, Seen, tuple[torch.Tensor, ...]]:
+        """How many of these nodes are known, the state after them and the weights on the way."""
+        for n in range(len(nodes), 0, -1):
+            if nodes[:n] in self._kept:
+                self._kept.move_to_end(nodes[:n])
+                return n, *self._kept[nodes[:n]]
+        return 0, Seen(), ()
+
+    def keep(self, nodes: tuple[int, ...], seen: Seen, weights: tuple[torch.Tensor, ...]) -> None:
+        """Remember the state after these nodes."""
+        self._kept[nodes] = seen, weights
+        self._tensors.update(map(id, seen.features))
+        while len(self._tensors) > self.most and len(self._kept) > 1:
+            _, (old, _) = self._kept.popitem(last=False)
+            self._tensors.subtract(map(id, old.features))
+            self._tensors = +self._tensors
+
+
 class Jumps:
     """Rollouts for some images of a recording, towards a trajectory.
 
@@ -128,36 +165,41 @@ class Jumps:
         trajectory: where to be.
         images: which images.
         weights: of the channels in the error of the result, (C,).
+        together: the processes that do so, each with images of its own.
     """
 
     def __init__(
-        self, replay: Replay, trajectory: Trajectory, images: Sequence[int], weights: torch.Tensor | None = None
+        self,
+        replay: Replay,
+        trajectory: Trajectory,
+        images: Sequence[int],
+        weights: torch.Tensor | None = None,
+        together: Together = ALONE,
     ) -> None:
-        self.replay, self.trajectory, self.images = replay, trajectory, list(images)
-        self.goals = trajectory.latents[:, self.images]
-        channels = by_channel(self.goals[0]).shape[1]
+        self.replay, self.trajectory, self.images, self.together = replay, trajectory, list(images), together
+        channels = by_channel(trajectory.result).shape[1]
         self.weights = torch.ones(channels) if weights is None else weights / weights.mean()
-        self._kept: OrderedDict[tuple[int, ...], tuple[Seen, tuple[torch.Tensor, ...]]] = OrderedDict()
+        most = max(together.everyone(len(self.images)))  # the same everywhere, for all must forget the same
+        self.beginnings = Beginnings(KEPT // (4 * max(1, most) * trajectory.result[0].numel()))
 
     def run(self, nodes: Sequence[int]) -> Rolled:
         """Evaluate at these nodes, the first of which is 0, and fit every jump on the way."""
         nodes, trajectory = tuple(nodes), self.trajectory
-        known = next((n for n in range(len(nodes), 0, -1) if nodes[:n] in self._kept), 0)
-        seen, weights = self._kept.get(nodes[:known], (Seen(), ()))
+        known, seen, weights = self.beginnings.longest(nodes)
         for n in range(known, len(nodes)):
-            x = self.goals[0]
+            x = trajectory.goal(0, self.images)
             if n:
                 weights = (*weights, self._jump(seen, nodes[n - 1], nodes[n]))
                 x = mixed(weights[-1], seen.features)
             seen = self.evaluated(seen, x, nodes[n])
-            self._keep(nodes[: n + 1], (seen, weights))
+            self.beginnings.keep(nodes[: n + 1], seen, weights)
         weights = (*weights, self._jump(seen, nodes[-1], len(trajectory)))
         result = mixed(weights[-1], seen.features)
         return Rolled(nodes, weights, result, self.decibels(result))
 
     def follow(self, nodes: Sequence[int], weights: Sequence[torch.Tensor]) -> Rolled:
         """The same with weights that are given."""
-        seen, x = Seen(), self.goals[0]
+        seen, x = Seen(), self.trajectory.goal(0, self.images)
         for node, jump in zip(nodes, weights, strict=True):
             seen = self.evaluated(seen, x, node)
             x = mixed(jump, seen.features)
@@ -171,13 +213,9 @@ class Jumps:
 
     def decibels(self, result: torch.Tensor) -> torch.Tensor:
         """PSNR of each image in its latents, up to a constant: (N,)."""
-        error = by_channel(result - self.goals[-1]).pow(2).mean(2) @ self.weights.to(result.dtype)
+        error = by_channel(result - self.trajectory.result[self.images]).pow(2).mean(2) @ self.weights.to(result.dtype)
         return -10 * torch.log10((error / len(self.weights)).clamp(min=CEILING)).double()
 
     def _jump(self, seen: Seen, start: int, end: int) -> torch.Tensor:
-        return fitted(seen.features, self.goals[end], seen.centre(self.trajectory, start, end), self.trajectory.alike)
-
-    def _keep(self, nodes: tuple[int, ...], state: tuple[Seen, tuple[torch.Tensor, ...]]) -> None:
-        self._kept[nodes] = state
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        goal, centre = self.trajectory.goal(end, self.images), seen.centre(self.trajectory, start, end)
+        return fitted(seen.features, goal, centre, self.trajectory.alike, self.together, self.images)

@@ -28,6 +28,8 @@ from diffusion_accel.reuse.rows import NOT_ROWS, sample_of
 from diffusion_accel.reuse.snapshot import Arguments
 from diffusion_accel.steps import StepClock
 
+from .rows import IN_MEMORY, Rows
+
 _STEP = ("model_output", "timestep", "sample")  # of a scheduler's step
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}  # of a sum of outputs, relative; others: 0.05
 
@@ -134,8 +136,9 @@ class _Watch(ModelHook):
 class _Tape:
     """What is seen of one call of the pipeline, for some images."""
 
-    def __init__(self, clock: StepClock, kept: Callable[[int], bool], images: int) -> None:
-        self.clock, self.kept, self.images = clock, kept, images
+    def __init__(self, clock: StepClock, kept: Callable[[int], bool], rows: Rows, own: range) -> None:
+        self.clock, self.kept, self.rows, self.own, self.images = clock, kept, rows, own, len(own)
+        self.written = 0
         self.several = False  # whether the scheduler has each image more than once
         self.noise: torch.Tensor | None = None  # the state of torch's own generator before the step
         self.calls: list[CallOfDenoiser] = []
@@ -143,9 +146,6 @@ class _Tape:
         self.outputs: list[torch.Tensor] = []
         self.times: list[float] = []
         self.inputs: list[torch.Tensor] = []
-        self.latents: list[torch.Tensor] = []
-        self.predictions: list[torch.Tensor] = []
-        self.samples: list[torch.Tensor] = []
         self.scheduler: Any = None
         self.draws: list[list[torch.Tensor]] = []
         self.extra: dict[str, Any] = {}
@@ -235,9 +235,13 @@ class _Tape:
         if generators is not None:
             several = generators if isinstance(generators, list) else [generators]
             self.draws.append([generator.get_state() for generator in several])
-        self.latents.append(x.detach().float().cpu())
-        self.samples.append(self.latents[-1] if x is named["sample"] else named["sample"].detach().float().cpu())
-        self.predictions.append(predicted.float().cpu())
+        if len(x) != self.images:
+            self.refuse("its scheduler is given other rows than one for each image")
+            return
+        if not self.rows.steps:
+            self.rows.steps = sum(map(self.kept, range(len(self.clock.scheduler.timesteps))))
+        self.rows.write(self.written, self.own[0], x, named["sample"], predicted)
+        self.written += 1
 
     def _sum(self, x: torch.Tensor, predicted: torch.Tensor) -> None:
         parts: list[torch.Tensor] = []
@@ -291,7 +295,8 @@ class Recording:
     Attributes:
         times: the scheduler's timesteps at the steps that were kept, (S,).
         all_times: those at all steps.
-        latents: at the steps that were kept, as the denoiser sees them, (S, N, C, …), float32 on the CPU.
+        latents: at the steps that were kept, as the denoiser sees them, (S, N, C, …), float32 on the CPU; float16, in
+            a file, if there is much of it (`rows`); so the next two.
         predictions: what the scheduler was given, (S, N, C, …).
         samples: the latents as the scheduler has them; `latents` itself where both are the same.
         result: what it made in the end, (N, C, …).
@@ -354,6 +359,8 @@ class Replay:
             which: numbers of images, increasing.
         """
         parts, first, done = [], 0, 0
+        if not which:
+            return x.clone()
         for calls, shares in self.recording.tapes:
             images = calls[0].images
             here = [i - first for i in which if first <= i < first + images]
@@ -377,20 +384,25 @@ class Replay:
         return float(np.interp(time, times, told))
 
 
-def record(sampler: Sampler, kept: Callable[[int], bool] = lambda _: True) -> tuple[Recording, torch.Tensor]:
+def record(
+    sampler: Sampler, kept: Callable[[int], bool] = lambda _: True, in_memory: int = IN_MEMORY
+) -> tuple[Recording, torch.Tensor]:
     """A run of the pipeline as it is, and the images that it draws, (N, 3, H, W) in 0..1.
 
     Args:
         sampler: what is drawn.
         kept: by the number of a step, whether its latents and prediction are kept.
+        in_memory: bytes of latents and predictions that may be in memory, in float32.
 
     Raises:
         UnsupportedPipelineError: the pipeline does not step once for every timestep.
     """
     tapes, images = [], []
-    for start, end in sampler.chunks():
+    parts = list(sampler.chunks())
+    rows = Rows(0, parts[-1][1], in_memory)
+    for start, end in parts:
         clock = StepClock(sampler.pipe)
-        tape = _Tape(clock, kept, end - start)
+        tape = _Tape(clock, kept, rows, range(start, end))
         clock.on_step(before=tape.step, after=tape.after)
         hooks = HookSet("diffusion_accel.replay")
         try:
@@ -417,15 +429,13 @@ def record(sampler: Sampler, kept: Callable[[int], bool] = lambda _: True) -> tu
     shares = [tape.shares(given.dtype) if not tape.reason else [] for tape in tapes]
     reason = next((tape.reason for tape in tapes if tape.reason), "")
     last = [tape.last for tape in tapes if tape.last is not None]
-    latents = torch.cat([torch.stack(tape.latents) for tape in tapes], 1)
-    alike = all(a is b for tape in tapes for a, b in zip(tape.latents, tape.samples, strict=True))
     draws = [[state for tape in tapes for state in tape.draws[i]] for i in range(len(tapes[0].draws))]
     recording = Recording(
         [time for i, time in enumerate(known) if kept(i)],
         known,
-        latents,
-        torch.cat([torch.stack(tape.predictions) for tape in tapes], 1),
-        latents if alike else torch.cat([torch.stack(tape.samples) for tape in tapes], 1),
+        rows.latents,
+        rows.predictions,
+        rows.samples,
         torch.cat(last),
         tapes[0].scheduler,
         tapes[0].extra,
@@ -433,7 +443,7 @@ def record(sampler: Sampler, kept: Callable[[int], bool] = lambda _: True) -> tu
         [] if reason else [(tape.calls, share) for tape, share in zip(tapes, shares, strict=True)],
         reason,
         given.device,
-        channelwise(tapes[0].calls[0].module, latents[0]),
+        channelwise(tapes[0].calls[0].module, last[0]),
     )
     return (recording if reason else _checked(recording, given.dtype)), torch.cat(images)
 
@@ -460,8 +470,8 @@ def _checked(recording: Recording, dtype: torch.dtype) -> Recording:
         if not which:
             continue
         again, wanted = (
-            replay(recording.latents[step][which], recording.times[step], which),
-            recording.predictions[step][which],
+            replay(recording.latents[step][which].float(), recording.times[step], which),
+            recording.predictions[step][which].float(),
         )
         off = (again - wanted).flatten(1).pow(2).mean(1) > TOLERANCE.get(dtype, 0.05) ** 2 * wanted.flatten(1).pow(
             2

@@ -18,6 +18,7 @@ from diffusion_accel.reuse.plan_file import TunedPlan
 
 from .measure import Observations, Reference, reusing, scheduling
 from .target import CEILING, Target
+from .together import ALONE, Together
 from .trials import Trials
 
 _COUNTED = ("full_steps", "evaluations", "peak_cache_bytes")
@@ -77,26 +78,40 @@ def measured(plan: Plan, base: Reference, steps: int, rounds: int) -> dict[str, 
     }
 
 
-def measured_together(plans: Sequence[Plan], base: Reference, rounds: int) -> list[dict[str, Any]]:
+def measured_together(
+    plans: Sequence[Plan], base: Reference, rounds: int, together: Together = ALONE
+) -> list[dict[str, Any]]:
     """The same for several plans, which share the calls of the baseline.
 
     Args:
         plans: for the pipeline's scheduler and number of steps.
-        base: the baseline.
+        base: the baseline, with the held-out images of this process.
         rounds: of timing, of which the first warms up.
+        together: the processes that measure; the first one counts and times, while the others wait.
     """
-    pipe, one, images = base.sampler.pipe, base.heldout.part(0, 1), base.heldout.images()
+    mine = base.heldout
+    images, found = mine.images() if mine.prompts else None, []
+    for plan in plans:
+        values: list[float] = []
+        if images is not None:
+            with reusing(mine.pipe, plan):
+                values = psnr(images, mine.images()).tolist()
+        found.append(fidelity_of(together.in_order(values)))
+    numbers = together.agreed(_costs(plans, base, rounds) if together.first else None)
+    return [own | cost for own, cost in zip(found, numbers, strict=True)]
+
+
+def _costs(plans: Sequence[Plan], base: Reference, rounds: int) -> list[dict[str, Any]]:
+    """What plans compute, and their times of single images, in turn with the baseline."""
+    pipe, one, found = base.sampler.pipe, base.heldout.part(0, 1), []
     with count_flops() as whole:
         one.images()
-    found = []
     for plan in plans:
-        with reusing(pipe, plan):
-            values = psnr(images, base.heldout.images())
+        with reusing(pipe, plan), count_flops() as fast:
+            one.images()
             counters = pipe.acceleration.report().counters["reuse"]
-            with count_flops() as fast:
-                one.images()
         numbers = {key: counters["full_steps" if key == "evaluations" else key] for key in _COUNTED}
-        found.append(fidelity_of(values) | {"flop_ratio": round(whole.total / max(1.0, fast.total), 3)} | numbers)
+        found.append({"flop_ratio": round(whole.total / max(1.0, fast.total), 3)} | numbers)
     ratios: list[list[float]] = [[] for _ in plans]
     for turn in range(rounds):
         took = seconds_of(one.images)

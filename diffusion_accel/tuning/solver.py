@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from .result import fidelity_of
 from .state import Scores
 from .target import LONGEST, TOWARDS
 from .timesteps import Nodes, NodeSearch, residuals
+from .together import ALONE, Tasks, Together
 from .tuner import ENOUGH, USUAL_STEPS
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def tune_solver(
     batch: int = 8,
     state: str | Path | None = None,
     progress: Progress = silent,
+    together: Together = ALONE,
     **options: Any,
 ) -> LearnedMultistepScheduler:
     """Learn a solver of few evaluations for a model: its timesteps, and the combinations between them.
@@ -82,6 +85,7 @@ def tune_solver(
         batch: images in a call.
         state: file that keeps every rollout, so that an interrupted search goes on; None: none.
         progress: told what is being done.
+        together: the processes of a job that all call this alike; see `tune`.
         options: further arguments of the pipeline's call.
 
     Returns:
@@ -106,11 +110,15 @@ def tune_solver(
     held = max(len(prompts) - 2 * len(prompts) // 3, ENOUGH if len(prompts) >= 20 else 0)
     goal, many = _goal(pipe, towards, steps)
     everything, calibration = Sampler(pipe, prompts, many, seed, batch, options), len(prompts) - held
+    together.check(calibration, {"prompts": prompts, "steps": many, "seed": seed, "arguments": options})
+    heldout = together.part(everything.part(calibration, len(prompts)))
     with torch.inference_mode(), scheduling(pipe, goal):
         progress("where the samples should be", 0.0)
-        recording, _ = record(everything.part(0, calibration), _chosen(many) if towards == TOWARDS[0] else _every)
-        wanted = everything.part(calibration, len(prompts)).images()
-    if reason := untraceable(recording) or ("its scheduler draws noise" if recording.draws_noise else None):
+        chosen = _chosen(many) if towards == TOWARDS[0] else _every
+        recording, _ = record(together.part(everything.part(0, calibration)), chosen)
+        wanted = heldout.images() if heldout.prompts else None
+    own = untraceable(recording) or ("its scheduler draws noise" if recording.draws_noise else "")
+    if reason := next(filter(None, together.everyone(own)), ""):
         raise UnsupportedPipelineError(f"a solver cannot be learnt for {type(pipe).__name__}: {reason}")
 
     def about() -> dict[str, Any]:
@@ -120,35 +128,60 @@ def tune_solver(
 
     with torch.inference_mode():
         scores = Scores(None if state is None else Path(state), about)
-        found = _search(recording, sizes, Budget(seconds), progress, scores)
+        found = _search(recording, sizes, Budget(seconds), progress, scores, together)
         solvers = {n: Solver(tuple(times), tuple(rolled.combinations)) for n, (times, rolled) in found.items()}
         made = LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, {}))
         progress("held-out prompts", 1.0)
         measured = {}
         with scheduling(pipe, made):
             for n in sizes:
-                sampler = Sampler(pipe, prompts, n, seed, batch, options).part(calibration, len(prompts))
-                measured[str(n)] = fidelity_of(psnr(wanted, sampler.images()))
+                values = [] if wanted is None else psnr(wanted, replace(heldout, steps=n).images()).tolist()
+                measured[str(n)] = fidelity_of(together.in_order(values))
     numbers = {"towards": towards, "reference": f"{type(goal).__name__}, {many} steps", "measured": measured}
     return LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, numbers))
 
 
 def _search(
-    recording: Recording, sizes: Sequence[int], budget: Budget, progress: Progress, scores: Scores
+    recording: Recording,
+    sizes: Sequence[int],
+    budget: Budget,
+    progress: Progress,
+    scores: Scores,
+    together: Together,
 ) -> dict[int, tuple[list[float], Rolled]]:
     """For each number of evaluations its timesteps and the rollout with all images."""
     replay, trajectory = Replay(recording), Trajectory.of(recording, Conversion(recording.scheduler))
-    few = range(min(recording.images, max(FEW, recording.images // 2)))
-    jumps = Jumps(replay, trajectory, few)
-    left = residuals(trajectory, range(recording.images), torch.ones(len(jumps.weights)))
+    images = sum(together.everyone(recording.images))
+    jumps = Jumps(replay, trajectory, together.among(min(images, max(FEW, images // 2))), together=together)
+    every = range(recording.images)
+    left = residuals(trajectory, every, torch.ones(len(jumps.weights)), together)
+    found: dict[int, tuple[list[float], Rolled]] = {}
+
+    def fit(nodes: Sequence[int]) -> None:
+        times = [trajectory.times[n] for n in nodes]
+        found[len(nodes)] = times, Jumps(replay, trajectory, every, together=together).run(nodes)
+
+    known = {"rollout": lambda nodes: together.in_order(jumps.run(nodes).decibels.tolist()), "fit": fit}
+    tasks = Tasks(together, known)
+    if not together.first:
+        tasks.follow()
+        return found
 
     def run(nodes: Nodes) -> list[float]:
-        name = f"rollout {','.join(map(str, nodes))}"
-        return scores.of(name, lambda: jumps.run(nodes).decibels.tolist())
+        return scores.of(f"rollout {','.join(map(str, nodes))}", lambda: tasks.do("rollout", list(nodes)))
 
-    search = NodeSearch(run, left)
+    def search() -> None:
+        for nodes in _nodes(NodeSearch(run, left), sizes, budget, progress):
+            tasks.do("fit", list(nodes))
+
+    tasks.lead(search)
+    tasks.end(None)
+    return found
+
+
+def _nodes(search: NodeSearch, sizes: Sequence[int], budget: Budget, progress: Progress) -> Iterator[Nodes]:
+    """The best nodes for each number of evaluations."""
     search.rounds(sizes, ROUNDS, lambda: budget.left() > 0)
-    found = {}
     for done, size in enumerate(sizes):
         part = Budget(max(0.0, budget.left()) / (len(sizes) - done))
 
@@ -157,12 +190,7 @@ def _search(
             progress(text, budget.used(), max(0.0, budget.left()))
 
         search.refine(size, lambda part=part: part.left() > 0, tell)  # type: ignore[misc]
-        nodes = search.best(size)
-        found[size] = (
-            [trajectory.times[n] for n in nodes],
-            Jumps(replay, trajectory, range(recording.images)).run(nodes),
-        )
-    return found
+        yield search.best(size)
 
 
 def _checked(

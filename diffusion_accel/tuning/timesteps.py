@@ -15,6 +15,7 @@ import torch
 
 from .fits import MOST_CHANNELS, by_channel
 from .jumps import Trajectory
+from .together import ALONE, Together
 
 RIDGE = 1e-8
 KNOTS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)  # shares of the trajectory at which the profile is adjusted
@@ -25,7 +26,9 @@ SHIFTS = (1, -1, 2, -2, 3, -3)
 Nodes = tuple[int, ...]
 
 
-def residuals(trajectory: Trajectory, images: Sequence[int], weights: torch.Tensor) -> np.ndarray:
+def residuals(
+    trajectory: Trajectory, images: Sequence[int], weights: torch.Tensor, together: Together = ALONE
+) -> np.ndarray:
     """The mean squared error of a jump from node i, with node h evaluated before it, to node j: (M, M, M + 1), at
     [h, i, j]; at [0, 0, j] that of the first jump. Infinite where h ≥ i or i ≥ j.
 
@@ -33,21 +36,13 @@ def residuals(trajectory: Trajectory, images: Sequence[int], weights: torch.Tens
         trajectory: with M nodes and the result behind them.
         images: which images count.
         weights: of the channels, (C,).
+        together: the processes that have images.
     """
-    size, which = len(trajectory), list(images)
-    clean = torch.stack([by_channel(y) for y in trajectory.clean[:, which]])  # (M, N, C, positions)
-    latents = torch.stack([by_channel(x) for x in trajectory.latents[:, which]])
-    if trajectory.alike or clean.shape[2] > MOST_CHANNELS:  # as `fits` does
-        clean, latents, weights = (
-            clean.flatten(2).unsqueeze(2),
-            latents.flatten(2).unsqueeze(2),
-            torch.ones(1),
-        )
-    gram = torch.stack(
-        [_products(torch.cat([clean[:, :, c], latents[:, :, c]]).flatten(1)) for c in range(clean.shape[2])]
-    )
+    size = len(trajectory)
+    shared = trajectory.alike or len(weights) > MOST_CHANNELS  # as `fits` does
+    weights = torch.ones(1) if shared else weights
+    gram, count = _gram(trajectory, images, shared, together)
     share = (weights / weights.sum()).double()
-    count = clean.shape[1] * clean.shape[3]
     found = np.full((size, size, size + 1), np.inf)
     goals = torch.arange(size, 2 * size + 1)
     squares = gram[:, goals, goals]
@@ -63,9 +58,25 @@ def residuals(trajectory: Trajectory, images: Sequence[int], weights: torch.Tens
     return found
 
 
-def _products(table: torch.Tensor) -> torch.Tensor:
-    """table · tableᵀ in float64, by parts of its columns."""
-    return sum((part.double() @ part.double().T for part in table.split(2**20, 1)), torch.zeros(1).double())
+def _gram(
+    trajectory: Trajectory, images: Sequence[int], shared: bool, together: Together
+) -> tuple[torch.Tensor, float]:
+    """The Gram matrix of clean samples and latents for each channel, (C, 2M + 1, 2M + 1), or of all of them together,
+    and of how many numbers.
+
+    One image at a time, and in float64 a part of it, so that it takes next to no memory.
+    """
+    rows, channels = 2 * len(trajectory) + 1, 1 if shared else by_channel(trajectory.result[:1]).shape[1]
+    gram, count = torch.zeros(channels, rows, rows, dtype=torch.float64), 0
+    for image in images:
+        latents = [trajectory.latents[:, image].float(), trajectory.result[image][None]]
+        table = torch.cat([by_channel(part) for part in (trajectory.clean([image])[:, 0], *latents)])
+        table = table.reshape(rows, channels, -1)
+        for c in range(channels):
+            gram[c] += sum(part.double() @ part.double().T for part in table[:, c].split(2**16, 1))
+        count += table.shape[2]
+    everything = together.total(torch.cat([gram.flatten(), torch.tensor([float(count)]).double()]))
+    return everything[:-1].reshape(gram.shape), float(everything[-1])
 
 
 def best_nodes(cost: np.ndarray, most: int) -> dict[int, Nodes]:

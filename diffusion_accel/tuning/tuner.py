@@ -25,6 +25,7 @@ from .by_trials import search_by_trials
 from .measure import Reference
 from .replay import record
 from .target import Target
+from .together import ALONE, Together
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,6 +53,7 @@ def tune(
     try_steps: tuple[int, ...] = (),
     try_schedulers: tuple[Any, ...] = (),
     evaluations: tuple[int, ...] = (),
+    together: Together = ALONE,
     **options: Any,
 ) -> TunedPlan | PlanFamily:
     """Search the reuse plan of a pipeline: the best fidelity at a speed-up, or the highest speed-up at a fidelity; or,
@@ -84,6 +86,8 @@ def tune(
         try_steps, try_schedulers: fewer steps and other schedulers that the plan may use to come near the baseline; the
             time budget is shared among all combinations. The plan's conditions say which were chosen.
         evaluations: of a family: how many steps its plans compute; empty: chosen by the number of steps.
+        together: `tuning.together.Together.joined(pipe.device)` in every process of a job that calls this alike: each
+            does its share of the images, the first one decides, and all return the same.
         options: further arguments of the pipeline's call.
 
     Returns:
@@ -112,7 +116,9 @@ def tune(
         whole("evaluations", number, 1, steps)
     held = max(len(prompts) - 2 * len(prompts) // 3, ENOUGH if len(prompts) >= 20 else 0)
     everything, calibration = Sampler(pipe, prompts, steps, seed, batch, options), len(prompts) - held
-    parts = everything.part(0, calibration), everything.part(calibration, len(prompts))
+    parts = [everything.part(0, calibration), everything.part(calibration, len(prompts))]
+    together.check(calibration, {"prompts": prompts, "steps": steps, "seed": seed, "arguments": options})
+    parts = [together.part(part) for part in parts]
     file = None if state is None else Path(state)
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
     with torch.inference_mode():
@@ -120,12 +126,15 @@ def tune(
         if len(variants) == 1:
             progress("baseline", 0.0)
             recording, images = record(parts[0])
-            reference, reason = Reference(*parts, pipe.scheduler, images), untraceable(recording) or ""
-        else:
+            reasons = together.everyone(untraceable(recording) or "")
+            reference, reason = Reference(*parts, pipe.scheduler, images), next(filter(None, reasons), "")
+        elif together.size == 1:
             reference = Reference.measure(*parts)
         if not reason:
-            tuner = RolloutTuner(reference, recording, Budget(seconds), progress, file)
+            tuner = RolloutTuner(reference, recording, Budget(seconds), progress, file, together)
             return _by_rollouts(tuner, target, evaluations)
+        if together.size > 1:
+            raise ConfigurationError(f"several processes cannot share this search: {reason}; start one process")
         if target.is_family:
             raise ConfigurationError(
                 f"give a speed-up or a lowest PSNR: plans for every speed are not searched: {reason}"
@@ -134,6 +143,14 @@ def tune(
 
 
 def _by_rollouts(tuner: RolloutTuner, target: Target, evaluations: Sequence[int]) -> TunedPlan | PlanFamily:
+    if not tuner.together.first:
+        return (PlanFamily if target.is_family else TunedPlan).from_dict(tuner.tasks.follow())
+    made: TunedPlan | PlanFamily = tuner.tasks.lead(lambda: _searched(tuner, target, evaluations))
+    tuner.tasks.end(made.to_dict())
+    return made
+
+
+def _searched(tuner: RolloutTuner, target: Target, evaluations: Sequence[int]) -> TunedPlan | PlanFamily:
     if target.is_family:
         return tuner.family(tuner.every(evaluations))
     found = tuner.fastest(target.min_psnr or 0.0) if target.speedup is None else tuner.one(target.speedup)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion_accel.tuning.jumps import Trajectory
 from diffusion_accel.tuning.timesteps import (
     KNOTS,
     NodeSearch,
@@ -24,16 +24,13 @@ from diffusion_accel.tuning.timesteps import (
 )
 
 
-def trajectory(size: int = 5, images: int = 2, channels: int = 3, alike: bool = False) -> Any:
+def trajectory(size: int = 5, images: int = 2, channels: int = 3, alike: bool = False) -> Trajectory:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(size + 1, images, channels, 4, 4, generator=generator)
     clean = torch.randn(size, images, channels, 4, 4, generator=generator)
 
-    class Recorded(SimpleNamespace):
-        def __len__(self) -> int:
-            return size
-
-    return Recorded(latents=latents, clean=clean, alike=alike)
+    whole = latents[:-1], clean, latents[-1]
+    return Trajectory([0.0] * size, [1.0] * (size + 1), [1.0] * (size + 1), *whole, "sample", alike)
 
 
 def costs(size: int, seed: int = 0) -> np.ndarray:
@@ -53,11 +50,12 @@ def test_a_residual_is_what_least_squares_leave(alike: bool) -> None:
     own, weights = trajectory(alike=alike), torch.tensor([1.0, 2.0, 3.0])
     left = residuals(own, [0, 1], weights)
     for h, i, j in ((0, 0, 1), (0, 0, 5), (0, 1, 2), (1, 3, 4), (0, 2, 5), (3, 4, 5)):
-        columns = [own.clean[i], own.clean[h], own.latents[i], own.latents[h]] if i else [own.clean[0], own.latents[0]]
+        clean, latents = own.clean(), own.latents
+        columns = [clean[i], clean[h], latents[i], latents[h]] if i else [clean[0], latents[0]]
         errors = []
         for c in [slice(None)] if alike else [slice(k, k + 1) for k in range(3)]:
             table = torch.stack([part[:, c].flatten() for part in columns], 1).double()
-            goal = own.latents[j][:, c].flatten().double()
+            goal = own.goal(j, [0, 1])[:, c].flatten().double()
             solution = torch.linalg.lstsq(table, goal[:, None], driver="gelsd").solution[:, 0]
             errors.append(float((table @ solution - goal).pow(2).mean()))
         share = [1.0] if alike else (weights / weights.sum()).tolist()
