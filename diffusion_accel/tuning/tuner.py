@@ -116,9 +116,9 @@ def tune(
         whole("evaluations", number, 1, steps)
     held = max(len(prompts) - 2 * len(prompts) // 3, ENOUGH if len(prompts) >= 20 else 0)
     everything, calibration = Sampler(pipe, prompts, steps, seed, batch, options), len(prompts) - held
-    parts = [everything.part(0, calibration), everything.part(calibration, len(prompts))]
     together.check(calibration, {"prompts": prompts, "steps": steps, "seed": seed, "arguments": options})
-    parts = [together.part(part) for part in parts]
+    spans = (0, calibration), (calibration, len(prompts))
+    parts = together.part(everything.part(*spans[0])), together.part(everything.part(*spans[1]))
     file = None if state is None else Path(state)
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
     with torch.inference_mode():
