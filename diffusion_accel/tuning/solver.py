@@ -161,8 +161,10 @@ def _search(
         times = [trajectory.times[n] for n in nodes]
         found[len(nodes)] = times, Jumps(replay, trajectory, every, together=together).run(nodes)
 
-    known = {"rollout": lambda nodes: together.in_order(jumps.run(nodes).decibels.tolist()), "fit": fit}
-    tasks = Tasks(together, known)
+    def roll(nodes: Sequence[int]) -> list[float]:
+        return together.in_order(jumps.run(nodes).decibels.tolist())
+
+    tasks = Tasks(together, {"rollout": roll, "fit": fit})
     if not together.first:
         tasks.follow()
         return found

@@ -7,7 +7,7 @@ that all have the same; what is decided, also by the clock, is decided by the fi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +148,7 @@ class Tasks:
         known: by name; each is given a value that JSON can hold.
     """
 
-    def __init__(self, together: Together, known: dict[str, Callable[[Any], Any]]) -> None:
+    def __init__(self, together: Together, known: Mapping[str, Callable[[Any], Any]]) -> None:
         self.together, self.known = together, known
         self._inside = False
 
