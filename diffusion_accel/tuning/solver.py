@@ -22,7 +22,7 @@ from diffusion_accel.progress import Progress, silent
 from diffusion_accel.reuse.conditions import conditions
 from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
 from diffusion_accel.schedulers.measured import describe
-from diffusion_accel.schedulers.solver import Solver
+from diffusion_accel.schedulers.solver import LEAST_STEP, Solver
 
 from .budget import Budget
 from .by_rollouts import FEW, ROUNDS, untraceable
@@ -151,6 +151,7 @@ def _search(
 ) -> dict[int, tuple[list[float], Rolled]]:
     """For each number of evaluations its timesteps and the rollout with all images."""
     replay, trajectory = Replay(recording), Trajectory.of(recording, Conversion(recording.scheduler))
+    trajectory = trajectory.part(distinct(trajectory.times))
     images = sum(together.everyone(recording.images))
     jumps = Jumps(replay, trajectory, together.among(min(images, max(FEW, images // 2))), together=together)
     every = range(recording.images)
@@ -193,6 +194,12 @@ def _nodes(search: NodeSearch, sizes: Sequence[int], budget: Budget, progress: P
 
         search.refine(size, lambda part=part: part.left() > 0, tell)  # type: ignore[misc]
         yield search.best(size)
+
+
+def distinct(times: Sequence[float]) -> list[int]:
+    """Where timesteps are that a solver may have together: of those that are evaluated twice (Heun) the second time,
+    when the latents are what the scheduler makes of the first."""
+    return [i for i, t in enumerate(times) if i + 1 == len(times) or t - times[i + 1] >= LEAST_STEP]
 
 
 def _checked(

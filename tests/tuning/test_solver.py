@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import HeunDiscreteScheduler
 
 from diffusion_accel import ConfigurationError, tune_solver
 from diffusion_accel.tuning import jumps
+from diffusion_accel.tuning.solver import distinct
 from diffusion_accel.tuning.state import read_search
 
 PROMPTS = [f"{name}, {style} style" for name in ("red apple", "panda", "rocket") for style in ("3d", "flat")]
@@ -33,6 +35,14 @@ def test_rollouts_are_kept_and_not_made_again(sticker: Any, tmp_path: Path, monk
     assert dict(again.config.solvers) == dict(first.config.solvers)
     tune_solver(sticker, PROMPTS, 2, seconds=0, state=state, **{**CALL, "seed": 1})
     assert len(made) == 5, "another search begins anew"
+
+
+def test_no_timestep_is_evaluated_twice() -> None:
+    heun = HeunDiscreteScheduler()
+    heun.set_timesteps(4)
+    times = [float(t) for t in heun.timesteps]
+    assert len(times) == 7 and distinct(times) == [0, 2, 4, 6], "the corrected latents, not the predicted ones"
+    assert distinct([900.0, 500.0, 499.9995, 3.0]) == [0, 2, 3]
 
 
 def test_what_cannot_be_learnt_is_refused(sticker: Any) -> None:
