@@ -110,3 +110,32 @@ def command(rank: int, size: int, port: int, folder: Path, arguments: list[str])
     from diffusion_accel.cli.main import run
 
     run(arguments)
+
+
+def large_search(file: Path) -> None:
+    """What a search holds of 24 images of SDXL in 50 steps, with a scheduler that scales its latents and without any
+    model: writes by how many bytes the process grew, and how many of these are recorded."""
+    import resource
+
+    from diffusion_accel.tuning.jumps import Jumps, Trajectory
+    from diffusion_accel.tuning.rows import Rows
+    from diffusion_accel.tuning.timesteps import residuals
+
+    torch.set_num_threads(1)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    with torch.inference_mode():
+        rows, latents = Rows(50, 24), torch.randn(8, 4, 128, 128)
+        for first in (0, 8, 16):
+            for step in range(50):
+                rows.write(step, first, latents, latents * (1 + step), latents)
+        alphas = [0.1 + 0.018 * i for i in range(51)]
+        times, sigmas = [1000.0 - 20 * i for i in range(50)], [(1 - a * a) ** 0.5 for a in alphas]
+        recorded = rows.latents, rows.predictions, rows.latents[-1]
+        trajectory = Trajectory(times, alphas, sigmas, *recorded, "epsilon")
+        residuals(trajectory, range(2), torch.ones(4))  # image by image, so that more need no more memory
+        jumps: Any = Jumps(lambda x, time, which: x * 0.5, trajectory, range(12))  # type: ignore[arg-type]
+        jumps.run([0, 20, 40])
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    held = sum(t.numel() * t.element_size() for t in (rows.latents, rows.predictions, rows.samples))
+    most = jumps.beginnings.most * 12 * latents[0].numel() * 4
+    file.write_text(json.dumps({"grown": grown, "held": held, "beginnings": most}))
