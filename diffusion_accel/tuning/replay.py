@@ -361,18 +361,19 @@ class Replay:
         parts, first, done = [], 0, 0
         if not which:
             return x.clone()
+        given = x.to(self.recording.device)
         for calls, shares in self.recording.tapes:
             images = calls[0].images
             here = [i - first for i in which if first <= i < first + images]
             first += images
             if not here:
                 continue
-            own = x[done : done + len(here)].to(self.recording.device)
+            own = given[done : done + len(here)]
             outputs = [o for call in calls for o in call.outputs(own, self._told(call, time), here)]
-            parts.append(torch.stack([s * o for s, o in zip(shares, outputs, strict=True)]).sum(0).cpu())
+            parts.append(torch.stack([s * o for s, o in zip(shares, outputs, strict=True)]).sum(0))
             done += len(here)
         self.evaluations += len(which)
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()  # the device is waited for once
 
     def _told(self, call: CallOfDenoiser, time: float) -> float:
         times, told = np.array(self.recording.all_times), np.array(call.told)

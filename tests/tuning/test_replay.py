@@ -347,3 +347,18 @@ def test_where_the_channels_are() -> None:
     ):
         assert channelwise(denoiser(channels), torch.zeros(shape)) is wanted, shape
     assert not recorded(cogvideox(), sizes=(1,)).channelwise and recorded(zoo.flux(), sizes=(1,), height=24).channelwise
+
+
+def test_a_device_is_waited_for_once_in_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many calls of the pipeline the images come from."""
+    recording, _ = record(Calls(zoo.sd(), sizes=(1, 2, 1)))  # type: ignore[arg-type]
+    replay, moved, cpu = Replay(recording), [], torch.Tensor.cpu
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tuple(tensor.shape))
+        return cpu(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", noted)
+    with torch.inference_mode():
+        said = replay(recording.latents[1], recording.times[1], range(4))
+    assert len(recording.tapes) == 3 and moved == [tuple(said.shape)]

@@ -15,6 +15,7 @@ import tuning_job
 
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.reuse.plan import Plan
+from diffusion_accel.reuse.plan_family import PlanFamily
 from diffusion_accel.tuning.fits import Moments, fitted_moments
 from diffusion_accel.tuning.together import ALONE, Together
 
@@ -124,3 +125,23 @@ def test_fits_of_shares_are_those_of_all_images() -> None:
         own = Moments.of([f[rank::2] for f in features], target[rank::2])
         found = fitted_moments(own, middle, together=Half(rank, 2))
     assert torch.allclose(found, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_the_command_is_shared_by_the_processes_of_a_launcher(tmp_path: Path) -> None:
+    """One writes and prints; of an error that all have, one line is said."""
+    small = ["--count", "6", "--steps", "4", "--budget", "1", "--device", "cpu", "--width", "32", "--height", "32"]
+    (tmp_path / "made").mkdir()
+    output = tmp_path / "made" / "f.json"
+    solver = ["--evaluations", "2", "--towards", "baseline"]
+    arguments = ["tune", "-o", str(output), *small, *solver, "--json"]
+    assert job(tuning_job.command, 2, tmp_path, arguments) == [0, 0], logs(tmp_path)
+    assert [path.name for path in output.parent.iterdir()] == ["f.json"]
+    family = PlanFamily.load(str(output))
+    assert family.solvers and family.search["work"]["baseline"] == 4
+    said, silent = ((tmp_path / f"{rank}.log").read_text() for rank in (0, 1))
+    assert json.loads(said) and not silent
+    arguments = ["tune", "-o", str(output.with_name("g.json")), *small, "--speedup", "900", "-q"]
+    assert job(tuning_job.command, 2, tmp_path, arguments) == [2, 1], logs(tmp_path)
+    said, silent = ((tmp_path / f"{rank}.log").read_text() for rank in (0, 1))
+    assert said.splitlines()[-1].startswith("error: no plan is 900") and not silent
+    assert [path.name for path in output.parent.iterdir()] == ["f.json"]
