@@ -7,15 +7,17 @@ real rollouts find which steps to compute (`timesteps`, `jumps`), and every step
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from diffusion_accel.combination import Combination
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.measure.timing import seconds_of
@@ -37,13 +39,11 @@ from .target import Target
 from .timesteps import Nodes, NodeSearch, residuals
 from .together import ALONE, Tasks, Together
 
-if TYPE_CHECKING:
-    pass
-
 FEW = 8  # images of which rollouts are compared, or half of the calibration images if that is more
 ROUNDS = 3  # of the dynamic programme
 TIMED = 3  # rounds of timing, of which the first warms up
-GROWTH = 1.25  # from one number of evaluations of a family to the next
+GROWTHS = (1.25, 1.4, 1.6, 2.0)  # from one number of evaluations of a family to the next: the first that is affordable
+SEARCHED = 0.15  # share of the work of a family that is left for rollouts beyond the first one of each size
 FASTEST, SLOWEST = 0.08, 0.56  # shares of the steps that the plans of a family compute
 
 
@@ -89,6 +89,7 @@ class RolloutTuner:
         fixed, each: what a call takes without any computed step, and what each adds, as shares of the baseline's time.
         search: which steps to compute.
         work: what this process has done.
+        images: how much may be done, in images of the baseline, and `most`: after how much no rollout is begun.
         together: the processes that search; the first of them has the methods called that ask for something, the
             others `tasks.follow`.
     """
@@ -101,7 +102,9 @@ class RolloutTuner:
         progress: Progress = silent,
         state: Path | None = None,
         together: Together = ALONE,
+        images: float | None = None,
     ) -> None:
+        self.images = self.most = math.inf if images is None else images
         self.reference, self.recording, self.budget, self.progress = reference, recording, budget, progress
         self.together = together
         self.prompts = together.in_order(reference.sampler.prompts)
@@ -110,11 +113,12 @@ class RolloutTuner:
         )
         self.total = len(recording)
         self.work = Work(self.total)
-        self.work.add("baseline", recording.images)
+        self.work.add("baseline", recording.images * (1 + 1 / self.total))  # and what was asked again to check
         self.replay = Replay(recording)
         self.trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
         self.fixed, self.each = self._costs()
-        self.few = together.among(min(len(self.prompts), max(FEW, len(self.prompts) // 2)))
+        self._compared = min(len(self.prompts), max(FEW, len(self.prompts) // 2))
+        self.few = together.among(self._compared)
         self.jumps = Jumps(self.replay, self.trajectory, self.few, together=together)
         self._scores = Scores(state, self._about)
         weights = torch.ones(len(self.jumps.weights))
@@ -128,6 +132,7 @@ class RolloutTuner:
             ConfigurationError: none is.
         """
         size = self.largest(speedup)
+        self._save_for([size])
         self.search.rounds([size], ROUNDS, self._go_on)
         self._refine(size, 1.0)
         nodes = self.search.best(size)
@@ -159,11 +164,35 @@ class RolloutTuner:
 
     def every(self, sizes: Sequence[int] = ()) -> list[tuple[Plan, Nodes]]:
         """Plans for every speed, from the fastest to the nearest one."""
-        sizes = list(sizes) or family_sizes(self.total)
+        sizes = sorted(set(sizes)) or self._affordable()
+        self._save_for(sizes)
         self.search.rounds(sizes, ROUNDS, self._go_on)
         for done, size in enumerate(sizes):
             self._refine(size, 1 / (len(sizes) - done))
         return [(self.plan(nodes), nodes) for nodes in map(self.search.best, sizes)]
+
+    def _affordable(self) -> list[int]:
+        """The sizes of a family that leave some work for searching."""
+        for growth in GROWTHS:
+            sizes = family_sizes(self.total, growth)
+            first = sum(sizes) / self.total * self._compared
+            if self._done + first + self._later(sizes) <= (1 - SEARCHED) * self.images:
+                break
+        return sizes
+
+    @property
+    def _done(self) -> float:
+        """The work of all processes, of which this one is the first, which does a little more than the others."""
+        return sum(self.work.spent.values()) * self.together.size
+
+    def _later(self, sizes: Sequence[int]) -> float:
+        """What is done for plans of these sizes after the search."""
+        drawn, held = sum(sizes) / self.total, len(self.reference.heldout.prompts) * self.together.size
+        return len(self.prompts) * drawn + (held + TIMED) * (1 + drawn)
+
+    def _save_for(self, sizes: Sequence[int]) -> None:
+        """Leave enough work for what comes after the search."""
+        self.most = self.images - self._later(sizes) - max(sizes) / self.total * self._compared
 
     def largest(self, speedup: float) -> int:
         """How many steps may be computed at a speed-up. Raises `ConfigurationError` if not even one may."""
@@ -230,8 +259,9 @@ class RolloutTuner:
 
     def _refine(self, size: int, share: float) -> None:
         """Spend a share of what is left on plans with so many computed steps."""
-        until = self.budget.share(share)
-        self.search.refine(size, lambda: time.monotonic() < until, lambda: self._tell(size))
+        until, done = self.budget.share(share), self._done
+        most = math.inf if self.most == math.inf else done + share * (self.most - done)
+        self.search.refine(size, lambda: time.monotonic() < until and self._done < most, lambda: self._tell(size))
 
     def _median(self, plan: Plan) -> float:
         return statistics.median(self.tasks.do("psnr", _tokens(plan)))
@@ -266,8 +296,8 @@ class RolloutTuner:
     def _measured(self, several: list[list[str]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The numbers of plans on the held-out images, and what everything took."""
         plans = [Plan.parse(tokens) for tokens in several]
-        numbers = measured_together(plans, self.reference, TIMED, self.together)
-        timed = TIMED + 1 if self.together.first else 0  # and once to count
+        numbers = measured_together(plans, self.reference, TIMED - 1, self.together)
+        timed = TIMED if self.together.first else 0  # once to count
         self.work.add("held-out images", (len(self.reference.heldout.prompts) + timed) * (1 + sum(map(_share, plans))))
         return numbers, self.work.total(self.together)
 
@@ -280,7 +310,8 @@ class RolloutTuner:
         """What a call takes if nothing but the first step is computed, in turn with the baseline."""
         self.progress("costs", 0.0)
         one = self.reference.sampler.part(0, 1)
-        held, shares = Plan((FULL, *(Step("hold"),) * (self.total - 1))), []
+        one_held = Step("hold", space="sample", fit=Combination(((1.0,),), ((0.0, 0.0),)))
+        held, shares = Plan((FULL, *(one_held,) * (self.total - 1))), []
         for turn in range(TIMED):
             whole = seconds_of(one.images)
             with reusing(one.pipe, held):
@@ -291,7 +322,7 @@ class RolloutTuner:
         return min(1.0, statistics.median(shares))
 
     def _go_on(self) -> bool:
-        return self.budget.left() > 0
+        return self.budget.left() > 0 and self._done < self.most
 
     def _tell(self, size: int) -> None:
         speedup = 1 / (self.fixed + self.each * size)
@@ -318,10 +349,10 @@ def _share(plan: Plan) -> float:
     return sum(step.mode == "full" for step in plan.steps) / len(plan)
 
 
-def family_sizes(total: int) -> list[int]:
-    """How many steps the plans of a family compute, of so many."""
+def family_sizes(total: int, growth: float = GROWTHS[0]) -> list[int]:
+    """How many steps the plans of a family compute, of so many; each so many times as many as the one before."""
     sizes, size = [], max(2, round(FASTEST * total))
     while size <= max(2, SLOWEST * total):
         sizes.append(size)
-        size = max(size + 1, round(size * GROWTH))
+        size = max(size + 1, round(size * growth))
     return sizes

@@ -254,7 +254,7 @@ class _Tape:
             rest = given.narrow(dim, x.shape[dim], given.shape[dim] - x.shape[dim]) if dim and dim > 0 else None
             if not self.times:
                 self.rest.append(None if rest is None else rest.clone())
-            elif rest is not None and not torch.equal(rest, self.rest[n]):
+            elif rest is not None and ((first := self.rest[n]) is None or not torch.equal(rest, first)):
                 self.refuse("its denoiser is told something else at every step")
             parts += list(said.float().chunk(branches))
         table = torch.stack([part.flatten() for part in (*parts, predicted.float())]).double()

@@ -86,7 +86,7 @@ def measured_together(
     Args:
         plans: for the pipeline's scheduler and number of steps.
         base: the baseline, with the held-out images of this process.
-        rounds: of timing, of which the first warms up.
+        rounds: of timing.
         together: the processes that measure; the first one counts and times, while the others wait.
     """
     mine = base.heldout
@@ -102,7 +102,7 @@ def measured_together(
 
 
 def _costs(plans: Sequence[Plan], base: Reference, rounds: int) -> list[dict[str, Any]]:
-    """What plans compute, and their times of single images, in turn with the baseline."""
+    """What plans compute, and their times of single images, in turn with the baseline; counting warms up."""
     pipe, one, found = base.sampler.pipe, base.heldout.part(0, 1), []
     with count_flops() as whole:
         one.images()
@@ -113,13 +113,11 @@ def _costs(plans: Sequence[Plan], base: Reference, rounds: int) -> list[dict[str
         numbers = {key: counters["full_steps" if key == "evaluations" else key] for key in _COUNTED}
         found.append({"flop_ratio": round(whole.total / max(1.0, fast.total), 3)} | numbers)
     ratios: list[list[float]] = [[] for _ in plans]
-    for turn in range(rounds):
+    for _ in range(rounds):
         took = seconds_of(one.images)
         for plan, own in zip(plans, ratios, strict=True):
             with reusing(pipe, plan):
-                ratio = took / seconds_of(one.images)
-            if turn:
-                own.append(ratio)
+                own.append(took / seconds_of(one.images))
     return [f | {"time_ratio": round(statistics.median(own), 3)} for f, own in zip(found, ratios, strict=True)]
 
 

@@ -30,6 +30,7 @@ from .together import ALONE, Together
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+IMAGES_EACH = 4  # images of the baseline for each prompt: the work for a family
 ENOUGH = 9  # held-out images for a floor
 USUAL_STEPS = 50  # of a pipeline that names no number of its own
 
@@ -47,6 +48,7 @@ def tune(
     speedup: float | None = None,
     min_psnr: float | None = None,
     seconds: float = 600.0,
+    images: float | None = None,
     batch: int = 8,
     state: str | Path | None = None,
     progress: Progress = silent,
@@ -80,6 +82,9 @@ def tune(
         guidance_scale, height, width: of those calls; None: the pipeline's own default.
         speedup, min_psnr: the target, one of them or none; see `Target`.
         seconds: time budget of the search, without measuring before and after it.
+        images: so much work, in images drawn by the baseline, measuring included, after which the search ends, too;
+            None: for a family 4 for each prompt, else no end. What is measured once is measured also beyond it. A
+            search by trials ends by `seconds` only.
         batch: images in a call.
         state: file that keeps every plan that was tried, so that an interrupted search goes on; None: none.
         progress: told how many plans were tried and what the best one does.
@@ -108,6 +113,8 @@ def tune(
     whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
     if type(seconds) not in (int, float) or not seconds >= 0:
         raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
+    if images is not None and (type(images) not in (int, float) or not images > 0):
+        raise ConfigurationError(f"images must be a number above 0, got {shown(images)}")
     if not isinstance(try_steps, tuple | list):
         raise ConfigurationError(f"try_steps must be a list of numbers of steps, got {shown(try_steps)}")
     for number in try_steps:
@@ -125,13 +132,14 @@ def tune(
         reason = "other steps or schedulers are tried"
         if len(variants) == 1:
             progress("baseline", 0.0)
-            recording, images = record(parts[0])
+            recording, drawn = record(parts[0])
             reasons = together.everyone(untraceable(recording) or "")
-            reference, reason = Reference(*parts, pipe.scheduler, images), next(filter(None, reasons), "")
+            reference, reason = Reference(*parts, pipe.scheduler, drawn), next(filter(None, reasons), "")
         elif together.size == 1:
             reference = Reference.measure(*parts)
         if not reason:
-            tuner = RolloutTuner(reference, recording, Budget(seconds), progress, file, together)
+            most = IMAGES_EACH * len(prompts) if images is None and target.is_family else images
+            tuner = RolloutTuner(reference, recording, Budget(seconds), progress, file, together, most)
             return _by_rollouts(tuner, target, evaluations)
         if together.size > 1:
             raise ConfigurationError(f"several processes cannot share this search: {reason}; start one process")

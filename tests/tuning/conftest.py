@@ -34,4 +34,5 @@ def work_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
             work()
         return done[0] / 1e9
 
-    monkeypatch.setattr("diffusion_accel.tuning.measure.seconds_of", seconds_of)
+    for module in ("measure", "by_rollouts", "result"):
+        monkeypatch.setattr(f"diffusion_accel.tuning.{module}.seconds_of", seconds_of)

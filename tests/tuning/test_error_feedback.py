@@ -1,0 +1,133 @@
+"""Plans whose steps make up for the errors before them: what the pipeline draws with them is what was rolled out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from diffusion_accel.prediction import Conversion
+from diffusion_accel.reuse.plan import FULL, Plan, Step
+from diffusion_accel.tuning.error_feedback import Rollout
+from diffusion_accel.tuning.jumps import Trajectory
+from diffusion_accel.tuning.measure import reusing
+from diffusion_accel.tuning.replay import Replay, record
+
+from .test_replay import Calls, cogvideox, true_guidance
+
+STEPS, IMAGES = 7, 4
+
+
+def with_scheduler(scheduler: Any, built: Callable[[], zoo.Built] = zoo.sd, **changes: Any) -> zoo.Built:
+    pipe, call = built()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **changes)
+    return pipe, call
+
+
+def rolled(built: zoo.Built, nodes: Callable[[int], tuple[int, ...]]) -> tuple[Calls, Plan, torch.Tensor, torch.Tensor]:
+    """The sampler, the plan, its rollout and what the pipeline draws with it."""
+    sampler: Any = Calls(built, sizes=(IMAGES,), steps=STEPS)
+    with torch.inference_mode():
+        recording, _ = record(sampler)
+        assert recording.reason == ""
+        trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
+        rollout = Rollout(Replay(recording), recording, trajectory, range(IMAGES))
+        plan = rollout.plan(nodes(len(recording)))
+        with reusing(sampler.pipe, plan):
+            drawn = sampler.call(0, IMAGES)
+    return sampler, plan, rollout.sample, drawn
+
+
+def same(rollout: torch.Tensor, drawn: torch.Tensor) -> None:
+    """To 1e-4 of the latents' size; weights are written down with six digits."""
+    assert float((rollout - drawn).abs().max()) < 1e-4 * max(1.0, float(rollout.abs().max()))
+
+
+def some(total: int) -> tuple[int, ...]:
+    return (0, 1, 3, total - 2)
+
+
+CASES: dict[str, Callable[[], zoo.Built]] = {
+    "ddim": zoo.sd,
+    "dpm": lambda: with_scheduler(DPMSolverMultistepScheduler),
+    "unipc": lambda: with_scheduler(UniPCMultistepScheduler),
+    "euler": lambda: with_scheduler(EulerDiscreteScheduler),
+    "heun": lambda: with_scheduler(HeunDiscreteScheduler),
+    "ancestral": lambda: with_scheduler(EulerAncestralDiscreteScheduler),
+    "ddim with noise": lambda: (lambda p, c: (p, {**c, "eta": 0.5}))(*zoo.sd()),
+    "v": lambda: with_scheduler(DDIMScheduler, prediction_type="v_prediction"),
+    "flow euler": zoo.sd3,
+    "flow heun": lambda: with_scheduler(FlowMatchHeunDiscreteScheduler, zoo.sd3),
+    "flux with true guidance": true_guidance,
+    "dit": lambda: (lambda p, c: (p, c))(*zoo.dit()),
+    "frames first": cogvideox,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_pipeline_draws_what_was_rolled_out(name: str) -> None:
+    built = CASES[name]()
+    if name == "dit":  # its pipeline decodes
+        pipe, call = built
+        decode = pipe.vae.decode
+        kept: list[torch.Tensor] = []
+        pipe.vae.decode = lambda z, **k: (kept.append(z * pipe.vae.config.scaling_factor), decode(z, **k))[1]
+        _, plan, rollout, _ = rolled(built, some)
+        drawn = kept[-1].float()
+    else:
+        _, plan, rollout, drawn = rolled(built, some)
+    same(rollout, drawn)
+    assert sum(step.mode == "full" for step in plan.steps) == 4
+    assert sum(step.fit is not None for step in plan.steps) >= len(plan) // 2, "most steps are fitted"
+    held = [step for step in plan.steps if step.mode == "hold"]
+    assert all(step.space == "sample" for step in held)
+    if name == "frames first":
+        assert all(step.fit is None or step.fit.channels == 1 for step in plan.steps)
+    assert Plan.parse(str(plan)) == plan
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm"])
+def test_a_plan_is_nearer_than_one_that_only_holds(name: str) -> None:
+    built = CASES[name]()
+    sampler, plan, _, drawn = rolled(built, some)
+    plain = Plan(tuple(FULL if step.mode == "full" else Step("hold", space="sample") for step in plan.steps))
+    with torch.inference_mode():
+        wanted = sampler.call(0, IMAGES)
+        with reusing(sampler.pipe, plain):
+            held = sampler.call(0, IMAGES)
+    assert float((drawn - wanted).pow(2).mean()) < 0.5 * float((held - wanted).pow(2).mean())
+
+
+def test_with_all_steps_computed_nothing_is_changed() -> None:
+    """A fit of a step that lands on the next is the prediction itself: what is full stays near the baseline."""
+    sampler, plan, rollout, drawn = rolled(zoo.sd(), lambda total: tuple(range(total)))
+    with torch.inference_mode():
+        baseline = sampler.call(0, IMAGES)
+    assert all(step.mode == "full" for step in plan.steps)
+    torch.testing.assert_close(drawn, baseline, rtol=1e-4, atol=1e-4)
+    same(rollout, drawn)
+
+
+def test_steps_that_are_not_affine_are_not_fitted() -> None:
+    """Clipping and thresholding: no weights are derived from probes that say nothing."""
+    for changes in (
+        {"clip_sample": True, "clip_sample_range": 0.3},
+        {"thresholding": True, "sample_max_value": 1.0, "clip_sample": False},
+    ):
+        pipe, call = zoo.sd()
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
+        _, plan, rollout, drawn = rolled((pipe, call), some)
+        assert all(step.fit is None for step in plan.steps[:-2]), str(plan)
+        same(rollout, drawn)
