@@ -82,7 +82,7 @@ class PartRollout(Rollout):
         own, parts, time = self.trajectory, self.parts, self.scheduler.timesteps[i]
         a, s, x = own.alphas[i], own.sigmas[i], self.sample
         if full:
-            known = None if parts.on_policy else self.recording.predictions[i]
+            known = None if parts.on_policy else self.recording.predictions[i].float()
             v = self.replay(x, own.times[i], self.images) if known is None else known
             self.seen = self.seen.then(converted("sample", own.kind, v, x, a, s), x)
         clean = list(self.seen.clean)
@@ -97,7 +97,7 @@ class PartRollout(Rollout):
         value = clean[0] if fit is None else fit.apply(clean, latents)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         if not parts.on_policy and i + 1 < len(self.recording):
-            self.sample = self.recording.samples[i + 1]
+            self.sample = self.recording.samples[i + 1].float()
         return Step("full" if full else "hold", space="sample" if fit is not None or not full else "", fit=fit)
 
 
