@@ -108,8 +108,16 @@ class RolloutTuner:
         self.reference, self.recording, self.budget, self.progress = reference, recording, budget, progress
         self.together = together
         self.prompts = together.in_order(reference.sampler.prompts)
+        self.held = sum(together.everyone(len(reference.heldout.prompts)))
         self.tasks = Tasks(
-            together, {"rollout": self._rolled, "plan": self._fitted, "psnr": self._drawn, "measure": self._measured}
+            together,
+            {
+                "rollout": self._rolled,
+                "plan": self._fitted,
+                "psnr": self._drawn,
+                "measure": self._measured,
+                "work": self._worked,
+            },
         )
         self.total = len(recording)
         self.work = Work(self.total)
@@ -182,12 +190,12 @@ class RolloutTuner:
 
     @property
     def _done(self) -> float:
-        """The work of all processes, of which this one is the first, which does a little more than the others."""
-        return sum(self.work.spent.values()) * self.together.size
+        """The work of all processes."""
+        return float(self.tasks.do("work", None))
 
     def _later(self, sizes: Sequence[int]) -> float:
         """What is done for plans of these sizes after the search."""
-        drawn, held = sum(sizes) / self.total, len(self.reference.heldout.prompts) * self.together.size
+        drawn, held = sum(sizes) / self.total, self.held
         return len(self.prompts) * drawn + (held + TIMED) * (1 + drawn)
 
     def _save_for(self, sizes: Sequence[int]) -> None:
@@ -284,6 +292,9 @@ class RolloutTuner:
         plan = Rollout(self.replay, self.recording, self.trajectory, every, self.together).plan(nodes)
         self.work.add("fits", (self.replay.evaluations - before) / self.total)
         return plan
+
+    def _worked(self, _: None) -> float:
+        return sum(self.together.everyone(sum(self.work.spent.values())))
 
     def _drawn(self, tokens: list[str]) -> list[float]:
         """The PSNR of all calibration images under a plan."""
