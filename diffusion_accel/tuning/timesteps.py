@@ -137,7 +137,7 @@ class Profile:
         return float(jumps @ self.weights()[ends])
 
     def learn(self, runs: Iterable[tuple[Nodes, float]]) -> None:
-        """Adjust to rollouts: pairs of nodes and the mean squared error that they had."""
+        """Adjust to rollouts: pairs of nodes and the squared error that they had, a geometric mean over images."""
         seen = [(*self._jumps(nodes), np.log(max(error, 1e-12))) for nodes, error in runs]
         before = self.logarithms
 
@@ -183,7 +183,7 @@ class NodeSearch:
         """How near a rollout comes, in dB; see `nearness`."""
         if nodes not in self.known:
             values = np.asarray(self.run(nodes), dtype=float)
-            self.known[nodes], self.errors[nodes] = nearness(values), float(np.mean(10 ** (-values / 10)))
+            self.known[nodes], self.errors[nodes] = nearness(values), float(10 ** (-np.mean(values) / 10))
         return self.known[nodes]
 
     def rounds(self, sizes: Sequence[int], count: int, go_on: Callable[[], bool]) -> None:
@@ -223,9 +223,8 @@ class NodeSearch:
 
 
 def nearness(decibels: np.ndarray) -> float:
-    """One number for how near images are: the mean of their mean PSNR and of the PSNR of their mean error, in which the
-    bad ones count most."""
-    return float((decibels.mean() - 10 * np.log10(np.mean(10 ** (-decibels / 10)))) / 2)
+    """One number for how near images are: the mean of their mean PSNR and of its worst decile."""
+    return float((decibels.mean() + np.quantile(decibels, 0.1)) / 2)
 
 
 def evenly(size: int, count: int) -> Nodes:
