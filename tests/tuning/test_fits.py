@@ -100,7 +100,8 @@ def test_what_is_chosen_is_the_best_of_all_choices_on_the_other_half(
 ) -> None:
     parts = features(count, images, channels, 2, 2, seed=seed)
     target = parts[0] + noisy * noise(images, channels, 2, 2, seed=999 + seed)
-    moments, middle = Moments.of(parts, target), torch.tensor([1.0] + [0.0] * (count - 1), dtype=torch.float64)
+    plain, middle = Moments.of(parts, target), torch.tensor([1.0] + [0.0] * (count - 1), dtype=torch.float64)
+    moments = plain.evened(middle)
     losses = {}
     for shared in (False, True):
         for ridge in RIDGES:
@@ -113,11 +114,30 @@ def test_what_is_chosen_is_the_best_of_all_choices_on_the_other_half(
                 for k in (0, 1)
             )
     best = min(losses, key=losses.__getitem__)
-    found = fitted_moments(moments, middle)
+    found = fitted_moments(plain, middle)
     if losses[best] <= float(moments.summed(torch.arange(images), False).error(middle[None])):
         torch.testing.assert_close(found, moments.summed(torch.arange(images), best[0]).solved(middle, best[1]))
     else:
         torch.testing.assert_close(found, middle[None])
+
+
+def test_an_image_that_nothing_can_help_does_not_decide_for_the_others() -> None:
+    """Seven images follow one rule, one is noise a hundred times as large."""
+    parts = features(2, 8, 1, 6, 6)
+    target = 0.7 * parts[0] + 0.3 * parts[1]
+    target[3] = 100 * noise(1, 6, 6, seed=5)
+    found = fitted(parts, target, [1.0, 0.0])
+    torch.testing.assert_close(found, torch.tensor([[0.7, 0.3]], dtype=torch.float64), atol=0.02, rtol=0)
+    plain = Moments.of(parts, target).summed(torch.arange(8), True).solved(torch.tensor([1.0, 0.0]).double(), RIDGES[0])
+    assert float((plain - torch.tensor([[0.7, 0.3]]).double()).abs().max()) > 0.3
+
+
+def test_errors_are_those_of_each_image() -> None:
+    parts = features(3, 5, 2, 3, 3)
+    target = noise(5, 2, 3, 3, seed=9)
+    weights = torch.tensor([[0.5, 0.2, 0.1], [1.0, -0.3, 0.0]], dtype=torch.float64)
+    found = Moments.of(parts, target).errors(weights)
+    torch.testing.assert_close(found.float(), (mixed(weights, parts) - target).pow(2).flatten(1).sum(1))
 
 
 def test_what_the_images_do_not_support_stays_at_the_centre() -> None:
