@@ -5,8 +5,8 @@
     python scripts/tune_sticker.py dpm --seconds 600
     python scripts/tune_sticker.py solver --seconds 900
 
-Calibrated on captions of the kind the model was trained on and, every third one, on what people type
-(`data/varied_prompts.txt`); a third of them measures. Writes into `diffusion_accel/assets`, or into --out.
+The steps that are computed are chosen by captions of the kind the model was trained on; fits see what people type, too
+(`data/varied_prompts.txt`). Measured on other captions. Writes into `diffusion_accel/assets`, or into --out.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ FAMILIES: dict[str, tuple[str, int, dict[int, str]]] = {
     "ddim": ("ddim", 50, {5: "", 6: "fast", 8: "balanced", 10: "", 14: "quality", 18: ""}),
     "dpm": ("dpm++", 20, {4: "", 5: "fast", 6: "", 8: "balanced", 11: "quality"}),
 }
+UNSEEN = 1000  # how many captions are passed by before those that measure
 SOLVER = (5, 6, 8, 10, 12)
 
 
-def prompts_to_calibrate(count: int) -> list[str]:
-    """Captions, and in the place of every third one what people type."""
+def prompts(count: int) -> list[str]:
+    """Captions, of which rollouts are compared; captions and what people type in turn, which fits see as well; other
+    captions, on which the result is measured. So many of each: the last third is held out, as `tune` has it.
+    """
     varied = VARIED.read_text(encoding="utf-8").splitlines()
-    captions = embedded_prompts(count)
-    return [varied[i // 3] if i % 3 == 2 and i // 3 < len(varied) else text for i, text in enumerate(captions)]
+    captions = embedded_prompts(2 * count)
+    second = [varied[i // 2 % len(varied)] if i % 2 else text for i, text in enumerate(captions[count:])]
+    return captions[:count] + second + embedded_prompts(count, UNSEEN)
 
 
 def told(what: str, share: float = 0.0, left: float | None = None) -> None:
@@ -52,21 +56,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*FAMILIES, "solver"))
     parser.add_argument("--seconds", type=float, default=900.0, help="time budget of the search")
-    parser.add_argument("--count", type=int, default=60, help="prompts; a third of them measures")
+    parser.add_argument("--count", type=int, default=24, help="images that measure; twice as many calibrate")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write into")
     options = parser.parse_args()
     pipe: Any = diffusion_accel.load_pipeline("sticker")
     pipe.set_progress_bar_config(disable=True)
     common: dict[str, Any] = CALL | {"seconds": options.seconds, "progress": told, "seed": 20_000}
-    prompts = prompts_to_calibrate(options.count)
+    texts = prompts(options.count)
     if options.what == "solver":
-        made = diffusion_accel.tune_solver(pipe, prompts, SOLVER, **common)
+        made = diffusion_accel.tune_solver(pipe, texts, SOLVER, **common)
         made.save_pretrained(options.out / "solvers" / "sticker")
         print(made.config.made_for["measured"])
         return 0
     scheduler, steps, names = FAMILIES[options.what]
     set_scheduler(pipe, scheduler)
-    family: Any = diffusion_accel.tune(pipe, prompts, steps=steps, evaluations=tuple(names), images=1e6, **common)
+    family: Any = diffusion_accel.tune(pipe, texts, steps=steps, evaluations=tuple(names), images=1e6, **common)
     members = [replace(plan, name=names.get(plan.evaluations, "")) for plan in family.members]
     named = PlanFamily.of(members, search=family.search)
     (options.out / "plans").mkdir(parents=True, exist_ok=True)
