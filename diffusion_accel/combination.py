@@ -124,9 +124,5 @@ def channel_dim(sample: torch.Tensor) -> int:
     return 2 if sample.dim() == 3 else 1
 
 
-def _rounded(rows: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(round(float(v), DIGITS) + 0.0 for v in row) for row in rows)  # + 0.0: no negative zero
-
-
 def _numbers(values: tuple[float, ...]) -> str:
     return ",".join(f"{v:.{DIGITS}f}".rstrip("0").rstrip(".") for v in values)

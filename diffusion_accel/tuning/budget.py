@@ -18,7 +18,7 @@ class Budget:
 
     def used(self) -> float:
         """The share that is used, 0 to 1."""
-        return 1 - max(0.0, self.left()) / self.seconds
+        return 1 - max(0.0, self.left()) / self.seconds if self.seconds else 1.0
 
     def share(self, part: float) -> float:
         """The moment (of `time.monotonic`) at which this part of what is left is over."""
