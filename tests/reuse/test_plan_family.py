@@ -162,22 +162,24 @@ def test_the_shipped_families_choose_the_plans_of_their_old_names(family: str, s
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     old = f"tuned:{'ddim-' if family == 'ddim' else ''}fast"
-    wish = Reuse(plan=f"tuned:{family}", speedup=PlanFamily.load(f"tuned:{family}").members[-1].speedup)
+    wish = Reuse(plan=f"tuned:{family}", speedup=TunedPlan.load(old).speedup)
     assert wish.source == TunedPlan.load(old) and wish.source.origin == old
     assert torch.equal(drawn(pipe, wish, steps), drawn(pipe, Reuse(plan=old), steps))
 
 
 def test_every_old_name_is_a_plan_of_a_shipped_family() -> None:
-    assert {"ddim", "dpm", "quality", "balanced", "fast", "ddim-quality", "ddim-balanced", "ddim-fast"} == {*shipped()}
+    assert {"ddim", "dpm", "quality", "balanced", "fast", "ddim-quality", "ddim-balanced", "ddim-fast"} <= {*shipped()}
     for family, prefix in (("ddim", "ddim-"), ("dpm", "")):
         found = load_shipped()[family]
-        assert found.names == ("quality", "balanced", "fast")
+        assert [name for name in found.names if not name.isdecimal()] == ["quality", "balanced", "fast"]
         for plan in found.members:
+            assert plan.psnr_floor is not None and plan.psnr_floor <= plan.psnr_median
+            assert len(plan.measured["psnr_each"]) == plan.measured["pictures"]
+            if not plan.name:
+                continue
             assert plan.origin == f"tuned:{prefix}{plan.name}" and TunedPlan.load(plan.origin) == plan
             for text in (f"tuned:{family}-{plan.name}", f"tuned:{family}:{plan.name}"):
                 assert TunedPlan.load(text) == plan
-            assert plan.psnr_floor is not None and plan.psnr_floor <= plan.psnr_median
-            assert len(plan.measured["psnr_each"]) == plan.measured["pictures"]
             assert plan.evaluations == plan.measured["evaluations"]
 
 
@@ -233,7 +235,7 @@ def test_a_family_file_survives(tmp_path: Path) -> None:
         (TunedPlan.load, f"{file}:slow", "has no plan slow; .*: 1, quick"),
         (PlanFamily.load, str(tmp_path / "one.json"), "is one plan, not a family"),
         (TunedPlan.load, f"{tmp_path / 'one.json'}:quick", "is no family of plans"),
-        (PlanFamily.load, "tuned:nothing", "shipped plans: tuned:ddim, tuned:dpm, tuned:ddim-quality"),
+        (PlanFamily.load, "tuned:nothing", "shipped plans: tuned:ddim, tuned:dpm, .*tuned:ddim-quality"),
     ):
         with pytest.raises(ConfigurationError, match=words):
             read_it(text)

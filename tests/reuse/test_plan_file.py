@@ -156,7 +156,7 @@ def test_the_warning_names_the_plans_that_fit(sticker: Any, caplog: Any) -> None
     sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
     TunedPlan.load("tuned:balanced").check(sticker)
     assert "another scheduler ('DPMSolverMultistepScheduler', here 'DDIMScheduler')" in caplog.text
-    assert "plans for what is here: tuned:ddim (quality, balanced, fast)" in caplog.text
+    assert "plans for what is here: tuned:ddim (1, quality, 3, balanced, fast, 6)" in caplog.text
     caplog.clear()
     TunedPlan.load("tuned:ddim-balanced").check(sticker)
     assert not caplog.text

@@ -96,7 +96,8 @@ def test_kinds_are_those_of_the_plans(source: PlanSource, total: int) -> None:
     assert len(plan) == total
     kinds = source.kinds()
     for step in plan.steps:
-        same = [k for k in kinds if (k.mode, k.depth, k.space) == (step.mode, step.depth, step.space)]
+        same = [k for k in kinds if (k.mode, k.depth) == (step.mode, step.depth)]
+        same = [k for k in same if k.space == step.space or step.mode == "full"]  # stretched, it is not corrected
         assert same and max(k.order for k in same) >= step.order
     assert source.works_inside == (kinds.inside or isinstance(source, DiffusersCache))
 
