@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from measuring import STICKER, head, line, numbers, short
-from tune_sticker import prompts_to_calibrate
 
 from diffusion_accel import Reuse, accelerate
 from diffusion_accel.bench.benchmark import UNSEEN
@@ -119,7 +118,7 @@ def run(pipe: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     set_scheduler(pipe, "ddim")
     unseen = tuple(embedded_prompts(options.count, UNSEEN))
     sampler = Sampler(pipe, unseen, STEPS, options.seed, options.batch, STICKER)
-    taught = replace(sampler, prompts=tuple(prompts_to_calibrate(options.calibration)), seed=20_000)
+    taught = replace(sampler, prompts=tuple(embedded_prompts(options.calibration)), seed=20_000)
     plain, (recording, _) = sampler.images(), record(taught)
     replay, trajectory = Replay(recording), Trajectory.of(recording, Conversion(recording.scheduler))
     rows: list[dict[str, Any]] = []
