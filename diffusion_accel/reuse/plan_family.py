@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_accel._version import __version__
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.io import printable, replacing, shown
+from diffusion_accel.io import printable, shown
 from diffusion_accel.schedulers.in_family import apart
 
 from .auto import Auto
 from .plan import Kinds, Plan, PlanSource
-from .plan_file import FAMILY, VERSION, TunedPlan, as_file, read_plan_file
+from .plan_file import FAMILY, VERSION, TunedPlan, as_file, read_plan_file, write_plan_file
 from .plan_names import may_name, names_of, shipped_families, text_of_member
 
 if TYPE_CHECKING:
@@ -196,10 +196,7 @@ class PlanFamily(PlanSource):
 
     def save(self, path: Path, overwrite: bool = False) -> None:
         """Write as JSON, complete or not at all. Raises `ConfigurationError` if the file exists."""
-        if path.exists() and not overwrite:
-            raise ConfigurationError(f"{path} exists; overwrite replaces it")
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_plan_file(path, self.to_dict(), overwrite)
 
     @classmethod
     def load(cls, text: str) -> PlanFamily:

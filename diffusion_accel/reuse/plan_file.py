@@ -152,10 +152,7 @@ class TunedPlan(PlanSource):
 
     def save(self, path: Path, overwrite: bool = False) -> None:
         """Write as JSON, complete or not at all. Raises `ConfigurationError` if the file exists."""
-        if path.exists() and not overwrite:
-            raise ConfigurationError(f"{path} exists; overwrite replaces it")
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_plan_file(path, self.to_dict(), overwrite)
 
     @classmethod
     def load(cls, text: str) -> TunedPlan:
@@ -175,6 +172,14 @@ class TunedPlan(PlanSource):
     def parse(cls, text: str) -> TunedPlan:
         """The same as `load`: the text of a tuned plan is where it lies."""
         return cls.load(text)
+
+
+def write_plan_file(path: Path, values: dict[str, Any], overwrite: bool) -> None:
+    """Write what a file of tuned plans has, complete or not at all. Raises `ConfigurationError` if the file exists."""
+    if path.exists() and not overwrite:
+        raise ConfigurationError(f"{path} exists; overwrite replaces it")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def read_plan_file(text: str) -> tuple[Any, Place]:

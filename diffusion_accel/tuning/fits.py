@@ -64,9 +64,8 @@ class Moments:
         """
         shares = torch.ones(len(self.square), dtype=torch.float64)
         for _ in range(REWEIGHTED):
-            parts = [part.sum(0) for part in vars(self.scaled(shares)).values()]
-            sums = together.total(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
-            whole = Moments(*(own.reshape(part.shape) for own, part in zip(sums, parts, strict=True)))
+            own = self.scaled(shares)
+            whole = _total([part.sum(0) for part in (own.gram, own.aims, own.square)], together)
             errors = self.errors(whole.solved(centre, RIDGES[1]))
             everyone = torch.tensor([e for own in together.everyone(errors.tolist()) for e in own], dtype=torch.float64)
             least = EVENED * everyone.median() + 1e-30
@@ -124,11 +123,11 @@ def fitted_moments(
     """The same from the moments of every image."""
     images = range(len(moments.square)) if images is None else images
     numbers = torch.tensor(together.numbers(images))
-    halves, count = _halves(moments, numbers, together)
+    few = sum(together.everyone(len(numbers))) < 4
+    halves = _halves(moments if few else moments.evened(middle, together), numbers, together)
     everything, channels = torch.arange(2), moments.square.shape[1]
-    if count < 4:
+    if few:
         return halves.summed(everything >= 0, True).solved(middle, RIDGES[-1])
-    halves, _ = _halves(moments.evened(middle, together), numbers, together)
     whole = halves.summed(everything >= 0, False)
     kinds = [(shared, ridge) for shared in (False, True)[alike or channels > MOST_CHANNELS :] for ridge in RIDGES]
     losses = [0.0] * len(kinds)
@@ -142,13 +141,16 @@ def fitted_moments(
     return halves.summed(everything >= 0, kinds[best][0]).solved(middle, kinds[best][1])
 
 
-def _halves(moments: Moments, numbers: torch.Tensor, together: Together) -> tuple[Moments, int]:
-    """Summed over the even and over the odd images of all processes, and how many images there are."""
+def _halves(moments: Moments, numbers: torch.Tensor, together: Together) -> Moments:
+    """Summed over the even and over the odd images of all processes."""
     tensors = (moments.gram, moments.aims, moments.square)
-    both = [torch.stack([part[numbers % 2 == k].sum(0) for k in (0, 1)]) for part in tensors]
-    everything = together.total(torch.cat([torch.tensor([float(len(numbers))]).double(), *map(torch.flatten, both)]))
-    parts = everything[1:].split([part.numel() for part in both])
-    return Moments(*(part.reshape(own.shape) for part, own in zip(parts, both, strict=True))), int(everything[0])
+    return _total([torch.stack([part[numbers % 2 == k].sum(0) for k in (0, 1)]) for part in tensors], together)
+
+
+def _total(parts: list[torch.Tensor], together: Together) -> Moments:
+    """The sums of gram, aims and square over all processes, in one message."""
+    sums = together.total(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    return Moments(*(own.reshape(part.shape) for own, part in zip(sums, parts, strict=True)))
 
 
 def combination(weights: torch.Tensor, count: int) -> Combination:

@@ -34,7 +34,7 @@ from .state import Scores
 from .target import LONGEST, TOWARDS
 from .timesteps import Nodes, NodeSearch, residuals
 from .together import ALONE, Tasks, Together
-from .tuner import ENOUGH, USUAL_STEPS
+from .tuner import USUAL_STEPS, held_out
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -107,7 +107,7 @@ def tune_solver(
     steps = whole("steps", usual_steps(pipe) or USUAL_STEPS if steps is None else steps, 2, MOST_STEPS)
     if towards == "baseline" and sizes[-1] > steps:
         raise ConfigurationError(f"towards the baseline of {steps} steps at most {steps} evaluations, got {sizes[-1]}")
-    held = max(len(prompts) - 2 * len(prompts) // 3, ENOUGH if len(prompts) >= 20 else 0)
+    held = held_out(len(prompts))
     goal, many = _goal(pipe, towards, steps)
     everything, calibration = Sampler(pipe, prompts, many, seed, batch, options), len(prompts) - held
     together.check(calibration, {"prompts": prompts, "steps": many, "seed": seed, "arguments": options})

@@ -121,7 +121,7 @@ def tune(
         whole("try_steps", number, 1, MOST_STEPS)
     for number in evaluations:
         whole("evaluations", number, 1, steps)
-    held = max(len(prompts) - 2 * len(prompts) // 3, ENOUGH if len(prompts) >= 20 else 0)
+    held = held_out(len(prompts))
     everything, calibration = Sampler(pipe, prompts, steps, seed, batch, options), len(prompts) - held
     together.check(calibration, {"prompts": prompts, "steps": steps, "seed": seed, "arguments": options})
     spans = (0, calibration), (calibration, len(prompts))
@@ -163,6 +163,11 @@ def _searched(tuner: RolloutTuner, target: Target, evaluations: Sequence[int]) -
         return tuner.family(tuner.every(evaluations))
     found = tuner.fastest(target.min_psnr or 0.0) if target.speedup is None else tuner.one(target.speedup)
     return tuner.tuned([found], target)[0]
+
+
+def held_out(prompts: int) -> int:
+    """How many of so many prompts measure and do not calibrate: a third, or what a floor needs of 20 and more."""
+    return max(prompts - 2 * prompts // 3, ENOUGH if prompts >= 20 else 0)
 
 
 def _checked(
