@@ -26,7 +26,8 @@ from diffusion_accel.tuning.error_feedback import Rollout
 from diffusion_accel.tuning.fits import combination, fitted
 from diffusion_accel.tuning.jumps import Jumps, Trajectory
 from diffusion_accel.tuning.measure import reusing
-from diffusion_accel.tuning.replay import Recording, Replay, record
+from diffusion_accel.tuning.recording import record
+from diffusion_accel.tuning.replay import Recording, Replay
 from diffusion_accel.tuning.timesteps import NodeSearch, residuals
 
 STEPS = 50

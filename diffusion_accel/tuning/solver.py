@@ -28,7 +28,8 @@ from .budget import Budget
 from .by_rollouts import FEW, ROUNDS, untraceable
 from .jumps import Jumps, Rolled, Trajectory
 from .measure import scheduling
-from .replay import Recording, Replay, record
+from .recording import record
+from .replay import Recording, Replay
 from .result import fidelity_of
 from .state import Scores
 from .target import LONGEST, TOWARDS

@@ -23,7 +23,7 @@ from .budget import Budget
 from .by_rollouts import RolloutTuner, untraceable
 from .by_trials import search_by_trials
 from .measure import Reference
-from .replay import record
+from .recording import record
 from .target import Target
 from .together import ALONE, Together
 
@@ -70,9 +70,9 @@ def tune(
     others measure the result: a third of them, or 9 of 20 and more, which is what a floor needs. For an unconditional
     pipeline prompts only count the images.
 
-    Where the denoiser can be repeated without the pipeline (`tuning.replay`), plans are searched by rollouts and every
-    step is fitted (`tuning.by_rollouts`); elsewhere, and with other numbers of steps or schedulers to try, plans are
-    run in the pipeline (`tuning.by_trials`).
+    Where the denoiser can be repeated without the pipeline (`tuning.recording`), plans are searched by rollouts and
+    every step is fitted (`tuning.by_rollouts`); elsewhere, and with other numbers of steps or schedulers to try, plans
+    are run in the pipeline (`tuning.by_trials`).
 
     Args:
         pipe: a loaded pipeline, with the scheduler that will be used.

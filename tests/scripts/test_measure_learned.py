@@ -14,7 +14,8 @@ from diffusion_accel.prediction import Conversion
 from diffusion_accel.reuse.plan import FULL, Step
 from diffusion_accel.tuning.error_feedback import Rollout
 from diffusion_accel.tuning.jumps import Trajectory
-from diffusion_accel.tuning.replay import Recording, Replay, record
+from diffusion_accel.tuning.recording import record
+from diffusion_accel.tuning.replay import Recording, Replay
 
 parts = importlib.import_module("learned_parts")  # of scripts/, which pytest's settings put on the path
 robustness = importlib.import_module("learned_robustness")

@@ -24,7 +24,7 @@ from diffusion_accel.reuse.preset import Preset
 from diffusion_accel.tuning.budget import Budget
 from diffusion_accel.tuning.by_rollouts import RolloutTuner, Work, family_sizes, unsurpassed, untraceable
 from diffusion_accel.tuning.measure import Reference, reusing
-from diffusion_accel.tuning.replay import record
+from diffusion_accel.tuning.recording import record
 from diffusion_accel.tuning.state import read_search
 from diffusion_accel.tuning.together import ALONE
 from diffusion_accel.tuning.tuner import tune

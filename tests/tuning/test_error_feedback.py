@@ -23,7 +23,8 @@ from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.tuning.error_feedback import Rollout
 from diffusion_accel.tuning.jumps import Trajectory
 from diffusion_accel.tuning.measure import reusing
-from diffusion_accel.tuning.replay import Replay, record
+from diffusion_accel.tuning.recording import record
+from diffusion_accel.tuning.replay import Replay
 
 from .test_replay import Calls, cogvideox, true_guidance
 

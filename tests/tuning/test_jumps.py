@@ -14,7 +14,8 @@ from diffusion_accel.prediction import Conversion
 from diffusion_accel.tuning import jumps as module
 from diffusion_accel.tuning.fits import fitted, mixed
 from diffusion_accel.tuning.jumps import Jumps, Seen, Trajectory
-from diffusion_accel.tuning.replay import Recording, Replay, record
+from diffusion_accel.tuning.recording import record
+from diffusion_accel.tuning.replay import Recording, Replay
 
 from .test_replay import Calls
 

@@ -24,7 +24,8 @@ from diffusers import (
 )
 
 from diffusion_accel.errors import UnsupportedPipelineError
-from diffusion_accel.tuning.replay import Recording, Replay, channelwise, record
+from diffusion_accel.tuning.recording import channelwise, record
+from diffusion_accel.tuning.replay import Recording, Replay
 
 STEPS = 4
 ROWS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

@@ -19,7 +19,8 @@ from diffusion_accel.errors import AccelerationError
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.tuning.jumps import Jumps, Trajectory
-from diffusion_accel.tuning.replay import Replay, record
+from diffusion_accel.tuning.recording import record
+from diffusion_accel.tuning.replay import Replay
 from diffusion_accel.tuning.rows import Rows
 
 ONE = 4 * 3 * 5 * 16  # bytes of latents, predictions or samples below, in float32
