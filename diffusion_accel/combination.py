@@ -1,4 +1,5 @@
-"""Linear combinations of predictions and latents, alike at all positions: one for all channels, or one for each.
+"""Linear combinations of predictions, latents and differences between the branches of guidance, alike at all positions:
+one for all channels, or one for each.
 
 What a solver does between two evaluations, and what stands in for an evaluation that is left out, are such
 combinations; so they are what can be fitted (`reuse` for steps that are left out, the learned solver for its own).
@@ -23,40 +24,46 @@ MOST = 10_000.0  # of a number's size
 DIGITS = 9  # behind the point
 _NUMBER = r"-?[0-9]{1,5}(?:\.[0-9]{1,12})?"
 _LIST = rf"{_NUMBER}(?:,{_NUMBER}){{0,{MOST_TERMS - 1}}}"
+_ROW = rf"{_LIST};(?:{_LIST})?(?:;{_LIST})?"
 #: of the text of a combination
-PATTERN = rf"{_LIST};(?:{_LIST})?(?:\|{_LIST};(?:{_LIST})?){{0,{MOST_CHANNELS - 1}}}"
+PATTERN = rf"{_ROW}(?:\|{_ROW}){{0,{MOST_CHANNELS - 1}}}"
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Σⱼ predictions[c][j] · yⱼ + Σₖ latents[c][k] · xₖ for each channel c.
+    """Σⱼ predictions[c][j] · yⱼ + Σₖ latents[c][k] · xₖ + Σᵢ differences[c][i] · dᵢ for each channel c.
 
     Attributes:
         predictions: what each prediction counts, the newest first; a tuple for each channel, or one for all.
         latents: what each of the latents counts, the current ones first; as many tuples, which may be empty.
+        differences: what each difference between the branches of guidance counts, the unconditional prediction minus
+            the conditional one, the newest first; as many tuples, or none at all.
     """
 
     predictions: tuple[tuple[float, ...], ...]
     latents: tuple[tuple[float, ...], ...]
+    differences: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if not any(self.differences):
+            object.__setattr__(self, "differences", ((),) * len(self.predictions))
         rounded = [
             tuple(tuple(round(float(v), DIGITS) + 0.0 for v in row) for row in rows) for rows in vars(self).values()
         ]
-        object.__setattr__(self, "predictions", rounded[0])
-        object.__setattr__(self, "latents", rounded[1])
-        sizes = {(len(p), len(x)) for p, x in zip(*rounded, strict=False)}
-        alike = len(rounded[0]) == len(rounded[1]) and len(sizes) == 1
+        for name, rows in zip(tuple(vars(self)), rounded, strict=True):
+            object.__setattr__(self, name, rows)
+        sizes = {tuple(map(len, rows)) for rows in zip(*rounded, strict=False)}
+        alike = len(set(map(len, rounded))) == 1 and len(sizes) == 1
         if not alike or not 0 < len(rounded[0]) <= MOST_CHANNELS or not self.count or self._too_many():
             raise ConfigurationError(
-                f"a combination has 1 to {MOST_TERMS} numbers for predictions and at most {MOST_TERMS} for latents, as "
-                f"many in each of at most {MOST_CHANNELS} channels; got {shown(vars(self))}"
+                f"a combination has 1 to {MOST_TERMS} numbers for predictions and at most {MOST_TERMS} for latents and "
+                f"for differences, as many in each of at most {MOST_CHANNELS} channels; got {shown(vars(self))}"
             )
         if not all(abs(v) <= MOST for rows in rounded for row in rows for v in row):
             raise ConfigurationError(f"a number of a combination must be at most {MOST:g}, got {shown(vars(self))}")
 
     def _too_many(self) -> bool:
-        return max(self.count, self.count_latents) > MOST_TERMS
+        return max(self.count, self.count_latents, self.count_differences) > MOST_TERMS
 
     @property
     def count(self) -> int:
@@ -69,17 +76,28 @@ class Combination:
         return len(self.latents[0])
 
     @property
+    def count_differences(self) -> int:
+        """Of how many differences between the branches of guidance it is."""
+        return len(self.differences[0])
+
+    @property
     def channels(self) -> int:
         """For how many channels it has numbers of their own; 1: they are the same for all."""
         return len(self.predictions)
 
+    @property
+    def rows(self) -> list[tuple[float, ...]]:
+        """All numbers of each channel."""
+        return [(*p, *x, *d) for p, x, d in zip(self.predictions, self.latents, self.differences, strict=True)]
+
     def __str__(self) -> str:
-        rows = zip(self.predictions, self.latents, strict=True)
-        return "|".join(f"{_numbers(p)};{_numbers(x)}" for p, x in rows)
+        parts = zip(self.predictions, self.latents, self.differences, strict=True)
+        return "|".join(";".join(map(_numbers, (p, x, d) if d else (p, x))) for p, x, d in parts)
 
     @classmethod
     def parse(cls, text: str) -> Combination:
-        """The inverse of `str`: the numbers of predictions, a semicolon, those of latents; channels behind "|".
+        """The inverse of `str`: the numbers of predictions, a semicolon, those of latents, and behind another semicolon
+        those of differences, if there are any; channels behind "|".
 
         Raises:
             ConfigurationError: it is no combination.
@@ -87,30 +105,39 @@ class Combination:
         if re.fullmatch(PATTERN, text) is None:
             raise ConfigurationError(
                 "a combination is numbers of predictions, a semicolon and numbers of latents, such as 1.2,-0.2;0.01, "
-                f"for each channel behind |; got {shown(text)}"
+                "then a semicolon and numbers of differences of guidance if wanted, for each channel behind |; "
+                f"got {shown(text)}"
             )
-        rows = [row.partition(";")[::2] for row in text.split("|")]
-        read = [[tuple(float(v) for v in part.split(",") if v) for part in row] for row in rows]
-        return cls(tuple(p for p, _ in read), tuple(x for _, x in read))
+        rows = [[tuple(float(v) for v in part.split(",") if v) for part in row.split(";")] for row in text.split("|")]
+        return cls(*(tuple(row[n] if n < len(row) else () for row in rows) for n in range(3)))
 
     def fits(self, channels: int) -> bool:
         """Whether it is for so many channels."""
         return self.channels in (1, channels)
 
-    def apply(self, predictions: Sequence[torch.Tensor], latents: Sequence[torch.Tensor]) -> torch.Tensor:
+    def apply(
+        self,
+        predictions: Sequence[torch.Tensor],
+        latents: Sequence[torch.Tensor],
+        differences: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
         """The combination, in float32 or better, as the dtype of the first prediction.
 
         Args:
             predictions: at least `count`, the newest first, all of one shape: (B, C, …), or (B, L, C) for tokens.
             latents: at least `count_latents` of the same shape, the current ones first.
+            differences: at least `count_differences` of the same shape, the newest first.
         """
         import torch  # heavy: plans are read without it
 
         first = predictions[0]
         wide = first.dtype if first.dtype == torch.float64 else torch.float32
-        parts = [*predictions[: self.count], *latents[: self.count_latents]]
-        rows = [(*p, *x) for p, x in zip(self.predictions, self.latents, strict=True)]
-        table = torch.tensor(rows, dtype=wide).to(first.device, non_blocking=first.is_cuda)  # waits for nothing
+        parts = [
+            *predictions[: self.count],
+            *latents[: self.count_latents],
+            *differences[: self.count_differences],
+        ]
+        table = torch.tensor(self.rows, dtype=wide).to(first.device, non_blocking=first.is_cuda)  # waits for nothing
         shape = [1] * first.dim()
         shape[channel_dim(first)] = self.channels
         mixed = parts[0].to(wide) * table[:, 0].view(shape)

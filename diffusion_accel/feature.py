@@ -108,8 +108,9 @@ class Feature:
         """Whether a first call may only teach the next ones; what measures this feature calls once before."""
         return False
 
-    def leaves_branches_out(self) -> bool:
-        """Whether it computes one branch of guidance only at some steps."""
+    def parts_branches(self) -> bool:
+        """Whether it tells the branches of guidance apart: computes one of them only at some steps, or needs their
+        difference."""
         return False
 
     def clash(self, other: Feature) -> str | None:

@@ -109,6 +109,8 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
     were compiled each by itself), a ControlNet, a VAE and its methods; hooks around a compiled part do it no harm.
     """
     parts: dict[str, int] = {}
+    if not any(_is_hooked(part) for model in models for part in model.modules() if part is not model):
+        return  # nothing has hooks inside; asking which parts are compiled takes longer
     for module in [part for model in models for part in model.modules()]:
         compiled, inside = _compiled_functions(module), model_of(module)
         if compiled and any(_is_hooked(part) for part in inside.modules() if part is not module):

@@ -104,11 +104,11 @@ class PatchParallel(Feature):
         return text.partition(",")[0].isdigit()
 
     def clash(self, other: Feature) -> str | None:
-        """Refuses what leaves a branch of guidance out together with `cfg_parallel`, which gives each to other
+        """Refuses what tells the branches of guidance apart together with `cfg_parallel`, which gives each to other
         processes."""
-        if self.cfg_parallel and other.leaves_branches_out():
+        if self.cfg_parallel and other.parts_branches():
             return (
-                "cfg_parallel=true gives each branch of guidance to other processes, and its steps leave out a branch; "
-                "use guidance=both, or cfg_parallel=false"
+                "cfg_parallel=true gives each branch of guidance to other processes, and its steps leave out a branch "
+                "or need the difference of both; use guidance=both, or cfg_parallel=false"
             )
         return None

@@ -93,7 +93,7 @@ class PartRollout(Rollout):
             centre = [1.0] + [0.0] * (len(clean) + len(latents) - 1)
             goal = converted("sample", own.kind, wanted, x, a, s)
             alike = not (parts.channels and lands)
-            fit = combination(fitted([*clean, *latents], goal, centre, alike=alike), len(clean))
+            fit = combination(fitted([*clean, *latents], goal, centre, alike=alike), len(clean), len(latents))
         value = clean[0] if fit is None else fit.apply(clean, latents)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         if not parts.on_policy and i + 1 < len(self.recording):

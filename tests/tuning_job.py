@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -133,7 +134,8 @@ def large_search(file: Path) -> None:
         recorded = rows.latents, rows.predictions, rows.latents[-1]
         trajectory = Trajectory(times, alphas, sigmas, *recorded, "epsilon")
         residuals(trajectory, range(2), torch.ones(4))  # image by image, so that more need no more memory
-        jumps: Any = Jumps(lambda x, time, which: x * 0.5, trajectory, range(12))  # type: ignore[arg-type]
+        replay: Any = SimpleNamespace(apart=lambda x, time, which: (x * 0.5, x * 0.1))
+        jumps = Jumps(replay, trajectory, range(12), apart=True)
         jumps.run([0, 20, 40])
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     held = sum(t.numel() * t.element_size() for t in (rows.latents, rows.predictions, rows.samples))

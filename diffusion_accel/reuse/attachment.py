@@ -46,7 +46,7 @@ def supports(feature: Reuse, pipe: DiffusionPipeline) -> str | None:
     """Why the plan or the rule of guidance of a feature cannot be followed by a pipeline; None if they can."""
     if reason := needs.no_loop(pipe):
         return reason
-    if feature.leaves_branches_out() and (reason := no_branches(pipe)):
+    if feature.rule.kind != "both" and (reason := no_branches(pipe)):
         return reason
     if feature.rule.needs_levels and (reason := unknown_noise_levels(pipe.scheduler)):
         return f"{reason}, so guidance=interval is not possible"

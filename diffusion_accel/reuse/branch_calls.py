@@ -25,12 +25,18 @@ def note(state: ReuseState, hook: int, output: Any) -> None:
     state.branch[hook, clock.call] = (here, output)
     step = state.step_at(clock.index)
     features = state.cache[hook, clock.call]
-    if clock.call != 1 or not state.plan_kinds.reuses_guidance or step.guidance != "both" or step.mode == "hold":
+    kinds = state.plan_kinds
+    if clock.call != 1 or not kinds.parts_branches or step.guidance == "none" or step.mode == "hold":
         return
     there, conditional = state.branch[hook, 0]
-    if there == here:
-        history = features.histories.setdefault("guidance", History(state.plan_kinds.highest_order + 1))
-        history.push(state.time(clock.index), prediction(output) - prediction(conditional))
+    if there != here:
+        return
+    difference = prediction(output) - prediction(conditional)
+    if kinds.reuses_guidance and step.guidance == "both":
+        history = features.histories.setdefault("guidance", History(kinds.highest_order + 1))
+        history.push(state.time(clock.index), difference)
+    if kinds.differs and step.mode == "full":
+        state.difference = (here, difference)
 
 
 def unconditional(state: ReuseState, hook: int, features: FeatureCache, step: Step, named: dict[str, Any]) -> Any:

@@ -147,6 +147,8 @@ class DenoiserHook(ModelHook):
             chunks = [self._with_guidance(call, chunk, time) for chunk, time in zip(chunks, call.times, strict=True)]
         if call.full:
             state.keep_prediction(features, chunks[0], given, call.times[0])
+            if call.step.guidance != "none":
+                state.keep_difference(chunks[0])
             features.output = output
             state.note_peak()
         return chunks

@@ -30,8 +30,8 @@ def supports(source: PlanSource, pipe: DiffusionPipeline) -> str | None:
     if reason := unfollowable(pipe):
         return reason
     kinds = source.for_unet(layers_per_block(pipe)).kinds()
-    if kinds.leaves_branches_out and (reason := no_branches(pipe)):
-        return reason
+    if kinds.parts_branches and (reason := no_branches(pipe)):
+        return reason if kinds.leaves_branches_out else f"the plan's fits need both branches of guidance, and {reason}"
     if kinds.fitted and (reason := _no_fits(pipe)):
         return reason
     reasons = (unmet_need(denoiser, pipe.scheduler, kinds) for denoiser in find_denoisers(pipe))

@@ -133,9 +133,10 @@ class Reuse(Feature):
             return "every process would learn a plan of its own; draw without it and give the plan of the report"
         return None
 
-    def leaves_branches_out(self) -> bool:
-        """Whether it computes one branch of guidance only at some steps."""
-        return self.rule.kind != "both" or self.source.kinds().leaves_branches_out
+    def parts_branches(self) -> bool:
+        """Whether it tells the branches of guidance apart: computes one of them only at some steps, or needs their
+        difference."""
+        return self.rule.kind != "both" or self.source.kinds().parts_branches
 
     def unfit_for(self, steps: int, scheduler: str) -> str | None:
         """That the plan is for another number of steps, where a scheduler has one timestep for each."""

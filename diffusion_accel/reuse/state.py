@@ -147,6 +147,7 @@ class ReuseState:
         cache: by the denoiser's hook and the number of its call within a step.
         branch: by the same: when and what the last call returned, where each branch of guidance is a call.
         given: what the scheduler was given at the last full steps, the newest first, if a step has a fit.
+        difference: between the branches of guidance at a full step, and at which one, if a fit needs it.
         current: the call of the denoiser that runs, None in between.
         thrown_away: times that predictions decoded ahead were of no use.
         plan: of the current segment, with its kinds of steps in `plan_kinds`.
@@ -172,6 +173,7 @@ class ReuseState:
         self.cache: dict[Any, FeatureCache] = {}
         self.branch: dict[Any, tuple[Any, Any]] = {}
         self.given: list[GivenStep] = []
+        self.difference: tuple[Any, torch.Tensor | None] = (None, None)
         self._done: tuple[Any, set[str]] = (None, set())
         self.current: DenoiserCall | None = None
         self.thrown_away = 0
@@ -188,6 +190,7 @@ class ReuseState:
         self.cache.clear()
         self.branch.clear()
         self.given.clear()
+        self.difference = (None, None)
         self.current = None
 
     # ------------------------------------------------------------------ the plan
@@ -257,10 +260,22 @@ class ReuseState:
             meant = self.conversion.to(space, value, given, time) if space else value
             features.histories.setdefault(("prediction", space), History(order + 1)).push(time, meant)
 
+    def keep_difference(self, predicted: torch.Tensor) -> None:
+        """Keep what the branches of guidance differ by in the batch of a full step, if a fit needs it."""
+        clock, family = self.clock, self.family
+        known = family.branches is not None and guided(self.pipeline, clock.arguments) and not clock.call
+        if self.plan_kinds.differs and known and predicted.shape[0] % 2 == 0:
+            self.difference = ((clock.segment, clock.index), self.branches.difference(predicted))
+
+    def difference_here(self) -> torch.Tensor | None:
+        """What the branches of guidance differ by at this step, unconditional minus conditional; None: not known."""
+        there, difference = self.difference
+        return difference if there == (self.clock.segment, self.clock.index) else None
+
     def note_peak(self) -> None:
         """Count the bytes that are kept now, if they are more than before; what is kept twice counts once."""
         known = {id(t) for cache in self.cache.values() for h in cache.histories.values() for t in tensors_in(h.values)}
-        beside = [t for given in self.given for t in (given.value, given.latents) if id(t) not in known]
+        beside = [t for given in self.given for t in given.tensors() if id(t) not in known]
         held = sum(cache.bytes() for cache in self.cache.values()) + tensor_bytes(beside)
         self.counters["peak_cache_bytes"] = max(self.counters["peak_cache_bytes"], held)
 

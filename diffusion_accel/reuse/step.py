@@ -51,10 +51,11 @@ class Step:
         guidance: "both": with and without the prompt; "reuse": only with it, and the difference between the two is
             the forecast one; "none": only with it, and no guidance (limited-interval guidance, Kynkäänniemi 2024).
         fit: of "hold", instead of order and weights: the prediction that the scheduler is given, after guidance, is
-            this combination of those of the last full steps and of the latents now, at the last full step, at the one
-            before it, … Of "full": it is computed and corrected, which is the combination of its own prediction, those
-            of the full steps before it, and the latents now and at these. As numbers for each channel of the latents,
-            or for all. Without as many full steps before it a step does the same as without a fit.
+            this combination of those of the last full steps, of the latents now, at the last full step, at the one
+            before it, …, and of what the branches of guidance differed by at the last full steps. Of "full": it is
+            computed and corrected, which is the combination of its own prediction, those of the full steps before it,
+            the latents now and at these, and its own difference and those before. As numbers for each channel of the
+            latents, or for all. Without as many full steps before it a step does the same as without a fit.
         guidance_weight: of "full" with guidance "reuse": what the forecast difference of the branches counts (0 … 10,
             of four decimals).
     """
@@ -131,8 +132,8 @@ class Step:
             raise ConfigurationError(
                 "a step of a plan is full, decoder, shallow:DEPTH, hold, hold:epsilon or hold:sample, then @ORDER and "
                 f"/reuse or /none if wanted, such as hold@2 (the order is at most {MAX_ORDER}); hold also =WEIGHTS, "
-                "such as hold=1.5,-0.5; full and hold =FIT, such as hold:sample=1.5,-0.5;0.01; full /reuse*WEIGHT; "
-                f"got {shown(token)}"
+                "such as hold=1.5,-0.5; full and hold =FIT, such as hold:sample=1.5,-0.5;0.01;0.02; full "
+                f"/reuse*WEIGHT; got {shown(token)}"
             )
         mode, space, depth, numbers, fit, order, guidance, weight = match.groups()
         mode, given = mode.partition(":")[0], tuple(float(n) for n in (numbers or "").split(",") if n)
@@ -183,8 +184,14 @@ class Kinds(frozenset[Step]):
     @property
     def looks_back(self) -> int:
         """Of how many full steps before them the steps with a fit need predictions or latents."""
-        full = {"full": 1, "hold": 0}  # its own prediction
-        return max((max(s.fit.count - full[s.mode], s.fit.count_latents - 1) for s in self if s.fit), default=0)
+        own = {"full": 1, "hold": 0}  # its own prediction
+        fits = [(s.fit, own[s.mode]) for s in self if s.fit is not None]
+        return max((max(max(f.count, f.count_differences) - n, f.count_latents - 1) for f, n in fits), default=0)
+
+    @property
+    def differs(self) -> bool:
+        """Whether a fit needs what the branches of guidance differ by."""
+        return any(step.fit is not None and step.fit.count_differences for step in self)
 
     @property
     def highest_order(self) -> int:
@@ -200,6 +207,11 @@ class Kinds(frozenset[Step]):
     def leaves_branches_out(self) -> bool:
         """Whether a step computes one branch of guidance only."""
         return any(step.guidance != "both" for step in self)
+
+    @property
+    def parts_branches(self) -> bool:
+        """Whether the branches of guidance must be told apart."""
+        return self.leaves_branches_out or self.differs
 
     @property
     def inside(self) -> bool:

@@ -146,7 +146,10 @@ def _combinations(texts: object, what: str, count: int | None = None) -> tuple[C
         raise ConfigurationError(f"{what} must be {count or 'some'} combinations, got {shown(texts)}")
     if wrong := [text for text in texts if not isinstance(text, (str, Combination))]:
         raise ConfigurationError(f"{what}: a combination is a text, got {shown(wrong[0])}")
-    return tuple(text if isinstance(text, Combination) else Combination.parse(text) for text in texts)
+    read = tuple(text if isinstance(text, Combination) else Combination.parse(text) for text in texts)
+    if any(one.count_differences for one in read):
+        raise ConfigurationError(f"{what}: a scheduler is not told what the branches of guidance differ by")
+    return read
 
 
 def _place(key: object, count: int) -> int:

@@ -39,7 +39,7 @@ from .target import Target
 from .timesteps import Nodes, NodeSearch, residuals
 from .together import ALONE, Tasks, Together
 
-FEW = 8  # images of which rollouts are compared, or half of the calibration images if that is more
+FEW = 8  # images of which rollouts of a family are compared, or half of the calibration images if that is more
 ROUNDS = 3  # of the dynamic programme
 TIMED = 3  # rounds of timing, of which the first warms up
 GROWTHS = (1.25, 1.4, 1.6, 2.0)  # from one number of evaluations of a family to the next: the first that is affordable
@@ -125,9 +125,11 @@ class RolloutTuner:
         self.replay = Replay(recording)
         self.trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
         self.fixed, self.each = self._costs()
-        self._compared = min(len(self.prompts), max(FEW, len(self.prompts) // 2))
+        few = len(self.prompts) if images is None else max(FEW, len(self.prompts) // 2)
+        self._compared = min(len(self.prompts), few)
         self.few = together.among(self._compared)
-        self.jumps = Jumps(self.replay, self.trajectory, self.few, together=together)
+        self.apart = recording.branches is not None
+        self.jumps = Jumps(self.replay, self.trajectory, self.few, together=together, apart=self.apart)
         self._scores = Scores(state, self._about)
         weights = torch.ones(len(self.jumps.weights))
         self.search = NodeSearch(self._run, residuals(self.trajectory, range(recording.images), weights, together))
@@ -279,7 +281,7 @@ class RolloutTuner:
         """The scores of all images of which rollouts are compared."""
         before = self.replay.evaluations
         if self.recording.draws_noise:  # a jump cannot follow noise; the scheduler's own steps can
-            rollout = Rollout(self.replay, self.recording, self.trajectory, self.few, self.together)
+            rollout = Rollout(self.replay, self.recording, self.trajectory, self.few, self.together, self.apart)
             rollout.plan(nodes)
             values = self.jumps.decibels(rollout.sample)
         else:
@@ -289,7 +291,7 @@ class RolloutTuner:
 
     def _fitted(self, nodes: Sequence[int]) -> Plan:
         before, every = self.replay.evaluations, range(self.recording.images)
-        plan = Rollout(self.replay, self.recording, self.trajectory, every, self.together).plan(nodes)
+        plan = Rollout(self.replay, self.recording, self.trajectory, every, self.together, self.apart).plan(nodes)
         self.work.add("fits", (self.replay.evaluations - before) / self.total)
         return plan
 

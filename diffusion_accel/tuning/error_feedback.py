@@ -19,7 +19,7 @@ from diffusion_accel.prediction import Conversion, converted, model_input
 from diffusion_accel.reuse.plan import Plan, Step
 
 from .fits import combination, fitted
-from .jumps import Seen, Trajectory
+from .jumps import Seen, Trajectory, evaluated
 from .replay import Recording, Replay
 from .together import ALONE, Together
 
@@ -35,6 +35,7 @@ class Rollout:
         recording: the baseline, whose latents are what is wanted.
         images: which images are rolled out.
         together: the processes that do so, each with images of its own.
+        apart: whether fits may use what the branches of guidance differ by.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Rollout:
         trajectory: Trajectory,
         images: Sequence[int],
         together: Together = ALONE,
+        apart: bool = False,
     ) -> None:
-        self.together = together
+        self.together, self.apart = together, apart
         self.replay, self.recording, self.trajectory, self.images = replay, recording, trajectory, list(images)
         self.scheduler: Any = copy.deepcopy(recording.scheduler)
         self.conversion = Conversion(self.scheduler)
@@ -67,21 +69,21 @@ class Rollout:
         a, s = own.alphas[i], own.sigmas[i]
         x = model_input(self.scheduler, self.sample, time)
         if full:
-            v = self.replay(x, own.times[i], self.images)
-            self.seen = self.seen.then(converted("sample", own.kind, v, x, a, s), x)
+            self.seen = self.seen.then(*evaluated(self.replay, own, i, x, self.images, self.apart))
             latents = list(self.seen.latents)
         else:
             latents = [x, *self.seen.latents]
-        clean = list(self.seen.clean)
+        clean, differences = list(self.seen.clean), list(self.seen.differences)
         wanted = self._wanted(i, time, x)
         fit = None
         if wanted is not None:
-            features = [*clean, *latents]
+            features = [*clean, *latents, *differences]
             centre = [1.0] + [0.0] * (len(features) - 1)
             goal = converted("sample", own.kind, wanted, x, a, s)
             alike = own.alike or not lands
-            fit = combination(fitted(features, goal, centre, alike, self.together, self.images), len(clean))
-        value = clean[0] if fit is None else fit.apply(clean, latents)
+            weights = fitted(features, goal, centre, alike, self.together, self.images)
+            fit = combination(weights, len(clean), len(latents))
+        value = clean[0] if fit is None else fit.apply(clean, latents, differences)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         mode = "full" if full else "hold"
         return Step(mode, space="sample" if fit is not None or not full else "", fit=fit)

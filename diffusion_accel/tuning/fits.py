@@ -153,10 +153,11 @@ def _total(parts: list[torch.Tensor], together: Together) -> Moments:
     return Moments(*(own.reshape(part.shape) for own, part in zip(sums, parts, strict=True)))
 
 
-def combination(weights: torch.Tensor, count: int) -> Combination:
-    """Weights as a combination, the first `count` of predictions and the others of latents."""
+def combination(weights: torch.Tensor, predictions: int, latents: int) -> Combination:
+    """Weights as a combination: the first of predictions, then of latents, the others of differences of guidance."""
     rows = [[round(float(v), DIGITS) for v in row] for row in weights]
-    return Combination(tuple(tuple(r[:count]) for r in rows), tuple(tuple(r[count:]) for r in rows))
+    spans = (0, predictions), (predictions, predictions + latents), (predictions + latents, None)
+    return Combination(*(tuple(tuple(row[start:end]) for row in rows) for start, end in spans))
 
 
 def mixed(weights: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .fits import by_channel, combination, fitted, mixed
 from .replay import Recording, Replay
 from .together import ALONE, Together
 
-PREDICTIONS, LATENTS = 4, 3  # how many a jump combines at most
+PREDICTIONS, LATENTS, DIFFERENCES = 4, 3, 2  # how many a jump combines at most
 KEPT = 2**28  # bytes of clean samples and latents at the beginnings of rollouts that are kept
 CEILING = 1e-10  # least squared error that counts
 
@@ -87,24 +87,27 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a solver has at a node: clean samples and latents of the last evaluations, the newest first."""
+    """What a solver has at a node: clean samples and latents of the last evaluations, the newest first, and, where they
+    are known, what the branches of guidance differ by, as clean samples."""
 
     clean: tuple[torch.Tensor, ...] = ()
     latents: tuple[torch.Tensor, ...] = ()
+    differences: tuple[torch.Tensor, ...] = ()
 
-    def then(self, clean: torch.Tensor, latents: torch.Tensor) -> Seen:
+    def then(self, clean: torch.Tensor, latents: torch.Tensor, difference: torch.Tensor | None = None) -> Seen:
         """With one evaluation more."""
-        return Seen((clean, *self.clean)[:PREDICTIONS], (latents, *self.latents)[:LATENTS])
+        apart = () if difference is None else (difference, *self.differences)[:DIFFERENCES]
+        return Seen((clean, *self.clean)[:PREDICTIONS], (latents, *self.latents)[:LATENTS], apart)
 
     @property
     def features(self) -> list[torch.Tensor]:
         """What can be combined."""
-        return [*self.clean, *self.latents]
+        return [*self.clean, *self.latents, *self.differences]
 
     def centre(self, trajectory: Trajectory, start: int, end: int) -> list[float]:
         """The weights of the DDIM update from node `start` to node `end`."""
         (a, s), (b, r) = ((trajectory.alphas[n], trajectory.sigmas[n]) for n in (start, end))
-        weights = [0.0] * (len(self.clean) + len(self.latents))
+        weights = [0.0] * len(self.features)
         weights[0], weights[len(self.clean)] = b - r / s * a, r / s
         return weights
 
@@ -120,8 +123,22 @@ class Rolled:
 
     @property
     def combinations(self) -> list[Combination]:
-        """The jumps as combinations of clean samples and latents."""
-        return [combination(w, min(n, PREDICTIONS)) for n, w in enumerate(self.weights, 1)]
+        """The jumps as combinations of clean samples and latents, where the branches of guidance are not told apart."""
+        return [combination(w, min(n, PREDICTIONS), min(n, LATENTS)) for n, w in enumerate(self.weights, 1)]
+
+
+def evaluated(
+    replay: Replay, trajectory: Trajectory, node: int, x: torch.Tensor, images: Sequence[int], apart: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The clean sample that the denoiser means at a node, the latents, and what its branches of guidance differ by, as
+    a clean sample, if they are told apart."""
+    kind, a, s = trajectory.kind, trajectory.alphas[node], trajectory.sigmas[node]
+    said, difference = replay.apart(x, trajectory.times[node], images)
+    if not apart or difference is None:
+        return converted("sample", kind, said, x, a, s), x, None
+    nothing = torch.zeros_like(x)
+    slope = converted("sample", kind, difference, nothing, a, s)
+    return converted("sample", kind, said, x, a, s), x, slope
 
 
 class Beginnings:
@@ -166,6 +183,7 @@ class Jumps:
         images: which images.
         weights: of the channels in the error of the result, (C,).
         together: the processes that do so, each with images of its own.
+        apart: whether jumps may use what the branches of guidance differ by.
     """
 
     def __init__(
@@ -175,7 +193,9 @@ class Jumps:
         images: Sequence[int],
         weights: torch.Tensor | None = None,
         together: Together = ALONE,
+        apart: bool = False,
     ) -> None:
+        self.apart = apart
         self.replay, self.trajectory, self.images, self.together = replay, trajectory, list(images), together
         channels = by_channel(trajectory.result).shape[1]
         self.weights = torch.ones(channels) if weights is None else weights / weights.mean()
@@ -208,8 +228,7 @@ class Jumps:
     def evaluated(self, seen: Seen, x: torch.Tensor, node: int) -> Seen:
         """With an evaluation at these latents."""
         own = self.trajectory
-        v = self.replay(x, own.times[node], self.images)
-        return seen.then(converted("sample", own.kind, v, x, own.alphas[node], own.sigmas[node]), x)
+        return seen.then(*evaluated(self.replay, own, node, x, self.images, self.apart))
 
     def decibels(self, result: torch.Tensor) -> torch.Tensor:
         """PSNR of each image in its latents, up to a constant: (N,)."""

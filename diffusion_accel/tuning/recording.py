@@ -18,7 +18,7 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from diffusion_accel.combination import channel_dim
-from diffusion_accel.denoisers import called_denoisers, family_of, prediction, time_argument
+from diffusion_accel.denoisers import called_denoisers, family_of, no_branches, prediction, time_argument
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import HookSet, bind_forward
 from diffusion_accel.measure.sampler import Sampler
@@ -263,8 +263,21 @@ def record(
         reason,
         given.device,
         channelwise(tapes[0].calls[0].module, last[0]),
+        None if reason else _branches(sampler.pipe, tapes[0].calls),
     )
     return (recording if reason else _checked(recording, given.dtype)), torch.cat(images)
+
+
+def _branches(pipe: Any, calls: list[CallOfDenoiser]) -> tuple[int, int] | None:
+    """Which outputs of the denoiser at a step are the unconditional and the conditional one; None: not just these."""
+    family = family_of(pipe)
+    if sum(call.branches for call in calls) != 2 or no_branches(pipe) is not None:
+        return None
+    if family.calls:
+        return (1, 0) if len(calls) == 2 else None
+    if family.branches is None or len(calls) != 1:
+        return None
+    return (1, 0) if family.branches.conditional_first else (0, 1)
 
 
 def channelwise(denoiser: nn.Module, latents: torch.Tensor) -> bool:

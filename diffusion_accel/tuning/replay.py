@@ -124,6 +124,8 @@ class Recording:
         tapes: a part of the images each, with what their outputs count; empty if `reason` is not.
         reason: why the denoiser cannot be called without the pipeline; empty if it can.
         channelwise: whether the channels of the latents are where `combination.channel_dim` has them.
+        branches: the numbers of the unconditional and the conditional output of the denoiser among those of a step;
+            None if there is no guidance with just these two.
     """
 
     times: list[float]
@@ -139,6 +141,7 @@ class Recording:
     reason: str
     device: torch.device
     channelwise: bool = True
+    branches: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.times)
@@ -176,9 +179,14 @@ class Replay:
             time: in the scheduler's unit; between its timesteps, what the denoiser is told is interpolated.
             which: numbers of images, increasing.
         """
-        parts, first, done = [], 0, 0
+        return self.apart(x, time, which)[0]
+
+    def apart(self, x: torch.Tensor, time: float, which: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same, and what the branches of guidance differ by, the unconditional prediction minus the conditional
+        one; None where there are no two."""
+        parts, differences, first, done, two = [], [], 0, 0, self.recording.branches
         if not which:
-            return x.clone()
+            return x.clone(), None if two is None else x.clone()
         given = x.to(self.recording.device)
         for calls, shares in self.recording.tapes:
             images = calls[0].images
@@ -189,9 +197,14 @@ class Replay:
             own = given[done : done + len(here)]
             outputs = [o for call in calls for o in call.outputs(own, self._told(call, time), here)]
             parts.append(torch.stack([s * o for s, o in zip(shares, outputs, strict=True)]).sum(0))
+            if two is not None:
+                differences.append(outputs[two[0]] - outputs[two[1]])
             done += len(here)
         self.evaluations += len(which)
-        return torch.cat(parts).cpu()  # the device is waited for once
+        if two is None:
+            return torch.cat(parts).cpu(), None
+        both = torch.cat([*parts, *differences]).cpu()  # the device is waited for once
+        return both[: len(which)], both[len(which) :]
 
     def _told(self, call: CallOfDenoiser, time: float) -> float:
         times, told = np.array(self.recording.all_times), np.array(call.told)

@@ -190,7 +190,7 @@ def _nodes(search: NodeSearch, sizes: Sequence[int], budget: Budget, progress: P
         part = Budget(max(0.0, budget.left()) / (len(sizes) - done))
 
         def tell(size: int = size) -> None:
-            text = f"{len(search.known)} rollouts, {size} evaluations, {search.known[search.best(size)]:.1f} dB"
+            text = f"{len(search.known)} rollouts, {size} evaluations, {search.decibels(size):.1f} dB"
             progress(text, budget.used(), max(0.0, budget.left()))
 
         search.refine(size, lambda part=part: part.left() > 0, tell)  # type: ignore[misc]

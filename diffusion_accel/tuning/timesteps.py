@@ -22,6 +22,11 @@ KNOTS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)  # shares of the trajectory at which the
 STEEPNESS = 6.0  # of the profile before anything was run: an early error counts exp(-6) times as much as a late one
 SMOOTH, NEAR = 0.02, 0.02  # how much a profile is kept smooth, and near the one before
 SHIFTS = (1, -1, 2, -2, 3, -3)
+LUCK = 2.0  # dB; how much one image counts at most when two rollouts are compared
+MISTAKEN = 0.7  # dB; by how much predicted differences of two rollouts are off
+LEAST = 1e-12  # squared error
+RISK = 0.5  # of the profile's logarithms, where the worst images count
+SCALES = (RISK, 1.5, 0.0)  # of the profile's logarithms, for other nodes to begin with
 
 Nodes = tuple[int, ...]
 
@@ -131,19 +136,19 @@ class Profile:
         """Of every jump."""
         return self.left * self.weights()
 
-    def predicted(self, nodes: Nodes) -> float:
-        """The mean squared error of a rollout."""
+    def predicted(self, nodes: Nodes, scale: float = 1.0) -> float:
+        """The mean squared error of a rollout, with the logarithms scaled if wanted."""
         jumps, ends = self._jumps(nodes)
-        return float(jumps @ self.weights()[ends])
+        return float(jumps @ self.weights(scale * self.logarithms)[ends])
 
     def learn(self, runs: Iterable[tuple[Nodes, float]]) -> None:
         """Adjust to rollouts: pairs of nodes and the squared error that they had, a geometric mean over images."""
-        seen = [(*self._jumps(nodes), np.log(max(error, 1e-12))) for nodes, error in runs]
+        seen = [(*self._jumps(nodes), np.log(max(error, LEAST))) for nodes, error in runs]
         before = self.logarithms
 
         def loss(own: np.ndarray) -> float:
             weights = self.weights(own)
-            off = sum((np.log(max(jumps @ weights[ends], 1e-12)) - error) ** 2 for jumps, ends, error in seen)
+            off = sum((np.log(max(jumps @ weights[ends], LEAST)) - error) ** 2 for jumps, ends, error in seen)
             bends = np.diff(np.append(own, 0.0), 2)
             return float(off + SMOOTH * (bends**2).sum() + NEAR * ((own - before) ** 2).sum())
 
@@ -176,55 +181,83 @@ class NodeSearch:
 
     def __init__(self, run: Callable[[Nodes], Sequence[float]], left: np.ndarray) -> None:
         self.run, self.profile = run, Profile(left)
-        self.known: dict[Nodes, float] = {}
-        self.errors: dict[Nodes, float] = {}
+        self.known: dict[Nodes, np.ndarray] = {}
+        self._best: dict[int, Nodes] = {}
 
-    def score(self, nodes: Nodes) -> float:
-        """How near a rollout comes, in dB; see `nearness`."""
+    def leads(self, nodes: Nodes) -> bool:
+        """Run a rollout, if it was not yet: whether it is the best of as many nodes now."""
         if nodes not in self.known:
-            values = np.asarray(self.run(nodes), dtype=float)
-            self.known[nodes], self.errors[nodes] = nearness(values), float(10 ** (-np.mean(values) / 10))
-        return self.known[nodes]
+            self.known[nodes] = np.asarray(self.run(nodes), dtype=float)
+            best = self._best.get(len(nodes))
+            if best is None or self._ahead(nodes, best) > 0:
+                self._best[len(nodes)] = nodes
+        return self._best[len(nodes)] == nodes
+
+    def _ahead(self, nodes: Nodes, other: Nodes) -> float:
+        """By how much a rollout is nearer than another one, in dB.
+
+        Image by image, of which each counts at most `LUCK`: a few images leave the baseline at the slightest error and
+        come out anywhere, so that a worst image, or the worst decile of a few, tells which plan was lucky. The more
+        the images disagree and the fewer they are, the more counts what is predicted from the errors of all of them.
+        In that early errors count for more than the mean says (`RISK`): they decide which images leave it.
+        """
+        each = self.known[nodes] - self.known[other]
+        seen, noise = np.clip(each, -LUCK, LUCK).mean(), each.var() / len(each)
+        risks = [max(self.profile.predicted(n, RISK), LEAST) for n in (other, nodes)]
+        predicted = 10 * np.log10(risks[0] / risks[1])
+        share = noise / (noise + MISTAKEN**2)
+        return float((1 - share) * seen + share * np.clip(predicted, -LUCK, LUCK))
+
+    def decibels(self, size: int) -> float:
+        """The mean over the images of the best rollout with so many nodes."""
+        return float(self.known[self.best(size)].mean())
+
+    def _errors(self, size: int | None = None) -> list[tuple[Nodes, float]]:
+        """What rollouts, or those of one size, teach."""
+        seen = [(nodes, float(10 ** (-v.mean() / 10))) for nodes, v in self.known.items()]
+        return [(nodes, error) for nodes, error in seen if size in (None, len(nodes))]
 
     def rounds(self, sizes: Sequence[int], count: int, go_on: Callable[[], bool]) -> None:
         """Let the dynamic programme find nodes for each size, run them, learn from that, and so on."""
         for size in sizes:
-            self.score(evenly(self.profile.size, size))
+            self.leads(evenly(self.profile.size, size))
         for _ in range(count):
-            self.profile.learn(self.errors.items())
+            self.profile.learn(self._errors())
             found = best_nodes(self.profile.cost(), max(sizes))
             new = [found[size] for size in sizes if size in found and found[size] not in self.known]
             for nodes in new:
                 if not go_on():
                     return
-                self.score(nodes)
+                self.leads(nodes)
             if not new:
                 return
 
     def best(self, size: int) -> Nodes:
         """The best nodes so far."""
-        return max((nodes for nodes in self.known if len(nodes) == size), key=self.known.__getitem__)
+        return self._best[size]
+
+    def _others(self, size: int) -> list[Nodes]:
+        """What the dynamic programme finds if early errors count more, or less, than the rollouts say."""
+        own = self.profile.logarithms
+        found = [best_nodes(self.profile.left * self.profile.weights(scale * own), size) for scale in SCALES]
+        return list(dict.fromkeys(nodes[size] for nodes in found if size in nodes))
 
     def refine(self, size: int, go_on: Callable[[], bool], told: Callable[[], None] = lambda: None) -> None:
         """Try what is nearly the same as the best, the most promising first, until nothing is left or it is time."""
         while go_on():
             best = self.best(size)
-            self.profile.learn((n, e) for n, e in self.errors.items() if len(n) == size)
-            candidates = [nodes for nodes in neighbours(best, self.profile.size) if nodes not in self.known]
-            if not candidates:
+            self.profile.learn(self._errors(size))
+            candidates = [nodes for nodes in self._others(size) if nodes not in self.known]
+            near = [nodes for nodes in neighbours(best, self.profile.size) if nodes not in self.known]
+            if not candidates and not near:
                 return
-            for nodes in sorted(candidates, key=self.profile.predicted)[:4]:
+            for nodes in candidates or sorted(near, key=self.profile.predicted)[:4]:
                 if not go_on():
                     return
-                self.score(nodes)
+                leads = self.leads(nodes)
                 told()
-                if self.known[nodes] > self.known[best]:
+                if leads:
                     break
-
-
-def nearness(decibels: np.ndarray) -> float:
-    """One number for how near images are: the mean of their mean PSNR and of its worst decile."""
-    return float((decibels.mean() + np.quantile(decibels, 0.1)) / 2)
 
 
 def evenly(size: int, count: int) -> Nodes:

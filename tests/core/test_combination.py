@@ -16,9 +16,11 @@ def combinations(draw):
     channels, count, latents = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(0, 3))
     rows = st.lists(numbers, min_size=count, max_size=count).map(tuple)
     others = st.lists(numbers, min_size=latents, max_size=latents).map(tuple)
+    apart = st.lists(numbers, min_size=latents, max_size=latents).map(tuple) if draw(st.booleans()) else st.just(())
     return Combination(
         tuple(draw(rows) for _ in range(channels)),
         tuple(draw(others) for _ in range(channels)),
+        tuple(draw(apart) for _ in range(channels)),
     )
 
 
@@ -33,14 +35,17 @@ def test_apply_is_the_sum_for_each_channel(combination, seed):
     channels = max(combination.channels, 1)
     y = [torch.randn(2, channels, 3, 2, dtype=torch.float64, generator=generator) for _ in range(combination.count)]
     x = [torch.randn(2, channels, 3, 2, dtype=torch.float64, generator=generator) for _ in range(3)]
-    mixed = combination.apply(y, x)
+    d = [torch.randn(2, channels, 3, 2, dtype=torch.float64, generator=generator) for _ in range(3)]
+    mixed = combination.apply(y, x, d)
     for c in range(channels):
         wanted = sum(w * v[:, c] for w, v in zip(combination.predictions[c], y, strict=True))
         wanted = wanted + sum(w * v[:, c] for w, v in zip(combination.latents[c], x, strict=False))
+        wanted = wanted + sum(w * v[:, c] for w, v in zip(combination.differences[c], d, strict=False))
         torch.testing.assert_close(mixed[:, c], wanted)
     tokens = combination.apply(
         [v.flatten(2).transpose(1, 2) for v in y],
         [v.flatten(2).transpose(1, 2) for v in x],
+        [v.flatten(2).transpose(1, 2) for v in d],
     )
     torch.testing.assert_close(tokens, mixed.flatten(2).transpose(1, 2))
 
@@ -67,7 +72,7 @@ def test_impossible_ones_are_refused(predictions, latents):
         Combination(predictions, latents)
 
 
-@pytest.mark.parametrize("text", ["", "1", ";", "1;2;3", "1e3;", "1,;", "1;|", "nan;", "1;2|3"])
+@pytest.mark.parametrize("text", ["", "1", ";", "1;2;3;4", ";;1", "1;2;3|1;2", "1e3;", "1,;", "1;|", "nan;", "1;2|3"])
 def test_other_texts_are_refused(text):
     with pytest.raises(ConfigurationError, match="combination"):
         Combination.parse(text)

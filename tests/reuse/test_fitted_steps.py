@@ -32,24 +32,41 @@ FITS: Fits = {
     7: (False, "", [[1.2, -0.3]] * 4, [[0.05]] * 4),
 }
 STEPS = 8
+# step -> what differences between the branches of guidance count for each channel
+Apart = dict[int, list[list[float]]]
+APART: Apart = {
+    2: [[0.1, -0.05], [0.2, 0], [0, 0.1], [-0.3, 0.2]],
+    3: [[0.1]] * 4,
+    4: [[-0.1, 0.2]] * 4,
+    5: [[0.2, -0.1], [0.1, 0.1], [0, 0.3], [0.1, 0]],
+    7: [[0.3, 0.1]] * 4,
+}
 
 
-def written(fits: Fits, steps: int = STEPS) -> str:
+def written(fits: Fits, steps: int = STEPS, apart: Apart | None = None) -> str:
     """The plan as text."""
     tokens = ["full"] * steps
     for i, (computed, space, predictions, latents) in fits.items():
         rows = [",".join(map(str, p)) + ";" + ",".join(map(str, x)) for p, x in zip(predictions, latents, strict=True)]
+        if apart and i in apart:
+            rows = [f"{row};{','.join(map(str, d))}" for row, d in zip(rows, apart[i], strict=True)]
         text = rows[0] if len(set(rows)) == 1 else "|".join(rows)
         tokens[i] = ("full" if computed else "hold") + (f":{space}" if space else "") + "=" + text
     return "steps:" + " ".join(tokens)
 
 
 def by_hand(
-    unet: Any, call: dict[str, Any], x: torch.Tensor, kind: str, fits: Fits, steps: int = STEPS
+    unet: Any,
+    call: dict[str, Any],
+    x: torch.Tensor,
+    kind: str,
+    fits: Fits,
+    steps: int = STEPS,
+    apart: Apart | None = None,
 ) -> torch.Tensor:
     """DDIM with fits, in float64 but for the denoiser."""
     scheduler, scale, x = ddim(prediction_type=kind), call["guidance_scale"], x.double()
-    ratio, past = 1000 // steps, []
+    ratio, past, differences = 1000 // steps, [], []
 
     def to(space: str, v: torch.Tensor, x: torch.Tensor, a: float, s: float) -> torch.Tensor:
         x0, e = ((x - s * v) / a, v) if kind == "epsilon" else (a * x - s * v, s * x + a * v)
@@ -70,6 +87,7 @@ def by_hand(
             v = unet(x.float(), t, encoder_hidden_states=call["prompt_embeds"]).sample.double()
             if scale > 1:
                 without = unet(x.float(), t, encoder_hidden_states=call["negative_prompt_embeds"]).sample.double()
+                differences = [(without, v, x, a, s), *differences]
                 v = without + scale * (v - without)
             used, past = [(v, x, a, s), *past], [(v, x, a, s), *past]
         if shares is not None:
@@ -80,6 +98,10 @@ def by_hand(
                     mixed[:, channel] += share * to(space, p, x_, a_, s_)[:, channel]
                 for share, x_ in zip(others[channel], given, strict=False):
                     mixed[:, channel] += share * x_[:, channel]
+                for share, (u, c, x_, a_, s_) in zip(
+                    (apart or {}).get(i, [[]] * 4)[channel], differences, strict=False
+                ):
+                    mixed[:, channel] += share * (to(space, u, x_, a_, s_) - to(space, c, x_, a_, s_))[:, channel]
             v = back(space, mixed, x, a, s)
         before = float(scheduler.alphas_cumprod[t - ratio]) if t >= ratio else 1.0
         x = before**0.5 * to("sample", v, x, a, s) + (1 - before) ** 0.5 * to("epsilon", v, x, a, s)
@@ -107,6 +129,47 @@ def test_a_loop_written_by_hand_draws_the_same(kind: str, scale: float) -> None:
     plain.scheduler = ddim(prediction_type=kind)
     changes = {"steps": STEPS, "latents": noise, "guidance_scale": scale}
     assert torch.equal(run(pipe, call, **changes), run(plain, call, **changes))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_loop_with_the_branches_of_guidance_apart_draws_the_same(kind: str) -> None:
+    pipe, call = sd()
+    pipe.scheduler = ddim(prediction_type=kind)
+    noise, plan = rand(1, 4, 8, 8, seed=5), written(FITS, apart=APART)
+    with torch.no_grad():
+        want = by_hand(pipe.unet, {**call, "guidance_scale": 4.0}, noise, kind, FITS, apart=APART)
+        got = reused(pipe, call, plan, steps=STEPS, latents=noise, guidance_scale=4.0)
+        without = reused(pipe, call, written(FITS), steps=STEPS, latents=noise, guidance_scale=4.0)
+        assert close(got, want) and not close(got, without, 1e-3)
+        again = reused(pipe, call, plan, steps=STEPS, latents=noise, guidance_scale=4.0)
+        assert torch.equal(got, again), "the second call"
+        two = {"prompt_embeds": call["prompt_embeds"].repeat(2, 1, 1)}
+        two["negative_prompt_embeds"] = call["negative_prompt_embeds"].repeat(2, 1, 1)
+        both = torch.cat([rand(1, 4, 8, 8, seed=6), noise])
+        batch = reused(pipe, call | two, plan, steps=STEPS, latents=both, guidance_scale=4.0)
+        assert close(batch[1:], want, 1e-4)
+        unguided = reused(pipe, call, plan, steps=STEPS, latents=noise, guidance_scale=1.0)
+        assert counters(pipe)["corrected_steps"] == 1, (
+            "without guidance the fits that need a difference are not followed"
+        )
+        assert unguided.isfinite().all()
+
+
+@pytest.mark.parametrize("build", [dit, wan, sd3], ids=lambda build: build.__name__)
+def test_branches_are_told_apart_however_they_are_called(build: Callable[[], Any]) -> None:
+    """Guidance of its own making: with u + 4 (c − u) given, a fit of w = 1 and −2 (u − c) is what scale 6 gives."""
+    (pipe, call), steps = build(), 4
+    plan = "steps:" + " ".join(["full=1;;-2"] * steps)
+    with torch.no_grad():
+        more = run(*build(), steps=steps, guidance_scale=6.0)
+        assert close(reused(pipe, call, plan, steps=steps, guidance_scale=4.0), more, 1e-4)
+        assert counters(pipe)["corrected_steps"] == steps
+
+
+def test_a_pipeline_without_two_branches_is_refused() -> None:
+    pipe, _ = panorama()
+    with pytest.raises(AccelerationError, match="the plan's fits need both branches of guidance"):
+        accelerate(pipe, Reuse(plan="steps:full full hold=1;;0.1"))
 
 
 # ---------------------------------------------------------------------- fits that change nothing

@@ -69,7 +69,7 @@ def test_channels_are_where_the_latents_have_them(shape: tuple[int, ...]) -> Non
     target = mixed(weights, parts)
     torch.testing.assert_close(fitted(parts, target, [0.0, 0.0]), weights, rtol=1e-4, atol=1e-4)
     assert by_channel(target).shape[:2] == (4, 3)
-    made = combination(weights, 1).apply(parts[:1], parts[1:])
+    made = combination(weights, 1, len(parts) - 1).apply(parts[:1], parts[1:])
     torch.testing.assert_close(made, target, rtol=1e-5, atol=1e-5)
 
 

@@ -210,6 +210,28 @@ def test_in_bfloat16() -> None:
     says_the_same(recorded((pipe, call)), 0.05)
 
 
+@pytest.mark.parametrize("build", [zoo.sd, zoo.sdxl, zoo.dit, zoo.sd3, pixart], ids=lambda build: build.__name__)
+def test_the_branches_of_guidance_are_told_apart(build: Callable[[], zoo.Built]) -> None:
+    """Two more of the scale are two differences more, conditional minus unconditional."""
+    some, more = recorded(build(), guidance_scale=4.0), recorded(build(), guidance_scale=6.0)
+    with torch.inference_mode():
+        for which in ([0, 1, 2], [1], [0, 2]):
+            guided, difference = Replay(some).apart(some.latents[0][which], some.times[0], which)
+            assert difference is not None and torch.equal(
+                guided, Replay(some)(some.latents[0][which], some.times[0], which)
+            )
+            wanted = (some.predictions - more.predictions)[0][which] / 2
+            torch.testing.assert_close(difference, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_without_two_branches_there_is_no_difference() -> None:
+    for built in (zoo.sd_without_guidance(), instruct()):
+        own = recorded(built)
+        assert not own.reason and own.branches is None
+        with torch.inference_mode():
+            assert Replay(own).apart(own.latents[0], own.times[0], range(3))[1] is None
+
+
 def test_only_some_steps_are_kept() -> None:
     with torch.inference_mode():
         recording, _ = record(Calls(zoo.sd(), steps=6), lambda i: i % 2 == 0)  # type: ignore[arg-type]
@@ -362,4 +384,4 @@ def test_a_device_is_waited_for_once_in_an_evaluation(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.Tensor, "cpu", noted)
     with torch.inference_mode():
         said = replay(recording.latents[1], recording.times[1], range(4))
-    assert len(recording.tapes) == 3 and moved == [tuple(said.shape)]
+    assert len(recording.tapes) == 3 and len(moved) == 1 and said.shape[0] == 4

@@ -18,7 +18,6 @@ from diffusion_accel.tuning.timesteps import (
     Profile,
     best_nodes,
     evenly,
-    nearness,
     neighbours,
     residuals,
 )
@@ -147,7 +146,24 @@ def test_what_is_even_or_near_is_possible(size: int, data: Any) -> None:
     assert not near or count < size
 
 
-def test_bad_images_count_most() -> None:
-    assert nearness(np.array([40.0, 40.0])) == pytest.approx(40)
-    assert nearness(np.array([50.0, 30.0])) < nearness(np.array([40.0, 40.0]))
-    assert nearness(np.array([40.0, 35.0])) > nearness(np.array([41.0, 33.0]))
+def test_the_luck_of_one_image_does_not_decide() -> None:
+    usual, lucky, better = (0, 2, 4), (0, 2, 5), (0, 3, 4)
+    table = {usual: [40.0] * 7 + [20.0], lucky: [39.6] * 7 + [39.0], better: [40.4] * 7 + [20.0]}
+    search = NodeSearch(table.__getitem__, np.ones((8, 8, 9)))
+    assert search.leads(usual) and not search.leads(lucky), "2 dB of one image less than 0.4 of seven"
+    assert search.leads(better) and search.best(3) == better
+    assert search.decibels(3) == pytest.approx(np.mean(table[better]))
+
+
+def test_where_images_disagree_what_is_predicted_decides() -> None:
+    left = np.ones((8, 8, 9))
+    left[2, 5] = 0.01
+    one, other = (0, 2, 4), (0, 2, 5)  # of which this one has the smaller residuals
+    for table, decided in (
+        ({one: [40.0, 30.0] * 4, other: [32.0, 38.0] * 4}, True),
+        ({one: [40.0] * 8, other: [39.9] * 8}, False),
+    ):
+        for first in (one, other):
+            search = NodeSearch(table.__getitem__, left)
+            search.leads(first), search.leads(other if first == one else one)
+            assert (search.best(3) == other) is decided
