@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
@@ -36,6 +37,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+
+
+# schedulers that were made here, and the configuration they were made from: a name does not inherit from another one
+_MADE_FROM: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def check_scheduler(name: str) -> None:
@@ -77,12 +82,15 @@ def not_learnt_here(pipe: DiffusionPipeline, steps: int) -> str | None:
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Give `pipe` the scheduler `name`, configured like the one it has; see `scheduler_for`."""
+    """Give `pipe` the scheduler `name`, configured like the one it was loaded with; see `scheduler_for`."""
     pipe.scheduler = scheduler_for(pipe, name)
 
 
 def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
     """The scheduler `name`, configured like the one that `pipe` has, which keeps its own.
+
+    If that one was given by name, too, this one is configured like the one before it: what a name changes (a spacing,
+    stochastic steps) is not inherited.
 
     Args:
         pipe: a loaded pipeline.
@@ -108,7 +116,10 @@ def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
         )
     if spacing:
         changes = changes | spacing_changes(name, cls, spacing)
+    origin = _MADE_FROM.get(pipe.scheduler, pipe.scheduler.config)
     try:
-        return cls.from_config(pipe.scheduler.config, **changes)
+        made = cls.from_config(origin, **changes)
     except (ImportError, ValueError) as error:
         raise ConfigurationError(f"scheduler {name!r} cannot be used: {first_line(error)}") from error
+    _MADE_FROM[made] = origin
+    return made

@@ -10,7 +10,7 @@ import pytest
 from zoo import ZOO
 
 from diffusion_accel import ConfigurationError
-from diffusion_accel.pipelines.schedulers import SCHEDULERS, check_scheduler, scheduler_for
+from diffusion_accel.pipelines.schedulers import SCHEDULERS, check_scheduler, scheduler_for, set_scheduler
 from diffusion_accel.pipelines.spacings import _SWITCHES, SPACINGS, TAKES, spacing_changes
 
 PAIRS = [(name, spacing) for name, (cls, _) in SCHEDULERS.items() for spacing in TAKES.get(cls, ())]
@@ -49,8 +49,10 @@ def test_every_spacing_places_the_steps_elsewhere_and_begins_with_noise(pipe: An
 
 
 def test_what_the_model_has_is_replaced(pipe: Any) -> None:
-    before, pipe.scheduler = pipe.scheduler, scheduler_for(pipe, "dpm++,karras")
+    before = pipe.scheduler
+    own = diffusers.DPMSolverMultistepScheduler.from_config(before.config, use_karras_sigmas=True)
     try:
+        pipe.scheduler = own
         config = scheduler_for(pipe, "dpm++,lu").config
         assert config.use_lu_lambdas and not config.use_karras_sigmas
         config = scheduler_for(pipe, "dpm++-karras,trailing").config
@@ -83,3 +85,20 @@ def test_classes_without_a_short_name_are_asked_when_they_are_made(pipe: Any) ->
     assert scheduler_for(pipe, "UniPCMultistepScheduler,beta").config.use_beta_sigmas
     with pytest.raises(ConfigurationError, match="has no karras spacing; it has: only its own"):
         spacing_changes("cm", diffusers.VQDiffusionScheduler, "karras")
+
+
+@pytest.mark.parametrize(
+    "before", ["dpm++-sde", "dpm++-karras", "dpm++,lu", "deis,exponential", "euler,exponential", "ddim,trailing"]
+)
+def test_a_name_means_the_same_whatever_name_was_given_before(pipe: Any, before: str) -> None:
+    """Neither a spacing nor stochastic steps are inherited."""
+    own = pipe.scheduler
+    try:
+        for name in (*SCHEDULERS, "heun,karras"):
+            pipe.scheduler = own
+            wanted = dict(scheduler_for(pipe, name).config)
+            set_scheduler(pipe, before)
+            set_scheduler(pipe, name)
+            assert dict(pipe.scheduler.config) == wanted, name
+    finally:
+        pipe.scheduler = own
