@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .bench.benchmark import benchmark
     from .bench.entries import Entry
     from .bench.result import Benchmark
+    from .compiled import Compiled
     from .evaluation.evaluate import Evaluation, evaluate
     from .feature import Attachment, Feature
     from .measure.comparison import Comparison, compare
@@ -72,6 +73,7 @@ _LAZY = {
     "tune": ".tuning.tuner",
     "tune_solver": ".tuning.solver",
     # features, and what they are given
+    "Compiled": ".compiled",
     "DiffusersCache": ".reuse",
     "EncoderReuse": ".reuse",
     "LatentTransparency": ".transparency",
@@ -110,6 +112,7 @@ __all__ = [
     "Benchmark",
     "CallStateError",
     "Comparison",
+    "Compiled",
     "ConfigurationError",
     "DiffusersCache",
     "EncoderReuse",

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _REGISTRY = "_diffusers_hook"
 #: what hooks of diffusers and accelerate leave on a module (accelerate: the hook, and the forward below it)
 LEFT_BY_HOOKS = frozenset({_REGISTRY, "_hf_hook", "_old_forward", "forward"})
+#: entries of a model's config that say where it comes from, some in any order, and nothing of what it computes
+ORIGIN_ENTRIES = frozenset({"_name_or_path", "_use_default_values", "_diffusers_version"})
 
 
 # ---------------------------------------------------------------------- chains of hooks (diffusers.hooks)

@@ -104,6 +104,10 @@ class Feature:
         allow. False: it acts on calls of the denoiser, on the VAE or on the scheduler only."""
         return not self.runtime or getattr(self._runtime(), "works_inside", _always)(self, pipeline)
 
+    def closes_inside(self) -> bool:
+        """Whether it runs a denoiser as one closed piece, so that nothing that works inside of it can act."""
+        return False
+
     def learns(self) -> bool:
         """Whether a first call may only teach the next ones; what measures this feature calls once before."""
         return False

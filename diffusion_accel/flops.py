@@ -54,6 +54,11 @@ def count_flops() -> Iterator[FlopCount]:
     result.total = float(counter.get_total_flops()) - result.excluded
 
 
+def counting() -> bool:
+    """Whether operations are counted in this thread: what is computed elsewhere than in torch must be said then."""
+    return bool(_running.counts)
+
+
 @contextmanager
 def uncounted() -> Iterator[None]:
     """What runs inside is left out of every count around it (trials that decide how to compute)."""

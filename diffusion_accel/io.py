@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,19 @@ def at_home(path: Path | str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def cache_folder() -> Path | None:
+    """The folder in which this toolkit keeps what it can make again, of this user; None where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not base and sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", "")
+    if not base:
+        base = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    try:
+        return Path(base).expanduser() / "diffusion-accel"
+    except RuntimeError:
+        return None
 
 
 def is_there(path: Path | str, kind: str = "any") -> bool:

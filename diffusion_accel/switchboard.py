@@ -71,7 +71,7 @@ def accelerate(pipeline: PipelineT, *features: Feature | type[Feature] | str) ->
         reason = why_not(feature, pipeline)
         if reason:
             raise UnsupportedPipelineError(f"{feature.name} cannot be used on {type(pipeline).__name__}: {reason}")
-    _check_conflicts([*kept, *wanted])
+    _check_conflicts([*kept, *wanted], pipeline)
     handle = existing or Acceleration(pipeline)
     handle._attach(wanted)
     if existing is None:
@@ -298,7 +298,7 @@ def _trained_in(pipeline: DiffusionPipeline, there: set[str]) -> list[Feature]:
     return list(found.values())
 
 
-def _check_conflicts(features: list[Feature]) -> None:
+def _check_conflicts(features: list[Feature], pipeline: DiffusionPipeline) -> None:
     names = {f.name for f in features}
     for feature in features:
         clash = sorted(feature.conflicts & names)
@@ -309,6 +309,11 @@ def _check_conflicts(features: list[Feature]) -> None:
         for other in features:
             if reason := feature.clash(other):
                 raise FeatureConflictError(f"{feature.name} cannot be combined with {other}: {reason}")
+            if other is not feature and feature.closes_inside() and other.works_inside(pipeline):
+                raise FeatureConflictError(
+                    f"{feature.name} cannot be combined with {other}: that works inside of the denoiser, which runs as "
+                    "one compiled graph; remove one of them, or use settings that act on whole calls (hold steps)"
+                )
 
 
 def _warn_unmeasured(pipeline: DiffusionPipeline, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "transparency": "diffusion_accel/transparency",
     "parallel": "parallel",
     "parallel.planner": "parallel/planner",
+    "compiled": "diffusion_accel/compiled",
     "training": "diffusion_accel/training",
     "evaluation": "diffusion_accel/evaluation",
     "quant": "quant",

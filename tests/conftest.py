@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["DIFFUSION_ACCEL_AUTO"] = "off"  # tests write into their own folders only
+os.environ["DIFFUSION_ACCEL_GRAPHS"] = "off"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,7 +8,11 @@ import torch
 from transparency_weights import tiny_weights
 
 # What a feature needs before it attaches to a model with random weights, beside the recommended settings.
-NEEDED: dict[str, dict[str, Any]] = {"task_routing": {"untrained": True}, "transparent": {"weights": tiny_weights()}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "task_routing": {"untrained": True},
+    "transparent": {"weights": tiny_weights()},
+    "compiled": {"engine": "eager"},  # the laws of real engines: tests/compiled
+}
 
 
 def traces(pipe: Any) -> list[str]:

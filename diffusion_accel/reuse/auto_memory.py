@@ -6,12 +6,11 @@ import json
 import logging
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import AccelerationError, ConfigurationError
-from diffusion_accel.io import first_line, is_there, read_json, replacing, writing
+from diffusion_accel.io import cache_folder, first_line, is_there, read_json, replacing, writing
 
 from .auto import Candidate
 from .plan import Plan
@@ -34,15 +33,8 @@ def place() -> Path | None:
     given = os.environ.get(VARIABLE, "")
     if given:
         return None if given == "off" else Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not base and sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA", "")
-    if not base:
-        base = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    try:
-        return Path(base).expanduser() / "diffusion-accel" / "auto.json"
-    except RuntimeError:  # there is no home
-        return None
+    folder = cache_folder()
+    return None if folder is None else folder / "auto.json"
 
 
 def recall(about: str) -> dict[str, tuple[Candidate, ...]]:

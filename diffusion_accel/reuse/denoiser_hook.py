@@ -10,12 +10,13 @@ from torch import nn
 
 from diffusion_accel.denoisers import RESIDUAL_ARGUMENTS, prediction, time_argument, with_prediction
 from diffusion_accel.hooks import as_given, bind_forward, model_of
+from diffusion_accel.snapshot import Snapshot
 
 from . import branch_calls
+from .call_arguments import Arguments
 from .history import History
 from .plan import FULL, Step
 from .rows import can_stack, conditional_rows, sample_of, stacked
-from .snapshot import Arguments, Snapshot
 from .state import DenoiserCall, FeatureCache, ReuseState, weighed
 
 Named = dict[str, Any]  # the arguments of a denoiser by name

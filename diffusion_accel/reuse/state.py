@@ -23,12 +23,13 @@ from diffusion_accel.denoisers import (
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import HookSet, map_tensors, tensor_bytes, tensors_in
 from diffusion_accel.prediction import Conversion
+from diffusion_accel.snapshot import Snapshot
 from diffusion_accel.steps import StepClock
 
+from .call_arguments import Arguments
 from .history import GivenStep, History
 from .plan import FULL, Kinds, Plan, Step
 from .rows import sample_of
-from .snapshot import Arguments, Snapshot
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

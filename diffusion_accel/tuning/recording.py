@@ -23,8 +23,8 @@ from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import HookSet, bind_forward
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.prediction import model_input
+from diffusion_accel.reuse.call_arguments import Arguments
 from diffusion_accel.reuse.rows import sample_of
-from diffusion_accel.reuse.snapshot import Arguments
 from diffusion_accel.steps import StepClock
 
 from .replay import CallOfDenoiser, Recording, Replay, dims_beyond, own_part

@@ -17,8 +17,8 @@ from torch import nn
 from diffusion_accel.denoisers import prediction
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import as_given, map_tensors
+from diffusion_accel.reuse.call_arguments import Arguments
 from diffusion_accel.reuse.rows import NOT_ROWS
-from diffusion_accel.reuse.snapshot import Arguments
 
 
 def own_part(value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,102 @@
+"""Compiled models on a pipeline: which modules, and the hook that puts a graph in the place of each one's forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import nn
+
+from diffusion_accel.denoisers import called_denoisers, closed_inside, denoiser_names, find_controlnet
+from diffusion_accel.denoisers.find import DECODERS
+from diffusion_accel.diffusers_compat import execution_device
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.feature import Attachment
+from diffusion_accel.hooks import HookSet, model_of
+
+from .compiled import Compiled
+from .engine import Target
+from .graphs import COUNTERS, Counters, Graphs, graphs_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffusion_accel.steps import StepClock
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def supports(feature: Compiled, pipe: DiffusionPipeline) -> str | None:
+    """Why nothing of a pipeline can be compiled like this here; None if it can."""
+    if not called_denoisers(pipe):
+        return "the pipeline has no unet or transformer"
+    if not feature.closes_inside():
+        return None
+    engine = feature.compiler
+    if reason := engine.missing():
+        return reason
+    for name, module in zip(denoiser_names(pipe), called_denoisers(pipe), strict=True):
+        if closed_inside(pipe) or model_of(module) is not module:
+            return f"its {name} is compiled or wrapped already; give the pipeline the plain model"
+    if (kind := execution_device(pipe).type) not in engine.machines:
+        return f"{engine.name} takes models on {' or '.join(engine.machines)}, this one is on {kind}"
+    return engine.refusal(Target(feature.precision, feature.device, feature.mode, torch.get_num_threads()))
+
+
+def works_inside(_feature: Compiled, _pipe: DiffusionPipeline) -> bool:
+    """It stands at calls of whole models."""
+    return False
+
+
+def attach(feature: Compiled, pipe: DiffusionPipeline) -> CompiledAttachment:
+    """The feature on a pipeline that it supports."""
+    return CompiledAttachment(feature, pipe)
+
+
+def modules_of(pipe: DiffusionPipeline, parts: frozenset[str]) -> list[nn.Module]:
+    """The modules of these parts that a pipeline calls."""
+    found: list[Any] = list(called_denoisers(pipe)) if "denoiser" in parts else []
+    if "vae" in parts:
+        coders = [getattr(pipe, name, None) for name in DECODERS]
+        found += [getattr(coder, half, None) for coder in coders for half in ("encoder", "decoder")]
+    if "text" in parts:
+        found += [getattr(pipe, name, None) for name in TEXT_ENCODERS]
+    if "controlnet" in parts and (controlnet := find_controlnet(pipe)) is not None:
+        found += list(getattr(controlnet, "nets", None) or [controlnet])
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+class CompiledAttachment(Attachment[Compiled]):
+    """Graphs in the place of the models' own forwards during the calls of one pipeline."""
+
+    def __init__(self, feature: Compiled, pipeline: DiffusionPipeline) -> None:
+        super().__init__(feature, pipeline)
+        self._counters: Counters = {}
+
+    def before_call(self, clock: StepClock) -> None:
+        """Put the hooks on. They are the first, so they lie below those of all other features."""
+        if reason := supports(self.feature, clock.pipeline):
+            raise ConfigurationError(f"{self.feature.name} cannot be used on this pipeline any more: {reason}")
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        hooks = HookSet.within(self.changes, "diffusion_accel.compiled")
+        for module in modules_of(clock.pipeline, self.feature.object_of("parts")):
+            graphs = graphs_of(module, self.feature)
+            graphs.begin()
+            hooks.add(module, GraphHook(graphs, self._counters))
+
+    def counters(self) -> Counters:
+        """What the last call did."""
+        return {**self._counters, "compile_seconds": round(self._counters.get("compile_seconds", 0), 3)}
+
+
+class GraphHook(ModelHook):
+    """On a module that is compiled: its calls run a graph."""
+
+    def __init__(self, graphs: Graphs, counters: Counters) -> None:
+        super().__init__()
+        self.graphs, self.counters = graphs, counters
+
+    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
+        """What stands in the place of the module's own forward."""
+        return self.graphs.run(module, self.fn_ref.original_forward, args, kwargs, self.counters)

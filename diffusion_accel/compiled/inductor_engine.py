@@ -1,0 +1,67 @@
+"""torch.compile. Weights are inputs of its graphs, and its guards notice whatever else changes."""
+
+from __future__ import annotations
+
+import logging
+import types
+from typing import TYPE_CHECKING, Any
+
+from diffusion_accel.io import first_line
+
+from .engine import Engine, Graph, Target
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .calls import Flat
+
+logger = logging.getLogger(__name__)
+
+_REPLAYED = ("reduce-overhead", "max-autotune")  # CUDA graphs: what they return is written over by the next call
+
+
+class _Compiled:
+    """Does not hold the module: it is an argument of what is compiled."""
+
+    def __init__(self, flat: Flat, target: Target, fullgraph: bool) -> None:
+        import torch  # heavy: torch
+
+        template, precision = flat.template, getattr(torch, target.precision)
+
+        def call(module: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if precision is torch.float32:
+                return tuple(template.run(module, list(tensors)))
+            with torch.autocast(tensors[0].device.type, precision):
+                return tuple(template.run(module, list(tensors)))
+
+        # Dynamo counts what it compiles by code object: each signature has one of its own
+        own: Any = types.FunctionType(
+            call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__, call.__closure__
+        )
+        self.function = torch.compile(own, fullgraph=fullgraph, dynamic=False, mode=target.mode or None)
+        self.replayed = target.mode in _REPLAYED
+
+    def __call__(self, module: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        returned = self.function(module, *tensors)
+        return [tensor.clone() for tensor in returned] if self.replayed else list(returned)
+
+
+def _compile(flat: Flat, tensors: list[torch.Tensor], target: Target) -> Graph:
+    graph = _Compiled(flat, target, fullgraph=True)
+    try:
+        graph(flat.module, tensors)
+    except Exception as error:  # something in it cannot be traced: several graphs with Python between them
+        logger.info("%s is not one graph: %s", type(flat.module).__name__, first_line(error))
+        graph = _Compiled(flat, target, fullgraph=False)
+        graph(flat.module, tensors)
+    return graph
+
+
+INDUCTOR = Engine(
+    "inductor",
+    _compile,
+    machines=("cpu", "cuda", "xpu"),
+    precisions=("float32", "bfloat16", "float16"),
+    modes=("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+)
