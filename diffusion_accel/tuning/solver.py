@@ -28,6 +28,7 @@ from .budget import Budget
 from .by_rollouts import FEW, ROUNDS, untraceable
 from .jumps import Jumps, Rolled, Trajectory
 from .measure import scheduling
+from .polish import polished
 from .recording import record
 from .replay import Recording, Replay
 from .result import fidelity_of
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 MANY_STEPS = 200  # of the solver that stands for the converged image
 CANDIDATES = 64  # timesteps of these that may be chosen; the last ones all, the others evenly
 LAST = 20
+POLISHED = 0.4  # of the time, for moving the combinations together
 
 
 @public
@@ -70,8 +72,8 @@ def tune_solver(
         pipe("red apple", num_inference_steps=8)
 
     The timesteps are searched by a dynamic programme and by rollouts, the combinations are fitted on the way
-    (`tuning.jumps`). Most of the prompts calibrate; the others measure the result, which is in the configuration's
-    `made_for`.
+    (`tuning.jumps`) and then moved together by gradients (`tuning.polish`). Most of the prompts calibrate; the others
+    measure the result, which is in the configuration's `made_for`.
 
     Args:
         pipe: a loaded pipeline; its scheduler says what the model was trained with.
@@ -160,8 +162,9 @@ def _search(
     found: dict[int, tuple[list[float], Rolled]] = {}
 
     def fit(nodes: Sequence[int]) -> None:
-        times = [trajectory.times[n] for n in nodes]
-        found[len(nodes)] = times, Jumps(replay, trajectory, every, together=together).run(nodes)
+        times, whole = [trajectory.times[n] for n in nodes], Jumps(replay, trajectory, every, together=together)
+        time = Budget(POLISHED * budget.seconds / len(sizes))
+        found[len(nodes)] = times, polished(whole, whole.run(nodes), lambda: 1 - time.used())
 
     def roll(nodes: Sequence[int]) -> list[float]:
         return together.in_order(jumps.run(nodes).decibels.tolist())
@@ -175,7 +178,9 @@ def _search(
         return scores.of(f"rollout {','.join(map(str, nodes))}", lambda: tasks.do("rollout", list(nodes)))
 
     def search() -> None:
-        for nodes in _nodes(NodeSearch(run, left), sizes, budget, progress):
+        searched = Budget((1 - POLISHED) * budget.left())
+        for nodes in list(_nodes(NodeSearch(run, left), sizes, searched, progress)):
+            progress(f"{len(nodes)} evaluations, all jumps together", budget.used(), max(0.0, budget.left()))
             tasks.do("fit", list(nodes))
 
     tasks.lead(search)
