@@ -32,7 +32,12 @@ USUAL: tuple[str, ...] = (
     "fewer-steps:25",
     "fewer-steps:17",
 )
+TOGETHER = "together"
 KINDS = (*(name.replace("_", "-") for name in FEATURES), families.KIND, "fewer-steps", "forecast", *PEERS)
+# what joins two kinds, in a text whose settings may have a "+" as well
+_JOINED = re.compile(
+    r"\+(?=(?:" + "|".join((*(name.replace("_", "-") for name in FEATURES), "fewer-steps")) + r")(?:[:+]|$))"
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,10 @@ class Entry:
     """One row of the benchmark.
 
     Attributes:
-        kind: "baseline", a feature's name with dashes, "family" (see `expanded`), "fewer-steps", "forecast", or one of
-            `PEERS`.
+        kind: "baseline", a feature's name with dashes, "family" (see `expanded`), "fewer-steps", "forecast", one of
+            `PEERS`, or "together".
         settings: a feature's settings as on the command line; "STEPS[,SCHEDULER[,SPACING]]" of fewer steps; what
-            `forecasting.Rule` reads; a peer's numbers.
+            `forecasting.Rule` reads; a peer's numbers; the whole text of features, and fewer steps, that are together.
         family: the tuned family that it is one plan of, "" if it is none or given by itself.
     """
 
@@ -54,7 +59,16 @@ class Entry:
     @property
     def name(self) -> str:
         """As it is shown: the kind and its settings."""
+        if self.kind == TOGETHER:
+            return " + ".join(part.name for part in self.parts)
         return f"{self.kind} {self.settings}".strip()
+
+    @functools.cached_property
+    def parts(self) -> tuple[Entry, ...]:
+        """What is switched on together; itself if it is one thing."""
+        if self.kind != TOGETHER:
+            return (self,)
+        return tuple(Entry.parse(text) for text in _JOINED.split(self.settings))
 
     @property
     def is_peer(self) -> bool:
@@ -63,13 +77,16 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """`KIND` or `KIND:SETTINGS`, such as "reuse:hold:3", "fewer-steps:25,dpm++", "deepcache:3,0".
+        """`KIND` or `KIND:SETTINGS`, such as "reuse:hold:3", "fewer-steps:25,dpm++", "deepcache:3,0"; features, and
+        fewer steps, joined by "+": "compiled:precision=bf16+reuse:hold:2".
 
         Raises:
             ConfigurationError: an unknown kind or settings that it does not take.
         """
         if not isinstance(text, str):
             raise ConfigurationError(f"entries must be texts or objects of Entry, got {shown(text)}")
+        if _JOINED.search(text):
+            return cls._together(text)
         kind, _, settings = text.partition(":")
         if kind not in KINDS:
             near = nearest(kind[:100], KINDS)
@@ -86,6 +103,16 @@ class Entry:
             _ = entry.feature
         return entry
 
+    @classmethod
+    def _together(cls, text: str) -> Entry:
+        entry = cls(TOGETHER, text)
+        kinds = [part.kind for part in entry.parts]
+        if odd := [kind for kind in kinds if kind.replace("-", "_") not in FEATURES and kind != "fewer-steps"]:
+            raise ConfigurationError(f"only features and fewer-steps can be joined by +, got {shown(odd[0])}")
+        if len(set(kinds)) < len(kinds):
+            raise ConfigurationError(f"the entry {shown(text)} has one kind twice")
+        return entry
+
     def expanded(self) -> list[Entry]:
         """Itself; of a family an entry for each of its plans."""
         if self.kind != families.KIND:
@@ -99,6 +126,11 @@ class Entry:
         return kind.parse(self.settings)
 
     @property
+    def features(self) -> list[Feature]:
+        """The features that are switched on for it."""
+        return [part.feature for part in self.parts if part.kind not in ("baseline", "fewer-steps")]
+
+    @property
     def by_image(self) -> bool:
         """Whether it decides by what it sees which steps are computed, so that each image is a call of its own."""
         return self.kind == "forecast" and isinstance(self.feature, Forecast) and self.feature.parsed.kind.adaptive
@@ -110,9 +142,12 @@ class Entry:
             package = PEERS[self.kind].package
             if package and importlib.util.find_spec(package) is None:
                 return f"the package {package} is not installed (pip install {package})"
-        elif self.kind not in ("baseline", "fewer-steps"):
-            return self.feature.unfit_for(steps, scheduler)
-        return None
+            return None
+        fewer = next((part for part in self.parts if part.kind == "fewer-steps"), None)
+        if fewer is not None:
+            steps, other = fewer.fewer_steps()
+            scheduler = other or scheduler
+        return next(filter(None, (feature.unfit_for(steps, scheduler) for feature in self.features)), None)
 
     def fewer_steps(self) -> tuple[int, str | None]:
         """The number of steps, and the scheduler if it is another one."""
@@ -172,6 +207,7 @@ def check_entries(entries: Sequence[Entry], steps: int, scheduler: str, source: 
     for entry in entries:
         if reason := entry.refusal(steps, scheduler):
             raise ConfigurationError(f"the entry {entry.name} cannot work: {reason}")
-        if source is not None and entry.kind == "fewer-steps":
-            fewer, other = entry.fewer_steps()
-            check_steps(other or scheduler or None, source, fewer)
+        for part in entry.parts:
+            if source is not None and part.kind == "fewer-steps":
+                fewer, other = part.fewer_steps()
+                check_steps(other or scheduler or None, source, fewer)

@@ -97,14 +97,16 @@ class Runner:
             ConfigurationError: the entry cannot work.
         """
         reason = None if entry.is_peer else entry.refusal(self.job.steps, self.scheduler)
-        if entry.kind == "fewer-steps":
-            before, (steps, name) = self.pipe.scheduler, entry.fewer_steps()
-            if name:
-                set_scheduler(self.pipe, name)
-            reason = not_learnt_here(self.pipe, steps)
-            self.pipe.scheduler = before
-        elif not entry.is_peer and entry.kind not in ("baseline", "fewer-steps"):
-            reason = reason or why_not(entry.feature, self.pipe)
+        before = self.pipe.scheduler
+        for part in () if entry.is_peer else entry.parts:
+            if part.kind == "fewer-steps":
+                steps, name = part.fewer_steps()
+                if name:
+                    set_scheduler(self.pipe, name)
+                reason = reason or not_learnt_here(self.pipe, steps)
+        for feature in () if entry.is_peer else entry.features:
+            reason = reason or why_not(feature, self.pipe)
+        self.pipe.scheduler = before
         if reason:
             raise ConfigurationError(f"the entry {entry.name} cannot work on {type(self.pipe).__name__}: {reason}")
 
@@ -118,14 +120,15 @@ class Runner:
             sampler = replace(sampler, batch=1)
         scheduler, handle = self.pipe.scheduler, getattr(self.pipe, "acceleration", None)
         try:
-            if entry.kind == "fewer-steps":
-                steps, name = entry.fewer_steps()
-                sampler = replace(sampler, steps=steps)
-                if name:
-                    set_scheduler(self.pipe, name)
-            elif entry.kind != "baseline":
-                accelerate(self.pipe, entry.feature)
-                if entry.feature.learns() and entry.name not in self._taught:
+            for part in entry.parts:
+                if part.kind == "fewer-steps":
+                    steps, name = part.fewer_steps()
+                    sampler = replace(sampler, steps=steps)
+                    if name:
+                        set_scheduler(self.pipe, name)
+            if features := entry.features:
+                accelerate(self.pipe, *features)
+                if any(feature.learns() for feature in features) and entry.name not in self._taught:
                     self._taught.add(entry.name)
                     sampler.part(0, 1).images()
             with torch.inference_mode():

@@ -71,9 +71,10 @@ def bench(
     """Measure speed and fidelity of any set of settings against the plain model, times in turn.
 
     Entries: any feature with its settings (reuse:tuned:fast, encoder-reuse:schedule=paper), every plan of a tuned
-    family (family:FILE), fewer steps (fewer-steps:STEPS[,SCHEDULER[,SPACING]]), other methods' forecasts in the place
-    of steps (forecast:hermite,5,sample; hold, taylor, hermite, foca, spectrum, dmd, sada, easycache), and other
-    packages if they are installed: deepcache:n[,branch], tomesd:ratio, tgate:step, pab:range.
+    family (family:FILE), fewer steps (fewer-steps:STEPS[,SCHEDULER[,SPACING]]), several of these together
+    (compiled:precision=bf16+reuse:tuned:balanced), other methods' forecasts in the place of steps
+    (forecast:hermite,5,sample; hold, taylor, hermite, foca, spectrum, dmd, sada, easycache), and other packages if they
+    are installed: deepcache:n[,branch], tomesd:ratio, tgate:step, pab:range.
     """
     options = locals()
     parsed = read_entries(entries or USUAL)

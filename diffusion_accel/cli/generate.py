@@ -33,7 +33,7 @@ from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, check_features, ch
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config")  # not settings
 _PANELS = {
     "Image and control inputs": "image mask_image strength controlnet control_image lora",
-    "Machine": "allow_pickle device dtype offload attention compile quantize runtime low_memory",
+    "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory",
     "Output": "output overwrite metadata paths_ compare json_lines quiet",
     "Transparency (with --transparent)": "premultiplied preview layers_",
 }
@@ -84,7 +84,6 @@ def generate(
     attention: Annotated[
         str | None, typer.Option(help=", ".join(ATTENTION) + ".", show_default=Settings.attention)
     ] = None,
-    compile: Annotated[bool | None, typer.Option("--compile", help="torch.compile the repeated blocks.")] = None,
     quantize: Annotated[
         str | None,
         typer.Option(metavar="DIR|PACKAGE:KIND", help="A quantized checkpoint, or torchao:int8wo, …"),

@@ -1,4 +1,4 @@
-"""`info`: versions and devices."""
+"""`info`: versions, devices and engines."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import typer
 
 from diffusion_accel import __version__
+from diffusion_accel.compiled.engines import ENGINES
 
 from .common_options import AsJson
 from .terminal import say
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "peft", "xformers")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "peft", "xformers", "openvino")
 
 
 def collect() -> dict[str, Any]:
-    """Versions of the libraries (None: not installed) and what torch can compute on."""
+    """Versions of the libraries (None: not installed), what torch can compute on, and engines with theirs."""
     import torch  # heavy
 
     found: dict[str, str | None] = {}
@@ -31,17 +32,22 @@ def collect() -> dict[str, Any]:
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")
+    engines = {name: engine.missing() for name, engine in ENGINES.items() if name != "eager"}
     return {
         "diffusion-accel": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": found,
         "devices": devices,
+        "engines": {
+            name: {"missing": missing, "devices": [] if missing else ENGINES[name].devices()}
+            for name, missing in engines.items()
+        },
     }
 
 
 def info(as_json: AsJson = False) -> None:
-    """Print versions and devices, for bug reports."""
+    """Print versions, devices and engines, for bug reports."""
     facts = collect()
     if as_json:
         typer.echo(json.dumps(facts))
@@ -51,3 +57,5 @@ def info(as_json: AsJson = False) -> None:
     for name, version in facts["packages"].items():
         say(f"{name}: {version or 'not installed'}")
     say("devices: " + ", ".join(facts["devices"]))
+    for name, engine in facts["engines"].items():
+        say(f"engine {name}: " + (engine["missing"] or ", ".join(engine["devices"]) or "there"))

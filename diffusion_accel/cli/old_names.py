@@ -59,7 +59,10 @@ def _is_a_file(token: str) -> bool:
 
 #: command -> old flag -> what it becomes
 FLAGS: dict[str, dict[str, Rewrite]] = {
-    "generate": {"--num-images": _renamed("--count")},
+    "generate": {
+        "--num-images": _renamed("--count"),
+        "--compile": _instead("--compiled=inductor,blocks=on"),
+    },
     "tune": {"--resume": _instead()},  # it goes on by itself
     "quantize": {
         "--calibration-prompts": _renamed("--prompts-file"),

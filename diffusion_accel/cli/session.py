@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ def open_for(
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+    compiling = logging.getLogger("diffusion_accel.compiled")  # which takes a while, so it is said
+    compiling.setLevel(logging.NOTSET if quiet else logging.INFO)
     pipe: Any = _open(settings, source, device, list(settings.features.values()))
     if not promptless:
         check_drawable(pipe)
@@ -118,7 +121,6 @@ def _open(settings: Settings, source: ModelSource, device: str, features: list[F
         device=device,
         offload=settings.offload,
         attention=settings.attention,
-        compile=settings.compile,
         task=settings.task,
         controlnet=settings.controlnet,
         dtype=getattr(torch, settings.dtype),

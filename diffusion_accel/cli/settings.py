@@ -48,7 +48,6 @@ class Settings(Options):
     dtype: str = "float32"
     offload: str = "none"
     attention: str = "sdpa"
-    compile: bool = False
     quantize: str | None = None
     runtime: str | None = None
     low_memory: bool = False
@@ -111,7 +110,14 @@ def renamed(values: dict[str, Any], what: str) -> dict[str, Any]:
     for old, new in OLD_KEYS.items():
         if old in values and new in values:
             raise ConfigurationError(f"{what}: {new!r} is given twice, once as {old!r}")
-    return {OLD_KEYS.get(key, key): value for key, value in values.items()}
+    values = {OLD_KEYS.get(key, key): value for key, value in values.items()}
+    if "compile" in values:
+        if type(compile := values.pop("compile")) is not bool:
+            raise ConfigurationError(f"{what}: compile must be true or false, got {shown(compile)}")
+        if compile and "compiled" in values:
+            raise ConfigurationError(f"{what}: 'compiled' is given twice, once as 'compile'")
+        values |= {"compiled": {"engine": "inductor", "blocks": True}} if compile else {}
+    return values
 
 
 def merge(flags: dict[str, Any], config: dict[str, Any]) -> tuple[Settings, ModelSource]:
@@ -204,8 +210,6 @@ def check(settings: Settings) -> None:
         raise ConfigurationError(
             "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse, or --quantize"
         )
-    if s.compile and s.offload == "sequential":
-        raise ConfigurationError("--compile cannot be combined with --offload sequential")
 
 
 def check_features(

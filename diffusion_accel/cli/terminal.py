@@ -79,13 +79,14 @@ def _clock(seconds: float) -> str:
 
 
 class _Lines(logging.Handler):
-    """Warnings of this package as lines on stderr."""
+    """Warnings and notes of this package as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not speaks():
             return
         try:
-            say(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+            kind = "note" if record.levelno == logging.INFO else record.levelname.lower()
+            say(f"{kind}: {record.getMessage()}", err=True)
         except Exception:
             self.handleError(record)
 

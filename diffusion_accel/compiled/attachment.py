@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from diffusion_accel.denoisers import called_denoisers, closed_inside, denoiser_names, find_controlnet
+from diffusion_accel.denoisers import called_denoisers, closed_inside, denoiser_names, find_controlnet, find_denoisers
 from diffusion_accel.denoisers.find import DECODERS
-from diffusion_accel.diffusers_compat import execution_device
+from diffusion_accel.diffusers_compat import execution_device, has_offload_hook, repeated_blocks
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment
 from diffusion_accel.hooks import HookSet, model_of
@@ -31,6 +32,8 @@ def supports(feature: Compiled, pipe: DiffusionPipeline) -> str | None:
     """Why nothing of a pipeline can be compiled like this here; None if it can."""
     if not called_denoisers(pipe):
         return "the pipeline has no unet or transformer"
+    if feature.blocks and (reason := no_blocks(pipe)):
+        return reason
     if not feature.closes_inside():
         return None
     engine = feature.compiler
@@ -54,6 +57,22 @@ def attach(feature: Compiled, pipe: DiffusionPipeline) -> CompiledAttachment:
     return CompiledAttachment(feature, pipe)
 
 
+def no_blocks(pipe: DiffusionPipeline) -> str | None:
+    """Why the repeated blocks of a pipeline's denoisers cannot be compiled; None if they can."""
+    for denoiser in find_denoisers(pipe):
+        name = type(denoiser).__name__
+        if not blocks_of(denoiser):
+            return f"{name} names no blocks that repeat; compile it as a whole"
+        if any(map(has_offload_hook, blocks_of(denoiser))):
+            return f"the blocks of {name} are offloaded one by one; use another way of offloading"
+    return None
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks of a denoiser that repeat."""
+    return [module for module in denoiser.modules() if type(module).__name__ in repeated_blocks(denoiser)]
+
+
 def modules_of(pipe: DiffusionPipeline, parts: frozenset[str]) -> list[nn.Module]:
     """The modules of these parts that a pipeline calls."""
     found: list[Any] = list(called_denoisers(pipe)) if "denoiser" in parts else []
@@ -73,17 +92,32 @@ class CompiledAttachment(Attachment[Compiled]):
     def __init__(self, feature: Compiled, pipeline: DiffusionPipeline) -> None:
         super().__init__(feature, pipeline)
         self._counters: Counters = {}
+        self._blocks: dict[nn.Module, Callable[..., object]] = {}  # with their compiled forwards
 
     def before_call(self, clock: StepClock) -> None:
         """Put the hooks on. They are the first, so they lie below those of all other features."""
         if reason := supports(self.feature, clock.pipeline):
             raise ConfigurationError(f"{self.feature.name} cannot be used on this pipeline any more: {reason}")
         self._counters = dict.fromkeys(COUNTERS, 0)
+        if self.feature.blocks:
+            self._compile_blocks(clock.pipeline)
+            return
         hooks = HookSet.within(self.changes, "diffusion_accel.compiled")
         for module in modules_of(clock.pipeline, self.feature.object_of("parts")):
             graphs = graphs_of(module, self.feature)
             graphs.begin()
             hooks.add(module, GraphHook(graphs, self._counters))
+
+    def _compile_blocks(self, pipe: DiffusionPipeline) -> None:
+        """Put compiled forwards in the place of the blocks' own; they compile when they are called."""
+        feature, engine = self.feature, self.feature.compiler
+        target = Target(feature.precision, mode=feature.mode, threads=torch.get_num_threads())
+        blocks = [block for denoiser in find_denoisers(pipe) for block in blocks_of(denoiser)]
+        blocks = [block for block in blocks if "forward" not in vars(block)]
+        assert engine.compile_block is not None
+        self._blocks = {block: self._blocks.get(block) or engine.compile_block(block, target) for block in blocks}
+        for block, compiled in self._blocks.items():
+            self.changes.set(block, "forward", compiled)
 
     def counters(self) -> Counters:
         """What the last call did."""

@@ -65,6 +65,8 @@ class Compiled(Feature):
         parts: what is compiled, joined by "+": denoiser, vae (decoder and encoder), text (text encoders), controlnet.
         device: OpenVINO's name of a device: CPU, GPU, GPU.1, NPU; empty: CPU.
         mode: of torch.compile: default, reduce-overhead (CUDA graphs), max-autotune, max-autotune-no-cudagraphs.
+        blocks: compile the denoiser's repeated blocks one by one instead of whole models, with inductor and in the
+            model's own precision. What works inside of the denoiser goes with it, and a new shape costs less.
         on_new_shape: a signature after a part's first one is compiled too ("compile"), or runs uncompiled ("eager").
         cache: keep OpenVINO's graphs on disk, in the user's cache folder, for the next start.
         max_cache_mb: what the graphs there may take in MiB, 1 to 1,048,576; the oldest go first.
@@ -85,6 +87,7 @@ class Compiled(Feature):
     parts: str = option("denoiser+vae", "what is compiled: " + ", ".join(PARTS), read=_read_parts)
     device: str = option("", "OpenVINO's: CPU, GPU, NPU (default: CPU)")
     mode: str = option("", "of torch.compile: " + ", ".join(filter(None, ENGINES["inductor"].modes)))
+    blocks: bool = option(False, "inductor: the denoiser's repeated blocks one by one, not whole models")
     on_new_shape: str = option("compile", "compile, or eager: only the first shape of each part is compiled")
     cache: bool = option(True, "keep OpenVINO's graphs on disk for the next start")
     max_cache_mb: int = option(8192, "what they may take there in MiB", (1, 2**20))
@@ -99,6 +102,12 @@ class Compiled(Feature):
         if self.device and not (engine.takes_device and re.fullmatch(r"[A-Z]{2,8}(\.[0-9]{1,2})?", self.device)):
             known = "CPU, GPU, GPU.1 or NPU" if engine.takes_device else f"none: {engine.name} runs where the model is"
             raise ConfigurationError(f"compiled: device={shown(self.device)} is not allowed; use {known}")
+        if self.blocks and (engine.compile_block is None or self.precision != "float32"):
+            able = ", ".join(name for name, row in ENGINES.items() if row.compile_block is not None)
+            raise ConfigurationError(
+                f"compiled: blocks=true is for engine={able} in the model's own precision (precision=float32), "
+                f"got engine={self.engine}, precision={self.precision}"
+            )
         if self.on_new_shape not in NEW_SHAPES:
             raise _one_of("on_new_shape", self.on_new_shape, NEW_SHAPES)
 
@@ -119,5 +128,5 @@ class Compiled(Feature):
         return engine
 
     def closes_inside(self) -> bool:
-        """Whether there is an engine: hooks cannot reach into its graphs."""
-        return self.engine != "eager"
+        """Whether whole models are graphs of an engine: hooks cannot reach into them."""
+        return self.engine != "eager" and not self.blocks

@@ -49,10 +49,12 @@ class Engine:
         machines: the kinds of devices on which the pipeline's models may lie.
         precisions: what it can compute in, as far as a device allows.
         modes: names that `Target.mode` may have.
+        compile_block: a module's call, compiled by itself and left in the module's place; None if it cannot do that.
         keeps_weights: whether a graph has its own copy of the weights, so that other weights need another one.
         compile: one graph of a call.
         follows_model: whether a model in bfloat16 is computed in that, whatever precision is asked for.
         refusal: why it cannot compile for a target, asked once the package is known to be there; None if it can.
+        devices: the names of its devices here, with what each can compute in.
         identity: what else a stored graph depends on: versions, the name of the device.
         store, restore: a graph as bytes, and again a graph; None where the engine keeps its own store.
     """
@@ -65,9 +67,11 @@ class Engine:
     precisions: tuple[str, ...] = ("float32",)
     modes: tuple[str, ...] = ("",)
     takes_device: bool = False
+    compile_block: Callable[[nn.Module, Target], Callable[..., object]] | None = None
     keeps_weights: bool = False
     follows_model: bool = False
     refusal: Callable[[Target], str | None] = lambda _: None
+    devices: Callable[[], list[str]] = list
     identity: Callable[[Target], dict[str, str]] = lambda _: {}
     store: Callable[[Graph], bytes] | None = None
     restore: Callable[[bytes, Target], Graph] | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import types
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.io import first_line
@@ -49,18 +51,28 @@ class _Compiled:
 
 def _compile(flat: Flat, tensors: list[torch.Tensor], target: Target) -> Graph:
     graph = _Compiled(flat, target, fullgraph=True)
-    try:
-        graph(flat.module, tensors)
-    except Exception as error:  # something in it cannot be traced: several graphs with Python between them
-        logger.info("%s is not one graph: %s", type(flat.module).__name__, first_line(error))
-        graph = _Compiled(flat, target, fullgraph=False)
-        graph(flat.module, tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Dynamo, about code of others
+        try:
+            graph(flat.module, tensors)
+        except Exception as error:  # something in it cannot be traced: several graphs with Python between them
+            logger.info("%s is not one graph: %s", type(flat.module).__name__, first_line(error))
+            graph = _Compiled(flat, target, fullgraph=False)
+            graph(flat.module, tensors)
     return graph
+
+
+def _compile_block(block: nn.Module, target: Target) -> Callable[..., object]:
+    import torch  # heavy: torch
+
+    call: Any = torch.compile(block.forward, mode=target.mode or None)
+    return call
 
 
 INDUCTOR = Engine(
     "inductor",
     _compile,
+    compile_block=_compile_block,
     machines=("cpu", "cuda", "xpu"),
     precisions=("float32", "bfloat16", "float16"),
     modes=("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),

@@ -116,11 +116,19 @@ def _refusal(target: Target) -> str | None:
     found, device = _core().available_devices, _device(target)
     if not any(name == device or name.split(".")[0] == device for name in found):
         return f"openvino has no device {device} here; it has {', '.join(found) or 'none'}"
-    able = _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
-    if _CAPABILITIES[target.precision] not in able:
-        can = [name for name, capability in _CAPABILITIES.items() if capability in able]
-        return f"{device} does not compute in {target.precision} here; it can {', '.join(can)}"
+    if target.precision not in (able := _able(device)):
+        return f"{device} does not compute in {target.precision} here; it can {', '.join(able)}"
     return None
+
+
+def _able(device: str) -> list[str]:
+    """The precisions in which a device computes."""
+    able = _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return [name for name, capability in _CAPABILITIES.items() if capability in able]
+
+
+def _devices() -> list[str]:
+    return [f"{name} ({', '.join(_able(name))})" for name in _core().available_devices]
 
 
 def _identity(target: Target) -> dict[str, str]:
@@ -141,6 +149,7 @@ OPENVINO = Engine(
     keeps_weights=True,
     follows_model=True,
     refusal=_refusal,
+    devices=_devices,
     identity=_identity,
     store=_store,
     restore=_restore,

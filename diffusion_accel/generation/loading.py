@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_accel.denoisers import find_denoisers
 from diffusion_accel.feature import Feature
 from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.pipelines.loading import load_lora, load_pipeline
@@ -38,7 +37,6 @@ def open_pipeline(
     device: str | None = None,
     offload: str = "none",
     attention: str = "sdpa",
-    compile: bool = False,
     **options: Any,
 ) -> DiffusionPipeline:
     """Load a pipeline, put it where it runs, and switch features on.
@@ -51,7 +49,6 @@ def open_pipeline(
         device: where it runs; None: the best one here.
         offload: "none", or "model" or "sequential": parts are on an accelerator only while they compute.
         attention: "sdpa", or "xformers" on CUDA.
-        compile: torch.compile the denoisers' repeated blocks.
         options: of `load_pipeline`: task, controlnet, dtype, quantize, …
 
     Raises:
@@ -72,9 +69,6 @@ def open_pipeline(
         getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
     if attention == "xformers":
         pipe.enable_xformers_memory_efficient_attention()
-    if compile:
-        for denoiser in find_denoisers(pipe):
-            denoiser.compile_repeated_blocks()  # type: ignore[operator]
     return accelerate(pipe, *features)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from zoo import ZOO
 
-from diffusion_accel import ConfigurationError, PlanFamily
+from diffusion_accel import Compiled, ConfigurationError, PlanFamily, Reuse
 from diffusion_accel.bench import run
 from diffusion_accel.bench.entries import Entry, read_entries
 from diffusion_accel.bench.report import markdown, page, pareto, plot
@@ -43,6 +43,9 @@ def test_entries_are_read(text: str) -> None:
         ("nothing", "the kinds are"),
         ("resue:hold:2", "the kinds are: .*; did you mean 'reuse'?"),
         ("fewer-steps", "STEPS"),
+        ("deepcache:3+reuse:hold:2", "only features and fewer-steps can be joined by .*, got 'deepcache'"),
+        ("reuse:hold:2+reuse:hold:3", "one kind twice"),
+        ("compiled:engine=cuda+reuse:hold:3", "engine='cuda' is not allowed"),
         ("fewer-steps:5,nothing", "unknown scheduler"),
         ("deepcache:a", "takes numbers"),
         ("tomesd:0.5,1", "at most 1"),
@@ -55,6 +58,25 @@ def test_entries_are_read(text: str) -> None:
 def test_bad_entries_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Entry.parse(text)
+
+
+def test_what_is_joined_is_switched_on_together() -> None:
+    """A "+" within settings joins nothing."""
+    text = "compiled:eager,parts=denoiser+vae+reuse:hold:2+fewer-steps:8,dpm++"
+    entry = Entry.parse(text)
+    assert [str(part.kind) for part in entry.parts] == ["compiled", "reuse", "fewer-steps"] and not entry.is_peer
+    assert entry.name == "compiled eager,parts=denoiser+vae + reuse hold:2 + fewer-steps 8,dpm++"
+    assert Entry.parse("encoder-reuse:schedule=0+1+5").kind == "encoder-reuse"
+    assert Entry.parse("compiled+reuse").features == [Compiled(), Reuse()]
+    assert Entry.parse("reuse:tuned:balanced+fewer-steps:8").refusal(20, "dpm++").startswith("the plan")
+    assert Entry.parse("fewer-steps:20+reuse:tuned:balanced").refusal(50, "dpm++") is None
+    runner = Runner(JOB)
+    together, apart = Entry.parse("compiled:eager+reuse:hold:2"), Entry.parse("reuse:hold:2")
+    runner.check(together)
+    assert torch.equal(runner.images(together), runner.images(apart))
+    assert runner.facts(together)["flops"] == runner.facts(apart)["flops"]
+    steps = runner.images(Entry.parse("compiled:eager+fewer-steps:3"))
+    assert torch.equal(steps, runner.images(Entry.parse("fewer-steps:3")))
 
 
 def test_a_family_stands_for_a_row_of_each_of_its_plans(tmp_path: Path) -> None:

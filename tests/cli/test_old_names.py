@@ -19,6 +19,7 @@ TODAY = {  # a line in old names, and the same in today's
     "generate x --num-images 3": "generate x --count 3",
     "generate x --num-images=3": "generate x --count=3",
     "generate -- --num-images": "generate -- --num-images",
+    "generate x --compile --steps 3": "generate x --compiled=inductor,blocks=on --steps 3",
     "tune -o a.json --resume --speedup 2": "tune -o a.json --speedup 2",
     "quantize --calibration-prompts p.txt -o d": "quantize --prompts-file p.txt -o d",
     "quantize --budget-minutes 20 -o d": "quantize --budget=20m -o d",

@@ -8,10 +8,23 @@ from pathlib import Path
 import pytest
 from command import call
 
-from diffusion_accel import EncoderReuse
+from diffusion_accel import Compiled, ConfigurationError, EncoderReuse
 from diffusion_accel.cli.settings import merge, read_config, split_lora
 
 PROMPT = "red apple, 3d style"
+
+
+def test_the_old_key_compile_is_a_feature(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("compile = true")
+    settings, _ = merge({}, read_config(str(file)))
+    assert settings.features == {"compiled": Compiled(engine="inductor", blocks=True)}
+    file.write_text("compile = false")
+    assert not merge({}, read_config(str(file)))[0].features
+    for text, words in (("compile = 1", "true or false"), ('compile = true\ncompiled = "openvino"', "given twice")):
+        file.write_text(text)
+        with pytest.raises(ConfigurationError, match=words):
+            read_config(str(file))
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_model(tmp_path: Path) -> None:
