@@ -4,6 +4,7 @@
     python scripts/tune_sticker.py ddim --seconds 900
     python scripts/tune_sticker.py dpm --seconds 600
     python scripts/tune_sticker.py solver --seconds 900
+    python scripts/tune_sticker.py retime     # the speed-ups of both families once more, in CPU time of one thread
 
 The steps that are computed are chosen by captions of the kind the model was trained on; fits see what people type, too
 (`data/varied_prompts.txt`). Measured on other captions. Writes into `diffusion_accel/assets`, or into --out.
@@ -12,7 +13,9 @@ The steps that are computed are chosen by captions of the kind the model was tra
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ import torch
 
 import diffusion_accel
 from diffusion_accel.evaluation.prompts import embedded_prompts
+from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.reuse.plan_family import PlanFamily
+from diffusion_accel.tuning.measure import reusing
 
 ASSETS = Path(diffusion_accel.__file__).parent / "assets"
 VARIED = Path(__file__).parent / "data" / "varied_prompts.txt"
@@ -46,6 +51,40 @@ def prompts(count: int) -> list[str]:
     return captions[:count] + second + embedded_prompts(count, UNSEEN)
 
 
+def retime(folder: Path, rounds: int = 9) -> None:
+    """Measure the speed-ups of both families again: CPU time of single images, in turn with the baseline, so that other
+    work on the machine does not count."""
+    for name, (scheduler, steps, _) in FAMILIES.items():
+        pipe: Any = diffusion_accel.load_pipeline("sticker")
+        pipe.set_progress_bar_config(disable=True)
+        set_scheduler(pipe, scheduler)
+        family = PlanFamily.load(folder / "plans" / f"{name}.json")
+        one = Sampler(pipe, tuple(embedded_prompts(1, UNSEEN)), steps, 1000, 1, CALL)
+        ratios: list[list[float]] = [[] for _ in family.members]
+        for turn in range(rounds + 1):
+            whole = cpu_seconds(one)
+            for plan, own in zip(family.members, ratios, strict=True):
+                with reusing(pipe, plan.plan):
+                    part = cpu_seconds(one)
+                if turn:  # the first round warms up
+                    own.append(whole / part)
+        members = [
+            replace(plan, measured=plan.measured | {"time_ratio": round(statistics.median(own), 3)})
+            for plan, own in zip(family.members, ratios, strict=True)
+        ]
+        PlanFamily.of(members, search=family.search).save(folder / "plans" / f"{name}.json", overwrite=True)
+        for plan in members:
+            print(name, plan.name, plan.evaluations, plan.speedup, plan.psnr_median, plan.psnr_worst_decile)
+
+
+def cpu_seconds(sampler: Sampler) -> float:
+    """CPU time of the images of a sampler."""
+    began = time.process_time()
+    with torch.inference_mode():
+        sampler.images()
+    return time.process_time() - began
+
+
 def told(what: str, share: float = 0.0, left: float | None = None) -> None:
     """Progress, a line each."""
     print(f"{share:4.0%} {what}" + (f", {left:.0f} s left" if left is not None else ""), flush=True)
@@ -54,11 +93,14 @@ def told(what: str, share: float = 0.0, left: float | None = None) -> None:
 def main() -> int:
     """Tune one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*FAMILIES, "solver"))
+    parser.add_argument("what", choices=(*FAMILIES, "solver", "retime"))
     parser.add_argument("--seconds", type=float, default=900.0, help="time budget of the search")
     parser.add_argument("--count", type=int, default=24, help="images that measure; twice as many calibrate")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write into")
     options = parser.parse_args()
+    if options.what == "retime":
+        retime(options.out)
+        return 0
     pipe: Any = diffusion_accel.load_pipeline("sticker")
     pipe.set_progress_bar_config(disable=True)
     common: dict[str, Any] = CALL | {"seconds": options.seconds, "progress": told, "seed": 20_000}

@@ -199,15 +199,15 @@ class PlanFamily(PlanSource):
         write_plan_file(path, self.to_dict(), overwrite)
 
     @classmethod
-    def load(cls, text: str) -> PlanFamily:
+    def load(cls, text: str | Path) -> PlanFamily:
         """From a file, or one of the shipped families by "tuned:NAME".
 
         Raises:
             ConfigurationError: there is no such file, or it is not a family of this version.
         """
-        found = load_tuned(text)
+        found = load_tuned(str(text))
         if not isinstance(found, PlanFamily):
-            raise ConfigurationError(f"{printable(text)} is one plan, not a family of plans; TunedPlan.load reads it")
+            raise ConfigurationError(f"{printable(str(text))} is one plan, not a family of plans; TunedPlan.load reads it")
         return found
 
     @classmethod

@@ -155,13 +155,13 @@ class TunedPlan(PlanSource):
         write_plan_file(path, self.to_dict(), overwrite)
 
     @classmethod
-    def load(cls, text: str) -> TunedPlan:
+    def load(cls, text: str | Path) -> TunedPlan:
         """From a file, one of a family's file ("FILE.json:NAME"), or one of the shipped plans by "tuned:NAME".
 
         Raises:
             ConfigurationError: there is no such file or plan in it, or it is not a plan of this version.
         """
-        return cls.from_place(*read_plan_file(text), text)
+        return cls.from_place(*read_plan_file(str(text)), str(text))
 
     @classmethod
     def from_place(cls, values: Any, place: Place, text: str) -> TunedPlan:
