@@ -1,4 +1,4 @@
-"""Linear combinations of predictions, latents and differences between the branches of guidance, alike at all positions:
+"""Linear combinations of predictions, latents and what guidance adds, alike at all positions:
 one for all channels, or one for each.
 
 What a solver does between two evaluations, and what stands in for an evaluation that is left out, are such
@@ -31,22 +31,22 @@ PATTERN = rf"{_ROW}(?:\|{_ROW}){{0,{MOST_CHANNELS - 1}}}"
 
 @dataclass(frozen=True)
 class Combination:
-    """Σⱼ predictions[c][j] · yⱼ + Σₖ latents[c][k] · xₖ + Σᵢ differences[c][i] · dᵢ for each channel c.
+    """Σⱼ predictions[c][j] · yⱼ + Σₖ latents[c][k] · xₖ + Σᵢ additions[c][i] · dᵢ for each channel c.
 
     Attributes:
         predictions: what each prediction counts, the newest first; a tuple for each channel, or one for all.
         latents: what each of the latents counts, the current ones first; as many tuples, which may be empty.
-        differences: what each difference between the branches of guidance counts, the unconditional prediction minus
-            the conditional one, the newest first; as many tuples, or none at all.
+        additions: what each addition of guidance counts, the guided prediction minus the conditional one, the newest
+            first; as many tuples, or none at all.
     """
 
     predictions: tuple[tuple[float, ...], ...]
     latents: tuple[tuple[float, ...], ...]
-    differences: tuple[tuple[float, ...], ...] = ()
+    additions: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if not any(self.differences):
-            object.__setattr__(self, "differences", ((),) * len(self.predictions))
+        if not any(self.additions):
+            object.__setattr__(self, "additions", ((),) * len(self.predictions))
         rounded = [
             tuple(tuple(round(float(v), DIGITS) + 0.0 for v in row) for row in rows) for rows in vars(self).values()
         ]
@@ -57,13 +57,13 @@ class Combination:
         if not alike or not 0 < len(rounded[0]) <= MOST_CHANNELS or not self.count or self._too_many():
             raise ConfigurationError(
                 f"a combination has 1 to {MOST_TERMS} numbers for predictions and at most {MOST_TERMS} for latents and "
-                f"for differences, as many in each of at most {MOST_CHANNELS} channels; got {shown(vars(self))}"
+                f"for additions, as many in each of at most {MOST_CHANNELS} channels; got {shown(vars(self))}"
             )
         if not all(abs(v) <= MOST for rows in rounded for row in rows for v in row):
             raise ConfigurationError(f"a number of a combination must be at most {MOST:g}, got {shown(vars(self))}")
 
     def _too_many(self) -> bool:
-        return max(self.count, self.count_latents, self.count_differences) > MOST_TERMS
+        return max(self.count, self.count_latents, self.count_additions) > MOST_TERMS
 
     @property
     def count(self) -> int:
@@ -76,9 +76,9 @@ class Combination:
         return len(self.latents[0])
 
     @property
-    def count_differences(self) -> int:
-        """Of how many differences between the branches of guidance it is."""
-        return len(self.differences[0])
+    def count_additions(self) -> int:
+        """Of how many additions of guidance it is."""
+        return len(self.additions[0])
 
     @property
     def channels(self) -> int:
@@ -88,16 +88,16 @@ class Combination:
     @property
     def rows(self) -> list[tuple[float, ...]]:
         """All numbers of each channel."""
-        return [(*p, *x, *d) for p, x, d in zip(self.predictions, self.latents, self.differences, strict=True)]
+        return [(*p, *x, *d) for p, x, d in zip(self.predictions, self.latents, self.additions, strict=True)]
 
     def __str__(self) -> str:
-        parts = zip(self.predictions, self.latents, self.differences, strict=True)
+        parts = zip(self.predictions, self.latents, self.additions, strict=True)
         return "|".join(";".join(map(_numbers, (p, x, d) if d else (p, x))) for p, x, d in parts)
 
     @classmethod
     def parse(cls, text: str) -> Combination:
         """The inverse of `str`: the numbers of predictions, a semicolon, those of latents, and behind another semicolon
-        those of differences, if there are any; channels behind "|".
+        those of additions, if there are any; channels behind "|".
 
         Raises:
             ConfigurationError: it is no combination.
@@ -105,7 +105,7 @@ class Combination:
         if re.fullmatch(PATTERN, text) is None:
             raise ConfigurationError(
                 "a combination is numbers of predictions, a semicolon and numbers of latents, such as 1.2,-0.2;0.01, "
-                "then a semicolon and numbers of differences of guidance if wanted, for each channel behind |; "
+                "then a semicolon and numbers of what guidance adds if wanted, for each channel behind |; "
                 f"got {shown(text)}"
             )
         rows = [[tuple(float(v) for v in part.split(",") if v) for part in row.split(";")] for row in text.split("|")]
@@ -119,14 +119,14 @@ class Combination:
         self,
         predictions: Sequence[torch.Tensor],
         latents: Sequence[torch.Tensor],
-        differences: Sequence[torch.Tensor] = (),
+        additions: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """The combination, in float32 or better, as the dtype of the first prediction.
 
         Args:
             predictions: at least `count`, the newest first, all of one shape: (B, C, …), or (B, L, C) for tokens.
             latents: at least `count_latents` of the same shape, the current ones first.
-            differences: at least `count_differences` of the same shape, the newest first.
+            additions: at least `count_additions` of the same shape, the newest first.
         """
         import torch  # heavy: plans are read without it
 
@@ -135,7 +135,7 @@ class Combination:
         parts = [
             *predictions[: self.count],
             *latents[: self.count_latents],
-            *differences[: self.count_differences],
+            *additions[: self.count_additions],
         ]
         table = torch.tensor(self.rows, dtype=wide).to(first.device, non_blocking=first.is_cuda)  # waits for nothing
         shape = [1] * first.dim()

@@ -113,8 +113,8 @@ class Feature:
         return False
 
     def parts_branches(self) -> bool:
-        """Whether it tells the branches of guidance apart: computes one of them only at some steps, or needs their
-        difference."""
+        """Whether it tells the branches of guidance apart: computes one of them only at some steps, or needs
+        both at once."""
         return False
 
     def clash(self, other: Feature) -> str | None:

@@ -109,6 +109,6 @@ class PatchParallel(Feature):
         if self.cfg_parallel and other.parts_branches():
             return (
                 "cfg_parallel=true gives each branch of guidance to other processes, and its steps leave out a branch "
-                "or need the difference of both; use guidance=both, or cfg_parallel=false"
+                "or need both at once; use guidance=both, or cfg_parallel=false"
             )
         return None

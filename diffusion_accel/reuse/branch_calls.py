@@ -13,7 +13,8 @@ from .state import FeatureCache, ReuseState, weighed
 
 
 def note(state: ReuseState, hook: int, output: Any) -> None:
-    """Keep what a call for one branch returned; where both were computed, keep their difference as well.
+    """Keep what a call for one branch returned; where both were computed, keep their difference, or the
+    conditional one, if the plan needs it.
 
     Args:
         state: of the running pipeline call.
@@ -31,12 +32,11 @@ def note(state: ReuseState, hook: int, output: Any) -> None:
     there, conditional = state.branch[hook, 0]
     if there != here:
         return
-    difference = prediction(output) - prediction(conditional)
     if kinds.reuses_guidance and step.guidance == "both":
         history = features.histories.setdefault("guidance", History(kinds.highest_order + 1))
-        history.push(state.time(clock.index), difference)
-    if kinds.differs and step.mode == "full":
-        state.difference = (here, difference)
+        history.push(state.time(clock.index), prediction(output) - prediction(conditional))
+    if kinds.needs_additions and step.mode == "full":
+        state.conditional = (here, prediction(conditional))
 
 
 def unconditional(state: ReuseState, hook: int, features: FeatureCache, step: Step, named: dict[str, Any]) -> Any:

@@ -149,7 +149,7 @@ class DenoiserHook(ModelHook):
         if call.full:
             state.keep_prediction(features, chunks[0], given, call.times[0])
             if call.step.guidance != "none":
-                state.keep_difference(chunks[0])
+                state.keep_conditional(chunks[0])
             features.output = output
             state.note_peak()
         return chunks

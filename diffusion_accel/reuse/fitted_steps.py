@@ -72,8 +72,8 @@ class FittedSteps:
         state = self.state
         past = [now, *state.given] if full else state.given
         latents = [now.latents, *(given.latents for given in state.given)]
-        known = all(given.difference is not None for given in past[: fit.count_differences])
-        reach = max(fit.count, fit.count_differences)
+        known = all(given.addition is not None for given in past[: fit.count_additions])
+        reach = max(fit.count, fit.count_additions)
         if known and reach <= len(past) and fit.count_latents <= len(latents):
             named["model_output"] = self._combined(space, fit, past, latents, now.time)
             if full:
@@ -88,8 +88,17 @@ class FittedSteps:
         latents = sample if scale is None else scale(sample, named["timestep"])
         latents = latents.clone() if kept and latents is sample else latents
         place = (state.clock.segment, value.shape, value.dtype, value.device, latents.shape)
-        difference = _like(state.difference_here(), value, channel_dim(latents))
-        return GivenStep(place, state.time(state.clock.index), value, latents, difference)
+        return GivenStep(place, state.time(state.clock.index), value, latents, self._addition(value, latents))
+
+    def _addition(self, value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+        """What guidance adds to the conditional prediction: nothing without guidance; None if it is not known."""
+        state = self.state
+        if not state.plan_kinds.needs_additions:
+            return None
+        if not state.guided:
+            return torch.zeros_like(value)
+        conditional = _like(state.conditional_here(), value, channel_dim(latents))
+        return None if conditional is None else value - conditional
 
     def _begin(self, now: GivenStep) -> None:
         """Forget steps that do not go with this one: of another pass over the timesteps or of another shape."""
@@ -126,23 +135,23 @@ class FittedSteps:
         wide = newest.dtype if newest.dtype == torch.float64 else torch.float32
         meant = [_meant(conversion, space, given, channels, wide) for given in past[: fit.count]]
         now = [x.to(wide) for x in latents[: max(1, fit.count_latents)]]
-        differing = past[: fit.count_differences]
-        mixed = fit.apply(meant, now, [self._differed(space, given, channels, wide) for given in differing])
+        adding = past[: fit.count_additions]
+        mixed = fit.apply(meant, now, [self._added(space, given, channels, wide) for given in adding])
         mixed = conversion.back(space, mixed, now[0], time) if space else mixed
         return torch.cat([mixed.to(own.dtype), rest], dim) if rest.numel() else mixed.to(own.dtype)
 
-    def _differed(self, space: str, given: GivenStep, channels: int, wide: torch.dtype) -> torch.Tensor:
-        """What the branches of guidance differ by in a space, for the channels of the latents."""
-        assert given.difference is not None
-        own = given.difference.narrow(channel_dim(given.latents), 0, channels).to(wide)
+    def _added(self, space: str, given: GivenStep, channels: int, wide: torch.dtype) -> torch.Tensor:
+        """What guidance added at a step in a space, for the channels of the latents."""
+        assert given.addition is not None
+        own = given.addition.narrow(channel_dim(given.latents), 0, channels).to(wide)
         return own * self.state.conversion.slope(space, given.time) if space else own
 
 
-def _like(difference: torch.Tensor | None, value: torch.Tensor, dim: int) -> torch.Tensor | None:
-    """A difference of the branches of guidance for what the scheduler is given; None if it is not about that."""
-    if difference is None or difference.dim() != value.dim() or difference.shape[dim] < value.shape[dim]:
+def _like(conditional: torch.Tensor | None, value: torch.Tensor, dim: int) -> torch.Tensor | None:
+    """A conditional prediction for what the scheduler is given; None if it is not about that."""
+    if conditional is None or conditional.dim() != value.dim() or conditional.shape[dim] < value.shape[dim]:
         return None
-    own = difference.narrow(dim, 0, value.shape[dim])  # a learned variance behind it is not given to every scheduler
+    own = conditional.narrow(dim, 0, value.shape[dim])  # a learned variance behind it is not given to every scheduler
     if 2 * own.shape[0] == value.shape[0]:  # which steps with both branches (DiT)
         own = own.repeat(2, *[1] * (own.dim() - 1))
     return own if own.shape == value.shape else None

@@ -73,18 +73,18 @@ class GivenStep:
         time: the scheduler's timestep.
         value: the prediction, after guidance.
         latents: as the denoiser is given them.
-        difference: of the branches of guidance, unconditional minus conditional prediction; None if it is not known.
+        addition: of guidance, `value` minus the conditional prediction; None if it is not known.
     """
 
     place: tuple[Any, ...]
     time: float
     value: torch.Tensor
     latents: torch.Tensor
-    difference: torch.Tensor | None = None
+    addition: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All that are kept."""
-        return [tensor for tensor in (self.value, self.latents, self.difference) if tensor is not None]
+        return [tensor for tensor in (self.value, self.latents, self.addition) if tensor is not None]
 
 
 def _mix(shares: list[float], tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -207,7 +207,9 @@ class PlanFamily(PlanSource):
         """
         found = load_tuned(str(text))
         if not isinstance(found, PlanFamily):
-            raise ConfigurationError(f"{printable(str(text))} is one plan, not a family of plans; TunedPlan.load reads it")
+            raise ConfigurationError(
+                f"{printable(str(text))} is one plan, not a family of plans; TunedPlan.load reads it"
+            )
         return found
 
     @classmethod

@@ -134,8 +134,8 @@ class Reuse(Feature):
         return None
 
     def parts_branches(self) -> bool:
-        """Whether it tells the branches of guidance apart: computes one of them only at some steps, or needs their
-        difference."""
+        """Whether it tells the branches of guidance apart: computes one of them only at some steps, or needs
+        both at once."""
         return self.rule.kind != "both" or self.source.kinds().parts_branches
 
     def unfit_for(self, steps: int, scheduler: str) -> str | None:

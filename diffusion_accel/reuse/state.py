@@ -148,7 +148,7 @@ class ReuseState:
         cache: by the denoiser's hook and the number of its call within a step.
         branch: by the same: when and what the last call returned, where each branch of guidance is a call.
         given: what the scheduler was given at the last full steps, the newest first, if a step has a fit.
-        difference: between the branches of guidance at a full step, and at which one, if a fit needs it.
+        conditional: the conditional prediction of a full step, and of which one, if a fit needs it.
         current: the call of the denoiser that runs, None in between.
         thrown_away: times that predictions decoded ahead were of no use.
         plan: of the current segment, with its kinds of steps in `plan_kinds`.
@@ -174,7 +174,7 @@ class ReuseState:
         self.cache: dict[Any, FeatureCache] = {}
         self.branch: dict[Any, tuple[Any, Any]] = {}
         self.given: list[GivenStep] = []
-        self.difference: tuple[Any, torch.Tensor | None] = (None, None)
+        self.conditional: tuple[Any, torch.Tensor | None] = (None, None)
         self._done: tuple[Any, set[str]] = (None, set())
         self.current: DenoiserCall | None = None
         self.thrown_away = 0
@@ -191,7 +191,7 @@ class ReuseState:
         self.cache.clear()
         self.branch.clear()
         self.given.clear()
-        self.difference = (None, None)
+        self.conditional = (None, None)
         self.current = None
 
     # ------------------------------------------------------------------ the plan
@@ -243,7 +243,7 @@ class ReuseState:
         """
         if self.family.calls or (self.clock.call and not self.family.views):
             return False
-        if self.family.branches is not None and not guided(self.pipeline, self.clock.arguments):
+        if self.family.branches is not None and not self.guided:
             return False
         reason = no_branches(self.pipeline)
         if reason is None and sample_of(named).shape[0] % 2:
@@ -261,17 +261,21 @@ class ReuseState:
             meant = self.conversion.to(space, value, given, time) if space else value
             features.histories.setdefault(("prediction", space), History(order + 1)).push(time, meant)
 
-    def keep_difference(self, predicted: torch.Tensor) -> None:
-        """Keep what the branches of guidance differ by in the batch of a full step, if a fit needs it."""
-        clock, family = self.clock, self.family
-        known = family.branches is not None and guided(self.pipeline, clock.arguments) and not clock.call
-        if self.plan_kinds.differs and known and predicted.shape[0] % 2 == 0:
-            self.difference = ((clock.segment, clock.index), self.branches.difference(predicted))
+    def keep_conditional(self, predicted: torch.Tensor) -> None:
+        """Keep the conditional prediction in the batch of a full step, if a fit needs what guidance adds to it."""
+        clock, known = self.clock, self.family.branches is not None and not self.clock.call
+        if self.plan_kinds.needs_additions and known and self.guided and predicted.shape[0] % 2 == 0:
+            self.conditional = ((clock.segment, clock.index), self.branches.conditional(predicted))
 
-    def difference_here(self) -> torch.Tensor | None:
-        """What the branches of guidance differ by at this step, unconditional minus conditional; None: not known."""
-        there, difference = self.difference
-        return difference if there == (self.clock.segment, self.clock.index) else None
+    def conditional_here(self) -> torch.Tensor | None:
+        """The conditional prediction of this step; None if it is not known."""
+        there, conditional = self.conditional
+        return conditional if there == (self.clock.segment, self.clock.index) else None
+
+    @property
+    def guided(self) -> bool:
+        """Whether this call of the pipeline has guidance."""
+        return guided(self.pipeline, self.clock.arguments)
 
     def note_peak(self) -> None:
         """Count the bytes that are kept now, if they are more than before; what is kept twice counts once."""

@@ -52,9 +52,10 @@ class Step:
             the forecast one; "none": only with it, and no guidance (limited-interval guidance, Kynkäänniemi 2024).
         fit: of "hold", instead of order and weights: the prediction that the scheduler is given, after guidance, is
             this combination of those of the last full steps, of the latents now, at the last full step, at the one
-            before it, …, and of what the branches of guidance differed by at the last full steps. Of "full": it is
+            before it, …, and of what guidance added at the last full steps, the guided prediction minus the
+            conditional one. Of "full": it is
             computed and corrected, which is the combination of its own prediction, those of the full steps before it,
-            the latents now and at these, and its own difference and those before. As numbers for each channel of the
+            the latents now and at these, and its own addition and those before. As numbers for each channel of the
             latents, or for all. Without as many full steps before it a step does the same as without a fit.
         guidance_weight: of "full" with guidance "reuse": what the forecast difference of the branches counts (0 … 10,
             of four decimals).
@@ -186,12 +187,12 @@ class Kinds(frozenset[Step]):
         """Of how many full steps before them the steps with a fit need predictions or latents."""
         own = {"full": 1, "hold": 0}  # its own prediction
         fits = [(s.fit, own[s.mode]) for s in self if s.fit is not None]
-        return max((max(max(f.count, f.count_differences) - n, f.count_latents - 1) for f, n in fits), default=0)
+        return max((max(max(f.count, f.count_additions) - n, f.count_latents - 1) for f, n in fits), default=0)
 
     @property
-    def differs(self) -> bool:
-        """Whether a fit needs what the branches of guidance differ by."""
-        return any(step.fit is not None and step.fit.count_differences for step in self)
+    def needs_additions(self) -> bool:
+        """Whether a fit needs what guidance adds."""
+        return any(step.fit is not None and step.fit.count_additions for step in self)
 
     @property
     def highest_order(self) -> int:
@@ -211,7 +212,7 @@ class Kinds(frozenset[Step]):
     @property
     def parts_branches(self) -> bool:
         """Whether the branches of guidance must be told apart."""
-        return self.leaves_branches_out or self.differs
+        return self.leaves_branches_out or self.needs_additions
 
     @property
     def inside(self) -> bool:

@@ -147,8 +147,8 @@ def _combinations(texts: object, what: str, count: int | None = None) -> tuple[C
     if wrong := [text for text in texts if not isinstance(text, (str, Combination))]:
         raise ConfigurationError(f"{what}: a combination is a text, got {shown(wrong[0])}")
     read = tuple(text if isinstance(text, Combination) else Combination.parse(text) for text in texts)
-    if any(one.count_differences for one in read):
-        raise ConfigurationError(f"{what}: a scheduler is not told what the branches of guidance differ by")
+    if any(one.count_additions for one in read):
+        raise ConfigurationError(f"{what}: a scheduler is not told what guidance adds")
     return read
 
 

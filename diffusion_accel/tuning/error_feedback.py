@@ -35,7 +35,7 @@ class Rollout:
         recording: the baseline, whose latents are what is wanted.
         images: which images are rolled out.
         together: the processes that do so, each with images of its own.
-        apart: whether fits may use what the branches of guidance differ by.
+        apart: whether fits may use what guidance adds.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class Rollout:
             latents = list(self.seen.latents)
         else:
             latents = [x, *self.seen.latents]
-        clean, differences = list(self.seen.clean), list(self.seen.differences)
+        clean, additions = list(self.seen.clean), list(self.seen.additions)
         wanted = self._wanted(i, time, x)
         fit = None
         if wanted is not None:
-            features = [*clean, *latents, *differences]
+            features = [*clean, *latents, *additions]
             centre = [1.0] + [0.0] * (len(features) - 1)
             goal = converted("sample", own.kind, wanted, x, a, s)
             alike = own.alike or not lands
             weights = fitted(features, goal, centre, alike, self.together, self.images)
             fit = combination(weights, len(clean), len(latents))
-        value = clean[0] if fit is None else fit.apply(clean, latents, differences)
+        value = clean[0] if fit is None else fit.apply(clean, latents, additions)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         mode = "full" if full else "hold"
         return Step(mode, space="sample" if fit is not None or not full else "", fit=fit)

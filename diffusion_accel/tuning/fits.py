@@ -154,7 +154,7 @@ def _total(parts: list[torch.Tensor], together: Together) -> Moments:
 
 
 def combination(weights: torch.Tensor, predictions: int, latents: int) -> Combination:
-    """Weights as a combination: the first of predictions, then of latents, the others of differences of guidance."""
+    """Weights as a combination: the first of predictions, then of latents, the others of what guidance adds."""
     rows = [[round(float(v), DIGITS) for v in row] for row in weights]
     spans = (0, predictions), (predictions, predictions + latents), (predictions + latents, None)
     return Combination(*(tuple(tuple(row[start:end]) for row in rows) for start, end in spans))

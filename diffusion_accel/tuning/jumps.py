@@ -21,7 +21,7 @@ from .fits import by_channel, combination, fitted, mixed
 from .replay import Recording, Replay
 from .together import ALONE, Together
 
-PREDICTIONS, LATENTS, DIFFERENCES = 4, 3, 2  # how many a jump combines at most
+PREDICTIONS, LATENTS, ADDITIONS = 4, 3, 2  # how many a jump combines at most
 KEPT = 2**28  # bytes of clean samples and latents at the beginnings of rollouts that are kept
 CEILING = 1e-10  # least squared error that counts
 
@@ -88,21 +88,21 @@ class Trajectory:
 @dataclass(frozen=True)
 class Seen:
     """What a solver has at a node: clean samples and latents of the last evaluations, the newest first, and, where they
-    are known, what the branches of guidance differ by, as clean samples."""
+    are known, what guidance adds, as clean samples."""
 
     clean: tuple[torch.Tensor, ...] = ()
     latents: tuple[torch.Tensor, ...] = ()
-    differences: tuple[torch.Tensor, ...] = ()
+    additions: tuple[torch.Tensor, ...] = ()
 
-    def then(self, clean: torch.Tensor, latents: torch.Tensor, difference: torch.Tensor | None = None) -> Seen:
+    def then(self, clean: torch.Tensor, latents: torch.Tensor, addition: torch.Tensor | None = None) -> Seen:
         """With one evaluation more."""
-        apart = () if difference is None else (difference, *self.differences)[:DIFFERENCES]
+        apart = () if addition is None else (addition, *self.additions)[:ADDITIONS]
         return Seen((clean, *self.clean)[:PREDICTIONS], (latents, *self.latents)[:LATENTS], apart)
 
     @property
     def features(self) -> list[torch.Tensor]:
         """What can be combined."""
-        return [*self.clean, *self.latents, *self.differences]
+        return [*self.clean, *self.latents, *self.additions]
 
     def centre(self, trajectory: Trajectory, start: int, end: int) -> list[float]:
         """The weights of the DDIM update from node `start` to node `end`."""
@@ -123,21 +123,21 @@ class Rolled:
 
     @property
     def combinations(self) -> list[Combination]:
-        """The jumps as combinations of clean samples and latents, where the branches of guidance are not told apart."""
+        """The jumps as combinations of clean samples and latents, where what guidance adds is not told apart."""
         return [combination(w, min(n, PREDICTIONS), min(n, LATENTS)) for n, w in enumerate(self.weights, 1)]
 
 
 def evaluated(
     replay: Replay, trajectory: Trajectory, node: int, x: torch.Tensor, images: Sequence[int], apart: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The clean sample that the denoiser means at a node, the latents, and what its branches of guidance differ by, as
-    a clean sample, if they are told apart."""
+    """The clean sample that the denoiser means at a node, the latents, and what guidance adds to it, as
+    a clean sample, if it is told apart."""
     kind, a, s = trajectory.kind, trajectory.alphas[node], trajectory.sigmas[node]
-    said, difference = replay.apart(x, trajectory.times[node], images)
-    if not apart or difference is None:
+    said, addition = replay.apart(x, trajectory.times[node], images)
+    if not apart or addition is None:
         return converted("sample", kind, said, x, a, s), x, None
     nothing = torch.zeros_like(x)
-    slope = converted("sample", kind, difference, nothing, a, s)
+    slope = converted("sample", kind, addition, nothing, a, s)
     return converted("sample", kind, said, x, a, s), x, slope
 
 
@@ -183,7 +183,7 @@ class Jumps:
         images: which images.
         weights: of the channels in the error of the result, (C,).
         together: the processes that do so, each with images of its own.
-        apart: whether jumps may use what the branches of guidance differ by.
+        apart: whether jumps may use what guidance adds.
     """
 
     def __init__(

@@ -182,9 +182,8 @@ class Replay:
         return self.apart(x, time, which)[0]
 
     def apart(self, x: torch.Tensor, time: float, which: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same, and what the branches of guidance differ by, the unconditional prediction minus the conditional
-        one; None where there are no two."""
-        parts, differences, first, done, two = [], [], 0, 0, self.recording.branches
+        """The same, and what guidance adds, so it minus the conditional prediction; None where there are no two."""
+        parts, additions, first, done, two = [], [], 0, 0, self.recording.branches
         if not which:
             return x.clone(), None if two is None else x.clone()
         given = x.to(self.recording.device)
@@ -198,12 +197,12 @@ class Replay:
             outputs = [o for call in calls for o in call.outputs(own, self._told(call, time), here)]
             parts.append(torch.stack([s * o for s, o in zip(shares, outputs, strict=True)]).sum(0))
             if two is not None:
-                differences.append(outputs[two[0]] - outputs[two[1]])
+                additions.append(parts[-1] - outputs[two[1]])
             done += len(here)
         self.evaluations += len(which)
         if two is None:
             return torch.cat(parts).cpu(), None
-        both = torch.cat([*parts, *differences]).cpu()  # the device is waited for once
+        both = torch.cat([*parts, *additions]).cpu()  # the device is waited for once
         return both[: len(which)], both[len(which) :]
 
     def _told(self, call: CallOfDenoiser, time: float) -> float:

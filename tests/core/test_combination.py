@@ -40,7 +40,7 @@ def test_apply_is_the_sum_for_each_channel(combination, seed):
     for c in range(channels):
         wanted = sum(w * v[:, c] for w, v in zip(combination.predictions[c], y, strict=True))
         wanted = wanted + sum(w * v[:, c] for w, v in zip(combination.latents[c], x, strict=False))
-        wanted = wanted + sum(w * v[:, c] for w, v in zip(combination.differences[c], d, strict=False))
+        wanted = wanted + sum(w * v[:, c] for w, v in zip(combination.additions[c], d, strict=False))
         torch.testing.assert_close(mixed[:, c], wanted)
     tokens = combination.apply(
         [v.flatten(2).transpose(1, 2) for v in y],

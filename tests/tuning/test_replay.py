@@ -212,16 +212,15 @@ def test_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("build", [zoo.sd, zoo.sdxl, zoo.dit, zoo.sd3, pixart], ids=lambda build: build.__name__)
 def test_the_branches_of_guidance_are_told_apart(build: Callable[[], zoo.Built]) -> None:
-    """Two more of the scale are two differences more, conditional minus unconditional."""
+    """Of four times the difference three are added to the conditional prediction; of six, five."""
     some, more = recorded(build(), guidance_scale=4.0), recorded(build(), guidance_scale=6.0)
     with torch.inference_mode():
         for which in ([0, 1, 2], [1], [0, 2]):
-            guided, difference = Replay(some).apart(some.latents[0][which], some.times[0], which)
-            assert difference is not None and torch.equal(
-                guided, Replay(some)(some.latents[0][which], some.times[0], which)
-            )
-            wanted = (some.predictions - more.predictions)[0][which] / 2
-            torch.testing.assert_close(difference, wanted, rtol=1e-3, atol=1e-4)
+            asked = some.latents[0][which], some.times[0], which
+            guided, addition = Replay(some).apart(*asked)
+            assert addition is not None and torch.equal(guided, Replay(some)(*asked))
+            wanted = (more.predictions - some.predictions)[0][which] * 3 / 2
+            torch.testing.assert_close(addition, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_without_two_branches_there_is_no_difference() -> None:
