@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +110,9 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
     were compiled each by itself), a ControlNet, a VAE and its methods; hooks around a compiled part do it no harm.
     """
     parts: dict[str, int] = {}
-    if not any(_is_hooked(part) for model in models for part in model.modules() if part is not model):
-        return  # nothing has hooks inside; asking which parts are compiled takes longer
-    for module in [part for model in models for part in model.modules()]:
+    for module in [part for model in models for part in _above_hooks(model)]:
         compiled, inside = _compiled_functions(module), model_of(module)
-        if compiled and any(_is_hooked(part) for part in inside.modules() if part is not module):
+        if compiled:
             parts[type(inside).__name__] = parts.get(type(inside).__name__, 0) + 1
             for owner, name, function in compiled:
                 changes.set(owner, name, getattr(function, _COMPILED))
@@ -122,12 +121,24 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
         logger.warning("%s: run uncompiled in this call, because a feature has hooks inside", which)
 
 
+def _above_hooks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model and its parts that have hooks inside, each once."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    above: dict[str, torch.nn.Module] = {}
+    for name in [name for name, part in named.items() if name and _is_hooked(part)]:
+        while name:
+            name = name.rpartition(".")[0]
+            above[name] = named[name]
+    return list({id(part): part for part in above.values()}.values())
+
+
 def _compiled_functions(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
     """Compiled functions on one module in the place of its forward, its call or other methods: where, name, function.
 
     Below hooks it is in their chain.
     """
-    places = [(module, name) for name in vars(module) if name not in _CALLED]
+    functions = (name for name, value in vars(module).items() if isinstance(value, types.FunctionType))
+    places = [(module, name) for name in functions if name not in _CALLED]
     for name, registry in zip(_CALLED, reversed(_registries(module)), strict=True):
         places.append(lowest_function(registry) or (module, name))
     found = [(owner, name, vars(owner).get(name)) for owner, name in places]

@@ -7,6 +7,7 @@ writes through `.data` raise nothing.
 
 from __future__ import annotations
 
+import operator
 import types
 from typing import Any
 
@@ -39,7 +40,8 @@ class Snapshot:
     def __init__(self, model: nn.Module, around: bool = True) -> None:
         self._root = None if around else model.__dict__
         self._own = None if around else _without_hooks(model.__dict__)
-        self._containers: list[tuple[Any, Any]] = []
+        self._containers: list[Any] = []
+        self._copies: list[Any] = []  # what they held
         self._tensors: list[tuple[torch.Tensor, int, int]] = []  # with version and place in memory
         self._seen: set[int] = set()
         self._note(model)
@@ -51,7 +53,7 @@ class Snapshot:
         the time."""
         try:
             same = self._root is None or _without_hooks(self._root) == self._own
-            same = same and all(live == copy for live, copy in self._containers)
+            same = same and all(map(operator.eq, self._containers, self._copies))
         except RuntimeError:  # another tensor in the place of one cannot be compared by ==
             return False
         return (
@@ -71,18 +73,23 @@ class Snapshot:
             return
         self._seen.add(id(live))
         if live is not self._root:
-            self._containers.append((live, live if isinstance(live, tuple) else live.copy()))
+            self._keep(live)
         if not isinstance(live, dict):
             parts: Any = live
         elif isinstance(value, nn.Module):
             parts = [part for key, part in live.items() if key not in NOT_STATE]
             # which hooks there are, not what they hold: one that counts calls changes nothing that is computed
             if live is not self._root:
-                self._containers.extend((live[key], live[key].copy()) for key in TORCH_HOOKS)
+                for key in TORCH_HOOKS:
+                    self._keep(live[key])
         else:
             parts = live.values()
         for part in parts:
             self._note(part)
+
+    def _keep(self, live: Any) -> None:
+        self._containers.append(live)
+        self._copies.append(live if isinstance(live, tuple) else live.copy())
 
 
 def _without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
