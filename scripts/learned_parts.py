@@ -24,7 +24,7 @@ from diffusion_accel.reuse.plan import Plan, Step
 from diffusion_accel.tuning.by_rollouts import FEW, ROUNDS
 from diffusion_accel.tuning.error_feedback import Rollout
 from diffusion_accel.tuning.fits import combination, fitted
-from diffusion_accel.tuning.jumps import Jumps, Trajectory
+from diffusion_accel.tuning.jumps import Jumps, Trajectory, evaluated
 from diffusion_accel.tuning.measure import reusing
 from diffusion_accel.tuning.recording import record
 from diffusion_accel.tuning.replay import Recording, Replay
@@ -51,6 +51,7 @@ class Parts:
         latents: as well as predictions.
         channels: each with its own numbers, where a run of held steps ends.
         corrected: whether computed steps are fitted, too.
+        guidance: what it adds, by itself.
     """
 
     weights: bool = True
@@ -58,6 +59,7 @@ class Parts:
     latents: bool = False
     channels: bool = False
     corrected: bool = False
+    guidance: bool = False
 
 
 ADDED = {
@@ -67,7 +69,8 @@ ADDED = {
     "… + latents": Parts(on_policy=True, latents=True),
     "… + numbers by channel": Parts(on_policy=True, latents=True, channels=True),
     "… + corrected computed steps": Parts(on_policy=True, latents=True, channels=True, corrected=True),
-    "(all of it, but fitted to the baseline's states)": Parts(latents=True, channels=True, corrected=True),
+    "… + what guidance adds": Parts(on_policy=True, latents=True, channels=True, corrected=True, guidance=True),
+    "(without it, and fitted to the baseline's states)": Parts(latents=True, channels=True, corrected=True),
 }
 
 
@@ -82,19 +85,22 @@ class PartRollout(Rollout):
         own, parts, time = self.trajectory, self.parts, self.scheduler.timesteps[i]
         a, s, x = own.alphas[i], own.sigmas[i], self.sample
         if full:
-            known = None if parts.on_policy else self.recording.predictions[i].float()
-            v = self.replay(x, own.times[i], self.images) if known is None else known
-            self.seen = self.seen.then(converted("sample", own.kind, v, x, a, s), x)
+            if parts.on_policy:
+                seen = evaluated(self.replay, own, i, x, self.images, parts.guidance)
+            else:
+                seen = converted("sample", own.kind, self.recording.predictions[i].float(), x, a, s), x, None
+            self.seen = self.seen.then(*seen)
         clean = list(self.seen.clean)
         latents = ([] if full else [x]) + list(self.seen.latents) if parts.latents else []
         wanted = self._wanted(i, time, x) if parts.weights and (not full or parts.corrected) else None
         fit = None
         if wanted is not None:
-            centre = [1.0] + [0.0] * (len(clean) + len(latents) - 1)
+            features = [*clean, *latents, *self.seen.additions]
+            centre = [1.0] + [0.0] * (len(features) - 1)
             goal = converted("sample", own.kind, wanted, x, a, s)
             alike = not (parts.channels and lands)
-            fit = combination(fitted([*clean, *latents], goal, centre, alike=alike), len(clean), len(latents))
-        value = clean[0] if fit is None else fit.apply(clean, latents)
+            fit = combination(fitted(features, goal, centre, alike=alike), len(clean), len(latents))
+        value = clean[0] if fit is None else fit.apply(clean, latents, self.seen.additions)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         if not parts.on_policy and i + 1 < len(self.recording):
             self.sample = self.recording.samples[i + 1].float()
@@ -104,7 +110,7 @@ class PartRollout(Rollout):
 def searched(recording: Recording, replay: Replay, size: int, rollouts: int) -> Iterator[tuple[str, Sequence[int]]]:
     """The steps that the dynamic programme finds, and those after a local search with so many rollouts."""
     trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
-    jumps = Jumps(replay, trajectory, range(min(recording.images, max(FEW, recording.images // 2))))
+    jumps = Jumps(replay, trajectory, range(min(recording.images, max(FEW, recording.images // 2))), apart=True)
     left = residuals(trajectory, range(recording.images), torch.ones(len(jumps.weights)))
     search = NodeSearch(lambda nodes: jumps.run(nodes).decibels.tolist(), left)
     search.rounds([size], ROUNDS, lambda: True)
@@ -142,5 +148,5 @@ def run(pipe: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         for what, parts in ADDED.items():
             measure(size, what, BEFORE[size], parts)
         for what, nodes in searched(recording, replay, size, options.rollouts):
-            measure(size, what, nodes, ADDED["… + corrected computed steps"])
+            measure(size, what, nodes, ADDED["… + what guidance adds"])
     return rows

@@ -56,8 +56,10 @@ def plan_with(recording: Recording, chosen: Any) -> Any:
 def test_all_parts_are_the_tuner_and_none_is_holding(recording: Recording) -> None:
     trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
     with torch.inference_mode():
-        wanted = Rollout(Replay(recording), recording, trajectory, range(IMAGES)).plan((0, 2, 4))
+        known = Replay(recording), recording, trajectory, range(IMAGES)
+        wanted, apart = Rollout(*known).plan((0, 2, 4)), Rollout(*known, apart=True).plan((0, 2, 4))
     assert plan_with(recording, parts.ADDED["… + corrected computed steps"]) == wanted
+    assert plan_with(recording, parts.ADDED["… + what guidance adds"]) == apart != wanted
     held = Step("hold", space="sample")
     assert plan_with(recording, parts.Parts(weights=False)).steps == (FULL, held) * 3
 
