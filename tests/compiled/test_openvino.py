@@ -13,6 +13,7 @@ from zoo import ZOO, run, sd
 
 from diffusion_accel import Compiled, EncoderReuse, FeatureConflictError, Reuse, UnsupportedPipelineError, accelerate
 from diffusion_accel.compiled import openvino_engine, store
+from diffusion_accel.compiled.graphs import COUNTERS, Graphs
 
 pytest.importorskip("openvino")
 
@@ -39,6 +40,25 @@ def test_the_images_are_those_of_torch(kind: str) -> None:
     assert torch.equal(run(pipe, call, 4), base)
     pipe.acceleration.remove()
     assert torch.equal(run(pipe, call, 4), base) and not traces(pipe)
+
+
+def test_text_encoders_return_what_they_returned() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = CLIPTextModel(CLIPTextConfig(vocab_size=50, max_position_embeddings=6, **sizes)).eval()
+    graphs, counters = Graphs(FLOAT32), dict.fromkeys(COUNTERS, 0.0)
+    with torch.no_grad():
+        for seed in range(3):
+            tokens = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(seed))
+            options = {"attention_mask": None}
+            expected = model(tokens, **options)
+            found = graphs.run(model, model.forward, (tokens,), options, counters)
+            assert type(found) is type(expected) and found.keys() == expected.keys()
+            close(found.last_hidden_state, expected.last_hidden_state)
+            close(found.pooler_output, expected.pooler_output)
+    assert counters["graph_calls"] == 3 and counters["graphs_compiled"] == 1
 
 
 def test_an_interrupted_call_leaves_nothing_behind() -> None:
