@@ -83,7 +83,7 @@ STEPS = st.tuples(
 )
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(steps=st.lists(STEPS, min_size=2, max_size=5))
 @pytest.mark.parametrize("name", ["frozen"])
 def test_no_graph_is_stale(name: str, steps: list[Any]) -> None:
