@@ -44,7 +44,10 @@ PLAN = {
         quantized_layers noise_without_a_generator different_arguments_are_named an_exception_leaves_nothing
     """.split(),
 }
-PLAN = {size: EVERY_SIZE[: 2 if size == 4 else None] + (WITH_AND_WITHOUT_A_MIDDLE if size < 4 else []) + names for size, names in PLAN.items()}
+PLAN = {
+    size: EVERY_SIZE[: 2 if size == 4 else None] + (WITH_AND_WITHOUT_A_MIDDLE if size < 4 else []) + names
+    for size, names in PLAN.items()
+}
 PLAN = {5: ["sync_any_size", "sync_sd"], **PLAN}  # the largest first: all wait
 
 
