@@ -54,6 +54,23 @@ def cache_folder() -> Path | None:
         return None
 
 
+def cache_place(variable: str, name: str) -> Path | None:
+    """A file or folder of this project's in the user's cache folder, or where an environment variable says.
+
+    Args:
+        variable: whose value is another place, or "off".
+        name: in the cache folder.
+
+    Returns:
+        Where it is, which need not exist; None where nothing is to be kept.
+    """
+    given = os.environ.get(variable, "")
+    if given:
+        return None if given == "off" else Path(given).expanduser()
+    folder = cache_folder()
+    return None if folder is None else folder / name
+
+
 def is_there(path: Path | str, kind: str = "any") -> bool:
     """Whether there is something (or a "file", a "dir") of this name; False for a text that cannot be a name."""
     test = {"any": Path.exists, "file": Path.is_file, "dir": Path.is_dir}[kind]

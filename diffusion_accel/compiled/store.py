@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_accel.errors import AccelerationError, OutputError
-from diffusion_accel.io import cache_folder, first_line, replacing, writing
+from diffusion_accel.io import cache_place, first_line, replacing, writing
 from diffusion_accel.model_files.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -22,11 +22,7 @@ SUFFIX = ".safetensors"
 
 def place() -> Path | None:
     """The folder; None where nothing is to be kept."""
-    given = os.environ.get(VARIABLE, "")
-    if given:
-        return None if given == "off" else Path(given).expanduser()
-    folder = cache_folder()
-    return None if folder is None else folder / "graphs"
+    return cache_place(VARIABLE, "graphs")
 
 
 def load(key: str) -> bytes | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import AccelerationError, ConfigurationError
-from diffusion_accel.io import cache_folder, first_line, is_there, read_json, replacing, writing
+from diffusion_accel.io import cache_place, first_line, is_there, read_json, replacing, writing
 
 from .auto import Candidate
 from .plan import Plan
@@ -30,11 +29,7 @@ _told: set[Path] = set()
 
 def place() -> Path | None:
     """The file; None where nothing is to be kept."""
-    given = os.environ.get(VARIABLE, "")
-    if given:
-        return None if given == "off" else Path(given).expanduser()
-    folder = cache_folder()
-    return None if folder is None else folder / "auto.json"
+    return cache_place(VARIABLE, "auto.json")
 
 
 def recall(about: str) -> dict[str, tuple[Candidate, ...]]:

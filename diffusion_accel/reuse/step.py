@@ -53,10 +53,10 @@ class Step:
         fit: of "hold", instead of order and weights: the prediction that the scheduler is given, after guidance, is
             this combination of those of the last full steps, of the latents now, at the last full step, at the one
             before it, …, and of what guidance added at the last full steps, the guided prediction minus the
-            conditional one. Of "full": it is
-            computed and corrected, which is the combination of its own prediction, those of the full steps before it,
-            the latents now and at these, and its own addition and those before. As numbers for each channel of the
-            latents, or for all. Without as many full steps before it a step does the same as without a fit.
+            conditional one. Of "full": it is computed and corrected, which is the combination of its own prediction,
+            those of the full steps before it, the latents now and at these, and its own addition and those before. As
+            numbers for each channel of the latents, or for all. Without as many full steps before it a step does the
+            same as without a fit.
         guidance_weight: of "full" with guidance "reuse": what the forecast difference of the branches counts (0 … 10,
             of four decimals).
     """

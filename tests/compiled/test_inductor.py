@@ -7,28 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from graph_tools import agrees_after_changes, close, of
+from graph_tools import CountingBackend, agrees_after_changes, close, of
 from laws import traces
 from zoo import flux, run, sd, unet2d
 
 from diffusion_accel import Compiled, ConfigurationError, EncoderReuse, UnsupportedPipelineError, accelerate
 
 
-class Graphs:
-    """A backend of torch.compile that counts graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.count += 1
-        return graph.forward
-
-
 @pytest.fixture(autouse=True)
-def graphs(monkeypatch: Any) -> Graphs:
+def graphs(monkeypatch: Any) -> CountingBackend:
     torch.compiler.reset()
-    found, whole = Graphs(), torch.compile
+    found, whole = CountingBackend(), torch.compile
 
     def compile(function: Any, *, mode: Any = None, **options: Any) -> Any:
         return whole(function, backend=found, **options)
@@ -40,7 +29,7 @@ def graphs(monkeypatch: Any) -> Graphs:
 INDUCTOR = Compiled(engine="inductor")
 
 
-def test_one_graph_a_signature(graphs: Graphs) -> None:
+def test_one_graph_a_signature(graphs: CountingBackend) -> None:
     pipe, call = sd()
     base = run(pipe, call, 4)
     accelerate(pipe, INDUCTOR)
@@ -54,7 +43,7 @@ def test_one_graph_a_signature(graphs: Graphs) -> None:
     assert torch.equal(run(pipe, call, 4), base)
 
 
-def test_other_weights_need_no_other_graph_and_none_is_stale(graphs: Graphs) -> None:
+def test_other_weights_need_no_other_graph_and_none_is_stale(graphs: CountingBackend) -> None:
     shape = ((1, 8), torch.float32)
     agrees_after_changes(INDUCTOR, [(change, *shape) for change in ("nothing", "in place", "counted")], 1e-5)
     assert graphs.count == 1
@@ -70,7 +59,7 @@ def test_lower_precision() -> None:
     assert not torch.equal(near, base)
 
 
-def test_what_is_not_one_graph_is_several(graphs: Graphs, caplog: Any) -> None:
+def test_what_is_not_one_graph_is_several(graphs: CountingBackend, caplog: Any) -> None:
     pipe, call = sd()
     forward = pipe.unet.conv_in.forward
 
@@ -85,7 +74,7 @@ def test_what_is_not_one_graph_is_several(graphs: Graphs, caplog: Any) -> None:
     assert graphs.count > 1 and of(pipe)["graph_calls"] == 3
 
 
-def test_blocks_are_compiled_and_go_with_what_works_inside(graphs: Graphs) -> None:
+def test_blocks_are_compiled_and_go_with_what_works_inside(graphs: CountingBackend) -> None:
     """What --compile always did: the repeated blocks, and nothing but them."""
     pipe, call = sd()
     base = run(pipe, call, 4)
@@ -108,7 +97,7 @@ def test_blocks_are_refused_where_there_are_none() -> None:
             Compiled(blocks=True, **wrong)
 
 
-def test_a_transformer(graphs: Graphs) -> None:
+def test_a_transformer(graphs: CountingBackend) -> None:
     pipe, call = flux()
     base = run(pipe, call, 3)
     accelerate(pipe, INDUCTOR)

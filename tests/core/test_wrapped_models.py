@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_tools import CountingBackend
 from laws import default, traces
 from zoo import controlnet, controlnet_guess_mode, run, sd, seeded, wan
 
@@ -18,19 +19,8 @@ from diffusion_accel.reuse.conditions import conditions
 NAMES = {sd: ("unet",), wan: ("transformer", "transformer_2")}
 
 
-class Graphs:
-    """A backend of torch.compile that counts graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.count += 1
-        return graph.forward
-
-
-def compiled(pipe: Any, names: tuple[str, ...], how: str) -> Graphs:
-    graphs = Graphs()
+def compiled(pipe: Any, names: tuple[str, ...], how: str) -> CountingBackend:
+    graphs = CountingBackend()
     for name in names:
         if how == "wrapped":
             setattr(pipe, name, torch.compile(getattr(pipe, name), backend=graphs))
@@ -105,7 +95,7 @@ def test_blocks_that_are_compiled(name: str) -> None:
     plain, call = sd()
     expected = run(accelerate(plain, feature), call, 3)
     pipe, _ = sd()
-    graphs = Graphs()
+    graphs = CountingBackend()
     pipe.unet.compile_repeated_blocks(backend=graphs)
     accelerate(pipe, feature)
     assert torch.equal(run(pipe, call, 3), expected)
@@ -119,7 +109,7 @@ def test_hooks_inside_of_what_is_compiled_are_not_compiled(caplog: Any) -> None:
     plain, call = sd()
     expected = run(accelerate(plain, feature), call, 2)
     pipe, _ = sd()
-    graphs = Graphs()
+    graphs = CountingBackend()
     block, mid = pipe.unet.down_blocks[0], torch.compile(pipe.unet.mid_block, backend=graphs)
     block.compile(backend=graphs)
     pipe.unet.mid_block = mid
@@ -137,7 +127,7 @@ def test_a_compiled_controlnet_and_vae() -> None:
     features = EncoderReuse(), default(feature_class("transparent"))
     expected = run(accelerate(plain, *features), call, 2)
     pipe, _ = controlnet()
-    graphs = Graphs()
+    graphs = CountingBackend()
     pipe.controlnet = torch.compile(pipe.controlnet, backend=graphs)
     pipe.vae.decode = torch.compile(pipe.vae.decode, backend=graphs)
     decode = pipe.vae.decode

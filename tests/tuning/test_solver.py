@@ -27,6 +27,8 @@ from diffusion_accel.tuning.measure import scheduling
 from diffusion_accel.tuning.solver import _chosen, distinct, tune_solver
 from diffusion_accel.tuning.state import read_search
 
+from .test_by_rollouts import dit
+
 PROMPTS = [str(n) for n in range(8)]
 CALL = {"guidance_scale": 2.0}
 TEXTS = [f"{name}, {style} style" for name in ("red apple", "panda", "rocket") for style in ("3d", "flat")]
@@ -46,15 +48,6 @@ class FlowMatchUnscaled(FlowMatchEulerDiscreteScheduler):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         return sample
-
-
-def dit(scheduler: Any = None) -> Any:
-    pipe, _ = zoo.dit()
-    pipe.labels = {}
-    pipe.set_progress_bar_config(disable=True)
-    if scheduler is not None:
-        pipe.scheduler = scheduler
-    return pipe
 
 
 def unconditional(scheduler: Any) -> Any:
