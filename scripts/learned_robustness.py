@@ -166,7 +166,7 @@ def run(pipe: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         first: Sequence[Any] = []
         for setting in settings(options.count):
-            if options.only and setting.kind not in options.only:
+            if options.only and not any(word == setting.kind or word in setting.name for word in options.only):
                 continue
             with drawing(pipe, setting, options) as sampler:
                 cells = measure(sampler, options)

@@ -22,6 +22,8 @@ import learned_robustness
 import torch
 from measuring import quiet, write
 
+from diffusion_accel.schedulers.solver import SHIPPED
+
 WHAT = {"parts": learned_parts.run, "robustness": learned_robustness.run, "converged": learned_converged.run}
 
 
@@ -38,8 +40,8 @@ def main() -> int:
     parser.add_argument("--before", type=Path, help="parts: folder of the plans that shipped before, to begin with")
     parser.add_argument("--sizes", type=int, nargs="+", help="parts and converged: these numbers of evaluations only")
     parser.add_argument("--of", choices=learned_robustness.OF, nargs="+", default=learned_robustness.OF)
-    parser.add_argument("--only", nargs="+", help="robustness: settings of these kinds only")
-    parser.add_argument("--solver", default="learned", help="a learned solver, as --scheduler takes it")
+    parser.add_argument("--only", nargs="+", help="robustness: settings of these kinds, or with this in the name, only")
+    parser.add_argument("--solver", default=str(SHIPPED / "sticker"), help="a learned solver, as --scheduler takes it")
     parser.add_argument("--plans", nargs="+", default=("tuned:ddim-balanced", "tuned:ddim-fast"))
     parser.add_argument("--rounds", type=int, default=7, help="converged: of timing")
     parser.add_argument("--grid", type=Path, help="converged: an image to write, a row for each of six prompts")

@@ -4,6 +4,8 @@
     python scripts/tune_sticker.py ddim --seconds 900
     python scripts/tune_sticker.py dpm --seconds 600
     python scripts/tune_sticker.py solver --seconds 900
+    python scripts/tune_sticker.py solver --seconds 900 --evaluations 8 --keep-timesteps --out runs/eight
+    python scripts/tune_sticker.py merge runs/eight runs/ten    # their solvers take the place of those that ship
     python scripts/tune_sticker.py retime     # the speed-ups of both families once more, in CPU time of one thread
 
 The steps that are computed are chosen by captions of the kind the model was trained on; fits see what people type, too
@@ -16,6 +18,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,12 @@ from typing import Any
 import torch
 
 import diffusion_accel
+from diffusion_accel import LearnedMultistepScheduler
 from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.reuse.plan_family import PlanFamily
+from diffusion_accel.schedulers.solver import read_file
 from diffusion_accel.tuning.measure import reusing
 
 ASSETS = Path(diffusion_accel.__file__).parent / "assets"
@@ -38,7 +43,8 @@ FAMILIES: dict[str, tuple[str, int, dict[int, str]]] = {
     "dpm": ("dpm++", 20, {4: "", 5: "fast", 6: "", 8: "balanced", 11: "quality"}),
 }
 UNSEEN = 1000  # how many captions are passed by before those that measure
-SOLVER = (5, 6, 8, 10, 12)
+SIZES = (5, 6, 8, 10, 12)  # evaluations of the solver
+SOLVERS = Path("solvers") / "sticker"
 
 
 def prompts(count: int) -> list[str]:
@@ -90,24 +96,45 @@ def told(what: str, share: float = 0.0, left: float | None = None) -> None:
     print(f"{share:4.0%} {what}" + (f", {left:.0f} s left" if left is not None else ""), flush=True)
 
 
+def merge(folder: Path, others: Sequence[Path]) -> None:
+    """Put the solvers of other folders in the place of those of a folder, or beside them, with their measurements."""
+    whole = read_file(folder / SOLVERS)
+    for other in others:
+        new = read_file(other / SOLVERS)
+        whole["solvers"] |= new["solvers"]
+        whole["made_for"]["measured"] |= new["made_for"]["measured"]
+    LearnedMultistepScheduler.from_config(whole).save_pretrained(folder / SOLVERS)
+    for n, numbers in whole["made_for"]["measured"].items():
+        print(n, numbers["psnr_median"], numbers["psnr_worst_decile"], numbers["psnr_floor"])
+
+
 def main() -> int:
     """Tune one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*FAMILIES, "solver", "retime"))
+    parser.add_argument("what", choices=(*FAMILIES, "solver", "merge", "retime"))
+    parser.add_argument("folders", type=Path, nargs="*", help="merge: what `solver` wrote")
     parser.add_argument("--seconds", type=float, default=900.0, help="time budget of the search")
     parser.add_argument("--count", type=int, default=24, help="images that measure; twice as many calibrate")
+    parser.add_argument("--batch", type=int, default=8, help="images in a call")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=SIZES, help="solver: only these")
+    parser.add_argument("--keep-timesteps", action="store_true", help="solver: those of the one that ships")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write into")
     options = parser.parse_args()
     if options.what == "retime":
         retime(options.out)
         return 0
+    if options.what == "merge":
+        merge(options.out, options.folders)
+        return 0
     pipe: Any = diffusion_accel.load_pipeline("sticker")
     pipe.set_progress_bar_config(disable=True)
     common: dict[str, Any] = CALL | {"seconds": options.seconds, "progress": told, "seed": 20_000}
+    common["batch"] = options.batch
     texts = prompts(options.count)
     if options.what == "solver":
-        made = diffusion_accel.tune_solver(pipe, texts, SOLVER, **common)
-        made.save_pretrained(options.out / "solvers" / "sticker")
+        start = LearnedMultistepScheduler.for_model("sticker") if options.keep_timesteps else None
+        made = diffusion_accel.tune_solver(pipe, texts, options.evaluations, start=start, **common)
+        made.save_pretrained(options.out / SOLVERS)
         print(made.config.made_for["measured"])
         return 0
     scheduler, steps, names = FAMILIES[options.what]

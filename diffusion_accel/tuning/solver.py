@@ -22,7 +22,7 @@ from diffusion_accel.progress import Progress, silent
 from diffusion_accel.reuse.conditions import conditions
 from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
 from diffusion_accel.schedulers.measured import describe
-from diffusion_accel.schedulers.solver import LEAST_STEP, Solver
+from diffusion_accel.schedulers.solver import LEAST_STEP, Solver, not_learnt
 
 from .budget import Budget
 from .by_rollouts import FEW, ROUNDS, untraceable
@@ -55,6 +55,7 @@ def tune_solver(
     *,
     towards: str = "converged",
     steps: int | None = None,
+    start: LearnedMultistepScheduler | None = None,
     seed: int = 0,
     guidance_scale: float | None = None,
     height: int | None = None,
@@ -82,6 +83,8 @@ def tune_solver(
         towards: "converged": what 200 steps of DPM-Solver++ draw (of the pipeline's own scheduler where that does not
             fit); "baseline": what the pipeline draws as it is, with `steps` steps.
         steps: of the baseline; None: the pipeline's own default.
+        start: a learned solver of as many evaluations, of this model or one like it. Its timesteps are kept (the
+            nearest that can be chosen) and nothing is searched; the combinations are made anew and have all the time.
         seed: image k starts from the noise of seed + k.
         guidance_scale, height, width: of the calls; None: the pipeline's own default.
         seconds: time budget of the search, without what is drawn before and after it.
@@ -103,6 +106,7 @@ def tune_solver(
     named = {"guidance_scale": guidance_scale, "height": height, "width": width}
     options |= {name: value for name, value in named.items() if value is not None}
     sizes = _checked(pipe, prompts, evaluations, towards, options)
+    given = _given(start, sizes)
     options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
     whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
     if type(seconds) not in (int, float) or not seconds >= 0:
@@ -131,7 +135,7 @@ def tune_solver(
 
     with torch.inference_mode():
         scores = Scores(None if state is None else Path(state), about)
-        found = _search(recording, sizes, Budget(seconds), progress, scores, together)
+        found = _search(recording, sizes, Budget(seconds), progress, scores, together, given)
         solvers = {n: Solver(tuple(times), tuple(rolled.combinations)) for n, (times, rolled) in found.items()}
         made = LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, {}))
         progress("held-out prompts", 1.0)
@@ -151,19 +155,21 @@ def _search(
     progress: Progress,
     scores: Scores,
     together: Together,
+    given: dict[int, Sequence[float]],
 ) -> dict[int, tuple[list[float], Rolled]]:
-    """For each number of evaluations its timesteps and the rollout with all images."""
+    """For each number of evaluations its timesteps, searched if they are not given, and the rollout with all images."""
     replay, trajectory = Replay(recording), Trajectory.of(recording, Conversion(recording.scheduler))
     trajectory = trajectory.part(distinct(trajectory.times))
     images = sum(together.everyone(recording.images))
     jumps = Jumps(replay, trajectory, together.among(min(images, max(FEW, images // 2))), together=together)
     every = range(recording.images)
-    left = residuals(trajectory, every, torch.ones(len(jumps.weights)), together)
+    known = {size: _nearest(trajectory.times, given[size]) for size in sizes if given}
+    left = None if known else residuals(trajectory, every, torch.ones(len(jumps.weights)), together)
     found: dict[int, tuple[list[float], Rolled]] = {}
 
     def fit(nodes: Sequence[int]) -> None:
         times, whole = [trajectory.times[n] for n in nodes], Jumps(replay, trajectory, every, together=together)
-        time = Budget(POLISHED * budget.seconds / len(sizes))
+        time = Budget((1.0 if known else POLISHED) * budget.seconds / len(sizes))
         found[len(nodes)] = times, polished(whole, whole.run(nodes), lambda: 1 - time.used())
 
     def roll(nodes: Sequence[int]) -> list[float]:
@@ -179,7 +185,8 @@ def _search(
 
     def search() -> None:
         searched = Budget((1 - POLISHED) * budget.left())
-        for nodes in list(_nodes(NodeSearch(run, left), sizes, searched, progress)):
+        new = [] if left is None else _nodes(NodeSearch(run, left), sizes, searched, progress)
+        for nodes in [*known.values(), *new]:
             progress(f"{len(nodes)} evaluations, all jumps together", budget.used(), max(0.0, budget.left()))
             tasks.do("fit", list(nodes))
 
@@ -200,6 +207,27 @@ def _nodes(search: NodeSearch, sizes: Sequence[int], budget: Budget, progress: P
 
         search.refine(size, lambda part=part: part.left() > 0, tell)  # type: ignore[misc]
         yield search.best(size)
+
+
+def _given(start: object, sizes: Sequence[int]) -> dict[int, Sequence[float]]:
+    """The timesteps of a solver for each number of evaluations; none without a solver."""
+    if start is None:
+        return {}
+    if not isinstance(start, LearnedMultistepScheduler):
+        raise ConfigurationError(f"start must be a LearnedMultistepScheduler, got {shown(start)}")
+    for size in sizes:
+        if reason := not_learnt(start.evaluations, size):
+            raise ConfigurationError(f"start: {reason}")
+    return {size: start.config.solvers[str(size)]["timesteps"] for size in sizes}
+
+
+def _nearest(times: Sequence[float], wanted: Sequence[float]) -> Nodes:
+    """The nodes next to timesteps, each another one, the first of which is 0."""
+    nodes = [0]
+    for n, time in enumerate(wanted[1:], 1):
+        free = range(nodes[-1] + 1, len(times) - (len(wanted) - 1 - n))
+        nodes.append(min(free, key=lambda i: abs(times[i] - time)))
+    return tuple(nodes)
 
 
 def distinct(times: Sequence[float]) -> list[int]:

@@ -24,7 +24,7 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.tuning import jumps
 from diffusion_accel.tuning import solver as module
 from diffusion_accel.tuning.measure import scheduling
-from diffusion_accel.tuning.solver import _chosen, distinct, tune_solver
+from diffusion_accel.tuning.solver import _chosen, _nearest, distinct, tune_solver
 from diffusion_accel.tuning.state import read_search
 
 from .test_by_rollouts import dit
@@ -116,6 +116,27 @@ def test_saved_and_loaded_it_draws_the_same(learnt: tuple[Any, LearnedMultistepS
     assert type(loaded.scheduler) is LearnedMultistepScheduler
     assert loaded.scheduler.config.solvers == scheduler.config.solvers
     assert torch.equal(Sampler(loaded, ("1", "2"), 3, 0, 8, CALL).images(), drawn)
+
+
+def test_timesteps_of_a_solver_are_kept_where_one_is_given(
+    learnt: tuple[Any, LearnedMultistepScheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, scheduler = learnt
+    monkeypatch.setattr(module, "CANDIDATES", 64)  # as it was made: every step
+    again = tune_solver(pipe, PROMPTS, 4, start=scheduler, seconds=0, **CALL)
+    falls(again, 4)
+    assert again.config.solvers["4"]["timesteps"] == scheduler.config.solvers["4"]["timesteps"]
+    for start, words in ((scheduler, "start: learnt for 3 and 4 evaluations"), (pipe.scheduler, "start must be a")):
+        with pytest.raises(ConfigurationError, match=words):
+            tune_solver(pipe, PROMPTS, 5, start=start, seconds=0, **CALL)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [([9, 5, 1], (0, 2, 4)), ([9, 5, 5], (0, 2, 3)), ([9, 0, -1], (0, 3, 4)), ([9, 8, 8], (0, 1, 2))],
+)
+def test_each_timestep_is_the_nearest_that_is_free(wanted: list[float], found: tuple[int, ...]) -> None:
+    assert _nearest([9, 7, 5, 3, 1], wanted) == found
 
 
 def test_towards_the_baseline() -> None:
