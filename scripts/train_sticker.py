@@ -9,7 +9,7 @@ Stages, each of which reads what the ones before it left in the work folder:
     latents    principal components of 8x8 patches: the latents of the chosen images
     decoder    trains the VAE's decoder
     text       pre-trains the text encoder
-    unet       trains the UNet with the text encoder, on the concept list and the images around it
+    denoiser   trains the UNet or transformer with the text encoder, on the concept list and the images around it
     finish     goes on from its averaged weights, on the concept list alone
     export     writes the diffusers folder
     grid       writes a grid of samples
@@ -19,7 +19,7 @@ Stages, each of which reads what the ones before it left in the work folder:
 `decoder` and `text` may run at the same time. Ctrl-C saves the state; the same command with --resume goes on exactly
 where it stopped. Two processes on a CPU (`accelerate launch --cpu` starts a single one unless it has mpirun):
 
-    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 scripts/train_sticker.py unet --threads 1
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 scripts/train_sticker.py denoiser --threads 1
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
@@ -59,7 +59,7 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
         group.add_argument("--crop", type=number(8), default=48, help="side of the decoder's crops (default: 48)")
         text = "largest latent noise of the decoder's input (default: 0.3)"
         group.add_argument("--latent-noise", type=number(0, float), default=0.3, help=text)
-    if {"unet", "finish"} & set(stages):
+    if {"denoiser", "finish"} & set(stages):
         add_objective_options(group, immiscible="knn:4")
         text = "centre of the logit-normal timesteps (default: 0)"
         group.add_argument("--t-mean", type=float, default=0.0, help=text)
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         if whole or stage == "cache":
             text = "data set folder (default: %(default)s)"
             sub.add_argument("--data", type=Path, default=Path("data/stickers"), help=text)
-            sub.add_argument("--shape", type=Path, help="JSON file with other model sizes than the default ones")
+            sub.add_argument("--shape", type=Path, help="JSON file with other model sizes and settings")
         if whole or stage in ("latents", "evaluate", "grid"):
             text = "file with the concepts to train on (default: the 369 of the embedded model)"
             sub.add_argument("--concepts", type=Path, default=CONCEPTS, help=text)

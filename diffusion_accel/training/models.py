@@ -121,9 +121,8 @@ def save_trained(
 
 
 def float32_text(folder: Path) -> None:
-    """Let the text encoder load as float32: transformers follows its config, diffusers' models are float32."""
-    file = folder / "text_encoder" / "config.json"
-    if file.exists():
+    """Let the text encoders load as float32: transformers follows their configs, diffusers' models are float32."""
+    for file in folder.glob("text_encoder*/config.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
         values.pop("torch_dtype", None)
         file.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ on how a batch is divided; a process only makes the noise of its own slice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,30 @@ def sample_noise(seeds: torch.Tensor, shape: tuple[int, ...], candidates: int = 
     for row, seed in zip(noise, seeds.tolist(), strict=True):
         np.random.Generator(np.random.Philox(seed)).standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(noise).transpose(0, 1)
+
+
+def hashed_noise(seeds: torch.Tensor, shape: tuple[int, ...], candidates: int = 1) -> torch.Tensor:
+    """Gaussian noise float32 (candidates, N, *shape) made where `seeds` are: on an accelerator, in one go.
+
+    As `sample_noise`, with other numbers: sample i depends on seeds[i] alone, and more candidates only add draws. A
+    counter and the seed go through SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators"), and 24 + 24 bits of each result through Box and Muller's transform.
+    """
+    size = math.prod(shape)
+    pairs = -(-size // 2)
+    counter = torch.arange(1, candidates * pairs + 1, device=seeds.device).view(1, candidates, pairs)
+    bits = _split_mix(_split_mix(seeds.view(-1, 1, 1)) + counter * -7046029254386353131)
+    radius = (-2 * torch.log((((bits >> 40) & 0xFFFFFF).float() + 0.5) / 2**24)).sqrt()
+    angle = ((bits >> 16) & 0xFFFFFF).float() * (2 * math.pi / 2**24)
+    both = torch.cat([radius * angle.cos(), radius * angle.sin()], 2)[..., :size]
+    return both.transpose(0, 1).reshape(candidates, len(seeds), *shape)
+
+
+def _split_mix(bits: torch.Tensor) -> torch.Tensor:
+    """The mixing function of SplitMix64 on int64, whose products wrap around."""
+    bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * -4658895280553007687
+    bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * -7723592293110705685
+    return bits ^ ((bits >> 31) & (2**33 - 1))
 
 
 def nearest_noise(x: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -114,7 +139,8 @@ class NoiseChoice:
 
     def noise_for(self, x: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
         """The noise of the samples `x` (N, ...), already scaled, whose seeds are `seeds` (N,)."""
-        noise = sample_noise(seeds, tuple(x.shape[1:]), self.k).to(x.device)
+        make = sample_noise if x.device.type == "cpu" else hashed_noise  # on a CPU as runs that were begun before
+        noise = make(seeds.to(x.device), tuple(x.shape[1:]), self.k)
         if self.kind == "knn":
             return nearest_noise(x, noise)
         return assigned_noise(x, noise[0]) if self.kind == "assign" else noise[0]

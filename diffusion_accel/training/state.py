@@ -39,7 +39,7 @@ def save_state(
 
     `weighting` is what the optimizer trains after the model's parameters.
     """
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in _own(model).items()}
     if weighting is not None:
         tensors |= {f"weighting.{name}": value for name, value in weighting.state_dict().items()}
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -56,6 +56,13 @@ def save_state(
     for old in folder.glob("state-*.safetensors"):
         if old.name != file:
             old.unlink()
+
+
+def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model, where a tensor that has several names has the first of them."""
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: value.detach() for name, value in state.items() if names.setdefault(id(value), name) == name}
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
@@ -121,10 +128,10 @@ def load_state(
     counters, tensors = read_counters(folder), _tensors(folder)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     averaged = _part(tensors, "average.")
-    _check_shapes(folder, model.state_dict(), _part(tensors, "model."))
+    _check_shapes(folder, _own(model), _part(tensors, "model."))
     _check_shapes(folder, parameters, averaged)
     try:
-        model.load_state_dict(_part(tensors, "model."))
+        model.load_state_dict(_part(tensors, "model."), strict=False)  # the names are those of `_own`
         trained = list(parameters.values())
         if weighting is not None:
             weighting.load_state_dict(_part(tensors, "weighting."))
@@ -151,5 +158,5 @@ def load_average(folder: Path, model: torch.nn.Module, stage: str) -> None:
     require(folder / STATE, stage)
     tensors = _tensors(folder)
     weights = _part(tensors, "model.") | _part(tensors, "average.")
-    _check_shapes(folder, model.state_dict(), weights)
-    model.load_state_dict(weights)
+    _check_shapes(folder, _own(model), weights)
+    model.load_state_dict(weights, strict=False)

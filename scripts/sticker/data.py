@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,12 @@ from diffusion_accel.training.archives import Row, caption_of, read_images, read
 from diffusion_accel.training.arrays import load_array, load_tensors
 from diffusion_accel.training.files import UsageError, replacing, require, rows_of, write_json_lines
 
+from .flux import train_states_tokenizer
+
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+
+    from .models import Shape
 
 VARIANTS = 8  # captions per image
 
@@ -150,30 +154,51 @@ def tokenizer_corpus(rows: list[Row]) -> list[str]:
     return corpus + [f"{common} on in with and the"] * 50
 
 
-def build_tokenizer(work: Path, vocabulary: int, max_length: int) -> CLIPTokenizer:
-    """Train the tokenizer on the cached rows and tokenize every caption.
+def build_tokenizers(work: Path, shape: Shape) -> CLIPTokenizer:
+    """Train the tokenizers on the cached rows and tokenize every caption; returns the first of them.
 
-    Writes ``tokenizer/`` and ``tokens.safetensors``: "captions" int32 (N, VARIANTS, max_length), "empty" (max_length).
+    Writes ``tokenizer/``, for a transformer ``tokenizer_2/`` too, and ``tokens.safetensors``: "captions" int32 (N,
+    VARIANTS, tokens) and "empty" (tokens), where the ids of two tokenizers lie side by side.
     """
     rows = load_rows(work)
-    tokenizer = train_tokenizer(tokenizer_corpus(rows), vocabulary, max_length)
-    with replacing_folder(work / "tokenizer") as folder:
-        tokenizer.save_pretrained(folder)
-    tokenizer = load_tokenizer(work)
+    corpus = tokenizer_corpus(rows)
+    trained: dict[str, Any] = {"tokenizer": train_tokenizer(corpus, shape.vocabulary, shape.max_length)}
+    if shape.transformer_blocks:
+        trained["tokenizer_2"] = train_states_tokenizer(corpus, shape.vocabulary)
+    for name, tokenizer in trained.items():
+        with replacing_folder(work / name) as folder:
+            tokenizer.save_pretrained(folder)
+    tokenizers: list[Any] = [load_tokenizer(work)]
+    if shape.transformer_blocks:
+        tokenizers.append(load_states_tokenizer(work))
     captions = [caption for row in rows for caption in caption_variants(row)]
-    padding = {"padding": "max_length", "max_length": max_length, "truncation": True}
-    ids = torch.tensor(tokenizer(captions, **padding).input_ids, dtype=torch.int32).view(len(rows), VARIANTS, -1)
-    empty = torch.tensor(tokenizer([""], **padding).input_ids[0], dtype=torch.int32)
+    ids = token_ids(tokenizers, captions).int().view(len(rows), VARIANTS, -1)
     with replacing(work / "tokens.safetensors") as temporary:
-        save_file({"captions": ids, "empty": empty}, temporary)
-    return tokenizer
+        save_file({"captions": ids, "empty": token_ids(tokenizers, [""])[0].int()}, temporary)
+    return tokenizers[0]
+
+
+def token_ids(tokenizers: Iterable[Any], texts: list[str]) -> torch.Tensor:
+    """Ids int64 (N, tokens) of texts, padded to the longest that each tokenizer has, side by side."""
+    parts = [
+        tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
+        for tokenizer in tokenizers
+    ]
+    return torch.cat([torch.tensor(part) for part in parts], 1)
 
 
 def load_tokenizer(work: Path) -> CLIPTokenizer:
-    """The tokenizer that `build_tokenizer` wrote."""
+    """The first tokenizer that `build_tokenizers` wrote."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(require(work / "tokenizer", "tokenizer"))
+
+
+def load_states_tokenizer(work: Path) -> PreTrainedTokenizerFast:
+    """The second tokenizer that `build_tokenizers` wrote, of a transformer."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(require(work / "tokenizer_2", "tokenizer"))
 
 
 def load_tokens(work: Path) -> dict[str, torch.Tensor]:

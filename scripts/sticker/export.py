@@ -23,11 +23,12 @@ from diffusion_accel.training.models import float32_text
 from diffusion_accel.training.state import STATE, load_average, read_counters
 
 from . import data
+from .flux import STATES_LENGTH, FluxDenoiser, build_flux_pipeline, build_states_encoder, build_transformer, initialise
 from .latents import PatchCodec, write_encoder
 from .models import Shape, build_pipeline, build_text_encoder, build_unet, build_vae
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
 THUMBNAIL = 24  # pixels on a side of the images that retrieval compares
 
@@ -51,8 +52,20 @@ def build_trained_vae(work: Path) -> tuple[AutoencoderKL, dict[str, float]]:
     return vae, check
 
 
+def denoiser_of(work: Path, shape: Shape) -> Denoiser:
+    """An untrained denoiser with its text encoders, for the tokenizers of a work folder."""
+    text = build_text_encoder(shape, data.load_tokenizer(work))
+    if not shape.transformer_blocks:
+        return Denoiser(build_unet(shape), text)
+    transformer = build_transformer(shape)
+    initialise(transformer)
+    return FluxDenoiser(transformer, text, build_states_encoder(shape, len(data.load_states_tokenizer(work))))
+
+
 def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write the averaged weights as a StableDiffusionPipeline folder, float16 safetensors; returns facts about it.
+    """Write the averaged weights as a folder of StableDiffusionPipeline or FluxPipeline, float16 safetensors.
+
+    Returns facts about it.
 
     The text encoder's config says float32: transformers loads a model in the dtype that its config names, diffusers in
     float32, and a pipeline with both would fail at its first call.
@@ -62,15 +75,19 @@ def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
     if out.exists() and not (out / "model_index.json").exists():
         raise UsageError(f"{out} is not a pipeline folder; refusing to replace it")
     shape, tokenizer = Shape.of_work(work), data.load_tokenizer(work)
-    denoiser = Denoiser(build_unet(shape), build_text_encoder(shape, tokenizer))
-    last = work / ("finish" if (work / "finish" / STATE).exists() else "unet")
+    denoiser = denoiser_of(work, shape)
+    last = work / ("finish" if (work / "finish" / STATE).exists() else "denoiser")
     load_average(last, denoiser, last.name)
     routing = read_counters(last).get("task_routing")
     if routing:
         denoiser.core.register_to_config(**{CONFIG_KEY: routing})
     vae, facts = build_trained_vae(work)
-    unet = denoiser.core.to(memory_format=torch.contiguous_format)
-    pipeline = build_pipeline(vae, denoiser.text, tokenizer, unet).to(dtype=torch.float16)
+    denoiser.to(memory_format=torch.contiguous_format)
+    if isinstance(denoiser, FluxDenoiser):
+        pipeline = build_flux_pipeline(vae, denoiser, tokenizer, data.load_states_tokenizer(work))
+    else:
+        pipeline = build_pipeline(vae, denoiser.text, tokenizer, denoiser.core)
+    pipeline.to(dtype=torch.float16)
     with replacing_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         float32_text(folder)
@@ -79,37 +96,47 @@ def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------- sampling
-def load_pipeline(path: Path, device: torch.device | None = None) -> StableDiffusionPipeline:
-    """A pipeline folder in float32 with DPM-Solver++, without progress bars."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+def load_pipeline(path: Path, device: torch.device | None = None) -> DiffusionPipeline:
+    """A pipeline folder in float32 with DPM-Solver++, or a flow's own scheduler, without progress bars."""
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
     if not (path / "model_index.json").exists():
         raise UsageError(f"{path} is not a pipeline folder; run the 'export' stage first")
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(f"{path} cannot be loaded: {first_line(error)}") from error
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    if not is_flux(pipeline):
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or "cpu")
 
 
+def is_flux(pipeline: DiffusionPipeline) -> bool:
+    """Whether the pipeline draws as Flux does."""
+    return hasattr(pipeline, "tokenizer_2")
+
+
 def generate(
-    pipeline: StableDiffusionPipeline, prompts: list[str], steps: int = 20, guidance: float = 3.0, seed: int = 0
+    pipeline: DiffusionPipeline, prompts: list[str], steps: int = 20, guidance: float = 3.0, seed: int = 0
 ) -> torch.Tensor:
     """Images (N, 3, H, W) in -1..1; prompt i starts from the noise of seed + i."""
     images = []
+    arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+    if is_flux(pipeline):
+        side = pipeline.vae.config.sample_size
+        arguments |= {"true_cfg_scale": guidance, "negative_prompt": "", "height": side, "width": side}
+        arguments["max_sequence_length"] = STATES_LENGTH
     for start in tqdm(range(0, len(prompts), 16), desc="generate", unit="batch", disable=None):
         part = prompts[start : start + 16]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        arguments = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
         images.append(pipeline(part, generator=generators, **arguments).images.float().cpu() * 2 - 1)
     return torch.cat(images)
 
 
 # ------------------------------------------------------------------------------------------- evaluation
 def evaluate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     work: Path,
     chosen: np.ndarray,
     candidates: np.ndarray,
@@ -132,7 +159,14 @@ def evaluate(
         images (first half) with the generated ones (second half).
     """
     rows, images = data.load_rows(work), data.load_images(work)
-    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder)
+    tokenizers = [pipeline.tokenizer]
+    denoiser: Denoiser
+    if is_flux(pipeline):
+        denoiser = FluxDenoiser(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2).eval()
+        tokenizers.append(pipeline.tokenizer_2)
+    else:
+        denoiser = Denoiser(pipeline.unet, pipeline.text_encoder)
+    process = Process("flow" if is_flux(pipeline) else "v_prediction")
     result: dict[str, Any] = {"candidates": len(candidates), "steps": steps, "guidance": guidance}
     shown = {}
     for split in ("train", "heldout"):
@@ -143,20 +177,14 @@ def evaluate(
         probed = archives.on_colours(images[probes])
         with torch.no_grad():
             encoded = [pipeline.vae.encode(part).latent_dist.mean for part in probed.split(32)]
-            ids = _tokenize(pipeline, [archives.caption_of(rows[i]) for i in probes])
+            ids = data.token_ids(tokenizers, [archives.caption_of(rows[i]) for i in probes])
             clean = torch.cat(encoded) * pipeline.vae.config.scaling_factor
-            error = prediction_error(denoiser, clean, ids, Process())
+            error = prediction_error(denoiser, clean, ids, process)
         asked = sample_of(indices, count, seed=5)
         made = generate(pipeline, [archives.caption_of(rows[i]) for i in asked], steps, guidance, seed=100)
         result[split] = {"v_error": error, "retrieval": retrieval(made, rows, images, asked, candidates)}
         shown[split] = torch.cat([archives.on_colours(images[asked]), made])
     return result, shown
-
-
-def _tokenize(pipeline: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor:
-    tokenizer = pipeline.tokenizer
-    padding = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    return torch.tensor(tokenizer(captions, **padding).input_ids)
 
 
 def retrieval(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +22,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of the models; the defaults are those of the embedded model (14.8 M parameters, 30 MB in fp16).
+    """Sizes of the models; the defaults are those of `sticker` (14.8 M parameters, 30 MB in fp16).
 
     Attributes:
         size: image side in pixels, a multiple of 8.
-        latent_channels: channels of the latents, which have a side of size / 8.
-        vocabulary: entries of the tokenizer, at most.
+        patch: pixels on a side of one latent, 8 or 4.
+        latent_channels: channels of the latents, which have a side of size / patch.
+        vocabulary: entries of a tokenizer, at most.
         max_length: tokens of the longest text, with the begin and end marks.
-        vae_channels: of the four levels of the VAE.
+        vae_channels: of the levels of the VAE: four of them for 8x8 patches, three for 4x4 ones.
         unet_channels: of the UNet's levels; all but the first have cross-attention.
         unet_groups: groups of its GroupNorms.
         unet_dropout: of its residual blocks, in training only.
         text_width, text_layers: of the text encoder; its heads are 32 wide.
+        transformer_blocks: double and single blocks of a Flux transformer, whose tokens are 2x2 latents; none: a UNet.
+        transformer_heads: of its attention, 32 wide each.
+        states_layers: of its second text encoder, a T5 encoder, which is as wide as the first.
+        training: settings of the loop by stage, beside the tuned ones of `settings`.
     """
 
     size: int = 96
+    patch: int = PATCH
     latent_channels: int = 12
     vocabulary: int = 2048
     max_length: int = 24
@@ -46,11 +52,20 @@ class Shape:
     unet_dropout: float = 0.0
     text_width: int = 192
     text_layers: int = 3
+    transformer_blocks: tuple[int, ...] = ()
+    transformer_heads: int = 7
+    states_layers: int = 3
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def latent_size(self) -> int:
         """Latents on a side of an image."""
-        return self.size // PATCH
+        return self.size // self.patch
+
+    @property
+    def process(self) -> Process:
+        """What the denoiser predicts: the velocity of a flow for a transformer, v for a UNet."""
+        return Process("flow" if self.transformer_blocks else "v_prediction")
 
     def to_dict(self) -> dict[str, Any]:
         """The sizes as plain JSON values."""
@@ -60,8 +75,8 @@ class Shape:
     def load(cls, path: Path) -> Shape:
         """Sizes from a JSON file; those it does not name are the defaults."""
         values: Any = read_json(path)
-        if not isinstance(values, dict) or set(values) - {field.name for field in fields(cls)}:
-            raise UsageError(f"{path} must hold a JSON object with names among {[f.name for f in fields(cls)]}")
+        if not isinstance(values, dict) or set(values) - {one.name for one in fields(cls)}:
+            raise UsageError(f"{path} must hold a JSON object with names among {[one.name for one in fields(cls)]}")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**values)
 
@@ -72,7 +87,7 @@ class Shape:
 
 
 def build_vae(shape: Shape) -> AutoencoderKL:
-    """AutoencoderKL with a downsampling factor of 8 and latents of unit RMS (scaling factor 1)."""
+    """AutoencoderKL with latents of unit RMS (scaling factor 1, no shift)."""
     from diffusers import AutoencoderKL
 
     levels = len(shape.vae_channels)
@@ -85,6 +100,7 @@ def build_vae(shape: Shape) -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=shape.size,
         scaling_factor=1.0,
+        shift_factor=0.0 if shape.transformer_blocks else None,  # Flux's pipelines add it
         mid_block_add_attention=False,
     )
 

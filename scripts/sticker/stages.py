@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,17 +13,16 @@ from training_options import report, routing_from
 from training_setup import make_accelerator, objective_from, train_stage
 
 from diffusion_accel.training import archives
-from diffusion_accel.training.denoising import Process
-from diffusion_accel.training.diffusion_task import Denoiser, DenoisingTask
+from diffusion_accel.training.diffusion_task import DenoisingTask
 from diffusion_accel.training.files import UsageError, replacing, write_json
 from diffusion_accel.training.images import save_grid
 from diffusion_accel.training.loop import Task
 from diffusion_accel.training.state import load_average
 
 from . import data
-from .export import evaluate, export, generate, load_pipeline
+from .export import denoiser_of, evaluate, export, generate, load_pipeline
 from .latents import encode_images, fit_codec
-from .models import Shape, build_text_encoder, build_unet
+from .models import Shape
 from .settings import ORDER, TUNED
 from .tasks import Captioned, DecoderTask, TextTask
 
@@ -49,7 +49,7 @@ def run_cache(options: argparse.Namespace) -> None:
 def run_tokenizer(options: argparse.Namespace) -> None:
     """Train the tokenizer, and tokenize every caption."""
     shape = Shape.of_work(options.work)
-    tokenizer = data.build_tokenizer(options.work, shape.vocabulary, shape.max_length)
+    tokenizer = data.build_tokenizers(options.work, shape)
     captions = [archives.caption_of(row) for row in data.load_rows(options.work) if row["core"]]
     lengths = [len(ids) for ids in tokenizer(captions).input_ids]
     report("tokenizer", vocabulary=len(tokenizer), longest=max(lengths), mean=sum(lengths) / len(lengths))
@@ -62,7 +62,7 @@ def run_latents(options: argparse.Namespace) -> None:
     chosen = data.select(rows, options.styles.split(","), data.read_concepts(options.concepts))
     fitted = data.of_split(rows, "train", [i for i, row in enumerate(rows) if row["core"]])
     fitted = np.sort(np.random.default_rng(0).permutation(fitted)[:1500])
-    codec = fit_codec(archives.on_colours(images[fitted]), shape.latent_channels)
+    codec = fit_codec(archives.on_colours(images[fitted]), shape.latent_channels, shape.patch)
     codec.save(options.work / "codec.safetensors")
     heldout = len(data.of_split(rows, "heldout", chosen))
     around = np.array([], int)
@@ -81,8 +81,8 @@ def run_latents(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """Write the pipeline folder."""
-    replace = options.overwrite or options.stage == "all"
-    report("export", out=str(options.out), **export(options.work, options.out, replace))
+    overwrite = options.overwrite or options.stage == "all"
+    report("export", out=str(options.out), **export(options.work, options.out, overwrite))
 
 
 def run_grid(options: argparse.Namespace) -> None:
@@ -140,29 +140,32 @@ def text_task(options: argparse.Namespace) -> Task:
     return TextTask(options.work)
 
 
-def unet_task(options: argparse.Namespace, finishing: bool = False) -> Task:
-    """Trains the UNet with the text encoder: on all chosen images, or `finishing`, on the list alone."""
+def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
+    """Trains the denoiser with its text encoders: on all chosen images, or `finishing`, on the list alone."""
     captioned = Captioned.load(options.work)
+    shape, process = captioned.shape, captioned.shape.process
     torch.manual_seed(0)
-    encoder = build_text_encoder(captioned.shape, data.load_tokenizer(options.work))
-    denoiser = Denoiser(build_unet(captioned.shape), encoder)
-    if not finishing and not options.fresh_text:
+    denoiser = denoiser_of(options.work, shape)
+    if not finishing and not options.fresh_text and not shape.transformer_blocks:
         pretrained = TextTask(options.work).model
         load_average(options.work / "text", pretrained, "text")
-        encoder.load_state_dict(pretrained.text.state_dict())
+        denoiser.text.load_state_dict(pretrained.text.state_dict())
     if finishing:
-        load_average(options.work / "unet", denoiser, "unet")
+        load_average(options.work / "denoiser", denoiser, "denoiser")
         captioned = captioned.listed()
-    objective = objective_from(options, Process(), uniform=0.4, t_mean=options.t_mean)
-    return DenoisingTask(denoiser, captioned, objective, routing_from(options, Process()))
+    objective = objective_from(options, process, uniform=0.4, t_mean=options.t_mean)
+    routing = routing_from(options, process)
+    if routing is not None and shape.transformer_blocks:
+        routing = replace(routing, time="unit")  # Flux is told s, not 1000 s
+    return DenoisingTask(denoiser, captioned, objective, routing)
 
 
 def finish_task(options: argparse.Namespace) -> Task:
-    """Goes on from the averaged weights of the UNet's stage."""
-    return unet_task(options, finishing=True)
+    """Goes on from the averaged weights of the denoiser's stage."""
+    return denoiser_task(options, finishing=True)
 
 
-TASKS = {"decoder": decoder_task, "text": text_task, "unet": unet_task, "finish": finish_task}
+TASKS = {"decoder": decoder_task, "text": text_task, "denoiser": denoiser_task, "finish": finish_task}
 
 
 ALONE: dict[str, Stage] = {
@@ -187,7 +190,11 @@ def run(options: argparse.Namespace) -> None:
     for name in names:
         if name in TUNED:
             assert accelerator is not None
-            train_stage(name, options.work / name, TASKS[name], TUNED[name], options, accelerator)
+            shape = Shape.of_work(options.work)
+            if name == "text" and shape.transformer_blocks and options.stage == "all":
+                continue  # its text encoders learn with it
+            tuned = TUNED[name] | shape.training.get(name, {})
+            train_stage(name, options.work / name, TASKS[name], tuned, options, accelerator)
         elif accelerator is None or accelerator.is_main_process:
             kept = options.stage == "all" and options.resume and name in LEFT and (options.work / LEFT[name]).exists()
             if not kept:

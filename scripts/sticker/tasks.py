@@ -18,7 +18,7 @@ from diffusion_accel.training.images import image_loss, mean_psnr, save_grid
 from diffusion_accel.training.loop import Batch
 
 from . import data
-from .latents import PATCH, PatchCodec
+from .latents import PatchCodec
 from .models import Shape, TextToLatents, build_text_encoder, build_vae
 
 LISTED = 3  # times as often as another image one of the concept list is drawn
@@ -158,7 +158,7 @@ class TextTask:
         torch.manual_seed(0)
         shape = self.captioned.shape
         if shape.latent_size % 2:
-            raise TrainingError(f"the image side must be a multiple of {2 * PATCH} pixels, got {shape.size}")
+            raise TrainingError(f"the image side must be a multiple of {2 * shape.patch} pixels, got {shape.size}")
         self.model = TextToLatents(build_text_encoder(shape, data.load_tokenizer(work)), shape)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from diffusion_accel.training.clusters import (
 )
 from diffusion_accel.training.denoising import PREDICTIONS, SCHEDULES, Process, alphas_cumprod, draw_timesteps
 from diffusion_accel.training.files import UsageError
-from diffusion_accel.training.noise import NoiseChoice, assigned_noise, nearest_noise, sample_noise
+from diffusion_accel.training.noise import NoiseChoice, assigned_noise, hashed_noise, nearest_noise, sample_noise
 from diffusion_accel.training.sampling import scheduler_for
 
 
@@ -93,6 +94,19 @@ def test_one_candidate_is_ordinary_noise() -> None:
     assert torch.equal(NoiseChoice.parse("knn:1").noise_for(rand(5, 2, 3, 3), SEEDS), plain)
     assert torch.equal(sample_noise(SEEDS, (2, 3, 3), 7)[0], plain), "more candidates only add draws"
     assert torch.equal(plain[0], plain[4]) and not torch.equal(plain[0], plain[1])
+
+
+def test_hashed_noise_depends_on_the_seed_alone_and_is_gaussian() -> None:
+    seeds = torch.arange(64) * 7919 + 2**61
+    noise = hashed_noise(seeds, (3, 5, 7), 4)
+    assert noise.shape == (4, 64, 3, 5, 7) and noise.dtype == torch.float32
+    assert torch.equal(hashed_noise(seeds[9:12], (3, 5, 7), 4), noise[:, 9:12])
+    assert torch.equal(hashed_noise(seeds, (3, 5, 7), 2), noise[:2])
+    for values in (hashed_noise(seeds, (50, 50)).flatten(), hashed_noise(torch.arange(5000), (31,)).flatten()):
+        assert scipy.stats.kstest(values.double().numpy(), "norm").pvalue > 1e-3
+    rows = hashed_noise(torch.arange(200), (1000,))[0]
+    correlation = torch.corrcoef(rows) - torch.eye(200)
+    assert correlation.abs().max() < 0.2  # of 1000 numbers: six deviations
 
 
 def test_nearest_noise_is_the_argmin_of_each_sample_alone() -> None:

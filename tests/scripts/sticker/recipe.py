@@ -29,7 +29,7 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 CONCEPTS = ("red disc", "blue disc", "green ring", "yellow square", "orange ring", "pink square")
 COLOURS = ((220, 40, 40), (40, 60, 220), (40, 180, 60), (230, 210, 40), (240, 140, 30), (240, 120, 180))
 SIZE = 48
-STAGES = ("decoder", "text", "unet", "finish")
+STAGES = ("decoder", "text", "denoiser", "finish")
 TINY = {
     "size": SIZE,
     "vae_channels": [16, 32, 64, 64],
@@ -113,8 +113,8 @@ def train_transparency(work: Path, out: Path) -> None:
         assert load_script("train_transparency").main(["all", *common, *steps, *flags]) == 0
 
 
-def unet_task(work: Path) -> Any:
-    return stages.unet_task(trainer.make_parser().parse_args(["unet", "--work", str(work)]))
+def denoiser_task(work: Path) -> Any:
+    return stages.denoiser_task(trainer.make_parser().parse_args(["denoiser", "--work", str(work)]))
 
 
 def settings(**changes: Any) -> Settings:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from recipe import log_of, settings, tensors_of, unet_task
+from recipe import denoiser_task, log_of, settings, tensors_of
 from sticker.tasks import DecoderTask, TextTask
 
 from diffusion_accel.training.files import UsageError
@@ -27,7 +27,7 @@ def test_learning_rate_depends_on_the_step_alone() -> None:
     assert cosine.rate(50) == pytest.approx(1e-3 * 0.5 * (1 - math.cos(math.pi / 2)))
 
 
-@pytest.mark.parametrize("make", [DecoderTask, TextTask, unet_task])
+@pytest.mark.parametrize("make", [DecoderTask, TextTask, denoiser_task])
 def test_resumed_run_equals_an_uninterrupted_one(make: Any, work: Path, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     assert train(make(work), tmp_path / "whole", settings(), accelerator).finished

@@ -77,7 +77,7 @@ def test_unusable_input_gives_one_line(
     code, line = attempt("cache", "--data", tmp_path, "--work", new)
     assert code == 1 and "flat.zip" in line
     code, line = attempt("text", "--work", new)
-    assert code == 2 and "'latents' stage" in line
+    assert code == 2 and "'cache' stage" in line
     code, line = attempt("text", "--work", work)
     assert code == 2 and "--resume" in line
     code, line = attempt("export", "--work", work)

@@ -1,0 +1,90 @@
+"""A transformer by the same recipe: its own VAE, tokenizers, text encoders, and the stock pipeline that comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import once
+from diffusers import FluxPipeline
+from recipe import SIZE, TINY, small_batches, trainer
+from sticker import data as sticker_data
+from sticker import settings as stage_settings
+from sticker.export import denoiser_of
+from sticker.flux import STATES_LENGTH
+from sticker.latents import PatchCodec, write_encoder
+from sticker.models import Shape, build_vae
+
+from diffusion_accel.training import archives
+
+SHAPE = TINY | {
+    "patch": 4,
+    "latent_channels": 4,
+    "vae_channels": [16, 32, 32],
+    "transformer_blocks": [1, 1],
+    "transformer_heads": 2,
+    "states_layers": 1,
+    "training": {"denoiser": {"lr": 5e-4}},
+}
+
+
+@pytest.fixture(scope="session")
+def flux(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder after all stages of a transformer. Not to be changed."""
+
+    def make(folder: Path) -> None:
+        (folder / "shape-given.json").write_text(json.dumps(SHAPE))
+        files = ["--data", str(data), "--work", str(folder), "--shape", str(folder / "shape-given.json")]
+        chosen = ["--styles", "flat,3d", "--concepts", str(data / "concepts.txt"), "--around", "blob"]
+        drawn = ["--sampling-steps", "2", "--count", "2", "--prompts", "red disc", "--log-every", "1"]
+        steps = [f"--{stage}-steps=2" for stage in ("decoder", "denoiser", "finish")]
+        with small_batches(stage_settings.TUNED):
+            assert trainer.main(["all", *files, *chosen, *drawn, *steps, "--task-routing"]) == 0
+
+    return once(tmp_path_factory, "sticker-flux", make)
+
+
+def test_the_folder_is_a_flux_pipeline(flux: Path) -> None:
+    pipe = FluxPipeline.from_pretrained(flux / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.config["_task_routing"]["time"] == "unit"
+    assert not (flux / "text").exists()  # its text encoders learn with it
+    assert pipe.tokenizer_2("Red DISC").input_ids == pipe.tokenizer_2("red disc").input_ids
+    call = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "true_cfg_scale": 3.0, "negative_prompt": ""}
+    image = pipe("red disc", **call, max_sequence_length=STATES_LENGTH).images[0]
+    assert image.size == (SIZE, SIZE)
+    result = json.loads((flux / "evaluate.json").read_text())
+    assert result["train"]["retrieval"]["n"] == 2
+
+
+@torch.no_grad()
+def test_a_training_call_is_what_the_pipeline_calls(flux: Path) -> None:
+    torch.manual_seed(0)
+    shape = Shape.of_work(flux)
+    denoiser = denoiser_of(flux, shape).eval()
+    torch.nn.init.normal_(denoiser.core.proj_out.weight, std=0.1)  # it begins at zero
+    tokenizers = [sticker_data.load_tokenizer(flux), sticker_data.load_states_tokenizer(flux)]
+    ids = sticker_data.token_ids(tokenizers, ["red disc, 3d style"])
+    x = torch.randn(1, 4, SIZE // 4, SIZE // 4)
+    got = denoiser(x, torch.tensor([250.0]), ids)
+
+    pipe = FluxPipeline(None, None, denoiser.text, tokenizers[0], denoiser.states, tokenizers[1], denoiser.core)
+    states, pooled, text_ids = pipe.encode_prompt("red disc, 3d style", None, max_sequence_length=STATES_LENGTH)
+    size = SIZE // 4
+    tokens = pipe._pack_latents(x, 1, 4, size, size)
+    image_ids = pipe._prepare_latent_image_ids(1, size // 2, size // 2, "cpu", x.dtype)
+    predicted = denoiser.core(tokens, states, pooled, torch.tensor([0.25]), image_ids, text_ids).sample
+    wanted = pipe._unpack_latents(predicted, SIZE, SIZE, 4)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_written_encoder_of_three_levels_is_the_convolution(flux: Path) -> None:
+    codec, vae = PatchCodec.load(flux / "codec.safetensors"), build_vae(Shape.of_work(flux))
+    images = archives.on_colours(sticker_data.load_images(flux))
+    write_encoder(vae, codec, images)
+    with torch.no_grad():
+        expected, got = codec.encode(images), vae.encode(images).latent_dist.mean
+    assert got.shape[-1] == SIZE // 4
+    assert (got - expected).norm() / expected.norm() < 2e-3
