@@ -102,10 +102,13 @@ class Update:
 
 
 def _attention(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """The attention kernel to train with: in bfloat16 on a CPU the plain one.
+    """The attention kernel to train with: in bfloat16 on a CPU the plain one, on CUDA any but cuDNN's.
 
-    The backward pass of the flash kernel is slow there (sticker UNet, one core with AMX: 60 against 83 samples/s).
+    The backward pass of the flash kernel is slow on a CPU (sticker UNet, one core with AMX: 60 against 83 samples/s).
+    That of cuDNN fails for some shapes (heads of 32 channels, torch 2.11, H100).
     """
+    if accelerator.device.type == "cuda":
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()

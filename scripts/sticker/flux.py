@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STATES_LENGTH = 32  # tokens of the second encoder's texts, padding included
 HEAD = 32  # channels of an attention head
-LONGER = ((64, 0.1), (512, 0.04))  # training also pads texts to these lengths, in such a share of the steps
+LONGER, SHARE = 512, 0.03  # tokens that training pads texts to in such a share of its steps: what Flux pads to
 
 
 def train_states_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -112,8 +112,8 @@ class FluxDenoiser(Denoiser):
         """Noisy latents (N, C, h, w), timesteps 1000 s (N,) and ids (N, tokens) -> velocity (N, C, h, w)."""
         assert condition is not None and self.text is not None
         pooled_ids, ids = condition[:, :-STATES_LENGTH], condition[:, -STATES_LENGTH:]
-        if self.training:
-            ids = nn.functional.pad(ids, (0, _longer() - STATES_LENGTH))
+        if self.training and float(torch.rand(())) < SHARE:  # torch's generator, which every step of training seeds
+            ids = nn.functional.pad(ids, (0, LONGER - STATES_LENGTH))
         states = self.states(input_ids=ids).last_hidden_state
         n, channels, height, width = x.shape
         rows, columns = height // 2, width // 2
@@ -130,16 +130,6 @@ class FluxDenoiser(Denoiser):
         )[0]
         blocks = predicted.view(n, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return blocks.reshape(n, channels, height, width)
-
-
-def _longer() -> int:
-    """How many tokens a training step pads its texts to; from torch's generator, which every step seeds."""
-    at = float(torch.rand(()))
-    for length, share in LONGER:
-        if at < share:
-            return length
-        at -= share
-    return STATES_LENGTH
 
 
 def build_flux_pipeline(

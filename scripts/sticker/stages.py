@@ -157,7 +157,10 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
     routing = routing_from(options, process)
     if routing is not None and shape.transformer_blocks:
         routing = replace(routing, time="unit")  # Flux is told s, not 1000 s
-    return DenoisingTask(denoiser, captioned, objective, routing)
+    task = DenoisingTask(denoiser, captioned, objective, routing)
+    if options.compile:
+        denoiser.core.compile_repeated_blocks()
+    return task
 
 
 def finish_task(options: argparse.Namespace) -> Task:
