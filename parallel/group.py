@@ -87,7 +87,7 @@ def join(device: torch.device, timeout: float) -> World:
     if _lost:
         raise PeerError("a process of this job was lost before; start the job again")
     if _groups.get(timeout, (None,))[0] is not dist.group.WORLD:
-        group = _within(timeout, lambda: dist.new_group(timeout=timedelta(seconds=timeout)))
+        group = _within(timeout, lambda: _grouped(timeout))
         _groups[timeout] = dist.group.WORLD, group
     return World(dist.get_rank(), size, _groups[timeout][1])
 
@@ -158,25 +158,52 @@ def _within(timeout: float, task: Callable[[], Any]) -> Any:
 def _meet(here: Place, device: torch.device, timeout: float) -> bool:
     """Find the other processes, and make the process group."""
     global _store, _meetings
-    limit = timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
-    if _store is None:
-        host, port = meeting_point()
-        if here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else the launcher serves it
-            listening = _listen(port) if meeting_socket() is None else meeting_socket()
-            _store = dist.TCPStore(
-                host, port, None, True, limit, wait_for_workers=False, master_listen_fd=listening, use_libuv=True
-            )
-        else:
-            _await(host, port, timeout)
-            _store = dist.TCPStore(host, port, None, False, limit, wait_for_workers=False)
     _meetings += 1
-    store = dist.PrefixStore(f"diffusion-accel/{_meetings}", _store)
-    _call_the_roll(store, here, timeout)
+    limit = time.monotonic() + timeout
+    while True:
+        left = max(_POLL, round(limit - time.monotonic(), 1))
+        try:
+            _store = _store or _connected(here, left)
+            store = dist.PrefixStore(f"diffusion-accel/{_meetings}", _store)
+            _call_the_roll(store, here, left)
+            break
+        except dist.DistNetworkError:  # who served it is gone: perhaps of a job before this one, with the same port
+            _store = None
+            if here.rank == 0 or time.monotonic() + _POLL > limit:
+                raise
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=limit)
+    span = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=span)
     return True
+
+
+def _connected(here: Place, timeout: float) -> Any:
+    """The store where the processes of the job meet, which the first one serves."""
+    (host, port), limit = meeting_point(), timedelta(seconds=timeout)
+    if here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else the launcher serves it
+        listening = _listen(port) if meeting_socket() is None else meeting_socket()
+        return dist.TCPStore(
+            host, port, None, True, limit, wait_for_workers=False, master_listen_fd=listening, use_libuv=True
+        )
+    _await(host, port, timeout)
+    return dist.TCPStore(host, port, None, False, limit, wait_for_workers=False)
+
+
+def _grouped(timeout: float) -> Any:
+    """A group of all processes. None returns, and perhaps ends, while another one still connects to it."""
+    limit = timedelta(seconds=timeout)
+    group = dist.new_group(timeout=limit)
+    if _store is not None:
+        own, everyone = dist.get_rank(), range(dist.get_world_size())
+        store = dist.PrefixStore(f"groups/{_meetings}/{timeout}", _store)
+        store.set(f"here {own}", "")
+        store.wait([f"here {rank}" for rank in everyone], limit)
+        store.set(f"done {own}", "")
+        if own == 0:  # the store ends with the process that serves it
+            store.wait([f"done {rank}" for rank in everyone], limit)
+    return group
 
 
 def _listen(port: int) -> int:

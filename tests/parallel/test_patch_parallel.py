@@ -235,6 +235,25 @@ def test_the_processes_of_a_job_meet_or_say_why_not(tmp_path: Path) -> None:
     assert sum("(RANK 2)" in text for text in twice) == 2, twice
 
 
+def test_nobody_leaves_before_all_have_joined(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = {"MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3", "HESITATE": ""}
+    assert meet(tmp_path, 30.0, *({"RANK": rank, **port} for rank in "012")) == ["joined 3"] * 3
+
+
+def test_a_process_that_met_a_job_which_ends_meets_its_own(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    other = forks.start(world.vanish, port)
+    second = forks.start(world.join, 1, tmp_path / "1", 60.0, settings)
+    other.join(60)
+    assert other.exitcode == 0
+    assert meet(tmp_path, 60.0, {"RANK": "0"} | settings) == ["joined 2"]
+    second.join(60)
+    assert (tmp_path / "1").read_text() == "joined 2" and not (tmp_path / "1.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("environment", "says"),
     [

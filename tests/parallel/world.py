@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import forks
 
@@ -84,8 +85,30 @@ def work(rank: int, folder: Path, plan: Plan, timeout: float, settings: dict[str
         dist.destroy_process_group()
 
 
+def _hesitating(rank: int, store: Any, name: str, size: int, timeout: timedelta) -> None:
+    """In the place of torch's own barrier at the end of making a group."""
+    if store.add(name, 1) == size:
+        store.set(f"{name}:last", "1")
+    if rank:
+        time.sleep(0.5)
+    store.wait([f"{name}:last"], timeout)
+
+
+def vanish(port: int) -> None:
+    """What is left of another job: it ends once a process of rank 1 has come."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", port, None, True, timedelta(seconds=30), wait_for_workers=False)
+    while not store.check(["diffusion-accel/1/size 1"]):
+        time.sleep(0.01)
+    os._exit(0)
+
+
 def join(rank: int, file: Path, timeout: float, settings: dict[str, str]) -> None:
-    """One process that joins its job as `settings` say, and writes how that ended."""
+    """One process that joins its job as `settings` say, and writes how that ended.
+
+    With HESITATE all but the first are slow to see that everybody has come.
+    """
     log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
@@ -95,6 +118,9 @@ def join(rank: int, file: Path, timeout: float, settings: dict[str, str]) -> Non
     from diffusion_accel.errors import AccelerationError
     from diffusion_accel.parallel.group import join
 
+    if "HESITATE" in settings:
+        os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
+        torch.distributed.distributed_c10d._store_based_barrier = _hesitating
     try:
         text = f"joined {join(torch.device('cpu'), timeout).size}"
     except AccelerationError as error:
