@@ -21,14 +21,14 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.prediction import Conversion, converted
 from diffusion_accel.reuse.plan import Plan, Step
-from diffusion_accel.tuning.by_rollouts import FEW, ROUNDS
+from diffusion_accel.tuning.by_rollouts import FEW
 from diffusion_accel.tuning.error_feedback import Rollout
 from diffusion_accel.tuning.fits import combination, fitted
 from diffusion_accel.tuning.jumps import Jumps, Trajectory, evaluated
 from diffusion_accel.tuning.measure import reusing
 from diffusion_accel.tuning.recording import record
 from diffusion_accel.tuning.replay import Recording, Replay
-from diffusion_accel.tuning.timesteps import NodeSearch, residuals
+from diffusion_accel.tuning.timesteps import ROUNDS, NodeSearch, residuals
 
 STEPS = 50
 # computed steps, by their number, of the plans that shipped before: fast, balanced, quality

@@ -139,7 +139,7 @@ def main() -> int:
         return 0
     scheduler, steps, names = FAMILIES[options.what]
     set_scheduler(pipe, scheduler)
-    family: Any = diffusion_accel.tune(pipe, texts, steps=steps, evaluations=tuple(names), images=1e6, **common)
+    family: Any = diffusion_accel.tune(pipe, texts, steps=steps, computed_steps=tuple(names), images=1e6, **common)
     members = [replace(plan, name=names.get(plan.evaluations, "")) for plan in family.members]
     named = PlanFamily.of(members, search=family.search)
     (options.out / "plans").mkdir(parents=True, exist_ok=True)

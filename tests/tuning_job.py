@@ -44,7 +44,7 @@ def search(together: Any, state: Path | None = None, **changes: Any) -> Any:
     same numbers are computed by any number of processes."""
     from diffusion_accel.tuning.tuner import tune
 
-    given = {"steps": 5, "seconds": 1000.0, "batch": 1, "evaluations": (2, 3), "state": state, "together": together}
+    given = {"steps": 5, "seconds": 1000.0, "batch": 1, "computed_steps": (2, 3), "state": state, "together": together}
     with (
         mock.patch("diffusion_accel.tuning.by_rollouts.seconds_of", work_of),
         mock.patch("diffusion_accel.tuning.result.seconds_of", work_of),

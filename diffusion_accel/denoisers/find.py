@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,10 +116,11 @@ def unwrapped(layer: nn.Module) -> nn.Module:
 def fingerprint(*modules: nn.Module) -> str:
     """A short hash of the weights and shapes of models: 16 numbers of every parameter, rounded to bfloat16.
 
-    The same for a model in float32 and in half precision, except where rounding twice differs from rounding once.
+    The same for a model in float32 and in half precision, except where rounding twice differs from rounding once, and
+    for one whose LoRAs were deleted again, which leaves their wrappers around its layers.
     """
     digest = hashlib.sha256()
-    named = [pair for module in modules for pair in sorted(model_of(module).named_parameters())]
+    named = [pair for module in modules for pair in _named(module)]
     taken = [_sampled(parameter.detach()) for _, parameter in named]
     together = torch.cat([part.to(taken[0].device) for part in taken]).cpu() if taken else torch.empty(0)
     parts = together.split([part.numel() for part in taken])
@@ -126,6 +128,12 @@ def fingerprint(*modules: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(part.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model by name, sorted, as they are called without a LoRA around their layer."""
+    named = model_of(module).named_parameters()
+    return sorted(((name.replace(".base_layer.", "."), p) for name, p in named), key=itemgetter(0))
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:

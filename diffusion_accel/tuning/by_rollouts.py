@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,10 @@ from .replay import Recording, Replay
 from .result import measured_together
 from .state import Scores
 from .target import Target
-from .timesteps import Nodes, NodeSearch, residuals
+from .timesteps import ROUNDS, Nodes, NodeSearch, residuals
 from .together import ALONE, Tasks, Together
 
 FEW = 8  # images of which rollouts of a family are compared, or half of the calibration images if that is more
-ROUNDS = 3  # of the dynamic programme
 TIMED = 3  # rounds of timing, of which the first warms up
 GROWTHS = (1.25, 1.4, 1.6, 2.0)  # from one number of evaluations of a family to the next: the first that is affordable
 SEARCHED = 0.15  # share of the work of a family that is left for rollouts beyond the first one of each size
@@ -143,9 +142,7 @@ class RolloutTuner:
         """
         size = self.largest(speedup)
         self._save_for([size])
-        self.search.rounds([size], ROUNDS, self._go_on)
-        self._refine(size, 1.0)
-        nodes = self.search.best(size)
+        (nodes,) = self.search.every([size], self._share, self._tell)
         return self.plan(nodes), nodes
 
     def fastest(self, min_psnr: float) -> tuple[Plan, Nodes]:
@@ -155,13 +152,13 @@ class RolloutTuner:
             ConfigurationError: none does.
         """
         sizes = range(2, self.total)
-        self.search.rounds(family_sizes(self.total), ROUNDS, self._go_on)
+        self.search.rounds(family_sizes(self.total), ROUNDS, self._share(1.0))
         low, high, found = 0, len(sizes), None
         while low < high:
             middle = (low + high) // 2
             size = sizes[middle]
             self.search.rounds([size], 1, lambda: True)
-            self._refine(size, 0.25)
+            self.search.refine(size, self._share(0.25), lambda size=size: self._tell(size))  # type: ignore[misc]
             nodes = self.search.best(size)
             plan = self.plan(nodes)
             if self._median(plan) >= min_psnr:
@@ -176,10 +173,7 @@ class RolloutTuner:
         """Plans for every speed, from the fastest to the nearest one."""
         sizes = sorted(set(sizes)) or self._affordable()
         self._save_for(sizes)
-        self.search.rounds(sizes, ROUNDS, self._go_on)
-        for done, size in enumerate(sizes):
-            self._refine(size, 1 / (len(sizes) - done))
-        return [(self.plan(nodes), nodes) for nodes in map(self.search.best, sizes)]
+        return [(self.plan(nodes), nodes) for nodes in self.search.every(sizes, self._share, self._tell)]
 
     def _affordable(self) -> list[int]:
         """The sizes of a family that leave some work for searching."""
@@ -267,11 +261,11 @@ class RolloutTuner:
             "method": "rollouts",
         }
 
-    def _refine(self, size: int, share: float) -> None:
-        """Spend a share of what is left on plans with so many computed steps."""
-        until, done = self.budget.share(share), self._done
-        most = math.inf if self.most == math.inf else done + share * (self.most - done)
-        self.search.refine(size, lambda: time.monotonic() < until and self._done < most, lambda: self._tell(size))
+    def _share(self, part: float) -> Callable[[], bool]:
+        """Whether there is something left of a part of the time and of the work that are left now."""
+        until, done = self.budget.share(part), self._done
+        most = math.inf if self.most == math.inf else done + part * (self.most - done)
+        return lambda: time.monotonic() < until and self._done < most
 
     def _median(self, plan: Plan) -> float:
         return statistics.median(self.tasks.do("psnr", _tokens(plan)))
@@ -281,7 +275,7 @@ class RolloutTuner:
         """The scores of all images of which rollouts are compared."""
         before = self.replay.evaluations
         if self.recording.draws_noise:  # a jump cannot follow noise; the scheduler's own steps can
-            rollout = Rollout(self.replay, self.recording, self.trajectory, self.few, self.together, self.apart)
+            rollout = self._rollout(self.few)
             rollout.plan(nodes)
             values = self.jumps.decibels(rollout.sample)
         else:
@@ -290,10 +284,14 @@ class RolloutTuner:
         return self.together.in_order(values.tolist())
 
     def _fitted(self, nodes: Sequence[int]) -> Plan:
-        before, every = self.replay.evaluations, range(self.recording.images)
-        plan = Rollout(self.replay, self.recording, self.trajectory, every, self.together, self.apart).plan(nodes)
+        before = self.replay.evaluations
+        plan = self._rollout(range(self.recording.images)).plan(nodes)
         self.work.add("fits", (self.replay.evaluations - before) / self.total)
         return plan
+
+    def _rollout(self, images: Sequence[int]) -> Rollout:
+        """These images, under a plan."""
+        return Rollout(self.replay, self.recording, self.trajectory, images, self.together, self.apart)
 
     def _worked(self, _: None) -> float:
         return sum(self.together.everyone(sum(self.work.spent.values())))
@@ -333,9 +331,6 @@ class RolloutTuner:
                 shares.append(part)
         self.work.add("costs", TIMED * (1 + 1 / self.total))
         return min(1.0, statistics.median(shares))
-
-    def _go_on(self) -> bool:
-        return self.budget.left() > 0 and self._done < self.most
 
     def _tell(self, size: int) -> None:
         speedup = 1 / (self.fixed + self.each * size)

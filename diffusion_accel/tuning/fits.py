@@ -29,6 +29,16 @@ def by_channel(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.movedim(channel_dim(tensor), 1).flatten(2)
 
 
+def table(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Features, each (N, C, …), as one table for each image and channel, (N, C, K, positions), in float64."""
+    return torch.stack([by_channel(feature).double() for feature in features], 2)
+
+
+def gram(own: torch.Tensor) -> torch.Tensor:
+    """The products of features with each other, (N, C, K, K), of their table."""
+    return own @ own.transpose(2, 3)
+
+
 @dataclass(frozen=True)
 class Moments:
     """What a least-squares problem needs of each image: (N, C, K, K), (N, C, K) and (N, C)."""
@@ -40,9 +50,8 @@ class Moments:
     @classmethod
     def of(cls, features: Sequence[torch.Tensor], target: torch.Tensor) -> Moments:
         """From features and target, each (N, C, …)."""
-        table = torch.stack([by_channel(f).double() for f in features], 2)  # (N, C, K, positions)
-        wanted = by_channel(target).double()
-        return cls(table @ table.transpose(2, 3), (table @ wanted[..., None])[..., 0], wanted.pow(2).sum(2))
+        own, wanted = table(features), by_channel(target).double()
+        return cls(gram(own), (own @ wanted[..., None])[..., 0], wanted.pow(2).sum(2))
 
     def scaled(self, shares: torch.Tensor) -> Moments:
         """With each image counting so much, (N,)."""

@@ -133,12 +133,11 @@ def evaluated(
     """The clean sample that the denoiser means at a node, the latents, and what guidance adds to it, as
     a clean sample, if it is told apart."""
     kind, a, s = trajectory.kind, trajectory.alphas[node], trajectory.sigmas[node]
-    said, addition = replay.apart(x, trajectory.times[node], images)
-    if not apart or addition is None:
-        return converted("sample", kind, said, x, a, s), x, None
-    nothing = torch.zeros_like(x)
-    slope = converted("sample", kind, addition, nothing, a, s)
-    return converted("sample", kind, said, x, a, s), x, slope
+    time = trajectory.times[node]
+    said, addition = replay.apart(x, time, images) if apart else (replay(x, time, images), None)
+    clean = converted("sample", kind, said, x, a, s)
+    slope = None if addition is None else converted("sample", kind, addition, torch.zeros_like(x), a, s)
+    return clean, x, slope
 
 
 class Beginnings:

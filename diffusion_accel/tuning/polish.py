@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .fits import by_channel, mixed
+from .fits import by_channel, gram, mixed, table
 from .jumps import Jumps, Rolled, Seen, Trajectory, evaluated
 from .timesteps import LUCK
 
@@ -115,14 +115,13 @@ class _Course:
             self.errors(self.weights, images, features)
         for n, parts in enumerate(features):
             shared = len(self.weights[n]) == 1
-            table = torch.stack([by_channel(part).double() for part in parts], 2)  # (N, C, K, positions)
-            gram = (table @ table.transpose(2, 3)).sum(0)
-            gram = gram.sum(0, keepdim=True) if shared else gram
-            count = torch.tensor([float(table.shape[0] * table.shape[3] * (table.shape[1] if shared else 1))])
-            sums = self.jumps.together.total(torch.cat([gram.flatten(), count.double()]))
-            gram = sums[:-1].reshape(gram.shape) / sums[-1]
-            size = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
-            whole = gram + size[:, None, None] * torch.eye(gram.shape[-1], dtype=torch.float64)
+            own = table(parts)
+            products = gram(own).sum((0, 1) if shared else 0)
+            count = own.shape[0] * own.shape[3] * (own.shape[1] if shared else 1)
+            sums = self.jumps.together.total(torch.cat([products.flatten(), torch.tensor([float(count)]).double()]))
+            mean = (sums[:-1] / sums[-1]).reshape(-1, *products.shape[-2:])
+            size = RIDGE * mean.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+            whole = mean + size[:, None, None] * torch.eye(mean.shape[-1], dtype=torch.float64)
             self.factors[n] = torch.linalg.inv(torch.linalg.cholesky(whole)).transpose(1, 2)
 
 

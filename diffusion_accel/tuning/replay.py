@@ -179,11 +179,17 @@ class Replay:
             time: in the scheduler's unit; between its timesteps, what the denoiser is told is interpolated.
             which: numbers of images, increasing.
         """
-        return self.apart(x, time, which)[0]
+        return self._asked(x, time, which, None)[0]
 
     def apart(self, x: torch.Tensor, time: float, which: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same, and what guidance adds, so it minus the conditional prediction; None where there are no two."""
-        parts, additions, first, done, two = [], [], 0, 0, self.recording.branches
+        return self._asked(x, time, which, self.recording.branches)
+
+    def _asked(
+        self, x: torch.Tensor, time: float, which: Sequence[int], two: tuple[int, int] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the scheduler would be given, and with the numbers of both branches what guidance adds."""
+        parts, additions, first, done = [], [], 0, 0
         if not which:
             return x.clone(), None if two is None else x.clone()
         given = x.to(self.recording.device)

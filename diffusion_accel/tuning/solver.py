@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from diffusion_accel.arguments import public, refuse_unknown
-from diffusion_accel.conditioning import call_parameters
+from diffusion_accel.arguments import public
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import shown
 from diffusion_accel.measure.fidelity import psnr
-from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, listed, options_of, usual_steps, whole
+from diffusion_accel.measure.request import MOST_STEPS, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.progress import Progress, silent
@@ -25,18 +24,19 @@ from diffusion_accel.schedulers.measured import describe
 from diffusion_accel.schedulers.solver import LEAST_STEP, Solver, not_learnt
 
 from .budget import Budget
-from .by_rollouts import FEW, ROUNDS, untraceable
+from .by_rollouts import FEW, untraceable
 from .jumps import Jumps, Rolled, Trajectory
 from .measure import scheduling
 from .polish import polished
 from .recording import record
 from .replay import Recording, Replay
+from .request import checked, parts
 from .result import fidelity_of
 from .state import Scores
 from .target import LONGEST, TOWARDS
 from .timesteps import Nodes, NodeSearch, residuals
 from .together import ALONE, Tasks, Together
-from .tuner import USUAL_STEPS, held_out
+from .tuner import USUAL_STEPS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -102,28 +102,21 @@ def tune_solver(
         ConfigurationError: a setting is impossible.
         UnsupportedPipelineError: the denoiser cannot be repeated without the pipeline, or its scheduler draws noise.
     """
-    prompts = tuple(listed(prompts))
     named = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    options |= {name: value for name, value in named.items() if value is not None}
-    sizes = _checked(pipe, prompts, evaluations, towards, options)
+    prompts, options = checked(tune_solver, pipe, prompts, named, options, seed, batch, seconds)
+    sizes = _sizes(evaluations, towards)
     given = _given(start, sizes)
-    options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
-    whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
-    if type(seconds) not in (int, float) or not seconds >= 0:
-        raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
     steps = whole("steps", usual_steps(pipe) or USUAL_STEPS if steps is None else steps, 2, MOST_STEPS)
     if towards == "baseline" and sizes[-1] > steps:
         raise ConfigurationError(f"towards the baseline of {steps} steps at most {steps} evaluations, got {sizes[-1]}")
-    held = held_out(len(prompts))
     goal, many = _goal(pipe, towards, steps)
-    everything, calibration = Sampler(pipe, prompts, many, seed, batch, options), len(prompts) - held
-    together.check(calibration, {"prompts": prompts, "steps": many, "seed": seed, "arguments": options})
-    heldout = together.part(everything.part(calibration, len(prompts)))
+    calibration, heldout = parts(Sampler(pipe, prompts, many, seed, batch, options), together)
     with torch.inference_mode(), scheduling(pipe, goal):
         progress("where the samples should be", 0.0)
         chosen = _chosen(many) if towards == TOWARDS[0] else _every
-        recording, _ = record(together.part(everything.part(0, calibration)), chosen)
+        recording, _ = record(calibration, chosen)
         wanted = heldout.images() if heldout.prompts else None
+    texts = together.in_order(calibration.prompts)
     own = untraceable(recording) or ("its scheduler draws noise" if recording.draws_noise else "")
     if reason := next(filter(None, together.everyone(own)), ""):
         raise UnsupportedPipelineError(f"a solver cannot be learnt for {type(pipe).__name__}: {reason}")
@@ -131,7 +124,7 @@ def tune_solver(
     def about() -> dict[str, Any]:
         call = {**options, "seed": seed, "towards": towards, "goal": type(goal).__name__}
         valid = conditions(pipe, many) | {"call": call}
-        return {"conditions": valid, "prompts": list(prompts[:calibration]), "method": "solver"}
+        return {"conditions": valid, "prompts": texts, "method": "solver"}
 
     with torch.inference_mode():
         scores = Scores(None if state is None else Path(state), about)
@@ -184,8 +177,7 @@ def _search(
         return scores.of(f"rollout {','.join(map(str, nodes))}", lambda: tasks.do("rollout", list(nodes)))
 
     def search() -> None:
-        searched = Budget((1 - POLISHED) * budget.left())
-        new = [] if left is None else _nodes(NodeSearch(run, left), sizes, searched, progress)
+        new = [] if left is None else _nodes(NodeSearch(run, left), sizes, budget, progress)
         for nodes in [*known.values(), *new]:
             progress(f"{len(nodes)} evaluations, all jumps together", budget.used(), max(0.0, budget.left()))
             tasks.do("fit", list(nodes))
@@ -195,18 +187,19 @@ def _search(
     return found
 
 
-def _nodes(search: NodeSearch, sizes: Sequence[int], budget: Budget, progress: Progress) -> Iterator[Nodes]:
-    """The best nodes for each number of evaluations."""
-    search.rounds(sizes, ROUNDS, lambda: budget.left() > 0)
-    for done, size in enumerate(sizes):
-        part = Budget(max(0.0, budget.left()) / (len(sizes) - done))
+def _nodes(search: NodeSearch, sizes: Sequence[int], budget: Budget, progress: Progress) -> list[Nodes]:
+    """The best nodes for each number of evaluations, in the part of the time that polishing leaves."""
+    whole = Budget((1 - POLISHED) * budget.left())
 
-        def tell(size: int = size) -> None:
-            text = f"{len(search.known)} rollouts, {size} evaluations, {search.decibels(size):.1f} dB"
-            progress(text, budget.used(), max(0.0, budget.left()))
+    def share(part: float) -> Callable[[], bool]:
+        own = Budget(part * whole.left())
+        return lambda: own.left() > 0
 
-        search.refine(size, lambda part=part: part.left() > 0, tell)  # type: ignore[misc]
-        yield search.best(size)
+    def tell(size: int) -> None:
+        text = f"{len(search.known)} rollouts, {size} evaluations, {search.decibels(size):.1f} dB"
+        progress(text, whole.used(), max(0.0, whole.left()))
+
+    return search.every(sizes, share, tell)
 
 
 def _given(start: object, sizes: Sequence[int]) -> dict[int, Sequence[float]]:
@@ -236,13 +229,8 @@ def distinct(times: Sequence[float]) -> list[int]:
     return [i for i, t in enumerate(times) if i + 1 == len(times) or t - times[i + 1] >= LEAST_STEP]
 
 
-def _checked(
-    pipe: DiffusionPipeline, prompts: Sequence[str], evaluations: Any, towards: str, options: dict[str, Any]
-) -> list[int]:
-    own = [name for name in tune_solver.__annotations__ if name not in ("pipe", "options", "return")]
-    refuse_unknown(options, {*call_parameters(pipe), *own}, "tune_solver()")
-    if len(prompts) < 6:
-        raise ConfigurationError(f"tuning needs at least 6 prompts (24 or more are recommended), got {len(prompts)}")
+def _sizes(evaluations: Any, towards: str) -> list[int]:
+    """The numbers of evaluations, increasing. Raises `ConfigurationError` for what cannot be learnt."""
     if towards not in TOWARDS:
         raise ConfigurationError(f"towards must be one of {', '.join(TOWARDS)}, got {shown(towards)}")
     several = evaluations if isinstance(evaluations, (list, tuple)) else [evaluations]

@@ -9,6 +9,7 @@ programme minimises, for every number of evaluations at once; what it does not k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .jumps import Trajectory
 from .together import ALONE, Together
 
 RIDGE = 1e-8
+ROUNDS = 3  # of the dynamic programme, each followed by rollouts of what it found
 KNOTS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)  # shares of the trajectory at which the profile is adjusted
 STEEPNESS = 6.0  # of the profile before anything was run: an early error counts exp(-6) times as much as a late one
 SMOOTH, NEAR = 0.02, 0.02  # how much a profile is kept smooth, and near the one before
@@ -231,6 +233,26 @@ class NodeSearch:
                 self.leads(nodes)
             if not new:
                 return
+
+    def every(
+        self,
+        sizes: Sequence[int],
+        share: Callable[[float], Callable[[], bool]],
+        told: Callable[[int], None] = lambda _: None,
+    ) -> list[Nodes]:
+        """The best nodes for each size: the dynamic programme for all of them together, then each gets as much of what
+        is left as those behind it.
+
+        Args:
+            sizes: numbers of evaluations.
+            share: of a part of what may still be spent, 0 to 1: whether there is some of that left, asked again and
+                again.
+            told: the size after each of its rollouts.
+        """
+        self.rounds(sizes, ROUNDS, share(1.0))
+        for done, size in enumerate(sizes):
+            self.refine(size, share(1 / (len(sizes) - done)), partial(told, size))
+        return [self.best(size) for size in sizes]
 
     def best(self, size: int) -> Nodes:
         """The best nodes so far."""

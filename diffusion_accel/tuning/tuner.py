@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_accel.arguments import public, refuse_unknown
-from diffusion_accel.conditioning import call_parameters
+from diffusion_accel.arguments import public
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import shown
-from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, listed, options_of, usual_steps, whole
+from diffusion_accel.measure.request import MOST_STEPS, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.reuse.plan_family import PlanFamily
@@ -24,6 +23,7 @@ from .by_rollouts import RolloutTuner, untraceable
 from .by_trials import search_by_trials
 from .measure import Reference
 from .recording import record
+from .request import checked, parts
 from .target import Target
 from .together import ALONE, Together
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 IMAGES_EACH = 4  # images of the baseline for each prompt: the work for a family
-ENOUGH = 9  # held-out images for a floor
 USUAL_STEPS = 50  # of a pipeline that names no number of its own
 
 
@@ -54,7 +53,7 @@ def tune(
     progress: Progress = silent,
     try_steps: tuple[int, ...] = (),
     try_schedulers: tuple[Any, ...] = (),
-    evaluations: tuple[int, ...] = (),
+    computed_steps: tuple[int, ...] = (),
     together: Together = ALONE,
     **options: Any,
 ) -> TunedPlan | PlanFamily:
@@ -90,7 +89,7 @@ def tune(
         progress: told how many plans were tried and what the best one does.
         try_steps, try_schedulers: fewer steps and other schedulers that the plan may use to come near the baseline; the
             time budget is shared among all combinations. The plan's conditions say which were chosen.
-        evaluations: of a family: how many steps its plans compute; empty: chosen by the number of steps.
+        computed_steps: of a family: how many steps its plans compute; empty: chosen by the number of steps.
         together: `tuning.together.Together.joined(pipe.device)` in every process of a job that calls this alike: each
             does its share of the images, the first one decides, and all return the same.
         options: further arguments of the pipeline's call.
@@ -104,43 +103,38 @@ def tune(
         ConfigurationError: a setting is impossible, or no plan reaches the target.
         UnsupportedPipelineError: the pipeline's steps cannot be left out.
     """
-    prompts = tuple(listed(prompts))
-    steps = usual_steps(pipe) or USUAL_STEPS if steps is None else steps
     named = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    options |= {name: value for name, value in named.items() if value is not None}
-    target = _checked(pipe, prompts, steps, options, Target(speedup, min_psnr))
-    options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
-    whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
-    if type(seconds) not in (int, float) or not seconds >= 0:
-        raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
+    prompts, options = checked(tune, pipe, prompts, named, options, seed, batch, seconds)
+    steps = whole("steps", usual_steps(pipe) or USUAL_STEPS if steps is None else steps, 1, MOST_STEPS)
+    if steps < 4:
+        raise ConfigurationError(f"tuning needs at least 4 steps, got {steps}")
+    target = Target(speedup, min_psnr)
+    if reason := Reuse().supports(pipe):
+        raise UnsupportedPipelineError(f"reuse cannot be used on {type(pipe).__name__}: {reason}")
     if images is not None and (type(images) not in (int, float) or not images > 0):
         raise ConfigurationError(f"images must be a number above 0, got {shown(images)}")
     if not isinstance(try_steps, tuple | list):
         raise ConfigurationError(f"try_steps must be a list of numbers of steps, got {shown(try_steps)}")
     for number in try_steps:
         whole("try_steps", number, 1, MOST_STEPS)
-    for number in evaluations:
-        whole("evaluations", number, 1, steps)
-    held = held_out(len(prompts))
-    everything, calibration = Sampler(pipe, prompts, steps, seed, batch, options), len(prompts) - held
-    together.check(calibration, {"prompts": prompts, "steps": steps, "seed": seed, "arguments": options})
-    spans = (0, calibration), (calibration, len(prompts))
-    parts = together.part(everything.part(*spans[0])), together.part(everything.part(*spans[1]))
+    for number in computed_steps:
+        whole("computed_steps", number, 1, steps)
+    mine = parts(Sampler(pipe, prompts, steps, seed, batch, options), together)
     file = None if state is None else Path(state)
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
     with torch.inference_mode():
         reason = "other steps or schedulers are tried"
         if len(variants) == 1:
             progress("baseline", 0.0)
-            recording, drawn = record(parts[0])
+            recording, drawn = record(mine[0])
             reasons = together.everyone(untraceable(recording) or "")
-            reference, reason = Reference(*parts, pipe.scheduler, drawn), next(filter(None, reasons), "")
+            reference, reason = Reference(*mine, pipe.scheduler, drawn), next(filter(None, reasons), "")
         elif together.size == 1:
-            reference = Reference.measure(*parts)
+            reference = Reference.measure(*mine)
         if not reason:
             most = IMAGES_EACH * len(prompts) if images is None and target.is_family else images
             tuner = RolloutTuner(reference, recording, Budget(seconds), progress, file, together, most)
-            return _by_rollouts(tuner, target, evaluations)
+            return _by_rollouts(tuner, target, computed_steps)
         if together.size > 1:
             raise ConfigurationError(f"several processes cannot share this search: {reason}; start one process")
         if target.is_family:
@@ -150,36 +144,16 @@ def tune(
         return search_by_trials(reference, variants, target, seconds, file, progress)
 
 
-def _by_rollouts(tuner: RolloutTuner, target: Target, evaluations: Sequence[int]) -> TunedPlan | PlanFamily:
+def _by_rollouts(tuner: RolloutTuner, target: Target, computed_steps: Sequence[int]) -> TunedPlan | PlanFamily:
     if not tuner.together.first:
         return (PlanFamily if target.is_family else TunedPlan).from_dict(tuner.tasks.follow())
-    made: TunedPlan | PlanFamily = tuner.tasks.lead(lambda: _searched(tuner, target, evaluations))
+    made: TunedPlan | PlanFamily = tuner.tasks.lead(lambda: _searched(tuner, target, computed_steps))
     tuner.tasks.end(made.to_dict())
     return made
 
 
-def _searched(tuner: RolloutTuner, target: Target, evaluations: Sequence[int]) -> TunedPlan | PlanFamily:
+def _searched(tuner: RolloutTuner, target: Target, computed_steps: Sequence[int]) -> TunedPlan | PlanFamily:
     if target.is_family:
-        return tuner.family(tuner.every(evaluations))
+        return tuner.family(tuner.every(computed_steps))
     found = tuner.fastest(target.min_psnr or 0.0) if target.speedup is None else tuner.one(target.speedup)
     return tuner.tuned([found], target)[0]
-
-
-def held_out(prompts: int) -> int:
-    """How many of so many prompts measure and do not calibrate: a third, or what a floor needs of 20 and more."""
-    return max(prompts - 2 * prompts // 3, ENOUGH if prompts >= 20 else 0)
-
-
-def _checked(
-    pipe: DiffusionPipeline, prompts: Sequence[str], steps: int, options: dict[str, Any], target: Target
-) -> Target:
-    """The target, if it can be searched for."""
-    own = [name for name in tune.__annotations__ if name not in ("pipe", "prompts", "options", "return")]
-    refuse_unknown(options, {*call_parameters(pipe), *own}, "tune()")
-    if len(prompts) < 6:
-        raise ConfigurationError(f"tuning needs at least 6 prompts (24 or more are recommended), got {len(prompts)}")
-    if whole("steps", steps, 1, MOST_STEPS) < 4:
-        raise ConfigurationError(f"tuning needs at least 4 steps, got {steps}")
-    if reason := Reuse().supports(pipe):
-        raise UnsupportedPipelineError(f"reuse cannot be used on {type(pipe).__name__}: {reason}")
-    return target

@@ -62,6 +62,20 @@ def test_the_fingerprint_follows_the_weights_not_the_dtype() -> None:
     assert fingerprint(pipe.unet) != first
 
 
+def test_the_fingerprint_is_as_it_was_once_a_lora_is_deleted() -> None:
+    from peft import LoraConfig
+
+    unet = sd()[0].unet
+    first = fingerprint(unet)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False), "some")
+    assert fingerprint(unet) != first
+    unet.delete_adapters("some")
+    assert any(".base_layer." in name for name, _ in unet.named_parameters())
+    assert fingerprint(unet) == first
+    unet.conv_in.weight.data[0, 0, 0, 0] += 1
+    assert fingerprint(unet) != first
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

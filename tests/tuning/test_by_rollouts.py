@@ -110,7 +110,7 @@ def test_the_fastest_plan_of_a_fidelity() -> None:
 
 def test_a_family_has_a_plan_for_every_speed() -> None:
     pipe = dit()
-    family = tune(pipe, PROMPTS, steps=8, seconds=1, evaluations=(2, 4, 4, 6), **CALL)
+    family = tune(pipe, PROMPTS, steps=8, seconds=1, computed_steps=(2, 4, 4, 6), **CALL)
     assert isinstance(family, PlanFamily)
     assert {plan.measured["full_steps"] for plan in family.members} <= {2, 4, 6}
     assert family.search["rollouts"] >= 3 and set(family.search["work"]) >= {"baseline", "rollouts", "fits"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,8 +37,7 @@ def made() -> Jumps:
     times = levels[:-1:4]
     alphas, sigmas = [*map(math.cos, times), 1.0], [*map(math.sin, times), 0.0]
     trajectory = Trajectory(times, alphas, sigmas, torch.stack(latents), torch.stack(said), x, "sample")
-    replay: Any = SimpleNamespace(apart=lambda x, time, which: (denoiser(x, time), None))
-    return Jumps(replay, trajectory, range(IMAGES))
+    return Jumps(lambda x, time, which: denoiser(x, time), trajectory, range(IMAGES))
 
 
 @pytest.fixture
@@ -105,18 +103,16 @@ def test_without_time_or_a_gradient_the_fitted_jumps_stay(
     jumps, found = rolled
     with torch.inference_mode():
         assert polished(jumps, found, lambda: 0.0) is found
-        apart = jumps.replay.apart
+        plain: Any = jumps.replay
 
         def refuses(x: torch.Tensor, time: float, which: Any) -> Any:
             if x.requires_grad:
                 raise RuntimeError("derivative for this operator is not implemented\nat length")
-            return apart(x, time, which)
+            return plain(x, time, which)
 
-        monkeypatch.setattr(jumps.replay, "apart", refuses)
+        monkeypatch.setattr(jumps, "replay", refuses)
         assert polished(jumps, found, lambda: 1.0) is found
-        monkeypatch.setattr(
-            jumps.replay, "apart", lambda *given: [v if v is None else v.detach() for v in apart(*given)]
-        )
+        monkeypatch.setattr(jumps, "replay", lambda *given: plain(*given).detach())
         monkeypatch.setattr(polish, "MOST", 8)
         wrong = polished(jumps, found, lambda: 1.0)  # a gradient that leaves the denoiser out
         assert wrong is found or wrong.decibels.mean() > found.decibels.mean() - 0.1

@@ -130,7 +130,7 @@ def test_impossible_targets_are_refused(sticker: Any) -> None:
         tune(sticker, PROMPTS, steps=4, speedup=900, seconds=1, **SMALL)
     for options, words in (
         ({"speedup": 2, "min_psnr": 40}, "either"),
-        ({"evaluations": (0,)}, "evaluations must be a whole number"),
+        ({"computed_steps": (0,)}, "computed_steps must be a whole number"),
         ({"speedup": 0.5}, "above 1"),
         ({"speedup": "2"}, "speedup must be a number"),
         ({"min_psnr": 200}, "5 to 80"),

@@ -1,0 +1,75 @@
+"""What a search is asked for: prompts and calls, checked before anything is drawn, and which of them measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diffusion_accel.arguments import refuse_unknown
+from diffusion_accel.conditioning import call_parameters
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+from diffusion_accel.measure.request import MAX_SEED, listed, options_of, whole
+from diffusion_accel.measure.sampler import Sampler
+
+from .together import Together
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LEAST = 6  # prompts
+ENOUGH = 9  # held-out images for a floor
+
+
+def checked(
+    function: Callable[..., Any],
+    pipe: DiffusionPipeline,
+    prompts: str | Sequence[str],
+    named: dict[str, Any],
+    options: dict[str, Any],
+    seed: int,
+    batch: int,
+    seconds: float,
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The prompts, and all arguments of the pipeline's calls.
+
+    Args:
+        function: what was called; its own arguments are offered where another one is mistyped.
+        pipe: the pipeline.
+        prompts: at least 6.
+        named: arguments of the pipeline's calls that the function names, None where they are not given.
+        options: further ones.
+        seed: of the first image.
+        batch: images in a call.
+        seconds: the time budget.
+
+    Raises:
+        ConfigurationError: one of them is impossible.
+    """
+    texts = tuple(listed(prompts))
+    own = [name for name in function.__annotations__ if name not in ("pipe", "options", "return")]
+    refuse_unknown(options, {*call_parameters(pipe), *own}, f"{function.__name__}()")
+    if len(texts) < LEAST:
+        raise ConfigurationError(
+            f"tuning needs at least {LEAST} prompts (24 or more are recommended), got {len(texts)}"
+        )
+    options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
+    whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
+    if type(seconds) not in (int, float) or not seconds >= 0:
+        raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
+    return texts, options | {name: value for name, value in named.items() if value is not None}
+
+
+def held_out(prompts: int) -> int:
+    """How many of so many prompts measure and do not calibrate: a third, or what a floor needs of 20 and more."""
+    return max(prompts - 2 * prompts // 3, ENOUGH if prompts >= 20 else 0)
+
+
+def parts(everything: Sampler, together: Together) -> tuple[Sampler, Sampler]:
+    """The images of this process that calibrate, and those that measure. Raises `ConfigurationError` if the processes
+    were asked for different things."""
+    count = len(everything.prompts)
+    calibration = count - held_out(count)
+    asked = {"prompts": everything.prompts, "steps": everything.steps, "seed": everything.seed}
+    together.check(calibration, asked | {"arguments": everything.options})
+    return together.part(everything.part(0, calibration)), together.part(everything.part(calibration, count))
