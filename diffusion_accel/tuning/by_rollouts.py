@@ -19,7 +19,7 @@ import torch
 
 from diffusion_accel.combination import Combination
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.measure.fidelity import psnr
+from diffusion_accel.measure.fidelity import psnr, spread
 from diffusion_accel.measure.timing import seconds_of
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.progress import Progress, silent
@@ -32,14 +32,16 @@ from .budget import Budget
 from .error_feedback import Rollout
 from .jumps import Jumps, Trajectory
 from .measure import Reference, reusing
+from .presets import presets
 from .replay import Recording, Replay
 from .result import measured_together
 from .state import Scores
-from .target import Target
+from .target import CEILING, Target
 from .timesteps import ROUNDS, Nodes, NodeSearch, residuals
 from .together import ALONE, Tasks, Together
 
 FEW = 8  # images of which rollouts of a family are compared, or half of the calibration images if that is more
+RIVALS = 3  # presets that a single plan is compared with in the pipeline
 TIMED = 3  # rounds of timing, of which the first warms up
 GROWTHS = (1.25, 1.4, 1.6, 2.0)  # from one number of evaluations of a family to the next: the first that is affordable
 SEARCHED = 0.15  # share of the work of a family that is left for rollouts beyond the first one of each size
@@ -141,9 +143,9 @@ class RolloutTuner:
             ConfigurationError: none is.
         """
         size = self.largest(speedup)
-        self._save_for([size])
+        self._save_for([size], 1 + RIVALS)
         (nodes,) = self.search.every([size], self._share, self._tell)
-        return self.plan(nodes), nodes
+        return self._judged(self.plan(nodes), nodes)
 
     def fastest(self, min_psnr: float) -> tuple[Plan, Nodes]:
         """The fastest plan whose median reaches a PSNR on the calibration images.
@@ -161,13 +163,24 @@ class RolloutTuner:
             self.search.refine(size, self._share(0.25), lambda size=size: self._tell(size))  # type: ignore[misc]
             nodes = self.search.best(size)
             plan = self.plan(nodes)
-            if self._median(plan) >= min_psnr:
+            if self._spread(plan)[0] >= min_psnr:
                 found, high = (plan, nodes), middle
             else:
                 low = middle + 1
         if found is None:
             raise ConfigurationError(f"no plan reaches {min_psnr:g} dB on these prompts")
-        return found
+        return self._judged(*found, min_psnr)
+
+    def _judged(self, plan: Plan, nodes: Nodes, least: float = 0.0) -> tuple[Plan, Nodes]:
+        """The plan, or a preset that computes no more steps, has this median and is nearer to the calibration images,
+        in the mean of median and worst decile."""
+        best, nearest = (plan, nodes), statistics.mean(self._spread(plan))
+        for preset in presets(self.recording, len(nodes))[:RIVALS]:
+            self.progress("presets beside it", self.budget.used(), max(0.0, self.budget.left()))
+            median, worst = self._spread(preset)
+            if median >= least and (own := statistics.mean((median, worst))) > nearest:
+                best, nearest = (preset, tuple(i for i, step in enumerate(preset.steps) if step.mode == "full")), own
+        return best
 
     def every(self, sizes: Sequence[int] = ()) -> list[tuple[Plan, Nodes]]:
         """Plans for every speed, from the fastest to the nearest one."""
@@ -194,9 +207,10 @@ class RolloutTuner:
         drawn, held = sum(sizes) / self.total, self.held
         return len(self.prompts) * drawn + (held + TIMED) * (1 + drawn)
 
-    def _save_for(self, sizes: Sequence[int]) -> None:
-        """Leave enough work for what comes after the search."""
-        self.most = self.images - self._later(sizes) - max(sizes) / self.total * self._compared
+    def _save_for(self, sizes: Sequence[int], drawn: int = 0) -> None:
+        """Leave enough work for what comes after the search, also for so many plans that all images are drawn with."""
+        calls = self._compared + drawn * len(self.prompts)
+        self.most = self.images - self._later(sizes) - max(sizes) / self.total * calls
 
     def largest(self, speedup: float) -> int:
         """How many steps may be computed at a speed-up. Raises `ConfigurationError` if not even one may."""
@@ -267,8 +281,9 @@ class RolloutTuner:
         most = math.inf if self.most == math.inf else done + part * (self.most - done)
         return lambda: time.monotonic() < until and self._done < most
 
-    def _median(self, plan: Plan) -> float:
-        return statistics.median(self.tasks.do("psnr", _tokens(plan)))
+    def _spread(self, plan: Plan) -> tuple[float, float]:
+        """Median and worst decile of the calibration images under a plan, in dB."""
+        return spread(self.tasks.do("psnr", _tokens(plan)), CEILING)
 
     # ------------------------------------------------------------------ what every process does for its images
     def _rolled(self, nodes: Sequence[int]) -> list[float]:

@@ -83,7 +83,8 @@ def test_a_speedup_is_reached_and_a_preset_of_equal_work_is_beaten() -> None:
     assert plan.search["method"] == "rollouts" and plan.measured["pictures"] == 3
     full = plan.measured["full_steps"]
     assert full < 8 and plan.search["predicted_time_ratio"] >= 1.9
-    assert set(plan.search["work"]) == {"baseline", "costs", "rollouts", "fits", "held-out images"}
+    work = {"baseline", "costs", "rollouts", "fits", "plans in the pipeline", "held-out images"}
+    assert set(plan.search["work"]) == work
     new = Sampler(pipe, ("8", "9", "1"), 8, 70, 8, CALL)
     with torch.inference_mode():
         base = new.images()
@@ -103,7 +104,7 @@ def test_the_fastest_plan_of_a_fidelity() -> None:
     with torch.inference_mode():
         tuner = searching(pipe)
         found, nodes = tuner.fastest(30.0)
-        assert tuner._median(found) >= 30 and found == tuner.plan(nodes)
+        assert tuner._spread(found)[0] >= 30 and found == tuner.plan(nodes)
         with pytest.raises(ConfigurationError, match="no plan reaches 200 dB"):
             tuner.fastest(200.0)
 
