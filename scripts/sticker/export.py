@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from diffusion_accel.evaluation.distribution import hit_shares
 from diffusion_accel.io import first_line
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.outputs import replacing_folder
 from diffusion_accel.routing.hooks import CONFIG_KEY
 from diffusion_accel.training import archives
@@ -60,6 +61,20 @@ def denoiser_of(work: Path, shape: Shape) -> Denoiser:
     transformer = build_transformer(shape)
     initialise(transformer)
     return FluxDenoiser(transformer, text, build_states_encoder(shape, len(data.load_states_tokenizer(work))))
+
+
+def load_text_encoder(work: Path, source: str, text: torch.nn.Module) -> None:
+    """Load the text encoder of another pipeline, which must have the work folder's tokenizer and sizes, into `text`."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = EMBEDDED[source].path if source in EMBEDDED else Path(source)
+    theirs = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
+    if theirs != data.load_tokenizer(work).get_vocab():
+        raise UsageError(f"the tokenizer of {source} is not that of {work}: its text encoder cannot be begun with")
+    try:
+        text.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
+    except RuntimeError as error:
+        raise UsageError(f"the text encoder of {source} has other sizes: {first_line(error)}") from error
 
 
 def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:

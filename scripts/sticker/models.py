@@ -17,7 +17,7 @@ from .latents import PATCH
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Shape:
         text_width, text_layers: of the text encoder; its heads are 32 wide.
         transformer_blocks: double and single blocks of a Flux transformer, whose tokens are 2x2 latents; none: a UNet.
         transformer_heads: of its attention, 32 wide each.
+        text_from: pipeline folder or embedded model whose text encoder the first one begins as; same tokenizer.
         states_layers: of its second text encoder, a T5 encoder, which is as wide as the first.
         training: settings of the loop by stage, beside the tuned ones of `settings`.
     """
@@ -54,7 +55,8 @@ class Shape:
     text_layers: int = 3
     transformer_blocks: tuple[int, ...] = ()
     transformer_heads: int = 7
-    states_layers: int = 3
+    text_from: str | None = None
+    states_layers: int = 2
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -192,9 +194,9 @@ class LatentHead(nn.Module):
 
 
 class TextToLatents(nn.Module):
-    """The text encoder with a head that predicts the mean latents of a caption."""
+    """A text encoder with a head that predicts the mean latents of a caption."""
 
-    def __init__(self, text: CLIPTextModel, shape: Shape) -> None:
+    def __init__(self, text: CLIPTextModel | T5EncoderModel, shape: Shape) -> None:
         super().__init__()
         self.text, self.head = text, LatentHead(shape)
 

@@ -20,7 +20,8 @@ from diffusion_accel.training.loop import Task
 from diffusion_accel.training.state import load_average
 
 from . import data
-from .export import denoiser_of, evaluate, export, generate, load_pipeline
+from .export import denoiser_of, evaluate, export, generate, load_pipeline, load_text_encoder
+from .flux import FluxDenoiser
 from .latents import encode_images, fit_codec
 from .models import Shape
 from .settings import ORDER, TUNED
@@ -146,10 +147,14 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
     shape, process = captioned.shape, captioned.shape.process
     torch.manual_seed(0)
     denoiser = denoiser_of(options.work, shape)
-    if not finishing and not options.fresh_text and not shape.transformer_blocks:
+    if not finishing and not options.fresh_text:
         pretrained = TextTask(options.work).model
         load_average(options.work / "text", pretrained, "text")
-        denoiser.text.load_state_dict(pretrained.text.state_dict())
+        (denoiser.states if isinstance(denoiser, FluxDenoiser) else denoiser.text).load_state_dict(
+            pretrained.text.state_dict()
+        )
+        if shape.text_from is not None:
+            load_text_encoder(options.work, shape.text_from, denoiser.text)
     if finishing:
         load_average(options.work / "denoiser", denoiser, "denoiser")
         captioned = captioned.listed()
@@ -194,8 +199,6 @@ def run(options: argparse.Namespace) -> None:
         if name in TUNED:
             assert accelerator is not None
             shape = Shape.of_work(options.work)
-            if name == "text" and shape.transformer_blocks and options.stage == "all":
-                continue  # its text encoders learn with it
             tuned = TUNED[name] | shape.training.get(name, {})
             train_stage(name, options.work / name, TASKS[name], tuned, options, accelerator)
         elif accelerator is None or accelerator.is_main_process:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ from diffusion_accel.training.images import image_loss, mean_psnr, save_grid
 from diffusion_accel.training.loop import Batch
 
 from . import data
+from .flux import STATES_LENGTH, build_states_encoder
 from .latents import PatchCodec
 from .models import Shape, TextToLatents, build_text_encoder, build_vae
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, T5EncoderModel
 
 LISTED = 3  # times as often as another image one of the concept list is drawn
 
@@ -147,7 +151,7 @@ class Captioned:
 
 
 class TextTask:
-    """Pre-trains the text encoder to draw: caption -> mean latents, by MSE.
+    """Pre-trains the text encoder to draw, a transformer's second one: caption -> mean latents, by MSE.
 
     Without it the denoiser binds text to images slowly: a whole UNet step moves the text encoder a little, while here
     one core sees hundreds of captions a second.
@@ -159,16 +163,21 @@ class TextTask:
         shape = self.captioned.shape
         if shape.latent_size % 2:
             raise TrainingError(f"the image side must be a multiple of {2 * shape.patch} pixels, got {shape.size}")
-        self.model = TextToLatents(build_text_encoder(shape, data.load_tokenizer(work)), shape)
+        encoder: CLIPTextModel | T5EncoderModel
+        if shape.transformer_blocks:
+            encoder = build_states_encoder(shape, len(data.load_states_tokenizer(work)))
+            self.captioned = replace(self.captioned, ids=self.captioned.ids[..., -STATES_LENGTH:])
+        else:
+            encoder = build_text_encoder(shape, data.load_tokenizer(work))
+        self.model = TextToLatents(encoder, shape)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         """Captions and the latents of their images."""
         chosen = torch.from_numpy(rng.choice(self.captioned.train, size))
         variants = torch.from_numpy(rng.integers(0, self.captioned.variants, size))
-        kept = torch.zeros(size, dtype=torch.bool)
         return {
             "latents": self.captioned.clean(chosen),
-            "ids": self.captioned.condition(chosen, variants, kept),
+            "ids": self.captioned.ids[chosen, variants].long(),
         }
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
