@@ -37,6 +37,11 @@ def registry_of(module: nn.Module) -> HookRegistry | None:
     return vars(module).get(_REGISTRY)
 
 
+def has_registry(attributes: dict[str, Any]) -> bool:
+    """Whether a module with these attributes has a registry of its own (`_diffusers_hook`)."""
+    return _REGISTRY in attributes
+
+
 def set_registry(module: nn.Module, registry: HookRegistry) -> None:
     """Give a module a registry (`_diffusers_hook`): diffusers has no way to make one with another target."""
     vars(module)[_REGISTRY] = registry

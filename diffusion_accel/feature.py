@@ -47,8 +47,8 @@ class Feature:
     #: it changes what is drawn, not how fast: comparisons keep it on both sides
     changes_output: ClassVar[bool] = False
     #: the module that does the work on a pipeline, imported when it is first needed, so that a configuration costs no
-    #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside`, which are
-    #: called with the feature and the pipeline
+    #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside` and
+    #: `goes_into_graphs`, which are called with the feature and the pipeline
     runtime: ClassVar[str] = ""
     #: what fields were called before, old name -> field; see `with_old_names`
     old_names: ClassVar[dict[str, str]] = {}
@@ -104,8 +104,13 @@ class Feature:
         allow. False: it acts on calls of the denoiser, on the VAE or on the scheduler only."""
         return not self.runtime or getattr(self._runtime(), "works_inside", _always)(self, pipeline)
 
+    def goes_into_graphs(self, pipeline: DiffusionPipeline) -> bool:
+        """Whether what works inside of a denoiser becomes part of a graph that is made of a call of it: its hooks say
+        what they do as a `CallInside`, or only weights are others."""
+        return bool(self.runtime) and getattr(self._runtime(), "goes_into_graphs", _never)(self, pipeline)
+
     def closes_inside(self) -> bool:
-        """Whether it runs a denoiser as one closed piece, so that nothing that works inside of it can act."""
+        """Whether it runs a denoiser as one graph, so that only what `goes_into_graphs` can act inside of it."""
         return False
 
     def learns(self) -> bool:
@@ -312,6 +317,10 @@ class Attachment(Generic[FeatureT]):
 
 def _always(_feature: Feature, _pipeline: DiffusionPipeline) -> bool:
     return True
+
+
+def _never(_feature: Feature, _pipeline: DiffusionPipeline) -> bool:
+    return False
 
 
 def alive(pipeline: weakref.ref[Any]) -> Any:

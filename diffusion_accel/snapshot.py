@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .diffusers_compat import LEFT_BY_HOOKS
+from .diffusers_compat import LEFT_BY_HOOKS, has_registry
 from .hooks import version_of
+from .inside import CALL
 
 SAMPLES = 64  # values of each tensor of a model that are compared
+_OF_HOOKS = LEFT_BY_HOOKS | {CALL}
 #: of a module: what hooks leave there, and what torch keeps for itself
-NOT_STATE = LEFT_BY_HOOKS | (frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"})
+NOT_STATE = _OF_HOOKS | (frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"})
 TORCH_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -34,12 +36,12 @@ class Snapshot:
 
     Args:
         model: the model.
-        around: hooks around calls of the model as a whole count, too; those of its parts always do.
+        hooks: whether hooks of diffusers count, on the model and on its parts; those of torch on its parts always do.
     """
 
-    def __init__(self, model: nn.Module, around: bool = True) -> None:
-        self._root = None if around else model.__dict__
-        self._own = None if around else _without_hooks(model.__dict__)
+    def __init__(self, model: nn.Module, hooks: bool = True) -> None:
+        self._root = None if hooks else model.__dict__
+        self._own = None if hooks else _without_hooks(model.__dict__)
         self._containers: list[Any] = []
         self._copies: list[Any] = []  # what they held
         self._tensors: list[tuple[torch.Tensor, int, int]] = []  # with version and place in memory
@@ -52,8 +54,10 @@ class Snapshot:
         """Whether nothing has changed; without `values` a write through `.data` is not seen, which takes a quarter of
         the time."""
         try:
-            same = self._root is None or _without_hooks(self._root) == self._own
-            same = same and all(map(operator.eq, self._containers, self._copies))
+            if self._root is None:
+                same = all(map(operator.eq, self._containers, self._copies))
+            else:
+                same = _without_hooks(self._root) == self._own and all(map(_alike, self._containers, self._copies))
         except RuntimeError:  # another tensor in the place of one cannot be compared by ==
             return False
         return (
@@ -94,7 +98,15 @@ class Snapshot:
 
 def _without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
     """What a module holds, but for what hooks leave there."""
-    return {key: value for key, value in attributes.items() if key not in LEFT_BY_HOOKS}
+    return {key: value for key, value in attributes.items() if key not in _OF_HOOKS}
+
+
+def _alike(live: Any, copy: Any) -> bool:
+    """Whether a container is as it was, but for hooks of diffusers on a module."""
+    if live == copy:
+        return True
+    hooked = isinstance(live, dict) and (has_registry(live) or has_registry(copy))
+    return hooked and _without_hooks(live) == _without_hooks(copy)
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:

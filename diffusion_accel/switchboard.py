@@ -309,7 +309,8 @@ def _check_conflicts(features: list[Feature], pipeline: DiffusionPipeline) -> No
         for other in features:
             if reason := feature.clash(other):
                 raise FeatureConflictError(f"{feature.name} cannot be combined with {other}: {reason}")
-            if other is not feature and feature.closes_inside() and other.works_inside(pipeline):
+            closes = other is not feature and feature.closes_inside() and other.works_inside(pipeline)
+            if closes and not other.goes_into_graphs(pipeline):
                 raise FeatureConflictError(
                     f"{feature.name} cannot be combined with {other}: that works inside of the denoiser, which runs as "
                     "one compiled graph; remove one of them, or use settings that act on whole calls (hold steps)"

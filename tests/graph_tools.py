@@ -8,6 +8,7 @@ import torch
 from zoo import rand, unet
 
 from diffusion_accel import Compiled
+from diffusion_accel.compiled.engine import Engine, Graph, Target
 from diffusion_accel.compiled.graphs import COUNTERS, Graphs
 
 
@@ -61,6 +62,28 @@ def agrees_after_changes(feature: Compiled, steps: list[Any], bound: float) -> N
                 assert type(given).__name__ == "UNet2DConditionOutput" and given.sample.dtype == dtype
                 close(given.sample, expected, bound if dtype != torch.bfloat16 else 0.05)
         assert counters["graph_calls"] == (0 if dtype == torch.float64 else 2)
+
+
+FROZEN_CALLS: list[str] = []
+
+
+class Frozen:
+    """A trace with copies of the weights: what every engine that keeps weights is, on any machine."""
+
+    def __init__(self, flat: Any, tensors: list[torch.Tensor]) -> None:
+        FROZEN_CALLS.append(type(flat.module).__name__)
+        flat.eval()
+        self.trace = torch.jit.freeze(torch.jit.trace(flat, tuple(tensors), strict=False, check_trace=False))
+
+    def __call__(self, module: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(self.trace(*[t.float() if t.dtype.itemsize == 2 else t for t in tensors]))
+
+
+def frozen(flat: Any, tensors: list[torch.Tensor], target: Target) -> Graph:
+    return Frozen(flat, [t.float() if t.dtype.itemsize == 2 else t for t in tensors])
+
+
+FROZEN = Engine("frozen", frozen, machines=("cpu",), keeps_weights=True)
 
 
 class CountingBackend:

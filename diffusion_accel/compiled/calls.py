@@ -11,8 +11,9 @@ from torch import nn
 
 from diffusion_accel.denoisers import time_argument
 from diffusion_accel.hooks import map_tensors
+from diffusion_accel.inside import CallInside, call_inside
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype)
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -32,24 +33,30 @@ class Template:
 
     Attributes:
         named: the arguments by name.
-        returned: what the module returns, with slots; None before `run` was called.
+        inside: what hooks inside of the module are given; None where there are none.
+        returned: what the module returns and what hooks inside leave, with slots; None before `run` was called.
     """
 
-    def __init__(self, named: dict[str, Any]) -> None:
-        self.named = named
+    def __init__(self, named: dict[str, Any], inside: Any = None) -> None:
+        self.named, self.inside = named, inside
         self.returned: Any = None
 
     def run(self, module: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Call the module's own forward, below all hooks, and return the tensors that it returns."""
+        """Call the module's own forward, below all hooks around it, and return the tensors that it returns and those
+        that hooks inside of it leave."""
+        inside = call_inside(module)
+        if inside is not None:
+            inside.start(map_tensors(lambda slot: tensors[slot.number], self.inside, Slot))
         named = map_tensors(lambda slot: tensors[slot.number], self.named, Slot)
         output = type(module).forward(module, **named)
         found: list[torch.Tensor] = []
-        self.returned = _outlined(output, found)
+        self.returned = _outlined((output, None if inside is None else inside.finish()), found)
         return found
 
-    def output(self, tensors: list[torch.Tensor]) -> Any:
-        """Tensors as what the module returns."""
-        return _filled(self.returned, tensors)
+    def output(self, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
+        """Tensors as what the module returns, and as what hooks inside of it leave."""
+        output, left = _filled(self.returned, tensors)
+        return output, left
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,9 @@ class Call:
     tensors: list[torch.Tensor]
 
     @classmethod
-    def of(cls, named: dict[str, Any]) -> Call:
-        """The call with these arguments. A number for the timestep becomes a tensor, as models make one of it.
+    def of(cls, named: dict[str, Any], inside: CallInside | None = None) -> Call:
+        """The call with these arguments, and what hooks inside of the module do in it. A number for the timestep
+        becomes a tensor, as models make one of it.
 
         Raises:
             OpaqueError: no graph can be compiled for it.
@@ -81,11 +89,15 @@ class Call:
             tensors.append(tensor)
             return Slot(len(tensors) - 1)
 
-        template = map_tensors(slot, named)
+        does = "" if inside is None else inside.signature
+        if does is None:
+            raise OpaqueError("features of several steps that are forecast")
+        template, given = map_tensors(slot, named), None if inside is None else map_tensors(slot, inside.given)
         if not tensors:
             raise OpaqueError("no tensor")
         kinds = [(tuple(t.shape), str(t.dtype), str(t.device)) for t in tensors]
-        return cls(f"{_described(template)} {kinds}", Template(template), tensors)
+        described = f"{_described(template)} {does and (does, _described(given))} {kinds}"
+        return cls(described, Template(template, given), tensors)
 
     def shapes(self) -> str:
         """The shapes of the tensors, for messages."""
@@ -120,7 +132,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [type(value).__name__, *map(_described, value)]
     if isinstance(value, dict):
-        return [(key, _described(inner)) for key, inner in sorted(value.items(), key=lambda item: str(item[0]))]
+        return [(str(key), _described(inner)) for key, inner in sorted(value.items(), key=lambda item: str(item[0]))]
     if type(value) in _PLAIN:
         return (type(value).__name__, value)
     raise OpaqueError(f"a {type(value).__name__}")

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from diffusion_accel._version import __version__
-from diffusion_accel.diffusers_compat import has_offload_hook, registry_of
+from diffusion_accel.diffusers_compat import has_offload_hook, hook_names, registry_of
 from diffusion_accel.flops import counting
 from diffusion_accel.hooks import bind_forward
+from diffusion_accel.inside import CallInside, call_inside
 from diffusion_accel.io import first_line
 from diffusion_accel.snapshot import TORCH_HOOKS, Snapshot
 
@@ -72,7 +73,8 @@ class Graphs:
         self._entries: dict[str, _Entry] = {}
         self._snapshot: Snapshot | None = None
         self._digest: str | None = None
-        self._hooked = ""
+        self._parts: list[nn.Module] = []
+        self._hooked = False  # by torch or accelerate: a trace would follow them once
         self._wasted = 0
         self._told: set[str] = set()
         self._lock = threading.Lock()
@@ -91,11 +93,12 @@ class Graphs:
         counters: Counters,
     ) -> Any:
         """What stands in the place of the module's forward."""
-        named = bind_forward(module, args, kwargs)
+        named, inside = bind_forward(module, args, kwargs), call_inside(module)
+        given = None if inside is None else inside.given
         try:
-            if reason := self._unfit(module, forward):
+            if reason := self._unfit(module, forward, inside):
                 raise OpaqueError(reason)
-            call = Call.of(named)
+            call = Call.of(named, inside)
             if self.feature.closes_inside() and any(t.dtype in _WIDE and t.dim() for t in call.tensors):
                 raise OpaqueError("a tensor in double precision")
         except OpaqueError as reason:
@@ -105,11 +108,16 @@ class Graphs:
             return forward(*args, **kwargs)
         with self._lock:
             entry, tensors = self._serve(module, call, counters)
+        if inside is not None:
+            inside.start(given)
         if entry is None or tensors is None:
             counters["eager_calls"] += 1
             return forward(*args, **kwargs)
         counters["graph_calls"] += 1
-        return entry.template.output(tensors)
+        output, left = entry.template.output(tensors)
+        if inside is not None:
+            inside.left = left
+        return output
 
     # ------------------------------------------------------------------ one call
     def _serve(
@@ -214,7 +222,7 @@ class Graphs:
             precision = "bfloat16"
         return Target(precision, feature.device, feature.mode, torch.get_num_threads())
 
-    def _unfit(self, module: nn.Module, forward: Callable[..., Any]) -> str:
+    def _unfit(self, module: nn.Module, forward: Callable[..., Any], inside: CallInside | None) -> str:
         """Why this call cannot be a graph's; drops the graphs of weights and settings that the module had before."""
         if getattr(forward, "__func__", None) is not type(module).forward:
             return "hooks of others around it"
@@ -225,13 +233,22 @@ class Graphs:
         if counting():
             return "operations that are counted"
         if self._snapshot is None or not self._snapshot.holds(values=False):
-            self._snapshot = Snapshot(module, around=False)
-            self._hooked = "hooks inside" if _hooked_inside(module) else ""
-            if self.engine.keeps_weights:
-                before, self._digest = self._digest, digest(module) if self._stores() else None
+            self._snapshot = Snapshot(module, hooks=False)
+            self._parts = [part for part in module.modules() if part is not module]
+            self._hooked = any(has_offload_hook(p) or any(getattr(p, n) for n in TORCH_HOOKS) for p in self._parts)
+            frozen = [signature for signature, entry in self._entries.items() if self._keeps_weights(entry.template)]
+            if self.engine.keeps_weights or inside is not None or frozen:
+                before, self._digest = self._digest, digest(module)
                 if before is None or before != self._digest:
-                    self._entries.clear()
-        return self._hooked
+                    for signature in frozen:
+                        del self._entries[signature]
+        known = [] if inside is None else [inside.hooks]
+        hooked = self._hooked or any(r is not None and hook_names(r) != known for r in map(registry_of, self._parts))
+        return "hooks inside that are not known" if hooked else ""
+
+    def _keeps_weights(self, template: Template) -> bool:
+        """Whether graphs of a call have their own copy of weights and settings."""
+        return self.engine.keeps_weights or template.inside is not None
 
     def _stores(self) -> bool:
         return self.feature.cache and self.engine.store is not None and store.place() is not None
@@ -266,15 +283,6 @@ class Graphs:
         if text not in self._told:
             self._told.add(text)
             logger.warning("%s", text)
-
-
-def _hooked_inside(model: nn.Module) -> bool:
-    """Whether a part of a model has hooks, of torch, diffusers or accelerate: a trace would follow them once."""
-    return any(
-        registry_of(part) is not None or has_offload_hook(part) or any(getattr(part, name) for name in TORCH_HOOKS)
-        for part in model.modules()
-        if part is not model
-    )
 
 
 def _distance(reference: torch.Tensor, found: torch.Tensor) -> float:

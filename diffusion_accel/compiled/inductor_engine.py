@@ -1,7 +1,9 @@
-"""torch.compile. Weights are inputs of its graphs, and its guards notice whatever else changes."""
+"""torch.compile. Weights are inputs of its graphs, and its guards notice whatever else changes; not so where there are
+hooks inside of the module."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import types
 import warnings
@@ -26,8 +28,9 @@ _REPLAYED = ("reduce-overhead", "max-autotune")  # CUDA graphs: what they return
 class _Compiled:
     """Does not hold the module: it is an argument of what is compiled."""
 
-    def __init__(self, flat: Flat, target: Target, fullgraph: bool) -> None:
+    def __init__(self, flat: Flat, tensors: list[torch.Tensor], target: Target, fullgraph: bool) -> None:
         import torch  # heavy: torch
+        from torch.fx.experimental.proxy_tensor import make_fx  # heavy: torch
 
         template, precision = flat.template, getattr(torch, target.precision)
 
@@ -41,23 +44,28 @@ class _Compiled:
         own: Any = types.FunctionType(
             call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__, call.__closure__
         )
+        self.traced = template.inside is not None
+        if (
+            self.traced
+        ):  # Dynamo would compile again for the hooks of each call of the pipeline, which are other objects
+            own = make_fx(functools.partial(call, flat.module))(*tensors)
         self.function = torch.compile(own, fullgraph=fullgraph, dynamic=False, mode=target.mode or None)
         self.replayed = target.mode in _REPLAYED
 
     def __call__(self, module: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        returned = self.function(module, *tensors)
+        returned = self.function(*tensors) if self.traced else self.function(module, *tensors)
         return [tensor.clone() for tensor in returned] if self.replayed else list(returned)
 
 
 def _compile(flat: Flat, tensors: list[torch.Tensor], target: Target) -> Graph:
-    graph = _Compiled(flat, target, fullgraph=True)
+    graph = _Compiled(flat, tensors, target, fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Dynamo, about code of others
         try:
             graph(flat.module, tensors)
         except Exception as error:  # something in it cannot be traced: several graphs with Python between them
             logger.info("%s is not one graph: %s", type(flat.module).__name__, first_line(error))
-            graph = _Compiled(flat, target, fullgraph=False)
+            graph = _Compiled(flat, tensors, target, fullgraph=False)
             graph(flat.module, tensors)
     return graph
 

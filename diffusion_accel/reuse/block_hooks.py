@@ -77,10 +77,10 @@ class BlockHook(ModelHook):
         named = bind_forward(module, args, kwargs)
         given: Streams = tuple(named.get(name) for name in self.streams)
         if shallow:
-            key = (current.step.depth, self.group)
+            key = ("shallow", current.step.depth, self.group)
             if key not in current.entered:
                 current.entered.add(key)
-                given = _plus(given, current.recall(("added", *key)))
+                given = _plus(given, current.recall(key))
             return given if len(given) > 1 else given[0]
         output = self.fn_ref.original_forward(*args, **kwargs)
         for depth in self.inside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from diffusion_accel.denoisers import RESIDUAL_ARGUMENTS, prediction, time_argument, with_prediction
 from diffusion_accel.hooks import as_given, bind_forward, model_of
+from diffusion_accel.inside import calling
 from diffusion_accel.snapshot import Snapshot
 
 from . import branch_calls
@@ -115,7 +117,7 @@ class DenoiserHook(ModelHook):
             named.update({k: None for k in RESIDUAL_ARGUMENTS if k in named})
         times = [state.time(index + j) for j in range(steps)]
         orders = [state.step_at(index + j).order for j in range(steps)]
-        call = DenoiserCall(features, step, times, orders, sample_of(named).shape[0], half, state.branches)
+        call = DenoiserCall(state, features, step, times, orders, sample_of(named).shape[0], half)
         output = self._run(module, args, named, call)
         chunks = self._predictions(call, output, given)
         if steps == 1:
@@ -132,11 +134,11 @@ class DenoiserHook(ModelHook):
             named = stacked(named, call.steps, state.clock.upcoming(call.steps))
         try:
             positional, keywords = as_given(module, args, named)
-            output = self.fn_ref.original_forward(*positional, **keywords)
+            with calling(model_of(module), call) if state.kinds.inside else nullcontext():
+                output = self.fn_ref.original_forward(*positional, **keywords)
+            call.keep_left()
         finally:
             state.current = None
-        for (depth, group), sums in call.added.items():
-            call.keep(("added", depth, group), state.kinds.orders("shallow", depth) + 1, sums.total())
         state.count(call.step, call.steps)
         return output
 
@@ -160,12 +162,12 @@ class DenoiserHook(ModelHook):
         history = call.features.histories.setdefault("guidance", History(order + 1))
         if not call.half:
             if value.shape[0] % 2 == 0:
-                history.push(time, call.branches.difference(value))
+                history.push(time, self.state.branches.difference(value))
             return value
         if call.step.guidance == "none" or not len(history):
-            return call.branches.joined(value)
+            return self.state.branches.joined(value)
         difference = history.at(time, call.step.order)
-        return call.branches.joined(value, weighed(difference, call.step))
+        return self.state.branches.joined(value, weighed(difference, call.step))
 
 
 class ControlNetHook(ModelHook):

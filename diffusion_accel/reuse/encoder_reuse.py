@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from diffusion_accel.feature import Feature, option
 
 from .guidance import GuidanceRule
 from .schedule import MORE_TIMESTEPS, KeySteps, read_schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,10 @@ class EncoderReuse(Feature):
     def neutral(cls) -> Self:
         """Every step is a key step."""
         return cls(schedule="all")
+
+    def goes_into_graphs(self, _pipeline: DiffusionPipeline) -> bool:
+        """Key steps and decoder steps do."""
+        return True
 
     @property
     def source(self) -> KeySteps:

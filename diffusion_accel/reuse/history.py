@@ -42,6 +42,13 @@ class History:
         self.values.insert(0, value)
         del self.times[self.size :], self.values[self.size :]
 
+    def and_then(self, time: float, value: Any) -> History:
+        """The same with one value more."""
+        longer = History(self.size)
+        longer.times, longer.values = list(self.times), list(self.values)
+        longer.push(time, value)
+        return longer
+
     def at(self, time: float, order: int, given: tuple[float, ...] = ()) -> Any:
         """The value at `time`, of degree `order` or of as many values as there are. Order 0 is the newest itself.
 

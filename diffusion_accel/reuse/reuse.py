@@ -123,6 +123,10 @@ class Reuse(Feature):
         """Whether a step runs some parts of the denoiser only; what holds predictions acts on its calls."""
         return self.source.works_inside
 
+    def goes_into_graphs(self, _pipeline: DiffusionPipeline) -> bool:
+        """All steps of a plan do; diffusers' own caches do not."""
+        return not isinstance(self.source, DiffusersCache)
+
     def learns(self) -> bool:
         """Whether the first call teaches the plan of the next ones."""
         return isinstance(self.source, Auto)

@@ -22,6 +22,7 @@ from diffusion_accel.denoisers import (
 )
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import HookSet, map_tensors, tensor_bytes, tensors_in
+from diffusion_accel.inside import CallInside
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.snapshot import Snapshot
 from diffusion_accel.steps import StepClock
@@ -42,7 +43,7 @@ class FeatureCache:
     Attributes:
         segment, shape: for which pass over the timesteps and which input shape the features are valid.
         histories: by what they are of: ("prediction", space), "guidance" (unconditional minus conditional prediction),
-            and the keys that the hooks on parts of the denoiser use.
+            and what the hooks on parts of the denoiser keep: ("decoder", up block) and ("shallow", depth, …).
         outlines: shapes of the outputs of parts that may be skipped, with the number of rows they were made with.
         output: what the denoiser returned last, to return the same kind.
         ready: predictions decoded ahead, by step index.
@@ -69,31 +70,42 @@ class FeatureCache:
         return tensor_bytes([value for history in self.histories.values() for value in history.values])
 
 
-@dataclass
-class DenoiserCall:
-    """One call of the denoiser.
+class DenoiserCall(CallInside):
+    """One call of the denoiser. The hooks on its parts read what is `given`, leave what they want to be kept and
+    whatever shapes the steps after it need, and look at nothing else that changes from call to call.
 
     Attributes:
         step: what it does.
         times, orders: of the steps whose predictions it makes: its own, and those that a decoder decodes ahead.
         rows: rows of one step's batch.
         half: whether it has the conditional half of the rows only.
-        branches: of the guidance, in the batch.
+        given: at a step that reuses features, those at the times of the call, for its rows: by key one for each step,
+            or a single one if they are all the same.
+        left: "kept" features by key, "outlines" as in `FeatureCache`.
         widths: channels of a U-Net's skip connections, by number.
         added: by a transformer's inner blocks, by (depth, list).
         entered: which of these sums a shallow step has added.
     """
 
-    features: FeatureCache
-    step: Step
-    times: list[float]
-    orders: list[int]
-    rows: int
-    half: bool
-    branches: Branches = field(default_factory=Branches)
-    widths: dict[int, int] = field(default_factory=dict)
-    added: dict[Any, Any] = field(default_factory=dict)
-    entered: set[Any] = field(default_factory=set)
+    def __init__(
+        self,
+        state: ReuseState,
+        features: FeatureCache,
+        step: Step,
+        times: list[float],
+        orders: list[int],
+        rows: int,
+        half: bool,
+    ) -> None:
+        self.state, self.features, self.step = state, features, step
+        self.times, self.orders, self.rows, self.half = times, orders, rows, half
+        kinds = state.kinds
+        hooks = f"{sorted(kinds.depths)} {kinds.orders('decoder') >= 0}"
+        forecast = self.full and any(orders) and self.steps > 1
+        signature = None if forecast else f"{step.mode}:{step.depth}*{self.steps} of {hooks}"
+        read = {"decoder": ("decoder",), "shallow": ("shallow", step.depth)}.get(step.mode)
+        given = {key: self._forecast(history) for key, history in features.histories.items() if _is_of(key, read)}
+        super().__init__(state.hooks.name, signature, given)
 
     @property
     def full(self) -> bool:
@@ -105,31 +117,75 @@ class DenoiserCall:
         """For how many steps it makes predictions."""
         return len(self.times)
 
-    def keep(self, key: Hashable, size: int, value: Any) -> None:
-        """Keep a value of a full step, with rows for both branches, for forecasts from `size` values."""
-        history = self.features.histories.setdefault(key, History(size))
-        if self.half:
-            before = history.at(self.times[0], self.step.order) if len(history) else None
-            value = self._both(value, None if self.step.guidance == "none" else before)
-        history.push(self.times[0], value)
+    def start(self, given: Any) -> None:
+        """The denoiser's forward begins."""
+        super().start(given)
+        self.left = {"kept": {}, "outlines": {}}
+        self.widths: dict[int, int] = {}
+        self.added: dict[Any, Any] = {}
+        self.entered: set[Any] = set()
+
+    def finish(self) -> Any:
+        """What it left, with the sums of what blocks added."""
+        for key, sums in self.added.items():
+            self.left["kept"]["shallow", *key] = sums.total()
+        self.added = {}
+        return self.left
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Keep a value of a full step."""
+        self.left["kept"][key] = value
 
     def recall(self, key: Hashable) -> Any:
         """The kept value at the times of this call, for its rows, one step after the other."""
-        history = self.features.histories[key]
-        values = [history.at(time, order) for time, order in zip(self.times, self.orders, strict=True)]
-        if self.half:
-            values = [map_tensors(self.branches.conditional, value) for value in values]
-        if len(values) == 1:
+        if not self.full:
+            values = self.given[key]
+        elif any(self.orders):
+            values = self._forecast(self._history(key))
+        else:
+            values = [self.left["kept"][key]]
+        if self.steps == 1:
             return values[0]
-        parts = [iter(tensors_in(value)) for value in values]
+        parts = [iter(tensors_in(value)) for value in (values if len(values) > 1 else values * self.steps)]
         return map_tensors(lambda _: torch.cat([next(part) for part in parts]), values[0])
+
+    def keep_left(self) -> None:
+        """Put what was left where the steps after this one find it."""
+        left = self.finish()
+        for key in left["kept"]:
+            self.features.histories[key] = self._history(key)
+        self.features.outlines.update(left["outlines"])
+
+    def _forecast(self, history: History) -> list[Any]:
+        """What was kept, at the times of this call and for its rows; only one where all are the same."""
+        values = [history.at(time, order) for time, order in zip(self.times, self.orders, strict=True)]
+        if all(value is values[0] for value in values):
+            values = values[:1]
+        return [map_tensors(self.state.branches.conditional, value) for value in values] if self.half else values
+
+    def _history(self, key: Any) -> History:
+        """What is kept under a key and what this call left there, with rows for both branches."""
+        kinds, value = self.state.kinds, self.left["kept"][key]
+        size = kinds.orders("decoder") if key[0] == "decoder" else kinds.orders("shallow", key[1])
+        history = self.features.histories.get(key, History(size + 1))
+        if self.half:
+            known = len(history) and self.step.guidance != "none"
+            before = history.at(self.times[0], self.step.order) if known else None
+            value = self._both(value, before)
+        return history.and_then(self.times[0], value)
 
     def _both(self, value: Any, before: Any) -> Any:
         """Both branches of a value of which the conditional one is known; their difference is that of `before`."""
+        branches = self.state.branches
         if before is None:
-            return map_tensors(self.branches.joined, value)
-        differences = iter([self.branches.difference(t) for t in tensors_in(before)])
-        return map_tensors(lambda tensor: self.branches.joined(tensor, next(differences)), value)
+            return map_tensors(branches.joined, value)
+        differences = iter([branches.difference(t) for t in tensors_in(before)])
+        return map_tensors(lambda tensor: branches.joined(tensor, next(differences)), value)
+
+
+def _is_of(key: Any, kind: tuple[Any, ...] | None) -> bool:
+    """Whether a key of what is kept begins like this."""
+    return kind is not None and isinstance(key, tuple) and key[: len(kind)] == kind
 
 
 def weighed(difference: torch.Tensor, step: Step) -> torch.Tensor:
@@ -228,7 +284,7 @@ class ReuseState:
             if steps[end].guidance != step.guidance:
                 break
             end += 1
-        size = tensor_bytes([h.values[0] for key, h in features.histories.items() if isinstance(key, int) and len(h)])
+        size = tensor_bytes([h.values[0] for key, h in features.histories.items() if _is_of(key, ("decoder",))])
         if not size:  # a first key step: decode it alone, then its features' size is known
             return 1
         return max(1, min(end - index, int(self.max_group_mb * 2**20 // size)))

@@ -76,7 +76,7 @@ class Outline:
     def of(cls, tensor: torch.Tensor) -> Outline:
         """The shape of a tensor that was."""
         last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.device, last and not tensor.is_contiguous())
+        return cls(tuple(map(int, tensor.shape)), tensor.dtype, tensor.device, last and not tensor.is_contiguous())
 
     def empty(self, rows: int, of: int) -> torch.Tensor:
         """Memory of this shape with `rows` / `of` of its rows; what is in it is never used."""
@@ -92,7 +92,7 @@ class Outline:
 def _outlined(current: DenoiserCall, key: Hashable, output: Any, steps: int = 1) -> Any:
     """Note the shapes of an output of a full step with the rows of so many steps, and return it."""
     if current.full:
-        current.features.outlines[key] = (current.rows * steps, map_tensors(Outline.of, output))
+        current.left["outlines"][key] = (current.rows * steps, map_tensors(Outline.of, output))
     return output
 
 
@@ -147,7 +147,7 @@ class UpBlockHook(PartHook):
     def __init__(self, state: ReuseState, number: int, skips: tuple[int, ...], decoding: bool) -> None:
         super().__init__(state, number, min(skips, default=0))
         self.skips = skips
-        self.size = state.kinds.orders("decoder") + 1 if decoding else 0
+        self.decoding = decoding
 
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """The block's own forward, on the inputs that are kept if this is a decoder step."""
@@ -157,20 +157,20 @@ class UpBlockHook(PartHook):
         key = ("up", self.number)
         if self.skipped(current):
             return _skipped(current, key)
-        if self.size or self.skips:
+        if self.decoding or self.skips:
             named = bind_forward(module, args, kwargs)
             args, kwargs = (), named
             for i, skip in enumerate(self.skips):
                 current.widths[skip] = named["res_hidden_states_tuple"][-1 - i].shape[1]
-        if self.size and current.step.mode in ("full", "decoder"):
+        if self.decoding and current.step.mode in ("full", "decoder"):
             names = ("hidden_states", "res_hidden_states_tuple")[self.number > 0 :]
             if current.full:
                 kept = {name: named[name] for name in names}
                 if self.number == 0:
                     kept["hidden_states"] = kept["hidden_states"].clone()  # FreeU scales the original in place
-                current.keep(self.number, self.size, kept)
+                current.keep(("decoder", self.number), kept)
             if not current.full or current.steps > 1:
-                named.update(current.recall(self.number))
+                named.update(current.recall(("decoder", self.number)))
                 if self.number == 0:
                     named["hidden_states"] = named["hidden_states"].clone()
             kwargs = named
@@ -187,7 +187,7 @@ class LayerHook(PartHook):
 
     def __init__(self, state: ReuseState, number: int, entered: bool) -> None:
         super().__init__(state, number, number)
-        self.size = state.kinds.orders("shallow", number + 1) + 1 if entered else 0
+        self.entered = entered
 
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """The module's own forward, on the kept deep feature where a shallow step enters, or nothing of it."""
@@ -197,16 +197,16 @@ class LayerHook(PartHook):
         key = ("layer", id(module))
         if self.skipped(current):
             return _skipped(current, key)
-        if self.size and (current.full or current.step.depth == self.number + 1):
+        if self.entered and (current.full or current.step.depth == self.number + 1):
             hidden = first_argument(module, args, kwargs)
             channels = hidden.shape[1] - current.widths[self.number]
             if current.full:
                 last = hidden.is_contiguous(memory_format=torch.channels_last)
                 layout = torch.channels_last if last else torch.contiguous_format
                 part = _first(hidden, current.steps)[:, :channels].clone(memory_format=layout)
-                current.keep(("deep", self.number), self.size, part)
+                current.keep(("shallow", self.number + 1), part)
             else:
-                hidden[:, :channels] = current.recall(("deep", self.number))
+                hidden[:, :channels] = current.recall(("shallow", self.number + 1))
         return _outlined(current, key, self.fn_ref.original_forward(*args, **kwargs), current.steps)
 
 

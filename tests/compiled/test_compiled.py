@@ -87,7 +87,7 @@ def test_what_is_returned_has_its_type(as_tuple: bool) -> None:
     call = Call.of({**named, "return_dict": not as_tuple})
     with torch.no_grad():
         flat = Flat(model, call.template, [tensor.dtype for tensor in call.tensors])
-        returned = call.template.output(list(flat(*call.tensors)))
+        returned, _ = call.template.output(list(flat(*call.tensors)))
         expected = model(**named).sample
     assert type(returned) is (tuple if as_tuple else UNet2DConditionOutput)
     assert torch.equal(returned[0], expected)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_tools import CHANGES, agrees_after_changes, close, of
+from graph_tools import CHANGES, FROZEN, FROZEN_CALLS, agrees_after_changes, close, of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws import traces
@@ -20,32 +20,13 @@ from diffusion_accel import Compiled, Reuse, accelerate
 from diffusion_accel.compiled import engines, store
 from diffusion_accel.compiled.engine import Engine, Graph, Target
 
-FROZEN_CALLS: list[str] = []
-
-
-class Frozen:
-    """A trace with copies of the weights: what every engine that keeps weights is, on any machine."""
-
-    def __init__(self, flat: Any, tensors: list[torch.Tensor]) -> None:
-        FROZEN_CALLS.append(type(flat.module).__name__)
-        flat.eval()
-        self.trace = torch.jit.freeze(torch.jit.trace(flat, tuple(tensors), strict=False, check_trace=False))
-
-    def __call__(self, module: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return list(self.trace(*[t.float() if t.dtype.itemsize == 2 else t for t in tensors]))
-
-
-def frozen(flat: Any, tensors: list[torch.Tensor], target: Target) -> Graph:
-    return Frozen(flat, [t.float() if t.dtype.itemsize == 2 else t for t in tensors])
-
-
 WRONG = Engine("wrong", lambda flat, tensors, target: lambda module, given: [given[0] * 2], machines=("cpu",))
 
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: Any) -> None:
     FROZEN_CALLS.clear()
-    monkeypatch.setitem(engines.ENGINES, "frozen", Engine("frozen", frozen, machines=("cpu",), keeps_weights=True))
+    monkeypatch.setitem(engines.ENGINES, "frozen", FROZEN)
     monkeypatch.setitem(engines.ENGINES, "wrong", WRONG)
 
 

@@ -11,7 +11,7 @@ from graph_tools import agrees_after_changes, close, of
 from laws import Stop, stop_at, traces
 from zoo import ZOO, run, sd
 
-from diffusion_accel import Compiled, EncoderReuse, FeatureConflictError, Reuse, UnsupportedPipelineError, accelerate
+from diffusion_accel import Compiled, Reuse, UnsupportedPipelineError, accelerate
 from diffusion_accel.compiled import openvino_engine, store
 from diffusion_accel.compiled.graphs import COUNTERS, Graphs
 
@@ -127,17 +127,6 @@ def test_a_stored_graph_is_used_by_the_next_start(tmp_path: Any, monkeypatch: An
         file.write_bytes(file.read_bytes()[:-1000])
     again, counts = counted()
     assert counts["graphs_compiled"] == 1 and torch.equal(first, again)
-
-
-def test_what_works_inside_is_refused_with_the_reason() -> None:
-    pipe, _ = sd()
-    for inside in (EncoderReuse(), Reuse(plan="deepcache:2")):
-        with pytest.raises(FeatureConflictError, match="compiled cannot be combined with .*works inside"):
-            accelerate(pipe, inside, FLOAT32)
-    accelerate(pipe, FLOAT32)
-    with pytest.raises(FeatureConflictError, match="works inside"):
-        accelerate(pipe, EncoderReuse())
-    assert [*pipe.acceleration.features] == ["compiled"]
 
 
 def test_what_is_not_there_is_refused_in_one_line(monkeypatch: Any) -> None:

@@ -71,7 +71,11 @@ def ours() -> set[str]:
     texts = ("_source", "_floats", "_like", "_acceleration", "_accelerated_base", "_accelerated_class", "_new_handle")
     suffixes = ("_codes", "_scale", "_zero_point")  # ends of the names of stored tensors
     modules = {file.stem for file in FILES}
-    return names | modules | {*texts, *suffixes, "_task_routing", "_diffusion_accel_calls", "_own_forward"}
+    return (
+        names
+        | modules
+        | {*texts, *suffixes, "_task_routing", "_diffusion_accel_call", "_diffusion_accel_calls", "_own_forward"}
+    )
 
 
 def test_only_one_module_uses_private_names_of_diffusers() -> None:
