@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusion_accel.denoisers import find_denoiser, prediction
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
-from diffusion_accel.hooks import bind_forward
+from diffusion_accel.hooks import bind_forward, map_tensors
 from diffusion_accel.io import replacing
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.progress import Progress, silent
@@ -54,8 +54,10 @@ class Rows:
         return Rows(picked, self.output[index])
 
     def run(self, model: nn.Module) -> torch.Tensor:
-        """What `model` answers to these arguments."""
-        return prediction(model(**self.arguments))
+        """What `model`, on any device, answers to these arguments; where `output` is."""
+        device = next(model.parameters()).device
+        given = map_tensors(lambda tensor: tensor.to(device), self.arguments)
+        return prediction(model(**given)).to(self.output.device)
 
 
 class CalibrationSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import zoo
 from quantized import Killed, Prompted, sampler
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.quant.ptq.calibration import CalibrationSet, record
+from diffusion_accel.quant.ptq.calibration import CalibrationSet, Rows, record
 
 
 def test_the_calibration_set_is_the_models_own_trajectory(calibration: CalibrationSet) -> None:
@@ -50,3 +51,16 @@ def test_rows_are_counted_and_belong_to_their_chunks(tmp_path: Path) -> None:
     (tmp_path / f"b001-{found.chunks[0]}.safetensors").write_bytes(b"x")
     with pytest.raises(ConfigurationError, match="is damaged; forget the run"):
         found.bucket(1)
+
+
+def test_rows_go_to_where_the_model_is() -> None:
+    seen: list[str] = []
+
+    class Elsewhere(torch.nn.Linear):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, added: dict[str, list[torch.Tensor]]) -> Any:
+            seen.extend(tensor.device.type for tensor in (sample, timestep, *added["ids"]))
+            return (torch.ones(2, 3),)
+
+    arguments = {"sample": torch.ones(2, 3), "timestep": torch.ones(2), "added": {"ids": [torch.ones(2)]}}
+    answer = Rows(arguments, torch.ones(2, 3)).run(Elsewhere(3, 3, device="meta"))
+    assert seen == ["meta"] * 3 and answer.device.type == "cpu"
