@@ -122,3 +122,32 @@ def call_arguments(pipeline: DiffusionPipeline, texts: list[str]) -> dict[str, A
     if "batch_size" in parameters:
         given["batch_size"] = len(texts)
     return given
+
+
+def own_arguments(pipeline: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call in the pipeline's own terms: what it is told beside the prompt, `given` by name.
+
+    - A pipeline whose `guidance_scale` is an input of guidance-distilled models takes it as `true_cfg_scale` for a
+      model that is none (Flux schnell, Qwen-Image), with an empty negative prompt if nobody gives one: without one it
+      would draw without guidance.
+    - `max_sequence_length` is no longer than what the tokenizers read: Flux would pad the texts of any model to 512.
+    """
+    parameters, given = inspect.signature(type(pipeline).__call__).parameters, dict(given)
+    if "guidance_scale" in given and takes_true_guidance(pipeline):
+        given.setdefault("true_cfg_scale", given.pop("guidance_scale"))
+    negative = [given.get(name) for name in ("negative_prompt", "negative_prompt_embeds")]
+    if (given.get("true_cfg_scale") or 1) > 1 and negative == [None, None]:
+        given["negative_prompt"] = ""
+    if "max_sequence_length" in parameters and "max_sequence_length" not in given:
+        longest = [getattr(part, "model_max_length", 0) for part in getattr(pipeline, "components", {}).values()]
+        usual = parameters["max_sequence_length"].default
+        if isinstance(usual, int) and 0 < max(longest, default=0) < usual:
+            given["max_sequence_length"] = max(longest)
+    return given
+
+
+def takes_true_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Whether classifier-free guidance is the pipeline's `true_cfg_scale`: its model is not guidance-distilled."""
+    if "true_cfg_scale" not in call_parameters(pipeline):
+        return False
+    return not getattr(denoisers.find_denoiser(pipeline), "config", {}).get("guidance_embeds", False)

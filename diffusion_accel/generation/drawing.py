@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, condition_of
+from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, condition_of, own_arguments
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.images import open_image
 from diffusion_accel.measure.comparison import Comparison, compare_calls
@@ -79,7 +79,7 @@ class Call:
             given = call_arguments(pipe, [self.request.prompt] * len(each))
         else:
             given = {"prompt": self.request.prompt, "num_images_per_prompt": len(each)}
-        return pipe(**self.arguments, **given, generator=generators).images
+        return pipe(**own_arguments(pipe, self.arguments), **given, generator=generators).images
 
     def draw(self, *, comparing: bool = False, plain: DiffusionPipeline | None = None) -> Drawn:
         """Draw; with `comparing` also without the features that accelerate, or with `plain`."""

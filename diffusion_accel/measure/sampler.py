@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffusion_accel.conditioning import call_arguments, call_parameters
+from diffusion_accel.conditioning import call_arguments, call_parameters, own_arguments
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,7 +50,7 @@ class Sampler:
         parameters = call_parameters(self.pipe)
         given = {k: v for k, v in self.options.items() if k in parameters and v is not None}
         generators = [torch.Generator("cpu").manual_seed(self.seed + i * self.stride) for i in range(start, end)]
-        given |= call_arguments(self.pipe, list(self.prompts[start:end]))
+        given = own_arguments(self.pipe, given) | call_arguments(self.pipe, list(self.prompts[start:end]))
         given |= {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"} | changes
         images = np.asarray((self.caller or self.pipe)(**given).images, np.float32)
         return torch.from_numpy(images).permute(0, 3, 1, 2).clamp(0, 1)

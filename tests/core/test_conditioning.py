@@ -1,0 +1,40 @@
+"""A call in the pipeline's own terms."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import zoo
+from diffusers import DiffusionPipeline
+
+from diffusion_accel.conditioning import own_arguments
+
+
+@pytest.fixture
+def flux() -> DiffusionPipeline:
+    pipe, _ = zoo.flux()
+    pipe.tokenizer_2 = SimpleNamespace(model_max_length=32)
+    return pipe
+
+
+def test_guidance_is_true_guidance_where_the_model_is_not_distilled(flux: DiffusionPipeline) -> None:
+    assert own_arguments(flux, {"guidance_scale": 3.0, "height": 16}) == {
+        "true_cfg_scale": 3.0, "negative_prompt": "", "height": 16, "max_sequence_length": 32,
+    }  # fmt: skip
+    assert own_arguments(flux, {"guidance_scale": 1.0}) == {"true_cfg_scale": 1.0, "max_sequence_length": 32}
+    assert own_arguments(flux, {"guidance_scale": 2.0, "negative_prompt": "blue"})["negative_prompt"] == "blue"
+    flux.transformer.register_to_config(guidance_embeds=True)
+    assert own_arguments(flux, {"guidance_scale": 3.0})["guidance_scale"] == 3.0
+
+
+def test_texts_are_no_longer_than_the_tokenizer_reads(flux: DiffusionPipeline) -> None:
+    assert own_arguments(flux, {"max_sequence_length": 64}) == {"max_sequence_length": 64}
+    flux.tokenizer_2.model_max_length = 1024
+    assert own_arguments(flux, {}) == {}
+
+
+def test_other_pipelines_are_called_as_they_were() -> None:
+    for make in (zoo.sd, zoo.sd3, zoo.cogview4):
+        pipe, _ = make()
+        assert own_arguments(pipe, {"guidance_scale": 3.0}) == {"guidance_scale": 3.0}
