@@ -101,6 +101,10 @@ def merge(folder: Path, others: Sequence[Path]) -> None:
     whole = read_file(folder / SOLVERS)
     for other in others:
         new = read_file(other / SOLVERS)
+        for n, solver in new["solvers"].items():
+            before = whole["solvers"].get(n, {})
+            if solver["timesteps"] == before.get("timesteps") and "start" in before:
+                solver.setdefault("start", before["start"])
         whole["solvers"] |= new["solvers"]
         whole["made_for"]["measured"] |= new["made_for"]["measured"]
     LearnedMultistepScheduler.from_config(whole).save_pretrained(folder / SOLVERS)

@@ -33,7 +33,6 @@ from .common_options import (
     Budget,
     Device,
     Dtype,
-    GuidanceScale,
     Model,
     Overwrite,
     Pixels,
@@ -47,6 +46,7 @@ from .common_options import (
     in_panels,
     number,
     one_of,
+    recommended,
     settings_of,
 )
 from .plan_table import show_plans, show_solver
@@ -93,7 +93,14 @@ def tune(
     count: Annotated[int, count_option(6)] = 24,  # the search needs some, and others to test what it found
     seed: Seed = 0,
     steps: StepsOr50 = None,
-    guidance_scale: GuidanceScale = None,
+    guidance_scale: Annotated[
+        list[float] | None,
+        number(
+            "Classifier-free guidance; repeatable: for all of these scales.",
+            LIMITS["guidance_scale"],
+            show_default=recommended("guidance_scale"),
+        ),
+    ] = None,
     scheduler: Scheduler = None,
     width: Pixels = None,
     height: Pixels = None,
@@ -124,8 +131,9 @@ def tune(
     """
     options = locals()
     wish = _wish(options)
+    scales = options.pop("guidance_scale")
     interrupts.explain(wish.how_to_go_on)
-    settings, source = settings_of(options)
+    settings, source = settings_of(options | ({"guidance_scale": scales[0]} if scales else {}))
     texts = texts_of(prompts_file, count, source)
     wish.check(settings.steps or 50, len(texts or ()))
     check_steps(settings.scheduler, source, settings.steps or 50)
@@ -151,7 +159,7 @@ def tune(
     call = {
         "steps": settings.steps or 50,
         "seed": seed,
-        "guidance_scale": settings.guidance_scale,
+        "guidance_scale": scales if scales and len(scales) > 1 else settings.guidance_scale,
         "height": settings.height,
         "width": settings.width,
         "batch": batch,

@@ -29,6 +29,8 @@ class Sampler:
         options: further arguments of the pipeline, such as guidance_scale, height and width.
         caller: what is called instead of the pipeline; None: the pipeline.
         stride: image i starts from the noise of seed + i · stride.
+        scales: the guidance scale of each image; empty: what `options` say, or the pipeline's own default. A call is
+            of one scale.
     """
 
     pipe: DiffusionPipeline
@@ -39,16 +41,23 @@ class Sampler:
     options: dict[str, Any] = field(default_factory=dict)
     caller: Any = None
     stride: int = 1
+    scales: tuple[float, ...] = ()
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Where each call's images begin and end."""
-        for start in range(0, len(self.prompts), self.batch):
-            yield start, min(start + self.batch, len(self.prompts))
+        start = 0
+        while start < len(self.prompts):
+            ends = range(start + 1, min(start + self.batch, len(self.prompts)))
+            other = (i for i in ends if self.scales and self.scales[i] != self.scales[start])
+            end = next(other, ends.stop)
+            yield start, end
+            start = end
 
     def call(self, start: int, end: int, **changes: Any) -> torch.Tensor:
         """Images `start` to `end`, (N, 3, H, W) in 0..1 on the CPU."""
         parameters = call_parameters(self.pipe)
-        given = {k: v for k, v in self.options.items() if k in parameters and v is not None}
+        own = {"guidance_scale": self.scales[start]} if self.scales else {}
+        given = {k: v for k, v in (self.options | own).items() if k in parameters and v is not None}
         generators = [torch.Generator("cpu").manual_seed(self.seed + i * self.stride) for i in range(start, end)]
         given = own_arguments(self.pipe, given) | call_arguments(self.pipe, list(self.prompts[start:end]))
         given |= {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"} | changes
@@ -61,4 +70,11 @@ class Sampler:
 
     def part(self, start: int, end: int) -> Sampler:
         """A sampler of some of the images, with the same seeds."""
-        return replace(self, prompts=self.prompts[start:end], seed=self.seed + start * self.stride)
+        own = slice(start, end)
+        seed = self.seed + start * self.stride
+        return replace(self, prompts=self.prompts[own], seed=seed, scales=self.scales[own])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`options`, with all guidance scales if there are several, increasing."""
+        return self.options | ({"guidance_scale": sorted({*self.scales})} if self.scales else {})

@@ -324,6 +324,12 @@ class LearnedMultistepScheduler(SchedulerMixin, ConfigMixin):
         value = float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
         return min(range(len(times)), key=lambda i: abs(times[i] - value))
 
+    def strength_at(self, timestep: float) -> float:
+        """The `strength` with which an image-to-image pipeline of so many steps begins at the timestep nearest to this
+        one; above 0, at most 1. `set_timesteps` comes first."""
+        count = len(self._times)
+        return min(1.0, (count - self.index_for_timestep(timestep) + 0.5) / count)  # pipelines round down
+
     def _forget(self) -> None:
         most = 1 if self._solver is None else self._solver.history
         self._clean: deque[torch.Tensor] = deque(maxlen=most)

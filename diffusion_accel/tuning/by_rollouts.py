@@ -235,7 +235,7 @@ class RolloutTuner:
         self.progress("held-out prompts", 1.0)
         plans = [plan for plan, _ in found]
         numbers, work = self.tasks.do("measure", [_tokens(plan) for plan in plans])
-        call = {**self.reference.sampler.options, "seed": self.reference.sampler.seed}
+        call = {**self.reference.sampler.arguments, "seed": self.reference.sampler.seed}
         valid = conditions(self.reference.sampler.pipe, self.total) | {"call": call}
         return [
             TunedPlan(plan, valid, values, self._notes(nodes, target, work))
@@ -268,7 +268,7 @@ class RolloutTuner:
 
     def _about(self) -> dict[str, Any]:
         sampler = self.reference.sampler
-        call = {**sampler.options, "seed": sampler.seed}
+        call = {**sampler.arguments, "seed": sampler.seed}
         return {
             "conditions": conditions(sampler.pipe, self.total) | {"call": call},
             "prompts": self.prompts,

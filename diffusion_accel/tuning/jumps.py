@@ -202,11 +202,11 @@ class Jumps:
         self.beginnings = Beginnings(KEPT // (4 * max(1, most) * trajectory.result[0].numel()))
 
     def run(self, nodes: Sequence[int]) -> Rolled:
-        """Evaluate at these nodes, the first of which is 0, and fit every jump on the way."""
+        """Evaluate at these nodes, beginning on the trajectory at the first one, and fit every jump on the way."""
         nodes, trajectory = tuple(nodes), self.trajectory
         known, seen, weights = self.beginnings.longest(nodes)
         for n in range(known, len(nodes)):
-            x = trajectory.goal(0, self.images)
+            x = trajectory.goal(nodes[0], self.images)
             if n:
                 weights = (*weights, self._jump(seen, nodes[n - 1], nodes[n]))
                 x = mixed(weights[-1], seen.features)
@@ -215,6 +215,15 @@ class Jumps:
         weights = (*weights, self._jump(seen, nodes[-1], len(trajectory)))
         result = mixed(weights[-1], seen.features)
         return Rolled(nodes, weights, result, self.decibels(result))
+
+    def from_the_middle(self, nodes: Sequence[int]) -> dict[int, tuple[Combination, ...]]:
+        """What stands in for the jumps behind each node but the first where the rollout begins there or shortly
+        before: by the number of the jump, with one evaluation, with two, … as long as a jump could use more."""
+        most = max(PREDICTIONS, LATENTS) - 1
+        begun = {first: self.run(nodes[first : first + most + 1]).combinations for first in range(1, len(nodes))}
+        return {
+            n: tuple(begun[n + 1 - made][made - 1] for made in range(1, min(most, n) + 1)) for n in range(1, len(nodes))
+        }
 
     def follow(self, nodes: Sequence[int], weights: Sequence[torch.Tensor]) -> Rolled:
         """The same with weights that are given."""

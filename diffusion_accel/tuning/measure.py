@@ -120,7 +120,8 @@ class Observations:
 def why_unguided(sampler: Sampler) -> str:
     """Why a search for these calls leaves no branch of guidance out; empty if it does. Asked after such a call."""
     pipe = sampler.pipe
-    arguments = call_arguments(type(pipe).__call__, (), sampler.options)
+    least = {"guidance_scale": min(sampler.scales)} if sampler.scales else {}
+    arguments = call_arguments(type(pipe).__call__, (), sampler.options | least)
     if reason := no_branches(pipe):
         return reason
     if guided(pipe, arguments):

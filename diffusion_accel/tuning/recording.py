@@ -263,19 +263,22 @@ def record(
         reason,
         given.device,
         channelwise(tapes[0].calls[0].module, last[0]),
-        None if reason else _branches(sampler.pipe, tapes[0].calls),
+        None if reason else _branches(sampler.pipe, [tape.calls for tape in tapes]),
     )
     return (recording if reason else _checked(recording, given.dtype)), torch.cat(images)
 
 
-def _branches(pipe: Any, calls: list[CallOfDenoiser]) -> tuple[int, int] | None:
-    """Which outputs of the denoiser at a step are the unconditional and the conditional one; None: not just these."""
-    family = family_of(pipe)
-    if sum(call.branches for call in calls) != 2 or no_branches(pipe) is not None:
+def _branches(pipe: Any, tapes: list[list[CallOfDenoiser]]) -> tuple[int, int] | None:
+    """Which outputs of the denoiser at a step are the unconditional and the conditional one; None: not just these, or
+    there is no guidance in any of the calls."""
+    family, guided = family_of(pipe), [calls for calls in tapes if sum(call.branches for call in calls) != 1]
+    if not guided or no_branches(pipe) is not None:
+        return None
+    if any(sum(call.branches for call in calls) != 2 for calls in guided):
         return None
     if family.calls:
-        return (1, 0) if len(calls) == 2 else None
-    if family.branches is None or len(calls) != 1:
+        return (1, 0) if all(len(calls) == 2 for calls in guided) else None
+    if family.branches is None or any(len(calls) != 1 for calls in guided):
         return None
     return (1, 0) if family.branches.conditional_first else (0, 1)
 

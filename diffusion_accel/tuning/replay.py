@@ -124,8 +124,8 @@ class Recording:
         tapes: a part of the images each, with what their outputs count; empty if `reason` is not.
         reason: why the denoiser cannot be called without the pipeline; empty if it can.
         channelwise: whether the channels of the latents are where `combination.channel_dim` has them.
-        branches: the numbers of the unconditional and the conditional output of the denoiser among those of a step;
-            None if there is no guidance with just these two.
+        branches: the numbers of the unconditional and the conditional output of the denoiser among those of a step,
+            where there is guidance; None if there is none with just these two.
     """
 
     times: list[float]
@@ -203,7 +203,7 @@ class Replay:
             outputs = [o for call in calls for o in call.outputs(own, self._told(call, time), here)]
             parts.append(torch.stack([s * o for s, o in zip(shares, outputs, strict=True)]).sum(0))
             if two is not None:
-                additions.append(parts[-1] - outputs[two[1]])
+                additions.append(parts[-1] - outputs[two[1] if len(outputs) > 1 else 0])
             done += len(here)
         self.evaluations += len(which)
         if two is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.arguments import refuse_unknown
@@ -53,7 +54,12 @@ def checked(
         raise ConfigurationError(
             f"tuning needs at least {LEAST} prompts (24 or more are recommended), got {len(texts)}"
         )
-    options_of(pipe, **{name: value for name, value in named.items() if name in call_parameters(pipe)})
+    scales = named.get("guidance_scale")
+    if isinstance(scales, (list, tuple)) and not scales:
+        raise ConfigurationError("guidance_scale must be a number or several, got none")
+    for scale in scales if isinstance(scales, (list, tuple)) else [scales]:
+        one = named | {"guidance_scale": scale}
+        options_of(pipe, **{name: value for name, value in one.items() if name in call_parameters(pipe)})
     whole("seed", seed, 0, MAX_SEED), whole("batch", batch)
     if type(seconds) not in (int, float) or not seconds >= 0:
         raise ConfigurationError(f"seconds must be a number of at least 0, got {shown(seconds)}")
@@ -66,10 +72,29 @@ def held_out(prompts: int) -> int:
 
 
 def parts(everything: Sampler, together: Together) -> tuple[Sampler, Sampler]:
-    """The images of this process that calibrate, and those that measure. Raises `ConfigurationError` if the processes
-    were asked for different things."""
+    """The images of this process that calibrate, and those that measure.
+
+    Args:
+        everything: all images; with several guidance scales in its options each is that of as many.
+        together: the processes.
+
+    Raises:
+        ConfigurationError: the processes were asked for different things, or there are more scales than images.
+    """
     count = len(everything.prompts)
     calibration = count - held_out(count)
     asked = {"prompts": everything.prompts, "steps": everything.steps, "seed": everything.seed}
     together.check(calibration, asked | {"arguments": everything.options})
+    if isinstance(scales := everything.options.get("guidance_scale"), (list, tuple)):
+        half = calibration // 2  # by the images of one half another half is judged: both have all scales
+        if len(scales) > min(half, count - calibration):
+            raise ConfigurationError(f"{len(scales)} guidance scales are too many for {count} prompts; give more")
+        rest = {name: value for name, value in everything.options.items() if name != "guidance_scale"}
+        own = [s for n in (half, calibration - half, count - calibration) for s in _in_blocks(scales, n)]
+        everything = replace(everything, options=rest, scales=tuple(own))
     return together.part(everything.part(0, calibration)), together.part(everything.part(calibration, count))
+
+
+def _in_blocks(scales: Sequence[float], count: int) -> list[float]:
+    """A scale for each of so many images, the same ones beside each other, since they share calls."""
+    return [float(scales[i * len(scales) // count]) for i in range(count)]

@@ -25,7 +25,7 @@ from diffusion_accel.schedulers.solver import LEAST_STEP, Solver, not_learnt
 
 from .budget import Budget
 from .by_rollouts import FEW, untraceable
-from .jumps import Jumps, Rolled, Trajectory
+from .jumps import Jumps, Trajectory
 from .measure import scheduling
 from .polish import polished
 from .recording import record
@@ -57,7 +57,7 @@ def tune_solver(
     steps: int | None = None,
     start: LearnedMultistepScheduler | None = None,
     seed: int = 0,
-    guidance_scale: float | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
     height: int | None = None,
     width: int | None = None,
     seconds: float = 300.0,
@@ -86,7 +86,8 @@ def tune_solver(
         start: a learned solver of as many evaluations, of this model or one like it. Its timesteps are kept (the
             nearest that can be chosen) and nothing is searched; the combinations are made anew and have all the time.
         seed: image k starts from the noise of seed + k.
-        guidance_scale, height, width: of the calls; None: the pipeline's own default.
+        guidance_scale, height, width: of the calls; None: the pipeline's own default. Several guidance scales are
+            divided among the images, so that one solver holds for all of them.
         seconds: time budget of the search, without what is drawn before and after it.
         batch: images in a call.
         state: file that keeps every rollout, so that an interrupted search goes on; None: none.
@@ -122,14 +123,13 @@ def tune_solver(
         raise UnsupportedPipelineError(f"a solver cannot be learnt for {type(pipe).__name__}: {reason}")
 
     def about() -> dict[str, Any]:
-        call = {**options, "seed": seed, "towards": towards, "goal": type(goal).__name__}
+        call = {**calibration.arguments, "seed": seed, "towards": towards, "goal": type(goal).__name__}
         valid = conditions(pipe, many) | {"call": call}
         return {"conditions": valid, "prompts": texts, "method": "solver"}
 
     with torch.inference_mode():
         scores = Scores(None if state is None else Path(state), about)
-        found = _search(recording, sizes, Budget(seconds), progress, scores, together, given)
-        solvers = {n: Solver(tuple(times), tuple(rolled.combinations)) for n, (times, rolled) in found.items()}
+        solvers = _search(recording, sizes, Budget(seconds), progress, scores, together, given)
         made = LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, {}))
         progress("held-out prompts", 1.0)
         measured = {}
@@ -149,8 +149,8 @@ def _search(
     scores: Scores,
     together: Together,
     given: dict[int, Sequence[float]],
-) -> dict[int, tuple[list[float], Rolled]]:
-    """For each number of evaluations its timesteps, searched if they are not given, and the rollout with all images."""
+) -> dict[int, Solver]:
+    """For each number of evaluations its timesteps, searched if they are not given, and combinations for all images."""
     replay, trajectory = Replay(recording), Trajectory.of(recording, Conversion(recording.scheduler))
     trajectory = trajectory.part(distinct(trajectory.times))
     images = sum(together.everyone(recording.images))
@@ -158,12 +158,14 @@ def _search(
     every = range(recording.images)
     known = {size: _nearest(trajectory.times, given[size]) for size in sizes if given}
     left = None if known else residuals(trajectory, every, torch.ones(len(jumps.weights)), together)
-    found: dict[int, tuple[list[float], Rolled]] = {}
+    found: dict[int, Solver] = {}
 
     def fit(nodes: Sequence[int]) -> None:
-        times, whole = [trajectory.times[n] for n in nodes], Jumps(replay, trajectory, every, together=together)
+        whole = Jumps(replay, trajectory, every, together=together)
         time = Budget((1.0 if known else POLISHED) * budget.seconds / len(sizes))
-        found[len(nodes)] = times, polished(whole, whole.run(nodes), lambda: 1 - time.used())
+        steps = polished(whole, whole.run(nodes), lambda: 1 - time.used()).combinations
+        times = tuple(trajectory.times[n] for n in nodes)
+        found[len(nodes)] = Solver(times, tuple(steps), whole.from_the_middle(nodes))
 
     def roll(nodes: Sequence[int]) -> list[float]:
         return together.in_order(jumps.run(nodes).decibels.tolist())
@@ -263,7 +265,8 @@ def _record(pipe: DiffusionPipeline, options: dict[str, Any], numbers: dict[str,
     """What a solver was made for."""
     made: dict[str, Any] = dict(describe(pipe))
     if (scale := options.get("guidance_scale")) is not None:
-        made["guidance_scale"] = [scale, scale]
+        several = scale if isinstance(scale, (list, tuple)) else [scale]
+        made["guidance_scale"] = [min(several), max(several)]
     if "height" in options and "width" in options:
         made["height_width"] = [[options["height"], options["width"]]]
     return made | numbers

@@ -79,7 +79,8 @@ class Together:
         """A sampler of the images of this process, with the same seeds."""
         own = sampler.prompts[self.rank :: self.size]
         seed = sampler.seed + self.rank * sampler.stride
-        return replace(sampler, prompts=own, seed=seed, stride=sampler.stride * self.size)
+        scales = sampler.scales[self.rank :: self.size]
+        return replace(sampler, prompts=own, seed=seed, stride=sampler.stride * self.size, scales=scales)
 
     # ------------------------------------------------------------------ messages
     def total(self, tensor: torch.Tensor) -> torch.Tensor:

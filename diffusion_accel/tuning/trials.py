@@ -69,7 +69,7 @@ class Trials:
 
     def conditions(self, steps: int) -> dict[str, Any]:
         """What plans of so many steps that are tried here depend on."""
-        call = {**self.sampler.options, "seed": self.sampler.seed}
+        call = {**self.sampler.arguments, "seed": self.sampler.seed}
         return conditions(self.sampler.pipe, steps) | {"call": call}
 
     def resume(self, steps: int) -> None:

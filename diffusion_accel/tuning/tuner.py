@@ -41,7 +41,7 @@ def tune(
     *,
     steps: int | None = None,
     seed: int = 0,
-    guidance_scale: float | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
     height: int | None = None,
     width: int | None = None,
     speedup: float | None = None,
@@ -78,7 +78,8 @@ def tune(
         prompts: at least 6; 24 or more are recommended.
         steps: denoising steps of the calls that the plan is for, at least 4; None: the pipeline's own default.
         seed: image k starts from the noise of seed + k.
-        guidance_scale, height, width: of those calls; None: the pipeline's own default.
+        guidance_scale, height, width: of those calls; None: the pipeline's own default. Several guidance scales are
+            divided among the images, so that one plan holds for all of them.
         speedup, min_psnr: the target, one of them or none; see `Target`.
         seconds: time budget of the search, without measuring before and after it.
         images: so much work, in images drawn by the baseline, measuring included, after which the search ends, too;

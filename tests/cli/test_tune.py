@@ -54,13 +54,15 @@ def test_a_solver_is_learnt_and_drawn_with(tmp_path: Path, capsys: Any) -> None:
 
 def test_plans_and_solvers_in_one_file(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "all.json"
-    code, out, err = call(capsys, "tune", "-o", file, "--evaluations", "2", "--evaluations", "3", *FEW)
+    scales = ["--guidance-scale", "2", "--guidance-scale", "4"]
+    code, out, err = call(capsys, "tune", "-o", file, "--evaluations", "2", "--evaluations", "3", *scales, *FEW)
     assert code == 0, err
     rows = [line.split() for line in out.splitlines()]
     assert sum(row[:1] == ["solver"] for row in rows) == 2 and "PSNR of solvers: to the images of" in out
     assert [path.name for path in tmp_path.iterdir()] == ["all.json"], "no state of a search is left"
     family = PlanFamily.load(str(file))
     assert family.members and list(family.solvers) == ["2", "3"] and evaluations_in(file) == [2, 3]
+    assert family.conditions["call"]["guidance_scale"] == [2, 4] == read_file(file)["made_for"]["guidance_scale"]
     LearnedMultistepScheduler.from_config(read_file(file)).save_pretrained(tmp_path / "alone")
     first = drawn(capsys, tmp_path / "a.png", "--scheduler", file, "--steps", "3")
     assert np.array_equal(first, drawn(capsys, tmp_path / "b.png", "--scheduler", tmp_path / "alone", "--steps", "3"))

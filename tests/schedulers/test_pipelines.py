@@ -93,6 +93,28 @@ def test_an_image_to_start_from(strength: float) -> None:
     assert first.isfinite().all() and torch.equal(run(pipe, call, 6, strength=strength), first)
 
 
+@pytest.mark.parametrize("count", [1, 5, 11])
+def test_with_any_strength_it_begins_at_a_timestep_of_its_own(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = img2img()
+    pipe.scheduler = scheduler = odd(pipe.scheduler, count)
+    told: list[float] = []
+    pipe.unet.register_forward_pre_hook(lambda _, args, named: told.append(float(args[1])), with_kwargs=True)
+    noised: list[torch.Tensor] = []
+    plain = scheduler.add_noise
+    monkeypatch.setattr(scheduler, "add_noise", lambda *given: (noised.append(given[2]), plain(*given))[1])
+    scheduler.set_timesteps(count)
+    times = scheduler.timesteps.tolist()
+    strengths = [n / 20 for n in range(1, 21)] + [scheduler.strength_at(float(t)) for t in range(0, 1000, 90)]
+    for strength in [s for s in strengths if int(count * s) >= 1]:
+        told.clear()
+        noised.clear()
+        run(pipe, call, count, strength=strength)
+        assert told == times[count - int(count * strength) :] and noised[0].unique().tolist() == told[:1]
+    for asked in range(0, 1000, 90):
+        begins = times[count - int(count * scheduler.strength_at(asked))]
+        assert abs(begins - asked) == min(abs(time - asked) for time in times)
+
+
 @pytest.mark.parametrize("channels", [4, 9])
 def test_inpainting(channels: int) -> None:
     pipe, call = inpaint()

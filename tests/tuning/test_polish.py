@@ -21,7 +21,7 @@ def denoiser(x: torch.Tensor, time: float) -> torch.Tensor:
     return 0.7 * bent + 0.2 * torch.sin(3 * x.roll(1, 3)) * math.cos(time)
 
 
-def made() -> Jumps:
+def made(images: int = IMAGES) -> Jumps:
     """Images on the way of many small DDIM steps, of which every fourth is a node."""
     generator = torch.Generator().manual_seed(0)
     x, steps = torch.randn(IMAGES, 3, 4, 4, generator=generator), 4 * SIZE
@@ -37,7 +37,7 @@ def made() -> Jumps:
     times = levels[:-1:4]
     alphas, sigmas = [*map(math.cos, times), 1.0], [*map(math.sin, times), 0.0]
     trajectory = Trajectory(times, alphas, sigmas, torch.stack(latents), torch.stack(said), x, "sample")
-    return Jumps(lambda x, time, which: denoiser(x, time), trajectory, range(IMAGES))
+    return Jumps(lambda x, time, which: denoiser(x, time), trajectory, range(images))
 
 
 @pytest.fixture

@@ -191,7 +191,8 @@ def test_rollouts_are_kept_and_not_made_again(sticker: Any, tmp_path: Path, monk
     run, made = jumps.Jumps.run, []
 
     def watched(self: Any, nodes: Any) -> Any:
-        made.append((tuple(nodes), len(self.images)))
+        if nodes[0] == 0:  # from the noise
+            made.append((tuple(nodes), len(self.images)))
         return run(self, nodes)
 
     monkeypatch.setattr(jumps.Jumps, "run", watched)
