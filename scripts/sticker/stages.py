@@ -164,7 +164,7 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
         routing = replace(routing, time="unit")  # Flux is told s, not 1000 s
     task = DenoisingTask(denoiser, captioned, objective, routing)
     if options.compile:
-        denoiser.core.compile_repeated_blocks()
+        denoiser.core.compile_repeated_blocks(dynamic=False)  # texts of two lengths: a graph each
     return task
 
 
