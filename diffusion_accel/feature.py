@@ -20,6 +20,7 @@ from .io import shown
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import nn
 
     from .steps import StepClock
 
@@ -271,7 +272,7 @@ class Attachment(Generic[FeatureT]):
     Attributes:
         feature: the configuration.
         changes: what a call changes on objects is registered here (hooks, attributes, whatever must be undone); it is
-            undone when the call ends, also if `after_call` fails or is interrupted.
+            undone when the call ends, also if `after_call` fails or is interrupted, and after `process_output`.
     """
 
     def __init__(self, feature: FeatureT, pipeline: DiffusionPipeline) -> None:
@@ -284,6 +285,10 @@ class Attachment(Generic[FeatureT]):
         """The pipeline. Raises `CallStateError` if it does not exist any more."""
         return alive(self._pipeline)
 
+    def models(self) -> list[nn.Module]:
+        """Models that the feature brings along and calls, beside those of the pipeline."""
+        return []
+
     def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Change what the pipeline is called with, by name. Called before `before_call`, in order of attachment."""
         return arguments
@@ -294,6 +299,9 @@ class Attachment(Generic[FeatureT]):
     def after_call(self) -> None:
         """Undo what the call changed and free buffers. Must be safe to call twice, also after half a `before_call`."""
         self.changes.undo()
+
+    def before_output(self) -> None:
+        """Make `changes` for what `process_output` of all features calls; other calls may use the pipeline's models now."""
 
     def process_output(self, output: Any) -> Any:
         """Change what the pipeline returned. Called in reverse order of attachment, only after success."""

@@ -129,6 +129,10 @@ class Acceleration:
         """Whether the feature is attached and enabled."""
         return name in self._attachments and name not in self._disabled
 
+    def models(self) -> list[torch.nn.Module]:
+        """Models that the enabled features bring along, beside those of the pipeline."""
+        return [model for name, one in self._attachments.items() if self.enabled(name) for model in one.models()]
+
     def report(self) -> Report:
         """What the last call did. Raises `CallStateError` before the first call."""
         if self._report is None:
@@ -199,8 +203,12 @@ class Acceleration:
             with Changes() as changes:
                 self._begin(active, clock, changes)
                 output, flops = self._counted(call, args, kwargs)
-            for attachment in reversed(active):
-                output = attachment.process_output(output)
+            with Changes() as changes:
+                for attachment in active:
+                    changes.add(attachment.changes.undo)
+                    attachment.before_output()
+                for attachment in reversed(active):
+                    output = attachment.process_output(output)
         self._report = Report(
             steps=clock.steps if clock is not None else announced_steps(pipeline),
             seconds=time.perf_counter() - began,

@@ -55,7 +55,7 @@ def agrees_after_changes(feature: Compiled, steps: list[Any], bound: float) -> N
         arguments = (x, torch.tensor(100 * number + 5), rand(batch, 6, 16, seed=number + 50).to(dtype))
         counters = dict.fromkeys(COUNTERS, 0.0)
         with torch.no_grad():
-            found.begin()
+            found.fresh = True
             expected = module(*arguments).sample
             for _ in range(2):
                 given = found.run(module, module.forward, arguments, {}, counters)

@@ -73,12 +73,13 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
     return [module for module in denoiser.modules() if type(module).__name__ in repeated_blocks(denoiser)]
 
 
-def modules_of(pipe: DiffusionPipeline, parts: frozenset[str]) -> list[nn.Module]:
-    """The modules of these parts that a pipeline calls."""
+def modules_of(pipe: Any, parts: frozenset[str]) -> list[nn.Module]:
+    """The modules of these parts that an accelerated pipeline and its features call."""
     found: list[Any] = list(called_denoisers(pipe)) if "denoiser" in parts else []
     if "vae" in parts:
         coders = [getattr(pipe, name, None) for name in DECODERS]
         found += [getattr(coder, half, None) for coder in coders for half in ("encoder", "decoder")]
+        found += pipe.acceleration.models()
     if "text" in parts:
         found += [getattr(pipe, name, None) for name in TEXT_ENCODERS]
     if "controlnet" in parts and (controlnet := find_controlnet(pipe)) is not None:
@@ -102,10 +103,18 @@ class CompiledAttachment(Attachment[Compiled]):
         if self.feature.blocks:
             self._compile_blocks(clock.pipeline)
             return
+        self._put_on(modules_of(clock.pipeline, self.feature.object_of("parts")))
+
+    def before_output(self) -> None:
+        """Put the hooks on what features make the output with."""
+        if not self.feature.blocks and "vae" in self.feature.object_of("parts"):
+            self._put_on(self.pipeline.acceleration.models())
+
+    def _put_on(self, modules: list[nn.Module]) -> None:
         hooks = HookSet.within(self.changes, "diffusion_accel.compiled")
-        for module in modules_of(clock.pipeline, self.feature.object_of("parts")):
+        for module in modules:
             graphs = graphs_of(module, self.feature)
-            graphs.begin()
+            graphs.fresh = True
             hooks.add(module, GraphHook(graphs, self._counters))
 
     def _compile_blocks(self, pipe: DiffusionPipeline) -> None:

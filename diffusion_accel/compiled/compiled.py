@@ -62,7 +62,8 @@ class Compiled(Feature):
             no engine, for comparison.
         precision: "float32", "bfloat16" or "float16" (also bf16, fp16): in what an engine may compute what the model
             has in float32.
-        parts: what is compiled, joined by "+": denoiser, vae (decoder and encoder), text (text encoders), controlnet.
+        parts: what is compiled, joined by "+": denoiser, vae (decoder and encoder; the
+            networks of transparent images, too), text (text encoders), controlnet.
         device: OpenVINO's name of a device: CPU, GPU, GPU.1, NPU; empty: CPU.
         mode: of torch.compile: default, reduce-overhead (CUDA graphs), max-autotune, max-autotune-no-cudagraphs.
         blocks: compile the denoiser's repeated blocks one by one instead of whole models, with inductor and in the

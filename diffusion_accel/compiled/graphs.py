@@ -66,7 +66,12 @@ def graphs_of(module: nn.Module, feature: Compiled) -> Graphs:
 
 
 class Graphs:
-    """The graphs of one module for one setting. Holds what the module holds, never the module itself."""
+    """The graphs of one module for one setting. Holds what the module holds, never the module itself.
+
+    Attributes:
+        fresh: the next call is the first of a call of the pipeline: it notices weights that were written without a
+            trace, too.
+    """
 
     def __init__(self, feature: Compiled) -> None:
         self.feature, self.engine = feature, feature.compiler
@@ -78,11 +83,7 @@ class Graphs:
         self._wasted = 0
         self._told: set[str] = set()
         self._lock = threading.Lock()
-
-    def begin(self) -> None:
-        """A call of the pipeline begins: weights that were written without a trace are noticed now."""
-        if self._snapshot is not None and not self._snapshot.holds():
-            self._snapshot = None
+        self.fresh = True
 
     def run(
         self,
@@ -232,7 +233,8 @@ class Graphs:
             return "gradients"
         if counting():
             return "operations that are counted"
-        if self._snapshot is None or not self._snapshot.holds(values=False):
+        thorough, self.fresh = self.fresh, False
+        if self._snapshot is None or not self._snapshot.holds(values=thorough):
             self._snapshot = Snapshot(module, hooks=False)
             self._parts = [part for part in module.modules() if part is not module]
             self._hooked = any(has_offload_hook(p) or any(getattr(p, n) for n in TORCH_HOOKS) for p in self._parts)

@@ -14,10 +14,11 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from diffusion_accel.denoisers import getattr_path
-from diffusion_accel.diffusers_compat import is_offloaded
+from diffusion_accel.diffusers_compat import has_offload_hook, is_offloaded
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.hooks import HookSet
 from diffusion_accel.io import printable
+from diffusion_accel.snapshot import Snapshot
 
 from .ldm_keys import from_ldm
 
@@ -170,11 +171,14 @@ class Adapter:
 
     A plain floating-point parameter is replaced by a changed copy, which costs nothing at a step; afterwards the very
     same parameter object is back. Layers without one (quantized, or offloaded layer by layer) get a hook that adds what
-    the change makes of their input.
+    the change makes of their input. Changed copies stay for the next time, unless the model is offloaded or changes.
     """
 
     def __init__(self, changes: Changes) -> None:
         self.changes = changes
+        self._made: dict[str, nn.Parameter] = {}  # changed copies
+        self._made_of: tuple[float, Snapshot] | None = None  # strength and base model
+        self._offloaded = False
         self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._hooks = HookSet("diffusion_accel.transparency.adapter")
 
@@ -187,19 +191,19 @@ class Adapter:
     def apply(self, unet: nn.Module, strength: float = 1.0) -> None:
         """Put the changes in force, times `strength`."""
         hooked: dict[int, tuple[Any, dict[str, torch.Tensor | Change]]] = {}
+        if self._made_of is None or self._made_of[0] != strength or not self._made_of[1].holds():
+            self._made, self._made_of = {}, (strength, Snapshot(unet, hooks=False))
+        self._offloaded = has_offload_hook(unet)
         try:
             for name, change in self.changes.items():
                 module, leaf = _owner(unet, name)
                 parameter = module._parameters.get(leaf)
                 if _is_plain(module, parameter):
                     assert parameter is not None
-                    merged = change.difference(parameter.device) * strength
-                    base, merged = _equally_wide(parameter.data.float(), merged)
-                    changed = (base + merged).to(parameter.dtype)
-                    if changed.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
-                        changed = changed.contiguous(memory_format=torch.channels_last)
+                    if name not in self._made:
+                        self._made[name] = _changed(parameter, change, strength)
                     self._kept.append((module, leaf, parameter))
-                    module._parameters[leaf] = nn.Parameter(changed, requires_grad=False)
+                    module._parameters[leaf] = self._made[name]
                 elif leaf in ("weight", "bias") and _shape_of(module, "weight") is not None:
                     hooked.setdefault(id(module), (module, {}))[1][leaf] = change
                 else:
@@ -219,7 +223,18 @@ class Adapter:
             module, leaf, parameter = self._kept[-1]
             module._parameters[leaf] = parameter
             self._kept.pop()  # only now: an interrupt must not lose it
+        if self._offloaded:
+            self._made, self._made_of = {}, None
         self._hooks.remove()
+
+
+def _changed(parameter: nn.Parameter, change: Change, strength: float) -> nn.Parameter:
+    """A changed copy of a parameter, in its type and layout."""
+    base, merged = _equally_wide(parameter.data.float(), change.difference(parameter.device) * strength)
+    made = (base + merged).to(parameter.dtype)
+    if made.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        made = made.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(made, requires_grad=False)
 
 
 def _equally_wide(base: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

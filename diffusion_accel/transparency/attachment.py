@@ -54,6 +54,13 @@ def works_inside(feature: LatentTransparency, pipeline: DiffusionPipeline) -> bo
     return loaded is not None and (loaded.adapter is not None or loaded.sharing is not None)
 
 
+def goes_into_graphs(feature: LatentTransparency, pipeline: DiffusionPipeline) -> bool:
+    """Whether what changes the denoiser are its weights alone, at all steps."""
+    if feature.until < 1 or CONDITIONS[feature.variant]:
+        return False
+    return load_weights(feature, pipeline, headers=True).sharing is None
+
+
 def attach(feature: LatentTransparency, pipeline: DiffusionPipeline) -> TransparencyAttachment:
     """The feature on a pipeline."""
     return TransparencyAttachment(feature, pipeline)
@@ -71,6 +78,10 @@ class TransparencyAttachment(Attachment[LatentTransparency]):
         self._unet: Any = None
         self._read: Any = None
         self._counters: dict[str, float] = {}
+
+    def models(self) -> list[torch.nn.Module]:
+        """The encoder and the decoder that stand beside the VAE."""
+        return [part for part in (self._weights.encoder, self._weights.decoder) if part is not None]
 
     # ------------------------------------------------------------------ the call
     def process_input(self, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from zoo import sd, unet
 
-from diffusion_accel import Compiled, ConfigurationError
+from diffusion_accel import Compiled, ConfigurationError, accelerate
 from diffusion_accel.compiled.attachment import modules_of
 from diffusion_accel.compiled.calls import Call, Flat, OpaqueError
 from diffusion_accel.compiled.digest import digest
@@ -55,7 +55,7 @@ def test_the_table_needs_no_torch() -> None:
 
 
 def test_parts() -> None:
-    pipe, _ = sd()
+    pipe = accelerate(sd()[0], Compiled(engine="eager"))
     assert modules_of(pipe, frozenset({"denoiser", "vae"})) == [pipe.unet, pipe.vae.encoder, pipe.vae.decoder]
     assert modules_of(pipe, frozenset({"text", "controlnet"})) == []
 

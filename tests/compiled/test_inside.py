@@ -13,9 +13,18 @@ from graph_tools import CHANGES, FROZEN, CountingBackend, close, of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws import traces
+from transparency_weights import tiny_weights
 from zoo import run, sd
 
-from diffusion_accel import Compiled, EncoderReuse, FeatureConflictError, Reuse, TaskRouting, accelerate
+from diffusion_accel import (
+    Compiled,
+    EncoderReuse,
+    FeatureConflictError,
+    LatentTransparency,
+    Reuse,
+    TaskRouting,
+    accelerate,
+)
 from diffusion_accel.compiled import engines
 from diffusion_accel.reuse.plan import Plan, Step
 
@@ -120,6 +129,21 @@ def test_no_graph_is_stale(change: str) -> None:
     close(*images, 1e-5)
 
 
+def test_transparent_images() -> None:
+    """The adapted denoiser and the networks beside the VAE are graphs, which another weight makes anew."""
+    transparent = LatentTransparency(weights=tiny_weights())
+    pipe, call = sd()
+    call["output_type"] = "pt"
+    agrees(pipe, call, transparent, Compiled(engine="frozen"), 1e-5, 3)
+    assert of(pipe)["graph_calls"] == 5  # three steps, and two decoders
+    with torch.no_grad():
+        pipe.acceleration.models()[1].conv_out.bias.mul_(-3)
+    found = run(pipe, call, 3)
+    assert of(pipe)["graphs_compiled"] == 1
+    pipe.acceleration.remove("compiled")
+    close(found, run(pipe, call, 3), 1e-5)
+
+
 def test_forecasts_within_one_batch_run_uncompiled(caplog: Any) -> None:
     """What the decoder would be given for the steps after a full one depends on the times of the steps, no tensors."""
     pipe, call = sd()
@@ -141,8 +165,13 @@ def test_hooks_of_others_inside_still_act() -> None:
 
 
 def test_what_cannot_be_part_of_a_graph_is_refused() -> None:
-    for inside in (TaskRouting(untrained=True), Reuse(plan="taylorseer:3,1")):
-        pipe, _ = sd() if isinstance(inside, TaskRouting) else zoo.flux()
+    weights = tiny_weights()
+    for inside in (
+        TaskRouting(untrained=True),
+        Reuse(plan="taylorseer:3,1"),
+        LatentTransparency(weights=weights, until=0.5),
+    ):
+        pipe, _ = zoo.flux() if isinstance(inside, Reuse) else sd()
         with pytest.raises(FeatureConflictError, match="compiled.* cannot be combined with .*works inside"):
             accelerate(pipe, inside, compiled())
         assert not hasattr(pipe, "acceleration")

@@ -38,6 +38,29 @@ def test_changes_are_what_they_say_and_leave_no_trace(tmp_path: Path) -> None:
     assert all(value is before[key] for key, value in model.named_parameters()), "other parameter objects"
 
 
+def test_changed_copies_are_those_of_the_model_as_it_is(tmp_path: Path) -> None:
+    """They stay for the next time: the same objects as long as nothing changes, never those of other weights."""
+    model = unet()
+    adapter = Adapter(changes_of(written(tmp_path, tiny_changes(model))))
+    seen = []
+    for change in (None, lambda: model.conv_in.weight.data.mul_(2), lambda: model.load_state_dict(unet().state_dict())):
+        if change is not None:
+            change()
+        fresh = Adapter(adapter.changes)
+        fresh.apply(model)
+        expected = predict(model)
+        fresh.restore()
+        for _ in range(2):
+            adapter.apply(model)
+            assert torch.equal(predict(model), expected)
+            seen.append(model.conv_in.weight)
+            adapter.restore()
+    assert seen[0] is seen[1] and seen[2] is seen[3] and len(set(map(id, seen))) == 3
+    adapter.apply(model, 0.5)
+    assert not torch.equal(predict(model), expected)
+    adapter.restore()
+
+
 def test_hooks_add_what_merging_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized and offloaded layers cannot be merged: their output is corrected instead."""
     model = unet()
