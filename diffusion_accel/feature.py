@@ -301,7 +301,7 @@ class Attachment(Generic[FeatureT]):
         self.changes.undo()
 
     def before_output(self) -> None:
-        """Make `changes` for what `process_output` of all features calls; other calls may use the pipeline's models now."""
+        """Make `changes` for what `process_output` calls; other calls may use the pipeline's models now."""
 
     def process_output(self, output: Any) -> Any:
         """Change what the pipeline returned. Called in reverse order of attachment, only after success."""
