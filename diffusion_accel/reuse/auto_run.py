@@ -71,12 +71,20 @@ class AutoCall(PlanSource):
         if (recording := self.recording) is None or self.outcome:
             return
         problem, candidates, keep = recording.problem, tuple[Candidate, ...](), self.keep
-        if not problem:
+        accident = None if problem else recording.accident
+        if not problem and not accident:
             try:
-                candidates = self.probe.candidates(recording.last, len(recording.times), recording.search())
+                if self.probe.altered(recording.last):
+                    accident = "a callback changed what it drew"
+                candidates = (
+                    () if accident else self.probe.candidates(recording.last, len(recording.times), recording.search())
+                )
             except Exception as error:  # the image is there already, and nobody asked for more of it
                 problem, keep = f"the call cannot be repeated ({first_line(error, 120)})", False
                 logger.warning("auto: %s", problem)
+        if accident:
+            self.outcome = f"computed in full, and nothing was learned: {accident}"
+            return
         auto_memory.remember(self.about + self._key_of(recording.times), candidates, keep)
         chosen = self.auto.choose(candidates)
         said = f"nothing was learned: {problem}" if problem else _said(chosen, "for the next ones")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Family = Callable[[int], Plan | None]  # the plan that computes every so many-th step, or as many
 CALLBACKS = ("callback", "callback_on_step_end")
+SAME = 60.0  # dB below the variance; what is nearer is the same but for rounding
 FIRST = 3  # steps for a full one, at which families are compared
 OTHERS = (2, 4, 6)  # at which the best one is tried as well
 PRESETS = (("", 1), ("", 2), ("sample", 1), ("epsilon", 0))  # spaces and orders of hold, each the best one somewhere
@@ -38,6 +39,7 @@ class Probe:
 
     def __init__(self, pipe: DiffusionPipeline, arguments: dict[str, Any]) -> None:
         self.pipe = pipe
+        self._watched = any(arguments.get(name) is not None for name in CALLBACKS)
         arguments = {k: v for k, v in arguments.items() if k != "kwargs"} | (arguments.get("kwargs") or {})
         self.arguments = {k: None if k in CALLBACKS else v for k, v in arguments.items() if k != "self"}
         if "output_type" in arguments:
@@ -72,6 +74,10 @@ class Probe:
         given = self.arguments.get("generator")
         made = [torch.Generator(device).set_state(state) for device, state in self._states]
         return {"generator": made if isinstance(given, list) else made[0]} if made else {}
+
+    def altered(self, reference: torch.Tensor) -> bool:
+        """Whether callbacks, which are not called when it is repeated, changed the last latents of the call."""
+        return self._watched and nearness(reference, self.latents(None)) < SAME
 
     # ------------------------------------------------------------------ a search
     def candidates(self, reference: torch.Tensor, total: int, searched: Family) -> tuple[Candidate, ...]:

@@ -57,24 +57,33 @@ class Recording:
 
     @property
     def problem(self) -> str | None:
-        """Why nothing can be learned from it; None if something can."""
-        if len(self.predictions) != len(self.times):
-            return f"the scheduler stepped {len(self.predictions)} times for {len(self.times)} timesteps"
+        """Why nothing can be learned from such calls; None if something can."""
+        if len(self.predictions) > len(self.times):
+            return f"the scheduler stepped more than {len(self.times)} times for as many timesteps"
         if len(self.times) < STEPS:
             return f"{len(self.times)} steps are too few to leave one out"
         if len({*self.times}) < len(self.times):
             return "the scheduler comes to the same timestep twice"
         if not Conversion(self.clock.scheduler).possible:
             return f"what a prediction means with {type(self.clock.scheduler).__name__} is not known"
-        if any(not bool(v.isfinite().all()) or v.shape != self.inputs[0].shape for v in self._all()):
-            return "a prediction was not finite, or not of the shape of the latents"
+        if any(v.shape != self.inputs[0].shape for v in self._all()):
+            return "a prediction was not of the shape of the latents"
+        return None
+
+    @property
+    def accident(self) -> str | None:
+        """Why this call teaches nothing, though another one like it may; None if it does."""
+        if len(self.predictions) < len(self.times):
+            return f"the call stopped after {len(self.predictions)} of {len(self.times)} steps"
+        if any(not bool(v.isfinite().all()) for v in self._all()):
+            return "a prediction was not finite"
         return None
 
     def _all(self) -> list[torch.Tensor]:
         return [*self.predictions, *self.inputs]
 
     def search(self) -> Callable[[int], Plan | None]:
-        """Plans by how many steps there are for each full one; only if there is no `problem`."""
+        """Plans by how many steps there are for each full one; only if there is no `problem` and no `accident`."""
         scheduler, total = self.clock.scheduler, len(self.times)
         if total > SEARCHED:
             return lambda _interval: None

@@ -165,6 +165,31 @@ def test_a_call_that_fails_teaches_nothing_and_leaves_nothing(file: Path) -> Non
     assert torch.equal(run(pipe, given), plain)
 
 
+def test_a_call_that_is_stopped_or_changed_teaches_nothing_and_the_next_one_does(file: Path) -> None:
+    def stop(pipe: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 3  # as diffusers documents it
+        return values
+
+    def change(_pipe: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "latents": values["latents"] * 1.1} if step == 3 else values
+
+    for callback, why in ((stop, "stopped after 4 of 8 steps"), (change, "a callback changed")):
+        auto_memory.forget()
+        file.unlink(missing_ok=True)
+        pipe, given = sd()
+        accelerate(pipe, Reuse(plan="auto:2"))
+        run(pipe, given, steps=8, callback_on_step_end=callback)
+        assert why in chose(pipe)["outcome"] and counters(pipe)["reused_steps"] == 0 and not file.exists()
+        assert learned(pipe, given, steps=8) and file.exists() and not learned(pipe, given, steps=8)
+    auto_memory.forget()
+    file.unlink()
+    watched: list[int] = []
+    assert learned(
+        pipe, given, steps=8, callback_on_step_end=lambda _p, step, _t, values: (watched.append(step), values)[1]
+    )
+    assert watched == [*range(8)] and file.exists(), "one that only watches"
+
+
 @pytest.mark.parametrize(
     ("scheduler", "steps", "why"),
     [(HeunDiscreteScheduler, 6, "same timestep"), (DDIMScheduler, 3, "too few")],
