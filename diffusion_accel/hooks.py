@@ -13,6 +13,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from .diffusers_compat import drop_registry, hook_names, lowest_function, registry_of, set_registry, unchain
+from .errors import CallStateError
 
 if TYPE_CHECKING:
     from .changes import Changes
@@ -85,9 +86,17 @@ class HookSet:
         return hooks
 
     def add(self, module: torch.nn.Module, hook: ModelHook) -> None:
-        """Install `hook` on `module` under this set's name."""
+        """Install `hook` on `module` under this set's name.
+
+        Raises:
+            CallStateError: there is one of this name, so of a call in another thread, which goes on.
+        """
+        if self.name in (registry := _registry(module)).hooks:
+            raise CallStateError(
+                f"{type(module).__name__} is in use by another call; run one at a time, or give each pipeline its own"
+            )
         self._modules.append(module)
-        _registry(module).register_hook(hook, self.name)
+        registry.register_hook(hook, self.name)
 
     def __len__(self) -> int:
         return len(self._modules)

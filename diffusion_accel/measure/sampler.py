@@ -60,6 +60,8 @@ class Sampler:
         given = {k: v for k, v in (self.options | own).items() if k in parameters and v is not None}
         generators = [torch.Generator("cpu").manual_seed(self.seed + i * self.stride) for i in range(start, end)]
         given = own_arguments(self.pipe, given) | call_arguments(self.pipe, list(self.prompts[start:end]))
+        for name in [k for k, v in given.items() if k.startswith("negative_prompt") and isinstance(v, str)]:
+            given[name] = [given[name]] * (end - start)  # as the prompts, which some pipelines insist on
         given |= {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"} | changes
         images = np.asarray((self.caller or self.pipe)(**given).images, np.float32)
         return torch.from_numpy(images).permute(0, 3, 1, 2).clamp(0, 1)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LEAST = 6  # prompts
+CHOSEN = (  # arguments of calls that are not the user's
+    "prompt class_labels batch_size num_images_per_prompt num_inference_steps generator latents prompt_embeds "
+    "output_type return_dict"
+).split()
 ENOUGH = 9  # held-out images for a floor
 
 
@@ -50,6 +54,11 @@ def checked(
     texts = tuple(listed(prompts))
     own = [name for name in function.__annotations__ if name not in ("pipe", "options", "return")]
     refuse_unknown(options, {*call_parameters(pipe), *own}, f"{function.__name__}()")
+    if taken := [name for name in options if name in CHOSEN]:
+        raise ConfigurationError(
+            f"{function.__name__}() draws an image for each prompt, with steps and seed, and so says "
+            f"{', '.join(taken)} itself; leave it out"
+        )
     if len(texts) < LEAST:
         raise ConfigurationError(
             f"tuning needs at least {LEAST} prompts (24 or more are recommended), got {len(texts)}"

@@ -26,7 +26,7 @@ from diffusion_accel.schedulers.solver import LEAST_STEP, Solver, not_learnt
 from .budget import Budget
 from .by_rollouts import FEW, untraceable
 from .jumps import Jumps, Trajectory
-from .measure import scheduling
+from .measure import not_reusing, scheduling
 from .polish import polished
 from .recording import record
 from .replay import Recording, Replay
@@ -112,7 +112,7 @@ def tune_solver(
         raise ConfigurationError(f"towards the baseline of {steps} steps at most {steps} evaluations, got {sizes[-1]}")
     goal, many = _goal(pipe, towards, steps)
     calibration, heldout = parts(Sampler(pipe, prompts, many, seed, batch, options), together)
-    with torch.inference_mode(), scheduling(pipe, goal):
+    with torch.inference_mode(), not_reusing(pipe), scheduling(pipe, goal):
         progress("where the samples should be", 0.0)
         chosen = _chosen(many) if towards == TOWARDS[0] else _every
         recording, _ = record(calibration, chosen)
@@ -127,7 +127,7 @@ def tune_solver(
         valid = conditions(pipe, many) | {"call": call}
         return {"conditions": valid, "prompts": texts, "method": "solver"}
 
-    with torch.inference_mode():
+    with torch.inference_mode(), not_reusing(pipe):
         scores = Scores(None if state is None else Path(state), about)
         solvers = _search(recording, sizes, Budget(seconds), progress, scores, together, given)
         made = LearnedMultistepScheduler.like(pipe.scheduler, solvers, _record(pipe, options, {}))

@@ -21,7 +21,7 @@ from diffusion_accel.reuse.reuse import Reuse
 from .budget import Budget
 from .by_rollouts import RolloutTuner, untraceable
 from .by_trials import search_by_trials
-from .measure import Reference
+from .measure import Reference, not_reusing
 from .recording import record
 from .request import checked, parts
 from .target import Target
@@ -123,7 +123,7 @@ def tune(
     mine = parts(Sampler(pipe, prompts, steps, seed, batch, options), together)
     file = None if state is None else Path(state)
     variants = [(n, s) for s in (pipe.scheduler, *try_schedulers) for n in dict.fromkeys((steps, *try_steps))]
-    with torch.inference_mode():
+    with torch.inference_mode(), not_reusing(pipe):
         reason = "other steps or schedulers are tried"
         if len(variants) == 1:
             progress("baseline", 0.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.hooks import ModelHook
 
+from diffusion_accel.errors import CallStateError
 from diffusion_accel.hooks import HookSet
 
 
@@ -30,6 +31,18 @@ class Around(ModelHook):
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         return self.fn_ref.original_forward(*args, **kwargs) * self.factor
+
+
+def test_of_two_calls_the_first_keeps_its_hook() -> None:
+    layer = torch.nn.Linear(1, 1).requires_grad_(False)
+    first, second = HookSet("here"), HookSet("here")
+    first.add(layer, Times(2.0))
+    with pytest.raises(CallStateError, match="Linear is in use by another call"):
+        second.add(layer, Times(3.0))
+    second.remove()
+    assert len(second) == 0 and float(layer(torch.zeros(1))) == 2 * float(layer.bias)
+    first.remove()
+    assert float(layer(torch.zeros(1))) == float(layer.bias)
 
 
 @pytest.mark.parametrize("kinds", list(itertools.product((Times, Around), repeat=3)))

@@ -14,7 +14,7 @@ import torch
 import zoo
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusion_accel import ConfigurationError
+from diffusion_accel import ConfigurationError, Reuse, accelerate, tune_solver
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.reuse.plan import FULL, Plan
@@ -94,6 +94,20 @@ def test_a_speedup_is_reached_and_a_preset_of_equal_work_is_beaten() -> None:
                 fidelity[name] = float(psnr(base, new.images()).median())
             assert sum(step.mode == "full" for step in one.steps) >= 4 or name == "tuned"
     assert full <= 4 and fidelity["tuned"] > fidelity["preset"] + 2
+
+
+def test_a_plan_that_the_pipeline_has_does_not_count() -> None:
+    pipe = dit()
+    call: dict[str, Any] = {"steps": 6, "speedup": 1.5, "seconds": 0, **CALL}
+    wanted: Any = tune(pipe, PROMPTS, **call)
+    solver = tune_solver(pipe, PROMPTS, 2, steps=6, towards="baseline", seconds=0, **CALL)
+    accelerate(pipe, Reuse(plan="hold:3"))
+    found: Any = tune(pipe, PROMPTS, **call)
+    assert found.plan == wanted.plan and found.measured["psnr_each"] == wanted.measured["psnr_each"]
+    again = tune_solver(pipe, PROMPTS, 2, steps=6, towards="baseline", seconds=0, **CALL)
+    assert again.config.solvers == solver.config.solvers
+    assert again.config.made_for["measured"] == solver.config.made_for["measured"]
+    assert pipe.acceleration.features["reuse"] == Reuse(plan="hold:3") and pipe.acceleration.enabled("reuse")
 
 
 def test_the_fastest_plan_of_a_fidelity() -> None:

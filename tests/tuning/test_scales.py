@@ -56,6 +56,14 @@ def test_every_half_has_every_scale(count: int, scales: list[float], size: int) 
     assert mine.scales == calibration.scales[::size] and mine.prompts == calibration.prompts[::size]
 
 
+def test_one_negative_prompt_is_for_all_images(sticker: Any) -> None:
+    own = Sampler(sticker, ("a", "b"), 2, options={"negative_prompt": "c", "height": 32, "width": 32})
+    each = replace(own, options=own.options | {"negative_prompt": ["c", "c"]})
+    without = replace(own, options=own.options | {"negative_prompt": None})
+    with torch.inference_mode():
+        assert torch.equal(own.images(), each.images()) and not torch.equal(own.images(), without.images())
+
+
 def test_each_image_is_drawn_and_repeated_with_its_own_scale() -> None:
     pipe, scales = dit(), (1.0, 1.0, 4.0, 4.0, 2.0)
     with torch.inference_mode():

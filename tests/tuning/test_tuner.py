@@ -130,6 +130,7 @@ def test_impossible_targets_are_refused(sticker: Any) -> None:
         tune(sticker, PROMPTS, steps=4, speedup=900, seconds=1, **SMALL)
     for options, words in (
         ({"speedup": 2, "min_psnr": 40}, "either"),
+        ({"generator": None}, r"tune\(\) draws an image for each prompt, .* says generator itself"),
         ({"computed_steps": (0,)}, "computed_steps must be a whole number"),
         ({"speedup": 0.5}, "above 1"),
         ({"speedup": "2"}, "speedup must be a number"),
