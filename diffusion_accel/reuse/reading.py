@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+
 from .auto import Auto, is_auto
 from .diffusers_cache import DiffusersCache, is_cache
 from .plan import Plan, PlanSource
@@ -35,6 +38,10 @@ def read_plan_option(given: str | PlanSource) -> tuple[str, PlanSource]:
     """What the field `plan` keeps, and the plan that it means: what was given as text stays as it was given."""
     if isinstance(given, PlanSource):
         return given.text, given
+    settings = _SETTINGS.search(given)
+    if settings is not None and is_tuned(plan := given[: settings.start()]):
+        others = ", ".join(settings[0].split(",")[1:])
+        raise ConfigurationError(f"{shown(given)} is a plan and settings; give plan={plan!r} and, beside it, {others}")
     source = read_plan(given)
     return (source.text if isinstance(source, Plan) and not given.startswith("steps:") else given), source
 

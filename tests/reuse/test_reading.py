@@ -117,6 +117,12 @@ def test_what_is_kept_is_what_was_given() -> None:
     assert EncoderReuse(schedule=KeySteps((0, 3))).to_dict()["schedule"] == [0, 3]
 
 
+def test_settings_behind_a_plan_are_arguments_of_their_own() -> None:
+    with pytest.raises(ConfigurationError, match=r"give plan='tuned:dpm' and, beside it, speedup=2, stretch=true"):
+        Reuse(plan="tuned:dpm,speedup=2,stretch=true")
+    assert Reuse.parse("tuned:dpm,speedup=2") == Reuse(plan="tuned:dpm", speedup=2)
+
+
 def test_objects_that_mean_nothing_are_refused() -> None:
     for wrong in (KeySteps("paper"), GuidanceRule(), 3, None):
         with pytest.raises(ConfigurationError, match="is not a text"):
