@@ -208,7 +208,7 @@ def reusing(pipe: DiffusionPipeline, plan: Plan) -> Iterator[None]:
 @contextmanager
 def not_reusing(pipe: DiffusionPipeline) -> Iterator[None]:
     """Within this context the pipeline computes every step, whatever plan it has otherwise."""
-    handle = getattr(pipe, "acceleration", None)
+    handle: Any = getattr(pipe, "acceleration", None)
     on = handle is not None and handle.enabled("reuse")
     if on:
         handle.disable("reuse")
