@@ -83,7 +83,14 @@ class PatchAttachment(Attachment[PatchParallel]):
             raise ConfigurationError(f"patch_parallel cannot be used on this pipeline: {reason}")
         communicator = Communicator(world.group, feature.comm_checkpoint)
         self._run = PatchRun(
-            world, clock, communicator, feature.mode, feature.warmup, feature.neighbour_fraction, feature.group_norm
+            world,
+            clock,
+            communicator,
+            feature.mode,
+            feature.warmup,
+            feature.neighbour_fraction,
+            feature.group_norm,
+            feature.forecast,
         )
         check = Agreement(self.pipeline, clock, world)
         install(self.changes, self._run, self.pipeline, feature.cfg_parallel, feature.vae, check)

@@ -113,7 +113,8 @@ class NormHook(ModelHook):
 
     At exact steps each part sends mean and biased variance of its own, and they are put together by Chan's formula. At
     the others (DistriFusion, section 4.2), "corrected" adds the change of the own statistics to the others' old ones
-    and takes its own where that gives no variance; "stale" puts its fresh ones together with the others' old ones.
+    and takes its own where that gives no variance; "stale" puts its fresh ones together with the others' old ones. A
+    run that forecasts takes the mean of the corrected ones and of what continues the others' last change.
     """
 
     def __init__(self, run: PatchRun, name: str) -> None:
@@ -155,19 +156,31 @@ class NormHook(ModelHook):
         else:
             got, before = run.exchange(what, sends, shapes, fresh, own=fresh)
         wide = torch.float64 if fresh.device.type != "mps" else torch.float32
-        parts = {part: moments(t.to(wide)) for part, t in got.items()}
-        own = moments(fresh.to(wide))
-        parts[run.split.part] = own if before is None or run.group_norm != "corrected" else moments(before.to(wide))
-        shares = {part: level.rows(part) / level.size for part in parts}
-        mean: Any = sum(parts[part][0] * share for part, share in shares.items())
-        square: Any = sum(parts[part][1] * share for part, share in shares.items())
-        if before is not None and run.group_norm == "corrected":
-            old = parts[run.split.part]
-            mean, square = mean + (own[0] - old[0]), square + (own[1] - old[1])
+        found = {part: moments(t.to(wide)) for part, t in got.items()}
+        own = found[run.split.part] = moments(fresh.to(wide))
+        if run.group_norm == "corrected":
+            found |= self._corrected(found, own, None if before is None else moments(before.to(wide)))
+        mean, square = sum(m * (level.rows(part) / level.size) for part, m in found.items()).unbind(-1)  # type: ignore[union-attr]
         variance = square - mean * mean
         if before is not None:
             variance = torch.where(variance < 0, fresh[1].to(wide), variance)
         return mean, variance.clamp(min=0)
+
+    def _corrected(
+        self, found: dict[int, torch.Tensor], own: torch.Tensor, before: torch.Tensor | None
+    ) -> dict[int, torch.Tensor]:
+        """The moments of the other parts at this step; `before`: this part's own when `found` was, None: found now."""
+        run = self.run
+        others, key = {part: m for part, m in found.items() if m is not own}, ("moments", run.visited)
+        if before is None:
+            if run.forecaster is not None:
+                run.forecaster.note(key, others, {0: own})
+            return others
+        alike = {part: m + (own - before) for part, m in others.items()}
+        if run.forecaster is None:
+            return alike
+        trend = run.forecaster.forecast(key, others, {0: own})
+        return {part: (trend[part] + m) / 2 for part, m in alike.items()}
 
 
 def statistics_of(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
@@ -182,7 +195,7 @@ def statistics_of(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
     return torch.stack([mean, (scale**-2 - eps).clamp(min=0)])
 
 
-def moments(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and mean of squares from mean and variance (2, ...)."""
+def moments(statistics: torch.Tensor) -> torch.Tensor:
+    """Mean and mean of squares (batch, groups, 2) from mean and variance (2, batch, groups)."""
     mean, variance = statistics
-    return mean, variance + mean * mean
+    return torch.stack([mean, variance + mean * mean], -1)

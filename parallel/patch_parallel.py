@@ -24,7 +24,7 @@ class PatchParallel(Feature):
     - "sync": every layer waits for what it needs of the others: rows around its own, keys and values, statistics of
       group normalisation. The image is that of one process, up to rounding.
     - "displaced" (DistriFusion): after `warmup` exact steps a layer uses what the others had at the step before, which
-      travelled while it computed.
+      travelled while it computed, continued as its own values went on (`forecast`).
     - "partial" (PCPP): displaced, and self-attention sees its own part and the nearest
       `neighbour_fraction` of its neighbours'; no more is sent, as the tokens of which keys and values are made.
     - "naive": after `warmup` exact steps nothing is exchanged but the prediction.
@@ -43,6 +43,8 @@ class PatchParallel(Feature):
         neighbour_fraction: share of each neighbour's part that "partial" attends to, 0 (own part only) to 1.
         group_norm: statistics at displaced steps: "corrected" (the others' old ones plus one's own change), "stale",
             "sync" (fresh, waited for) or "local" (one's own).
+        forecast: at displaced steps add a part of the others' last change to what they had; how much is read off one's
+            own values. False: DistriFusion and PCPP as published.
         cfg_parallel: give the two halves of guidance's batch to two halves of the processes, and split the image
             within each. Calls without guidance split the image only.
         vae: decode and encode in parts, exactly.
@@ -69,6 +71,7 @@ class PatchParallel(Feature):
     warmup: int = option(5, "exact steps at the beginning, at least 1 (naive: 0)", (0, 9_999))
     neighbour_fraction: float = option(0.3, "share of each neighbour's part that partial attends to, 0 to 1", (0, 1))
     group_norm: str = option("corrected", "statistics at displaced steps: " + " or ".join(GROUP_NORMS))
+    forecast: bool = option(True, "continue what the others had as one's own values went on; false: as published")
     cfg_parallel: bool = option(False, "split the two branches of guidance first")
     vae: bool = option(True, "decode and encode in parts, exactly")
     comm_checkpoint: int = option(60, "displaced messages of so many layers travel together", (1, 9_999))

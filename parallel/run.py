@@ -12,6 +12,7 @@ import torch
 from diffusion_accel.errors import CallStateError
 
 from .communicator import Communicator
+from .forecast import Forecaster
 from .geometry import Level, Split
 from .group import World
 
@@ -31,8 +32,10 @@ class PatchRun:
         warmup: how many steps at the beginning are exact.
         fraction: of the neighbours' keys and values that "partial" uses.
         group_norm: "corrected", "stale", "sync" or "local" statistics at steps that are not exact.
+        forecaster: continues what the others had; None: it is taken as it is.
         split: of the pass that is running; None between passes, or if this process has the whole image.
         exact: whether the running pass waits for fresh values of the others.
+        visited: which visit of a layer exchanged something last.
     """
 
     def __init__(
@@ -44,11 +47,14 @@ class PatchRun:
         warmup: int,
         fraction: float,
         group_norm: str,
+        forecast: bool = False,
     ) -> None:
         self.world, self.clock, self.communicator = world, clock, communicator
         self.mode, self.warmup, self.fraction, self.group_norm = mode, warmup, fraction, group_norm
+        self.forecaster = Forecaster() if forecast else None
         self.split: Split | None = None
         self.exact = True
+        self.visited: Any = None
         self.peers: tuple[int, ...] = ()  # ranks by part
         self.counters: Counter[str] = Counter()
         self._visits: Counter[str] = Counter()
@@ -142,21 +148,26 @@ class PatchRun:
         Args:
             what: kind of message and name of the layer, for the count.
             sends, shapes: by part, what this process sends, and the shapes of what it gets.
-            own: what to keep of this process's own values.
+            own: what to keep of this process's own values, for who corrects those of the others by it; without it they
+                are forecast, if the run forecasts.
             later: what is sent and expected at steps that are not exact, if less.
 
         Returns:
             What the other parts sent, and `own` of the time when it was sent (None at exact steps).
         """
         shape, ranks = self._shape(like), self.peers
-        key = (*self.key(what[1] + what[0]), shape)  # batches with and without guidance may alternate
+        key = self.visited = (*self.key(what[1] + what[0]), shape)  # batches with and without guidance may alternate
         slot = None if self.exact else self.communicator.take(key, shape)
         if slot is None:  # an exact step, or a layer that has not run with this shape before
             got = self.swap(what, sends, shapes, like)
             if self._keeps:
                 self.communicator.keep(key, shape, {ranks[p]: t for p, t in got.items()}, own)
+                if self.forecaster is not None and own is None:
+                    self.forecaster.note(key, got, sends)
             return got, None
         stale = {part: slot.received[ranks[part]] for part in shapes if ranks[part] in slot.received}
+        if self.forecaster is not None and own is None:
+            stale = self.forecaster.forecast(key, stale, sends)
         if later is not None:
             sends, shapes = later
         self.communicator.post(
