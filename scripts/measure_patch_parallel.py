@@ -23,8 +23,11 @@ PROMPTS = ("red apple, 3d style", "panda, flat style", "rocket, 3d style", "trop
 SETTINGS: list[dict[str, Any]] = [
     {"mode": "sync"},
     *({"mode": "displaced", "warmup": w} for w in (1, 3, 5, 10)),
+    {"mode": "displaced", "warmup": 5, "forecast": False},
+    {"mode": "partial", "warmup": 5, "forecast": False},
+    {"mode": "partial", "warmup": 5},
     *({"mode": "displaced", "warmup": 5, "group_norm": g} for g in ("stale", "sync", "local")),
-    *({"mode": "partial", "warmup": 5, "p": p} for p in (0.0, 0.1, 0.3, 0.5, 1.0)),
+    *({"mode": "partial", "warmup": 5, "p": p} for p in (0.0, 0.1, 0.5, 1.0)),
     *({"mode": "partial", "warmup": w} for w in (1, 3, 10)),
     {"mode": "naive", "warmup": 0},
     {"mode": "naive", "warmup": 5},
@@ -32,7 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
 SHOWN: dict[str, dict[str, Any]] = {  # in the sheet of images, of the last world
     "sync": {"mode": "sync"},
     "displaced": {"mode": "displaced", "warmup": 5},
-    "partial, p=0.3": {"mode": "partial", "warmup": 5, "p": 0.3},
+    "partial, p=0.3": {"mode": "partial", "warmup": 5},
     "naive": {"mode": "naive", "warmup": 0},
 }
 
@@ -75,6 +78,8 @@ def fidelity_worker(options: argparse.Namespace) -> None:
     pipe = load(options)
     rank = int(os.environ.get("RANK", "0"))
     for settings in SETTINGS:
+        if options.defaults and not (set(settings) <= {"mode", "warmup", "forecast"} and settings.get("warmup") == 5):
+            continue
         accelerate(pipe, PatchParallel(timeout=600.0, **settings))
         found, counters, shown = [], {}, []
         for first in range(0, options.count, options.batch):
@@ -124,7 +129,7 @@ def fidelity(options: argparse.Namespace) -> None:
             anchor += psnr(plain, draw(pipe, fewer, first)).tolist()
         print(f"one step fewer: median PSNR {statistics.median(anchor):.2f}", flush=True)
         names = ("steps", "count", "batch", "width", "height", "scheduler")
-        flags = [f"--{name}={getattr(options, name)}" for name in names]
+        flags = [f"--{name}={getattr(options, name)}" for name in names] + ["--defaults"] * options.defaults
         for ranks in options.ranks:
             start(ranks, [__file__, "fidelity-worker", f"--folder={folder}", *flags])
         lines = [json.loads(line) for line in (Path(folder) / "lines.jsonl").read_text().splitlines()]
@@ -241,6 +246,8 @@ def main() -> None:
         one.add_argument("--scheduler", default="ddim")
         one.add_argument("-o", "--output")
         one.add_argument("--images", "--pictures", help="PNG file for a sheet of images")
+        text = "the default settings of displaced and partial alone, with and without forecast"
+        one.add_argument("--defaults", action="store_true", help=text)
         one.add_argument("--folder", help=argparse.SUPPRESS)
     for name, function in (("time", measure_time), ("time-worker", time_worker)):
         one = commands.add_parser(name)
