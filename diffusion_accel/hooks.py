@@ -189,6 +189,13 @@ def _registry(module: torch.nn.Module) -> Any:
     return registry
 
 
+def own_forward(module: torch.nn.Module) -> Any:
+    """What stands below all hooks in the place of a module's forward: its own, or what was put on the instance."""
+    place = lowest_function(registry_of(module))
+    found = vars(module).get("forward") if place is None else getattr(*place)
+    return functools.partial(type(module).forward, module) if found is None else found
+
+
 def remove_hooks(model: torch.nn.Module, prefix: str) -> None:
     """Remove all hooks whose name begins with `prefix` from the layers of a model, whoever installed them."""
     for module in model.modules():

@@ -7,6 +7,7 @@ model with its hooks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,22 @@ from typing import Any
 from torch import nn
 
 CALL = "_diffusion_accel_call"  # of a model whose call runs
+_thread = threading.local()
+
+
+@contextmanager
+def making_a_graph() -> Iterator[None]:
+    """Within it what runs is traced, for calls with other values: nothing may depend on those of this one."""
+    _thread.traced = True
+    try:
+        yield
+    finally:
+        _thread.traced = False
+
+
+def is_traced() -> bool:
+    """Whether what runs in this thread is traced for a graph; see `making_a_graph`."""
+    return getattr(_thread, "traced", False)
 
 
 class CallInside:

@@ -2,7 +2,8 @@
 
 Everything that is no tensor is compared by value (scales of adapters, switches, hooks, processors put in the place of
 others); tensors by identity, by their version, which every write in place raises, and by some of their values, for
-writes through `.data` raise nothing.
+writes through `.data` raise nothing. What an object holds in slots beside its `__dict__` is not looked at: so do
+caches, and what only belongs to the running call.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffusion_accel.hooks import bind_forward
+from diffusion_accel.inside import is_traced
 
 from .packing import unpack
 from .spec import LayerSpec
@@ -28,6 +29,8 @@ class Buckets:
         number: the bucket, where it is one for all rows and known without waiting for a device.
     """
 
+    __slots__ = ("__dict__", "__weakref__", "index", "number")  # the latter two are no settings: see `snapshot`
+
     def __init__(self, timesteps: tuple[float, ...]) -> None:
         self.timesteps = timesteps
         self.index = torch.zeros(1, dtype=torch.long)
@@ -40,6 +43,9 @@ class Buckets:
         if self._table.device != times.device:
             self._table = self._table.to(times.device)
         index = (times[:, None] - self._table).abs().argmin(1)
+        if is_traced():  # a graph is for all timesteps
+            self.index, self.number = index, None
+            return
         if times.device.type == "cpu" and len({*index.tolist()}) == 1:
             index = index[:1]
         self.index = index
@@ -60,6 +66,8 @@ class SelectBucket:
     It stands where diffusers' hooks wrap it, so that it sees the arguments that reach the model (which a hook may have
     stacked from several steps), and is copied together with the model.
     """
+
+    goes_into_graphs = True  # as a part of the model's forward
 
     def __init__(self, module: nn.Module, buckets: Buckets, own: Any = None) -> None:
         """`own`: what was put on the instance in place of its class's `forward`."""
@@ -135,8 +143,8 @@ def grid_at(layer: Gridded, table: torch.Tensor, x: torch.Tensor, packed: int = 
     if found.is_floating_point():
         found = found.float()
     if 1 < found.shape[1] == spec.parts != x.shape[dim]:
-        sizes = torch.tensor(spec.part_sizes(x.shape[dim]), device=found.device)
-        found = found.repeat_interleave(sizes, 1)
+        parts = zip(found.split(1, 1), spec.part_sizes(x.shape[dim]), strict=True)
+        found = torch.cat([column.expand(-1, size) for column, size in parts], 1)
     shape = [1] * x.dim()
     shape[0], shape[dim] = len(found), found.shape[1]
     return found.view(shape)

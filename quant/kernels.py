@@ -7,16 +7,19 @@ give the exact sum  y = a s (Σ x w - z Σ w) + bias,  where Σ runs in 32-bit i
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from contextlib import nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from diffusion_accel.flops import uncounted
+from diffusion_accel.inside import is_traced
 
-from .affine import quantize
+from .affine import quantize, top
 from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simulated, lasting
 
 # Weights of a layer from which on integers are faster on a CPU, measured with inputs of 2 to 2,000 rows: with products
@@ -100,6 +103,8 @@ class OneDnn:
     Where the CPU has none of these, 8-bit weights are split into two terms: exact, but twice the work.
     """
 
+    __slots__ = ("made_of", "no_zeros", "scales", "weights", "zeros")
+
     def __init__(self) -> None:
         self.weights: list[list[torch.Tensor]] | None = None
         self.made_of: tuple[Any, ...] = ()
@@ -165,6 +170,8 @@ class OneDnn:
 
 class IntMatmul:
     """`torch._int_mm`, for CUDA and everything else; a convolution becomes a product with its windows side by side."""
+
+    __slots__ = ("made_of", "sums", "weights")
 
     def __init__(self) -> None:
         self.weights: list[torch.Tensor] | None = None
@@ -234,9 +241,53 @@ def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return found[:rows, :columns]
 
 
+def in_graph(layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+    """The same as floating-point operations on codes, which an engine turns into 8-bit products: inputs and weights go
+    through fake quantization with scale 1 at a place of its own for each, and what belongs to a timestep (scale, zero
+    point) is outside of that. The output of the layer, not rounded.
+    """
+    bits, dim = layer.spec.activation_bits, layer.channel_dim
+    assert bits is not None
+    scale, zero = layer.grid_at(layer.input_scale, x), layer.grid_at(layer.input_zero_point, x).float()
+    total, begin = None, 0
+    sizes = layer.spec.part_sizes(x.shape[dim])
+    for size, signed, weight_scale in zip(sizes, signed_weights(layer), layer.weight_scale, strict=True):
+        weight = torch.from_numpy(signed.float().numpy())  # through numpy: a constant, how it is unpacked is not traced
+        a, z = (g if g.shape[dim] == 1 else g.narrow(dim, begin, 1) for g in (scale, zero))
+        codes = torch.fake_quantize_per_tensor_affine(x.narrow(dim, begin, size).float() / a + z, 1.0, 0, 0, top(bits))
+        begin += size
+        ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+        w = torch.fake_quantize_per_channel_affine(weight, ones, zeros, 0, -128, 127)
+        shape = [-1 if d == dim % x.dim() else 1 for d in range(x.dim())]
+        if isinstance(layer, nn.Conv2d):
+            y = nn.functional.conv2d(codes, w, None, layer.stride, layer.padding, layer.dilation)
+            sums = torch.from_numpy(window_sums(layer, weight.numpy(), x.shape[-2:]))
+        else:
+            y, sums = nn.functional.linear(codes, w), torch.from_numpy(weight.numpy().sum(1)).view(shape)
+        y = (y - z * sums) * (a * weight_scale.view(shape))
+        total = y if total is None else total + y
+    assert total is not None
+    return (total if layer.bias is None else total + layer.bias.float().view(shape)).to(x.dtype)
+
+
+def window_sums(layer: Any, weight: Any, size: Any) -> Any:
+    """What a convolution with these weights makes of an image of ones, (1, O, H', W'); arrays of numpy."""
+    height, width = map(int, size)
+    inside = np.pad(np.ones((height, width), np.float32), [(p, p) for p in layer.padding])
+    w = weight.sum(1)
+    (kh, kw), (sh, sw), (dh, dw) = w.shape[1:], layer.stride, layer.dilation
+    rows, columns = ((inside.shape[i] - d * (k - 1) - 1) // s + 1 for i, d, k, s in ((0, dh, kh, sh), (1, dw, kw, sw)))
+    found = np.zeros((len(w), rows, columns), np.float32)
+    for i, j in itertools.product(range(kh), range(kw)):
+        seen = inside[i * dh : i * dh + (rows - 1) * sh + 1 : sh, j * dw : j * dw + (columns - 1) * sw + 1 : sw]
+        found += w[:, i, j, None, None] * seen
+    return found[None]
+
+
 class Integer:
     """8-bit integer products, with what this machine has for them."""
 
+    __slots__ = ("matmul", "onednn")
     name = "integer"
 
     def __init__(self) -> None:
@@ -244,7 +295,7 @@ class Integer:
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer, rounded if it is to be."""
-        way = self.onednn if self.onednn.usable(x, layer) else self.matmul
+        way = in_graph if is_traced() else self.onednn if self.onednn.usable(x, layer) else self.matmul
         return layer.round_output(way(layer, x))
 
 
@@ -254,6 +305,8 @@ class Auto:
     The rule knows the layer, the type of numbers and the kind of machine; no clock and no batch. So a machine draws the
     same image every time, and the processes of a job on machines of one kind choose alike.
     """
+
+    __slots__ = ("picked", "ways")
 
     def __init__(self) -> None:
         self.ways: tuple[Runtime, Runtime] = (Integer(), Dequantize())

@@ -71,6 +71,16 @@ def lasting() -> AbstractContextManager[Any]:
     return torch.inference_mode(False)
 
 
+class Kept:
+    """Weights as numbers, and of what they were made. Slots: nothing that a model is, only what is made of it."""
+
+    __slots__ = ("floats", "made_of")
+
+    def __init__(self) -> None:
+        self.floats: torch.Tensor | None = None
+        self.made_of: tuple[Any, ...] = ()
+
+
 class QuantizedLayer(nn.Module):
     """What quantized linear layers, convolutions and embedding tables have in common.
 
@@ -91,7 +101,6 @@ class QuantizedLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int]
     weight_shape: torch.Size
-    _floats: torch.Tensor | None
     _like: torch.Tensor
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
@@ -122,11 +131,10 @@ class QuantizedLayer(nn.Module):
         if spec.output_bits:
             buffer("output_scale", (steps, 1), torch.float32)
             buffer("output_zero_point", (steps, 1), torch.uint8 if spec.output_bits <= 8 else torch.int32)
-        self.register_buffer("_floats", None, persistent=False)
         # has the type of the rest of the model; never on the meta device, for nothing is loaded into it
         like = torch.empty(0, dtype=weight.dtype, device="cpu" if device.type == "meta" else device)
         self.register_buffer("_like", like, persistent=False)
-        self._floats_of: tuple[Any, ...] = ()
+        self._kept = Kept()
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     # ------------------------------------------------------------------ weights
@@ -135,7 +143,11 @@ class QuantizedLayer(nn.Module):
         self.weight_codes.copy_(pack(codes.flatten(1), self.spec.weight_bits))
         self.weight_scale.copy_(scale)
         self.weight_zero_point.copy_(zero_point)
-        self._floats = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the weights that are kept as numbers; they are made again when they are needed."""
+        self._kept.floats = None
 
     def codes(self) -> torch.Tensor:
         """The codes of the weights, uint8 in the shape of the weight."""
@@ -144,13 +156,15 @@ class QuantizedLayer(nn.Module):
 
     def floats(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights as numbers; kept for the next call unless memory matters more (`keep_floats`)."""
-        state, kept = self.state(), self._floats
-        if kept is not None and (kept.dtype, kept.device, self._floats_of) == (dtype, self.weight_codes.device, state):
-            return kept
+        state, kept = self.state(), self._kept
+        if kept.floats is not None:
+            known = (kept.floats.dtype, kept.floats.device, kept.made_of)
+            if known == (dtype, self.weight_codes.device, state):
+                return kept.floats
         with lasting(), torch.no_grad():
             floats = self._as_floats(self.codes(), self.weight_scale, self.weight_zero_point).to(dtype)
         if self.keep_floats:
-            self._floats, self._floats_of = floats, state
+            kept.floats, kept.made_of = floats, state
         return floats
 
     def _as_floats(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
@@ -183,7 +197,7 @@ class QuantizedLayer(nn.Module):
         if f"{prefix}weight" in state_dict:
             raise ConfigurationError(f"{prefix}weight: {REASON}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._floats = None
+        self.forget()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Grids keep their type, whatever type the rest of the model is given."""

@@ -67,7 +67,7 @@ def quantized_table(table: nn.Embedding) -> QuantizedLayer:
     made = quantized_like(table, LayerSpec(weight_bits=TABLE_BITS), Buckets(()))
     made.store(quantize(rows, scale, zero, TABLE_BITS), scale.T, zero.T)
     noise = (made.floats() - rows).square().sum().clamp(min=1e-30)
-    made._floats = None  # rows are unpacked when they are looked up
+    made.forget()  # rows are unpacked when they are looked up
     sqnr = float(10 * torch.log10(rows.square().sum() / noise))
     made.spec = dataclasses.replace(made.spec, sqnr=round(sqnr, 2) if math.isfinite(sqnr) else None)
     return made
@@ -135,7 +135,7 @@ def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = Fals
         raise ConfigurationError(f"{type(model).__name__} has no quantized layers")
     for layer in layers:
         layer.keep_floats = not low_memory
-        layer._floats = None
+        layer.forget()
         layer.runtime = make_runtime(runtime, layer)
     # the processes of a job compare this: machines of two kinds would choose differently
     for one in _models(model):

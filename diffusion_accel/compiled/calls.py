@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from diffusion_accel.denoisers import time_argument
-from diffusion_accel.hooks import map_tensors
-from diffusion_accel.inside import CallInside, call_inside
+from diffusion_accel.hooks import map_tensors, own_forward
+from diffusion_accel.inside import CallInside, call_inside, making_a_graph
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _HALF = (torch.bfloat16, torch.float16)
@@ -34,11 +34,12 @@ class Template:
     Attributes:
         named: the arguments by name.
         inside: what hooks inside of the module are given; None where there are none.
+        own: whether what stands in the place of the module's forward on the instance is a part of the call.
         returned: what the module returns and what hooks inside leave, with slots; None before `run` was called.
     """
 
-    def __init__(self, named: dict[str, Any], inside: Any = None) -> None:
-        self.named, self.inside = named, inside
+    def __init__(self, named: dict[str, Any], inside: Any = None, own: bool = False) -> None:
+        self.named, self.inside, self.own = named, inside, own
         self.returned: Any = None
 
     def run(self, module: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -48,7 +49,7 @@ class Template:
         if inside is not None:
             inside.start(map_tensors(lambda slot: tensors[slot.number], self.inside, Slot))
         named = map_tensors(lambda slot: tensors[slot.number], self.named, Slot)
-        output = type(module).forward(module, **named)
+        output = own_forward(module)(**named) if self.own else type(module).forward(module, **named)
         found: list[torch.Tensor] = []
         self.returned = _outlined((output, None if inside is None else inside.finish()), found)
         return found
@@ -72,9 +73,9 @@ class Call:
     tensors: list[torch.Tensor]
 
     @classmethod
-    def of(cls, named: dict[str, Any], inside: CallInside | None = None) -> Call:
-        """The call with these arguments, and what hooks inside of the module do in it. A number for the timestep
-        becomes a tensor, as models make one of it.
+    def of(cls, named: dict[str, Any], inside: CallInside | None = None, own: bool = False) -> Call:
+        """The call with these arguments, what hooks inside of the module do in it, and whether it goes through what is
+        on the instance in the place of its forward. A number for the timestep becomes a tensor, as models make one.
 
         Raises:
             OpaqueError: no graph can be compiled for it.
@@ -97,7 +98,7 @@ class Call:
             raise OpaqueError("no tensor")
         kinds = [(tuple(t.shape), str(t.dtype), str(t.device)) for t in tensors]
         described = f"{_described(template)} {does and (does, _described(given))} {kinds}"
-        return cls(described, Template(template, given), tensors)
+        return cls(described, Template(template, given, own), tensors)
 
     def shapes(self) -> str:
         """The shapes of the tensors, for messages."""
@@ -117,7 +118,8 @@ class Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors that the module returns."""
         typed = [tensor.to(dtype) for tensor, dtype in zip(tensors, self.dtypes, strict=True)]
-        return tuple(widened(tensor) for tensor in self.template.run(self.module, typed))
+        with making_a_graph():
+            return tuple(widened(tensor) for tensor in self.template.run(self.module, typed))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

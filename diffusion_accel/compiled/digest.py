@@ -16,6 +16,7 @@ from diffusion_accel.snapshot import NOT_STATE
 
 # classes and functions whose code is told by the version of their package
 _KNOWN = ("torch", "diffusers", "transformers", "peft", "accelerate", "diffusion_accel", "builtins", "collections")
+_LOADERS = ("hf_quantizer", "quantization_config")  # how quantized layers came here; what they compute is in them
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -33,7 +34,7 @@ def digest(model: nn.Module) -> str | None:
         for name, module in model.named_modules():
             found.update(f"\n{name} {_code(type(module))} {module.training}".encode())
             for key, value in sorted(vars(module).items()):
-                if key not in NOT_STATE and key not in ("_parameters", "_buffers", "_modules"):
+                if key not in NOT_STATE and key not in ("_parameters", "_buffers", "_modules", *_LOADERS):
                     _feed(found, key, value, frozenset())
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             _feed(found, name, tensor, frozenset())
@@ -62,6 +63,8 @@ def _feed(found: Any, key: str, value: object, within: frozenset[int]) -> None:
     elif hasattr(value, "__dict__"):
         found.update(_code(type(value)).encode())
         _feed_items(found, vars(value), within | {id(value)})
+    elif type(value).__module__.startswith("diffusion_accel."):  # with slots, for caches
+        found.update(_code(type(value)).encode())
     else:
         raise _UnknownError
 
@@ -70,7 +73,7 @@ def _feed_items(found: Any, items: Any, within: frozenset[int]) -> None:
     found.update(f"{type(items).__name__} {len(items)}".encode())
     if isinstance(items, dict):
         for key, value in items.items():
-            if key not in ORIGIN_ENTRIES:
+            if key not in ORIGIN_ENTRIES and key not in _LOADERS:
                 _feed(found, repr(key), value, within)
     else:
         for value in sorted(items, key=repr) if isinstance(items, (set, frozenset)) else items:

@@ -52,6 +52,7 @@ class Engine:
         compile_block: a module's call, compiled by itself and left in the module's place; None if it cannot do that.
         keeps_weights: whether a graph has its own copy of the weights, so that other weights need another one.
         compile: one graph of a call.
+        fuses_grids: whether it makes 8-bit products of quantized layers.
         follows_model: whether a model in bfloat16 is computed in that, whatever precision is asked for.
         refusal: why it cannot compile for a target, asked once the package is known to be there; None if it can.
         devices: the names of its devices here, with what each can compute in.
@@ -69,6 +70,7 @@ class Engine:
     takes_device: bool = False
     compile_block: Callable[[nn.Module, Target], Callable[..., object]] | None = None
     keeps_weights: bool = False
+    fuses_grids: bool = False
     follows_model: bool = False
     refusal: Callable[[Target], str | None] = lambda _: None
     devices: Callable[[], list[str]] = list

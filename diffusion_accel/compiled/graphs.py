@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 MOST = 32  # graphs of one module
 CHECKS = 2  # calls of a new graph that are compared with the module: a value may have become a constant of the graph
 #: relative errors (L2) at which a graph is wrong, not only less precise
-BOUNDS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05, "grids": 0.3}
 _WASTED = 8  # graphs in a row that served no call but those that made them: the module changes all the time
 _WIDE = (torch.float64, torch.complex64, torch.complex128)
 _PACKAGES = ("torch", "diffusers", "transformers")
@@ -95,11 +95,14 @@ class Graphs:
     ) -> Any:
         """What stands in the place of the module's forward."""
         named, inside = bind_forward(module, args, kwargs), call_inside(module)
+        own = getattr(forward, "__func__", None) is not type(module).forward
         given = None if inside is None else inside.given
         try:
-            if reason := self._unfit(module, forward, inside):
+            if own and not (self.engine.fuses_grids and getattr(forward, "goes_into_graphs", False)):
+                raise OpaqueError("hooks of others around it")
+            if reason := self._unfit(module, inside):
                 raise OpaqueError(reason)
-            call = Call.of(named, inside)
+            call = Call.of(named, inside, own)
             if self.feature.closes_inside() and any(t.dtype in _WIDE and t.dim() for t in call.tensors):
                 raise OpaqueError("a tensor in double precision")
         except OpaqueError as reason:
@@ -205,7 +208,8 @@ class Graphs:
         tensors = [tensor.to(dtype) for tensor, dtype in zip(found, entry.dtypes, strict=True)]
         if reference is None:
             return entry, tensors
-        bound = max(BOUNDS.get(str(kind).removeprefix("torch."), 0) for kind in (self.feature.precision, *entry.dtypes))
+        kinds = (self.feature.precision, *entry.dtypes, "grids" if entry.template.own else "")
+        bound = max(BOUNDS.get(str(kind).removeprefix("torch."), 0) for kind in kinds)
         error = max((_distance(a, b) for a, b in zip(reference, tensors, strict=True)), default=0.0)
         if error <= bound:
             return entry, tensors
@@ -223,10 +227,8 @@ class Graphs:
             precision = "bfloat16"
         return Target(precision, feature.device, feature.mode, torch.get_num_threads())
 
-    def _unfit(self, module: nn.Module, forward: Callable[..., Any], inside: CallInside | None) -> str:
+    def _unfit(self, module: nn.Module, inside: CallInside | None) -> str:
         """Why this call cannot be a graph's; drops the graphs of weights and settings that the module had before."""
-        if getattr(forward, "__func__", None) is not type(module).forward:
-            return "hooks of others around it"
         if not self.feature.closes_inside():
             return ""
         if torch.is_grad_enabled():

@@ -65,6 +65,7 @@ def _compile(flat: Flat, tensors: list[torch.Tensor], target: Target) -> Graph:
     import torch  # heavy: torch
     from openvino.frontend import FrontEndManager  # optional package
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # optional package
+    from openvino.passes import ConstantFolding, Manager  # optional package
 
     from .calls import widened  # heavy: torch
 
@@ -75,6 +76,9 @@ def _compile(flat: Flat, tensors: list[torch.Tensor], target: Target) -> Graph:
         reader = FrontEndManager().load_by_framework("pytorch")
         graph = TorchScriptPythonDecoder(traced, example_input=example)  # the reader does not keep it alive
         model = reader.convert(reader.load(graph))
+        folding = Manager()
+        folding.register_pass(ConstantFolding())
+        folding.run_passes(model)  # grids become constants, without which no 8-bit products are made
     if len(model.inputs) != len(example):
         raise ValueError(f"the traced graph takes {len(model.inputs)} of {len(example)} tensors")
     model.reshape({i: list(tensor.shape) for i, tensor in enumerate(example)})
@@ -147,6 +151,7 @@ OPENVINO = Engine(
     precisions=("float32", "bfloat16", "float16"),
     takes_device=True,
     keeps_weights=True,
+    fuses_grids=True,
     follows_model=True,
     refusal=_refusal,
     devices=_devices,

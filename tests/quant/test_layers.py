@@ -140,9 +140,10 @@ def test_low_memory_unpacks_again_and_computes_the_same() -> None:
     layer = made(conv(), weight_bits=3)
     x = inputs(layer)
     kept = layer(x)
-    assert layer._floats is not None
-    layer.keep_floats, layer._floats = False, None
-    assert torch.equal(layer(x), kept) and layer._floats is None
+    assert layer._kept.floats is not None
+    layer.keep_floats = False
+    layer.forget()
+    assert torch.equal(layer(x), kept) and layer._kept.floats is None
 
 
 def test_state_copies_and_devices() -> None:
