@@ -38,11 +38,15 @@ class Snapshot:
     Args:
         model: the model.
         hooks: whether hooks of diffusers count, on the model and on its parts; those of torch on its parts always do.
+
+    Attributes:
+        untouched: whether at the last look hooks of diffusers on its parts were those of the beginning, too.
     """
 
     def __init__(self, model: nn.Module, hooks: bool = True) -> None:
         self._root = None if hooks else model.__dict__
         self._own = None if hooks else _without_hooks(model.__dict__)
+        self.untouched = True
         self._containers: list[Any] = []
         self._copies: list[Any] = []  # what they held
         self._tensors: list[tuple[torch.Tensor, int, int]] = []  # with version and place in memory
@@ -55,10 +59,10 @@ class Snapshot:
         """Whether nothing has changed; without `values` a write through `.data` is not seen, which takes a quarter of
         the time."""
         try:
-            if self._root is None:
-                same = all(map(operator.eq, self._containers, self._copies))
-            else:
-                same = _without_hooks(self._root) == self._own and all(map(_alike, self._containers, self._copies))
+            same = self.untouched = all(map(operator.eq, self._containers, self._copies))
+            if self._root is not None:
+                same = same or all(map(_alike, self._containers, self._copies))
+                same = same and _without_hooks(self._root) == self._own
         except RuntimeError:  # another tensor in the place of one cannot be compared by ==
             return False
         return (

@@ -79,7 +79,8 @@ class Graphs:
         self._snapshot: Snapshot | None = None
         self._digest: str | None = None
         self._parts: list[nn.Module] = []
-        self._hooked = False  # by torch or accelerate: a trace would follow them once
+        self._hooked = self._strange = False  # by torch or accelerate, by others: a trace would follow them once
+        self._known: tuple[list[str], bool] | None = None  # for which hooks inside, and whether they are as before
         self._wasted = 0
         self._told: set[str] = set()
         self._lock = threading.Lock()
@@ -246,9 +247,13 @@ class Graphs:
                 if before is None or before != self._digest:
                     for signature in frozen:
                         del self._entries[signature]
-        known = [] if inside is None else [inside.hooks]
-        hooked = self._hooked or any(r is not None and hook_names(r) != known for r in map(registry_of, self._parts))
-        return "hooks inside that are not known" if hooked else ""
+            self._known = None
+        known, untouched = [] if inside is None else [inside.hooks], self._snapshot.untouched
+        if self._known != (known, untouched) or not untouched:
+            registries = filter(None, map(registry_of, self._parts))
+            self._strange = any(hook_names(registry) != known for registry in registries)
+            self._known = known, untouched
+        return "hooks inside that are not known" if self._hooked or self._strange else ""
 
     def _keeps_weights(self, template: Template) -> bool:
         """Whether graphs of a call have their own copy of weights and settings."""
