@@ -20,7 +20,7 @@ from diffusion_accel.training.loop import Task
 from diffusion_accel.training.state import load_average
 
 from . import data
-from .export import denoiser_of, evaluate, export, generate, load_pipeline, load_text_encoder
+from .export import denoiser_of, evaluate, export, generate, load_pipeline, load_text_encoder, load_weights
 from .flux import FluxDenoiser
 from .latents import encode_images, fit_codec
 from .models import Shape
@@ -147,7 +147,9 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
     shape, process = captioned.shape, captioned.shape.process
     torch.manual_seed(0)
     denoiser = denoiser_of(options.work, shape)
-    if not finishing and not options.fresh_text:
+    if not finishing and options.start:
+        load_weights(options.start, denoiser)
+    elif not finishing and not options.fresh_text:
         pretrained = TextTask(options.work).model
         load_average(options.work / "text", pretrained, "text")
         (denoiser.states if isinstance(denoiser, FluxDenoiser) else denoiser.text).load_state_dict(

@@ -10,14 +10,17 @@ import torch
 from conftest import once
 from diffusers import FluxPipeline
 from recipe import SIZE, TINY, small_batches, trainer
+from safetensors.torch import save_file
 from sticker import data as sticker_data
 from sticker import settings as stage_settings
+from sticker import stages
 from sticker.export import denoiser_of
 from sticker.flux import STATES_LENGTH
 from sticker.latents import PatchCodec, write_encoder
 from sticker.models import Shape, build_vae
 
 from diffusion_accel.training import archives
+from diffusion_accel.training.files import UsageError
 
 SHAPE = TINY | {
     "patch": 4,
@@ -78,6 +81,19 @@ def test_a_training_call_is_what_the_pipeline_calls(flux: Path) -> None:
     predicted = denoiser.core(tokens, states, pooled, torch.tensor([0.25]), image_ids, text_ids).sample
     wanted = pipe._unpack_latents(predicted, SIZE, SIZE, 4)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_training_begins_with_weights_of_a_file(flux: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    file, there = tmp_path / "start.safetensors", denoiser_of(flux, Shape.of_work(flux))
+    save_file({name: p.detach().half() + 1 for name, p in there.named_parameters()}, file)
+    options = trainer.make_parser().parse_args(["denoiser", "--work", str(flux), "--start", str(file)])
+    task = stages.denoiser_task(options)
+    for name, parameter in there.named_parameters():
+        assert torch.equal(dict(task.model.named_parameters())[name], (parameter.half() + 1).float())
+    save_file({"text.other": torch.zeros(1)}, file)
+    with pytest.raises(UsageError, match="another model"):
+        stages.denoiser_task(options)
 
 
 def test_the_written_encoder_of_three_levels_is_the_convolution(flux: Path) -> None:
