@@ -57,6 +57,7 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
     "graphs float32": ("float32", {"mode": "reduce-overhead"}),
     "graphs bfloat16": ("bfloat16", {"mode": "reduce-overhead"}),
     "graphs float16": ("float16", {"mode": "reduce-overhead"}),
+    "inside graphs float32": ("float32", {"mode": "reduce-overhead"}),  # with DeepCache
     "blocks float32": ("float32", {"blocks": True}),
     "blocks bfloat16": ("bfloat16", {"blocks": True}),
     "autocast bfloat16": ("float32", {"precision": "bfloat16", "mode": "reduce-overhead"}),
@@ -144,10 +145,11 @@ def compiled(name: str, options: argparse.Namespace) -> Callable[[float], None]:
 
     dtype, settings = COMPILED[name]
     pipe, steps = loaded(options, dtype), options.steps
+    plan = "deepcache:3" if name.startswith("inside") else "tuned:balanced"
     solvers = {"plain": pipe.scheduler, "learned": scheduler_for(pipe, "learned")}
     features = {
         "compiled": Compiled(engine="inductor", **settings),
-        "reuse": Reuse(plan="tuned:balanced", stretch=True),
+        "reuse": Reuse(plan=plan, stretch=True),
     }
     cases = {
         "eager": ("plain", ()),
