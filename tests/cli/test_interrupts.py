@@ -129,7 +129,7 @@ def test_called_in_a_program_it_is_python_s_own(
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("train_diffusion", ["--data", "x", "--model", "unet"]), ("train_sticker", ["unet"])],
+    [("train_diffusion", ["--data", "x", "--model", "unet"]), ("train_sticker", ["denoiser"])],
 )
 def test_scripts(name: str, words: list[str], tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / f"{name}.py"
