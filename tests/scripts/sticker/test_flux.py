@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import once
 from diffusers import FluxPipeline
-from recipe import SIZE, TINY, small_batches, trainer
+from recipe import SIZE, TINY, once, small_batches, trainer
 from safetensors.torch import save_file
 from sticker import data as sticker_data
 from sticker import settings as stage_settings
