@@ -32,7 +32,6 @@ class PatchRun:
         warmup: how many steps at the beginning are exact.
         fraction: of the neighbours' keys and values that "partial" uses.
         group_norm: "corrected", "stale", "sync" or "local" statistics at steps that are not exact.
-        forecaster: continues what the others had; None: it is taken as it is.
         split: of the pass that is running; None between passes, or if this process has the whole image.
         exact: whether the running pass waits for fresh values of the others.
         visited: which visit of a layer exchanged something last.
@@ -51,7 +50,7 @@ class PatchRun:
     ) -> None:
         self.world, self.clock, self.communicator = world, clock, communicator
         self.mode, self.warmup, self.fraction, self.group_norm = mode, warmup, fraction, group_norm
-        self.forecaster = Forecaster() if forecast else None
+        self._forecaster = Forecaster() if forecast else None
         self.split: Split | None = None
         self.exact = True
         self.visited: Any = None
@@ -84,6 +83,11 @@ class PatchRun:
     def stale_step(self) -> bool:
         """Whether the step that is running uses what the others sent at the step before."""
         return self.mode != "sync" and self.clock.index >= self.warmup
+
+    @property
+    def forecaster(self) -> Forecaster | None:
+        """What continues the others' values; None where they are taken as they are, or never of a step before."""
+        return self._forecaster if self._keeps else None
 
     def count_step(self, stale: bool = False) -> None:
         """Note a pass of the denoiser; only the first of a step counts."""
