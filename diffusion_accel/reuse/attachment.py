@@ -79,7 +79,7 @@ class ReuseAttachment(Attachment[AnyReuse]):
             raise ConfigurationError(f"{feature.name} cannot be used on this pipeline any more: {reason}")
         self._counters, self._auto = {}, None
         if isinstance(source, TunedPlan):
-            source.check(self.pipeline)
+            source.check(self.pipeline, clock.arguments)
         self._install(self._cache_run(source, clock) if isinstance(source, DiffusersCache) else self._plan_run(clock))
 
     def _install(self, run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NEAR = 1.5  # times the guidance scale of the calibration: up to there docs/reuse.md has at most 3 dB lost
 _OF_A_SCHEDULER = ("prediction_type", "timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas")
 
 
@@ -51,8 +52,33 @@ def for_another_denoiser(tuned: TunedPlan, denoisers: Sequence[nn.Module]) -> st
     return f"the plan was tuned for {printable(name)[:80]}, this pipeline has {_kind(denoisers)}"
 
 
-def check(tuned: TunedPlan, pipe: DiffusionPipeline) -> None:
-    """Log how a pipeline differs from the one that a plan was tuned for, and which shipped family of plans fits it."""
+def check(tuned: TunedPlan, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> None:
+    """Log how a pipeline, or a call with `arguments`, differs from what a plan was tuned for, and what fits it."""
+    _check_pipeline(tuned, pipe)
+    if said := _of_another_call(tuned.conditions.get("call"), arguments):
+        logger.warning("the plan was tuned with %s: what it was measured to keep does not hold here", said)
+
+
+def _of_another_call(made_for: object, arguments: Mapping[str, Any]) -> str | None:
+    """Which arguments of a call are too far from those of the calibration; None if none is.
+
+    `eta` is the share of fresh noise in a step of DDIM (Song et al. 2021, equation 16): weights that were fitted
+    without it know nothing of it.
+    """
+    if not isinstance(made_for, dict):
+        return None
+    noise, tuned_noise = arguments.get("eta"), made_for.get("eta", 0.0)
+    if isinstance(noise, (int, float)) and noise != tuned_noise:
+        return f"eta {shown(tuned_noise)} (here {noise:g})"
+    scale = arguments.get("true_cfg_scale", arguments.get("guidance_scale"))  # the first where both branches are run
+    scales = made_for.get("guidance_scale")
+    known = [one for one in (scales if isinstance(scales, list) else [scales]) if isinstance(one, (int, float))]
+    if known and isinstance(scale, (int, float)) and scale > max(1.0, _NEAR * max(known)):
+        return f"guidance_scale {max(known):g} (here {scale:g})"
+    return None
+
+
+def _check_pipeline(tuned: TunedPlan, pipe: DiffusionPipeline) -> None:
     here = conditions(pipe, len(tuned.plan))
     for key, what in (("weights", "other weights"), ("scheduler", "another scheduler"), ("scheduler_config", "")):
         if here[key] == tuned.conditions.get(key) or here[key] is None:

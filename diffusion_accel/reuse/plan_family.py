@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -117,9 +117,9 @@ class PlanFamily(PlanSource):
         """Why a pipeline cannot follow its usual plan; None if it can."""
         return self.choose().supports(pipe)
 
-    def check(self, pipe: DiffusionPipeline) -> None:
-        """Log how a pipeline differs from the one that the plans were tuned for."""
-        self.choose().check(pipe)
+    def check(self, pipe: DiffusionPipeline, arguments: Mapping[str, Any] | None = None) -> None:
+        """Log how a pipeline, or a call with `arguments`, differs from what the plans were tuned for."""
+        self.choose().check(pipe, arguments)
 
     # ------------------------------------------------------------------ files
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -109,9 +110,10 @@ class TunedPlan(PlanSource):
         return float(value) if math.isfinite(value) and least < value <= most else None
 
     @with_old_keywords(pipeline="pipe")
-    def check(self, pipe: DiffusionPipeline) -> None:
-        """Log how a pipeline differs from the one that the plan was tuned for, and which shipped plan fits it."""
-        self._runtime().check(self, pipe)
+    def check(self, pipe: DiffusionPipeline, arguments: Mapping[str, Any] | None = None) -> None:
+        """Log how a pipeline differs from the one that the plan was tuned for, and which shipped plan fits it; also how
+        `arguments` of a call differ from those of the calibration."""
+        self._runtime().check(self, pipe, arguments or {})
 
     # ------------------------------------------------------------------ files
     def to_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from diffusion_accel.denoisers import fingerprint
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.reuse.conditions import conditions
 from diffusion_accel.reuse.plan import Plan
+from diffusion_accel.reuse.plan_family import load_shipped
 from diffusion_accel.reuse.plan_file import TunedPlan
 
 TINY = sd()[0]
@@ -174,3 +175,35 @@ def test_the_warning_names_the_plans_that_fit(sticker: Any, caplog: Any) -> None
     caplog.clear()
     TunedPlan.load("tuned:ddim-balanced").check(sticker)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"guidance_scale": 3.0, "eta": 0.0}, None),
+        ({"guidance_scale": 4.5}, None),
+        ({"guidance_scale": 7.0, "true_cfg_scale": 3.0}, None),
+        ({"guidance_scale": 1.0, "eta": 0}, None),
+        ({"guidance_scale": 5}, "guidance_scale 3 (here 5)"),
+        ({"guidance_scale": 3.0, "eta": 0.5}, "eta 0.0 (here 0.5)"),
+        ({"true_cfg_scale": 5.0}, "guidance_scale 3 (here 5)"),
+    ],
+)
+def test_the_warning_says_which_argument_of_a_call_was_not_measured(
+    sticker: Any, caplog: Any, arguments: dict[str, float], said: str | None
+) -> None:
+    sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
+    for plan in (TunedPlan.load("tuned:ddim-balanced"), load_shipped()["ddim"]):
+        caplog.clear()
+        plan.check(sticker, arguments)
+        assert (said in caplog.text) if said else not caplog.text
+
+
+def test_a_call_is_warned(sticker: Any, caplog: Any) -> None:
+    sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
+    accelerate(sticker, Reuse(plan="tuned:ddim-balanced"))
+    try:
+        sticker("red apple", num_inference_steps=50, guidance_scale=3.0, eta=0.3, output_type="latent")
+    finally:
+        sticker.acceleration.remove()
+    assert "eta 0.0 (here 0.3)" in caplog.text
