@@ -16,7 +16,7 @@ from diffusion_accel.errors import AccelerationError, ConfigurationError
 from diffusion_accel.io import first_line, printable
 from diffusion_accel.routing import Recipe, TaskRouting
 from diffusion_accel.training.files import RunExistsError, UsageError
-from diffusion_accel.training.settings import Outcome, Settings
+from diffusion_accel.training.settings import OPTIMIZERS, Outcome, Settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,6 +53,8 @@ def add_loop_options(group: argparse._ActionsContainer) -> None:
 def add_rate_options(group: argparse._ActionsContainer, tuned: dict[str, Any]) -> None:
     """Batch, learning rate and averaging, with `tuned` as the defaults."""
     group.add_argument("--batch", type=number(1), help=f"samples per step (default: {tuned['batch']})")
+    text = "adamw, or muon for the matrices inside of blocks and AdamW for the rest (default: adamw)"
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help=text)
     group.add_argument("--lr", type=number(0, float), help=f"peak learning rate (default: {tuned['lr']})")
     group.add_argument("--cooldown", type=number(0, float), help="share of the budget with a falling rate")
     group.add_argument("--ema", type=number(0, float), help="decay of the averaged weights (default: 0.998)")

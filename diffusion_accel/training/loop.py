@@ -87,11 +87,14 @@ class _Run:
         self.counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
         fixed = {"seed": settings.seed, "batch": settings.batch}
         if exists:
-            update = self.update
-            self.counters |= load_state(folder, update.model, self.average, update.adamw, update.weighting)
-            changed = [f"{key} {self.counters[key]}" for key, value in fixed.items() if self.counters[key] != value]
+            known = read_counters(folder)
+            known |= {"optimizer": known.get("settings", {}).get("optimizer", "adamw")}
+            here = fixed | {"optimizer": settings.optimizer}
+            changed = [f"{key} {known.get(key)}" for key, value in here.items() if known.get(key) != value]
             if changed:
                 raise UsageError(f"the run in {folder} was made with {', '.join(changed)}; resume it with the same")
+            update = self.update
+            self.counters |= load_state(folder, update.model, self.average, update.optimizer, update.weighting)
         self.counters |= fixed | {"settings": asdict(settings)} | getattr(task, "facts", {})
         self.update.prepare()
         self.log = Log(folder, self.counters["step"], settings.batch) if accelerator.is_main_process else None
@@ -136,7 +139,7 @@ class _Run:
         if self.log is not None:
             self.counters["seconds"] = self.seconds
             update = self.update
-            save_state(self.folder, update.model, self.average, update.adamw, self.counters, update.weighting)
+            save_state(self.folder, update.model, self.average, update.optimizer, self.counters, update.weighting)
 
     def _watch(self, bar: tqdm) -> None:
         """Log, evaluate and draw where it is time to; on the main process."""

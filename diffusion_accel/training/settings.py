@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -13,12 +15,14 @@ class Settings:
     Attributes:
         steps: budget in optimizer steps; the learning-rate schedule ends there.
         batch: samples per optimizer step, over all processes and micro-batches together.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate.
+        optimizer: "adamw", or "muon" for the matrices inside of blocks and AdamW for the rest, see `optimizers`.
         warmup: steps of linear warm-up.
         cooldown: share of the budget at the end in which the rate falls to 0.
         curve: "linear" or "cosine", how it falls.
         cycles: how often warm-up and fall are gone through within the budget (warm restarts).
-        beta2, weight_decay: of AdamW; beta1 is 0.9.
+        beta2: of AdamW; beta1 is 0.9.
+        weight_decay: of both.
         clip: largest gradient norm.
         ema: decay of the averaged weights (an exponential moving average, as in Ho et al. 2020, appendix B), with the
             warm-up min(ema, (1 + step) / (10 + step)).
@@ -32,6 +36,7 @@ class Settings:
     steps: int
     batch: int
     lr: float
+    optimizer: str = "adamw"
     warmup: int = 100
     cooldown: float = 0.4
     curve: str = "linear"

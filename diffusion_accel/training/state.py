@@ -132,10 +132,9 @@ def load_state(
     _check_shapes(folder, parameters, averaged)
     try:
         model.load_state_dict(_part(tensors, "model."), strict=False)  # the names are those of `_own`
-        trained = list(parameters.values())
         if weighting is not None:
             weighting.load_state_dict(_part(tensors, "weighting."))
-            trained += weighting.parameters()
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         with torch.no_grad():
             for name, value in zip(parameters, average, strict=True):
                 value.copy_(averaged[name])

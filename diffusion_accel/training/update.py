@@ -13,18 +13,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .files import UsageError
 from .multitask import Weighting
+from .optimizers import make_optimizer
 from .settings import Settings
 from .task import Batch, Task
 
 
 class Update:
-    """AdamW on the weights of a task, in micro-batches, in one process or several.
+    """Steps on the weights of a task, in micro-batches, in one process or several.
 
     Attributes:
         model: of the task, on its device, in training mode.
         parameters: those of the model that are trained.
         weighting: how the losses of task clusters become one update; it may have parameters of its own.
-        adamw: the optimizer of both.
+        optimizer: of both.
         norm: of the gradient of the last step.
     """
 
@@ -36,30 +37,25 @@ class Update:
         self.weighting.to(accelerator.device)
         if self.weighting.on_gradients and accelerator.mixed_precision == "fp16":
             raise UsageError("task losses that combine gradients do not work with fp16 loss scaling; use bf16 or no")
-        fused = accelerator.device.type in ("cpu", "cuda")
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.lr,
-            betas=(0.9, settings.beta2),
-            weight_decay=settings.weight_decay,
-            fused=fused,
-        )
+        self.optimizer = make_optimizer(self.model, settings)
+        self._own_groups = len(self.optimizer.param_groups)
         self._extra = list(self.weighting.parameters())
         if self._extra:
-            self.adamw.add_param_group({"params": self._extra, "lr": self.weighting.lr, "weight_decay": 0.0})
+            self.optimizer.add_param_group({"params": self._extra, "lr": self.weighting.lr, "weight_decay": 0.0})
         self.norm = torch.zeros(())
 
     def prepare(self) -> None:
         """Hand model and optimizer to accelerate, once a state is loaded into them."""
         self.accelerator.gradient_accumulation_steps = self.settings.accumulation
-        self._wrapped, self._optimizer = self.accelerator.prepare(self.model, self.adamw)
+        self._wrapped, self._optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     def step(self, step: int) -> float:
         """Do step `step` (from 0); the mean loss over all processes."""
         settings, accelerator = self.settings, self.accelerator
         rng = np.random.default_rng([settings.seed, step])
         torch.manual_seed(int(rng.integers(2**62)))  # for dropout inside a model
-        self.adamw.param_groups[0]["lr"] = settings.rate(step)
+        for group in self.optimizer.param_groups[: self._own_groups]:
+            group["lr"] = settings.rate(step)
         parts = _slices(self.task.draw(rng, settings.batch), accelerator, settings.accumulation)
         if self.weighting.on_gradients:
             losses = self._combined(parts, rng, step)
@@ -96,8 +92,8 @@ class Update:
             losses.append(each.detach().float().mean())
         _set_gradient(self.parameters, self.weighting.combine(accelerator.reduce(pool, "mean"), rng, step))
         self.norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
-        self.adamw.step()
-        self.adamw.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return losses
 
 
