@@ -39,3 +39,11 @@ class OutputError(AccelerationError, OSError):
 
 class ModelLoadError(AccelerationError):
     """A model, adapter or checkpoint cannot be loaded."""
+
+
+class QueueFullError(AccelerationError):
+    """A request is refused because as many wait as may; it may be made again later."""
+
+
+class EngineClosedError(CallStateError):
+    """A request is refused, or ended, because what serves requests is being closed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -47,6 +48,8 @@ class Feature:
     shorthand: ClassVar[str | None] = None
     #: it changes what is drawn, not how fast: comparisons keep it on both sides
     changes_output: ClassVar[bool] = False
+    #: it concerns how a model computes, whoever calls it: where requests share a model, it is the model's
+    of_the_model: ClassVar[bool] = False
     #: the module that does the work on a pipeline, imported when it is first needed, so that a configuration costs no
     #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside` and
     #: `goes_into_graphs`, which are called with the feature and the pipeline
@@ -284,6 +287,13 @@ class Attachment(Generic[FeatureT]):
     def pipeline(self) -> Any:
         """The pipeline. Raises `CallStateError` if it does not exist any more."""
         return alive(self._pipeline)
+
+    def shared(self, pipeline: DiffusionPipeline) -> Self:
+        """The same for another pipeline of the same models, which may be called at the same time: what was loaded is
+        shared, what belongs to a call is not. For features that do not work inside of the denoiser."""
+        other = copy.copy(self)
+        other.changes, other._pipeline = Changes(), weakref.ref(pipeline)
+        return other
 
     def models(self) -> list[nn.Module]:
         """Models that the feature brings along and calls, beside those of the pipeline."""

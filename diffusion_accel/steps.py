@@ -87,9 +87,7 @@ class StepClock:
         hooks = HookSet.within(self.changes, "diffusion_accel.steps")
         for module in (*beside, *modules):
             hooks.add(module, _ClockHook(self, module not in beside))
-        step = self.scheduler.step
-
-        self.changes.set(self.scheduler, "step", _WatchedStep(self, step))
+        self.changes.set(self.scheduler, "step", WatchedStep(self.scheduler, self.scheduler.step, self._step))
 
     def stop(self) -> None:
         """Leave scheduler and modules as they were. Safe to call twice."""
@@ -235,20 +233,29 @@ class StepClock:
         return output
 
 
-class _WatchedStep:
-    """What stands in the place of a scheduler's `step` while a call runs. A copy of the scheduler steps by itself."""
+class WatchedStep:
+    """What stands in the place of a scheduler's `step` for a while. A copy of the scheduler steps by itself.
 
-    def __init__(self, clock: StepClock, step: Callable[..., Any]) -> None:
+    Args:
+        scheduler: the scheduler.
+        step: what stood there before.
+        around: called with that, the arguments and the keywords; returns what the step is to return.
+    """
+
+    def __init__(self, scheduler: Any, step: Callable[..., Any], around: Callable[..., Any]) -> None:
         functools.update_wrapper(self, step)
-        self.clock, self.step = clock, step
+        self.scheduler, self.step, self.around = scheduler, step, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.clock._step(self.step, args, kwargs)
+        """A step of the scheduler."""
+        return self.around(self.step, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.clock.scheduler))
+        copied = memo.get(id(self.scheduler))
         if copied is None:  # only its attributes are copied, to be put back later
             return self
+        if isinstance(self.step, WatchedStep):
+            return copy.deepcopy(self.step, memo)
         own = getattr(self.step, "__func__", None)
         return copy.deepcopy(self.step, memo) if own is None else types.MethodType(own, copied)
 

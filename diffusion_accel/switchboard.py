@@ -105,6 +105,20 @@ def accelerated_class(base: type[DiffusionPipeline]) -> type:
     return _classes.setdefault(base, type(base.__name__, (AcceleratedMixin, base), namespace))
 
 
+def share_features(pipeline: DiffusionPipeline, other: PipelineT) -> PipelineT:
+    """Switch the features of an accelerated pipeline on for a plain one of the same class and models, and return it.
+
+    What the features have loaded is shared. Both may be called at the same time if their models are different objects
+    (twins with the same weights) and no feature works inside of a denoiser.
+    """
+    handle, known = Acceleration(other), pipeline.acceleration
+    handle._attachments = {name: one.shared(other) for name, one in known._attachments.items()}
+    handle._disabled = set(known._disabled)
+    other.__dict__["_acceleration"] = handle
+    other.__class__ = accelerated_class(type(other))
+    return other
+
+
 class Acceleration:
     """The handle `pipe.acceleration`: which features a pipeline has, and what its last call did.
 
@@ -224,7 +238,7 @@ class Acceleration:
     def _begin(self, active: list[Attachment], clock: StepClock, changes: Changes) -> None:
         """Claim the models and put everything in place; what undoes it is on `changes` before it is done."""
         pipeline = clock.pipeline
-        _claim(models_of_a_call(pipeline), changes)
+        claim(models_of_a_call(pipeline), changes)
         if reason := closed_inside(pipeline):
             for attachment in active:
                 if attachment.feature.works_inside(pipeline):
@@ -332,8 +346,8 @@ def _warn_unmeasured(pipeline: DiffusionPipeline, args: tuple[Any, ...], kwargs:
         logger.warning("%s", reason)
 
 
-def _claim(models: list[torch.nn.Module], changes: Changes) -> None:
-    """Claim the models for one call. Raises `CallStateError` if one of them is claimed."""
+def claim(models: list[torch.nn.Module], changes: Changes) -> None:
+    """Claim the models for one call, until `changes` are undone. Raises `CallStateError` if one of them is claimed."""
     call = object()
     changes.add(functools.partial(_release, call))
     with _busy_lock:

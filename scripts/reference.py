@@ -51,6 +51,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "pipelines": "pipelines",
     "generation": "diffusion_accel/generation",
     "bench": "diffusion_accel/bench",
+    "serving": "diffusion_accel/serving",
     "cli": "diffusion_accel/cli",
 }
 KINDS = ("verb", "feature", "error", "type")

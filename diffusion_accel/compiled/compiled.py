@@ -81,6 +81,7 @@ class Compiled(Feature):
     paper: ClassVar[str] = "OpenVINO; TorchInductor (Ansel et al., PyTorch 2, ASPLOS 2024)"
     order: ClassVar[int] = 5  # below all others: what is called first lies innermost
     shorthand: ClassVar[str | None] = "engine"
+    of_the_model: ClassVar[bool] = True
     runtime: ClassVar[str] = "diffusion_accel.compiled.attachment"
 
     engine: str = option("openvino", ", ".join(ENGINES), read=_read_engine)

@@ -65,8 +65,8 @@ class Call:
             note for note in (far_from_trained(self.pipe, *size), _cut_prompt(self.pipe, self.request.prompt)) if note
         ]
 
-    def images(self, pipe: DiffusionPipeline | None = None) -> list[Image.Image]:
-        """Draw, with another pipeline if one is given.
+    def images(self, pipe: DiffusionPipeline | None = None, **others: Any) -> list[Image.Image]:
+        """Draw, with another pipeline if one is given, and `others` of the arguments of its call.
 
         Each image has a generator of its own, on the CPU: image k of a batch is the image of seed + k. Layers that
         are drawn together are images of one call, each from a seed of its own.
@@ -79,7 +79,7 @@ class Call:
             given = call_arguments(pipe, [self.request.prompt] * len(each))
         else:
             given = {"prompt": self.request.prompt, "num_images_per_prompt": len(each)}
-        return pipe(**own_arguments(pipe, self.arguments), **given, generator=generators).images
+        return pipe(**own_arguments(pipe, {**self.arguments, **others}), **given, generator=generators).images
 
     def draw(self, *, comparing: bool = False, plain: DiffusionPipeline | None = None) -> Drawn:
         """Draw; with `comparing` also without the features that accelerate, or with `plain`."""

@@ -1,0 +1,300 @@
+"""The engine: requests are drawn at the same time, and what their models compute shares batches."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline
+from torch import distributed, nn
+
+from diffusion_accel.changes import Changes
+from diffusion_accel.denoisers import models_of_a_call
+from diffusion_accel.diffusers_compat import has_offload_hook
+from diffusion_accel.errors import ConfigurationError, EngineClosedError, QueueFullError, UnsupportedPipelineError
+from diffusion_accel.feature import Feature
+from diffusion_accel.generation.drawing import check_drawable, check_requests
+from diffusion_accel.generation.loading import open_pipeline
+from diffusion_accel.generation.request import Request
+from diffusion_accel.io import shown
+from diffusion_accel.pipelines.schedulers import scheduler_for
+from diffusion_accel.switchboard import claim
+
+from .collector import CancelledHere, Collector, Ticket
+from .features import FeatureSets
+from .handle import CANCELLED, COMPLETED, FAILED, Handle, Served, Standing
+from .twins import Twins
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULERS_KEPT = 32
+
+
+class Engine:
+    """Draws requests at the same time with one pipeline, without HTTP or anything else around it.
+
+        with Engine(pipe) as engine:
+            handle = engine.submit(Request(prompt="red apple, 3d style", seed=1))
+            images = handle.result().images
+
+    Each request is an unmodified call of the pipeline in a thread of its own, with its own scheduler and tokenizers.
+    What its models are to compute waits at one place, where rows of the same kind (shapes, types, adapters) are
+    computed as one batch, each at its own timestep: so requests with other prompts, steps, schedulers, guidance and
+    strengths share batches, and join and leave between steps. Each image is the one that is drawn alone, but for the
+    rounding of batches. Steps that a plan holds, and branches of guidance that it leaves out, never get there. Features
+    that keep values inside of the denoiser (`Served.alone`) run by themselves between batches.
+
+    While it is open the pipeline's models are the engine's: do not call, move or change the pipeline. Close it, or use
+    it in a `with` statement. `submit`, `stats` and `close` may be called from any thread.
+
+    Args:
+        pipe: a loaded pipeline, accelerated or not, or what `open_pipeline` opens. Its enabled features are those of
+            requests that name none.
+        running: requests that are drawn at the same time, 1 to 256. Each has a thread, and a copy of the tokenizers.
+        queue: requests that may wait beside them, 0 to 100,000.
+        most_rows: rows of a batch at most, 1 to 1024; guidance makes two rows of an image. `warm_up` may find fewer to
+            be enough.
+        wait: milliseconds that a batch waits at most for requests on their way to their next call; None: as long as one
+            more row would save, which `warm_up` measures; 5 ms without.
+
+    Raises:
+        ConfigurationError: a number is out of its limits.
+        UnsupportedPipelineError: the pipeline's models are offloaded, or shared with other processes.
+        CallStateError: another call uses the models.
+        ModelLoadError: as `open_pipeline`.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline | str,
+        *,
+        running: int = 8,
+        queue: int = 64,
+        most_rows: int = 16,
+        wait: float | None = None,
+    ) -> None:
+        for name, value, low, high in (
+            ("running", running, 1, 256),
+            ("queue", queue, 0, 100_000),
+            ("most_rows", most_rows, 1, 1024),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigurationError(f"{name} must be a whole number of {low} to {high}, got {shown(value)}")
+        if wait is not None and not wait >= 0:
+            raise ConfigurationError(f"wait must be milliseconds of at least 0, got {shown(wait)}")
+        self.pipe: Any = open_pipeline(pipe) if isinstance(pipe, str) else pipe
+        check_drawable(self.pipe)
+        if reason := _unservable(self.pipe):
+            raise UnsupportedPipelineError(f"{type(self.pipe).__name__} cannot be served: {reason}")
+        self.running, self.queue = running, queue
+        #: what requests that name no features are drawn with, by name
+        self.features: dict[str, Feature] = _features_of(self.pipe)
+        self._schedulers: dict[str, Any] = {}
+        self._lock = threading.Lock()  # of what is made for requests
+        self._pattern_twins = Twins(self.pipe, _never_called)
+        self._sets = FeatureSets(self._pattern)
+        self._sets.pipeline(tuple(self.features.values()))
+        self._changes = Changes()  # of the shared models
+        try:
+            claim(models_of_a_call(self.pipe), self._changes)
+        except BaseException:
+            self._changes.undo()
+            raise
+        self._collector = Collector(most_rows, None if wait is None else wait / 1000)
+        self._changed = threading.Condition()
+        self._queued: deque[Handle] = deque()
+        self._at_work: set[Handle] = set()
+        self._ended: Counter[str] = Counter()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"request {number}", daemon=True) for number in range(running)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self._close_at_exit)
+
+    # ------------------------------------------------------------------ asking
+    def submit(
+        self,
+        request: Request,
+        *,
+        features: Sequence[Feature] | None = None,
+        scheduler: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        on_progress: Callable[[Standing], object] | None = None,
+    ) -> Handle:
+        """Ask for images. Returns at once.
+
+        Args:
+            request: what is drawn; image k of it has the seed `request.seed` + k, also on another engine.
+            features: exactly those that it is drawn with; None: the pipeline's own (`engine.features`).
+            scheduler: a short name or a diffusers class; None: the pipeline's own.
+            arguments: others of the pipeline's call, by name, such as `output_type` or `clip_skip`.
+            on_progress: called after each step with how far it is, in the request's thread; what it raises ends the
+                request.
+
+        Raises:
+            QueueFullError: `queue` requests wait already.
+            EngineClosedError: the engine is closed, or being closed.
+            ConfigurationError, UnsupportedPipelineError, FeatureConflictError: the pipeline cannot draw it so.
+        """
+        wanted = tuple(self.features.values()) if features is None else tuple(features)
+        if refused := [feature.name for feature in wanted if feature.of_the_model]:
+            raise ConfigurationError(f"{', '.join(refused)} belongs to the model: give it to the engine's pipeline")
+        pattern = self._sets.pipeline(wanted)
+        check_requests(pattern, [request])
+        handle = Handle(
+            request=request,
+            features=wanted,
+            alone=self._sets.inside(wanted),
+            scheduler=self._scheduler(scheduler),
+            arguments=dict(arguments or {}),
+            on_progress=on_progress,
+            ticket=Ticket(),
+            ahead=self._ahead,
+        )
+        with self._changed:
+            if self._closing:
+                raise EngineClosedError("the engine is closed and takes no more requests")
+            free = self.running - len(self._at_work)
+            if len(self._queued) >= self.queue + max(0, free):
+                raise QueueFullError(f"{self.queue} requests wait already, which is all that may; try again later")
+            self._queued.append(handle)
+            self._changed.notify()
+        handle.future.add_done_callback(functools.partial(self._done, handle))
+        return handle
+
+    def stats(self) -> dict[str, Any]:
+        """What was done since it was opened, and what it does now.
+
+        Returns:
+            requests that are "queued" and "running", that have "completed", "failed" and were "cancelled"; "batches":
+            for each part of the pipeline how many batches there were of so many rows ("unet": {2: 10, 8: 300});
+            "alone": for each part the calls that ran by themselves in their request's thread.
+        """
+        batches: dict[str, dict[int, int]] = {}
+        alone: dict[str, int] = {}
+        for (what, rows), count in sorted(dict(self._collector.batches).items()):
+            if rows:
+                batches.setdefault(what, {})[rows] = count
+            else:
+                alone[what] = count
+        with self._changed:
+            now = {"queued": len(self._queued), "running": len(self._at_work)}
+            ended = {state: self._ended[state] for state in (COMPLETED, FAILED, CANCELLED)}
+        return {**now, **ended, "batches": batches, "alone": alone}
+
+    # ------------------------------------------------------------------ the end
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests, end what runs, and give the pipeline back. Safe to call twice.
+
+        Args:
+            drain: finish all requests that were submitted; otherwise they are cancelled.
+            timeout: seconds after which those that are left are cancelled; None: as long as it takes.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            if drain:
+                self._changed.wait_for(lambda: not self._queued and not self._at_work, timeout)
+            left = [*self._queued, *self._at_work]
+        for handle in left:
+            handle.cancel()
+        for thread in self._threads:
+            thread.join()
+        self._collector.stop(EngineClosedError("the engine is closed"))
+        self._changes.undo()
+        atexit.unregister(self._close_at_exit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(drain=kind is None)
+
+    def _close_at_exit(self) -> None:
+        self.close(drain=False)
+
+    # ------------------------------------------------------------------ threads
+    def _work(self) -> None:
+        """What each thread does: one request after the other."""
+        worker = Worker(self.pipe, self._collector, self._sets)
+        while (handle := self._take()) is not None:
+            try:
+                worker.serve(handle)
+            finally:
+                with self._changed:
+                    self._at_work.discard(handle)
+                    self._changed.notify_all()
+            del handle
+
+    def _take(self) -> Handle | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queued or self._closing)
+            if not self._queued:
+                return None
+            handle = self._queued.popleft()
+            self._at_work.add(handle)
+            return handle
+
+    def _done(self, handle: Handle, future: Future[Served]) -> None:
+        """A request has ended, or was cancelled: then it leaves the queue, or stops where it is."""
+        with self._changed:
+            if handle in self._queued:
+                self._queued.remove(handle)
+                self._changed.notify_all()
+            state = CANCELLED if future.cancelled() else FAILED if future.exception() else COMPLETED
+            self._ended[state] += 1
+        if state == CANCELLED:
+            self._collector.stop_request(handle.ticket, CancelledHere())
+
+    def _ahead(self, handle: Handle) -> int:
+        with self._changed:
+            return self._queued.index(handle) if handle in self._queued else 0
+
+    # ------------------------------------------------------------------ what requests are made of
+    def _pattern(self) -> Any:
+        return self._pattern_twins.pipeline(getattr(self.pipe, "scheduler", None))
+
+    def _scheduler(self, name: str | None) -> Any:
+        """The scheduler of that name for this model, which requests copy; the pipeline's own for None."""
+        if name is None:
+            return getattr(self.pipe, "scheduler", None)
+        with self._lock:
+            if name not in self._schedulers:
+                self._schedulers[name] = scheduler_for(self.pipe, name)
+                for old in list(self._schedulers)[:-_SCHEDULERS_KEPT]:
+                    del self._schedulers[old]
+            return self._schedulers[name]
+
+
+def _features_of(pipe: Any) -> dict[str, Feature]:
+    """The enabled features of a pipeline that concern a request, by name."""
+    handle = getattr(pipe, "acceleration", None)
+    if handle is None:
+        return {}
+    return {n: feature for n, feature in handle.features.items() if handle.enabled(n) and not feature.of_the_model}
+
+
+def _unservable(pipe: Any) -> str | None:
+    """Why requests cannot share the models of a pipeline, as far as that can be seen; None if they can."""
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    if any(has_offload_hook(module) for model in models for module in model.modules()):
+        return "its models are offloaded or spread over devices; keep them where they compute"
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return "several processes draw together; run one engine in each, and share the requests among them"
+    return None
+
+
+def _never_called(*_args: Any) -> Any:
+    raise AssertionError("a pattern is never called")

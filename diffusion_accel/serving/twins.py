@@ -1,0 +1,105 @@
+"""Twins: what a request's thread has in place of shared models, and the pipelines made of them.
+
+A twin is a model of the same class with the same weights (the very tensors), whose modules are objects of its own. So
+hooks, processors and switches that are put on it concern its thread only, also inside; and its calls go wherever the
+thread sends them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
+from torch import nn
+
+from diffusion_accel.denoisers.find import DECODERS
+from diffusion_accel.diffusers_compat import LEFT_BY_HOOKS
+from diffusion_accel.hooks import model_of
+
+#: (component, method, args, kwargs) -> what that method of the shared model returns
+Answer = Callable[[str, str, tuple[Any, ...], dict[str, Any]], Any]
+
+_LEFT_OUT = LEFT_BY_HOOKS | {"_compiled_call_impl"}  # what stands around the calls of the shared model
+
+
+def twin_of(model: nn.Module) -> Any:
+    """A twin of a model: the tensors are its own, the modules are not; without what stands around its calls."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+            if isinstance(value, torch.Tensor):
+                shared[id(value)] = value
+        if isinstance(module, ConfigMixin):
+            shared[id(module.config)] = module.config
+    twin = copy.deepcopy(model, shared)
+    for name in _LEFT_OUT:
+        vars(twin).pop(name, None)
+    return twin
+
+
+class Twins:
+    """The components of a pipeline for one thread: twins of its models, copies of what keeps state (tokenizers keep
+    that of padding), and pipelines made of them.
+
+    Args:
+        pipe: a pipeline; what it has now is what the twins are of.
+        answer: where calls of the twins go.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, answer: Answer) -> None:
+        self.pipe, self._answer = pipe, answer
+        self.parts: dict[str, Any] = {}
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module):
+                self.renew(name)
+            elif name != "scheduler":
+                self.parts[name] = copy.deepcopy(part)
+
+    def renew(self, name: str) -> None:
+        """Make the twin of a model again: the model has changed."""
+        twin = self.parts[name] = twin_of(model_of(getattr(self.pipe, name)))
+        methods = ("encode", "decode") if name in DECODERS else ()
+        for method in ("forward", *(m for m in methods if hasattr(twin, m))):
+            vars(twin)[method] = _Sent(self._answer, name, method)
+        vars(twin)["to"] = functools.partial(_stay, twin)
+
+    def own(self, name: str, method: str) -> Callable[..., Any]:
+        """A method of a twin itself, which runs in the thread that calls it."""
+        return functools.partial(getattr(type(self.parts[name]), method), self.parts[name])
+
+    def pipeline(self, scheduler: Any) -> Any:
+        """A pipeline of these parts, of the class and with the settings of the one that they are of.
+
+        Args:
+            scheduler: which it is to have; it gets a copy. None: the pipeline has none.
+        """
+        cls: Any = getattr(type(self.pipe), "_accelerated_base", type(self.pipe))
+        made = cls.__new__(cls)
+        for name, value in vars(self.pipe).items():
+            vars(made)[name] = copy.copy(value) if isinstance(value, ConfigMixin) else value  # image processors
+        vars(made).pop("_acceleration", None)
+        vars(made).update(self.parts)
+        if scheduler is not None:
+            vars(made)["scheduler"] = copy.deepcopy(scheduler)
+        return made
+
+
+class _Sent:
+    """A method of a twin: its calls go elsewhere."""
+
+    def __init__(self, answer: Answer, name: str, method: str) -> None:
+        self._answer, self._name, self._method = answer, name, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the shared model returns."""
+        return self._answer(self._name, self._method, args, kwargs)
+
+
+def _stay(twin: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """In place of `twin.to(...)`: its tensors are others' too, and stay where and what they are."""
+    return twin

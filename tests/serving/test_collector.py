@@ -1,0 +1,227 @@
+"""The meeting point by itself: what runs together, in which order, and what an error or the end does to it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from serving_tools import TIMEOUT
+
+from diffusion_accel.errors import ModelLoadError
+from diffusion_accel.serving.calls import Call
+from diffusion_accel.serving.collector import CancelledHere, Collector, Ticket
+from diffusion_accel.serving.curve import Curve
+
+
+class Model(torch.nn.Module):
+    """Notes the rows of its calls; what it does is given."""
+
+    def __init__(self, does: Callable[[torch.Tensor], Any] = lambda x: x * 2) -> None:
+        super().__init__()
+        self.does, self.calls = does, list[int]()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.calls.append(len(x))
+        return self.does(x)
+
+
+class Requests:
+    """Threads that each ask for one call at a time, all answered together."""
+
+    def __init__(self, collector: Collector, threads: int = 8) -> None:
+        self.collector, self.pool = collector, ThreadPoolExecutor(threads)
+
+    def ask(self, model: Model, rows: list[Any], tickets: list[Ticket] | None = None) -> list[Future[Any]]:
+        """Ask for calls with these values, one a request; they are all there before the first is computed."""
+        tickets = tickets or [Ticket() for _ in rows]
+        for ticket in tickets:
+            self.collector.enter(ticket)
+        with self.collector.turn(Ticket(), "a test"):
+            futures = [self.pool.submit(self._one, model, x, t) for x, t in zip(rows, tickets, strict=True)]
+            with self.collector._changed:
+                assert self.collector._changed.wait_for(lambda: len(self.collector._waiting) == len(rows), TIMEOUT)
+        return futures
+
+    def _one(self, model: Model, x: Any, ticket: Ticket) -> Any:
+        try:
+            x = x if isinstance(x, torch.Tensor) else torch.full((1, 2), float(x))
+            return self.collector.compute(ticket, "model", model, Call.of(model, "forward", (x,), {}))
+        finally:
+            self.collector.leave(ticket)
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector(most=4)
+    yield made
+    made.stop(RuntimeError("the test is over"))
+
+
+@pytest.fixture
+def requests(collector: Collector) -> Iterator[Requests]:
+    made = Requests(collector)
+    yield made
+    made.pool.shutdown()
+
+
+def results(futures: list[Future[Any]]) -> list[float]:
+    return [float(future.result(TIMEOUT)[0, 0]) for future in futures]
+
+
+def test_one_batch_up_to_the_limit(requests: Requests) -> None:
+    model = Model()
+    assert results(requests.ask(model, [1, 2, 3, 4, 5, 6])) == [2, 4, 6, 8, 10, 12]
+    assert sorted(model.calls) == [1, 2, 4]  # the 1: compared with the first batch
+    assert results(requests.ask(model, [1, 2, 3])) == [2, 4, 6]
+    assert model.calls[3:] == [3]
+
+
+def test_a_call_with_more_rows_than_the_limit(requests: Requests) -> None:
+    (found,) = requests.ask(Model(), [torch.ones(9, 2)])
+    assert found.result(TIMEOUT).shape == (9, 2)
+
+
+def test_rows_that_are_not_independent(requests: Requests, caplog: pytest.LogCaptureFixture) -> None:
+    model = Model(lambda x: x + x.mean())
+    assert results(requests.ask(model, [1, 2, 3])) == [2, 4, 6]
+    assert results(requests.ask(model, [1, 2, 3])) == [2, 4, 6]
+    assert model.calls == [3, 1, 1, 1, 1, 1, 1, 1]
+    assert [r.getMessage() for r in caplog.records] == [
+        "model: rows of a batch are not independent; calls like this one run by themselves"
+    ]
+
+
+def test_an_error_reaches_the_request_that_caused_it(requests: Requests) -> None:
+    def does(x: torch.Tensor) -> torch.Tensor:
+        if (x == 13).any():
+            raise ArithmeticError("unlucky")
+        return x * 2
+
+    futures = requests.ask(Model(does), [1, 13, 3])
+    assert results([futures[0], futures[2]]) == [2, 6]
+    with pytest.raises(ArithmeticError, match="unlucky"):
+        futures[1].result(TIMEOUT)
+
+
+def test_too_many_rows_for_the_memory(requests: Requests) -> None:
+    def does(x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 2:
+            raise MemoryError("no room")
+        return x * 2
+
+    model = Model(does)
+    assert results(requests.ask(model, [1, 2, 3, 4])) == [2, 4, 6, 8]
+    assert model.calls == [4, 1, 1, 1, 1]
+    assert results(requests.ask(model, [1, 2, 3, 4])) == [2, 4, 6, 8]
+    assert model.calls[5:] == [2, 1, 2]
+
+
+def test_who_had_least_is_next(requests: Requests) -> None:
+    """Calls of other shapes cannot share a batch: they are served by what their requests had so far."""
+    order: list[int] = []
+
+    def does(x: torch.Tensor) -> torch.Tensor:
+        order.append(x.shape[1])
+        return x
+
+    tickets = [Ticket() for _ in range(3)]
+    rows = [torch.zeros(1, width) for width in (1, 2, 3)]
+    collector = requests.collector
+    for ticket in tickets:
+        collector.enter(ticket)
+    for ticket, spent in zip(tickets, (0.3, 0.1, 0.2), strict=True):
+        ticket.spent = spent
+    enter, collector.enter = collector.enter, lambda ticket: None  # type: ignore[method-assign]
+    futures = requests.ask(Model(does), rows, tickets)
+    collector.enter = enter  # type: ignore[method-assign]
+    assert [future.result(TIMEOUT).shape[1] for future in futures] == [1, 2, 3]
+    assert order == [2, 3, 1]
+    assert tickets[0].spent > 0.3
+
+
+def test_a_newcomer_has_had_as_much_as_the_others(collector: Collector) -> None:
+    old, new = Ticket(), Ticket()
+    collector.enter(old)
+    old.spent = 5.0
+    collector.enter(new)
+    assert new.spent == 5.0
+
+
+def test_a_turn_is_alone(collector: Collector) -> None:
+    model, ticket = Model(), Ticket()
+    collector.enter(ticket)
+    with ThreadPoolExecutor(1) as pool:
+        with collector.turn(Ticket(), "a test"):
+            future = pool.submit(
+                collector.compute, ticket, "model", model, Call.of(model, "forward", (torch.ones(1),), {})
+            )
+            with collector._changed:
+                assert collector._changed.wait_for(lambda: collector._waiting, TIMEOUT)
+            assert not model.calls
+        assert future.result(TIMEOUT) == 2
+    assert collector.batches == {("a test", 0): 1, ("model", 1): 1}
+
+
+def test_the_end(collector: Collector) -> None:
+    """What waits and what comes later ends with the reason that is given, each with an exception of its own."""
+    model, errors = Model(), list[BaseException]()
+
+    def ask() -> None:
+        try:
+            collector.compute(Ticket(), "model", model, Call.of(model, "forward", (torch.ones(1),), {}))
+        except CancelledHere as error:
+            errors.append(error)
+
+    with collector.turn(Ticket(), "a test"):
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        with collector._changed:
+            assert collector._changed.wait_for(lambda: len(collector._waiting) == 2, TIMEOUT)
+        stopping = threading.Thread(target=collector.stop, args=(CancelledHere("closed"),))
+        stopping.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+    stopping.join(TIMEOUT)
+    ask()
+    assert [str(error) for error in errors] == ["closed"] * 3 and len(set(map(id, errors))) == 3
+    assert not model.calls
+
+
+def test_adapters_are_changed_between_batches(requests: Requests) -> None:
+    changes: list[Any] = []
+    collector = requests.collector
+    collector._activate = changes.append
+    a, b = (("a", 1.0),), (("b", 1.0),)
+    model = Model()
+    futures = requests.ask(model, [1, 2, 3, 4], [Ticket(adapters=one) for one in (a, b, a, b)])
+    assert results(futures) == [2, 4, 6, 8]
+    assert changes == [a, b]
+
+    def broken(adapters: Any) -> None:
+        if adapters == a:
+            raise ModelLoadError("lost")
+        changes.append(adapters)
+
+    collector._activate = broken
+    futures = requests.ask(model, [1, 2], [Ticket(adapters=one) for one in (a, b)])
+    with pytest.raises(ModelLoadError, match="lost"):
+        futures[0].result(TIMEOUT)
+    assert results(futures[1:]) == [4] and changes[-1] == b
+
+
+def test_measured(requests: Requests) -> None:
+    """A call that is measured is computed with more and more rows; the cap follows from what it found."""
+    model, collector = Model(), requests.collector
+    assert results(requests.ask(model, [1], [Ticket(measuring=True)])) == [2]
+    (key,) = collector.curves
+    assert sorted(collector.curves[key].seconds) == [1, 2, 4]
+    assert model.calls == [1] * 3 + [2] * 3 + [4] * 3 + [1]
+    collector.curves[key] = Curve({1: 1.0, 2: 1.1, 4: 2.2})
+    model.calls.clear()
+    assert results(requests.ask(model, [1, 2, 3, 4])) == [2, 4, 6, 8]
+    assert model.calls[0] == 2 and max(model.calls) == 2

@@ -1,0 +1,251 @@
+"""An image that is served in batches is the one that is drawn alone; what ends one request ends no other."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from laws import traces
+from serving_tools import (
+    FOREVER,
+    LATENTS,
+    TIMEOUT,
+    alone,
+    held,
+    mean_rows,
+    request,
+    same,
+    served,
+    sticker,
+    until_parked,
+)
+
+from diffusion_accel import Compiled, EncoderReuse, Reuse
+from diffusion_accel.errors import (
+    AccelerationError,
+    CallStateError,
+    ConfigurationError,
+    EngineClosedError,
+    QueueFullError,
+)
+from diffusion_accel.serving.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return sticker()
+
+
+@pytest.fixture
+def engine(pipe: Any) -> Iterator[Engine]:
+    with Engine(pipe, running=4, queue=4, wait=FOREVER) as made:
+        yield made
+
+
+# ---------------------------------------------------------------------- the same images
+MIXTURES = {
+    "prompts and seeds": [({"prompt": f"{what}, flat style"}, {}) for what in ("rocket", "pizza", "panda")],
+    "steps": [({"steps": steps}, {}) for steps in (3, 5, 8)],
+    "schedulers": [({}, {"scheduler": name}) for name in ("ddim", "euler-a", "heun", "dpm++-sde")],
+    "guidance": [({"guidance_scale": scale}, {}) for scale in (1.0, 3.0, 7.5)],
+    "counts and negative prompts": [({"count": 2}, {}), ({"negative_prompt": "blue"}, {}), ({}, {})],
+    "sizes": [({"width": width}, {}) for width in (48, 64, 48)],
+    "plans": [
+        ({"steps": 6}, {}),
+        ({"steps": 6}, {"features": [Reuse(plan="hold:2")]}),
+        ({"steps": 6}, {"features": [Reuse(plan="hold:3", guidance="reuse:2")]}),
+        ({"steps": 6}, {"features": [Reuse(plan="steps:full full hold=1.5,-0.5 full/reuse hold:sample@1 full")]}),
+    ],
+    "inside": [
+        ({"steps": 6}, {}),
+        ({"steps": 6}, {"features": [EncoderReuse()]}),
+        ({"steps": 6}, {"features": [Reuse(plan="deepcache:3")]}),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures(pipe: Any, engine: Engine, kind: str) -> None:
+    asked = [(request(seed, **changes), more) for seed, (changes, more) in enumerate(MIXTURES[kind])]
+    found = served(engine, asked)
+    assert mean_rows(engine) > 2 or kind == "inside"
+    engine.close()
+    for one, (wanted, more) in zip(found, asked, strict=True):
+        same(one.images, alone(pipe, wanted, **more))
+        assert one.alone == tuple(f.name for f in more.get("features", ()) if f.works_inside(pipe))
+
+
+def test_everything_a_pipeline_returns(pipe: Any, engine: Engine) -> None:
+    """Images, not latents: decoded in batches, with the report of the call."""
+    asked = [request(seed) for seed in (1, 2)]
+    with held(engine, 2):
+        handles = [engine.submit(one, arguments={"output_type": "np"}) for one in asked]
+    found = [handle.result(TIMEOUT) for handle in handles]
+    assert engine.stats()["batches"]["vae.decode"] == {2: 1}
+    engine.close()
+    for one, wanted in zip(found, asked, strict=True):
+        exact = alone(pipe, wanted, output_type="np")
+        assert -10 * np.log10(np.mean((one.images - exact) ** 2)) >= 60
+        assert one.report.steps == 4 and one.rows > 1 and one.waited >= 0
+
+
+# ---------------------------------------------------------------------- what ends a request
+class Broken(Exception):
+    pass
+
+
+def breaking(step: int, error: BaseException) -> Any:
+    def callback(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == step:
+            raise error
+        return values
+
+    return callback
+
+
+def test_one_that_raises_harms_no_other(pipe: Any, engine: Engine) -> None:
+    bad = {"callback_on_step_end": breaking(1, Broken("here"))}
+    with held(engine, 3):
+        good = [engine.submit(request(seed), arguments=LATENTS) for seed in (1, 2)]
+        failing = engine.submit(request(3), arguments=LATENTS | bad)
+    with pytest.raises(Broken, match="here"):
+        failing.result(TIMEOUT)
+    found = [one.result(TIMEOUT).images for one in good]
+    assert failing.progress.state == "failed" and engine.stats()["failed"] == 1
+    engine.close()
+    for seed, one in zip((1, 2), found, strict=True):
+        same(one, alone(pipe, request(seed)))
+
+
+def test_damaged_latents_of_one_request(pipe: Any, engine: Engine) -> None:
+    latents = torch.full((1, 4, 6, 6), float("nan"))
+    with pytest.raises(ConfigurationError, match="latents holds numbers that are not finite"):
+        engine.submit(request(3), arguments=LATENTS | {"latents": latents}).result(TIMEOUT)
+
+
+@pytest.mark.parametrize("how", ["handle", "future"])
+def test_cancelled_while_it_runs(pipe: Any, engine: Engine, how: str) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def progress(standing: Any) -> None:
+        if standing.step == 2:
+            reached.set()
+            go_on.wait(TIMEOUT)
+
+    with held(engine, 2):
+        other = engine.submit(request(1), arguments=LATENTS)
+        handle = engine.submit(request(2, steps=50), on_progress=progress)
+    assert reached.wait(TIMEOUT)
+    assert (handle.progress.state, handle.progress.step, handle.progress.steps) == ("running", 2, 50)
+    assert handle.cancel() if how == "handle" else handle.future.cancel()
+    go_on.set()
+    with pytest.raises(CancelledError):
+        handle.result(TIMEOUT)
+    assert handle.progress.state == "cancelled"
+    found = other.result(TIMEOUT)
+    engine.close()
+    assert handle.step == 2  # it ended there
+    same(found.images, alone(pipe, request(1)))
+
+
+def test_cancelled_while_it_waits(engine: Engine) -> None:
+    """In the queue, and at the meeting point, where nothing else would wake it."""
+    with held(engine, 3):
+        handles = [engine.submit(request(seed)) for seed in range(6)]
+        until_parked(engine, 4)
+        assert [handle.progress.ahead for handle in handles[4:]] == [0, 1]
+        assert [handle.cancel() for handle in (handles[4], handles[0])] == [True, True]
+    assert [handle.result(TIMEOUT) for handle in (*handles[1:4], handles[5])]
+    assert not handles[1].cancel()
+    assert engine.stats()["cancelled"] == 2 and engine.stats()["completed"] == 4
+
+
+def test_a_full_queue(engine: Engine) -> None:
+    with held(engine, 4):
+        handles = [engine.submit(request(seed)) for seed in range(8)]
+        with pytest.raises(QueueFullError, match="4 requests wait already"):
+            engine.submit(request(8))
+        handles.pop(5).cancel()
+        handles.append(engine.submit(request(8)))
+    assert [handle.result(TIMEOUT) for handle in handles]
+
+
+def test_closed_with_all_requests_finished(pipe: Any) -> None:
+    engine = Engine(pipe, running=2)
+    handles = [engine.submit(request(seed, steps=2)) for seed in range(5)]
+    engine.close()
+    assert [handle.progress.state for handle in handles] == ["completed"] * 5
+    with pytest.raises(EngineClosedError):
+        engine.submit(request(1))
+    engine.close()
+
+
+def test_closed_at_once(pipe: Any) -> None:
+    before = threading.active_count()
+    engine = Engine(pipe, running=2)
+    handles = [engine.submit(request(seed, steps=1000)) for seed in range(5)]
+    engine.close(drain=False)
+    assert [handle.progress.state for handle in handles] == ["cancelled"] * 5
+    assert threading.active_count() == before
+    assert not traces(pipe)
+
+
+def test_an_interrupt_of_whoever_waits(pipe: Any) -> None:
+    with pytest.raises(KeyboardInterrupt), Engine(pipe) as engine:
+        handle = engine.submit(request(1, steps=1000))
+        raise KeyboardInterrupt
+    assert handle.progress.state == "cancelled"
+
+
+# ---------------------------------------------------------------------- what is refused
+def test_the_models_are_the_engines(pipe: Any) -> None:
+    with Engine(pipe) as engine:
+        with pytest.raises(CallStateError, match="in use"):
+            Engine(pipe)
+        asked = engine.submit(request(1), arguments=LATENTS, features=[Reuse(plan="hold:2")])
+        assert asked.result(TIMEOUT).report.counters["reuse"]["hold_steps"] == 2
+    assert not traces(pipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"strength": 0.5}, {}, "does not take strength"),
+        ({}, {"scheduler": "eular"}, "did you mean 'euler'"),
+        ({}, {"features": [Compiled(engine="eager")]}, "compiled belongs to the model"),
+        ({}, {"features": [Reuse(), EncoderReuse()]}, "cannot be combined"),
+    ],
+)
+def test_refused_before_it_waits(engine: Engine, changes: Any, more: Any, message: str) -> None:
+    with pytest.raises(AccelerationError, match=message):
+        engine.submit(request(1, **changes), **more)
+    assert engine.stats()["queued"] == engine.stats()["running"] == 0
+
+
+@pytest.mark.parametrize("settings", [{"running": 0}, {"queue": -1}, {"most_rows": True}, {"wait": -1.0}])
+def test_settings_out_of_their_limits(pipe: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"{next(iter(settings))} must be"):
+        Engine(pipe, **settings)
+
+
+# ---------------------------------------------------------------------- memory
+def test_memory_is_flat(pipe: Any) -> None:
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    with Engine(pipe, running=2) as engine:
+        counts = []
+        for _ in range(3):
+            for seed in range(4):
+                bad = {} if seed else {"callback_on_step_end": breaking(0, Broken())}
+                handle = engine.submit(request(seed, steps=2), arguments=bad, features=[Reuse(plan="hold:2")])
+                handle.future.exception(TIMEOUT)
+            counts.append(tensors())
+    assert counts[2] <= counts[1]
