@@ -117,7 +117,7 @@ def _restore(data: bytes, target: Target) -> Graph:
 
 
 def _refusal(target: Target) -> str | None:
-    found, device = _core().available_devices, _device(target)
+    found, device = _available(), _device(target)
     if not any(name == device or name.split(".")[0] == device for name in found):
         return f"openvino has no device {device} here; it has {', '.join(found) or 'none'}"
     if target.precision not in (able := _able(device)):
@@ -125,6 +125,13 @@ def _refusal(target: Target) -> str | None:
     return None
 
 
+@functools.cache  # asking takes 4 ms, and a call of a pipeline asks
+def _available() -> list[str]:
+    found: list[str] = _core().available_devices
+    return found
+
+
+@functools.cache
 def _able(device: str) -> list[str]:
     """The precisions in which a device computes."""
     able = _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
@@ -132,7 +139,7 @@ def _able(device: str) -> list[str]:
 
 
 def _devices() -> list[str]:
-    return [f"{name} ({', '.join(_able(name))})" for name in _core().available_devices]
+    return [f"{name} ({', '.join(_able(name))})" for name in _available()]
 
 
 def _identity(target: Target) -> dict[str, str]:
