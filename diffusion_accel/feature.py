@@ -51,8 +51,8 @@ class Feature:
     #: it concerns how a model computes, whoever calls it: where requests share a model, it is the model's
     of_the_model: ClassVar[bool] = False
     #: the module that does the work on a pipeline, imported when it is first needed, so that a configuration costs no
-    #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside` and
-    #: `goes_into_graphs`, which are called with the feature and the pipeline
+    #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside`,
+    #: `goes_into_graphs` and `rows_apart`, which are called with the feature and the pipeline
     runtime: ClassVar[str] = ""
     #: what fields were called before, old name -> field; see `with_old_names`
     old_names: ClassVar[dict[str, str]] = {}
@@ -112,6 +112,11 @@ class Feature:
         """Whether what works inside of a denoiser becomes part of a graph that is made of a call of it: its hooks say
         what they do as a `CallInside`, or only weights are others."""
         return bool(self.runtime) and getattr(self._runtime(), "goes_into_graphs", _never)(self, pipeline)
+
+    def rows_apart(self, pipeline: DiffusionPipeline) -> bool:
+        """Whether what works inside of a denoiser does the same whoever calls it, to each row by itself (other weights,
+        masks by a row's timestep): then calls of several requests can share a batch."""
+        return bool(self.runtime) and getattr(self._runtime(), "rows_apart", _never)(self, pipeline)
 
     def closes_inside(self) -> bool:
         """Whether it runs a denoiser as one graph, so that only what `goes_into_graphs` can act inside of it."""

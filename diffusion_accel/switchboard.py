@@ -105,6 +105,31 @@ def accelerated_class(base: type[DiffusionPipeline]) -> type:
     return _classes.setdefault(base, type(base.__name__, (AcceleratedMixin, base), namespace))
 
 
+def hold_models(pipeline: DiffusionPipeline, changes: Changes) -> None:
+    """Claim the models of a pipeline until `changes` are undone, which is longer than a call, and switch on for so long
+    what concerns the models whoever calls them (`Feature.of_the_model`).
+
+    Raises:
+        CallStateError: a call uses one of them.
+        ConfigurationError: such a feature cannot be used any more.
+    """
+    _claim(models_of_a_call(pipeline), changes)
+    handle: Acceleration | None = getattr(pipeline, "acceleration", None)
+    for name, attachment in handle._attachments.items() if handle is not None else ():
+        if attachment.feature.of_the_model and handle is not None and handle.enabled(name):
+            changes.add(attachment.changes.undo)
+            changes.add(attachment.after_call)
+            attachment.before_call(StepClock(pipeline))
+
+
+def put_inside(pipeline: DiffusionPipeline) -> None:
+    """Put what works inside of the denoisers of an accelerated pipeline into them, for as long as they are there: for
+    models that are called by themselves, and features that treat each row by itself (`Feature.rows_apart`)."""
+    for attachment in pipeline.acceleration._attachments.values():
+        if attachment.feature.works_inside(pipeline):
+            attachment.before_call(StepClock(pipeline))
+
+
 def share_features(pipeline: DiffusionPipeline, other: PipelineT) -> PipelineT:
     """Switch the features of an accelerated pipeline on for a plain one of the same class and models, and return it.
 
@@ -238,7 +263,7 @@ class Acceleration:
     def _begin(self, active: list[Attachment], clock: StepClock, changes: Changes) -> None:
         """Claim the models and put everything in place; what undoes it is on `changes` before it is done."""
         pipeline = clock.pipeline
-        claim(models_of_a_call(pipeline), changes)
+        _claim(models_of_a_call(pipeline), changes)
         if reason := closed_inside(pipeline):
             for attachment in active:
                 if attachment.feature.works_inside(pipeline):
@@ -346,8 +371,8 @@ def _warn_unmeasured(pipeline: DiffusionPipeline, args: tuple[Any, ...], kwargs:
         logger.warning("%s", reason)
 
 
-def claim(models: list[torch.nn.Module], changes: Changes) -> None:
-    """Claim the models for one call, until `changes` are undone. Raises `CallStateError` if one of them is claimed."""
+def _claim(models: list[torch.nn.Module], changes: Changes) -> None:
+    """Claim the models until `changes` are undone. Raises `CallStateError` if one of them is claimed."""
     call = object()
     changes.add(functools.partial(_release, call))
     with _busy_lock:

@@ -75,6 +75,12 @@ def served(engine: Engine, asked: Sequence[tuple[Request, dict[str, Any]]], **ot
     return [handle.result(TIMEOUT) for handle in handles]
 
 
+def sharing(engine: Engine) -> set[str]:
+    """The parts whose calls were computed together with those of other requests."""
+    stats = engine.stats()
+    return {part for part, rows in stats["batches"].items() if stats["calls"][part] > sum(rows.values())}
+
+
 def mean_rows(engine: Engine, part: str = "unet") -> float:
     batches = engine.stats()["batches"][part]
     return sum(rows * count for rows, count in batches.items()) / sum(batches.values())

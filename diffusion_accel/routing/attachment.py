@@ -55,6 +55,11 @@ def _why_not(feature: TaskRouting, denoiser: nn.Module) -> str | None:
     return None
 
 
+def rows_apart(_feature: TaskRouting, _pipeline: DiffusionPipeline) -> bool:
+    """A row's masks follow its own timestep."""
+    return True
+
+
 def attach(feature: TaskRouting, pipeline: DiffusionPipeline) -> TaskRoutingAttachment:
     """Attach the feature to a pipeline that it supports; warns if its models were trained otherwise."""
     return TaskRoutingAttachment(feature, pipeline)

@@ -102,7 +102,8 @@ class Collector:
 
     Attributes:
         curves: by kind of call, what rows of it cost.
-        batches: (what was called, rows) -> how many batches.
+        calls: what was called -> how many calls were answered.
+        batches: (what was called, rows) -> how many batches they were; of no rows: turns of a thread.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Collector:
     ) -> None:
         self.most, self.wait, self._activate = most, wait, activate
         self.curves: dict[Any, Curve] = {}
+        self.calls: Counter[str] = Counter()
         self.batches: Counter[tuple[str, int]] = Counter()
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
@@ -265,6 +267,7 @@ class Collector:
                 one.finish(error=error)
             return True
         if first.call is None:
+            self.batches[first.what, 0] += 1
             first.wake.set()
             first.over.wait()
         elif first.ticket.measuring:
@@ -276,7 +279,6 @@ class Collector:
         with self._changed:
             self._since_change += seconds
             self._latest = first.ticket.spent
-            self.batches[first.what, rows] += 1
             for one in group:
                 one.ticket.spent += seconds * (one.rows / rows if rows else 1)
         return True
@@ -299,10 +301,9 @@ class Collector:
                 self._limits[first.call.key] = max(1, sum(one.rows for one in group) // 2)
             return
         rows = sum(one.rows for one in group)
+        self.batches[first.what, rows] += 1
         for one, output in zip(group, outputs, strict=True):
-            one.ticket.calls += 1
-            one.ticket.together += rows
-            one.finish(output)
+            self._answer(one, output, rows)
 
     def _together(self, group: list[_Waiting]) -> list[Any] | None:
         """The outputs of calls computed as one batch; None if they have to be computed one after the other."""
@@ -334,10 +335,16 @@ class Collector:
         except BaseException as error:
             one.finish(error=error)
             return True
-        one.ticket.calls += 1
-        one.ticket.together += one.rows
-        one.finish(output)
+        self.batches[one.what, one.rows] += 1
+        self._answer(one, output, one.rows)
         return False
+
+    def _answer(self, one: _Waiting, output: Any, rows: int) -> None:
+        """Give a call its output, which was computed in a batch of so many rows."""
+        self.calls[one.what] += 1
+        one.ticket.calls += 1
+        one.ticket.together += rows
+        one.finish(output)
 
     def _measured(self, one: _Waiting) -> None:
         """Answer a call after it was computed with more and more rows."""

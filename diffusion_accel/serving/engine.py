@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import distributed, nn
 
 from diffusion_accel.changes import Changes
-from diffusion_accel.denoisers import models_of_a_call
+from diffusion_accel.conditioning import call_parameters
 from diffusion_accel.diffusers_compat import has_offload_hook
 from diffusion_accel.errors import ConfigurationError, EngineClosedError, QueueFullError, UnsupportedPipelineError
 from diffusion_accel.feature import Feature
@@ -25,7 +25,7 @@ from diffusion_accel.generation.loading import open_pipeline
 from diffusion_accel.generation.request import Request
 from diffusion_accel.io import shown
 from diffusion_accel.pipelines.schedulers import scheduler_for
-from diffusion_accel.switchboard import claim
+from diffusion_accel.switchboard import hold_models
 
 from .collector import CancelledHere, Collector, Ticket
 from .features import FeatureSets
@@ -91,7 +91,6 @@ class Engine:
         if wait is not None and not wait >= 0:
             raise ConfigurationError(f"wait must be milliseconds of at least 0, got {shown(wait)}")
         self.pipe: Any = open_pipeline(pipe) if isinstance(pipe, str) else pipe
-        check_drawable(self.pipe)
         if reason := _unservable(self.pipe):
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} cannot be served: {reason}")
         self.running, self.queue = running, queue
@@ -99,12 +98,13 @@ class Engine:
         self.features: dict[str, Feature] = _features_of(self.pipe)
         self._schedulers: dict[str, Any] = {}
         self._lock = threading.Lock()  # of what is made for requests
-        self._pattern_twins = Twins(self.pipe, _never_called)
+        # what the twins are made of: the pipeline before its models are held
+        self._pattern: Any = Twins(self.pipe).pipeline(getattr(self.pipe, "scheduler", None))
         self._sets = FeatureSets(self._pattern)
-        self._sets.pipeline(tuple(self.features.values()))
+        self._sets.of(tuple(self.features.values()))
         self._changes = Changes()  # of the shared models
         try:
-            claim(models_of_a_call(self.pipe), self._changes)
+            hold_models(self.pipe, self._changes)
         except BaseException:
             self._changes.undo()
             raise
@@ -124,7 +124,7 @@ class Engine:
     # ------------------------------------------------------------------ asking
     def submit(
         self,
-        request: Request,
+        request: Request | Mapping[str, Any],
         *,
         features: Sequence[Feature] | None = None,
         scheduler: str | None = None,
@@ -134,7 +134,8 @@ class Engine:
         """Ask for images. Returns at once.
 
         Args:
-            request: what is drawn; image k of it has the seed `request.seed` + k, also on another engine.
+            request: what is drawn; image k of it has the seed `request.seed` + k, also on another engine. Or the
+                arguments of the pipeline's call by name, with a generator of its own, for what no `Request` says.
             features: exactly those that it is drawn with; None: the pipeline's own (`engine.features`).
             scheduler: a short name or a diffusers class; None: the pipeline's own.
             arguments: others of the pipeline's call, by name, such as `output_type` or `clip_skip`.
@@ -145,16 +146,20 @@ class Engine:
             QueueFullError: `queue` requests wait already.
             EngineClosedError: the engine is closed, or being closed.
             ConfigurationError, UnsupportedPipelineError, FeatureConflictError: the pipeline cannot draw it so.
+            ModelLoadError: a `Request` for a pipeline that takes neither a prompt nor a class.
         """
         wanted = tuple(self.features.values()) if features is None else tuple(features)
         if refused := [feature.name for feature in wanted if feature.of_the_model]:
             raise ConfigurationError(f"{', '.join(refused)} belongs to the model: give it to the engine's pipeline")
-        pattern = self._sets.pipeline(wanted)
-        check_requests(pattern, [request])
+        chosen = self._sets.of(wanted)
+        if isinstance(request, Request):
+            check_drawable(chosen.pipe)
+            check_requests(chosen.pipe, [request])
+        elif unknown := sorted(set(request) - set(call_parameters(chosen.pipe))):
+            raise ConfigurationError(f"{type(chosen.pipe).__name__} does not take {', '.join(unknown)}")
         handle = Handle(
             request=request,
-            features=wanted,
-            alone=self._sets.inside(wanted),
+            features=chosen,
             scheduler=self._scheduler(scheduler),
             arguments=dict(arguments or {}),
             on_progress=on_progress,
@@ -176,9 +181,9 @@ class Engine:
         """What was done since it was opened, and what it does now.
 
         Returns:
-            requests that are "queued" and "running", that have "completed", "failed" and were "cancelled"; "batches":
-            for each part of the pipeline how many batches there were of so many rows ("unet": {2: 10, 8: 300});
-            "alone": for each part the calls that ran by themselves in their request's thread.
+            requests that are "queued" and "running", that have "completed", "failed" and were "cancelled"; "calls": how
+            many calls of each part of the pipeline were computed ("unet": 1240); "batches": in how many batches of so
+            many rows ("unet": {2: 10, 8: 300}); "alone": how many more ran by themselves, in their request's thread.
         """
         batches: dict[str, dict[int, int]] = {}
         alone: dict[str, int] = {}
@@ -190,7 +195,7 @@ class Engine:
         with self._changed:
             now = {"queued": len(self._queued), "running": len(self._at_work)}
             ended = {state: self._ended[state] for state in (COMPLETED, FAILED, CANCELLED)}
-        return {**now, **ended, "batches": batches, "alone": alone}
+        return {**now, **ended, "calls": dict(self._collector.calls), "batches": batches, "alone": alone}
 
     # ------------------------------------------------------------------ the end
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
@@ -228,7 +233,7 @@ class Engine:
     # ------------------------------------------------------------------ threads
     def _work(self) -> None:
         """What each thread does: one request after the other."""
-        worker = Worker(self.pipe, self._collector, self._sets)
+        worker = Worker(self.pipe, self._pattern, self._collector)
         while (handle := self._take()) is not None:
             try:
                 worker.serve(handle)
@@ -263,9 +268,6 @@ class Engine:
             return self._queued.index(handle) if handle in self._queued else 0
 
     # ------------------------------------------------------------------ what requests are made of
-    def _pattern(self) -> Any:
-        return self._pattern_twins.pipeline(getattr(self.pipe, "scheduler", None))
-
     def _scheduler(self, name: str | None) -> Any:
         """The scheduler of that name for this model, which requests copy; the pipeline's own for None."""
         if name is None:
@@ -294,7 +296,3 @@ def _unservable(pipe: Any) -> str | None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes draw together; run one engine in each, and share the requests among them"
     return None
-
-
-def _never_called(*_args: Any) -> Any:
-    raise AssertionError("a pattern is never called")

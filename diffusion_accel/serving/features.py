@@ -3,53 +3,80 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from diffusion_accel.denoisers import denoiser_names
 from diffusion_accel.feature import Feature
-from diffusion_accel.switchboard import accelerate, share_features
+from diffusion_accel.switchboard import accelerate, put_inside, share_features
+
+from .twins import Twins
 
 _KEPT = 16  # sets of features
 
 
-class FeatureSets:
-    """Accelerated pipelines, one for each set of features that requests have.
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features that requests have in common, and how their calls are computed.
 
-    A feature that acts on calls of models (held steps, branches of guidance, transparent images) is attached once;
-    requests get copies of it that share what it has loaded. One that works inside of a denoiser is attached to each
-    request's own twin.
+    Attributes:
+        features: as they were asked for.
+        pipe: a pipeline with them; it is asked and copied, never called.
+        alone: the names of those for which a request's denoiser runs alone, in its own thread.
+        models: denoisers, by their names in the pipeline, in the place of the shared ones: those features are in force
+            inside of them that treat each row by itself.
+    """
+
+    features: tuple[Feature, ...]
+    pipe: Any
+    alone: tuple[str, ...] = ()
+    models: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def accelerated(self, pipe: Any) -> Any:
+        """A plain pipeline of twins with these features."""
+        return accelerate(pipe, *self.features) if self.alone else share_features(self.pipe, pipe)
+
+
+class FeatureSets:
+    """The sets of features that requests had last.
+
+    Three ways. A feature that acts on calls (held steps, branches of guidance, alpha) is attached once; requests get
+    copies that share what it has loaded. One that treats each row inside of a denoiser by itself (an adapter of latent
+    transparency, task routing) is put into a twin of the denoiser, once, and all requests that have it share that. Any
+    other that works inside is attached to the request's own twin, which runs alone.
 
     Args:
-        pattern: makes a plain pipeline of twins, to attach features to.
+        pattern: a plain pipeline with the models that twins are made of.
     """
 
     def __init__(self, pattern: Any) -> None:
         self._pattern = pattern
-        self._made: list[tuple[tuple[Feature, ...], Any]] = []
+        self._made: list[FeatureSet] = []
         self._lock = threading.Lock()
 
-    def pipeline(self, features: Sequence[Feature]) -> Any:
-        """The pipeline with these features; it is asked and copied, never called.
+    def of(self, features: Sequence[Feature]) -> FeatureSet:
+        """The set of these features.
 
         Raises:
             ConfigurationError, UnsupportedPipelineError, FeatureConflictError: they cannot be used.
         """
         wanted = tuple(features)
         with self._lock:
-            for place, (known, made) in enumerate(self._made):
-                if known == wanted:
-                    self._made.append(self._made.pop(place))
-                    return made
-            made = accelerate(self._pattern(), *wanted)
-            self._made.append((wanted, made))
+            known = next((one for one in self._made if one.features == wanted), None)
+            if known is not None:
+                self._made.remove(known)
+            self._made.append(known or self._make(wanted))
             del self._made[:-_KEPT]
-            return made
+            return self._made[-1]
 
-    def inside(self, features: Sequence[Feature]) -> tuple[str, ...]:
-        """The names of those that work inside of the denoiser."""
-        pipe = self.pipeline(features)
-        return tuple(name for name, one in pipe.acceleration.features.items() if one.works_inside(pipe))
-
-    def accelerated(self, pipe: Any, features: Sequence[Feature], inside: Sequence[str]) -> Any:
-        """A plain pipeline with features of which these work inside of its denoiser."""
-        return accelerate(pipe, *features) if inside else share_features(self.pipeline(features), pipe)
+    def _make(self, features: tuple[Feature, ...]) -> FeatureSet:
+        parts = Twins(self._pattern)
+        pipe = accelerate(parts.pipeline(getattr(self._pattern, "scheduler", None)), *features)
+        inside = {name: one for name, one in pipe.acceleration.features.items() if one.works_inside(pipe)}
+        if not all(feature.rows_apart(pipe) for feature in inside.values()):
+            return FeatureSet(features, pipe, alone=tuple(inside))
+        put_inside(pipe)
+        return FeatureSet(features, pipe, models={n: parts.parts[n] for n in denoiser_names(pipe)} if inside else {})

@@ -15,8 +15,9 @@ from .collector import Ticket
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from diffusion_accel.feature import Feature
     from diffusion_accel.generation.request import Request
+
+    from .features import FeatureSet
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "running", "completed", "failed", "cancelled"
 
@@ -40,9 +41,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Served(Drawn):
-    """What one request gave; see `Drawn`. With `output_type="latent"`, `images` is what the pipeline returned.
+    """What one request gave; see `Drawn`.
 
     Attributes:
+        images: what the pipeline returned as such: a tensor with `output_type="latent"`; its whole output where that
+            has no images (videos, sound).
         alone: features that keep values inside of the denoiser, for which its calls ran alone, between the batches.
         rows: of the batches in which the others of its calls were computed, on average.
         waited: seconds in the queue.
@@ -63,9 +66,8 @@ class Handle:
             moment, also while the request runs: it ends at its next call of a model, or step.
     """
 
-    request: Request
-    features: tuple[Feature, ...]
-    alone: tuple[str, ...]
+    request: Request | Mapping[str, Any]
+    features: FeatureSet
     scheduler: Any
     arguments: Mapping[str, Any]
     on_progress: Callable[[Standing], object] | None

@@ -48,10 +48,10 @@ class Twins:
 
     Args:
         pipe: a pipeline; what it has now is what the twins are of.
-        answer: where calls of the twins go.
+        answer: where calls of the twins go; None: they compute by themselves.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, answer: Answer) -> None:
+    def __init__(self, pipe: DiffusionPipeline, answer: Answer | None = None) -> None:
         self.pipe, self._answer = pipe, answer
         self.parts: dict[str, Any] = {}
         for name, part in pipe.components.items():
@@ -63,10 +63,12 @@ class Twins:
     def renew(self, name: str) -> None:
         """Make the twin of a model again: the model has changed."""
         twin = self.parts[name] = twin_of(model_of(getattr(self.pipe, name)))
+        vars(twin)["to"] = functools.partial(_stay, twin)
+        if self._answer is None:
+            return
         methods = ("encode", "decode") if name in DECODERS else ()
         for method in ("forward", *(m for m in methods if hasattr(twin, m))):
             vars(twin)[method] = _Sent(self._answer, name, method)
-        vars(twin)["to"] = functools.partial(_stay, twin)
 
     def own(self, name: str, method: str) -> Callable[..., Any]:
         """A method of a twin itself, which runs in the thread that calls it."""

@@ -15,6 +15,7 @@ import torch
 from diffusion_accel.denoisers import denoiser_names
 from diffusion_accel.diffusers_compat import announced_steps
 from diffusion_accel.generation.drawing import prepare
+from diffusion_accel.generation.request import Request
 from diffusion_accel.hooks import model_of
 from diffusion_accel.steps import WatchedStep
 
@@ -26,8 +27,6 @@ from .twins import Twins
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .features import FeatureSets
-
 logger = logging.getLogger(__name__)
 
 
@@ -36,12 +35,12 @@ class Worker:
 
     Args:
         pipe: the pipeline whose models are shared.
+        pattern: what the twins are made of; see `Engine`.
         collector: computes the calls of its models.
-        sets: makes accelerated pipelines of plain ones.
     """
 
-    def __init__(self, pipe: Any, collector: Collector, sets: FeatureSets) -> None:
-        self.pipe, self._collector, self._sets = pipe, collector, sets
+    def __init__(self, pipe: Any, pattern: Any, collector: Collector) -> None:
+        self.pipe, self._pattern, self._collector = pipe, pattern, collector
         self._twins: Twins | None = None
         self._handle: Handle | None = None
 
@@ -69,20 +68,24 @@ class Worker:
         ticket = handle.ticket
         self._collector.check(ticket)
         pipe = self._pipeline(handle)
-        call = prepare(pipe, handle.request)
-        images = call.images(**handle.arguments)
+        request = handle.request
+        if isinstance(request, Request):
+            images = prepare(pipe, request).images(**handle.arguments)
+        else:
+            output = pipe(**request, **handle.arguments)
+            images = getattr(output, "images", output)
         return Served(
             images,
             pipe.acceleration.report(),
-            alone=handle.alone,
+            alone=handle.features.alone,
             rows=ticket.together / max(1, ticket.calls),
             waited=(handle.began or handle.submitted) - handle.submitted,
         )
 
     def _pipeline(self, handle: Handle) -> Any:
         if self._twins is None:
-            self._twins = Twins(self.pipe, self._answer)
-        pipe = self._sets.accelerated(self._twins.pipeline(handle.scheduler), handle.features, handle.alone)
+            self._twins = Twins(self._pattern, self._answer)
+        pipe = handle.features.accelerated(self._twins.pipeline(handle.scheduler))
         if (scheduler := getattr(pipe, "scheduler", None)) is not None:
             around = functools.partial(self._stepped, handle, pipe)
             vars(scheduler)["step"] = WatchedStep(scheduler, scheduler.step, around)
@@ -93,8 +96,8 @@ class Worker:
         """What a method of a shared model returns for a call of its twin."""
         handle, twins = self._handle, self._twins
         assert handle is not None and twins is not None
-        shared = getattr(self.pipe, name)
-        inside = handle.alone and name in (*denoiser_names(self.pipe), "controlnet")
+        shared = handle.features.models.get(name, getattr(self.pipe, name))
+        inside = handle.features.alone and name in (*denoiser_names(self.pipe), "controlnet")
         if inside or torch.is_grad_enabled() or torch.is_autocast_enabled(model_of(shared).device.type):
             with self._collector.turn(handle.ticket, name):
                 return twins.own(name, method)(*args, **kwargs)

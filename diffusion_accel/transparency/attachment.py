@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,11 @@ def goes_into_graphs(feature: LatentTransparency, pipeline: DiffusionPipeline) -
     return load_weights(feature, pipeline, headers=True).sharing is None
 
 
+def rows_apart(feature: LatentTransparency, pipeline: DiffusionPipeline) -> bool:
+    """Whether what changes the denoiser are its weights alone, at all steps."""
+    return goes_into_graphs(feature, pipeline)
+
+
 def attach(feature: LatentTransparency, pipeline: DiffusionPipeline) -> TransparencyAttachment:
     """The feature on a pipeline."""
     return TransparencyAttachment(feature, pipeline)
@@ -78,6 +84,12 @@ class TransparencyAttachment(Attachment[LatentTransparency]):
         self._unet: Any = None
         self._read: Any = None
         self._counters: dict[str, float] = {}
+
+    def shared(self, pipeline: DiffusionPipeline) -> TransparencyAttachment:
+        """The same for another pipeline, whose calls are computed with a base model that is adapted already."""
+        other = super().shared(pipeline)
+        other._weights = replace(self._weights, adapter=None)
+        return other
 
     def models(self) -> list[torch.nn.Module]:
         """The encoder and the decoder that stand beside the VAE."""
