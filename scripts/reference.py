@@ -52,6 +52,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "generation": "diffusion_accel/generation",
     "bench": "diffusion_accel/bench",
     "serving": "diffusion_accel/serving",
+    "serving.http": "diffusion_accel/serving/http",
     "cli": "diffusion_accel/cli",
 }
 KINDS = ("verb", "feature", "error", "type")

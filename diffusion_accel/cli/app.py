@@ -20,6 +20,7 @@ from . import (
     metadata,
     models,
     quantize,
+    serve,
     transparency,
     tune,
 )
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 for _command in (
     generate.generate,
+    serve.serve,
     tune.tune,
     quantize.quantize,
     inspect.inspect,

@@ -1,0 +1,146 @@
+"""`serve`: a model behind HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Annotated
+
+import typer
+
+from diffusion_accel import interrupts
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.request import Bounds, at_least
+from diffusion_accel.serving.http.settings import BOUNDS, Limits, ServerSettings
+
+from .common_options import (
+    AllowPickle,
+    Device,
+    Dtype,
+    GuidanceScale,
+    Model,
+    Pixels,
+    Scheduler,
+    Steps,
+    in_panels,
+    number,
+    one_of,
+    time_option,
+)
+from .feature_flags import with_feature_flags
+from .settings import ATTENTION, RUNTIMES, Settings, check_features, merge
+from .terminal import note, say
+
+TOKEN = "DIFFUSION_ACCEL_TOKEN"  # environment variable
+_DEFAULTS = ("steps", "guidance_scale", "width", "height", "negative_prompt")
+_SETTINGS = (  # of `Settings`
+    *("model", "scheduler", *_DEFAULTS, "allow_pickle", "device", "dtype", "attention", "quantize", "runtime"),
+    "low_memory",
+)
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LEAST_TOKEN = 8  # characters
+_PORTS = at_least(0, 65_535)
+_QUEUE = at_least(0, 100_000)
+_RUNNING = at_least(1, 256)
+_ROWS = at_least(1, 1024)
+_DRAIN = Bounds(0, 86_400, "at least 0 and at most 86400")
+_PANELS = {
+    "Limits of requests": "max_queue max_running max_rows max_pixels max_steps max_images max_body_mb",
+    "Where a request says nothing": "steps guidance_scale scheduler width height negative_prompt",
+    "Machine": "allow_pickle device dtype attention quantize runtime low_memory",
+}
+_LIMITS = Limits()
+
+
+@with_feature_flags
+@in_panels(_PANELS)
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0: everywhere.")] = "127.0.0.1",
+    port: Annotated[int, number("Where to listen; 0: any that is free.", _PORTS)] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar=TOKEN, show_envvar=True, show_default=False, help="What clients have to send."),
+    ] = None,
+    max_queue: Annotated[int, number("Requests that may wait.", _QUEUE)] = 64,
+    max_running: Annotated[int, number("Requests that are drawn at the same time.", _RUNNING)] = 8,
+    max_rows: Annotated[int, number("Rows of a batch; guidance makes two of an image.", _ROWS)] = 16,
+    max_pixels: Annotated[int, number("Pixels of an image.", BOUNDS["pixels"])] = _LIMITS.pixels,
+    max_steps: Annotated[int, number("Denoising steps.", BOUNDS["steps"])] = _LIMITS.steps,
+    max_images: Annotated[int, number("Images of a request.", BOUNDS["images"])] = _LIMITS.images,
+    max_body_mb: Annotated[int, number("MiB of a request, its images included.", BOUNDS["body_mb"])] = _LIMITS.body_mb,
+    drain: Annotated[float, time_option("At the end, time for requests that were accepted", _DRAIN)] = 120,
+    log_format: Annotated[str, one_of("text or json.", ("text", "json"))] = "text",
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    width: Pixels = None,
+    height: Pixels = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What no image should show.")] = None,
+    allow_pickle: AllowPickle = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: Annotated[
+        str | None, typer.Option(help=", ".join(ATTENTION) + ".", show_default=Settings.attention)
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="DIR|PACKAGE:KIND", help="A quantized checkpoint, or torchao:int8wo, …")
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="How a quantized model computes: " + ", ".join(RUNTIMES) + ".", show_default="auto"),
+    ] = None,
+    low_memory: Annotated[
+        bool | None, typer.Option("--low-memory", help="Keep quantized weights packed in memory.")
+    ] = None,
+    **features: str | None,
+) -> None:
+    """Draw images for others, over HTTP: OpenAI's images API, jobs, and clients of AUTOMATIC1111's web UI."""
+    flags = {key: value for key, value in locals().items() if key in _SETTINGS}
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"serve needs {', '.join(missing)}, which is not installed; pip install 'diffusion-accel[serve]'"
+        )
+    check_token(token)
+    settings, source = merge({**flags, **features}, {})
+    if "patch_parallel" in settings.features:
+        raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
+    check_features(settings.features, settings.steps, settings.scheduler, source)
+    limits = Limits(pixels=max_pixels, steps=max_steps, images=max_images, body_mb=max_body_mb)
+    asked = ServerSettings(
+        model=source.name,
+        embedded=source.kind == "embedded",
+        defaults={key: getattr(settings, key) for key in _DEFAULTS if getattr(settings, key) is not None},
+        limits=limits,
+        token=token,
+        hosts=frozenset({*_LOOPBACK, "[::1]"}) if host in _LOOPBACK else None,
+    )
+
+    from diffusion_accel.serving.engine import Engine  # heavy: torch, diffusers
+    from diffusion_accel.serving.http import log, run  # heavy, and an extra: fastapi, uvicorn
+
+    from . import session  # heavy: torch, diffusers
+
+    listening = run.bound(host, port)  # first: loading takes a while
+    if token is None and host not in _LOOPBACK:
+        note(f"whoever can reach {host} may draw; --token, or {TOKEN}, asks for a token")
+    session.check_takes(source, [])
+    pipe = session.open_for(settings, source, session.check_machine(settings))
+    log.set_up(log_format)
+    interrupts.explain(lambda: "requests that were accepted are lost")
+    with Engine(pipe, running=max_running, queue=max_queue, most_rows=max_rows) as engine:
+        run.serve(engine, asked, listening, drain_seconds=drain, ready=lambda address: say(f"listening at {address}"))
+
+
+def check_token(token: str | None) -> None:
+    """Refuse a token that cannot be sent, or is guessed easily; without showing it."""
+    if token is None:
+        return
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigurationError("--token must be of letters, digits and signs of ASCII, without spaces")
+    if len(token) < _LEAST_TOKEN:
+        raise ConfigurationError(
+            f"--token must have at least {_LEAST_TOKEN} characters; openssl rand -hex 32 makes one"
+        )

@@ -1,0 +1,42 @@
+"""The application: routes, errors, and what stands before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from diffusion_accel import __version__
+from diffusion_accel.errors import AccelerationError
+
+from . import images, operations
+from .guard import Guard
+from .problems import answer_to
+from .service import ClientGoneError, Service
+
+
+def application(service: Service) -> Guard:
+    """The ASGI application of one server."""
+    app = FastAPI(
+        title="diffusion-accel",
+        version=__version__,
+        description=f"Draws images with {service.settings.model}.",
+        redoc_url=None,
+        docs_url="/docs",
+    )
+    for module in (images, operations):
+        app.include_router(module.routes(service))
+
+    async def refused(_http: Request, error: Any) -> JSONResponse:
+        return answer_to(error, service.retry_after)
+
+    async def gone(_http: Request, _error: Any) -> Response:
+        return Response(status_code=499)
+
+    for kind in (RequestValidationError, HTTPException, AccelerationError, Exception):
+        app.add_exception_handler(kind, refused)
+    app.add_exception_handler(ClientGoneError, gone)
+    return Guard(app, service.settings, service.metrics.answered)

@@ -1,0 +1,122 @@
+"""The fields of bodies and answers, with all bounds that do not depend on how the server is set up."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diffusion_accel.generation.request import MAX_SEED
+
+MOST_SCALE = 100.0  # of a LoRA
+MOST_LORAS = 8
+
+Size = Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description='"WIDTHxHEIGHT" or auto.')]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+LoraName = Annotated[str, Field(min_length=1, max_length=100)]
+LoraScale = Annotated[float, Field(ge=-MOST_SCALE, le=MOST_SCALE, allow_inf_nan=False)]
+
+
+class Drawing(BaseModel):
+    """What generations, edits and jobs have in common. What is null or missing is up to the server and its model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1, description="What is drawn; for a model of classes, a class.")]
+    model: Annotated[Name | None, Field(description="The model that is served, as /v1/models names it.")] = None
+    n: Annotated[int | None, Field(ge=1, le=100, description="Images; image k has the seed + k.")] = None
+    size: Size | None = None
+    background: Annotated[
+        Literal["auto", "transparent", "opaque"] | None, Field(description="transparent: with alpha; png or webp.")
+    ] = None
+    output_format: Literal["png", "webp", "jpeg"] | None = None
+    output_compression: Annotated[
+        int | None, Field(ge=0, le=100, description="Quality of webp and jpeg; png is always exact.")
+    ] = None
+    quality: Annotated[
+        Literal["auto", "low", "medium", "high", "max"] | None,
+        Field(description="Which tuned plan: fast, balanced, quality; max: every step is computed."),
+    ] = None
+    response_format: Annotated[Literal["b64_json"] | None, Field(description="Images come in the answer.")] = None
+    user: Annotated[str | None, Field(max_length=256, description="Is not used.")] = None
+    negative_prompt: str | None = None
+    num_inference_steps: Annotated[int | None, Field(ge=1, le=10_000)] = None
+    guidance_scale: Annotated[float | None, Field(ge=0, le=1000, allow_inf_nan=False)] = None
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
+    scheduler: Annotated[
+        Name | None, Field(description="A short name (ddim, dpm++, euler, …) or a diffusers class.")
+    ] = None
+    reuse: Annotated[
+        str | None, Field(min_length=1, max_length=2000, description="A plan by name, or its steps; never a file.")
+    ] = None
+    speedup: Annotated[float | None, Field(ge=1, le=1000, description="The nearest tuned plan that is so fast.")] = None
+    min_psnr: Annotated[float | None, Field(ge=5, le=80, description="The fastest tuned plan that is so near, dB.")] = (
+        None
+    )
+    layers: Annotated[
+        list[Literal["fg", "bg", "blend"]] | None,
+        Field(min_length=1, max_length=3, description="Of a model that draws layers, those that are wanted."),
+    ] = None
+
+
+class Generation(Drawing):
+    """The body of /v1/images/generations."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ImageData(BaseModel):
+    """One image."""
+
+    b64_json: str
+    seed: int
+    layers: dict[str, str] | None = None
+
+
+class Usage(BaseModel):
+    """What it took. Tokens are not counted."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_tokens: int = 0
+    input_tokens_details: dict[str, int] = {"image_tokens": 0, "text_tokens": 0}
+    steps: int | None = None
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+class Images(BaseModel):
+    """What was drawn."""
+
+    created: int
+    background: str
+    output_format: str
+    quality: str
+    size: str
+    data: list[ImageData]
+    usage: Usage
+    plan: str | None = None
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "diffusion-accel"
+
+
+class Models(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """How the server is."""
+
+    status: str
+    details: dict[str, Any] | None = None

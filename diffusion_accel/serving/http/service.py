@@ -1,0 +1,104 @@
+"""Between routes and the engine: submitting, waiting for images as long as somebody wants them, ending."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .asked import Asked, Reader
+from .log import event
+from .metrics import Metrics
+from .problems import Problem
+
+if TYPE_CHECKING:
+    from starlette.requests import Request as HttpRequest
+
+    from diffusion_accel.serving.engine import Engine
+    from diffusion_accel.serving.handle import Handle, Served, Standing
+
+    from .settings import ServerSettings
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Service:
+    """What the routes of one server share.
+
+    Args:
+        engine: draws.
+        settings: of the server.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self.engine, self.settings = engine, settings
+        self.reader = Reader(settings, engine.pipe, engine.features)
+        self.metrics = Metrics(engine.stats)
+        self.draining = False
+
+    async def submit(self, asked: Asked, on_progress: Callable[[Standing], object] | None = None) -> Handle:
+        """Ask the engine for images; what it has to load or check is done in a thread."""
+        submit = functools.partial(
+            self.engine.submit,
+            asked.request,
+            features=asked.features,
+            scheduler=asked.scheduler,
+            on_progress=on_progress,
+        )
+        return await asyncio.to_thread(submit)
+
+    async def finished(self, handle: Handle, http: HttpRequest) -> Served:
+        """The images of a request. If the client goes away, or this is cancelled, the request is cancelled, too.
+
+        Raises:
+            ClientGoneError: nobody waits any more.
+            Problem: it was cancelled from elsewhere.
+            BaseException: what the drawing raised.
+        """
+        ended: asyncio.Future[Any] = asyncio.wrap_future(handle.future)
+        gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(http))
+        try:
+            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                raise ClientGoneError
+            return self.result_of(handle)
+        finally:
+            gone.cancel()
+            handle.cancel()
+
+    def result_of(self, handle: Handle) -> Served:
+        """What a request that has ended gave; raises as `finished`."""
+        if handle.future.cancelled():
+            raise Problem(409, "the request was cancelled", code="cancelled")
+        try:
+            served = handle.result(0)
+        except Exception as error:
+            event("failed", 40, error)
+            raise
+        self.metrics.drawn(served)
+        return served
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns that takes a while, such as writing images."""
+        return await asyncio.to_thread(function, *arguments)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which there may be a place in the queue."""
+        return max(1, min(60, math.ceil(self.metrics.mean_seconds)))
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, and wait for those that were accepted; after so many seconds they are cancelled."""
+        self.draining = True
+        event("draining", **{key: self.engine.stats()[key] for key in ("running", "queued")})
+        await asyncio.to_thread(self.engine.close, True, seconds)
+
+
+async def _gone(http: HttpRequest) -> None:
+    """Wait until the client has closed the connection."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

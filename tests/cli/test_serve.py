@@ -1,0 +1,52 @@
+"""What `serve` refuses before it listens or loads a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+import pytest
+from command import call
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "70000"], "--port must be at least 0 and at most 65535"),
+        (["--max-pixels", "0"], "--max-pixels must be at least 64"),
+        (["--log-format", "xml"], "--log-format must be text or json"),
+        (["--token", "short"], "--token must have at least 8 characters"),
+        (["--token", "with a space"], "--token must be of letters"),
+        (["--host", "no such host."], "cannot listen at no such host."),
+        (["--patch-parallel", "2"], "run a server on each of them"),
+        (["--reuse", "tuned:fast", "--steps", "30"], "20 steps"),
+        (["--model", "stickr"], "did you mean 'sticker'"),
+    ],
+)
+def test_refused(capsys: pytest.CaptureFixture[str], no_model: None, options: list[str], message: str) -> None:
+    code, out, err = call(capsys, "serve", "--port", "0", *options)
+    assert code == 2 and message in err and not out
+    assert "with a space" not in err and "short" not in err
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], no_model: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = call(capsys, "serve", "--port", taken.getsockname()[1])
+    assert code == 2 and "Address already in use" in err
+
+
+def test_without_the_extra(capsys: pytest.CaptureFixture[str], no_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: None if name == "fastapi" else find(name, *more)
+    )
+    code, _, err = call(capsys, "serve")
+    assert code == 2 and err.splitlines() == [
+        "error: serve needs fastapi, which is not installed; pip install 'diffusion-accel[serve]'"
+    ]
+
+
+def test_help_needs_no_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "fastapi", None)
+    code, out, _ = call(capsys, "serve", "--help")
+    assert code == 0 and "--max-queue" in out

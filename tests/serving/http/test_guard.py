@@ -1,0 +1,74 @@
+"""What stands before the routes: the token, other sites, the size of bodies, ids, logs."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+
+import pytest
+from http_server import SMALL, TOKEN, Server, post
+
+DRAW = "/v1/images/generations"
+
+
+@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Token {TOKEN}"])
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/nowhere"])
+def test_without_the_token(server: Server, given: str, path: str) -> None:
+    status, headers, body = server.ask("GET", path, Authorization=given)
+    assert status == 401 and headers["www-authenticate"] == "Bearer" and body["error"]["code"] == "invalid_token"
+
+
+def test_with_the_token(server: Server) -> None:
+    """Also as the password of clients that know no other way; probes and the page of the API need none."""
+    basic = base64.b64encode(f"anybody:{TOKEN}".encode()).decode()
+    for given in (f"Bearer {TOKEN}", f"bearer  {TOKEN}", f"Basic {basic}"):
+        assert server.ask("GET", "/v1/models", Authorization=given)[0] == 200
+    for path in ("/health", "/ready", "/openapi.json", "/docs"):
+        assert server.ask("GET", path, Authorization="")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Host": "localhost.evil.example:80"}, {"Origin": "http://evil.example"}]
+)
+def test_other_sites(server: Server, headers: dict[str, str]) -> None:
+    """A page that a browser shows may not use a server at home, whatever its name resolves to."""
+    assert server.ask("GET", "/v1/models", **headers)[0] == 403
+    assert server.ask("GET", "/v1/models", Host=f"localhost:{server.port}")[0] == 200
+
+
+def test_a_large_body_is_refused_unread(server: Server) -> None:
+    head = post(DRAW, {}).partition(b"Content-Length")[0]
+    with server.raw(head + b"Content-Length: 1000000000\r\n\r\n") as connection:
+        found = connection.recv(4096)
+        assert b" 413 " in found and b"connection: close" in found and b"1 MiB" in found
+
+
+def test_a_large_body_without_a_length_is_refused_while_it_is_read(server: Server) -> None:
+    head = post(DRAW, {}).partition(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n"
+    part = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    with server.raw(head) as connection:
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 16_000:  # a gigabyte
+                connection.sendall(part)
+                sent += 1
+        assert sent < 1000
+    assert server.ask("GET", "/health")[0] == 200
+    assert [line["status"] for line in server.log() if line.get("path") == DRAW][-1] == 413
+
+
+def test_request_ids_and_logs(server: Server) -> None:
+    status, headers, _ = server.ask("POST", DRAW, SMALL | {"prompt": "secret words"}, X_Request_ID="one-of-mine")
+    assert status == 200 and headers["x-request-id"] == "one-of-mine"
+    line = next(line for line in server.log() if line.get("request_id") == "one-of-mine")
+    assert (line["path"], line["status"], line["images"], line["steps"]) == (DRAW, 200, 1, 3)
+    _, headers, _ = server.ask("GET", "/nowhere/%0a", X_Request_ID="not one\tof mine")
+    assert len(headers["x-request-id"]) == 32
+    text = (server.folder / "err").read_text() + (server.folder / "out").read_text()
+    assert "secret words" not in text and TOKEN not in text and "nowhere" not in text
+
+
+def test_what_there_is_not(server: Server) -> None:
+    assert server.ask("GET", "/v1/../../etc/passwd")[0] == 404
+    status, headers, body = server.ask("GET", DRAW)
+    assert status == 405 and headers["allow"] == "POST" and body["error"]["code"] == "method_not_allowed"
