@@ -140,6 +140,21 @@ def guidance_scale_of(pipe: DiffusionPipeline) -> Any:
     return getattr(pipe, "_guidance_scale", None)
 
 
+def unpacked_latents(pipe: Any, latents: torch.Tensor, height: int | None, width: int | None) -> torch.Tensor:
+    """Packed latents (B, S, C) as the VAE takes them (`_unpack_latents` of Flux and its kin), for an image of so many
+    pixels; None: the pipeline's usual size (`default_sample_size`).
+
+    Raises:
+        ValueError: the pipeline does not say how.
+    """
+    side = getattr(pipe, "default_sample_size", 0) * pipe.vae_scale_factor
+    try:
+        z: torch.Tensor = pipe._unpack_latents(latents, height or side, width or side, pipe.vae_scale_factor)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{type(pipe).__name__} does not say how its latents are packed") from error
+    return z
+
+
 def current_timestep(pipe: DiffusionPipeline) -> Any:
     """The timestep of the running call, also while a pipeline's own `current_timestep` multiplies or hides it."""
     return pipe._current_timestep or pipe.current_timestep

@@ -20,6 +20,7 @@ from .field_values import check_limits, from_json, from_text, objects_of
 from .io import shown
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
     from torch import nn
 
@@ -321,6 +322,16 @@ class Attachment(Generic[FeatureT]):
     def process_output(self, output: Any) -> Any:
         """Change what the pipeline returned. Called in reverse order of attachment, only after success."""
         return output
+
+    def preview(self, images: list[Any], z: torch.Tensor, decoded: torch.Tensor) -> list[Any]:
+        """Change images that are shown while the call runs; the default leaves them.
+
+        Args:
+            images: PIL images, as the pipeline makes them.
+            z: the latents that they were decoded from, as the VAE takes them.
+            decoded: what the VAE made of these, (B, 3, H, W) in -1 to 1.
+        """
+        return images
 
     def detach(self) -> None:
         """Undo whatever `attach` changed on the pipeline."""

@@ -178,6 +178,13 @@ class Acceleration:
             raise CallStateError("there is nothing to report: the pipeline has not been called since accelerate()")
         return self._report
 
+    def preview(self, images: list[Any], z: torch.Tensor, decoded: torch.Tensor) -> list[Any]:
+        """Images that are shown while a call runs, as the enabled features have them; see `Attachment.preview`."""
+        for name, one in self._attachments.items():
+            if self.enabled(name):
+                images = one.preview(images, z, decoded)
+        return images
+
     # ------------------------------------------------------------------ switching
     def disable(self, *names: str) -> None:
         """Switch features off (all if none is named); they keep their settings."""

@@ -67,6 +67,11 @@ class Call:
         shared = rows > 0 and not any(tensor.requires_grad for tensor in tensors)
         return cls(key if shared else object(), rows, names, values, len(args))
 
+    @property
+    def shape(self) -> str:
+        """The shape of a row of its first tensor: 4x64x64."""
+        return "x".join(map(str, tensors_in(list(self.values))[0].shape[1:]))
+
     def run(self, function: Callable[..., Any]) -> Any:
         """What the function returns for this call alone, with the very arguments that were given."""
         return _called(function, self.names, self.values, self.positional)

@@ -14,8 +14,11 @@ class Curve:
     """Seconds of a batch by its number of rows, measured for one kind of call.
 
     Attributes:
+        what: the kind, in words.
         seconds: rows -> seconds.
     """
+
+    what: str = ""
 
     seconds: Mapping[int, float] = field(default_factory=dict)
 

@@ -9,14 +9,16 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import distributed, nn
 
 from diffusion_accel.changes import Changes
-from diffusion_accel.conditioning import call_parameters
+from diffusion_accel.conditioning import NOTHING, PROMPT, call_parameters, condition_of, usual_texts
 from diffusion_accel.diffusers_compat import has_offload_hook
 from diffusion_accel.errors import ConfigurationError, EngineClosedError, QueueFullError, UnsupportedPipelineError
 from diffusion_accel.feature import Feature
@@ -27,9 +29,11 @@ from diffusion_accel.io import shown
 from diffusion_accel.pipelines.schedulers import scheduler_for
 from diffusion_accel.switchboard import hold_models
 
+from .adapters import Adapters
 from .collector import CancelledHere, Collector, Ticket
 from .features import FeatureSets
 from .handle import CANCELLED, COMPLETED, FAILED, Handle, Served, Standing
+from .partial import MOST, Partial, impossible
 from .twins import Twins
 from .worker import Worker
 
@@ -62,6 +66,9 @@ class Engine:
         queue: requests that may wait beside them, 0 to 100,000.
         most_rows: rows of a batch at most, 1 to 1024; guidance makes two rows of an image. `warm_up` may find fewer to
             be enough.
+        loras: LoRA files by the names that requests have for them; or a folder, whose files are LoRAs by their names.
+            Requests with the same LoRAs and scales share batches; those with others take turns.
+        loras_kept: LoRAs that are kept in memory, 1 to 1000; others are loaded again when they are asked for.
         wait: milliseconds that a batch waits at most for requests on their way to their next call; None: as long as one
             more row would save, which `warm_up` measures; 5 ms without.
 
@@ -80,8 +87,11 @@ class Engine:
         queue: int = 64,
         most_rows: int = 16,
         wait: float | None = None,
+        loras: Mapping[str, str | Path] | str | Path | None = None,
+        loras_kept: int = 4,
     ) -> None:
         for name, value, low, high in (
+            ("loras_kept", loras_kept, 1, 1000),
             ("running", running, 1, 256),
             ("queue", queue, 0, 100_000),
             ("most_rows", most_rows, 1, 1024),
@@ -94,21 +104,25 @@ class Engine:
         if reason := _unservable(self.pipe):
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} cannot be served: {reason}")
         self.running, self.queue = running, queue
+        self._adapters = Adapters(self.pipe, {} if loras is None else loras, loras_kept)
+        if self._adapters.files and any(f.of_the_model for f in _enabled(self.pipe).values()):
+            raise ConfigurationError("a compiled model takes no LoRAs: give the pipeline without, or no loras")
         #: what requests that name no features are drawn with, by name
-        self.features: dict[str, Feature] = _features_of(self.pipe)
+        self.features: dict[str, Feature] = {n: f for n, f in _enabled(self.pipe).items() if not f.of_the_model}
         self._schedulers: dict[str, Any] = {}
         self._lock = threading.Lock()  # of what is made for requests
-        # what the twins are made of: the pipeline before its models are held
-        self._pattern: Any = Twins(self.pipe).pipeline(getattr(self.pipe, "scheduler", None))
-        self._sets = FeatureSets(self._pattern)
-        self._sets.of(tuple(self.features.values()))
         self._changes = Changes()  # of the shared models
         try:
+            _keep_wide(self.pipe, self._changes)
+            # what twins are made of: the pipeline before something concerns its models
+            self._pattern: Any = Twins(self.pipe).pipeline(getattr(self.pipe, "scheduler", None))
+            self._sets = FeatureSets(self._pattern)
+            self._sets.of(tuple(self.features.values()))
             hold_models(self.pipe, self._changes)
         except BaseException:
             self._changes.undo()
             raise
-        self._collector = Collector(most_rows, None if wait is None else wait / 1000)
+        self._collector = Collector(most_rows, None if wait is None else wait / 1000, self._adapters.activate)
         self._changed = threading.Condition()
         self._queued: deque[Handle] = deque()
         self._at_work: set[Handle] = set()
@@ -128,8 +142,12 @@ class Engine:
         *,
         features: Sequence[Feature] | None = None,
         scheduler: str | None = None,
+        loras: Mapping[str, float] | None = None,
         arguments: Mapping[str, Any] | None = None,
         on_progress: Callable[[Standing], object] | None = None,
+        partial_images: int = 0,
+        on_partial: Callable[[Partial], object] | None = None,
+        _measuring: bool = False,
     ) -> Handle:
         """Ask for images. Returns at once.
 
@@ -138,9 +156,13 @@ class Engine:
                 arguments of the pipeline's call by name, with a generator of its own, for what no `Request` says.
             features: exactly those that it is drawn with; None: the pipeline's own (`engine.features`).
             scheduler: a short name or a diffusers class; None: the pipeline's own.
+            loras: scales, -10 to 10, of the engine's LoRAs by name.
             arguments: others of the pipeline's call, by name, such as `output_type` or `clip_skip`.
             on_progress: called after each step with how far it is, in the request's thread; what it raises ends the
                 request.
+            partial_images: how many times the images are shown before they are finished, 0 to 16: what they would be
+                without the noise that they still have, evenly over the steps.
+            on_partial: called with each of them, as `on_progress` is.
 
         Raises:
             QueueFullError: `queue` requests wait already.
@@ -151,7 +173,10 @@ class Engine:
         wanted = tuple(self.features.values()) if features is None else tuple(features)
         if refused := [feature.name for feature in wanted if feature.of_the_model]:
             raise ConfigurationError(f"{', '.join(refused)} belongs to the model: give it to the engine's pipeline")
-        chosen = self._sets.of(wanted)
+        adapters = self._adapters.chosen(loras or {})
+        chosen = self._sets.of(wanted, alone=bool(adapters))
+        if isinstance(partial_images, bool) or not isinstance(partial_images, int) or not 0 <= partial_images <= MOST:
+            raise ConfigurationError(f"partial_images must be 0 to {MOST}, got {shown(partial_images)}")
         if isinstance(request, Request):
             check_drawable(chosen.pipe)
             check_requests(chosen.pipe, [request])
@@ -163,9 +188,45 @@ class Engine:
             scheduler=self._scheduler(scheduler),
             arguments=dict(arguments or {}),
             on_progress=on_progress,
-            ticket=Ticket(),
+            on_partial=on_partial,
+            partial_images=partial_images,
+            ticket=Ticket(adapters=adapters, measuring=_measuring),
             ahead=self._ahead,
         )
+        if partial_images and (reason := impossible(handle.scheduler, self._pattern)):
+            raise ConfigurationError(f"{type(self._pattern).__name__} has no partial_images: {reason}")
+        return self._enqueue(handle)
+
+    def warm_up(self, requests: Sequence[Request | Mapping[str, Any]] | None = None) -> dict[str, dict[int, float]]:
+        """Measure what batches cost, before the first request: how many rows are worth it, and how long to wait for
+        more, follows from it. It also makes what first calls make (memory, graphs).
+
+        Args:
+            requests: what is to be expected, one for each size; None: one image of the pipeline's usual size.
+
+        Returns:
+            for each kind of call (the part of the pipeline and the shape of a row) the milliseconds of a batch by its
+            rows: {"unet 4x64x64": {2: 31.0, 4: 40.2}}.
+
+        Raises:
+            ConfigurationError: nobody can guess what this pipeline is to draw; or what `submit` raises.
+        """
+        for request in [self._usual()] if requests is None else requests:
+            self.submit(request, _measuring=True).result()
+        return {
+            curve.what: {rows: round(1000 * seconds, 3) for rows, seconds in curve.seconds.items()}
+            for curve in list(self._collector.curves.values())
+        }
+
+    def _usual(self) -> Request:
+        steps = getattr(getattr(self.pipe, "scheduler", None), "evaluations", None) or [2]
+        condition = condition_of(self._pattern)
+        if condition == NOTHING:
+            raise ConfigurationError(f"{type(self._pattern).__name__} takes no prompt: give warm_up what to expect")
+        prompt = "a picture" if condition == PROMPT else usual_texts(self._pattern, 1)[0]
+        return Request(prompt=prompt, seed=0, steps=min(steps))
+
+    def _enqueue(self, handle: Handle) -> Handle:
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is closed and takes no more requests")
@@ -216,6 +277,7 @@ class Engine:
         for thread in self._threads:
             thread.join()
         self._collector.stop(EngineClosedError("the engine is closed"))
+        self._adapters.forget()
         self._changes.undo()
         atexit.unregister(self._close_at_exit)
 
@@ -280,12 +342,18 @@ class Engine:
             return self._schedulers[name]
 
 
-def _features_of(pipe: Any) -> dict[str, Feature]:
-    """The enabled features of a pipeline that concern a request, by name."""
+def _enabled(pipe: Any) -> dict[str, Feature]:
+    """The enabled features of a pipeline by name."""
     handle = getattr(pipe, "acceleration", None)
-    if handle is None:
-        return {}
-    return {n: feature for n, feature in handle.features.items() if handle.enabled(n) and not feature.of_the_model}
+    return {} if handle is None else {n: f for n, f in handle.features.items() if handle.enabled(n)}
+
+
+def _keep_wide(pipe: Any, changes: Changes) -> None:
+    """A VAE that pipelines cast to float32 and back around each use (SDXL's) stays so: others may be using it."""
+    vae = getattr(pipe, "vae", None)
+    if isinstance(vae, nn.Module) and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        changes.add(functools.partial(vae.to, torch.float16))
+        vae.to(torch.float32)
 
 
 def _unservable(pipe: Any) -> str | None:

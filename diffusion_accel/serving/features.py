@@ -54,29 +54,29 @@ class FeatureSets:
 
     def __init__(self, pattern: Any) -> None:
         self._pattern = pattern
-        self._made: list[FeatureSet] = []
+        self._made: list[tuple[Any, FeatureSet]] = []  # with what was asked for
         self._lock = threading.Lock()
 
-    def of(self, features: Sequence[Feature]) -> FeatureSet:
-        """The set of these features.
+    def of(self, features: Sequence[Feature], alone: bool = False) -> FeatureSet:
+        """The set of these features; with `alone`, whatever works inside of a denoiser does so alone.
 
         Raises:
             ConfigurationError, UnsupportedPipelineError, FeatureConflictError: they cannot be used.
         """
-        wanted = tuple(features)
+        wanted = (tuple(features), alone)
         with self._lock:
-            known = next((one for one in self._made if one.features == wanted), None)
+            known = next((one for one in self._made if one[0] == wanted), None)
             if known is not None:
                 self._made.remove(known)
-            self._made.append(known or self._make(wanted))
+            self._made.append(known or (wanted, self._make(*wanted)))
             del self._made[:-_KEPT]
-            return self._made[-1]
+            return self._made[-1][1]
 
-    def _make(self, features: tuple[Feature, ...]) -> FeatureSet:
+    def _make(self, features: tuple[Feature, ...], alone: bool) -> FeatureSet:
         parts = Twins(self._pattern)
         pipe = accelerate(parts.pipeline(getattr(self._pattern, "scheduler", None)), *features)
         inside = {name: one for name, one in pipe.acceleration.features.items() if one.works_inside(pipe)}
-        if not all(feature.rows_apart(pipe) for feature in inside.values()):
+        if inside and (alone or not all(feature.rows_apart(pipe) for feature in inside.values())):
             return FeatureSet(features, pipe, alone=tuple(inside))
         put_inside(pipe)
         return FeatureSet(features, pipe, models={n: parts.parts[n] for n in denoiser_names(pipe)} if inside else {})

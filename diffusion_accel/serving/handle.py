@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffusion_accel.generation.request import Request
 
     from .features import FeatureSet
+    from .partial import Partial
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "running", "completed", "failed", "cancelled"
 
@@ -71,6 +72,8 @@ class Handle:
     scheduler: Any
     arguments: Mapping[str, Any]
     on_progress: Callable[[Standing], object] | None
+    on_partial: Callable[[Partial], object] | None
+    partial_images: int
     ticket: Ticket
     ahead: Callable[[Handle], int]
     future: Future[Served] = field(default_factory=Future)

@@ -56,13 +56,13 @@ class Twins:
         self.parts: dict[str, Any] = {}
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
-                self.renew(name)
+                self.renew(name, part)
             elif name != "scheduler":
                 self.parts[name] = copy.deepcopy(part)
 
-    def renew(self, name: str) -> None:
-        """Make the twin of a model again: the model has changed."""
-        twin = self.parts[name] = twin_of(model_of(getattr(self.pipe, name)))
+    def renew(self, name: str, model: nn.Module) -> None:
+        """Make the twin of a part, of this model."""
+        twin = self.parts[name] = twin_of(model_of(model))
         vars(twin)["to"] = functools.partial(_stay, twin)
         if self._answer is None:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import time
 import traceback
@@ -13,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_accel.denoisers import denoiser_names
+from diffusion_accel.denoisers.find import DECODERS
 from diffusion_accel.diffusers_compat import announced_steps
 from diffusion_accel.generation.drawing import prepare
 from diffusion_accel.generation.request import Request
-from diffusion_accel.hooks import model_of
+from diffusion_accel.hooks import map_tensors, model_of
 from diffusion_accel.steps import WatchedStep
 
+from . import partial
 from .calls import Call
-from .collector import CancelledHere, Collector
+from .collector import Adapters, CancelledHere, Collector
 from .handle import Handle, Served
 from .twins import Twins
 
@@ -41,7 +44,9 @@ class Worker:
 
     def __init__(self, pipe: Any, pattern: Any, collector: Collector) -> None:
         self.pipe, self._pattern, self._collector = pipe, pattern, collector
+        self._denoising = [n for n in (*denoiser_names(pipe), "controlnet") if getattr(pipe, n, None) is not None]
         self._twins: Twins | None = None
+        self._adapters: Adapters = ()  # that the twins of denoisers have
         self._handle: Handle | None = None
 
     def serve(self, handle: Handle) -> None:
@@ -85,6 +90,11 @@ class Worker:
     def _pipeline(self, handle: Handle) -> Any:
         if self._twins is None:
             self._twins = Twins(self._pattern, self._answer)
+        if handle.features.alone and handle.ticket.adapters != self._adapters:
+            with self._collector.turn(handle.ticket, "adapters"):  # they are active now
+                for name in self._denoising:
+                    self._twins.renew(name, getattr(self.pipe, name))
+            self._adapters = handle.ticket.adapters
         pipe = handle.features.accelerated(self._twins.pipeline(handle.scheduler))
         if (scheduler := getattr(pipe, "scheduler", None)) is not None:
             around = functools.partial(self._stepped, handle, pipe)
@@ -97,10 +107,12 @@ class Worker:
         handle, twins = self._handle, self._twins
         assert handle is not None and twins is not None
         shared = handle.features.models.get(name, getattr(self.pipe, name))
-        inside = handle.features.alone and name in (*denoiser_names(self.pipe), "controlnet")
+        inside = handle.features.alone and name in self._denoising
         if inside or torch.is_grad_enabled() or torch.is_autocast_enabled(model_of(shared).device.type):
             with self._collector.turn(handle.ticket, name):
                 return twins.own(name, method)(*args, **kwargs)
+        if name in DECODERS:  # a VAE that is kept in float32 gets latents of half precision
+            args = map_tensors(lambda t: t.to(shared.dtype) if t.is_floating_point() else t, args)
         function = shared if method == "forward" else getattr(shared, method)
         what = name if method == "forward" else f"{name}.{method}"
         return self._collector.compute(handle.ticket, what, function, Call.of(model_of(shared), method, args, kwargs))
@@ -110,10 +122,28 @@ class Worker:
     ) -> Any:
         """A step of the request's scheduler."""
         self._collector.check(handle.ticket)
-        output = step(*args, **kwargs)
-        handle.step += 1
         announced = announced_steps(pipe)
         handle.steps = announced if isinstance(announced, int) else len(pipe.scheduler.timesteps)
+        due = partial.steps_of(handle.partial_images, handle.steps)
+        latents: torch.Tensor | None = None
+        if handle.on_partial is not None and handle.step + 1 in due:
+            latents = partial.clean(pipe.scheduler, dict(inspect.signature(step).bind(*args, **kwargs).arguments))
+        output = step(*args, **kwargs)
+        handle.step += 1
+        if latents is not None and handle.on_partial is not None:
+            images = self._shown(handle, pipe, latents)
+            handle.on_partial(partial.Partial(due.index(handle.step), handle.step, handle.steps, images))
         if handle.on_progress is not None:
             handle.on_progress(handle.progress)
         return output
+
+    def _shown(self, handle: Handle, pipe: Any, latents: torch.Tensor) -> list[Any]:
+        """Latents without noise as images."""
+        asked = handle.request
+        given = {"height": asked.height, "width": asked.width} if isinstance(asked, Request) else asked
+        height, width = given.get("height"), given.get("width")
+
+        def decode(z: torch.Tensor) -> Any:
+            return self._answer("vae", "decode", (z.to(pipe.vae.dtype),), {"return_dict": False})[0]
+
+        return partial.decoded(pipe, latents, height, width, decode)

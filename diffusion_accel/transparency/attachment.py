@@ -21,7 +21,7 @@ from .codec import decode_rgba, offset_of, refine_latents
 from .conditions import Concatenated, StopAdapterHook, condition_latents, open_layer
 from .fit import check_pipeline
 from .given_images import GivenImages
-from .images import overlaid, size_of, to_type
+from .images import overlaid, size_of, to_pil, to_type
 from .latent_transparency import CONDITIONS, LAYERS, LatentTransparency
 from .modules import LatentTransparencyDecoder
 from .outputs import blocked, last_decoded
@@ -234,6 +234,17 @@ class TransparencyAttachment(Attachment[LatentTransparency]):
             return (changed, *output[1:])
         output.images = changed
         return output
+
+    @torch.no_grad()
+    def preview(self, images: list[Any], z: torch.Tensor, decoded: torch.Tensor) -> list[Any]:
+        """Images with the alpha that their latents have by now."""
+        decoder, layers = self._weights.decoder, LAYERS[self.feature.variant]
+        rows = [i for i in range(len(images)) if layers[i % len(layers)] == "fg"]
+        if decoder is None or not rows:
+            return images
+        rgba = to_pil(torch.cat(self._read_rgba(decoder, decoded[rows], z[rows]), 1).cpu())
+        made = dict(zip(rows, rgba, strict=True))
+        return [made.get(i, image) for i, image in enumerate(images)]
 
     def _read_rgba(
         self, decoder: LatentTransparencyDecoder, sample: torch.Tensor, z: torch.Tensor

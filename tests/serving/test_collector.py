@@ -221,7 +221,7 @@ def test_measured(requests: Requests) -> None:
     (key,) = collector.curves
     assert sorted(collector.curves[key].seconds) == [1, 2, 4]
     assert model.calls == [1] * 3 + [2] * 3 + [4] * 3 + [1]
-    collector.curves[key] = Curve({1: 1.0, 2: 1.1, 4: 2.2})
+    collector.curves[key] = Curve("unet", {1: 1.0, 2: 1.1, 4: 2.2})
     model.calls.clear()
     assert results(requests.ask(model, [1, 2, 3, 4])) == [2, 4, 6, 8]
     assert model.calls[0] == 2 and max(model.calls) == 2

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
 from laws import traces
 from serving_tools import (
     FOREVER,
     LATENTS,
     TIMEOUT,
     alone,
+    generator,
     held,
     mean_rows,
     request,
@@ -249,3 +251,30 @@ def test_memory_is_flat(pipe: Any) -> None:
                 handle.future.exception(TIMEOUT)
             counts.append(tensors())
     assert counts[2] <= counts[1]
+
+
+# ---------------------------------------------------------------------- before the first request
+def test_warm_up(pipe: Any) -> None:
+    with Engine(pipe, running=2, most_rows=4) as engine:
+        found = engine.warm_up([request(1, steps=2)])
+        assert {kind: sorted(rows) for kind, rows in found.items()} == {
+            "text_encoder 24": [1, 2, 4],
+            "unet 12x6x6": [2, 4],
+            "vae.decode 12x6x6": [1, 2, 4],
+        }
+        one = engine.submit(request(2), arguments=LATENTS).result(TIMEOUT)
+    same(one.images, alone(pipe, request(2)))
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+def test_a_vae_that_is_cast_for_each_use() -> None:
+    """SDXL's in half precision: it stays in float32 while it is shared, which changes no image."""
+    pipe, call = zoo.sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    asked = {**call, "num_inference_steps": 2, "output_type": "np"}
+    wanted = pipe(**asked, generator=generator(1)).images
+    with Engine(pipe, running=1) as engine:
+        found = engine.submit({**asked, "generator": generator(1)}).result(TIMEOUT).images
+    assert np.abs(found - wanted).max() < 1e-3 and pipe.vae.dtype == torch.float16

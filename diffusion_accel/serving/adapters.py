@@ -1,0 +1,102 @@
+"""LoRAs that requests name: known from the start, loaded when one is first asked for, a few kept in memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffusion_accel.arguments import nearest
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
+from diffusion_accel.pipelines.loading import load_lora
+
+logger = logging.getLogger(__name__)
+
+SCALES = (-10.0, 10.0)
+
+
+class Adapters:
+    """The LoRAs of one pipeline by name.
+
+    They stay beside the weights (peft's layers), so changing which of them act costs no arithmetic on weights, and
+    without any the layers compute what they did before.
+
+    Args:
+        pipe: the pipeline whose models they change.
+        files: name -> file; or a folder, each of whose `.safetensors` files is a LoRA by the name of the file.
+        kept: how many are kept in memory, at least; those of one request may be more.
+
+    Raises:
+        ConfigurationError: the folder or a file does not exist, or the pipeline has LoRAs of its own already.
+    """
+
+    def __init__(self, pipe: Any, files: Mapping[str, str | Path] | str | Path, kept: int = 4) -> None:
+        if isinstance(files, Mapping):
+            self.files = {name: Path(file) for name, file in files.items()}
+        elif not Path(files).is_dir():
+            raise ConfigurationError(f"loras must be a folder, or files by name; there is no folder {files}")
+        else:
+            self.files = {file.stem: file for file in sorted(Path(files).glob("*.safetensors"))}
+        for file in self.files.values():
+            if not file.is_file():
+                raise ConfigurationError(f"there is no LoRA {file}")
+        if self.files and any(_layers(pipe)):
+            raise ConfigurationError(
+                "the pipeline has LoRAs already; give it without them, and name them in `loras` instead"
+            )
+        self._pipe, self._kept = pipe, kept
+        self._loaded: OrderedDict[str, None] = OrderedDict()  # the one that was used last is the last
+
+    def chosen(self, loras: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+        """LoRAs with their scales, in the same order whoever asks.
+
+        Raises:
+            ConfigurationError: there is none of that name, or a scale is not between -10 and 10.
+        """
+        for name, scale in loras.items():
+            if name not in self.files:
+                near = nearest(str(name)[:100], self.files)
+                hint = f"did you mean {near!r}?" if near else f"there are: {', '.join(self.files) or 'none'}"
+                raise ConfigurationError(f"there is no LoRA {shown(name)}; {hint}")
+            fine = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+            if not fine or not SCALES[0] <= scale <= SCALES[1]:
+                raise ConfigurationError(f"the scale of a LoRA must be a number of -10 to 10, got {shown(scale)}")
+        return tuple(sorted((name, float(scale)) for name, scale in loras.items()))
+
+    def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
+        """Let these act and no others; loads what is not there, and forgets what was not used for longest.
+
+        Raises:
+            ModelLoadError: a file is broken or does not fit the model.
+        """
+        names = [name for name, _ in adapters]
+        for name in names:
+            if name not in self._loaded:
+                load_lora(self._pipe, str(self.files[name]), name)
+            self._loaded[name] = None
+            self._loaded.move_to_end(name)
+        if adapters:
+            self._pipe.set_adapters(names, [scale for _, scale in adapters])
+        for layer in _layers(self._pipe):
+            layer.enable_adapters(bool(adapters))
+        for old in [name for name in self._loaded if name not in names][: max(0, len(self._loaded) - self._kept)]:
+            del self._loaded[old]
+            self._pipe.delete_adapters(old)
+            logger.info("the LoRA %s is no longer in memory", old)
+
+    def forget(self) -> None:
+        """Take all of them off the pipeline; the layers that peft has put around others stay, and do nothing."""
+        while self._loaded:
+            self._pipe.delete_adapters(self._loaded.popitem()[0])
+
+
+def _layers(pipe: Any) -> list[Any]:
+    """The layers that peft has put around others."""
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return [m for model in models for m in model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "lora_A")]
