@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,8 +93,10 @@ class Adapters:
 
     def forget(self) -> None:
         """Take all of them off the pipeline; the layers that peft has put around others stay, and do nothing."""
-        while self._loaded:
-            self._pipe.delete_adapters(self._loaded.popitem()[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, that one was active
+            while self._loaded:
+                self._pipe.delete_adapters(self._loaded.popitem()[0])
 
 
 def _layers(pipe: Any) -> list[Any]:

@@ -262,18 +262,18 @@ class Collector:
         first, began = group[0], time.perf_counter()
         try:
             self._with_adapters(first.ticket.adapters)
+            if first.call is None:
+                self.batches[first.what, 0] += 1
+                first.wake.set()
+                first.over.wait()
+            elif first.ticket.measuring:
+                self._measured(first)
+            else:
+                self._computed(group)
         except BaseException as error:
             for one in group:
-                one.finish(error=error)
-            return True
-        if first.call is None:
-            self.batches[first.what, 0] += 1
-            first.wake.set()
-            first.over.wait()
-        elif first.ticket.measuring:
-            self._measured(first)
-        else:
-            self._computed(group)
+                if not one.wake.is_set():
+                    one.finish(error=error)
         rows = sum(one.rows for one in group)
         seconds = self._curve(first).at(rows) or time.perf_counter() - began
         with self._changed:

@@ -19,7 +19,9 @@ from torch import nn
 
 from diffusion_accel.denoisers.find import DECODERS
 from diffusion_accel.diffusers_compat import LEFT_BY_HOOKS
+from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import model_of
+from diffusion_accel.io import first_line
 
 #: (component, method, args, kwargs) -> what that method of the shared model returns
 Answer = Callable[[str, str, tuple[Any, ...], dict[str, Any]], Any]
@@ -28,7 +30,11 @@ _LEFT_OUT = LEFT_BY_HOOKS | {"_compiled_call_impl"}  # what stands around the ca
 
 
 def twin_of(model: nn.Module) -> Any:
-    """A twin of a model: the tensors are its own, the modules are not; without what stands around its calls."""
+    """A twin of a model: the tensors are its own, the modules are not; without what stands around its calls.
+
+    Raises:
+        UnsupportedPipelineError: its modules hold something that cannot be copied.
+    """
     shared: dict[int, Any] = {}
     for module in model.modules():
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
@@ -36,7 +42,12 @@ def twin_of(model: nn.Module) -> Any:
                 shared[id(value)] = value
         if isinstance(module, ConfigMixin):
             shared[id(module.config)] = module.config
-    twin = copy.deepcopy(model, shared)
+    try:
+        twin = copy.deepcopy(model, shared)
+    except Exception as error:  # whatever an attribute of somebody's module raises
+        raise UnsupportedPipelineError(
+            f"{type(model).__name__} cannot be served: its modules cannot be copied ({first_line(error)})"
+        ) from error
     for name in _LEFT_OUT:
         vars(twin).pop(name, None)
     return twin

@@ -107,6 +107,15 @@ def test_an_error_reaches_the_request_that_caused_it(requests: Requests) -> None
         futures[1].result(TIMEOUT)
 
 
+def test_what_nobody_expected_ends_no_thread(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(requests.collector, "_together", lambda group: [][1])
+        for future in requests.ask(Model(), [1, 2]):
+            with pytest.raises(IndexError):
+                future.result(TIMEOUT)
+    assert results(requests.ask(Model(), [1, 2])) == [2, 4]
+
+
 def test_too_many_rows_for_the_memory(requests: Requests) -> None:
     def does(x: torch.Tensor) -> torch.Tensor:
         if len(x) > 2:
