@@ -26,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def open_image(
-    source: Path | str | IO[bytes],
+    source: Path | str | IO[bytes] | Image.Image,
     mode: str = "RGB",
     *,
     what: str = "",
     error: type[AccelerationError] = ConfigurationError,
     background: tuple[int, int, int] | None = None,
+    limit: int | None = None,
 ) -> Image.Image:
     """An image file as a viewer shows it.
 
@@ -41,19 +42,20 @@ def open_image(
     are laid over a `background`.
 
     Args:
-        source: path of a regular file, or an open binary file.
+        source: path of a regular file, an open binary file, or an image, which stays as it is.
         mode: "RGB", "RGBA" or "L" (brightness, for masks).
         what: what the image is for, the first words of an error, for example "the image".
         error: what is raised.
         background: what is seen through transparent parts in the modes without alpha, RGB in 0..255.
+        limit: the most pixels that a file may have; None: `PIXEL_LIMIT`.
 
     Raises:
-        AccelerationError (of the kind `error`): no such file, no image, a broken one, or one of more than `PIXEL_LIMIT`
+        AccelerationError (of the kind `error`): no such file, no image, a broken one, or one of more than `limit`
             pixels.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    with loaded(source, what=what, error=error) as image:
+    with loaded(source, what=what, error=error, limit=limit) as image:
         if _is_animated(image):
             logger.warning("%s has several frames; the first one is taken", _name(source, what))
         try:
@@ -72,10 +74,17 @@ def _converted(image: Image.Image, mode: str, background: tuple[int, int, int] |
 
 @contextmanager
 def loaded(
-    source: Path | str | IO[bytes], *, what: str = "", error: type[AccelerationError] = ConfigurationError
+    source: Path | str | IO[bytes] | Image.Image,
+    *,
+    what: str = "",
+    error: type[AccelerationError] = ConfigurationError,
+    limit: int | None = None,
 ) -> Iterator[Image.Image]:
     """Pillow's image of a file, loaded and as it is stored, with all that belongs to it; see `open_image`."""
     name = _name(source, what)
+    if isinstance(source, Image.Image):
+        yield source
+        return
     with ExitStack() as stack:
         try:
             if isinstance(source, (str, Path)):
@@ -83,7 +92,7 @@ def loaded(
                 if not stat.S_ISREG(path.stat().st_mode):
                     raise error(f"{name} is not an image file")
                 source = stack.enter_context(path.open("rb"))
-            image = stack.enter_context(_load(source, name, error))
+            image = stack.enter_context(_load(source, name, error, PIXEL_LIMIT if limit is None else limit))
         except FileNotFoundError as problem:
             raise error(f"{name}: no such file") from problem
         except PermissionError as problem:
@@ -95,12 +104,12 @@ def loaded(
         yield image
 
 
-def _name(source: Path | str | IO[bytes], what: str) -> str:
+def _name(source: Path | str | IO[bytes] | Image.Image, what: str) -> str:
     shown = str(source) if isinstance(source, (str, Path)) else "" if what else "the image"
     return " ".join(filter(None, (what, shown)))
 
 
-def _load(stream: IO[bytes], name: str, error: type[AccelerationError]) -> Image.Image:
+def _load(stream: IO[bytes], name: str, error: type[AccelerationError], most: int) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit below has a message of its own
@@ -110,9 +119,9 @@ def _load(stream: IO[bytes], name: str, error: type[AccelerationError]) -> Image
         finally:
             Image.MAX_IMAGE_PIXELS = limit
         width, height = opened.size
-        if width * height > PIXEL_LIMIT:
+        if width * height > most:
             raise error(
-                f"{name} has {width}x{height} pixels, more than {PIXEL_LIMIT // 10**6} million; make it smaller first"
+                f"{name} has {width}x{height} pixels, more than {most / 1e6:.4g} million; make it smaller first"
             )
         if not width or not height:
             raise error(f"{name} has no pixels")

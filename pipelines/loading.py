@@ -102,7 +102,7 @@ def load_pipeline(
     if runtime is not None or low_memory:
         set_runtime(pipe, runtime or "auto", low_memory)
     if net is not None or (task is not None and task != "text-to-image"):
-        pipe = _convert(pipe, task or "text-to-image", net)
+        pipe = as_task(pipe, task or "text-to-image", net)
     keep_class_names(pipe)
     return pipe
 
@@ -172,7 +172,17 @@ def _denoiser_parts(source: ModelSource) -> list[str]:
     return ["unet"] if "unet" in there or not there else there
 
 
-def _convert(pipe: DiffusionPipeline, task: str, net: ModelMixin | None) -> Any:
+def as_task(pipe: DiffusionPipeline, task: str, net: ModelMixin | None = None) -> Any:
+    """A pipeline for a task with the parts of another one.
+
+    Args:
+        pipe: with what the task needs, too.
+        task: one of `TASKS`.
+        net: a ControlNet that it is to have as well.
+
+    Raises:
+        ModelLoadError: diffusers has no such pipeline for this model.
+    """
     channels = getattr(getattr(getattr(pipe, "unet", None), "config", None), "in_channels", 4)
     if task == "inpainting" and channels not in (4, 9):
         raise ModelLoadError(

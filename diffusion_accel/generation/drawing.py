@@ -167,10 +167,11 @@ def _cut_prompt(pipe: Any, prompt: str) -> str | None:
     return None
 
 
-def _open(file: str | Path, mode: str, request: Request, what: str) -> Image.Image:
-    """An image file in the size that is drawn: transparency over white, of a mask over black."""
+def _open(file: str | Path | Image.Image, mode: str, request: Request, what: str) -> Image.Image:
+    """An image in the size that is drawn: transparency over white, of a mask over black."""
     opened = open_image(file, mode, what=what, background=_BLACK if mode == "L" else _WHITE)
     size = (request.width or opened.width // 8 * 8, request.height or opened.height // 8 * 8)
     if min(size) < 8:
-        raise ConfigurationError(f"{what} {file} is too small: {opened.width}x{opened.height} pixels")
+        name = "" if isinstance(file, Image.Image) else f"{file} "
+        raise ConfigurationError(f"{what} {name}is too small: {opened.width}x{opened.height} pixels")
     return opened if opened.size == size else opened.resize(size, Image.Resampling.LANCZOS)

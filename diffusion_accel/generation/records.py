@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 import transformers
+from PIL import Image
 
 from diffusion_accel import __version__
 from diffusion_accel.denoisers import find_denoisers
@@ -70,7 +71,9 @@ class Origin:
         values |= {key: self.settings.get(key) for key in ("dtype", "lora", "quantize", "runtime")}
         values |= {key: getattr(request, key) for key in ("image", "mask_image")}
         values |= {"controlnet": self.settings.get("controlnet"), "control_image": request.control_image}
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v not in (None, ())}
+        settings = {
+            k: str(v) if isinstance(v, Path | Image.Image) else v for k, v in values.items() if v not in (None, ())
+        }
         data = {
             "prompt": request.prompt,
             "seed": seed,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffusion_accel.arguments import by_name
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
@@ -93,10 +95,11 @@ class Options:
         guidance_scale: of classifier-free guidance, 0 to 1000; 1 switches it off.
         width, height: pixels, multiples of 8.
         count: images.
-        image: file that the images start from; the pipeline must be an image-to-image or inpainting one.
-        mask_image: file that is white where `image` is replaced.
+        image: file, or an image that is open, that the images start from; the pipeline must be an image-to-image or
+            inpainting one.
+        mask_image: file or image that is white where `image` is replaced.
         strength: how much of `image` is replaced, above 0 to 1.
-        control_image: file for a ControlNet.
+        control_image: file or image for a ControlNet.
     """
 
     negative_prompt: str | None = _asked(call="negative_prompt", each=True)
@@ -105,10 +108,10 @@ class Options:
     width: int | None = _asked(call="width", each=True)
     height: int | None = _asked(call="height", each=True)
     count: int = _asked(1, each=True)
-    image: str | Path | None = None
-    mask_image: str | Path | None = None
+    image: str | Path | Image.Image | None = None
+    mask_image: str | Path | Image.Image | None = None
     strength: float | None = _asked(call="strength")
-    control_image: str | Path | None = None
+    control_image: str | Path | Image.Image | None = None
 
 
 #: the options that a pipeline's call takes as they are -> the call's own name
@@ -139,8 +142,10 @@ class Request(Options):
             if getattr(self, name) is None:
                 raise ConfigurationError(f"{name} must be {LIMITS[name].words}, got None")
         for name in ("image", "mask_image", "control_image"):
-            if not isinstance(getattr(self, name), str | Path | None):
-                raise ConfigurationError(f"{name} must be the path of a file, got {shown(getattr(self, name))}")
+            if not isinstance(getattr(self, name), str | Path | Image.Image | None):
+                raise ConfigurationError(
+                    f"{name} must be the path of a file or an image, got {shown(getattr(self, name))}"
+                )
         check_numbers({key: getattr(self, key) for key in LIMITS})
         if self.seed > MAX_SEED - self.count + 1:
             raise ConfigurationError(f"seed {self.seed} with count {self.count} goes beyond {MAX_SEED}")

@@ -26,6 +26,7 @@ from diffusion_accel.generation.drawing import check_drawable, check_requests
 from diffusion_accel.generation.loading import open_pipeline
 from diffusion_accel.generation.request import Request
 from diffusion_accel.io import shown
+from diffusion_accel.pipelines.loading import as_task
 from diffusion_accel.pipelines.schedulers import scheduler_for
 from diffusion_accel.switchboard import hold_models
 
@@ -111,13 +112,14 @@ class Engine:
         self.features: dict[str, Feature] = {n: f for n, f in _enabled(self.pipe).items() if not f.of_the_model}
         self._schedulers: dict[str, Any] = {}
         self._lock = threading.Lock()  # of what is made for requests
+        self._for_tasks: dict[str, Any] = {}  # patterns for requests with images
         self._changes = Changes()  # of the shared models
         try:
             _keep_wide(self.pipe, self._changes)
             # what twins are made of: the pipeline before something concerns its models
             self._pattern: Any = Twins(self.pipe).pipeline(getattr(self.pipe, "scheduler", None))
-            self._sets = FeatureSets(self._pattern)
-            self._sets.of(tuple(self.features.values()))
+            self._sets = FeatureSets()
+            self._sets.of(self._pattern, tuple(self.features.values()))
             hold_models(self.pipe, self._changes)
         except BaseException:
             self._changes.undo()
@@ -152,8 +154,9 @@ class Engine:
         """Ask for images. Returns at once.
 
         Args:
-            request: what is drawn; image k of it has the seed `request.seed` + k, also on another engine. Or the
-                arguments of the pipeline's call by name, with a generator of its own, for what no `Request` says.
+            request: what is drawn; image k of it has the seed `request.seed` + k, also on another engine. One with an
+                image, or a mask, is drawn by the pipeline of diffusers for that, with the same models. Or the arguments
+                of the pipeline's call by name, with a generator of its own, for what no `Request` says.
             features: exactly those that it is drawn with; None: the pipeline's own (`engine.features`).
             scheduler: a short name or a diffusers class; None: the pipeline's own.
             loras: scales, -10 to 10, of the engine's LoRAs by name.
@@ -174,7 +177,7 @@ class Engine:
         if refused := [feature.name for feature in wanted if feature.of_the_model]:
             raise ConfigurationError(f"{', '.join(refused)} belongs to the model: give it to the engine's pipeline")
         adapters = self._adapters.chosen(loras or {})
-        chosen = self._sets.of(wanted, alone=bool(adapters))
+        chosen = self._sets.of(self._pattern_for(request), wanted, alone=bool(adapters))
         if isinstance(partial_images, bool) or not isinstance(partial_images, int) or not 0 <= partial_images <= MOST:
             raise ConfigurationError(f"partial_images must be 0 to {MOST}, got {shown(partial_images)}")
         if isinstance(request, Request):
@@ -330,6 +333,24 @@ class Engine:
             return self._queued.index(handle) if handle in self._queued else 0
 
     # ------------------------------------------------------------------ what requests are made of
+    def _pattern_for(self, request: Request | Mapping[str, Any]) -> Any:
+        """The pattern of a pipeline that takes the images of a request."""
+        if not isinstance(request, Request):
+            return self._pattern
+        parameters = call_parameters(self._pattern)
+        controlled = "controlnet" in self._pattern.components and "control_image" not in parameters
+        takes_image = "image" in parameters and not controlled  # an image that is no ControlNet's
+        if request.mask_image and "mask_image" not in parameters:
+            task = "inpainting"
+        elif request.image and not takes_image:
+            task = "image-to-image"
+        else:
+            return self._pattern
+        with self._lock:
+            if task not in self._for_tasks:
+                self._for_tasks[task] = as_task(self._pattern, task)
+            return self._for_tasks[task]
+
     def _scheduler(self, name: str | None) -> Any:
         """The scheduler of that name for this model, which requests copy; the pipeline's own for None."""
         if name is None:

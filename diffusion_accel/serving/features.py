@@ -13,7 +13,7 @@ from diffusion_accel.denoisers import denoiser_names
 from diffusion_accel.feature import Feature
 from diffusion_accel.switchboard import accelerate, put_inside, share_features
 
-from .twins import Twins
+from .twins import Twins, base_class
 
 _KEPT = 16  # sets of features
 
@@ -47,34 +47,36 @@ class FeatureSets:
     copies that share what it has loaded. One that treats each row inside of a denoiser by itself (an adapter of latent
     transparency, task routing) is put into a twin of the denoiser, once, and all requests that have it share that. Any
     other that works inside is attached to the request's own twin, which runs alone.
-
-    Args:
-        pattern: a plain pipeline with the models that twins are made of.
     """
 
-    def __init__(self, pattern: Any) -> None:
-        self._pattern = pattern
+    def __init__(self) -> None:
         self._made: list[tuple[Any, FeatureSet]] = []  # with what was asked for
         self._lock = threading.Lock()
 
-    def of(self, features: Sequence[Feature], alone: bool = False) -> FeatureSet:
-        """The set of these features; with `alone`, whatever works inside of a denoiser does so alone.
+    def of(self, pattern: Any, features: Sequence[Feature], alone: bool = False) -> FeatureSet:
+        """The set of these features.
+
+        Args:
+            pattern: a plain pipeline with the models that twins are made of.
+            features: which.
+            alone: whatever works inside of a denoiser does so alone.
 
         Raises:
             ConfigurationError, UnsupportedPipelineError, FeatureConflictError: they cannot be used.
         """
-        wanted = (tuple(features), alone)
+        wanted = (tuple(features), alone, base_class(pattern))
         with self._lock:
             known = next((one for one in self._made if one[0] == wanted), None)
             if known is not None:
                 self._made.remove(known)
-            self._made.append(known or (wanted, self._make(*wanted)))
+            self._made.append(known or (wanted, self._make(pattern, wanted[0], alone)))
             del self._made[:-_KEPT]
             return self._made[-1][1]
 
-    def _make(self, features: tuple[Feature, ...], alone: bool) -> FeatureSet:
-        parts = Twins(self._pattern)
-        pipe = accelerate(parts.pipeline(getattr(self._pattern, "scheduler", None)), *features)
+    @staticmethod
+    def _make(pattern: Any, features: tuple[Feature, ...], alone: bool) -> FeatureSet:
+        parts = Twins(pattern)
+        pipe = accelerate(parts.pipeline(getattr(pattern, "scheduler", None)), *features)
         inside = {name: one for name, one in pipe.acceleration.features.items() if one.works_inside(pipe)}
         if inside and (alone or not all(feature.rows_apart(pipe) for feature in inside.values())):
             return FeatureSet(features, pipe, alone=tuple(inside))

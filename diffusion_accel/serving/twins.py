@@ -29,6 +29,11 @@ Answer = Callable[[str, str, tuple[Any, ...], dict[str, Any]], Any]
 _LEFT_OUT = LEFT_BY_HOOKS | {"_compiled_call_impl"}  # what stands around the calls of the shared model
 
 
+def base_class(pipe: Any) -> Any:
+    """The class of a pipeline, of an accelerated one that of diffusers."""
+    return getattr(type(pipe), "_accelerated_base", type(pipe))
+
+
 def twin_of(model: nn.Module) -> Any:
     """A twin of a model: the tensors are its own, the modules are not; without what stands around its calls.
 
@@ -85,15 +90,17 @@ class Twins:
         """A method of a twin itself, which runs in the thread that calls it."""
         return functools.partial(getattr(type(self.parts[name]), method), self.parts[name])
 
-    def pipeline(self, scheduler: Any) -> Any:
-        """A pipeline of these parts, of the class and with the settings of the one that they are of.
+    def pipeline(self, scheduler: Any, like: Any = None) -> Any:
+        """A pipeline of these parts.
 
         Args:
             scheduler: which it is to have; it gets a copy. None: the pipeline has none.
+            like: of whose class and with whose settings; None: those of the pipeline that the parts are of.
         """
-        cls: Any = getattr(type(self.pipe), "_accelerated_base", type(self.pipe))
+        like = self.pipe if like is None else like
+        cls = base_class(like)
         made = cls.__new__(cls)
-        for name, value in vars(self.pipe).items():
+        for name, value in vars(like).items():
             vars(made)[name] = copy.copy(value) if isinstance(value, ConfigMixin) else value  # image processors
         vars(made).pop("_acceleration", None)
         vars(made).update(self.parts)

@@ -95,7 +95,7 @@ class Worker:
                 for name in self._denoising:
                     self._twins.renew(name, getattr(self.pipe, name))
             self._adapters = handle.ticket.adapters
-        pipe = handle.features.accelerated(self._twins.pipeline(handle.scheduler))
+        pipe = handle.features.accelerated(self._twins.pipeline(handle.scheduler, handle.features.pipe))
         if (scheduler := getattr(pipe, "scheduler", None)) is not None:
             around = functools.partial(self._stepped, handle, pipe)
             vars(scheduler)["step"] = WatchedStep(scheduler, scheduler.step, around)

@@ -32,7 +32,7 @@ def test_seeds() -> None:
         ({"count": None}, "count must be at least 1 and at most 10000, got None"),
         ({"prompt": 5}, "the prompt must be a text, got 5"),
         ({"negative_prompt": 5}, "the negative prompt must be a text, got 5"),
-        ({"image": 5}, "image must be the path of a file, got 5"),
+        ({"image": 5}, "image must be the path of a file or an image, got 5"),
         ({"guidance": 3}, "Request: unknown argument guidance; did you mean guidance_scale?"),
         ({"prompt": "\udce9"}, "the prompt '.*' is not valid UTF-8 at character 1"),
         ({"negative_prompt": "x" * 1_000_001}, "the negative prompt has 1000001 characters"),
