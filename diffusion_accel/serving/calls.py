@@ -68,6 +68,12 @@ class Call:
         return cls(key if shared else object(), rows, names, values, len(args))
 
     @property
+    def time(self) -> list[float]:
+        """The timesteps of its rows, one for all or one each; reading them waits for an accelerator."""
+        name = time_argument(self.names)
+        return [] if name is None else _as_tensor(self.values[self.names.index(name)]).flatten().unique().tolist()
+
+    @property
     def shape(self) -> str:
         """The shape of a row of its first tensor: 4x64x64."""
         return "x".join(map(str, tensors_in(list(self.values))[0].shape[1:]))

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ _USUAL_WAIT = 0.005  # seconds, where nothing was measured
 _REMEMBERED = 1024  # kinds of calls
 _STAY = 10.0  # times as long as a change of adapters took, other ones wait
 _UNKNOWN = Curve()
+_NEVER, _AT_ONE_TIMESTEP, _ALWAYS = range(3)  # when calls of a kind can be computed in one batch
 
 Adapters = tuple[tuple[str, float], ...]  # names of LoRAs with their scales
 
@@ -90,10 +91,10 @@ class Collector:
     small images are not kept waiting by large ones, nor large ones by small ones. Before it begins it waits for
     requests that are on their way to their next call, as long as a larger batch would save, and no longer than `wait`.
 
-    The first batch of a kind is compared with one of its calls computed alone. Where rows turn out not to be
-    independent (a model that looks at the whole batch, or is given something that only looked like rows), calls of this
-    kind are computed one after the other from then on. A batch that fails is computed call by call, so that an error
-    reaches the request that caused it and no other.
+    The first batch of a kind is compared with one of its calls computed alone, and so is the first with several
+    timesteps. Where rows turn out not to be independent (a model that looks at the whole batch, or is given something
+    that only looked like rows), calls of this kind are computed one after the other from then on. A batch that fails is
+    computed call by call, so that an error reaches the request that caused it and no other.
 
     Args:
         most: rows of a batch at most; a single call may have more.
@@ -116,7 +117,7 @@ class Collector:
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
         self._live: set[Ticket] = set()
-        self._trusted: OrderedDict[Any, bool] = OrderedDict()
+        self._trusted: OrderedDict[Any, int] = OrderedDict()  # by kind: one of those above
         self._limits: dict[Any, int] = {}  # rows that were not too many, of kinds of which some were
         self._adapters: Adapters | None = ()
         self._change_cost = self._since_change = 0.0  # seconds
@@ -221,7 +222,7 @@ class Collector:
         first = min(here if settled else self._waiting, key=_spent, default=None)
         if first is None:
             return []
-        if first.call is None or first.ticket.measuring or not self._trusted.get(first.call.key, True):
+        if first.call is None or first.ticket.measuring or self._trusted.get(first.call.key) == _NEVER:
             return [first]
         same = (first.call.key, first.ticket.adapters)
         mates = [one for one in self._waiting if one.call and (one.call.key, one.ticket.adapters) == same]
@@ -311,21 +312,30 @@ class Collector:
         assert first.call is not None and first.function is not None
         try:
             outputs = run_together(first.function, calls)
-            if first.call.key not in self._trusted:
-                self._trust(first, near(outputs[0], first.call.run(first.function)))
-            return outputs if self._trusted[first.call.key] else None
+            return outputs if self._independent(first, calls, outputs) else None
         except Exception as error:  # one of the requests is to blame, or there are too many rows, or rows there are not
             logger.info("%s: a batch failed (%r); its calls are computed one after the other", first.what, error)
             return None
 
-    def _trust(self, one: _Waiting, independent: bool) -> None:
-        """Note whether calls like this one can be computed in one batch."""
-        assert one.call is not None
-        self._trusted[one.call.key] = independent
+    def _independent(self, one: _Waiting, calls: Sequence[Call], outputs: Sequence[Any]) -> bool:
+        """Whether a batch gave what its calls give alone: known of their kind, or found out with one of them."""
+        key, function = calls[0].key, one.function
+        known = self._trusted.get(key)
+        if known == _ALWAYS:
+            return True
+        other = next((i for i, call in enumerate(calls) if call.time != calls[0].time), None)
+        if known == _AT_ONE_TIMESTEP and other is None:
+            return True
+        assert function is not None
+        place = len(calls) - 1 if other is None else other
+        if not near(outputs[place], calls[place].run(function)):
+            logger.warning("%s: rows of a batch are not independent; calls like this one run by themselves", one.what)
+            self._trusted[key] = _NEVER
+        else:
+            self._trusted[key] = _ALWAYS if other is not None or not calls[0].time else _AT_ONE_TIMESTEP
         while len(self._trusted) > _REMEMBERED:
             self._trusted.popitem(last=False)
-        if not independent:
-            logger.warning("%s: rows of a batch are not independent; calls like this one run by themselves", one.what)
+        return self._trusted[key] != _NEVER
 
     def _by_itself(self, one: _Waiting) -> bool:
         """Answer one call; whether it failed."""

@@ -95,6 +95,33 @@ def test_rows_that_are_not_independent(requests: Requests, caplog: pytest.LogCap
     ]
 
 
+def test_a_model_that_looks_at_one_timestep_only(collector: Collector) -> None:
+    """As long as all are alike nobody would notice."""
+
+    class Timed(torch.nn.Module):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return sample * torch.as_tensor(timestep).reshape(-1)[0]
+
+    model, pool = Timed(), ThreadPoolExecutor(2)
+
+    def ask(timesteps: list[float]) -> list[float]:
+        tickets = [Ticket() for _ in timesteps]
+        with collector.turn(Ticket(), "a test"):
+            calls = [Call.of(model, "forward", (torch.ones(1, 1), torch.tensor(t)), {}) for t in timesteps]
+            futures = [
+                pool.submit(collector.compute, t, "model", model, call) for t, call in zip(tickets, calls, strict=True)
+            ]
+            with collector._changed:
+                assert collector._changed.wait_for(lambda: len(collector._waiting) == 2, TIMEOUT)
+        return [float(future.result(TIMEOUT)) for future in futures]
+
+    assert ask([3.0, 3.0]) == [3, 3] and collector.batches["model", 2] == 1
+    assert ask([3.0, 3.0]) == [3, 3] and collector.batches["model", 2] == 2
+    assert ask([3.0, 5.0]) == [3, 5] and collector.batches["model", 2] == 2
+    assert ask([3.0, 3.0]) == [3, 3] and collector.batches["model", 2] == 2
+    pool.shutdown()
+
+
 def test_an_error_reaches_the_request_that_caused_it(requests: Requests) -> None:
     def does(x: torch.Tensor) -> torch.Tensor:
         if (x == 13).any():
