@@ -268,3 +268,27 @@ def taylorseer_finds(denoiser: nn.Module) -> bool:
 
     patterns = getattr(taylorseer_cache, "_TRANSFORMER_BLOCK_IDENTIFIERS", (".*",))
     return any(re.fullmatch(pattern, name) for name, _ in denoiser.named_modules() for pattern in patterns)
+
+
+def cacheable_blocks(denoiser: nn.Module) -> bool:
+    """Whether diffusers' caches of whole blocks find at least two blocks in a denoiser, and know what each returns.
+
+    They look for lists of certain names (`_ALL_TRANSFORMER_BLOCK_IDENTIFIERS`), and for the classes of their blocks in
+    `TransformerBlockRegistry`.
+    """
+    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS  # heavy: diffusers
+    from diffusers.hooks._helpers import TransformerBlockRegistry  # heavy: diffusers
+    from torch.nn import ModuleList  # heavy: torch
+
+    lists = [
+        part
+        for name, part in denoiser.named_children()
+        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(part, ModuleList)
+    ]
+    classes = [type(block) for blocks in lists for block in blocks]
+    try:
+        for cls in classes:
+            TransformerBlockRegistry.get(cls)
+    except ValueError:
+        return False
+    return len(classes) > 1

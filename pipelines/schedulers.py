@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from diffusion_accel import schedulers
 from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import first_line
@@ -38,6 +39,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 
+# what the same names are on models of flow matching: classes of diffusers, or of ours
+FLOW_SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunScheduler"}
 
 # schedulers that were made here, and the configuration they were made from: a name does not inherit from another one
 _MADE_FROM: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -101,15 +104,19 @@ def scheduler_for(pipe: DiffusionPipeline, name: str) -> Any:
     """
     import diffusers  # heavy: diffusers
 
+    from diffusion_accel.noise_level import matches_flow  # heavy: torch
+
     check_scheduler(name)
     if name not in SCHEDULERS and is_learned(name):
         return learned_for(pipe, name)
     name, _, spacing = name.partition(",")
-    class_name, changes = SCHEDULERS.get(name, (name, {}))
-    cls = getattr(diffusers, class_name, None)
-    fitting = {c.__name__ for c in pipe.scheduler.compatibles} | {type(pipe.scheduler).__name__}
+    flow = FLOW_SCHEDULERS if matches_flow(pipe.scheduler) else {}
+    names = SCHEDULERS | {n: (c, {}) for n, c in flow.items()}
+    class_name, changes = names.get(name, (name, {}))
+    cls = getattr(diffusers, class_name, None) or getattr(schedulers, class_name, None)
+    fitting = {c.__name__ for c in pipe.scheduler.compatibles} | {type(pipe.scheduler).__name__, *flow.values()}
     if cls is None or (class_name not in fitting and name != "lcm"):
-        short = [n for n, (c, _) in SCHEDULERS.items() if c in fitting]
+        short = [n for n, (c, _) in names.items() if c in fitting]
         raise ConfigurationError(
             f"scheduler {name!r} does not fit this model ({type(pipe.scheduler).__name__}); "
             f"fitting: {', '.join(short or sorted(fitting))}"

@@ -310,6 +310,16 @@ def flux() -> Built:
     return pipe, {**embeds, "height": 16, "width": 16, "output_type": "latent"}
 
 
+def flux_guided(**changes: Any) -> Built:
+    """Flux with true guidance: its transformer is called for one branch after the other."""
+    pipe, call = flux()
+    others = {
+        "negative_prompt_embeds": rand(1, TOKENS, DIM, seed=3),
+        "negative_pooled_prompt_embeds": rand(1, 8, seed=4),
+    }
+    return pipe, {**call, **others, "true_cfg_scale": 3.0, **changes}
+
+
 def wan(two: bool = True) -> Built:
     """Wan 2.2: a transformer for the noisier steps and one for the others, each called twice a step for guidance."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel

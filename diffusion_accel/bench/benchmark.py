@@ -65,14 +65,14 @@ def benchmark(
 
     Args:
         pipe: embedded name, hub id, folder or `.safetensors` file; or a loaded pipeline without features, which is
-            afterwards as it was. Other packages are compared by name only: they run in processes of their own.
+            afterwards as it was. Other accelerators are compared by name only: they run in processes of their own.
         prompts: one an image; None: captions of the embedded model's training images, classes evenly over all there
             are, or nothing where nothing is asked.
         entries: `KIND` or `KIND:SETTINGS`: a feature with its settings ("reuse:tuned:fast", "encoder-reuse"), every
             plan of a tuned family ("family:tuned:ddim", "family:FILE"), fewer steps
             ("fewer-steps:STEPS[,SCHEDULER[,SPACING]]"), another method's forecasts in the place of steps
-            ("forecast:NAME[@ORDER][,EVERY][,SPACE]", see `forecasting.Rule.parse`), or another package that is
-            installed ("deepcache:n[,branch]", "tomesd:ratio", "tgate:step", "pab:range").
+            ("forecast:NAME[@ORDER][,EVERY][,SPACE]", see `forecasting.Rule.parse`), or another accelerator with its
+            settings ("deepcache:3", "taylorseer:interval=3,order=2"; see `peers.PEERS`).
         steps: of the baseline; None: what the embedded model recommends, as for the next three, else 50.
         seed: image k starts from the noise of seed + k.
         guidance_scale: 0 to 1000; 1 switches classifier-free guidance off.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError
@@ -17,7 +16,7 @@ from diffusion_accel.registry import FEATURES, feature_class
 
 from . import families
 from .forecasting import Forecast
-from .peers import PEERS
+from .peers import PEERS, missing_package, read_settings
 
 if TYPE_CHECKING:
     from diffusion_accel.feature import Feature
@@ -48,7 +47,7 @@ class Entry:
         kind: "baseline", a feature's name with dashes, "family" (see `expanded`), "fewer-steps", "forecast", one of
             `PEERS`, or "together".
         settings: a feature's settings as on the command line; "STEPS[,SCHEDULER[,SPACING]]" of fewer steps; what
-            `forecasting.Rule` reads; a peer's numbers; the whole text of features, and fewer steps, that are together.
+            `forecasting.Rule` reads; a peer's settings; the whole text of features, and fewer steps, that are together.
         family: the tuned family that it is one plan of, "" if it is none or given by itself.
     """
 
@@ -96,7 +95,7 @@ class Entry:
         if kind == "fewer-steps":
             entry.fewer_steps()
         elif entry.is_peer:
-            entry.numbers()
+            _ = entry.peer_settings
         elif kind == families.KIND:
             families.members_of(settings)
         else:
@@ -128,21 +127,20 @@ class Entry:
     @property
     def features(self) -> list[Feature]:
         """The features that are switched on for it."""
-        return [part.feature for part in self.parts if part.kind not in ("baseline", "fewer-steps")]
+        return [part.feature for part in self.parts if part.kind not in ("baseline", "fewer-steps", *PEERS)]
 
     @property
     def by_image(self) -> bool:
         """Whether it decides by what it sees which steps are computed, so that each image is a call of its own."""
+        if self.is_peer:
+            return PEERS[self.kind].by_image
         return self.kind == "forecast" and isinstance(self.feature, Forecast) and self.feature.parsed.kind.adaptive
 
     def refusal(self, steps: int, scheduler: str) -> str | None:
         """Why it cannot be compared with a baseline of so many steps, as far as that is known before a model is loaded;
         None if it can."""
         if self.is_peer:
-            package = PEERS[self.kind].package
-            if package and importlib.util.find_spec(package) is None:
-                return f"the package {package} is not installed (pip install {package})"
-            return None
+            return missing_package(self.kind)
         fewer = next((part for part in self.parts if part.kind == "fewer-steps"), None)
         if fewer is not None:
             steps, other = fewer.fewer_steps()
@@ -161,21 +159,10 @@ class Entry:
             check_scheduler(scheduler)
         return int(steps), scheduler or None
 
-    def numbers(self) -> tuple[float, ...]:
-        """A peer's settings; its recommended ones if none are given."""
-        usual, share = PEERS[self.kind].usual, PEERS[self.kind].share
-        number = r"[0-9]{1,4}(\.[0-9]{1,9})?"
-        if self.settings and not re.fullmatch(rf"{number}(,{number})*", self.settings):
-            raise ConfigurationError(
-                f"{self.kind} takes numbers, such as {self.kind}:{usual[0]:g}; got {shown(self.settings)}"
-            )
-        given = tuple(float(v) for v in self.settings.split(",")) if self.settings else usual
-        if len(given) > len(usual):
-            raise ConfigurationError(f"{self.kind} takes at most {len(usual)} numbers, got {shown(self.settings)}")
-        if given[0] == 0 or (share and given[0] > 1):
-            allowed = "above 0 and at most 1" if share else "at least 1"
-            raise ConfigurationError(f"{self.kind}: the first number must be {allowed}, got {shown(self.settings)}")
-        return (*given, *usual[len(given) :])
+    @functools.cached_property
+    def peer_settings(self) -> dict[str, Any]:
+        """A peer's settings by name; the usual ones where none are given."""
+        return read_settings(self.kind, self.settings)
 
 
 def read_entries(entries: Sequence[str | Entry]) -> list[Entry]:

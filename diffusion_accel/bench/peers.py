@@ -1,79 +1,76 @@
-"""Other accelerators, as their authors tell people to use them. Each is an optional dependency.
+"""Other accelerators by name, with their settings. Each is an optional dependency, or a part of diffusers itself.
 
-A new one is a function and an entry of `PEERS` here. Importing this imports no torch: the command line asks what there
-is before anything is loaded.
+A new one is an entry of `PEERS` and a function of its name in the module that the entry names. Importing this imports
+no torch: the command line asks what there is before anything is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.io import shown
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from .runner import Runner
+
 Call = Callable[..., Any]
+Settings = Mapping[str, Any]  # by name: a number or a word
 
 
-def _deepcache(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
-    from DeepCache import DeepCacheSDHelper  # optional package
+@dataclass(frozen=True)
+class Number:
+    """A setting that is a number: its usual value, the range it may be in, and whether it is a whole one."""
 
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=int(numbers[0]), cache_branch_id=int(numbers[1]))
-    helper.enable()
+    usual: float
+    least: float = 1
+    most: float = 9999
+    whole: bool = True
 
-    def call(**arguments: Any) -> Any:
-        helper.start_timestep = None  # it keeps the first timestep of its first call otherwise
-        return pipe(**arguments)
+    def read(self, text: str) -> float | None:
+        """The number that a text is; None if it is none in the range."""
+        if not re.fullmatch(r"-?[0-9]{1,4}(\.[0-9]{1,9})?", text):
+            return None
+        number = int(text) if text.lstrip("-").isdigit() else float(text)
+        right = self.least <= number <= self.most and (not self.whole or number == int(number))
+        return number if right else None
 
-    return call
-
-
-def _tomesd(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
-    import tomesd  # optional package
-
-    tomesd.apply_patch(pipe, ratio=numbers[0])
-    return pipe
-
-
-def _tgate(numbers: tuple[float, ...], pipe: DiffusionPipeline, steps: int) -> Call:
-    import tgate  # optional package
-
-    xl = type(pipe).__name__.startswith("StableDiffusionXL")
-    (tgate.TgateSDXLLoader if xl else tgate.TgateSDLoader)(pipe)
-
-    def call(**arguments: Any) -> Any:
-        return pipe.tgate(**arguments, gate_step=min(int(numbers[0]), steps - 1))
-
-    return call
+    def __str__(self) -> str:
+        return f"{'a whole number' if self.whole else 'a number'} from {self.least:g} to {self.most:g}"
 
 
-def _pab(numbers: tuple[float, ...], pipe: DiffusionPipeline, _steps: int) -> Call:
-    from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast  # heavy: torch
-    from diffusers.hooks import HookRegistry  # heavy: torch
+@dataclass(frozen=True)
+class Word:
+    """A setting that is one of some words, the usual one first."""
 
-    now = {"timestep": 0}
+    words: tuple[str, ...]
 
-    def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        now["timestep"] = int(timestep if isinstance(timestep, (int, float)) else timestep.flatten()[0])
+    @property
+    def usual(self) -> str:
+        """The usual word."""
+        return self.words[0]
 
-    pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=int(numbers[0]),
-        cross_attention_block_skip_range=int(numbers[0]),
-        spatial_attention_block_identifiers=("attentions",),
-        cross_attention_block_identifiers=("attentions",),
-        current_timestep_callback=lambda: now["timestep"],
-    )
-    apply_pyramid_attention_broadcast(pipe.unet, config)
+    def read(self, text: str) -> str | None:
+        """The word itself; None if it is none of them."""
+        return text if text in self.words else None
 
-    def call(**arguments: Any) -> Any:
-        HookRegistry.check_if_exists_or_initialize(pipe.unet).reset_stateful_hooks()
-        return pipe(**arguments)
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.words)}"
 
-    return call
+
+def _share(usual: float) -> Number:
+    return Number(usual, 0, 1, whole=False)
+
+
+def _threshold(usual: float) -> Number:
+    return Number(usual, 0, 100, whole=False)
 
 
 @dataclass(frozen=True)
@@ -81,23 +78,108 @@ class Peer:
     """Another accelerator.
 
     Attributes:
-        usual: its recommended numbers.
-        apply: is given numbers, a pipeline and the steps of a call; switches it on for good and returns what is called
-            instead of the pipeline.
+        runtime: the module of this package with a function of its name: it is given the settings and a `Runner`,
+            switches it on for good and returns what is called instead of the pipeline; and with `unfit`.
+        settings: what can be set, by name, in the order in which values without a name are taken.
         package: what has to be installed, by the name that is imported; "": it is diffusers' own.
-        share: the first number is a share, above 0 and at most 1; otherwise it is at least 1.
+        install: what pip calls that; "": the same.
+        by_image: it decides by what it sees which steps are computed, so each image is a call of its own.
     """
 
-    usual: tuple[float, ...]
-    apply: Callable[[tuple[float, ...], DiffusionPipeline, int], Call]
+    runtime: str
+    settings: Mapping[str, Number | Word]
     package: str = ""
-    share: bool = False
+    install: str = ""
+    by_image: bool = False
 
 
 #: by the kind of their entries
 PEERS: dict[str, Peer] = {
-    "deepcache": Peer((3, 0), _deepcache, "DeepCache"),
-    "tomesd": Peer((0.5,), _tomesd, "tomesd", share=True),
-    "tgate": Peer((10,), _tgate, "tgate"),
-    "pab": Peer((2,), _pab),
+    "deepcache": Peer("unet_peers", {"interval": Number(3), "branch": Number(0, 0)}, "DeepCache"),
+    "tomesd": Peer("unet_peers", {"ratio": _share(0.5)}, "tomesd"),
+    "tgate": Peer("unet_peers", {"step": Number(10)}, "tgate"),
+    "pab": Peer("cache_peers", {"range": Number(2)}),
+    "first-block": Peer("cache_peers", {"threshold": _threshold(0.05)}, by_image=True),
+    "taylorseer": Peer(
+        "cache_peers",
+        {
+            "interval": Number(5),
+            "order": Number(1, 0, 4),
+            "warmup": Number(3),
+            "parts": Word(("blocks", "attention", "lite")),
+        },
+    ),
+    "mag": Peer("cache_peers", {"threshold": _threshold(0.06), "skips": Number(3, 0), "retention": _share(0.2)}),
+    "sea": Peer(
+        "cache_peers", {"threshold": _threshold(0.25), "order": Number(1, 0, 1), "skips": Number(2, 0)}, by_image=True
+    ),
+    "faster-cache": Peer("cache_peers", {"range": Number(2), "unconditional": Number(5)}),
+    "dbcache": Peer(
+        "cache_dit_peer",
+        {
+            "threshold": _threshold(0.08),
+            "first": Number(1),
+            "last": Number(0, 0),
+            "warmup": Number(8, 0),
+            "skips": Number(-1, -1),
+            "order": Number(0, 0, 4),
+        },
+        "cache_dit",
+        "cache-dit",
+        by_image=True,
+    ),
 }
+
+
+def read_settings(kind: str, text: str) -> dict[str, Any]:
+    """A peer's settings, the usual ones where none are given: `VALUE,...,NAME=VALUE,...`, such as "3,order=2".
+
+    Raises:
+        ConfigurationError: it has no such setting, or that value is not allowed.
+    """
+    known = PEERS[kind].settings
+    names, found = list(known), {name: setting.usual for name, setting in known.items()}
+    parts = text.split(",") if text else []
+    if len(parts) > len(names):
+        raise ConfigurationError(f"{kind} takes at most {len(names)} settings ({', '.join(names)}), got {shown(text)}")
+    given: set[str] = set()
+    for place, part in enumerate(parts):
+        name, named, value = part.rpartition("=")
+        name = name if named else names[place]
+        if name not in known or name in given or (not named and place != len(given)):
+            raise ConfigurationError(
+                f"{kind} takes {','.join(f'{n}=' for n in names)} each once, values without a name first and in this "
+                f"order; got {shown(text)}"
+            )
+        read = known[name].read(value)
+        if read is None:
+            raise ConfigurationError(f"{name} of {kind} must be {known[name]}, got {shown(value)}")
+        given.add(name)
+        found[name] = read
+    return found
+
+
+def missing_package(kind: str) -> str | None:
+    """That a peer's package is not installed; None if it is."""
+    peer = PEERS[kind]
+    if not peer.package or importlib.util.find_spec(peer.package) is not None:
+        return None
+    return f"the package {peer.package} is not installed (pip install {peer.install or peer.package})"
+
+
+def unfit(kind: str, pipe: DiffusionPipeline) -> str | None:
+    """Why a peer cannot work on a pipeline, as far as that is known without its package; None if it can."""
+    return _runtime(kind).unfit(kind, pipe)
+
+
+def switch_on(kind: str, settings: Settings, runner: Runner) -> Call:
+    """Switch a peer on for good.
+
+    Returns:
+        What is called instead of the pipeline.
+    """
+    return getattr(_runtime(kind), kind.replace("-", "_"))(settings, runner)
+
+
+def _runtime(kind: str) -> Any:
+    return importlib.import_module(f".{PEERS[kind].runtime}", __package__)

@@ -23,6 +23,7 @@ from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.schedulers import not_learnt_here, set_scheduler
 from diffusion_accel.switchboard import accelerate, why_not
 
+from . import peers
 from .entries import Entry
 
 if TYPE_CHECKING:
@@ -90,21 +91,23 @@ class Runner:
         self._turns = itertools.count()
 
     def check(self, entry: Entry) -> None:
-        """Refuse what cannot work on this pipeline, before anything is measured. What a peer needs only its own process
-        knows.
+        """Refuse what cannot work on this pipeline, before anything is measured. What a peer's package needs
+        only its own process knows.
 
         Raises:
             ConfigurationError: the entry cannot work.
         """
-        reason = None if entry.is_peer else entry.refusal(self.job.steps, self.scheduler)
+        reason = entry.refusal(self.job.steps, self.scheduler)
         before = self.pipe.scheduler
-        for part in () if entry.is_peer else entry.parts:
+        for part in entry.parts:
             if part.kind == "fewer-steps":
                 steps, name = part.fewer_steps()
                 if name:
                     set_scheduler(self.pipe, name)
                 reason = reason or not_learnt_here(self.pipe, steps)
-        for feature in () if entry.is_peer else entry.features:
+        if entry.is_peer:
+            reason = reason or peers.unfit(entry.kind, self.pipe)
+        for feature in entry.features:
             reason = reason or why_not(feature, self.pipe)
         self.pipe.scheduler = before
         if reason:
@@ -137,6 +140,11 @@ class Runner:
             self.pipe.scheduler = scheduler
             if handle is None and getattr(self.pipe, "acceleration", None) is not None:
                 self.pipe.acceleration.remove()
+
+    def switch_on(self, peer: Entry) -> None:
+        """Switch another accelerator on for good: every call is its own from now on."""
+        caller = peers.switch_on(peer.kind, peer.peer_settings, self)
+        self.sampler = replace(self.sampler, caller=caller)
 
     def images(self, entry: Entry, seed: int | None = None) -> torch.Tensor:
         """All images, (N, 3, H, W) in 0..1."""

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ import torch
 from diffusion_accel import interrupts
 
 from .entries import Entry
-from .peers import PEERS
 from .runner import Facts, Job, Runner
 
 MARK = "@bench "
@@ -122,10 +121,9 @@ def serve() -> None:
             if "job" in command:
                 given = command["job"]
                 job = Job(**given | {"prompts": tuple(given["prompts"])})
-                peer = Entry(**command["entry"])
+                entry = Entry(**command["entry"])
                 runner = Runner(job)
-                call = PEERS[peer.kind].apply(peer.numbers(), runner.pipe, job.steps)
-                runner.sampler = replace(runner.sampler, caller=call)
+                runner.switch_on(entry)
             assert runner is not None
             if command.get("do") == "images":
                 np.save(command["to"], runner.images(entry).numpy())

@@ -73,8 +73,10 @@ def bench(
     Entries: any feature with its settings (reuse:tuned:fast, encoder-reuse:schedule=paper), every plan of a tuned
     family (family:FILE), fewer steps (fewer-steps:STEPS[,SCHEDULER[,SPACING]]), several of these together
     (compiled:precision=bf16+reuse:tuned:balanced), other methods' forecasts in the place of steps
-    (forecast:hermite,5,sample; hold, taylor, hermite, foca, spectrum, dmd, sada, easycache), and other packages if they
-    are installed: deepcache:n[,branch], tomesd:ratio, tgate:step, pab:range.
+    (forecast:hermite,5,sample; hold, taylor, hermite, foca, spectrum, dmd, sada, easycache), and other accelerators,
+    settings in this order or by name: deepcache:INTERVAL[,BRANCH], tomesd:RATIO, tgate:STEP, pab:RANGE,
+    first-block:THRESHOLD, taylorseer:interval=3,order=2, mag:THRESHOLD[,SKIPS], sea:THRESHOLD, faster-cache:RANGE,
+    dbcache:THRESHOLD[,FIRST].
     """
     options = locals()
     parsed = read_entries(entries or USUAL)

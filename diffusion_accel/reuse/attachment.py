@@ -88,7 +88,7 @@ class ReuseAttachment(Attachment[AnyReuse]):
         run.install()
 
     def _cache_run(self, cache: DiffusersCache, clock: StepClock) -> Run:
-        return CacheRun(cache, self.pipeline, self._counters, clock.arguments)
+        return CacheRun(cache, self.pipeline, self._counters, clock)
 
     def _plan_run(self, clock: StepClock) -> Run:
         feature, source = self.feature, self.feature.source.for_unet(layers_per_block(self.pipeline))

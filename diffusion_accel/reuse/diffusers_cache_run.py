@@ -25,10 +25,13 @@ from diffusion_accel.hooks import HookSet, tidy
 from diffusion_accel.io import first_line
 
 from . import needs
+from .cache_branches import BranchHook
 from .diffusers_cache import DiffusersCache
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
+
+    from diffusion_accel.steps import StepClock
 
 
 def supports(cache: DiffusersCache, pipe: DiffusionPipeline) -> str | None:
@@ -85,9 +88,9 @@ class CacheRun:
     """One of diffusers' caches during one call: enabled when the steps are known, removed without a trace after it."""
 
     def __init__(
-        self, cache: DiffusersCache, pipeline: DiffusionPipeline, counters: dict[str, float], arguments: dict[str, Any]
+        self, cache: DiffusersCache, pipeline: DiffusionPipeline, counters: dict[str, float], clock: StepClock
     ) -> None:
-        self.cache, self.pipeline, self.counters, self.arguments = cache, pipeline, counters, arguments
+        self.cache, self.pipeline, self.counters, self.clock = cache, pipeline, counters, clock
         self.denoisers: list[Any] = find_denoisers(pipeline)
         self.scheduler = pipeline.scheduler
         self.changes = Changes()
@@ -97,13 +100,14 @@ class CacheRun:
     def install(self) -> None:
         """Wait for the pipeline to set its timesteps."""
         self._before = {id(m) for d in self.denoisers for m in d.modules() if registry_of(m) is not None}
-        counting = HookSet.within(self.changes, "diffusion_accel.reuse")
         self.changes.add(self._remove_caches)
+        hooks = HookSet.within(self.changes, "diffusion_accel.reuse")
         for denoiser in self.denoisers:
+            hooks.add(denoiser, BranchHook(self.clock))
             for module in residual_stream_blocks(denoiser):
-                counting.add(module, CountHook(self.counters, "blocks_run"))
+                hooks.add(module, CountHook(self.counters, "blocks_run"))
             for module in attentions(denoiser):
-                counting.add(module, CountHook(self.counters, "attentions_run"))
+                hooks.add(module, CountHook(self.counters, "attentions_run"))
         set_timesteps = self.scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)
@@ -119,13 +123,13 @@ class CacheRun:
         if denoiser.is_cache_enabled:
             denoiser.disable_cache()
         try:
-            denoiser.enable_cache(cache_config(self.cache, steps, self.pipeline, self.arguments))
+            denoiser.enable_cache(cache_config(self.cache, steps, self.pipeline, self.clock.arguments))
         except (ValueError, AttributeError, ImportError) as error:
             text = first_line(error)
             raise UnsupportedPipelineError(f"diffusers' cache {self.cache.name} cannot be used: {text}") from error
 
     def uninstall(self) -> None:
-        """Disable the cache and remove what it and the counting left."""
+        """Disable the cache and remove what it and the hooks left."""
         self.changes.undo()
 
     def _remove_caches(self) -> None:

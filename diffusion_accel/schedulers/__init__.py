@@ -1,4 +1,5 @@
-"""The learned solver: a diffusers scheduler of fitted timesteps and coefficients, and the neutral ones it starts from.
+"""The learned solver: a diffusers scheduler of fitted timesteps and coefficients, and the neutral ones it starts from;
+Heun's method for flow matching.
 
 A pipeline folder names its scheduler's class as one of this package, so that plain diffusers loads it once
 `diffusion_accel` is imported. Names are loaded when they are first used: importing this imports neither torch nor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LAZY = {
+    "FlowMatchHeunScheduler": ".flow_heun",
     "LearnedMultistepScheduler": ".learned",
     "SchedulerMixin": ".learned",  # diffusers looks here for it when it loads a pipeline folder
     "ddim_coefficients": ".neutral",
@@ -26,8 +28,9 @@ __all__ = [*_LAZY]
 
 
 def _fill(table: Any) -> None:
-    """Name the class in diffusers' table of what pipelines of the hub may have."""
-    table.LOADABLE_CLASSES.setdefault(__name__, {"LearnedMultistepScheduler": ["save_pretrained", "from_pretrained"]})
+    """Name the classes in diffusers' table of what pipelines of the hub may have."""
+    own = ("LearnedMultistepScheduler", "FlowMatchHeunScheduler")
+    table.LOADABLE_CLASSES.setdefault(__name__, {name: ["save_pretrained", "from_pretrained"] for name in own})
 
 
 when_imported("diffusers.pipelines.pipeline_loading_utils", _fill)

@@ -16,6 +16,7 @@ from zoo import ZOO
 from diffusion_accel import Compiled, ConfigurationError, PlanFamily, Reuse
 from diffusion_accel.bench import run
 from diffusion_accel.bench.entries import Entry, read_entries
+from diffusion_accel.bench.peers import PEERS
 from diffusion_accel.bench.report import markdown, page, pareto, plot
 from diffusion_accel.bench.result import Benchmark, Row
 from diffusion_accel.bench.run import bench
@@ -29,12 +30,12 @@ JOB = Job("sticker", ("red apple, 3d style", "panda, noto style"), 4, "ddim", th
 
 
 @pytest.mark.parametrize(
-    "text", ["reuse:hold:3", "encoder-reuse", "fewer-steps:5,dpm++", "deepcache:3,1", "tomesd", "pab:4"]
+    "text", ["reuse:hold:3", "encoder-reuse", "fewer-steps:5,dpm++", "deepcache:3,1", "tomesd", "pab:4", "sea:skips=1"]
 )
 def test_entries_are_read(text: str) -> None:
     entry = Entry.parse(text)
     assert entry.kind == text.partition(":")[0]
-    assert entry.is_peer == (entry.kind in ("deepcache", "tomesd", "pab"))
+    assert entry.is_peer == (entry.kind in PEERS)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +48,8 @@ def test_entries_are_read(text: str) -> None:
         ("reuse:hold:2+reuse:hold:3", "one kind twice"),
         ("compiled:engine=cuda+reuse:hold:3", "engine='cuda' is not allowed"),
         ("fewer-steps:5,nothing", "unknown scheduler"),
-        ("deepcache:a", "takes numbers"),
-        ("tomesd:0.5,1", "at most 1"),
+        ("deepcache:a", "interval of deepcache must be a whole number"),
+        ("tomesd:0.5,1", "at most 1 settings"),
         ("reuse:hold:0", "hold:n"),
         ("family", "takes the file of a tuned family"),
         ("family:tuned:fast", "is no family of tuned plans; reuse:tuned:fast compares one"),

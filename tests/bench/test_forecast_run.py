@@ -9,14 +9,25 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from reuse_tools import counters, counting
-from zoo import ZOO, run
+from zoo import ZOO, cogview4, flux_guided, run
 
 from diffusion_accel import Reuse, UnsupportedPipelineError, accelerate
 from diffusion_accel.bench.entries import Entry
 from diffusion_accel.bench.forecasting import Forecast
 from diffusion_accel.bench.runner import Job, Runner
 
-SOME = ("sd", "sd_without_guidance", "controlnet", "inpaint", "deepfloyd_if", "unet2d", "animatediff")
+BUILT = {**ZOO, "flux_guided": flux_guided, "cogview4": cogview4}  # these call their transformer for each branch
+SOME = (
+    "sd",
+    "sd_without_guidance",
+    "controlnet",
+    "inpaint",
+    "deepfloyd_if",
+    "unet2d",
+    "animatediff",
+    *BUILT.keys() - ZOO,
+)
+RULES = ("taylor@2,3", "hermite,3", "foca,3", "spectrum", "dmd,2", "sada", "sada-lagrange", "easycache,0.3")
 
 
 def forecast(pipe: Any, call: dict[str, Any], rule: str, steps: int = 7) -> torch.Tensor:
@@ -37,13 +48,13 @@ def reused(pipe: Any, call: dict[str, Any], plan: str, steps: int = 7) -> torch.
 
 @pytest.mark.parametrize("name", SOME)
 def test_every_step_computed_is_plain_diffusers(name: str) -> None:
-    pipe, call = ZOO[name]()
+    pipe, call = BUILT[name]()
     assert torch.equal(forecast(pipe, call, str(Forecast.neutral().rule)), run(pipe, call, 7))
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_holding_is_what_the_reuse_engine_does(name: str) -> None:
-    pipe, call = ZOO[name]()
+    pipe, call = BUILT[name]()
     torch.testing.assert_close(forecast(pipe, call, "hold,3"), reused(pipe, call, "hold:3@0"))
 
 
@@ -63,9 +74,7 @@ def test_a_straight_line_is_the_same_in_steps_and_in_even_timesteps() -> None:
     torch.testing.assert_close(forecast(pipe, call, "taylor@1,2", 10), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "rule", ["taylor@2,3", "hermite,3", "foca,3", "spectrum", "dmd,2", "sada", "sada-lagrange", "easycache,0.3"]
-)
+@pytest.mark.parametrize("rule", RULES)
 def test_left_out_steps_do_not_call_the_denoiser_and_nothing_stays(rule: str) -> None:
     pipe, call = ZOO["controlnet"]()
     plain = run(pipe, call, 12)
@@ -79,6 +88,19 @@ def test_left_out_steps_do_not_call_the_denoiser_and_nothing_stays(rule: str) ->
     assert torch.equal(run(pipe, call, 12), first), "a second call begins anew"
     pipe.acceleration.remove()
     assert torch.equal(run(pipe, call, 12), plain)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "hermite,3,sample", "hold,3,epsilon"])
+def test_transformers_of_flow_matching_with_a_call_for_each_branch(rule: str) -> None:
+    pipe, call = flux_guided()
+    plain = run(pipe, call, 12)
+    with counting(pipe.transformer) as transformer:
+        accelerate(pipe, Forecast(rule=rule))
+        first = run(pipe, call, 12)
+    counted = counters(pipe, "forecast")
+    assert 0 < counted["full_steps"] < 12 and transformer.calls == 2 * counted["full_steps"]
+    assert first.isfinite().all() and not torch.equal(first, plain)
+    assert torch.equal(run(pipe, call, 12), first), "a second call begins anew"
 
 
 def test_img2img_runs_a_part_of_the_steps() -> None:

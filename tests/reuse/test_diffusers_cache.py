@@ -15,7 +15,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from zoo import Built, flux, rand, run, sd, seeded
+from zoo import Built, flux, flux_guided, rand, run, sd, seeded
 
 from diffusion_accel import AccelerationError, ConfigurationError, Reuse, accelerate
 from diffusion_accel.reuse.diffusers_cache import DiffusersCache
@@ -57,6 +57,7 @@ def cogvideox() -> Built:
 @pytest.mark.parametrize(
     ("build", "name"),
     [(flux, name) for name in ("first-block:0.5", "taylorseer:3,1", "mag:0.5", "pab:2")]
+    + [(flux_guided, "first-block:0.5")]
     + [(cogvideox, name) for name in ("faster-cache:2,3", "pab:2")],
 )
 def test_diffusers_caches_equal_enable_cache_and_leave_no_trace(build: Any, name: str) -> None:
@@ -97,6 +98,16 @@ def test_faster_cache_knows_branches_from_images() -> None:
         one = {k: v[i : i + 1] for k, v in two.items()}
         alone = pipe(**{**call, **one}, latents=latents[i : i + 1], num_inference_steps=6).images
         assert torch.allclose(both[i : i + 1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["pab:2", "faster-cache:2,2", "first-block:0.5", "taylorseer:3,1"])
+def test_branches_that_are_calls_of_their_own_have_caches_of_their_own(plan: str) -> None:
+    """Where both branches are told the same, guidance changes nothing: as without it, whatever else is kept."""
+    pipe, call = flux()
+    same = {f"negative_{k}": v for k, v in call.items() if k.endswith("embeds")}
+    alone = reused(pipe, call, plan)
+    assert not torch.equal(alone, reused(pipe, call, "full"))
+    torch.testing.assert_close(reused(pipe, {**call, **same, "true_cfg_scale": 3.0}, plan), alone)
 
 
 def test_transformers_with_caches_take_our_plans_too() -> None:
