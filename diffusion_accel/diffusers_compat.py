@@ -276,8 +276,10 @@ def cacheable_blocks(denoiser: nn.Module) -> bool:
     They look for lists of certain names (`_ALL_TRANSFORMER_BLOCK_IDENTIFIERS`), and for the classes of their blocks in
     `TransformerBlockRegistry`.
     """
-    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS  # heavy: diffusers
-    from diffusers.hooks._helpers import TransformerBlockRegistry  # heavy: diffusers
+    from diffusers.hooks.first_block_cache import (  # heavy: diffusers
+        _ALL_TRANSFORMER_BLOCK_IDENTIFIERS,
+        TransformerBlockRegistry,
+    )
     from torch.nn import ModuleList  # heavy: torch
 
     lists = [
