@@ -47,7 +47,7 @@ class Adapters:
         for file in self.files.values():
             if not file.is_file():
                 raise ConfigurationError(f"there is no LoRA {file}")
-        if self.files and any(_layers(pipe)):
+        if self.files and any(len(layer.lora_A) for layer in _layers(pipe)):
             raise ConfigurationError(
                 "the pipeline has LoRAs already; give it without them, and name them in `loras` instead"
             )

@@ -52,7 +52,7 @@ def test_a_learned_solver() -> None:
 
 def test_transparent_images() -> None:
     features = [Reuse(plan="hold:2")]
-    pipe = sticker(features=[LatentTransparency(), *features])
+    pipe = sticker(features=[LatentTransparency(views=1), *features])
     asked = [request(seed) for seed in (1, 2)]
     with Engine(pipe, running=2, wait=FOREVER) as engine:
         with held(engine, 2):

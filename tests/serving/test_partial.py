@@ -21,12 +21,12 @@ def test_behind_which_steps() -> None:
     assert steps_of(3, 2) == [1] and steps_of(16, 1) == []
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "learned"])
+@pytest.mark.parametrize("scheduler", ["euler", "learned"])
 def test_nearer_towards_the_end(scheduler: str) -> None:
-    pipe = sticker(features=[LatentTransparency()], scheduler=scheduler)
+    pipe = sticker(features=[LatentTransparency(views=1)], scheduler=scheduler)
     seen: list[Any] = []
-    steps = 8 if scheduler != "learned" else min(pipe.scheduler.evaluations)
-    asked = request(1, steps=steps, count=2)
+    steps = 6 if scheduler != "learned" else min(pipe.scheduler.evaluations)
+    asked = request(1, steps=steps)
     with Engine(pipe, running=1) as engine:
         last = engine.submit(asked, partial_images=3, on_partial=seen.append).result(TIMEOUT).images
     assert [one.index for one in seen] == list(range(len(seen))) and len(seen) >= 2
@@ -35,7 +35,7 @@ def test_nearer_towards_the_end(scheduler: str) -> None:
         for one in seen
     ]
     assert all(image.mode == "RGBA" and image.size == (48, 48) for one in seen for image in one.images)
-    assert errors[-1] < errors[0] and errors[-1] < 1000
+    assert errors[-1] < errors[0] / 2
 
 
 def test_nothing_else_changes() -> None:
