@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Server:
     folder: Path
     process: BaseProcess
     port: int
+    connections: list[socket.socket] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -68,8 +69,9 @@ class Server:
             time.sleep(0.02)
 
     def raw(self, text: bytes) -> socket.socket:
-        """A connection over which these bytes were sent."""
+        """A connection over which these bytes were sent; it is closed with the server, if not before."""
         connection = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+        self.connections.append(connection)
         connection.sendall(text)
         return connection
 
@@ -95,14 +97,17 @@ def post(path: str, body: Any, **headers: str) -> bytes:
 def running(folder: Path, *options: str) -> Iterator[Server]:
     """A server for as long as it is needed; its output goes to the files out and err of a folder."""
     given = ["serve", "--port", "0", "--device", "cpu", "--log-format", "json", "--token", TOKEN, *options]
+    connections: list[socket.socket] = []
     process = forks.start(interrupted.command, folder, folder, given, "any_moment")
     try:
         end = time.monotonic() + TIMEOUT
         while not (port := _port(folder)):
             assert process.is_alive() and time.monotonic() < end, (folder / "err").read_text()
             time.sleep(0.02)
-        yield Server(folder, process, port)
+        yield Server(folder, process, port, connections)
     finally:
+        for connection in connections:
+            connection.close()
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGKILL)
         process.join(TIMEOUT)

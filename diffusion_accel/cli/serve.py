@@ -11,6 +11,7 @@ import typer
 from diffusion_accel import interrupts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import Bounds, at_least
+from diffusion_accel.io import is_there
 from diffusion_accel.serving.http.settings import BOUNDS, Limits, ServerSettings
 
 from .common_options import (
@@ -70,6 +71,13 @@ def serve(
     max_steps: Annotated[int, number("Denoising steps.", BOUNDS["steps"])] = _LIMITS.steps,
     max_images: Annotated[int, number("Images of a request.", BOUNDS["images"])] = _LIMITS.images,
     max_body_mb: Annotated[int, number("MiB of a request, its images included.", BOUNDS["body_mb"])] = _LIMITS.body_mb,
+    lora_folder: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="LoRAs that requests may name: its .safetensors files, by their names."),
+    ] = None,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="Measure first what batches cost, which says how many rows are worth it.")
+    ] = False,
     drain: Annotated[float, time_option("At the end, time for requests that were accepted", _DRAIN)] = 120,
     log_format: Annotated[str, one_of("text or json.", ("text", "json"))] = "text",
     steps: Steps = None,
@@ -107,6 +115,8 @@ def serve(
     settings, source = merge({**flags, **features}, {})
     if "patch_parallel" in settings.features:
         raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
+    if lora_folder is not None and not is_there(lora_folder, "dir"):
+        raise ConfigurationError(f"--lora-folder {lora_folder}: there is no such folder")
     check_features(settings.features, settings.steps, settings.scheduler, source)
     limits = Limits(pixels=max_pixels, steps=max_steps, images=max_images, body_mb=max_body_mb)
     asked = ServerSettings(
@@ -130,7 +140,9 @@ def serve(
     pipe = session.open_for(settings, source, session.check_machine(settings))
     log.set_up(log_format)
     interrupts.explain(lambda: "requests that were accepted are lost")
-    with Engine(pipe, running=max_running, queue=max_queue, most_rows=max_rows) as engine:
+    with Engine(pipe, running=max_running, queue=max_queue, most_rows=max_rows, loras=lora_folder) as engine:
+        if warm_up:
+            engine.warm_up()
         run.serve(engine, asked, listening, drain_seconds=drain, ready=lambda address: say(f"listening at {address}"))
 
 

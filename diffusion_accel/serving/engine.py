@@ -348,7 +348,8 @@ class Engine:
             return self._pattern
         with self._lock:
             if task not in self._for_tasks:
-                self._for_tasks[task] = as_task(self._pattern, task)
+                made = self._for_tasks[task] = as_task(self._pattern, task)
+                made.set_progress_bar_config(**getattr(self._pattern, "_progress_bar_config", {}))
             return self._for_tasks[task]
 
     def _scheduler(self, name: str | None) -> Any:

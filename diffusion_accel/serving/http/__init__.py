@@ -6,7 +6,7 @@ Needs the extra `serve`. Everything from outside is checked here, before the eng
 
 - `run`, `app`: the server with its signals, and the application
 - `guard`, `problems`, `log`: what every request passes: token, limits of its body, errors, log lines
-- `settings`, `bodies`, `asked`, `plans`: what may be asked, and what it means to the engine
-- `service`, `answers`, `metrics`: drawing it, and what goes back
-- `images`, `operations`: the routes
+- `settings`, `bodies`, `uploads`, `asked`, `plans`: what may be asked, and what it means to the engine
+- `service`, `answers`, `events`, `metrics`: drawing it, and what goes back
+- `images`, `jobs`, `operations`: the routes
 """

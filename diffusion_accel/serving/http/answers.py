@@ -37,19 +37,24 @@ def _quality(asked: Asked) -> int:
     return USUAL_COMPRESSION if asked.compression is None else asked.compression
 
 
-def image_list(served: Served, asked: Asked) -> list[dict[str, Any]]:
+def whole(served: Served, asked: Asked) -> dict[str, Any]:
+    """All of an answer."""
+    return {**about(served.images, asked), "data": image_list(served.images, asked), "usage": usage(served)}
+
+
+def image_list(images: list[Image.Image], asked: Asked) -> list[dict[str, Any]]:
     """For each seed its image, and beside it all layers that are wanted if there are several."""
     entries = []
-    for layers, seed in zip(by_image(served.images, asked.layers), asked.request.seeds, strict=True):
+    for layers, seed in zip(by_image(images, asked.layers), asked.request.seeds, strict=True):
         texts = {name: encoded(layers[name], asked) for name in asked.wanted}
         entry = {"b64_json": texts[asked.wanted[0]], "seed": seed}
         entries.append(entry | ({"layers": texts} if len(texts) > 1 else {}))
     return entries
 
 
-def about(served: Served, asked: Asked) -> dict[str, Any]:
+def about(images: list[Image.Image], asked: Asked) -> dict[str, Any]:
     """What an answer says about its images."""
-    image = served.images[0]
+    image = images[0]
     plan = next((feature for feature in asked.features if isinstance(feature, Reuse)), None)
     words = {
         "created": int(time.time()),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.generation.layers import drawn_layers
@@ -40,6 +41,7 @@ class Asked:
         wanted: of them, those that go back, in order.
         background: "transparent" or "opaque": whether the images have alpha.
         quality: as it was asked for.
+        loras: see `Engine.submit`.
     """
 
     request: Request
@@ -51,6 +53,7 @@ class Asked:
     wanted: tuple[str, ...] = ("",)
     background: str = "opaque"
     quality: str = "auto"
+    loras: Mapping[str, float] = field(default_factory=dict)
 
 
 class Reader:
@@ -96,7 +99,9 @@ class Reader:
             raise Problem(400, "output_compression is for webp and jpeg; png is always exact", "output_compression")
         values = settings.defaults | {k: v for k, v in self._given(body).items() if v is not None} | images
         request = Request(prompt=body.prompt, seed=_seed(body.seed), count=body.n or 1, **values)
-        self._check_size(request.width, request.height, form)
+        start = images.get("image")
+        own = (None, None) if start is None else start.size  # what is drawn where nothing says another size
+        self._check_size(request.width or own[0], request.height or own[1], form)
         return Asked(
             request=request,
             features=tuple(features.values()),
@@ -107,6 +112,7 @@ class Reader:
             wanted=tuple(dict.fromkeys(body.layers)) if body.layers else layers,
             background=background,
             quality=body.quality or "auto",
+            loras=body.lora or {},
         )
 
     # ------------------------------------------------------------------ parts of it

@@ -7,14 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_accel.generation.request import MAX_SEED
+from diffusion_accel.serving.adapters import SCALES
 
-MOST_SCALE = 100.0  # of a LoRA
-MOST_LORAS = 8
+from .problems import Detail
+
+MOST_LORAS = 8  # of a request
 
 Size = Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description='"WIDTHxHEIGHT" or auto.')]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 LoraName = Annotated[str, Field(min_length=1, max_length=100)]
-LoraScale = Annotated[float, Field(ge=-MOST_SCALE, le=MOST_SCALE, allow_inf_nan=False)]
+LoraScale = Annotated[float, Field(ge=SCALES[0], le=SCALES[1], allow_inf_nan=False)]
 
 
 class Drawing(BaseModel):
@@ -53,16 +55,43 @@ class Drawing(BaseModel):
     min_psnr: Annotated[float | None, Field(ge=5, le=80, description="The fastest tuned plan that is so near, dB.")] = (
         None
     )
+    lora: Annotated[
+        dict[LoraName, LoraScale] | None,
+        Field(max_length=MOST_LORAS, description="Scales of LoRAs that the server knows by name."),
+    ] = None
     layers: Annotated[
         list[Literal["fg", "bg", "blend"]] | None,
         Field(min_length=1, max_length=3, description="Of a model that draws layers, those that are wanted."),
     ] = None
 
 
-class Generation(Drawing):
+class JobBody(Drawing):
+    """The body of /jobs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Streamed(Drawing):
+    """How answers come."""
+
+    stream: Annotated[bool | None, Field(description="Server-sent events, the images as the last of them.")] = None
+    partial_images: Annotated[
+        int | None, Field(ge=0, le=3, description="With stream: how often they are shown before they are finished.")
+    ] = None
+
+
+class Generation(Streamed):
     """The body of /v1/images/generations."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Edit(Streamed):
+    """The fields of /v1/images/edits beside its files."""
+
+    strength: Annotated[
+        float | None, Field(gt=0, le=1, description="How much of the image is replaced; null: the pipeline's own.")
+    ] = None
 
 
 class ImageData(BaseModel):
@@ -97,6 +126,22 @@ class Images(BaseModel):
     data: list[ImageData]
     usage: Usage
     plan: str | None = None
+
+
+class Job(BaseModel):
+    """How far a job is."""
+
+    id: str
+    status: Literal["queued", "generating", "completed", "failed", "cancelled"]
+    created: int
+    queue_position: int
+    progress: float
+    step: int
+    steps: int
+    poll_url: str
+    cancel_url: str
+    result: Images | None = None
+    error: Detail | None = None
 
 
 class Model(BaseModel):

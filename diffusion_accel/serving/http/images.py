@@ -7,11 +7,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from .answers import about, as_json, image_list, usage
+from .answers import as_json, whole
 from .asked import Asked
-from .bodies import Generation, Images, Model, Models
+from .bodies import Generation, Images, Model, Models, Streamed
+from .events import ImageEvents
 from .problems import ERRORS, Problem
 from .service import Service
+from .uploads import FORM, read_edit
+
+_EITHER: dict[int | str, dict[str, Any]] = {
+    200: {"model": Images, "description": "the images; with stream, events", "content": {"text/event-stream": {}}}
+}
 
 
 def routes(service: Service) -> APIRouter:
@@ -20,10 +26,17 @@ def routes(service: Service) -> APIRouter:
     settings = service.settings
     model = Model(id=settings.model, created=settings.started)
 
-    @router.post("/images/generations", response_model=Images)
+    @router.post("/images/generations", response_model=Images, responses=_EITHER)
     async def generations(body: Generation, http: Request) -> Response:
         """Draw images from a prompt."""
-        return await _drawn(service, service.reader.read(body), http)
+        return await _answered(service, service.reader.read(body), body, http, "image_generation")
+
+    @router.post("/images/edits", response_model=Images, responses=_EITHER, openapi_extra=FORM)
+    async def edits(http: Request) -> Response:
+        """Draw images from an image, or where a mask is transparent."""
+        body, images = await read_edit(http, settings.limits.pixels)
+        asked = service.reader.read(body, strength=body.strength, **images)
+        return await _answered(service, asked, body, http, "image_edit")
 
     @router.get("/models")
     async def models() -> Models:
@@ -40,17 +53,12 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _drawn(service: Service, asked: Asked, http: Request) -> Response:
+async def _answered(service: Service, asked: Asked, body: Streamed, http: Request, kind: str) -> Response:
+    if body.stream:
+        return await ImageEvents(service, asked, kind).begin(body.partial_images or 0)
+    if body.partial_images:
+        raise Problem(400, "partial_images come with stream: true only", "partial_images")
     handle = await service.submit(asked)
     served = await service.finished(handle, http)
-    _note(http, served)
-
-    def body() -> bytes:
-        return as_json({**about(served, asked), "data": image_list(served, asked), "usage": usage(served)})
-
-    return Response(await service.in_thread(body), media_type="application/json")
-
-
-def _note(http: Request, served: Any) -> None:
-    """What the log line of the request says beside the usual."""
     http.state.log = {"images": len(served.images), "steps": served.report.steps, "rows": round(served.rows, 2)}
+    return Response(await service.in_thread(lambda: as_json(whole(served, asked))), media_type="application/json")

@@ -23,10 +23,11 @@ def event(what: str, level: int = logging.INFO, error: BaseException | None = No
 
 
 def set_up(form: str, stream: IO[str] | None = None) -> None:
-    """Send the lines of the server, and warnings of uvicorn, to a stream (stderr) in one of the `FORMATS`."""
+    """Send the lines of the server, and of the libraries below it, to a stream (stderr) in one of the `FORMATS`."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
-    for one, level in ((logger, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+    for name, level in ((logger.name, logging.INFO), ("uvicorn", logging.WARNING), ("python_multipart", logging.ERROR)):
+        one = logging.getLogger(name)
         one.handlers[:] = [handler]
         one.setLevel(level)
         one.propagate = False

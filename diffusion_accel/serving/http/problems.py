@@ -106,7 +106,21 @@ def body_of(status: int, message: str, param: str | None = None, code: str | Non
     return {"error": {"message": text, "type": kind, "param": param, "code": code or usual}}
 
 
-def answer_to(error: Exception, retry_after: int = 1) -> JSONResponse:
+class Refusal(JSONResponse):
+    """An answer that is an error.
+
+    Args:
+        values: of its body.
+        status: of the answer.
+        headers: of the answer.
+    """
+
+    def __init__(self, values: dict[str, Any], status: int, headers: Mapping[str, str]) -> None:
+        self.values = values
+        super().__init__(values, status, headers)
+
+
+def answer_to(error: Exception, retry_after: int = 1) -> Refusal:
     """What a client is told about an error.
 
     Args:
@@ -131,7 +145,7 @@ def answer_to(error: Exception, retry_after: int = 1) -> JSONResponse:
         status, message = 500, "the server failed; its log has more under this request's id"
     if status in (429, 503):
         headers.setdefault("Retry-After", str(retry_after))
-    return JSONResponse(body_of(status, message, param, code), status, headers)
+    return Refusal(body_of(status, message, param, code), status, headers)
 
 
 def _of_validation(error: RequestValidationError) -> tuple[int, str, str | None]:

@@ -6,10 +6,14 @@ import asyncio
 import functools
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from diffusion_accel.errors import AccelerationError
+
 from .asked import Asked, Reader
-from .log import event
+from .jobs import Jobs
+from .log import event, request_id
 from .metrics import Metrics
 from .problems import Problem
 
@@ -17,9 +21,13 @@ if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
 
     from diffusion_accel.serving.engine import Engine
-    from diffusion_accel.serving.handle import Handle, Served, Standing
+    from diffusion_accel.serving.handle import Handle, Served
+    from diffusion_accel.serving.partial import Partial
 
     from .settings import ServerSettings
+
+
+_LINGER = 10.0  # seconds at the end in which images of jobs may be fetched
 
 
 class ClientGoneError(Exception):
@@ -38,18 +46,34 @@ class Service:
         self.engine, self.settings = engine, settings
         self.reader = Reader(settings, engine.pipe, engine.features)
         self.metrics = Metrics(engine.stats)
+        self.jobs = Jobs(self)
         self.draining = False
 
-    async def submit(self, asked: Asked, on_progress: Callable[[Standing], object] | None = None) -> Handle:
+    async def submit(
+        self, asked: Asked, partial_images: int = 0, on_partial: Callable[[Partial], object] | None = None
+    ) -> Handle:
         """Ask the engine for images; what it has to load or check is done in a thread."""
         submit = functools.partial(
             self.engine.submit,
             asked.request,
             features=asked.features,
             scheduler=asked.scheduler,
-            on_progress=on_progress,
+            loras=asked.loras,
+            partial_images=partial_images,
+            on_partial=on_partial,
         )
-        return await asyncio.to_thread(submit)
+        handle = await asyncio.to_thread(submit)
+        handle.future.add_done_callback(functools.partial(self._ended, request_id.get()))
+        return handle
+
+    def _ended(self, name: str, future: Future[Served]) -> None:
+        """Count a request that has ended; in the thread that drew it."""
+        if future.cancelled():
+            return
+        if (error := future.exception()) is None:
+            self.metrics.drawn(future.result())
+        else:
+            event("failed", 20 if isinstance(error, AccelerationError) else 40, error, request_id=name)
 
     async def finished(self, handle: Handle, http: HttpRequest) -> Served:
         """The images of a request. If the client goes away, or this is cancelled, the request is cancelled, too.
@@ -74,13 +98,7 @@ class Service:
         """What a request that has ended gave; raises as `finished`."""
         if handle.future.cancelled():
             raise Problem(409, "the request was cancelled", code="cancelled")
-        try:
-            served = handle.result(0)
-        except Exception as error:
-            event("failed", 40, error)
-            raise
-        self.metrics.drawn(served)
-        return served
+        return handle.result(0)
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function returns that takes a while, such as writing images."""
@@ -96,6 +114,7 @@ class Service:
         self.draining = True
         event("draining", **{key: self.engine.stats()[key] for key in ("running", "queued")})
         await asyncio.to_thread(self.engine.close, True, seconds)
+        await self.jobs.told(_LINGER)
 
 
 async def _gone(http: HttpRequest) -> None:
