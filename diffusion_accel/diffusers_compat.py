@@ -208,9 +208,15 @@ def drop_config_entry(config: FrozenDict, key: str) -> None:
 
 
 # ---------------------------------------------------------------------- context parallelism (experimental in diffusers)
+# In 0.42 masks for every head are not shared by heads, and LTX 2's plan forgets its sound (diffusers' issue 14316).
+_FAILING_PLANS = ("LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel")
+_TORCH_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+
+
 def context_parallel_plan(cls: type) -> Any:
-    """How a transformer class is shared along its sequence (`_cp_plan`); None if diffusers does not say."""
-    return getattr(cls, "_cp_plan", None)
+    """How a transformer class is shared along its sequence (`_cp_plan`); None if diffusers does not say, or says what
+    fails."""
+    return None if cls.__name__ in _FAILING_PLANS else getattr(cls, "_cp_plan", None)
 
 
 def parallel_config(model: ModelMixin) -> Any:
@@ -237,20 +243,33 @@ def make_parallel_config(
 
 
 def unshareable_backend(model: nn.Module) -> tuple[str, Iterable[str]] | None:
-    """An attention backend of a model that cannot share its sequence, and those that can; None if all can.
+    """An attention backend of a model that cannot share its sequence, and those that can; None if all can."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Backends  # private: only where needed
 
-    `_AttentionBackendRegistry` knows, and `_attention_backend` of a processor says which one was chosen for it.
+    for backend in _backends(model):
+        if not Backends._is_context_parallel_available(backend):
+            return backend.value, sorted(Backends._supports_context_parallel)
+    return None
+
+
+def other_backend(model: nn.Module) -> str | None:
+    """An attention backend of a model that does not call torch's `scaled_dot_product_attention`; None if all do."""
+    return next((backend.value for backend in _backends(model) if backend.value not in _TORCH_BACKENDS), None)
+
+
+def _backends(model: nn.Module) -> list[Any]:
+    """The attention backends of a model.
+
+    `_AttentionBackendRegistry` knows them, and `_attention_backend` of a processor says which one was chosen for it.
     """
     from diffusers.models.attention_dispatch import (  # a private class: only where it is needed
         AttentionBackendName,
         _AttentionBackendRegistry,
     )
 
-    for backend in {getattr(m.processor, "_attention_backend", None) for m in _attentions(model)}:
-        known = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else AttentionBackendName(backend)
-        if not _AttentionBackendRegistry._is_context_parallel_available(known):
-            return known.value, sorted(_AttentionBackendRegistry._supports_context_parallel)
-    return None
+    chosen = {getattr(m.processor, "_attention_backend", None) for m in _attentions(model)}
+    usual = _AttentionBackendRegistry.get_active_backend()[0]
+    return [usual if backend is None else AttentionBackendName(backend) for backend in chosen]
 
 
 def _attentions(model: nn.Module) -> list[Any]:

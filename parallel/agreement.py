@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _DIGEST = 8  # bytes of a hash
+_LATENTS = ("sample", "hidden_states", "x")  # arguments of a denoiser
+_PROMPTS = ("encoder_hidden_states", "cap_feats")
 
 
 class DisagreementError(ConfigurationError):
@@ -54,19 +56,19 @@ class Agreement:
             if attention.get(key) is not None:
                 raise ConfigurationError(f"patch_parallel does not support {key}: it refers to the whole image")
         if first:
-            agree(self.world, self._asked(named), latents_of(named).device)
+            agree(self.world, self._asked(named), tensors_in(named)[0].device)
         elif self._passes[name] == 2:
-            agree(self.world, {"the latents after one step": latents_of(named)}, latents_of(named).device)
+            agree(self.world, {"the latents after one step": latents_of(named)}, tensors_in(named)[0].device)
 
     def _asked(self, named: dict[str, Any]) -> dict[str, Any]:
         handle = self.pipeline.acceleration
         models: list[Any] = find_denoisers(self.pipeline)
         scheduler = self.pipeline.scheduler
-        apart = {"sample", "hidden_states", "timestep", "encoder_hidden_states", "return_dict"}
+        apart = {*_LATENTS, *_PROMPTS, "timestep", "t", "return_dict"}
         if any(name.startswith("controlnet") for name in self._passes):  # its own arguments were compared
             apart |= set(RESIDUAL_ARGUMENTS)
         return {
-            "the size or number of images": [*latents_of(named).shape],
+            "the size or number of images": [[*latents.shape] for latents in tensors_in(latents_of(named))],
             "the number of steps": len(self.clock.timesteps),
             "the timesteps": self.clock.timesteps,
             "the scheduler": [type(scheduler).__name__, _settings(scheduler)],
@@ -74,15 +76,15 @@ class Agreement:
             "the way quantized layers compute": [getattr(model, "low_bit_runtime", None) for model in models],
             "the guidance scale": guidance_scale_of(self.pipeline),
             "the features": {name: f.to_dict() for name, f in handle.features.items() if handle.enabled(name)},
-            "the prompt": named.get("encoder_hidden_states"),
+            "the prompt": [named.get(name) for name in _PROMPTS],
             "the conditions": {k: v for k, v in named.items() if k not in apart},
             "the latents": latents_of(named),
         }
 
 
 def latents_of(named: dict[str, Any]) -> Any:
-    """The latents among the arguments of a U-Net or a transformer."""
-    return named["sample"] if "sample" in named else named["hidden_states"]
+    """The latents among the arguments of a U-Net or a transformer: a tensor, or a list with one for each image."""
+    return next(named[name] for name in _LATENTS if name in named)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from diffusion_accel.denoisers import (
     not_splittable,
     reads_every_step,
 )
-from diffusion_accel.diffusers_compat import context_parallel_plan, execution_device
+from diffusion_accel.diffusers_compat import execution_device
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment
 
@@ -21,7 +21,7 @@ from .communicator import Communicator
 from .group import PeerError, join
 from .patch_parallel import PatchParallel
 from .run import PatchRun
-from .setup import install, why_not
+from .setup import install, why_not, why_not_transformers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -40,14 +40,9 @@ def supports(feature: PatchParallel, pipeline: DiffusionPipeline) -> str | None:
     reason = not_a_unet(denoiser)
     if reason is None:
         return not_splittable(denoiser) or reads_every_step(pipeline)
-    name = type(denoiser).__name__
     if "unet" in denoiser_names(pipeline):
         return reason
-    if context_parallel_plan(type(denoiser)) is None:
-        return f"{name} is a transformer, and diffusers has no context-parallel plan for it (enable_parallelism)"
-    if feature.mode != "sync":
-        return f"{name} is a transformer, which is shared exactly: use mode=sync instead of mode={feature.mode}"
-    return None
+    return why_not_transformers(pipeline, feature.mode)
 
 
 def attach(feature: PatchParallel, pipeline: DiffusionPipeline) -> PatchAttachment:
@@ -78,7 +73,9 @@ class PatchAttachment(Attachment[PatchParallel]):
         if world.size == 1:
             return
         share_random_state(world, device)
-        reason = supports(feature, self.pipeline) or why_not(self.pipeline, feature.cfg_parallel, world.size)
+        reason = supports(feature, self.pipeline) or why_not(
+            self.pipeline, feature.cfg_parallel, feature.mode, world.size
+        )
         if reason:
             raise ConfigurationError(f"patch_parallel cannot be used on this pipeline: {reason}")
         communicator = Communicator(world.group, feature.comm_checkpoint)

@@ -20,13 +20,13 @@ from diffusion_accel.denoisers import denoiser_names, find_denoisers
 from diffusion_accel.diffusers_compat import (
     context_parallel_plan,
     make_parallel_config,
-    parallel_config,
     set_parallel_config,
     unshareable_backend,
 )
 from diffusion_accel.hooks import bind_forward, remove_hooks
 
 from .group import World, lost_peer
+from .run import PatchRun
 
 _HOOKS = "cp_"  # how the names of diffusers' hooks for it begin
 _meshes: dict[str, tuple[Any, Any]] = {}  # by type of device: the world's group, and the mesh on it
@@ -38,10 +38,10 @@ def transformers_of(pipeline: Any) -> list[Any]:
 
 
 def why_not_shared(model: Any, ranks: int) -> str | None:
-    """Why a transformer, as it is now, cannot be shared by so many processes; None if it can."""
+    """Why diffusers cannot share a transformer, as it is now, among so many processes; None if it can."""
     name = type(model).__name__
-    if parallel_config(model) is not None:
-        return f"{name} is parallel already, by enable_parallelism; load it without"
+    if context_parallel_plan(type(model)) is None:
+        return f"diffusers has no context-parallel plan for {name}"
     heads = getattr(model.config, "num_attention_heads", None)
     if heads is not None:
         share = -(-heads // ranks)
@@ -74,16 +74,16 @@ def unshare(model: Any) -> None:
 class SharedHook(ModelHook):
     """On a whole transformer: compares what the processes were asked for before the first step, and counts steps."""
 
-    def __init__(self, check: Callable[[dict[str, Any]], None], count: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[dict[str, Any]], None], run: PatchRun) -> None:
         super().__init__()
-        self.check, self.count = check, count
+        self.check, self.run = check, run
 
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """Run the transformer; a message that fails becomes a `PeerError`."""
         self.check(bind_forward(module, args, kwargs))
-        self.count()
         try:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            with self.run.counted():
+                return self.fn_ref.original_forward(*args, **kwargs)
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no type of its own
                 raise

@@ -109,17 +109,15 @@ class DenoiserHook(ModelHook):
             for key in RESIDUAL_ARGUMENTS:
                 if named.get(key) is not None:
                     named[key] = map_tensors(lambda t: own_rows(run, split, t, module), named[key])
-        stale, sent = run.stale_step(), sum(run.communicator.traffic.values())
         peers = tuple(range(half * parts, (half + 1) * parts))
-        with run.running("denoiser", split, peers, exact=not stale, keeps=run.mode in ("displaced", "partial")):
-            output = self.fn_ref.original_forward(**named)
-        run.communicator.flush(sample.device)
-        own = prediction(output)
-        dim = 0 if split is None else split.dim
-        lengths = [len(own)] * parts if split is None else [split.levels[0].rows(p) for p in range(parts)]
-        got = gathered(run, own, dim, lengths * halves, "prediction")
-        run.count_step(stale)
-        run.counters["stale_bytes" if stale else "exact_bytes"] += sum(run.communicator.traffic.values()) - sent
+        with run.counted() as stale:
+            with run.running("denoiser", split, peers, exact=not stale, keeps=run.mode in ("displaced", "partial")):
+                output = self.fn_ref.original_forward(**named)
+            run.communicator.flush(sample.device)
+            own = prediction(output)
+            dim = 0 if split is None else split.dim
+            lengths = [len(own)] * parts if split is None else [split.levels[0].rows(p) for p in range(parts)]
+            got = gathered(run, own, dim, lengths * halves, "prediction")
         whole = [torch.cat(got[h * parts : (h + 1) * parts], dim) for h in range(halves)] if split is not None else got
         if halves == 1:
             return with_prediction(output, whole[0])

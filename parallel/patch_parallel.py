@@ -29,12 +29,13 @@ class PatchParallel(Feature):
       `neighbour_fraction` of its neighbours'; no more is sent, as the tokens of which keys and values are made.
     - "naive": after `warmup` exact steps nothing is exchanged but the prediction.
 
-    Transformers are shared by diffusers' context parallelism (`enable_parallelism`, Ulysses), in mode "sync" only; what
-    it sends is not counted.
+    Of a transformer each process has a range of the tokens. In mode "sync" diffusers' context parallelism does this
+    where it can (`enable_parallelism`, Ulysses; what it sends is not counted), otherwise hooks on the layers that
+    `denoisers.Tokens` names; then the keys and values of self-attention are what is exchanged. "partial" is for U-Nets.
 
     Sources: Li et al., "DistriFusion: Distributed Parallel Inference for High-Resolution Diffusion Models" (CVPR
     2024), section 4; Zhang et al., "Partially Conditioned Patch Parallelism for Accelerated Diffusion Model Inference"
-    (2024), section 4.
+    (2024), section 4; tokens with keys and values of the step before: Fang et al., "PipeFusion" (2024), section 3.
 
     Attributes:
         ranks: how many processes there must be; the command line starts so many. 0: as many as were launched.

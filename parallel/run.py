@@ -89,9 +89,18 @@ class PatchRun:
         """What continues the others' values; None where they are taken as they are, or never of a step before."""
         return self._forecaster if self._keeps else None
 
-    def count_step(self, stale: bool = False) -> None:
-        """Note a pass of the denoiser; only the first of a step counts."""
-        self.counters["stale_steps" if stale else "exact_steps"] += self.clock.call == 0
+    @contextmanager
+    def counted(self) -> Iterator[bool]:
+        """A pass of the denoiser, and what it sends; only the first of a step counts as a step.
+
+        Yields:
+            Whether it uses what the others sent at the step before.
+        """
+        stale, sent = self.stale_step(), sum(self.communicator.traffic.values())
+        yield stale
+        kind = "stale" if stale else "exact"
+        self.counters[f"{kind}_steps"] += self.clock.call == 0
+        self.counters[f"{kind}_bytes"] += sum(self.communicator.traffic.values()) - sent
 
     def key(self, layer: str) -> tuple[str, str, int]:
         """The name of this visit of a layer, which may run several times in a pass, as a model may in a step."""

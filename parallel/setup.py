@@ -9,22 +9,54 @@ from torch import nn
 
 from diffusion_accel.changes import Changes
 from diffusion_accel.denoisers import (
+    denoiser_names,
     entry_layer,
+    family_of,
     find_controlnet,
     find_denoiser,
     not_splittable,
     rows_are_independent,
+    token_layers,
     uses_freeu,
 )
-from diffusion_accel.diffusers_compat import is_offloaded
+from diffusion_accel.diffusers_compat import context_parallel_plan, is_offloaded, other_backend, parallel_config
 from diffusion_accel.hooks import HookSet, model_of
 
 from .context import SharedHook, share, transformers_of, unshare, why_not_shared
 from .model_hooks import DenoiserHook, install_controlnet, install_layers, install_vae
 from .run import PatchRun
+from .token_hooks import install_tokens
 
 
-def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
+def by_diffusers(pipeline: Any, mode: str, ranks: int) -> bool:
+    """Whether diffusers shares the transformers of a pipeline among so many processes, not hooks of our own."""
+    models = transformers_of(pipeline)
+    return mode == "sync" and find_controlnet(pipeline) is None and not any(why_not_shared(m, ranks) for m in models)
+
+
+def why_not_transformers(pipeline: Any, mode: str, ranks: int = 2) -> str | None:
+    """Why neither diffusers nor hooks of our own can share the transformers of a pipeline, as they are now; None if one
+    can."""
+    if by_diffusers(pipeline, mode, ranks):
+        return None
+    for model in transformers_of(pipeline):
+        name = type(model).__name__
+        try:
+            tokens = token_layers(model).tokens
+        except ValueError as error:
+            if context_parallel_plan(type(model)) is None:
+                return str(error)
+            return why_not_shared(model, ranks) or f"{error}; diffusers shares it with mode=sync, without a ControlNet"
+        if mode == "partial":
+            return f"mode=partial is for U-Nets, and {name} is a transformer; use mode=displaced"
+        if (backend := other_backend(model)) is not None:
+            return f"attention backend {backend} of {name} cannot be shared; call set_attention_backend('native')"
+        if find_controlnet(pipeline) is not None and not tokens.controls:
+            return f"{name} cannot be shared with a ControlNet"
+    return family_of(pipeline).whole
+
+
+def why_not(pipeline: Any, cfg_parallel: bool, mode: str, ranks: int) -> str | None:
     """Why this pipeline, as it is now, cannot be called on several processes; None if it can."""
     denoiser: Any = find_denoiser(pipeline)
     shared = transformers_of(pipeline)
@@ -34,8 +66,11 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
         return "its layers are offloaded one by one (sequential offload); use model offload instead"
     if shared and cfg_parallel:
         return "cfg_parallel splits the batch of a U-Net; leave it out for a transformer"
+    for model in shared:
+        if parallel_config(model) is not None:
+            return f"{type(model).__name__} is parallel already, by enable_parallelism; load it without"
     if shared:
-        return next(filter(None, (why_not_shared(model, ranks) for model in shared)), None)
+        return why_not_transformers(pipeline, mode, ranks)
     if uses_freeu(denoiser):
         return "FreeU filters whole feature maps; call disable_freeu() first"
     parts = [m for model in (denoiser, autoencoder) if isinstance(model, nn.Module) for m in model.modules()]
@@ -50,15 +85,17 @@ def why_not(pipeline: Any, cfg_parallel: bool, ranks: int) -> str | None:
 
 def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, vae: bool, check: Any) -> None:
     """Put all hooks of a call on the models of a pipeline."""
-    shared = transformers_of(pipeline)
-    for model in shared:
+    shared, theirs = transformers_of(pipeline), by_diffusers(pipeline, run.mode, run.world.size)
+    for model in shared if theirs else ():
         changes.add(partial(unshare, model))
         share(model, run.world)
     hooks = HookSet.within(changes, "diffusion_accel.patch_parallel")  # behind diffusers' own: removed before those
-    if shared:
-        for model in shared:
-            hooks.add(model, SharedHook(check, run.count_step))
-    else:
+    for name, model in zip(denoiser_names(pipeline), shared, strict=False):
+        if theirs:
+            hooks.add(model, SharedHook(check, run))
+        else:
+            install_tokens(hooks, run, model, name, check)
+    if not shared:
         denoiser: Any = find_denoiser(pipeline)
         install_layers(hooks, run, denoiser, "denoiser", entry_layer(denoiser))
         hooks.add(denoiser, DenoiserHook(run, cfg_parallel, check))

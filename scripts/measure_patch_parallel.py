@@ -2,11 +2,14 @@
 
     python scripts/measure_patch_parallel.py fidelity --ranks 2 4 -o docs/data/patch-parallel.json \
         --images docs/images/patch-parallel.png
+    python scripts/measure_patch_parallel.py fidelity --ranks 2 --model FLUX --scheduler "" --width 96 --height 96 \
+        --steps 28 --call '{"true_cfg_scale": 3, "negative_prompt": ""}'
     python scripts/measure_patch_parallel.py time
 
-`fidelity` draws images with the embedded model at a larger canvas on one process and on several with every setting,
-and compares them (PSNR in dB). `time` runs steps of a U-Net of SD 1.5's shape with random weights, in turn, as one
-process with one thread, two processes with one thread each, and one with two threads, on a quiet machine.
+`fidelity` draws images with a model, the embedded one at a larger canvas if none is named, on one process and on
+several with every setting that is for it, and compares them (PSNR in dB). `time` runs steps of a U-Net of SD 1.5's
+shape with random weights, in turn, as one process with one thread, two processes with one thread each, and one with two
+threads, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -53,16 +56,18 @@ def draw(pipe: Any, options: argparse.Namespace, first: int) -> Any:
         height=options.height,
         generator=generators,
         output_type="pt",
+        **json.loads(options.call),
     ).images.float()
 
 
 def load(options: argparse.Namespace) -> Any:
-    """The embedded pipeline, as every process of a job loads it."""
+    """The pipeline, as every process of a job loads it."""
     from diffusion_accel.pipelines.loading import load_pipeline
     from diffusion_accel.pipelines.schedulers import set_scheduler
 
-    pipe = load_pipeline("sticker")
-    set_scheduler(pipe, options.scheduler)
+    pipe = load_pipeline(options.model)
+    if options.scheduler:
+        set_scheduler(pipe, options.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -78,6 +83,8 @@ def fidelity_worker(options: argparse.Namespace) -> None:
     pipe = load(options)
     rank = int(os.environ.get("RANK", "0"))
     for settings in SETTINGS:
+        if PatchParallel(**settings).supports(pipe) or ("group_norm" in settings and not hasattr(pipe, "unet")):
+            continue
         if options.defaults and not (set(settings) <= {"mode", "warmup", "forecast"} and settings.get("warmup") == 5):
             continue
         accelerate(pipe, PatchParallel(timeout=600.0, **settings))
@@ -128,7 +135,7 @@ def fidelity(options: argparse.Namespace) -> None:
             plain = torch.load(Path(folder) / f"{first}.pt", weights_only=True)
             anchor += psnr(plain, draw(pipe, fewer, first)).tolist()
         print(f"one step fewer: median PSNR {statistics.median(anchor):.2f}", flush=True)
-        names = ("steps", "count", "batch", "width", "height", "scheduler")
+        names = ("model", "steps", "count", "batch", "width", "height", "scheduler", "call")
         flags = [f"--{name}={getattr(options, name)}" for name in names] + ["--defaults"] * options.defaults
         for ranks in options.ranks:
             start(ranks, [__file__, "fidelity-worker", f"--folder={folder}", *flags])
@@ -243,7 +250,9 @@ def main() -> None:
         one.add_argument("--steps", type=int, default=20)
         one.add_argument("--count", type=int, default=4)
         one.add_argument("--batch", type=int, default=4)
-        one.add_argument("--scheduler", default="ddim")
+        one.add_argument("--model", default="sticker")
+        one.add_argument("--scheduler", default="ddim", help='"" for the model\'s own')
+        one.add_argument("--call", default="{}", help="further arguments of the pipeline's call, as JSON")
         one.add_argument("-o", "--output")
         one.add_argument("--images", "--pictures", help="PNG file for a sheet of images")
         text = "the default settings of displaced and partial alone, with and without forecast"

@@ -513,6 +513,40 @@ def aura_flow(shift: float = 1.0) -> Built:
     return pipe, {**text(), **masks, "height": 16, "width": 16, "output_type": "latent"}
 
 
+def pixart() -> Built:
+    from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    transformer = seeded(
+        lambda: PixArtTransformer2DModel(
+            num_layers=2, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, sample_size=8,
+            cross_attention_dim=DIM, caption_channels=DIM, norm_num_groups=4, use_additional_conditions=False,
+        )
+    )  # fmt: skip
+    pipe = PixArtAlphaPipeline(transformer=transformer, vae=vae(), scheduler=ddim(), tokenizer=None, text_encoder=None)
+    mask = torch.ones(1, TOKENS, dtype=torch.long)
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "negative_prompt": None}
+    call = {**text(), **masks, "height": 16, "width": 16, "use_resolution_binning": False}
+    return pipe, {**call, "output_type": "latent"}
+
+
+def z_image() -> Built:
+    """Z-Image: its transformer takes and returns a list, with one latent for each image and branch of guidance."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    transformer = seeded(
+        lambda: ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=DIM,
+            axes_dims=[4, 6, 6], axes_lens=[128, 16, 16],
+        )
+    )  # fmt: skip
+    pipe = ZImagePipeline(
+        transformer=transformer, vae=vae(4), scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=None,
+        tokenizer=None,
+    )  # fmt: skip
+    embeds = {"prompt_embeds": [rand(40, DIM, seed=1)], "negative_prompt_embeds": [rand(5, DIM, seed=2)]}
+    return pipe, {**embeds, "height": 16, "width": 24, "output_type": "latent"}
+
+
 ZOO: dict[str, Callable[[], Built]] = {
     f.__name__: f
     for f in (

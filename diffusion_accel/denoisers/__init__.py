@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ModelFamily,
         Moment,
         PipelineFamily,
+        Tokens,
         family_of,
         model_family,
         reads_every_step,
@@ -82,8 +83,10 @@ if TYPE_CHECKING:
     )
     from .transformer import (
         StreamBlock,
+        TokenLayers,
         residual_stream_blocks,
         stream_blocks,
+        token_layers,
     )
     from .unet import (
         BATCH_ARGUMENTS,
@@ -117,6 +120,8 @@ __all__ = [
     "Moment",
     "PipelineFamily",
     "StreamBlock",
+    "TokenLayers",
+    "Tokens",
     "UNetLayers",
     "UNetStages",
     "asymmetric_convolutions",
@@ -162,6 +167,7 @@ __all__ = [
     "text_norms",
     "time_argument",
     "timestep_kind",
+    "token_layers",
     "told",
     "unet_layers",
     "unet_stages",

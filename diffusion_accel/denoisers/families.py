@@ -117,6 +117,41 @@ KINDS = ("unet", "transformer", "autoencoder", "controlnet")
 PRESETS = ("", "sd", "sdxl", "lsun", "dit")
 
 
+TEXT_PLACES = ("", "first", "last")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How the tokens of a transformer are shared among processes, each of which has a range of them.
+
+    They are cut where they enter the first block; self-attention gets the keys and values of all; they are put
+    together behind `end`. Whatever lies between treats every token by itself.
+
+    Attributes:
+        end: the name of that last layer; its output is (batch, tokens, channels). "*" is each of a list.
+        text: where the sequence of self-attention has tokens of a text beside the image's: "first" or "last". Every
+            process has all of these. "": there are none, and an attention that is given a text attends to it only.
+        positions: of the arguments of the blocks that have a value for every token, the dimension of the tokens; of a
+            tuple, that of each entry, None if it has no such values.
+        controls: arguments of the model with (batch, tokens, channels) that are added between blocks.
+        refused: arguments of the model with which another sequence would be made.
+        lists: the lists that hold the blocks; () for those of `ModelFamily.stream_lists`.
+        argument: of the blocks, the tokens.
+    """
+
+    end: str
+    text: str = ""
+    positions: Mapping[str, int | tuple[int | None, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    controls: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    argument: str = "hidden_states"
+
+    def __post_init__(self) -> None:
+        if self.text not in TEXT_PLACES:
+            raise ConfigurationError(f"text must be one of {', '.join(TEXT_PLACES[1:])} or empty, got {self.text!r}")
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """What a model class is made of.
@@ -130,6 +165,7 @@ class ModelFamily:
             comes as a tensor.
         splittable: its layers look beyond one position only by convolutions, group normalisation and self-attention,
             so they can work on slices of the image that exchange their borders.
+        tokens: of a transformer, how its tokens are shared among processes; None if they cannot be.
         time: what it takes for the timestep, as in `PipelineFamily`; "": not known.
         frames_dim: of a (B, ., ., H, W) sample of a video, the dimension of the frames.
         mag_cache: diffusers' MagCache has ratios for it.
@@ -140,6 +176,7 @@ class ModelFamily:
     stream_lists: tuple[str, ...] = ()
     streams: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     splittable: bool = False
+    tokens: Tokens | None = None
     time: Unit = ""
     frames_dim: int = 2
     mag_cache: bool = False
@@ -312,7 +349,13 @@ def _transformer(lists: str, streams: Mapping[str, tuple[str, ...]], **facts: An
     return ModelFamily("transformer", tuple(lists.split()), MappingProxyType(dict(streams)), **facts)
 
 
+def _rotary(end: str, text: str = "", dim: int = 0, **more: Any) -> Tokens:
+    """Tokens with rotary embeddings, a pair of tensors in which `dim` is that of the tokens."""
+    return Tokens(end, text, MappingProxyType({"image_rotary_emb": dim}), **more)
+
+
 _BASIC = {"BasicTransformerBlock": _ONE}
+_CONTROLS = ("controlnet_block_samples", "controlnet_single_block_samples")
 _MODELS: dict[str, ModelFamily] = {
     # U-Nets and what is built like them
     "UNet2DModel": ModelFamily("unet", splittable=True, preset="lsun"),
@@ -324,43 +367,97 @@ _MODELS: dict[str, ModelFamily] = {
     "AutoencoderKLTemporalDecoder": ModelFamily("autoencoder", splittable=True),
     "ControlNetModel": ModelFamily("controlnet", splittable=True),
     # transformers
-    "AllegroTransformer3DModel": _transformer("transformer_blocks", {"AllegroTransformerBlock": _ONE}),
+    "AllegroTransformer3DModel": _transformer(
+        "transformer_blocks",
+        {"AllegroTransformerBlock": _ONE},
+        tokens=Tokens("proj_out", positions={"image_rotary_emb": (None, -1)}),
+    ),
     "AuraFlowTransformer2DModel": _transformer(
         "joint_transformer_blocks single_transformer_blocks",
         {"AuraFlowJointTransformerBlock": _TEXT_FIRST, "AuraFlowSingleTransformerBlock": _ONE},
+        tokens=Tokens("proj_out", "first"),
     ),
     "ChromaTransformer2DModel": _transformer(
-        _BOTH_LISTS, {"ChromaTransformerBlock": _TEXT_FIRST, "ChromaSingleTransformerBlock": _ONE}
+        _BOTH_LISTS,
+        {"ChromaTransformerBlock": _TEXT_FIRST, "ChromaSingleTransformerBlock": _ONE},
+        tokens=_rotary("proj_out", "first", controls=_CONTROLS),
     ),
-    "CogVideoXTransformer3DModel": _transformer("transformer_blocks", {"CogVideoXBlock": _TEXT_LAST}),
-    "CogView3PlusTransformer2DModel": _transformer("transformer_blocks", {"CogView3PlusTransformerBlock": _TEXT_LAST}),
-    "CogView4Transformer2DModel": _transformer("transformer_blocks", {"CogView4TransformerBlock": _TEXT_LAST}),
-    "DiTTransformer2DModel": _transformer("transformer_blocks", _BASIC),
+    "CogVideoXTransformer3DModel": _transformer(
+        "transformer_blocks", {"CogVideoXBlock": _TEXT_LAST}, tokens=_rotary("proj_out", "first")
+    ),
+    "CogView3PlusTransformer2DModel": _transformer(
+        "transformer_blocks", {"CogView3PlusTransformerBlock": _TEXT_LAST}, tokens=Tokens("proj_out", "first")
+    ),
+    "CogView4Transformer2DModel": _transformer(
+        "transformer_blocks", {"CogView4TransformerBlock": _TEXT_LAST}, tokens=_rotary("proj_out", "first")
+    ),
+    "DiTTransformer2DModel": _transformer("transformer_blocks", _BASIC, tokens=Tokens("proj_out_2")),
     "Flux2Transformer2DModel": _transformer(
-        _BOTH_LISTS, {"Flux2TransformerBlock": _TEXT_FIRST, "Flux2SingleTransformerBlock": _ONE}, mag_cache=True
+        _BOTH_LISTS,
+        {"Flux2TransformerBlock": _TEXT_FIRST, "Flux2SingleTransformerBlock": _ONE},
+        mag_cache=True,
+        tokens=_rotary("proj_out", "first", refused=("kv_cache_mode",)),
     ),
     "FluxTransformer2DModel": _transformer(
         _BOTH_LISTS,
         {"FluxTransformerBlock": _TEXT_FIRST, "FluxSingleTransformerBlock": _TEXT_FIRST},
         time="t/1000",
         mag_cache=True,
+        tokens=_rotary("proj_out", "first", controls=_CONTROLS),
     ),
-    "HunyuanDiT2DModel": _transformer("blocks", {"HunyuanDiTBlock": _ONE}, preset="sd"),
+    "HunyuanDiT2DModel": _transformer(
+        "blocks", {"HunyuanDiTBlock": _ONE}, preset="sd", tokens=_rotary("proj_out", controls=_CONTROLS[:1])
+    ),
     "HunyuanVideoTransformer3DModel": _transformer(
         _BOTH_LISTS,
         {"HunyuanVideoTransformerBlock": _TEXT_LAST, "HunyuanVideoSingleTransformerBlock": _TEXT_LAST},
+        tokens=Tokens("proj_out", "last", {"freqs_cis": 0, "image_rotary_emb": 0}),
     ),
-    "LTXVideoTransformer3DModel": _transformer("transformer_blocks", {"LTXVideoTransformerBlock": _ONE}),
+    "LTXVideoTransformer3DModel": _transformer(
+        "transformer_blocks",
+        {"LTXVideoTransformerBlock": _ONE},
+        tokens=Tokens("norm_out", positions={"image_rotary_emb": 1, "temb": 1}),
+    ),
     "LatteTransformer3DModel": _transformer("transformer_blocks|temporal_transformer_blocks", _BASIC),
-    "Lumina2Transformer2DModel": _transformer("layers", {"Lumina2TransformerBlock": _ONE}),
-    "MochiTransformer3DModel": _transformer("transformer_blocks", {"MochiTransformerBlock": _TEXT_LAST}),
-    "PixArtTransformer2DModel": _transformer("transformer_blocks", _BASIC),
-    "QwenImageTransformer2DModel": _transformer("transformer_blocks", {"QwenImageTransformerBlock": _TEXT_FIRST}),
-    "SD3Transformer2DModel": _transformer("transformer_blocks", {"JointTransformerBlock": _TEXT_FIRST}),
+    "Lumina2Transformer2DModel": _transformer(
+        "layers", {"Lumina2TransformerBlock": _ONE}, tokens=_rotary("norm_out", dim=1)
+    ),
+    "MochiTransformer3DModel": _transformer(
+        "transformer_blocks", {"MochiTransformerBlock": _TEXT_LAST}, tokens=_rotary("proj_out", "last")
+    ),
+    "PixArtTransformer2DModel": _transformer("transformer_blocks", _BASIC, tokens=Tokens("proj_out")),
+    "QwenImageTransformer2DModel": _transformer(
+        "transformer_blocks",
+        {"QwenImageTransformerBlock": _TEXT_FIRST},
+        tokens=Tokens("proj_out", "first", {"image_rotary_emb": (0, None), "modulate_index": 1}, _CONTROLS[:1]),
+    ),
+    "SD3Transformer2DModel": _transformer(
+        "transformer_blocks",
+        {"JointTransformerBlock": _TEXT_FIRST},
+        tokens=Tokens("proj_out", "last", controls=("block_controlnet_hidden_states",)),
+    ),
     "SanaTransformer2DModel": _transformer("transformer_blocks", {"SanaTransformerBlock": _ONE}),
-    "StableAudioDiTModel": _transformer("transformer_blocks", {"StableAudioDiTBlock": _ONE}, preset="sd"),
+    "StableAudioDiTModel": _transformer(
+        "transformer_blocks",
+        {"StableAudioDiTBlock": _ONE},
+        preset="sd",
+        tokens=Tokens("proj_out", positions={"rotary_embedding": 0}),
+    ),
     "Transformer2DModel": _transformer("transformer_blocks", _BASIC),
-    "WanTransformer3DModel": _transformer("blocks", {"WanTransformerBlock": _ONE}),
+    "WanTransformer3DModel": _transformer(
+        "blocks", {"WanTransformerBlock": _ONE}, tokens=Tokens("norm_out", positions={"rotary_emb": 1, "temb": -3})
+    ),
+    "ZImageTransformer2DModel": ModelFamily(
+        "transformer",
+        tokens=Tokens(
+            "all_final_layer.*",
+            "last",
+            {"freqs_cis": 1},
+            refused=("image_noise_mask", "controlnet_block_samples"),
+            lists=("noise_refiner", "layers"),
+            argument="x",
+        ),
+    ),
 }
 #: transformer blocks whose branches (attention, feed-forward) begin where task routing expects them to
 SEPARABLE_BLOCKS = frozenset(

@@ -1,4 +1,4 @@
-"""Transformers: the blocks that add to their streams."""
+"""Transformers: the blocks that add to their streams, and the layers through which their tokens go."""
 
 from __future__ import annotations
 
@@ -9,7 +9,33 @@ from torch import nn
 
 from diffusion_accel.hooks import model_of
 
-from .families import SEPARABLE_BLOCKS, ModelFamily, model_family
+from .families import SEPARABLE_BLOCKS, ModelFamily, Tokens, model_family
+from .find import getattr_path
+
+# Attention processors that hand the queries, keys and values of all tokens to torch's scaled_dot_product_attention, for
+# all rows of the batch or row by row.
+_DOT_PRODUCT_PROCESSORS = frozenset(
+    {
+        "AllegroAttnProcessor2_0",
+        "AttnProcessor2_0",
+        "AuraFlowAttnProcessor2_0",
+        "CogVideoXAttnProcessor2_0",
+        "CogView4AttnProcessor",
+        "Flux2AttnProcessor",
+        "Flux2ParallelSelfAttnProcessor",
+        "FluxAttnProcessor",
+        "HunyuanAttnProcessor2_0",
+        "HunyuanVideoAttnProcessor2_0",
+        "JointAttnProcessor2_0",
+        "LTXVideoAttnProcessor",
+        "Lumina2AttnProcessor2_0",
+        "MochiAttnProcessor2_0",
+        "QwenDoubleStreamAttnProcessor2_0",
+        "StableAudioAttnProcessor2_0",
+        "WanAttnProcessor",
+        "ZSingleStreamAttnProcessor",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,49 @@ def _stream_family(cls: type[nn.Module]) -> ModelFamily | None:
         if family is not None and family.stream_lists:
             return family if base.forward is cls.forward else None
     return None
+
+
+@dataclass(frozen=True)
+class TokenLayers:
+    """The layers of a transformer at which its tokens are shared; see `Tokens`.
+
+    Attributes:
+        blocks: in the order in which `forward` runs them.
+        attentions: those of the blocks, by their name in the model.
+        ends: the layers of which a call runs one, after the blocks.
+    """
+
+    tokens: Tokens
+    blocks: list[nn.Module]
+    attentions: dict[str, nn.Module]
+    ends: list[nn.Module]
+
+
+def token_layers(module: nn.Module) -> TokenLayers:
+    """Where the tokens of a transformer can be shared.
+
+    Raises:
+        ValueError: with the reason if they cannot be, as the model is now.
+    """
+    name = type(module).__name__
+    family = model_family(type(module))
+    if family is None or family.tokens is None:
+        raise ValueError(f"{name} is not a transformer whose tokens are known to be sharable")
+    tokens = family.tokens
+    lists = tokens.lists or tuple(part for names in family.stream_lists for part in names.split("|"))
+    blocks = {f"{part}.{i}": block for part in lists for i, block in enumerate(getattr(module, part))}
+    found: dict[str, Any] = {
+        f"{above}.{below}": part
+        for above, block in blocks.items()
+        for below, part in block.named_modules()
+        if getattr(part, "processor", None) is not None
+    }
+    strange = sorted({type(part.processor).__name__ for part in found.values()} - _DOT_PRODUCT_PROCESSORS)
+    if strange:
+        raise ValueError(f"{name} has attention processors that are not known to work on a part: {', '.join(strange)}")
+    above, each, _ = tokens.end.partition(".*")
+    end: Any = getattr_path(module, above)
+    return TokenLayers(tokens, list(blocks.values()), found, list(end.values()) if each else [end])
 
 
 def residual_stream_blocks(module: nn.Module) -> list[nn.Module]:

@@ -20,6 +20,8 @@ CACHES: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "pab": ("range", (2,), (1000,)),
     "faster-cache": ("range,unconditional range", (2, 5), (1000, 1000)),
 }
+#: those that go by what the first block gets and makes, of which a process of several has a part
+FIRST_BLOCK_CACHES = ("first-block", "mag")
 _NUMBER = r"([0-9]{0,4}(?:\.[0-9]{1,16})?)"
 _TEXT = re.compile(rf"([a-z-]+)(?::{_NUMBER}(?:,{_NUMBER})?)?")
 

@@ -10,7 +10,7 @@ from diffusion_accel.io import printable
 
 from . import reading
 from .auto import Auto
-from .diffusers_cache import DiffusersCache
+from .diffusers_cache import FIRST_BLOCK_CACHES, DiffusersCache
 from .guidance import GuidanceRule, read_guidance
 from .plan import Plan, PlanSource
 from .plan_family import PlanFamily, called, chosen
@@ -132,9 +132,13 @@ class Reuse(Feature):
         return isinstance(self.source, Auto)
 
     def clash(self, other: Feature) -> str | None:
-        """That processes which draw one image would each learn a plan of their own."""
-        if self.learns() and other.name == "patch_parallel":
+        """That processes which draw one image would each learn a plan of their own, or go by their part of it."""
+        if other.name != "patch_parallel":
+            return None
+        if self.learns():
             return "every process would learn a plan of its own; draw without it and give the plan of the report"
+        if isinstance(self.source, DiffusersCache) and self.source.name in FIRST_BLOCK_CACHES:
+            return f"{self.source.name} looks at what the first block of a whole image does; use another plan"
         return None
 
     def parts_branches(self) -> bool:

@@ -17,6 +17,7 @@ from diffusion_accel.parallel.communicator import Communicator
 from diffusion_accel.parallel.group import join
 from diffusion_accel.parallel.model_hooks import DenoiserHook, install_layers
 from diffusion_accel.parallel.run import PatchRun
+from diffusion_accel.parallel.token_hooks import install_tokens
 
 
 @contextmanager
@@ -36,6 +37,18 @@ def split(model: nn.Module, mode: str, cfg: bool = False, **changes: Any) -> Ite
     finally:
         hooks.remove()
         run.communicator.close()
+
+
+@contextmanager
+def shared(model: nn.Module, mode: str, **changes: Any) -> Iterator[PatchRun]:
+    """The same of a transformer, whose tokens are shared."""
+    with split(nn.Module(), mode, **changes) as run:
+        hooks = HookSet("test.tokens")
+        install_tokens(hooks, run, model, "model", lambda named: None)
+        try:
+            yield run
+        finally:
+            hooks.remove()
 
 
 def warm(mode: str) -> dict[str, int]:

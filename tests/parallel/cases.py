@@ -9,11 +9,12 @@ import exact_cases
 import failure_cases
 import pipeline_cases
 import stale_cases
+import token_cases
 import zoo
 from case_tools import exact
 
 Case = Callable[[int, int], None]
-FILES = (exact_cases, stale_cases, pipeline_cases, failure_cases)
+FILES = (token_cases, exact_cases, stale_cases, pipeline_cases, failure_cases)
 SUPPORTED = [kind for kind in zoo.ZOO if kind != "unet2d_skip"]
 
 

@@ -22,7 +22,8 @@ EVERY_SIZE = """
 """.split()
 WITH_AND_WITHOUT_A_MIDDLE = """
     naive_is_every_part_by_itself counted_bytes a_dry_run_counts_the_same_bytes group_norm_is_chans_formula
-    sync_other_convolutions impossible_requests_are_refused transformers_share_their_sequence
+    sync_other_convolutions impossible_requests_are_refused transformers_share_their_sequence tokens_of_pipelines
+    displaced_attention_uses_the_step_before counted_token_bytes
 """.split()
 PLAN = {
     4: ["partial_sends_less", "cfg_split_is_batched_guidance"],
@@ -33,6 +34,7 @@ PLAN = {
         "displaced_pipeline",
         "partial_is_masked_attention",
         "sync_svd",
+        "tokens_of_every_transformer",
     ],
     2: """
         sync_float32_sd sync_float32_sdxl sync_float32_svd sync_float32_controlnet sync_float32_sd_batch
@@ -41,7 +43,8 @@ PLAN = {
         sync_svd partial_with_whole_neighbours_is_displaced partial_in_columns
         cfg_split_is_batched_guidance
         images_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
-        quantized_layers noise_without_a_generator different_arguments_are_named an_exception_leaves_nothing
+        quantized_layers noise_without_a_generator tokens_that_cannot_be_shared_are_refused tokens_with_reuse
+        different_arguments_are_named an_exception_leaves_nothing
     """.split(),
 }
 PLAN = {
@@ -159,16 +162,32 @@ def test_settings_are_checked() -> None:
 
 
 def test_transformers_that_cannot_be_shared_are_refused() -> None:
-    import zoo
+    import diffusers
+    from transformers_zoo import CASES
 
-    from diffusion_accel import accelerate
-    from diffusion_accel.errors import UnsupportedPipelineError
+    from diffusion_accel.errors import ConfigurationError
     from diffusion_accel.parallel import PatchParallel
+    from diffusion_accel.parallel.token_hooks import split_tokens
 
-    with pytest.raises(UnsupportedPipelineError, match="no context-parallel plan"):
-        accelerate(zoo.dit()[0], PatchParallel(mode="sync"))
-    with pytest.raises(UnsupportedPipelineError, match="mode=sync instead of mode=partial"):
-        accelerate(zoo.flux()[0], PatchParallel(mode="partial"))
+    class Bare(diffusers.DiffusionPipeline):  # type: ignore[misc]
+        def __init__(self, transformer: object) -> None:
+            super().__init__()
+            self.register_modules(transformer=transformer)
+
+    def said(case: str, mode: str, **changes: object) -> str | None:
+        name, config, _ = CASES[case]
+        model = getattr(diffusers, name)(**{**config, **changes})
+        if mode == "flex":
+            model.set_attention_backend(mode)
+        return PatchParallel(mode="displaced" if mode == "flex" else mode).supports(Bare(model))
+
+    for mode in ("sync", "displaced", "naive"):
+        assert said("sd3", mode) is None and said("flux", mode) is None and said("ltx", mode) is None
+    assert "whose tokens are known" in (said("sana", "sync") or "")
+    assert "mode=partial is for U-Nets, and FluxTransformer2DModel" in (said("flux", "partial") or "")
+    assert "attention backend flex of FluxTransformer2DModel" in (said("flux", "flex") or "")
+    with pytest.raises(ConfigurationError, match="2 tokens are too few for 3 processes"):
+        split_tokens(2, 3, 0)
 
 
 def test_pipelines_that_look_at_the_whole_image_are_refused() -> None:

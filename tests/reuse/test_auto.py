@@ -266,6 +266,8 @@ def test_a_comparison_is_with_what_follows_the_first_call() -> None:
 def test_processes_that_draw_one_image_do_not_learn() -> None:
     reason = Reuse(plan="auto").clash(PatchParallel())
     assert reason and "plan of its own" in reason
+    for cache, refused in (("first-block:0.1", True), ("mag", True), ("taylorseer", False)):
+        assert ("first block" in (Reuse(plan=cache).clash(PatchParallel()) or "")) == refused
     assert Reuse(plan="hold:2").clash(PatchParallel()) is None and Reuse(plan="auto").clash(Reuse()) is None
 
 

@@ -86,24 +86,6 @@ def instruct() -> zoo.Built:
     return pipe, {**call, "output_type": "latent"}
 
 
-def pixart() -> zoo.Built:
-    from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
-
-    transformer = zoo.seeded(
-        lambda: PixArtTransformer2DModel(
-            num_layers=1, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, sample_size=8,
-            cross_attention_dim=zoo.DIM, caption_channels=zoo.DIM, norm_num_groups=4, use_additional_conditions=False,
-        )
-    )  # fmt: skip
-    pipe = PixArtAlphaPipeline(
-        transformer=transformer, vae=zoo.vae(), scheduler=zoo.ddim(), tokenizer=None, text_encoder=None
-    )
-    mask = torch.ones(1, zoo.TOKENS, dtype=torch.long)
-    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "negative_prompt": None}
-    call = {**zoo.text(), **masks, "height": 16, "width": 16, "use_resolution_binning": False}
-    return pipe, {**call, "output_type": "latent"}
-
-
 def cogvideox() -> zoo.Built:
     """Its latents are (B, F, C, H, W)."""
     from diffusers import (
@@ -158,7 +140,7 @@ PIPELINES: dict[str, Callable[[], zoo.Built]] = {
     "auraflow": zoo.aura_flow,
     "wan": lambda: zoo.wan(two=False),
     "cogvideox": cogvideox,
-    "pixart": pixart,
+    "pixart": zoo.pixart,
     "animatediff": zoo.animatediff,
     "pixels": pixels,
     "three branches": instruct,
@@ -210,7 +192,7 @@ def test_in_bfloat16() -> None:
     says_the_same(recorded((pipe, call)), 0.05)
 
 
-@pytest.mark.parametrize("build", [zoo.sd, zoo.sdxl, zoo.dit, zoo.sd3, pixart], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [zoo.sd, zoo.sdxl, zoo.dit, zoo.sd3, zoo.pixart], ids=lambda build: build.__name__)
 def test_the_branches_of_guidance_are_told_apart(build: Callable[[], zoo.Built]) -> None:
     """Of four times the difference three are added to the conditional prediction; of six, five."""
     some, more = recorded(build(), guidance_scale=4.0), recorded(build(), guidance_scale=6.0)
