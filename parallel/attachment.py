@@ -42,7 +42,7 @@ def supports(feature: PatchParallel, pipeline: DiffusionPipeline) -> str | None:
         return not_splittable(denoiser) or reads_every_step(pipeline)
     if "unet" in denoiser_names(pipeline):
         return reason
-    return why_not_transformers(pipeline, feature.mode)
+    return why_not_transformers(pipeline, feature.cfg_parallel, feature.mode)
 
 
 def attach(feature: PatchParallel, pipeline: DiffusionPipeline) -> PatchAttachment:

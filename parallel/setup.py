@@ -28,16 +28,17 @@ from .run import PatchRun
 from .token_hooks import install_tokens
 
 
-def by_diffusers(pipeline: Any, mode: str, ranks: int) -> bool:
+def by_diffusers(pipeline: Any, cfg_parallel: bool, mode: str, ranks: int) -> bool:
     """Whether diffusers shares the transformers of a pipeline among so many processes, not hooks of our own."""
-    models = transformers_of(pipeline)
-    return mode == "sync" and find_controlnet(pipeline) is None and not any(why_not_shared(m, ranks) for m in models)
+    if cfg_parallel or mode != "sync" or find_controlnet(pipeline) is not None:
+        return False
+    return not any(why_not_shared(model, ranks) for model in transformers_of(pipeline))
 
 
-def why_not_transformers(pipeline: Any, mode: str, ranks: int = 2) -> str | None:
+def why_not_transformers(pipeline: Any, cfg_parallel: bool, mode: str, ranks: int = 2) -> str | None:
     """Why neither diffusers nor hooks of our own can share the transformers of a pipeline, as they are now; None if one
     can."""
-    if by_diffusers(pipeline, mode, ranks):
+    if by_diffusers(pipeline, cfg_parallel, mode, ranks):
         return None
     for model in transformers_of(pipeline):
         name = type(model).__name__
@@ -46,7 +47,7 @@ def why_not_transformers(pipeline: Any, mode: str, ranks: int = 2) -> str | None
         except ValueError as error:
             if context_parallel_plan(type(model)) is None:
                 return str(error)
-            return why_not_shared(model, ranks) or f"{error}; diffusers shares it with mode=sync, without a ControlNet"
+            return why_not_shared(model, ranks) or f"{error}; diffusers shares it with mode=sync and nothing else"
         if mode == "partial":
             return f"mode=partial is for U-Nets, and {name} is a transformer; use mode=displaced"
         if (backend := other_backend(model)) is not None:
@@ -64,20 +65,18 @@ def why_not(pipeline: Any, cfg_parallel: bool, mode: str, ranks: int) -> str | N
     models = shared or [denoiser]
     if any(is_offloaded(m) for d in models for m in d.modules() if m is not d):
         return "its layers are offloaded one by one (sequential offload); use model offload instead"
-    if shared and cfg_parallel:
-        return "cfg_parallel splits the batch of a U-Net; leave it out for a transformer"
+    if cfg_parallel and ranks % 2:
+        return f"cfg_parallel needs an even number of processes, this job has {ranks}"
     for model in shared:
         if parallel_config(model) is not None:
             return f"{type(model).__name__} is parallel already, by enable_parallelism; load it without"
     if shared:
-        return why_not_transformers(pipeline, mode, ranks)
+        return why_not_transformers(pipeline, cfg_parallel, mode, ranks)
     if uses_freeu(denoiser):
         return "FreeU filters whole feature maps; call disable_freeu() first"
     parts = [m for model in (denoiser, autoencoder) if isinstance(model, nn.Module) for m in model.modules()]
     if any(getattr(m, "fused_projections", False) for m in parts):
         return "query, key and value projections are fused; call unfuse_qkv_projections() first"
-    if cfg_parallel and ranks % 2:
-        return f"cfg_parallel needs an even number of processes, this job has {ranks}"
     if cfg_parallel and not rows_are_independent(denoiser):
         return "cfg_parallel splits the batch, but an attention processor looks at other rows of it"
     return None
@@ -85,7 +84,7 @@ def why_not(pipeline: Any, cfg_parallel: bool, mode: str, ranks: int) -> str | N
 
 def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, vae: bool, check: Any) -> None:
     """Put all hooks of a call on the models of a pipeline."""
-    shared, theirs = transformers_of(pipeline), by_diffusers(pipeline, run.mode, run.world.size)
+    shared, theirs = transformers_of(pipeline), by_diffusers(pipeline, cfg_parallel, run.mode, run.world.size)
     for model in shared if theirs else ():
         changes.add(partial(unshare, model))
         share(model, run.world)
@@ -94,7 +93,7 @@ def install(changes: Changes, run: PatchRun, pipeline: Any, cfg_parallel: bool, 
         if theirs:
             hooks.add(model, SharedHook(check, run))
         else:
-            install_tokens(hooks, run, model, name, check)
+            install_tokens(hooks, run, model, name, cfg_parallel, check)
     if not shared:
         denoiser: Any = find_denoiser(pipeline)
         install_layers(hooks, run, denoiser, "denoiser", entry_layer(denoiser))

@@ -17,22 +17,25 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from diffusion_accel.denoisers import Tokens, token_layers
+from diffusion_accel.denoisers import Tokens, prediction, token_layers, with_prediction
 from diffusion_accel.errors import CallStateError, ConfigurationError
 from diffusion_accel.hooks import HookSet, bind_forward, map_tensors, tensors_in
 
+from .agreement import latents_of
 from .geometry import Level, Split
-from .model_hooks import gathered
 from .run import PatchRun
 
 TOKENS = 1  # their dimension in (batch, tokens, channels)
 
 
-def install_tokens(hooks: HookSet, run: PatchRun, model: nn.Module, name: str, check: Any) -> None:
+def install_tokens(
+    hooks: HookSet, run: PatchRun, model: nn.Module, name: str, cfg_parallel: bool, check: Callable[..., None]
+) -> None:
     """Put the hooks on a transformer that `token_layers` knows.
 
     Args:
         name: of the model, goes before the layers' names.
+        cfg_parallel: halves of the processes take halves of the batch.
         check: called with the arguments of the call, before anything is exchanged.
     """
     layers = token_layers(model)
@@ -44,7 +47,7 @@ def install_tokens(hooks: HookSet, run: PatchRun, model: nn.Module, name: str, c
         hooks.add(attention, TokenAttentionHook(run, f"{name}.{where}", tokens.text))
     for end in layers.ends:
         hooks.add(end, EndHook(run, f"{name}.{tokens.end}", tokens.text))
-    hooks.add(model, TokenDenoiserHook(run, name, tokens, check))
+    hooks.add(model, TokenDenoiserHook(run, name, tokens, cfg_parallel, check))
 
 
 def split_tokens(count: int, parts: int, part: int) -> Split:
@@ -58,11 +61,11 @@ def split_tokens(count: int, parts: int, part: int) -> Split:
 def own_tokens(split: Split, x: torch.Tensor, dim: int, text: str) -> torch.Tensor:
     """This part of a tensor that has a value for every token of the image, and those of a text beside it.
 
-    One with fewer values than the image has tokens (one for all, or this part already) stays.
+    One with another number of values (one for all, or those of this part already) stays.
     """
     level = split.levels[0]
     more = x.shape[dim] - level.size
-    if more < 0:
+    if more < 0 or (more and not text):
         return x
     low, high = level.slice(split.part)
     begin = more if text == "first" else 0
@@ -89,14 +92,20 @@ def of_all_parts(
 
 
 class TokenDenoiserHook(ModelHook):
-    """On the transformer: compares what the processes were asked for, and says which steps are exact."""
+    """On the transformer: compares what the processes were asked for, and says which steps are exact.
 
-    def __init__(self, run: PatchRun, name: str, tokens: Tokens, check: Callable[[dict[str, Any]], None]) -> None:
+    With `cfg_parallel` the first half of the ranks takes the first half of the batch, the second half the other, and
+    each half shares the tokens among its ranks.
+    """
+
+    def __init__(
+        self, run: PatchRun, name: str, tokens: Tokens, cfg_parallel: bool, check: Callable[..., None]
+    ) -> None:
         super().__init__()
-        self.run, self.name, self.tokens, self.check = run, name, tokens, check
+        self.run, self.name, self.tokens, self.cfg_parallel, self.check = run, name, tokens, cfg_parallel, check
 
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
-        """Run the transformer on this process's tokens."""
+        """Run the transformer on this process's tokens, and return the whole prediction."""
         run, world = self.run, self.run.world
         named = bind_forward(module, args, kwargs)
         self.check(named)
@@ -105,19 +114,50 @@ class TokenDenoiserHook(ModelHook):
                 raise ConfigurationError(
                     f"patch_parallel cannot share {type(module).__name__} with {name}; leave it out"
                 )
+        rows = len(latents_of(named))
+        halves = 2 if self.cfg_parallel and rows % 2 == 0 else 1
+        parts = world.size // halves
+        half, part = divmod(world.rank, parts)
+        if halves == 2:
+            named = batch_half(named, rows, half)
         for name in self.tokens.controls:
-            if named.get(name) is not None:
-                named[name] = map_tensors(self._cut, named[name])
+            if parts > 1 and named.get(name) is not None:
+                named[name] = map_tensors(
+                    lambda t: own_tokens(split_tokens(t.shape[TOKENS], parts, part), t, TOKENS, ""), named[name]
+                )
+        peers = tuple(range(half * parts, (half + 1) * parts))
         with run.counted() as stale:
-            peers = tuple(range(world.size))
             with run.running(self.name, None, peers, exact=not stale, keeps=run.mode == "displaced"):
                 output = self.fn_ref.original_forward(**named)
             run.communicator.flush(tensors_in(named)[0].device)
-        return output
+            return output if halves == 1 else self._both(output, half, parts)
 
-    def _cut(self, x: torch.Tensor) -> torch.Tensor:
-        world = self.run.world
-        return own_tokens(split_tokens(x.shape[TOKENS], world.size, world.rank), x, TOKENS, "")
+    def _both(self, output: Any, half: int, parts: int) -> Any:
+        """The predictions of both halves of the batch, each a tensor or a list of one for each row."""
+        run = self.run
+        own: Any = prediction(output)
+        listed = isinstance(own, list)
+        mine = torch.stack(own) if listed else own.contiguous()
+        mate = run.world.rank + (parts if half == 0 else -parts)
+        what = ("output", f"{self.name}.prediction")
+        theirs = run.communicator.swap(what, {mate: mine}, {mate: tuple(mine.shape)}, mine)[mate]
+        whole: Any = torch.cat([mine, theirs] if half == 0 else [theirs, mine])
+        if listed:
+            whole = list(whole)
+        return with_prediction(output, whole)
+
+
+def batch_half(named: dict[str, Any], rows: int, half: int) -> dict[str, Any]:
+    """The arguments of a transformer for one half of its batch: of every tensor with so many rows, or every list where
+    the latents are one."""
+    listed = isinstance(latents_of(named), list)
+
+    def cut(value: Any) -> Any:
+        if listed and isinstance(value, list):
+            return value[half * rows // 2 : (half + 1) * rows // 2]
+        return map_tensors(lambda t: t.chunk(2)[half] if t.dim() and t.shape[0] == rows else t, value)
+
+    return {name: cut(value) for name, value in named.items()}
 
 
 class BlockHook(ModelHook):
@@ -131,9 +171,9 @@ class BlockHook(ModelHook):
         """The arguments for this process's tokens."""
         run, tokens = self.run, self.tokens
         named = bind_forward(module, args, kwargs)
-        if self.first:
-            whole = named[tokens.argument]
-            split = run.split = split_tokens(whole.shape[TOKENS], run.world.size, run.world.rank)
+        if self.first and len(run.peers) > 1:
+            whole, part = named[tokens.argument], run.peers.index(run.world.rank)
+            split = run.split = split_tokens(whole.shape[TOKENS], len(run.peers), part)
             named[tokens.argument] = own_tokens(split, whole, TOKENS, "")
         if run.split is not None:
             for name, dims in tokens.positions.items():
@@ -227,7 +267,8 @@ class TokenAttentionHook(ModelHook):
             shape[dim] = split.levels[0].rows(part)
             shapes[part] = tuple(shape)
         sends = dict.fromkeys(shapes, own)
-        return run.exchange(("attention", self.name + of), sends, shapes, own, own=of or None)[0]
+        kept = () if of else None  # of what is kept with a message the others' is not forecast
+        return run.exchange(("attention", self.name + of), sends, shapes, own, own=kept)[0]
 
 
 class DotProduct(TorchFunctionMode):
@@ -256,8 +297,10 @@ class EndHook(ModelHook):
         run, split = self.run, self.run.split
         if split is None:
             return output
-        level, run.split = split.levels[0], None
+        level = split.levels[0]
         text = output.shape[TOKENS] - level.rows(split.part)
-        own = image_tokens(output, TOKENS, text, self.text)
-        parts = gathered(run, own, TOKENS, [level.rows(part) for part in range(split.parts)], self.name)
-        return of_all_parts(split, output, dict(enumerate(parts)), TOKENS, text, self.text)
+        own = image_tokens(output, TOKENS, text, self.text).contiguous()
+        shapes = {part: (len(own), level.rows(part), own.shape[-1]) for part in run.others()}
+        others = run.swap(("output", self.name), dict.fromkeys(shapes, own), shapes, own)
+        run.split = None
+        return of_all_parts(split, output, others, TOKENS, text, self.text)

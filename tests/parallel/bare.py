@@ -40,11 +40,11 @@ def split(model: nn.Module, mode: str, cfg: bool = False, **changes: Any) -> Ite
 
 
 @contextmanager
-def shared(model: nn.Module, mode: str, **changes: Any) -> Iterator[PatchRun]:
+def shared(model: nn.Module, mode: str, cfg: bool = False, **changes: Any) -> Iterator[PatchRun]:
     """The same of a transformer, whose tokens are shared."""
     with split(nn.Module(), mode, **changes) as run:
         hooks = HookSet("test.tokens")
-        install_tokens(hooks, run, model, "model", lambda named: None)
+        install_tokens(hooks, run, model, "model", cfg, lambda named: None)
         try:
             yield run
         finally:

@@ -26,7 +26,7 @@ WITH_AND_WITHOUT_A_MIDDLE = """
     displaced_attention_uses_the_step_before counted_token_bytes
 """.split()
 PLAN = {
-    4: ["partial_sends_less", "cfg_split_is_batched_guidance"],
+    4: ["partial_sends_less", "cfg_split_is_batched_guidance", "tokens_of_branches"],
     3: [
         "sync_sd_batch",
         "sync_sd_without_guidance",
@@ -44,6 +44,7 @@ PLAN = {
         cfg_split_is_batched_guidance
         images_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
         quantized_layers noise_without_a_generator tokens_that_cannot_be_shared_are_refused tokens_with_reuse
+        tokens_of_branches
         different_arguments_are_named an_exception_leaves_nothing
     """.split(),
 }

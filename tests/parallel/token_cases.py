@@ -153,6 +153,19 @@ def tokens_with_reuse(rank: int, size: int) -> None:
         assert torch.isfinite(zoo.run(pipe, call, 4)).all()
 
 
+def tokens_of_branches(rank: int, size: int) -> None:
+    """The two halves of the batch on two halves of the processes: with two, only the prediction is sent, and no step is
+    inexact."""
+    for kind in ("sd3", "z_image", "pixart", "dit")[: 4 if size == 2 else 2]:
+        pipe, call = getattr(zoo, kind)()
+        plain = once(lambda pipe=pipe, call=call: zoo.run(pipe, call, 3))
+        accelerate(pipe, parallel(cfg_parallel=True, mode="displaced" if size == 2 else "sync", warmup=1))
+        close(zoo.run(pipe, call, 3), plain)
+        layers = pipe.acceleration.report().details["patch_parallel"]
+        own = {layer for layer in layers if layer.startswith("transformer.")}
+        assert (own == {"transformer.prediction"}) == (size == 2) and "transformer.prediction" in own, own
+
+
 def counted_token_bytes(rank: int, size: int) -> None:
     """By layer: keys and values of all own tokens to every other process, and the tokens of the last layer."""
     model, call = built("sd3")  # 4 blocks of 16 channels, 16 tokens with 16 numbers at the end, batches of 2
