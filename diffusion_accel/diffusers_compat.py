@@ -243,7 +243,8 @@ def make_parallel_config(
 
 
 def unshareable_backend(model: nn.Module) -> tuple[str, Iterable[str]] | None:
-    """An attention backend of a model that cannot share its sequence, and those that can; None if all can."""
+    """An attention backend of a model that cannot share its sequence, and those that can
+    (`_supports_context_parallel`); None if all can."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Backends  # private: only where needed
 
     for backend in _backends(model):

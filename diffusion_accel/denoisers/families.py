@@ -136,6 +136,7 @@ class Tokens:
         controls: arguments of the model with (batch, tokens, channels) that are added between blocks.
         refused: arguments of the model with which another sequence would be made.
         lists: the lists that hold the blocks; () for those of `ModelFamily.stream_lists`.
+        blocks: the classes of block; () for those of `ModelFamily.streams`.
         argument: of the blocks, the tokens.
     """
 
@@ -145,6 +146,7 @@ class Tokens:
     controls: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
     argument: str = "hidden_states"
 
     def __post_init__(self) -> None:
@@ -455,6 +457,7 @@ _MODELS: dict[str, ModelFamily] = {
             {"freqs_cis": 1},
             refused=("image_noise_mask", "controlnet_block_samples"),
             lists=("noise_refiner", "layers"),
+            blocks=("ZImageTransformerBlock",),
             argument="x",
         ),
     ),

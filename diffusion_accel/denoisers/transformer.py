@@ -112,6 +112,9 @@ def token_layers(module: nn.Module) -> TokenLayers:
     tokens = family.tokens
     lists = tokens.lists or tuple(part for names in family.stream_lists for part in names.split("|"))
     blocks = {f"{part}.{i}": block for part in lists for i, block in enumerate(getattr(module, part))}
+    unknown = sorted({type(block).__name__ for block in blocks.values()} - set(family.streams or tokens.blocks))
+    if unknown:
+        raise ValueError(f"{name} has blocks that are not known to this toolkit: {', '.join(unknown)}")
     found: dict[str, Any] = {
         f"{above}.{below}": part
         for above, block in blocks.items()

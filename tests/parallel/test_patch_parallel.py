@@ -185,6 +185,8 @@ def test_transformers_that_cannot_be_shared_are_refused() -> None:
     for mode in ("sync", "displaced", "naive"):
         assert said("sd3", mode) is None and said("flux", mode) is None and said("ltx", mode) is None
     assert "whose tokens are known" in (said("sana", "sync") or "")
+    replaced = said("hunyuan_video", "sync", image_condition_type="token_replace") or ""
+    assert "blocks that are not known to this toolkit: HunyuanVideoTokenReplace" in replaced
     assert "mode=partial is for U-Nets, and FluxTransformer2DModel" in (said("flux", "partial") or "")
     assert "attention backend flex of FluxTransformer2DModel" in (said("flux", "flex") or "")
     with pytest.raises(ConfigurationError, match="2 tokens are too few for 3 processes"):
