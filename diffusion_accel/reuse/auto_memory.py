@@ -34,7 +34,7 @@ def place() -> Path | None:
 
 def recall(about: str) -> dict[str, tuple[Candidate, ...]]:
     """What is known about calls whose key begins with `about`, by the rest of the key."""
-    known = _read(about) | {key: found for key, found in _here.items() if key.startswith(about)}
+    known = _read(about) | {key: found for key, found in list(_here.items()) if key.startswith(about)}
     return {key.removeprefix(about): found for key, found in known.items()}
 
 

@@ -100,6 +100,7 @@ class Collector:
         most: rows of a batch at most; a single call may have more.
         wait: seconds at most; None: what was measured says how long, 5 ms where nothing was.
         activate: called before a batch with the adapters that it is drawn with, if they are others than before.
+        doubling: a batch has 1, 2, 4, 8, … rows: each number of rows is a graph of its own where models are compiled.
 
     Attributes:
         curves: by kind of call, what rows of it cost.
@@ -108,9 +109,13 @@ class Collector:
     """
 
     def __init__(
-        self, most: int = 16, wait: float | None = None, activate: Callable[[Adapters], None] | None = None
+        self,
+        most: int = 16,
+        wait: float | None = None,
+        activate: Callable[[Adapters], None] | None = None,
+        doubling: bool = False,
     ) -> None:
-        self.most, self.wait, self._activate = most, wait, activate
+        self.most, self.wait, self._activate, self._doubling = most, wait, activate, doubling
         self.curves: dict[Any, Curve] = {}
         self.calls: Counter[str] = Counter()
         self.batches: Counter[tuple[str, int]] = Counter()
@@ -232,6 +237,8 @@ class Collector:
             if one is not first and not one.ticket.measuring and rows + one.rows <= cap:
                 group.append(one)
                 rows += one.rows
+        while self._doubling and len(group) > 1 and rows & (rows - 1):
+            rows -= group.pop().rows
         return group
 
     def _worth_waiting(self, group: list[_Waiting]) -> float:

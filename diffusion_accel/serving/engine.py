@@ -106,7 +106,8 @@ class Engine:
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} cannot be served: {reason}")
         self.running, self.queue = running, queue
         self._adapters = Adapters(self.pipe, {} if loras is None else loras, loras_kept)
-        if self._adapters.files and any(f.of_the_model for f in _enabled(self.pipe).values()):
+        compiled = any(feature.of_the_model for feature in _enabled(self.pipe).values())
+        if self._adapters.files and compiled:
             raise ConfigurationError("a compiled model takes no LoRAs: give the pipeline without, or no loras")
         #: what requests that name no features are drawn with, by name
         self.features: dict[str, Feature] = {n: f for n, f in _enabled(self.pipe).items() if not f.of_the_model}
@@ -124,7 +125,7 @@ class Engine:
         except BaseException:
             self._changes.undo()
             raise
-        self._collector = Collector(most_rows, None if wait is None else wait / 1000, self._adapters.activate)
+        self._collector = Collector(most_rows, None if wait is None else wait / 1000, self._adapters.activate, compiled)
         self._changed = threading.Condition()
         self._queued: deque[Handle] = deque()
         self._at_work: set[Handle] = set()

@@ -80,6 +80,12 @@ def test_one_batch_up_to_the_limit(requests: Requests) -> None:
     assert model.calls[3:] == [3]
 
 
+def test_batches_that_double(requests: Requests) -> None:
+    model, requests.collector._doubling = Model(), True
+    assert results(requests.ask(model, [1, 2, 3])) == [2, 4, 6]
+    assert sorted(model.calls) == [1, 1, 2]  # one of them compared
+
+
 def test_a_call_with_more_rows_than_the_limit(requests: Requests) -> None:
     (found,) = requests.ask(Model(), [torch.ones(9, 2)])
     assert found.result(TIMEOUT).shape == (9, 2)
