@@ -71,6 +71,7 @@ class TaskRoutingAttachment(Attachment[TaskRouting]):
     def __init__(self, feature: TaskRouting, pipeline: DiffusionPipeline) -> None:
         super().__init__(feature, pipeline)
         self._counters: dict[str, float] = {}
+        self._elsewhere = False  # the blocks are routed in the models that compute for this pipeline
         for denoiser in find_denoisers(pipeline):
             trained, recipe = trained_recipe(denoiser), self._recipe(denoiser)
             if recipe != trained and recipe.beta < 1:
@@ -81,8 +82,16 @@ class TaskRoutingAttachment(Attachment[TaskRouting]):
         trained = trained_recipe(denoiser)
         return self.feature.recipe(trained or Recipe(time=timestep_kind(self.pipeline, denoiser)))
 
+    def shared(self, pipeline: DiffusionPipeline) -> TaskRoutingAttachment:
+        """The same for another pipeline, whose calls are computed with denoisers that are routed already."""
+        other = super().shared(pipeline)
+        other._elsewhere = True
+        return other
+
     def before_call(self, _clock: StepClock) -> None:
         """Put the hooks on every denoiser, each with its own recipe."""
+        if self._elsewhere:
+            return
         reason = supports(self.feature, self.pipeline)  # the user may have replaced the denoiser since accelerate()
         if reason:
             raise ConfigurationError(f"task_routing cannot be used on this pipeline any more: {reason}")

@@ -371,7 +371,7 @@ class Collector:
         while call.rows and times * call.rows <= max(self.most, call.rows) and isinstance(call.key, tuple):
             try:
                 run_together(function, [call] * times)  # the first time memory is made, or a graph compiled
-                each = [timed(functools.partial(run_together, function, [call] * times))[1] for _ in range(2)]
+                each = [timed(functools.partial(run_together, function, [call] * times))[1] for _ in range(3)]
             except Exception as error:
                 logger.info("%s: %d rows cannot be computed together (%r)", one.what, times * call.rows, error)
                 break

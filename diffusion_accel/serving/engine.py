@@ -184,7 +184,7 @@ class Engine:
         if isinstance(request, Request):
             check_drawable(chosen.pipe)
             check_requests(chosen.pipe, [request])
-        elif unknown := sorted(set(request) - set(call_parameters(chosen.pipe))):
+        elif "kwargs" not in (known := call_parameters(chosen.pipe)) and (unknown := sorted(set(request) - {*known})):
             raise ConfigurationError(f"{type(chosen.pipe).__name__} does not take {', '.join(unknown)}")
         handle = Handle(
             request=request,
@@ -384,6 +384,8 @@ def _unservable(pipe: Any) -> str | None:
     models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     if any(has_offload_hook(module) for model in models for module in model.modules()):
         return "its models are offloaded or spread over devices; keep them where they compute"
+    if any(getattr(model, "is_cache_enabled", False) for model in models):
+        return "a cache of diffusers is enabled on its model, for all requests at once; name it in Reuse(plan=...)"
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes draw together; run one engine in each, and share the requests among them"
     return None

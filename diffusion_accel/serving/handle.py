@@ -47,7 +47,8 @@ class Served(Drawn):
     Attributes:
         images: what the pipeline returned as such: a tensor with `output_type="latent"`; its whole output where that
             has no images (videos, sound).
-        alone: features that keep values inside of the denoiser, for which its calls ran alone, between the batches.
+        alone: features that keep values inside of the denoiser, for which its calls ran alone, between the batches; or
+            the class of the pipeline, if that changes its denoiser, or keeps something there, while it is called.
         rows: of the batches in which the others of its calls were computed, on average.
         waited: seconds in the queue.
     """

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_accel.denoisers import denoiser_names
+from diffusion_accel.denoisers import denoiser_names, family_of
 from diffusion_accel.denoisers.find import DECODERS
 from diffusion_accel.diffusers_compat import announced_steps
+from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.drawing import prepare
 from diffusion_accel.generation.request import Request
 from diffusion_accel.hooks import map_tensors, model_of
+from diffusion_accel.snapshot import Snapshot
 from diffusion_accel.steps import WatchedStep
 
 from . import partial
@@ -46,6 +48,8 @@ class Worker:
         self.pipe, self._pattern, self._collector = pipe, pattern, collector
         self._denoising = [n for n in (*denoiser_names(pipe), "controlnet") if getattr(pipe, n, None) is not None]
         self._twins: Twins | None = None
+        self._made: dict[str, Snapshot] = {}  # the twins of denoisers, as they were made
+        self._changed = False  # a twin was found changed in this request
         self._adapters: Adapters = ()  # that the twins of denoisers have
         self._handle: Handle | None = None
 
@@ -82,33 +86,56 @@ class Worker:
         return Served(
             images,
             pipe.acceleration.report(),
-            alone=handle.features.alone,
+            alone=handle.features.alone or ((type(pipe).__name__,) if self._changed else ()),
             rows=ticket.together / max(1, ticket.calls),
             waited=(handle.began or handle.submitted) - handle.submitted,
         )
 
     def _pipeline(self, handle: Handle) -> Any:
+        self._changed = False
         if self._twins is None:
             self._twins = Twins(self._pattern, self._answer)
+        if not all(map(_as_made, self._made.values())) or not self._made:  # a call that failed left something there
+            self._renew(self._pattern, ())
         if handle.features.alone and handle.ticket.adapters != self._adapters:
             with self._collector.turn(handle.ticket, "adapters"):  # they are active now
-                for name in self._denoising:
-                    self._twins.renew(name, getattr(self.pipe, name))
-            self._adapters = handle.ticket.adapters
+                self._renew(self.pipe, handle.ticket.adapters)
         pipe = handle.features.accelerated(self._twins.pipeline(handle.scheduler, handle.features.pipe))
         if (scheduler := getattr(pipe, "scheduler", None)) is not None:
             around = functools.partial(self._stepped, handle, pipe)
             vars(scheduler)["step"] = WatchedStep(scheduler, scheduler.step, around)
         return pipe
 
+    def _renew(self, pipe: Any, adapters: Adapters) -> None:
+        """Make the twins of the denoisers anew, of those of a pipeline, in which these adapters act."""
+        assert self._twins is not None
+        for name in self._denoising:
+            self._twins.renew(name, getattr(pipe, name))
+        self._made = {name: Snapshot(self._twins.parts[name], hooks=False) for name in self._denoising}
+        self._adapters = adapters
+
     # ------------------------------------------------------------------ while it runs
+    def _inside(self, name: str) -> bool:
+        """Whether what is to be computed depends on what is inside of a twin: hooks of features, attention processors
+        of pipelines (perturbed attention guidance), keys and values that a pipeline keeps there."""
+        assert self._handle is not None
+        known = self._made.get(name)
+        if known is None or self._handle.features.alone:
+            return known is not None
+        self._changed |= family_of(self._handle.features.pipe).whole is not None or not _as_made(known)
+        if self._changed and (self._handle.features.models or self._handle.ticket.adapters != self._adapters):
+            raise ConfigurationError(
+                f"{type(self._handle.features.pipe).__name__} changes its denoiser while it is called, so in an engine "
+                "it takes no LoRAs, and no features that change the denoiser's weights or blocks"
+            )
+        return self._changed
+
     def _answer(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a method of a shared model returns for a call of its twin."""
         handle, twins = self._handle, self._twins
         assert handle is not None and twins is not None
         shared = handle.features.models.get(name, getattr(self.pipe, name))
-        inside = handle.features.alone and name in self._denoising
-        if inside or torch.is_grad_enabled() or torch.is_autocast_enabled(model_of(shared).device.type):
+        if self._inside(name) or torch.is_grad_enabled() or torch.is_autocast_enabled(model_of(shared).device.type):
             with self._collector.turn(handle.ticket, name):
                 return twins.own(name, method)(*args, **kwargs)
         if name in DECODERS:  # a VAE that is kept in float32 gets latents of half precision
@@ -147,3 +174,7 @@ class Worker:
             return self._answer("vae", "decode", (z.to(pipe.vae.dtype),), {"return_dict": False})[0]
 
         return partial.decoded(pipe, latents, height, width, decode)
+
+
+def _as_made(known: Snapshot) -> bool:
+    return known.holds(values=False) and known.untouched

@@ -262,7 +262,7 @@ def test_measured(requests: Requests) -> None:
     assert results(requests.ask(model, [1], [Ticket(measuring=True)])) == [2]
     (key,) = collector.curves
     assert sorted(collector.curves[key].seconds) == [1, 2, 4]
-    assert model.calls == [1] * 3 + [2] * 3 + [4] * 3 + [1]
+    assert model.calls == [1] * 4 + [2] * 4 + [4] * 4 + [1]
     collector.curves[key] = Curve("unet", {1: 1.0, 2: 1.1, 4: 2.2})
     model.calls.clear()
     assert results(requests.ask(model, [1, 2, 3, 4])) == [2, 4, 6, 8]
