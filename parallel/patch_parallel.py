@@ -35,7 +35,7 @@ class PatchParallel(Feature):
 
     Sources: Li et al., "DistriFusion: Distributed Parallel Inference for High-Resolution Diffusion Models" (CVPR
     2024), section 4; Zhang et al., "Partially Conditioned Patch Parallelism for Accelerated Diffusion Model Inference"
-    (2024), section 4; tokens with keys and values of the step before: Fang et al., "PipeFusion" (2024), section 3.
+    (2024), section 4; tokens with keys and values of the step before: Fang et al., "PipeFusion" (2024).
 
     Attributes:
         ranks: how many processes there must be; the command line starts so many. 0: as many as were launched.

@@ -249,7 +249,7 @@ class TokenAttentionHook(ModelHook):
         if mask.shape[-2] == whole:
             mask = own_tokens(split, mask, -2, self.text)
         if local:
-            return own_tokens(split, mask, -1, self.text)
+            return own_tokens(split, mask, -1, self.text) if mask.shape[-1] == whole else mask
         if mask.shape[-1] in (1, whole):
             return mask
         if mask.shape[-2] != 1:

@@ -23,7 +23,7 @@ EVERY_SIZE = """
 WITH_AND_WITHOUT_A_MIDDLE = """
     naive_is_every_part_by_itself counted_bytes a_dry_run_counts_the_same_bytes group_norm_is_chans_formula
     sync_other_convolutions impossible_requests_are_refused transformers_share_their_sequence tokens_of_pipelines
-    displaced_attention_uses_the_step_before counted_token_bytes
+    displaced_attention_uses_the_step_before counted_token_bytes naive_tokens_see_their_own
 """.split()
 PLAN = {
     4: ["partial_sends_less", "cfg_split_is_batched_guidance", "tokens_of_branches"],

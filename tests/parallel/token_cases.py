@@ -111,6 +111,24 @@ def displaced_attention_uses_the_step_before(rank: int, size: int) -> None:
         hooks.remove()
 
 
+def naive_tokens_see_their_own(rank: int, size: int) -> None:
+    """One process with attention within each part; also beside a mask and a text."""
+    model, call = built("dit")
+    parts = torch.tensor([part for part in range(size) for _ in range(16 * part // size, 16 * (part + 1) // size)])
+    with bare.shared(model, "naive", warmup=0) as run:
+        found = bare.predict(model, **call)
+        assert {kind for kind, _ in run.communicator.traffic} == {"output"}
+    masked = bare.masked(model, lambda tokens: parts[:, None] == parts)
+    close(found, once(lambda: bare.predict(masked, **call)), 1e-9)
+    for case in ("qwen_masked", "chroma_masked", "sd3"):
+        model, call = built(case)
+        plain = once(lambda model=model, call=call: bare.predict(model, **call))
+        with bare.shared(model, "naive", warmup=1) as run:
+            close(bare.predict(model, **call), plain, 1e-9)
+            run.clock.index = 1
+            assert bare.predict(model, **call).isfinite().all()
+
+
 def tokens_of_pipelines(rank: int, size: int) -> None:
     """`sync`, and `displaced` with as many exact steps as there are, equal one process; again, and never attached."""
     for kind in ("sd3", "z_image", "pixart", "dit", "flux", "wan")[: 6 if size == 2 else 2]:
