@@ -16,6 +16,8 @@ from diffusion_accel import Reuse, accelerate
 from diffusion_accel.denoisers import model_family
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import map_tensors
+from diffusion_accel.parallel.context import share, unshare, why_not_shared
+from diffusion_accel.parallel.group import join
 from diffusion_accel.parallel.token_hooks import TokenAttentionHook, split_tokens
 
 HALF = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])  # a mask of the text
@@ -109,6 +111,22 @@ def displaced_attention_uses_the_step_before(rank: int, size: int) -> None:
                 close(found, attention.to_out[0]((weights @ values).transpose(1, 2).flatten(2)), 1e-12)
             run.communicator.flush(image.device)
         hooks.remove()
+
+
+def diffusers_shares_what_it_can(rank: int, size: int) -> None:
+    """diffusers' context parallelism on bare models, put on and off again."""
+    world = join(torch.device("cpu"), 60.0)
+    for case in ("flux", "flux2", "qwen", "qwen_masked", "qwen_edit", "wan", "wan_timesteps"):
+        model, call = built(case)
+        plain = once(lambda model=model, call=call: bare.predict(model, **call))
+        assert why_not_shared(model, size) is None
+        try:
+            share(model, world)
+            close(bare.predict(model, **call), plain, 1e-9)
+        finally:
+            unshare(model)
+        assert torch.equal(once(lambda model=model, call=call: bare.predict(model, **call)), plain), case
+    assert "no context-parallel plan" in (why_not_shared(built("ltx")[0], size) or "")
 
 
 def naive_tokens_see_their_own(rank: int, size: int) -> None:
