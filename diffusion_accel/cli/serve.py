@@ -11,7 +11,7 @@ import typer
 from diffusion_accel import interrupts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import Bounds, at_least
-from diffusion_accel.io import is_there
+from diffusion_accel.io import at_home, is_there
 from diffusion_accel.serving.http.settings import BOUNDS, Limits, ServerSettings
 
 from .common_options import (
@@ -75,6 +75,9 @@ def serve(
         str | None,
         typer.Option(metavar="FOLDER", help="LoRAs that requests may name: its .safetensors files, by their names."),
     ] = None,
+    lora_changes: Annotated[
+        bool, typer.Option("--lora-changes", help="Let clients load files that are put into that folder later.")
+    ] = False,
     warm_up: Annotated[
         bool, typer.Option("--warm-up", help="Measure first what batches cost, which says how many rows are worth it.")
     ] = False,
@@ -125,6 +128,8 @@ def serve(
         defaults={key: getattr(settings, key) for key in _DEFAULTS if getattr(settings, key) is not None},
         limits=limits,
         token=token,
+        lora_folder=None if lora_folder is None else at_home(lora_folder),
+        lora_changes=lora_changes,
         hosts=frozenset({*_LOOPBACK, "[::1]"}) if host in _LOOPBACK else None,
     )
 
@@ -140,7 +145,7 @@ def serve(
     pipe = session.open_for(settings, source, session.check_machine(settings))
     log.set_up(log_format)
     interrupts.explain(lambda: "requests that were accepted are lost")
-    with Engine(pipe, running=max_running, queue=max_queue, most_rows=max_rows, loras=lora_folder) as engine:
+    with Engine(pipe, running=max_running, queue=max_queue, most_rows=max_rows, loras=asked.lora_folder) as engine:
         if warm_up:
             engine.warm_up()
         run.serve(engine, asked, listening, drain_seconds=drain, ready=lambda address: say(f"listening at {address}"))

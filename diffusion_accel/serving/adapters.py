@@ -52,6 +52,8 @@ class Adapters:
                 "the pipeline has LoRAs already; give it without them, and name them in `loras` instead"
             )
         self._pipe, self._kept = pipe, kept
+        self._inner = {name: name for name in self.files}  # what the pipeline has them by: another one of a name later
+        self._paths = dict(self.files)  # of all that there ever were, by that
         self._loaded: OrderedDict[str, None] = OrderedDict()  # the one that was used last is the last
 
     def chosen(self, loras: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
@@ -68,7 +70,31 @@ class Adapters:
             fine = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
             if not fine or not SCALES[0] <= scale <= SCALES[1]:
                 raise ConfigurationError(f"the scale of a LoRA must be a number of -10 to 10, got {shown(scale)}")
-        return tuple(sorted((name, float(scale)) for name, scale in loras.items()))
+        return tuple(sorted((self._inner[name], float(scale)) for name, scale in loras.items()))
+
+    def add(self, name: str, file: Path) -> None:
+        """Let requests name a LoRA, or another file by a name that there was.
+
+        Raises:
+            ConfigurationError: there is no such file.
+        """
+        if not file.is_file():
+            raise ConfigurationError(f"there is no LoRA {shown(name)}")
+        earlier = sum(inner.partition("#")[0] == name for inner in self._paths)
+        inner = f"{name}#{earlier}" if earlier else name
+        self._paths[inner] = file
+        self._inner[name] = inner
+        self.files = {**self.files, name: file}
+
+    def remove(self, name: str) -> None:
+        """Let requests name it no longer; those that have it already are drawn.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+        """
+        if name not in self.files:
+            raise ConfigurationError(f"there is no LoRA {shown(name)}; there are: {', '.join(self.files) or 'none'}")
+        self.files = {known: file for known, file in self.files.items() if known != name}
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Let these act and no others; loads what is not there, and forgets what was not used for longest.
@@ -79,14 +105,17 @@ class Adapters:
         names = [name for name, _ in adapters]
         for name in names:
             if name not in self._loaded:
-                load_lora(self._pipe, str(self.files[name]), name)
+                load_lora(self._pipe, str(self._paths[name]), name)
             self._loaded[name] = None
             self._loaded.move_to_end(name)
         if adapters:
             self._pipe.set_adapters(names, [scale for _, scale in adapters])
         for layer in _layers(self._pipe):
             layer.enable_adapters(bool(adapters))
-        for old in [name for name in self._loaded if name not in names][: max(0, len(self._loaded) - self._kept)]:
+        spare = [name for name in self._loaded if name not in names]
+        current = {self._inner[name] for name in self.files}
+        over = spare[: max(0, len(self._loaded) - self._kept)]
+        for old in [name for name in spare if name in over or name not in current]:
             del self._loaded[old]
             self._pipe.delete_adapters(old)
             logger.info("the LoRA %s is no longer in memory", old)

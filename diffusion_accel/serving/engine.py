@@ -106,9 +106,9 @@ class Engine:
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} cannot be served: {reason}")
         self.running, self.queue = running, queue
         self._adapters = Adapters(self.pipe, {} if loras is None else loras, loras_kept)
-        compiled = any(feature.of_the_model for feature in _enabled(self.pipe).values())
-        if self._adapters.files and compiled:
-            raise ConfigurationError("a compiled model takes no LoRAs: give the pipeline without, or no loras")
+        self._compiled = any(feature.of_the_model for feature in _enabled(self.pipe).values())
+        if self._adapters.files:
+            self._check_takes_loras()
         #: what requests that name no features are drawn with, by name
         self.features: dict[str, Feature] = {n: f for n, f in _enabled(self.pipe).items() if not f.of_the_model}
         self._schedulers: dict[str, Any] = {}
@@ -125,7 +125,9 @@ class Engine:
         except BaseException:
             self._changes.undo()
             raise
-        self._collector = Collector(most_rows, None if wait is None else wait / 1000, self._adapters.activate, compiled)
+        self._collector = Collector(
+            most_rows, None if wait is None else wait / 1000, self._adapters.activate, self._compiled
+        )
         self._changed = threading.Condition()
         self._queued: deque[Handle] = deque()
         self._at_work: set[Handle] = set()
@@ -200,6 +202,32 @@ class Engine:
         if partial_images and (reason := impossible(handle.scheduler, self._pattern)):
             raise ConfigurationError(f"{type(self._pattern).__name__} has no partial_images: {reason}")
         return self._enqueue(handle)
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The names of LoRAs that requests may give."""
+        return tuple(self._adapters.files)
+
+    def add_lora(self, name: str, file: str | Path) -> None:
+        """Let requests name one more LoRA, or another file by a name that there was; it is loaded when one does.
+
+        Raises:
+            ConfigurationError: there is no such file, or the model is compiled.
+        """
+        self._check_takes_loras()
+        self._adapters.add(name, Path(file))
+
+    def remove_lora(self, name: str) -> None:
+        """Let requests name a LoRA no longer; those that have it already are drawn.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+        """
+        self._adapters.remove(name)
+
+    def _check_takes_loras(self) -> None:
+        if self._compiled:
+            raise ConfigurationError("a compiled model takes no LoRAs: give the pipeline without, or no loras")
 
     def warm_up(self, requests: Sequence[Request | Mapping[str, Any]] | None = None) -> dict[str, dict[int, float]]:
         """Measure what batches cost, before the first request: how many rows are worth it, and how long to wait for

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from diffusion_accel import __version__
 from diffusion_accel.errors import AccelerationError
 
-from . import images, jobs, operations
+from . import images, jobs, loras, operations, webui
 from .guard import Guard
 from .problems import answer_to
 from .service import ClientGoneError, Service
@@ -27,7 +27,7 @@ def application(service: Service) -> Guard:
         redoc_url=None,
         docs_url="/docs",
     )
-    for module in (images, jobs, operations):
+    for module in (images, jobs, loras, webui, operations):
         app.include_router(module.routes(service))
 
     async def refused(_http: Request, error: Any) -> JSONResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError
@@ -56,6 +57,8 @@ class ServerSettings:
         defaults: fields of `Request` by name (steps, guidance_scale, width, height, negative_prompt).
         limits: see `Limits`.
         token: what clients have to send; None: nothing.
+        lora_folder: where LoRAs are; None: there are none.
+        lora_changes: whether clients may change which of them there are.
         hosts: names by which clients may call it, without ports; None: any.
         started: when, in seconds since 1970.
     """
@@ -65,5 +68,7 @@ class ServerSettings:
     defaults: dict[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
+    lora_folder: Path | None = None
+    lora_changes: bool = False
     hosts: frozenset[str] | None = None
     started: int = field(default_factory=lambda: int(time.time()))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from http_server import TIMEOUT, TOKEN, Server, running
-from model_folder import write_folder
+from http_server import TIMEOUT, TOKEN, Server
 from openai import OpenAI
 from PIL import Image
 
@@ -39,18 +37,6 @@ def hole(size: tuple[int, int] = (16, 16)) -> Image.Image:
     return mask
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def painter(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[OpenAI]:
-    """A server with a model that can inpaint."""
-    with running(tmp_path_factory.mktemp("painter"), "--model", str(folder)) as made:
-        yield OpenAI(base_url=f"{made.url}/v1", api_key=TOKEN, timeout=TIMEOUT, max_retries=0)
-
-
 def test_an_image_with_alpha(client: OpenAI) -> None:
     more = {"strength": 0.5, "num_inference_steps": 6, "guidance_scale": 3.0, "seed": 4}
     found = client.images.edit(
@@ -60,10 +46,11 @@ def test_an_image_with_alpha(client: OpenAI) -> None:
     assert opened(found.data[0]).mode == "RGBA"  # tests/serving/test_tasks.py: the same as drawn alone
 
 
-def test_where_the_mask_is_transparent(painter: OpenAI, folder: Path) -> None:
+def test_where_the_mask_is_transparent(painter: Server, folder: Path) -> None:
     image = picture((16, 16), "RGB")
     more: dict[str, Any] = {"num_inference_steps": 3, "seed": 4}
-    found = painter.images.edit(image=[file(image)], mask=file(hole()), prompt="red apple", extra_body=more)
+    with OpenAI(base_url=f"{painter.url}/v1", api_key=TOKEN, timeout=TIMEOUT, max_retries=0) as client:
+        found = client.images.edit(image=[file(image)], mask=file(hole()), prompt="red apple", extra_body=more)
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
     pipe = open_pipeline(str(folder), device="cpu", task="inpainting")
