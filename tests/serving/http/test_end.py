@@ -14,7 +14,7 @@ DRAW = "/v1/images/generations"
 
 def test_a_signal_under_load(tmp_path: Path) -> None:
     with running(tmp_path, "--max-running", "2") as server:
-        asked = SMALL | {"num_inference_steps": 20}
+        asked = SMALL | {"num_inference_steps": 10}
         accepted = [server.raw(post(DRAW, asked | {"seed": k}, Connection="close")) for k in range(4)]
         _, _, job = server.ask("POST", "/jobs", SMALL)
         server.until("requests", 3, state="queued")
