@@ -67,8 +67,11 @@ def _kind(scheduler: SchedulerMixin) -> str | None:
 
 def matches_flow(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler is one of flow matching: x = (1 − σ)·x0 + σ·ε, and the model predicts ε − x0."""
-    name = type(scheduler).__name__
-    return name.startswith("FlowMatch") or (name == "LearnedMultistepScheduler" and bool(scheduler.config.flow))
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if name == "LearnedMultistepScheduler":
+        return bool(config.get("flow"))
+    of_flow = bool(config.get("use_flow_sigmas")) and config.get("prediction_type") == "flow_prediction"
+    return of_flow or name.startswith("FlowMatch")
 
 
 def counts_by_sigma(scheduler: SchedulerMixin) -> bool:

@@ -21,11 +21,16 @@ _LEAST = 1e-4
 
 
 class Conversion:
-    """Between the prediction type of a scheduler and noise ("epsilon") or clean sample ("sample")."""
+    """Between the prediction type of a scheduler and noise ("epsilon") or clean sample ("sample").
 
-    def __init__(self, scheduler: SchedulerMixin) -> None:
+    Args:
+        scheduler: whose timesteps count.
+        negated: whether the predictions are the opposite of what the scheduler is given.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, negated: bool = False) -> None:
         config = getattr(scheduler, "config", {})
-        self.scheduler = scheduler
+        self.scheduler, self.negated = scheduler, negated
         self.flow = matches_flow(scheduler)
         self.kind = "flow" if self.flow else config.get("prediction_type", "epsilon")
         self.training = float(config.get("num_train_timesteps", 1000))
@@ -64,11 +69,13 @@ class Conversion:
 
     def to(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """A prediction in another space; `x` is what the denoiser was given, in at least as many channels."""
-        return self._map(value, x, timestep, lambda v, x, a, s: converted(space, self.kind, v, x, a, s))
+        own = -value if self.negated else value
+        return self._map(own, x, timestep, lambda v, x, a, s: converted(space, self.kind, v, x, a, s))
 
     def back(self, space: str, value: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """The inverse of `to`, with the latents as they are now."""
-        return self._map(value, x, timestep, lambda v, x, a, s: _from(space, self.kind, v, x, a, s))
+        own = self._map(value, x, timestep, lambda v, x, a, s: _from(space, self.kind, v, x, a, s))
+        return -own if self.negated else own
 
     def slope(self, space: str, timestep: float) -> float:
         """How much the value in another space changes with the prediction, at given latents."""

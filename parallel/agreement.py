@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from diffusion_accel.denoisers import RESIDUAL_ARGUMENTS, find_denoisers
+from diffusion_accel.denoisers import RESIDUAL_ARGUMENTS, find_denoisers, latents_argument
 from diffusion_accel.diffusers_compat import guidance_scale_of
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import tensors_in
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _DIGEST = 8  # bytes of a hash
-_LATENTS = ("sample", "hidden_states", "x")  # arguments of a denoiser
 _PROMPTS = ("encoder_hidden_states", "cap_feats")
 
 
@@ -58,17 +57,17 @@ class Agreement:
         if first:
             agree(self.world, self._asked(named), tensors_in(named)[0].device)
         elif self._passes[name] == 2:
-            agree(self.world, {"the latents after one step": latents_of(named)}, tensors_in(named)[0].device)
+            agree(self.world, {"the latents after one step": latents_given(named)}, tensors_in(named)[0].device)
 
     def _asked(self, named: dict[str, Any]) -> dict[str, Any]:
         handle = self.pipeline.acceleration
         models: list[Any] = find_denoisers(self.pipeline)
         scheduler = self.pipeline.scheduler
-        apart = {*_LATENTS, *_PROMPTS, "timestep", "t", "return_dict"}
+        apart = {latents_argument(named), *_PROMPTS, "timestep", "t", "return_dict"}
         if any(name.startswith("controlnet") for name in self._passes):  # its own arguments were compared
             apart |= set(RESIDUAL_ARGUMENTS)
         return {
-            "the size or number of images": [[*latents.shape] for latents in tensors_in(latents_of(named))],
+            "the size or number of images": [[*latents.shape] for latents in tensors_in(latents_given(named))],
             "the number of steps": len(self.clock.timesteps),
             "the timesteps": self.clock.timesteps,
             "the scheduler": [type(scheduler).__name__, _settings(scheduler)],
@@ -78,13 +77,13 @@ class Agreement:
             "the features": {name: f.to_dict() for name, f in handle.features.items() if handle.enabled(name)},
             "the prompt": [named.get(name) for name in _PROMPTS],
             "the conditions": {k: v for k, v in named.items() if k not in apart},
-            "the latents": latents_of(named),
+            "the latents": latents_given(named),
         }
 
 
-def latents_of(named: dict[str, Any]) -> Any:
-    """The latents among the arguments of a U-Net or a transformer: a tensor, or a list with one for each image."""
-    return next(named[name] for name in _LATENTS if name in named)
+def latents_given(named: dict[str, Any]) -> Any:
+    """The latents among the arguments of a denoiser: a tensor, or a list with one for each image."""
+    return named[latents_argument(named) or ""]
 
 
 @torch.no_grad()

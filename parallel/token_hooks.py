@@ -21,7 +21,7 @@ from diffusion_accel.denoisers import Tokens, prediction, token_layers, with_pre
 from diffusion_accel.errors import CallStateError, ConfigurationError
 from diffusion_accel.hooks import HookSet, bind_forward, map_tensors, tensors_in
 
-from .agreement import latents_of
+from .agreement import latents_given
 from .geometry import Level, Split
 from .run import PatchRun
 
@@ -114,7 +114,7 @@ class TokenDenoiserHook(ModelHook):
                 raise ConfigurationError(
                     f"patch_parallel cannot share {type(module).__name__} with {name}; leave it out"
                 )
-        rows = len(latents_of(named))
+        rows = len(latents_given(named))
         halves = 2 if self.cfg_parallel and rows % 2 == 0 else 1
         parts = world.size // halves
         half, part = divmod(world.rank, parts)
@@ -150,7 +150,7 @@ class TokenDenoiserHook(ModelHook):
 def batch_half(named: dict[str, Any], rows: int, half: int) -> dict[str, Any]:
     """The arguments of a transformer for one half of its batch: of every tensor with so many rows, or every list where
     the latents are one."""
-    listed = isinstance(latents_of(named), list)
+    listed = isinstance(latents_given(named), list)
 
     def cut(value: Any) -> Any:
         if listed and isinstance(value, list):

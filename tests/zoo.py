@@ -547,6 +547,25 @@ def z_image() -> Built:
     return pipe, {**embeds, "height": 16, "width": 24, "output_type": "latent"}
 
 
+def for_images(call: dict[str, Any], images: range) -> dict[str, Any]:
+    """The arguments of a call for several images, each with embeddings of its own, made of those for one."""
+    given, count = dict(call), len(images)
+    for name, value in call.items():
+        if name == "class_labels":
+            given[name] = [(3 * i) % 10 for i in images]
+        elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            given[name] = [value[0].roll(i, -1) for i in images]
+        elif not isinstance(value, torch.Tensor):
+            continue
+        elif "mask" in name or name == "image":
+            given[name] = value.repeat(count, *[1] * (value.dim() - 1))
+        else:
+            given[name] = torch.cat([value.roll(i, -1) for i in images])
+    if "batch_size" in call:
+        given["batch_size"] = count
+    return given
+
+
 ZOO: dict[str, Callable[[], Built]] = {
     f.__name__: f
     for f in (

@@ -2,6 +2,7 @@
 
 - `families`: tables of what is known of the classes of pipelines and models; `register_family` for other people's
 - `find`: the denoisers of a pipeline, and what tells them apart
+- `batch`: what they are given and return
 - `unet`, `transformer`: the parts of the two kinds, in the order in which a step runs them
 - `layers`: layers by what they do, wherever they are
 - `guidance`: the branches of guidance
@@ -16,6 +17,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch import (
+        latents_argument,
+        latents_of,
+        like_latents,
+        lists_samples,
+        prediction,
+        with_prediction,
+    )
     from .families import (
         UNITS,
         UNKNOWN,
@@ -41,9 +50,7 @@ if TYPE_CHECKING:
         fingerprint,
         getattr_path,
         models_of_a_call,
-        prediction,
         unwrapped,
-        with_prediction,
     )
     from .guidance import (
         guided,
@@ -84,6 +91,7 @@ if TYPE_CHECKING:
     from .transformer import (
         StreamBlock,
         TokenLayers,
+        is_ragged,
         residual_stream_blocks,
         stream_blocks,
         token_layers,
@@ -146,7 +154,12 @@ __all__ = [
     "guided",
     "halvings",
     "is_block",
+    "is_ragged",
+    "latents_argument",
+    "latents_of",
     "layers_per_block",
+    "like_latents",
+    "lists_samples",
     "mixes_rows",
     "model_family",
     "models_of_a_call",
@@ -177,7 +190,7 @@ __all__ = [
     "usual_attention",
     "with_prediction",
 ]
-_PARTS = ("families", "find", "unet", "transformer", "layers", "guidance", "timestep")
+_PARTS = ("families", "find", "batch", "unet", "transformer", "layers", "guidance", "timestep")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,13 +15,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion_accel.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+
+
+Rows = TypeVar("Rows", "torch.Tensor", "list[Any]")
 
 
 # ---------------------------------------------------------------------- the timestep
@@ -56,10 +59,10 @@ class Branches:
 
     conditional_first: bool = False
 
-    def conditional(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of the conditional branch."""
-        half = tensor.shape[0] // 2
-        return tensor[:half] if self.conditional_first else tensor[half:]
+    def conditional(self, rows: Rows) -> Rows:
+        """The rows of the conditional branch, of a tensor or a list."""
+        half = len(rows) // 2
+        return rows[:half] if self.conditional_first else rows[half:]
 
     def difference(self, tensor: torch.Tensor) -> torch.Tensor:
         """The unconditional branch minus the conditional one."""
@@ -89,6 +92,7 @@ class PipelineFamily:
             by its argument `guidance_scale`.
         time: what it tells the denoiser of the scheduler's timestep: one of `UNITS`, or a function of a `Moment`; "":
             not known, each of `UNITS` is tried.
+        negated: its scheduler is given the opposite of what the denoiser says.
         views: it calls denoiser and scheduler once for each view of the image at every step.
         whole: why no step of the denoiser can be left out, as the end of a sentence; None if any can.
         reads: why no part of its U-Net can be left out at any step, as a sentence; None if one can. Holds for
@@ -100,6 +104,7 @@ class PipelineFamily:
     reason: str = ""
     guided: str = "property"
     time: Unit = "t"
+    negated: bool = False
     views: bool = False
     whole: str | None = None
     reads: str | None = None
@@ -165,6 +170,7 @@ class ModelFamily:
             adds what does not come from the stream.
         streams: by class of block, the arguments that it adds to, in the order in which it returns them; one stream
             comes as a tensor.
+        ragged: its streams are as long as the longest text of a batch.
         splittable: its layers look beyond one position only by convolutions, group normalisation and self-attention,
             so they can work on slices of the image that exchange their borders.
         tokens: of a transformer, how its tokens are shared among processes; None if they cannot be.
@@ -177,6 +183,7 @@ class ModelFamily:
     kind: str
     stream_lists: tuple[str, ...] = ()
     streams: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    ragged: bool = False
     splittable: bool = False
     tokens: Tokens | None = None
     time: Unit = ""
@@ -203,11 +210,13 @@ _OWN = "it decides by itself at which steps it uses guidance"
 _GUIDER = "its guider component decides which branches are computed"
 _MIXED = "its denoiser has arguments in which the branches cannot be told apart"
 _TWO_MODELS = "its branches are computed by two models"
+_UNEVEN = "what its ControlNet adds is as long as the longest text of both branches"
 
 _CACHED = "its denoiser writes keys and values that later calls read"
 _UNSTEPPED = "it moves the latents by other methods than its scheduler's step"
 _TWO_KINDS = "its denoiser predicts two things at once (such as video and sound)"
 _THROUGH = "it moves the latents by gradients through its denoiser"
+_SEVERAL = "it gives its denoiser several images of different sizes for each that it draws"
 _PARALLEL = "it denoises several timesteps in one batch"
 
 _MAPS = "the edit masks are computed from attention maps of every step"
@@ -255,7 +264,7 @@ _PIPELINES: tuple[tuple[PipelineFamily, str], ...] = (
     (PipelineFamily(HALVES, guided="not 1"), "LDMTextToImage"),
     # ------------------------------------------------ halves of a batch, conditional first
     (PipelineFamily(_SWAPPED, guided="above 1"), "DiT"),
-    (PipelineFamily(_SWAPPED, time="1-t/1000"), "Lumina"),
+    (PipelineFamily(_SWAPPED, time="1-t/1000", negated=True), "Lumina ZImage ZImageImg2Img ZImageInpaint"),
     # ------------------------------------------------ a call for each branch, conditional first
     (
         PipelineFamily(calls=True),
@@ -270,11 +279,12 @@ _PIPELINES: tuple[tuple[PipelineFamily, str], ...] = (
         """
         BriaFibo2 Chroma ChromaImg2Img ChromaInpaint Flux FluxControlNet FluxImg2Img FluxInpaint FluxKontext
         FluxKontextInpaint Flux2Klein Flux2KleinInpaint Krea2 LongCatAudioDiT LongCatImage LongCatImageEdit
-        NucleusMoEImage OvisImage QwenImage QwenImage21 QwenImageControlNet QwenImageControlNetInpaint QwenImageEdit
+        OvisImage QwenImage QwenImage21 QwenImageControlNet QwenImageControlNetInpaint QwenImageEdit
         QwenImageEditInpaint QwenImageEditPlus QwenImageImg2Img QwenImageInpaint QwenImageLayered
         """,
     ),
-    (PipelineFamily(calls=True, time="1-t/1000"), "Lumina2"),
+    (PipelineFamily(calls=True, time="1-t/1000", negated=True), "Lumina2"),
+    (PipelineFamily(calls=True, time="t/1000", negated=True), "NucleusMoEImage"),
     (PipelineFamily(reason=_CONDITIONED), "CosmosTextToWorld CosmosVideoToWorld"),
     (PipelineFamily(reason=_CONDITIONED, time="sigma"), "Cosmos2_5_PredictBase Cosmos2_5_Transfer"),
     (PipelineFamily(reason=_CONDITIONED, time="sigma/(1+sigma)"), "Cosmos2TextToImage Cosmos2VideoToWorld"),
@@ -316,10 +326,10 @@ _PIPELINES: tuple[tuple[PipelineFamily, str], ...] = (
     (PipelineFamily(reason=_OWN), "AceStep"),
     (PipelineFamily(reason=_GUIDER), "HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo"),
     (PipelineFamily(reason=_GUIDER), "MotifVideo MotifVideoImage2Video"),
-    (PipelineFamily(reason=_MIXED), "HiDreamImage JoyImageEditPlus LTXI2VLongMultiPrompt SanaWM"),
+    (PipelineFamily(reason=_MIXED), "JoyImageEditPlus LTXI2VLongMultiPrompt"),
+    (PipelineFamily(reason=_MIXED, negated=True), "HiDreamImage SanaWM"),
     (PipelineFamily(reason=_TWO_MODELS, time="1-t/1000"), "Ideogram4"),
-    (PipelineFamily(reason=_CALLS, time="1-t/1000"), "ZImage ZImageControlNet ZImageControlNetInpaint ZImageImg2Img"),
-    (PipelineFamily(reason=_CALLS, time="1-t/1000"), "ZImageInpaint ZImageOmni"),
+    (PipelineFamily(reason=_UNEVEN, time="1-t/1000", negated=True), "ZImageControlNet ZImageControlNetInpaint"),
     # ------------------------------------------------ no step can be left out
     (PipelineFamily(reason=_MIXED, whole=_CACHED), "AnyFlowFAR"),
     (PipelineFamily(reason=_CALLS, whole=_CACHED), "GlmImage"),
@@ -329,6 +339,7 @@ _PIPELINES: tuple[tuple[PipelineFamily, str], ...] = (
     (PipelineFamily(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcingImageToVideo"),
     (PipelineFamily(reason=_CALLS, whole=_UNSTEPPED), "SkyReelsV2DiffusionForcingVideoToVideo"),
     (PipelineFamily(reason=_THREE, whole=_THROUGH), "StableDiffusionPix2PixZero"),
+    (PipelineFamily(reason=_MIXED, time="1-t/1000", negated=True, whole=_SEVERAL), "ZImageOmni"),
     (PipelineFamily(reason=_MIXED, whole=_PARALLEL), "StableDiffusionParadigms"),
     (PipelineFamily(reason=_MIXED, whole=_TWO_KINDS), "LTX2 LTX2Condition LTX2HDR LTX2ImageToVideo LTX2InContext"),
     (PipelineFamily(reason=_MIXED, whole=_TWO_KINDS), "LTX2DFR"),
@@ -449,8 +460,10 @@ _MODELS: dict[str, ModelFamily] = {
     "WanTransformer3DModel": _transformer(
         "blocks", {"WanTransformerBlock": _ONE}, tokens=Tokens("norm_out", positions={"rotary_emb": 1, "temb": -3})
     ),
-    "ZImageTransformer2DModel": ModelFamily(
-        "transformer",
+    "ZImageTransformer2DModel": _transformer(
+        "layers",
+        {"ZImageTransformerBlock": ("x",)},
+        ragged=True,
         tokens=Tokens(
             "all_final_layer.*",
             "last",

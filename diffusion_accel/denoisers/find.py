@@ -89,16 +89,6 @@ def closed_inside(pipeline: DiffusionPipeline) -> str | None:
     return None
 
 
-def prediction(output: Any) -> torch.Tensor:
-    """The prediction tensor in what a denoiser returned (a tuple or an output dataclass)."""
-    return output[0] if isinstance(output, tuple) else output.sample
-
-
-def with_prediction(output: Any, sample: torch.Tensor) -> Any:
-    """The same kind of output around another prediction."""
-    return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
-
-
 def getattr_path(module: nn.Module, name: str) -> Any:
     """The submodule or attribute at a dotted name, or None."""
     found: Any = module

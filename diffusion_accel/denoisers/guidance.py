@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion_accel.hooks import forward_parameters
 
+from .batch import latents_argument
 from .families import DISTILLED, HALVES, family_of
 from .find import find_denoiser, find_denoisers
 from .layers import mixes_rows
@@ -17,15 +18,12 @@ from .unet import not_a_unet
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-if TYPE_CHECKING:
-    pass
-
 
 def not_followed(pipeline: DiffusionPipeline) -> str | None:
     """Why the steps of a pipeline's denoiser cannot be told apart or left out; None if they can."""
     for denoiser in find_denoisers(pipeline):
         names = forward_parameters(denoiser)
-        if time_argument(names) is None or not {"sample", "hidden_states"} & set(names):
+        if time_argument(names) is None or latents_argument(names) is None:
             return f"{type(denoiser).__name__} does not take latents and a timestep as other denoisers do"
     whole = family_of(pipeline).whole
     return None if whole is None else f"no step can be left out: {whole}"

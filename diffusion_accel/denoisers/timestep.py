@@ -18,7 +18,7 @@ from .find import find_denoiser
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
-_TIME_ARGUMENTS = ("timestep", "timesteps")
+_TIME_ARGUMENTS = ("timestep", "timesteps", "t")
 
 
 def time_argument(names: Container[str]) -> str | None:

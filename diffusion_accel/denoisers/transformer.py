@@ -73,6 +73,13 @@ def stream_blocks(module: nn.Module) -> list[StreamBlock]:
     return blocks
 
 
+def is_ragged(module: nn.Module) -> bool:
+    """Whether the streams of a transformer are as long as the longest text of a batch, so that half of the rows may
+    have shorter ones."""
+    family = _stream_family(type(module))
+    return family is not None and family.ragged
+
+
 def _stream_family(cls: type[nn.Module]) -> ModelFamily | None:
     """The family of the first class among `cls` and its bases whose streams are known, if `cls` runs its `forward`."""
     bases: tuple[Any, ...] = cls.__mro__

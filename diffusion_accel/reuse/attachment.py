@@ -54,6 +54,8 @@ def supports(feature: Reuse, pipe: DiffusionPipeline) -> str | None:
         return reason
     if isinstance(feature.source, DiffusersCache) and feature.rule.kind != "both":
         return "diffusers' own caches do not combine with a guidance rule"
+    if feature.rule.kind != "both" and (reason := needs.uneven_streams(pipe, feature.source.kinds())):
+        return reason
     return feature.source.supports(pipe)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusion_accel.denoisers import prediction, with_prediction
+from diffusion_accel.denoisers import latents_of, prediction, with_prediction
 
 from .history import History
 from .plan import Step
-from .rows import sample_of
 from .state import FeatureCache, ReuseState, weighed
 
 
@@ -55,5 +54,5 @@ def unconditional(state: ReuseState, hook: int, features: FeatureCache, step: St
     state.counters["unguided_steps"] += 1
     value = prediction(conditional) + weighed(history.at(time, step.order), step)
     if step.mode == "full":
-        state.keep_prediction(features, value, sample_of(named), time)
+        state.keep_prediction(features, value, latents_of(named), time)
     return with_prediction(conditional, value)

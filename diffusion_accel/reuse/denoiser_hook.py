@@ -9,7 +9,14 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from diffusion_accel.denoisers import RESIDUAL_ARGUMENTS, prediction, time_argument, with_prediction
+from diffusion_accel.denoisers import (
+    RESIDUAL_ARGUMENTS,
+    latents_argument,
+    latents_of,
+    prediction,
+    time_argument,
+    with_prediction,
+)
 from diffusion_accel.hooks import as_given, bind_forward, model_of
 from diffusion_accel.inside import calling
 from diffusion_accel.snapshot import Snapshot
@@ -18,7 +25,7 @@ from . import branch_calls
 from .call_arguments import Arguments
 from .history import History
 from .plan import FULL, Step
-from .rows import can_stack, conditional_rows, sample_of, stacked
+from .rows import can_stack, conditional_rows, stacked
 from .state import DenoiserCall, FeatureCache, ReuseState, weighed
 
 Named = dict[str, Any]  # the arguments of a denoiser by name
@@ -57,9 +64,11 @@ class DenoiserHook(ModelHook):
 
     def _find(self, named: Named) -> tuple[FeatureCache, Step]:
         """What is kept for this call, and what it does: everything if what is kept does not fit it."""
-        state, clock, sample = self.state, self.state.clock, sample_of(named)
+        state, clock, sample = self.state, self.state.clock, latents_of(named)
         slot, shape = (id(self), clock.call), (tuple(sample.shape), sample.dtype, sample.device)
         step = state.step_at(clock.index)
+        if state.rows[0] != clock.segment:
+            state.rows = (clock.segment, sample.shape[0])
         features = state.cache.get(slot)
         if features is None or features.segment != clock.segment or features.shape != shape:
             features = state.cache[slot] = FeatureCache(clock.segment, shape)
@@ -74,7 +83,7 @@ class DenoiserHook(ModelHook):
         space = step.space if step.fit is None else ""  # a fit acts on what the scheduler is given: `fitted_steps`
         value = features.histories["prediction", space].at(time, step.order, step.weights)
         if space:
-            value = state.conversion.back(space, value, sample_of(named), time)
+            value = state.said.back(space, value, latents_of(named), time)
         if step.guidance == "none" and state.guidance_thinned(named):
             value = state.branches.joined(state.branches.conditional(value))
         state.counters["reused_steps"] += state.clock.first
@@ -103,7 +112,7 @@ class DenoiserHook(ModelHook):
         features: FeatureCache,
         step: Step,
     ) -> Any:
-        state, index, given = self.state, self.state.clock.index, sample_of(named)
+        state, index, given = self.state, self.state.clock.index, latents_of(named)
         half = step.guidance != "both" and state.guidance_thinned(named)
         if half:
             state.counters["unguided_steps"] += state.clock.first
@@ -117,7 +126,7 @@ class DenoiserHook(ModelHook):
             named.update({k: None for k in RESIDUAL_ARGUMENTS if k in named})
         times = [state.time(index + j) for j in range(steps)]
         orders = [state.step_at(index + j).order for j in range(steps)]
-        call = DenoiserCall(state, features, step, times, orders, sample_of(named).shape[0], half)
+        call = DenoiserCall(state, features, step, times, orders, latents_of(named).shape[0], half)
         output = self._run(module, args, named, call)
         chunks = self._predictions(call, output, given)
         if steps == 1:
@@ -181,7 +190,7 @@ class ControlNetHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """What stands in the place of the ControlNet's own forward."""
         state, clock = self.state, self.state.clock
-        sample = sample_of(bind_forward(module, args, kwargs))
+        sample = latents_of(bind_forward(module, args, kwargs))
         here = (clock.segment, tuple(sample.shape), sample.dtype, sample.device)
         kept = self._kept.get(clock.call)
         if not state.follow().is_full(clock.index) and kept is not None and kept[0] == here:
@@ -196,5 +205,5 @@ class ControlNetHook(ModelHook):
 
 def _conditions(named: Named) -> Named:
     """What a prediction decoded ahead depends on: the arguments other than latents, timestep and residuals."""
-    moving = {"sample", "hidden_states", time_argument(named), *RESIDUAL_ARGUMENTS}
+    moving = {latents_argument(named), time_argument(named), *RESIDUAL_ARGUMENTS}
     return {k: v for k, v in named.items() if k not in moving}

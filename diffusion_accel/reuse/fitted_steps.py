@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_accel.combination import Combination, channel_dim
+from diffusion_accel.denoisers import like_latents
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.prediction import Conversion
 
@@ -149,6 +150,7 @@ class FittedSteps:
 
 def _like(conditional: torch.Tensor | None, value: torch.Tensor, dim: int) -> torch.Tensor | None:
     """A conditional prediction for what the scheduler is given; None if it is not about that."""
+    conditional = None if conditional is None else like_latents(conditional, value)
     if conditional is None or conditional.dim() != value.dim() or conditional.shape[dim] < value.shape[dim]:
         return None
     own = conditional.narrow(dim, 0, value.shape[dim])  # a learned variance behind it is not given to every scheduler

@@ -9,6 +9,7 @@ from torch import nn
 from diffusion_accel.denoisers import (
     family_of,
     find_denoisers,
+    is_ragged,
     layers_per_block,
     no_branches,
     not_a_unet,
@@ -32,10 +33,19 @@ def supports(source: PlanSource, pipe: DiffusionPipeline) -> str | None:
     kinds = source.for_unet(layers_per_block(pipe)).kinds()
     if kinds.parts_branches and (reason := no_branches(pipe)):
         return reason if kinds.leaves_branches_out else f"the plan's fits need both branches of guidance, and {reason}"
+    if kinds.leaves_branches_out and (reason := uneven_streams(pipe, kinds)):
+        return reason
     if kinds.fitted and (reason := _no_fits(pipe)):
         return reason
     reasons = (unmet_need(denoiser, pipe.scheduler, kinds) for denoiser in find_denoisers(pipe))
     return next(filter(None, reasons), None)
+
+
+def uneven_streams(pipe: DiffusionPipeline, kinds: Kinds) -> str | None:
+    """Why a plan with these kinds of steps cannot leave a branch of guidance out, though others can; None if it can."""
+    if not kinds.depths or not any(map(is_ragged, find_denoisers(pipe))):
+        return None
+    return "its streams are as long as the longest text of both branches: shallow steps need guidance=both here"
 
 
 def no_loop(pipe: DiffusionPipeline) -> str | None:

@@ -6,19 +6,14 @@ from typing import Any
 
 import torch
 
-from diffusion_accel.denoisers import RESIDUAL_ARGUMENTS, Branches
+from diffusion_accel.denoisers import RESIDUAL_ARGUMENTS, Branches, latents_of, lists_samples
 from diffusion_accel.hooks import map_tensors
-
-
-def sample_of(named: dict[str, Any]) -> torch.Tensor:
-    """The latents among the arguments of a denoiser."""
-    return named["sample"] if "sample" in named else named["hidden_states"]
 
 
 def can_stack(named: dict[str, Any]) -> bool:
     """Whether the rows of several steps can share a batch (per-call attention inputs may refer to row numbers)."""
     attention = named.get("cross_attention_kwargs") or {}
-    return set(attention) <= {"scale", "ip_adapter_masks"} and sample_of(named).shape[0] > 0
+    return set(attention) <= {"scale", "ip_adapter_masks"} and latents_of(named).shape[0] > 0
 
 
 def stacked(named: dict[str, Any], steps: int, timesteps: torch.Tensor) -> dict[str, Any]:
@@ -42,6 +37,7 @@ NOT_ROWS = frozenset({"image_rotary_emb", "rotary_embedding", "img_ids", "txt_id
 
 def conditional_rows(named: dict[str, Any], rows: int, branches: Branches, frames: bool) -> dict[str, Any]:
     """The denoiser's arguments for the conditional half of its rows; with `frames` also where a row has several."""
+    listed = lists_samples(named)
 
     def half(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dim() or (tensor.shape[0] % rows if frames else tensor.shape[0] != rows):
@@ -51,6 +47,8 @@ def conditional_rows(named: dict[str, Any], rows: int, branches: Branches, frame
     def cut(name: str, value: Any) -> Any:
         if name in NOT_ROWS:
             return value
+        if listed and isinstance(value, list) and len(value) == rows:
+            return branches.conditional(value)
         if name == "cross_attention_kwargs":  # only GLIGEN's have rows
             return {k: map_tensors(half, v) if k == "gligen" else v for k, v in value.items()} if value else value
         return map_tensors(half, value)

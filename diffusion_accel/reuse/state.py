@@ -16,6 +16,7 @@ from diffusion_accel.denoisers import (
     family_of,
     find_denoisers,
     guided,
+    latents_of,
     no_branches,
     not_a_unet,
     rows_are_independent,
@@ -30,7 +31,6 @@ from diffusion_accel.steps import StepClock
 from .call_arguments import Arguments
 from .history import GivenStep, History
 from .plan import FULL, Kinds, Plan, Step
-from .rows import sample_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -206,7 +206,9 @@ class ReuseState:
         given: what the scheduler was given at the last full steps, the newest first, if a step has a fit.
         conditional: the conditional prediction of a full step, and of which one, if a fit needs it.
         current: the call of the denoiser that runs, None in between.
+        rows: of the first call of the denoiser in a segment: in which one, and how many.
         thrown_away: times that predictions decoded ahead were of no use.
+        conversion, said: of what the scheduler is given, and of what the denoiser says.
         plan: of the current segment, with its kinds of steps in `plan_kinds`.
         hooks: all that are put on.
     """
@@ -234,12 +236,14 @@ class ReuseState:
         self._done: tuple[Any, set[str]] = (None, set())
         self.current: DenoiserCall | None = None
         self.thrown_away = 0
+        self.rows = (-1, 0)
         self.plan = Plan((FULL,))
         self.plan_kinds = self.plan.kinds()
         self._segment = -1
         self.family = family_of(pipeline)
         self.branches = self.family.branches or Branches()
         self.conversion = Conversion(clock.scheduler)
+        self.said = Conversion(clock.scheduler, self.family.negated)
         self.hooks = HookSet(f"diffusion_accel.{name}")
 
     def clear(self) -> None:
@@ -299,11 +303,12 @@ class ReuseState:
         """
         if self.family.calls or (self.clock.call and not self.family.views):
             return False
-        if self.family.branches is not None and not self.guided:
-            return False
+        rows = latents_of(named).shape[0]
+        if self.family.branches is not None and (not self.guided or 2 * rows == self.rows[1]):
+            return False  # also where the last steps have none (Z-Image's truncation)
         reason = no_branches(self.pipeline)
-        if reason is None and sample_of(named).shape[0] % 2:
-            reason = f"it calls its denoiser with {sample_of(named).shape[0]} rows; use guidance=both"
+        if reason is None and rows % 2:
+            reason = f"it calls its denoiser with {rows} rows; use guidance=both"
         if reason:
             raise ConfigurationError(
                 f"guidance cannot be left out at some steps of {type(self.pipeline).__name__}: {reason}"
@@ -314,7 +319,7 @@ class ReuseState:
     def keep_prediction(self, features: FeatureCache, value: torch.Tensor, given: torch.Tensor, time: float) -> None:
         """Keep what a full step predicted from the latents `given`, in every space in which a held step wants it."""
         for space, order in self.kinds.spaces.items():
-            meant = self.conversion.to(space, value, given, time) if space else value
+            meant = self.said.to(space, value, given, time) if space else value
             features.histories.setdefault(("prediction", space), History(order + 1)).push(time, meant)
 
     def keep_conditional(self, predicted: torch.Tensor) -> None:
@@ -324,13 +329,18 @@ class ReuseState:
             self.conditional = ((clock.segment, clock.index), self.branches.conditional(predicted))
 
     def conditional_here(self) -> torch.Tensor | None:
-        """The conditional prediction of this step; None if it is not known."""
+        """The conditional prediction of this step as the scheduler is given it; None if it is not known."""
         there, conditional = self.conditional
-        return conditional if there == (self.clock.segment, self.clock.index) else None
+        if conditional is None or there != (self.clock.segment, self.clock.index):
+            return None
+        return -conditional if self.family.negated else conditional
 
     @property
     def guided(self) -> bool:
-        """Whether this call of the pipeline has guidance."""
+        """Whether there is guidance; where each branch is a call, whether there was one for each at this step."""
+        if self.family.calls:
+            here = (self.clock.segment, self.clock.index)
+            return any(call == 1 and there == here for (_, call), (there, _) in self.branch.items())
         return guided(self.pipeline, self.clock.arguments)
 
     def note_peak(self) -> None:

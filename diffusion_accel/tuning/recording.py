@@ -12,21 +12,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
 from diffusion_accel.combination import channel_dim
-from diffusion_accel.denoisers import called_denoisers, family_of, no_branches, prediction, time_argument
+from diffusion_accel.denoisers import (
+    PipelineFamily,
+    called_denoisers,
+    family_of,
+    latents_argument,
+    latents_of,
+    like_latents,
+    no_branches,
+    prediction,
+    time_argument,
+)
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import HookSet, bind_forward
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.prediction import model_input
 from diffusion_accel.reuse.call_arguments import Arguments
-from diffusion_accel.reuse.rows import sample_of
 from diffusion_accel.steps import StepClock
 
+from .mixture import Mixing, Mixture
 from .replay import CallOfDenoiser, Recording, Replay, dims_beyond, own_part
 from .rows import IN_MEMORY, Rows
 
@@ -51,7 +60,9 @@ class _Watch(ModelHook):
 class _Tape:
     """What is seen of one call of the pipeline, for some images."""
 
-    def __init__(self, clock: StepClock, kept: Callable[[int], bool], rows: Rows, own: range) -> None:
+    def __init__(
+        self, clock: StepClock, kept: Callable[[int], bool], rows: Rows, own: range, family: PipelineFamily
+    ) -> None:
         self.clock, self.kept, self.rows, self.own, self.images = clock, kept, rows, own, len(own)
         self.written = 0
         self.several = False  # whether the scheduler has each image more than once
@@ -64,7 +75,7 @@ class _Tape:
         self.scheduler: Any = None
         self.draws: list[list[torch.Tensor]] = []
         self.extra: dict[str, Any] = {}
-        self.sums: list[tuple[np.ndarray, np.ndarray, float]] = []
+        self.mixing = Mixing(_conditional(family))
         self.last: torch.Tensor | None = None
         self.rest: list[torch.Tensor | None] = []  # what a denoiser is given behind the latents
         self.reason = ""
@@ -75,12 +86,12 @@ class _Tape:
 
     def note(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """A call of a denoiser."""
-        latents, time = "sample" if "sample" in named else "hidden_states", time_argument(named) or ""
-        if not isinstance(named.get(latents), torch.Tensor) or named.get(time) is None:
+        latents, time = latents_argument(named) or "", time_argument(named) or ""
+        if not isinstance(named.get(latents), torch.Tensor | list) or named.get(time) is None:
             self.refuse("its denoiser is told no latents or no timestep")
             return
         rest = {k: v for k, v in named.items() if k not in (latents, time)}
-        self.inputs.append(sample_of(named).detach())
+        self.inputs.append(latents_of(named).detach())
         told = named[time]
         values = told.flatten().unique().tolist() if isinstance(told, torch.Tensor) else [float(told)]
         if len(values) > 1:
@@ -160,7 +171,8 @@ class _Tape:
 
     def _sum(self, x: torch.Tensor, predicted: torch.Tensor) -> None:
         parts: list[torch.Tensor] = []
-        for n, (given, output) in enumerate(zip(self.inputs, self.outputs, strict=True)):
+        for n, pair in enumerate(zip(self.inputs, self.outputs, strict=True)):
+            given, output = (like_latents(value, x) for value in pair)
             branches = given.shape[0] // x.shape[0]
             own, said, dim = own_part(given, x), own_part(output, x), dims_beyond(given, x)
             if own is None or said is None or not _near(own, x.repeat(branches, *[1] * (x.dim() - 1))):
@@ -172,9 +184,7 @@ class _Tape:
             elif rest is not None and ((first := self.rest[n]) is None or not torch.equal(rest, first)):
                 self.refuse("its denoiser is told something else at every step")
             parts += list(said.float().chunk(branches))
-        table = torch.stack([part.flatten() for part in (*parts, predicted.float())]).double()
-        products = (table @ table.T).cpu().numpy()
-        self.sums.append((products[:-1, :-1], products[:-1, -1], float(products[-1, -1])))
+        self.mixing.add(parts, predicted.float())
 
     def after(self, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler makes of it."""
@@ -183,18 +193,15 @@ class _Tape:
         self.last = (sample[: self.images] if self.several else sample).detach().float().cpu()
         return sample
 
-    def shares(self, dtype: torch.dtype) -> list[float]:
-        """What each output counts in what the scheduler is given, the same at every step.
+    def mixture(self, dtype: torch.dtype) -> Mixture:
+        """How what the scheduler is given is made of the outputs, the same at every step.
 
-        Sets `reason` if there is no such sum.
+        Sets `reason` if it is not.
         """
-        products, aims = sum(s[0] for s in self.sums), sum(s[1] for s in self.sums)
-        found = np.linalg.lstsq(np.asarray(products), np.asarray(aims), rcond=1e-9)[0]
-        for own, aim, whole in self.sums:
-            left = max(0.0, whole - 2 * found @ aim + found @ own @ found)
-            if left > (TOLERANCE.get(dtype, 0.05) ** 2) * max(whole, 1e-12):
-                self.refuse("what it gives its scheduler is not the same sum of predictions at every step")
-        return [float(v) for v in found]
+        found = None if self.reason else self.mixing.found(TOLERANCE.get(dtype, 0.05))
+        if found is None:
+            self.refuse("what it gives its scheduler is not the same sum of predictions at every step")
+        return found or Mixture(())
 
 
 def _near(given: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -216,12 +223,12 @@ def record(
     Raises:
         UnsupportedPipelineError: the pipeline does not step once for every timestep.
     """
-    tapes, images = [], []
+    tapes, images, family = [], [], family_of(sampler.pipe)
     parts = list(sampler.chunks())
     rows = Rows(0, parts[-1][1], in_memory)
     for start, end in parts:
         clock = StepClock(sampler.pipe)
-        tape = _Tape(clock, kept, rows, range(start, end))
+        tape = _Tape(clock, kept, rows, range(start, end), family)
         clock.on_step(before=tape.step, after=tape.after)
         hooks = HookSet("diffusion_accel.replay")
         try:
@@ -240,12 +247,12 @@ def record(
         )
     if not tapes[0].calls:
         raise UnsupportedPipelineError(f"{type(sampler.pipe).__name__} calls no denoiser that is known")
-    given = tapes[0].calls[0].named[tapes[0].calls[0].latents]
+    given = latents_of(tapes[0].calls[0].named)
     if len(called_denoisers(sampler.pipe)) > 1:
         tapes[0].refuse("it has two denoisers")
-    if family_of(sampler.pipe).views:
+    if family.views:
         tapes[0].refuse("it denoises an image in views")
-    shares = [tape.shares(given.dtype) if not tape.reason else [] for tape in tapes]
+    mixtures = [tape.mixture(given.dtype) for tape in tapes]
     reason = next((tape.reason for tape in tapes if tape.reason), "")
     last = [tape.last for tape in tapes if tape.last is not None]
     draws = [[state for tape in tapes for state in tape.draws[i]] for i in range(len(tapes[0].draws))]
@@ -259,13 +266,21 @@ def record(
         tapes[0].scheduler,
         tapes[0].extra,
         draws,
-        [] if reason else [(tape.calls, share) for tape, share in zip(tapes, shares, strict=True)],
+        [] if reason else [(tape.calls, mixture) for tape, mixture in zip(tapes, mixtures, strict=True)],
         reason,
         given.device,
         channelwise(tapes[0].calls[0].module, last[0]),
         None if reason else _branches(sampler.pipe, [tape.calls for tape in tapes]),
+        family.negated,
     )
     return (recording if reason else _checked(recording, given.dtype)), torch.cat(images)
+
+
+def _conditional(family: PipelineFamily) -> int | None:
+    """The number of the conditional one of two outputs; None if it is not known."""
+    if family.calls:
+        return 0
+    return None if family.branches is None else int(not family.branches.conditional_first)
 
 
 def _branches(pipe: Any, tapes: list[list[CallOfDenoiser]]) -> tuple[int, int] | None:
@@ -274,13 +289,10 @@ def _branches(pipe: Any, tapes: list[list[CallOfDenoiser]]) -> tuple[int, int] |
     family, guided = family_of(pipe), [calls for calls in tapes if sum(call.branches for call in calls) != 1]
     if not guided or no_branches(pipe) is not None:
         return None
-    if any(sum(call.branches for call in calls) != 2 for calls in guided):
+    conditional, each = _conditional(family), 2 if family.calls else 1
+    if conditional is None or any(len(calls) != each or sum(c.branches for c in calls) != 2 for calls in guided):
         return None
-    if family.calls:
-        return (1, 0) if all(len(calls) == 2 for calls in guided) else None
-    if family.branches is None or any(len(calls) != 1 for calls in guided):
-        return None
-    return (1, 0) if family.branches.conditional_first else (0, 1)
+    return (1 - conditional, conditional)
 
 
 def channelwise(denoiser: nn.Module, latents: torch.Tensor) -> bool:

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_accel.denoisers import prediction
+from diffusion_accel.denoisers import latents_of, like_latents, lists_samples, prediction
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import as_given, map_tensors
 from diffusion_accel.reuse.call_arguments import Arguments
 from diffusion_accel.reuse.rows import NOT_ROWS
+
+from .mixture import Mixture
 
 
 def own_part(value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
@@ -68,7 +70,7 @@ class CallOfDenoiser:
     @property
     def rows(self) -> int:
         """Rows of its batch."""
-        return int(self.named[self.latents].shape[0])
+        return len(self.named[self.latents])
 
     @property
     def branches(self) -> int:
@@ -78,24 +80,30 @@ class CallOfDenoiser:
     def outputs(self, x: torch.Tensor, told: float, which: Sequence[int]) -> list[torch.Tensor]:
         """What it returns for other latents of some of its images, a tensor for each branch."""
         rows = [branch * self.images + i for branch in range(self.branches) for i in which]
-        chosen = torch.tensor(rows, device=x.device)
+        chosen, listed = torch.tensor(rows, device=x.device), lists_samples(self.named)
 
         def some(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.dim() or not tensor.shape[0] or tensor.shape[0] % self.rows:
                 return tensor
             return tensor.unflatten(0, (self.rows, -1)).index_select(0, chosen).flatten(0, 1)  # of each frame, too
 
-        named = {k: v if k in NOT_ROWS else map_tensors(some, v) for k, v in self.named.items()}
-        given = self.named[self.latents]
+        def of_rows(name: str, value: Any) -> Any:
+            if listed and isinstance(value, list) and len(value) == self.rows:
+                return [value[row] for row in rows]
+            return value if name in NOT_ROWS else map_tensors(some, value)
+
+        named, whole = {k: of_rows(k, v) for k, v in self.named.items()}, latents_of(self.named)
+        given = like_latents(whole, x)
         latents = x.repeat(self.branches, *[1] * (x.dim() - 1)).to(given.dtype)
         dim = dims_beyond(given, x)
         if dim is not None and dim > 0:  # inpainting: a mask and masked latents behind them
             own = x.shape[dim]
             rest = named[self.latents].narrow(dim, own, given.shape[dim] - own)
             latents = torch.cat([latents, rest], dim)
-        named |= {self.latents: latents, self.time: self._time(named[self.time], told)}
+        batch: Any = list(latents.reshape(-1, *whole.shape[1:]).unbind()) if listed else latents
+        named |= {self.latents: batch, self.time: self._time(named[self.time], told)}
         args, keywords = as_given(self.module, self.args, named)
-        output = own_part(prediction(self.module(*args, **keywords)), x)
+        output = own_part(like_latents(prediction(self.module(*args, **keywords)), x), x)
         assert output is not None  # it was when it was recorded
         return list(output.float().chunk(self.branches))
 
@@ -121,9 +129,10 @@ class Recording:
         scheduler: a copy from before its first step.
         extra: what its step is given beside prediction, timestep, sample and generator.
         draws: the states of the images' generators before each step; empty if it is given none.
-        tapes: a part of the images each, with what their outputs count; empty if `reason` is not.
+        tapes: a part of the images each, with what guidance makes of their outputs; empty if `reason` is not.
         reason: why the denoiser cannot be called without the pipeline; empty if it can.
         channelwise: whether the channels of the latents are where `combination.channel_dim` has them.
+        negated: whether the scheduler is given the opposite of what the denoiser says.
         branches: the numbers of the unconditional and the conditional output of the denoiser among those of a step,
             where there is guidance; None if there is none with just these two.
     """
@@ -137,11 +146,12 @@ class Recording:
     scheduler: Any
     extra: dict[str, Any]
     draws: list[list[torch.Tensor]]
-    tapes: list[tuple[list[CallOfDenoiser], list[float]]]
+    tapes: list[tuple[list[CallOfDenoiser], Mixture]]
     reason: str
     device: torch.device
     channelwise: bool = True
     branches: tuple[int, int] | None = None
+    negated: bool = False
 
     def __len__(self) -> int:
         return len(self.times)
@@ -193,7 +203,7 @@ class Replay:
         if not which:
             return x.clone(), None if two is None else x.clone()
         given = x.to(self.recording.device)
-        for calls, shares in self.recording.tapes:
+        for calls, mixture in self.recording.tapes:
             images = calls[0].images
             here = [i - first for i in which if first <= i < first + images]
             first += images
@@ -201,9 +211,10 @@ class Replay:
                 continue
             own = given[done : done + len(here)]
             outputs = [o for call in calls for o in call.outputs(own, self._told(call, time), here)]
-            parts.append(torch.stack([s * o for s, o in zip(shares, outputs, strict=True)]).sum(0))
+            parts.append(mixture(outputs))
             if two is not None:
-                additions.append(parts[-1] - outputs[two[1] if len(outputs) > 1 else 0])
+                conditional = outputs[two[1] if len(outputs) > 1 else 0]
+                additions.append(parts[-1] + (conditional if self.recording.negated else -conditional))
             done += len(here)
         self.evaluations += len(which)
         if two is None:

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from zoo import ddim
 
 from diffusion_accel.prediction import Conversion
@@ -39,6 +37,24 @@ def test_noise_and_clean_sample_are_what_the_schedule_says(kind: str, space: str
     assert torch.equal(conversion.to(space, doubled, x, time)[:, 4:], noise)
     wide = torch.cat([x, noise], 1)  # a mask beside the latents does not matter
     assert torch.equal(conversion.to(space, prediction, wide, time), there)
+
+
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_flow_matching_with_a_scheduler_of_both_kinds(kind: Any) -> None:
+    """Wan's and Sana's: the clean sample is what the scheduler itself makes of a prediction."""
+    scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.set_timesteps(6)
+    conversion = Conversion(scheduler)
+    assert conversion.possible and conversion.flow and not Conversion(kind(use_flow_sigmas=True)).flow
+    x, v = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for step, time in enumerate(scheduler.timesteps):
+        scheduler._step_index = step
+        clean = scheduler.convert_model_output(v, sample=x)
+        assert torch.allclose(conversion.to("sample", v, x, float(time)), clean, atol=1e-5)
+        assert torch.allclose(conversion.back("sample", clean, x, float(time)), v, atol=1e-4)
+        opposite = Conversion(scheduler, negated=True)
+        assert torch.equal(opposite.to("sample", -v, x, float(time)), conversion.to("sample", v, x, float(time)))
+        assert torch.allclose(opposite.back("sample", clean, x, float(time)), -v, atol=1e-4)
 
 
 def test_slopes_are_those_of_the_conversion() -> None:

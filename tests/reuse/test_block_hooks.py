@@ -13,7 +13,7 @@ from transformers_zoo import CASES, IMAGE, SD3
 from zoo import ddim, seeded
 
 from diffusion_accel import AccelerationError, Reuse, accelerate
-from diffusion_accel.denoisers import stream_blocks
+from diffusion_accel.denoisers import prediction, stream_blocks
 from diffusion_accel.denoisers.families import _MODELS
 
 
@@ -30,7 +30,9 @@ class Still(DiffusionPipeline):
         drawn = []
         for t in self.scheduler.timesteps:
             given = {"hidden_states": IMAGE, **call, "timestep": t.expand(2).float()}
-            drawn.append(self.transformer(**given, return_dict=False)[0])
+            if "x" in call:
+                given = {**call, "t": given["timestep"] / 1000}
+            drawn.append(prediction(self.transformer(**given, return_dict=False)))
             self.scheduler.step(drawn[0], t, drawn[0])
         return drawn
 
@@ -91,8 +93,8 @@ class Unknown(diffusers.SD3Transformer2DModel):
 
 
 class Named(diffusers.SD3Transformer2DModel):
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
-        return super().forward(x, timestep=t)
+    def forward(self, noisy: torch.Tensor, level: torch.Tensor) -> Any:
+        return super().forward(noisy, timestep=level)
 
 
 @pytest.mark.parametrize(

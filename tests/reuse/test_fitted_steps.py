@@ -213,7 +213,7 @@ def test_a_fit_of_one_prediction_is_order_0(name: str, options: dict[str, Any]) 
         (sd3, ":sample", 4, 7),
         (flux, ":sample", 16, 7),  # tokens
         (cogview4, ":sample", 4, 7),  # a call for each branch
-        (lambda: wan(two=False), "", 16, 7),  # a video; UniPC of flows
+        (lambda: wan(two=False), ":sample", 16, 7),  # a video; UniPC of flows
         (deepfloyd_if, ":sample", 3, 7),  # a learned variance behind the prediction
         (ZOO["inpaint"], ":sample", 4, 7),  # latents, mask and image
         (ZOO["controlnet"], ":epsilon", 4, 7),
@@ -372,9 +372,11 @@ def test_what_cannot_be_followed_is_refused_before_a_call() -> None:
     with pytest.raises(AccelerationError, match="the step of Otherwise takes no sample"):
         accelerate(pipe, Reuse(plan="steps:full full=1;"))
     accelerate(pipe, Reuse(plan="steps:full hold=1"))
+    unknown = sd()[0]
+    unknown.scheduler.register_to_config(prediction_type="unknown")
     for plan in ("steps:full full:sample=1;", "steps:full hold:epsilon=1;"):
         with pytest.raises(AccelerationError, match="cannot be turned into noise or clean sample"):
-            accelerate(wan()[0], Reuse(plan=plan))
+            accelerate(unknown, Reuse(plan=plan))
 
 
 def test_a_prediction_of_another_shape_than_the_latents_is_refused() -> None:

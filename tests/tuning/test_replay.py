@@ -22,13 +22,13 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UniPCMultistepScheduler,
 )
+from transformer_zoo import FAMILIES, cogvideox
 
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.tuning.recording import channelwise, record
 from diffusion_accel.tuning.replay import Recording, Replay
 
 STEPS = 4
-ROWS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 class Calls:
@@ -46,16 +46,7 @@ class Calls:
             start += size
 
     def call(self, start: int, end: int) -> torch.Tensor:
-        given = dict(self.options)
-        for name, value in given.items():
-            if name in ROWS:
-                given[name] = torch.cat([value.roll(i, -1) for i in range(start, end)])
-            elif name.endswith("attention_mask") or name == "image":
-                given[name] = value.repeat(end - start, *[1] * (value.dim() - 1))
-            elif name == "class_labels":
-                given[name] = [(3 * i) % 10 for i in range(start, end)]
-        if "batch_size" in given:
-            given["batch_size"] = end - start
+        given = zoo.for_images(self.options, range(start, end))
         generators = [torch.Generator().manual_seed(i) for i in range(start, end)]
         result = self.pipe(num_inference_steps=self.steps, generator=generators, **given)[0]
         return torch.as_tensor(result).float().cpu()
@@ -86,66 +77,23 @@ def instruct() -> zoo.Built:
     return pipe, {**call, "output_type": "latent"}
 
 
-def cogvideox() -> zoo.Built:
-    """Its latents are (B, F, C, H, W)."""
-    from diffusers import (
-        AutoencoderKLCogVideoX,
-        CogVideoXDDIMScheduler,
-        CogVideoXPipeline,
-        CogVideoXTransformer3DModel,
-    )
-
-    transformer = zoo.seeded(
-        lambda: CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-            text_embed_dim=zoo.DIM, num_layers=1, sample_width=2, sample_height=2, sample_frames=9, patch_size=2,
-            temporal_compression_ratio=4, max_text_seq_length=zoo.TOKENS,
-        )
-    )  # fmt: skip
-    decoder = zoo.seeded(
-        lambda: AutoencoderKLCogVideoX(
-            in_channels=3, out_channels=3, block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
-            norm_num_groups=2, temporal_compression_ratio=4,
-            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
-        )
-    )  # fmt: skip
-    pipe = CogVideoXPipeline(
-        transformer=transformer, vae=decoder, scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction"),
-        tokenizer=None, text_encoder=None,
-    )  # fmt: skip
-    return pipe, {**zoo.text(), "height": 16, "width": 16, "num_frames": 9, "output_type": "latent"}
-
-
 def pixels() -> zoo.Built:
     pipe, call = zoo.unet2d()
     pipe.scheduler = DDPMScheduler()
     return pipe, call
 
 
-def true_guidance() -> zoo.Built:
-    pipe, call = zoo.flux()
-    negative = {f"negative_{name}": value.flip(-1) for name, value in call.items() if name.endswith("embeds")}
-    return pipe, {**call, **negative, "true_cfg_scale": 3.0}
-
-
 PIPELINES: dict[str, Callable[[], zoo.Built]] = {
     "sd": zoo.sd,
     "without guidance": zoo.sd_without_guidance,
     "sdxl": zoo.sdxl,
-    "dit": zoo.dit,
     "flux": zoo.flux,
-    "flux, true guidance": true_guidance,
-    "sd3": zoo.sd3,
-    "cogview4": zoo.cogview4,
-    "auraflow": zoo.aura_flow,
-    "wan": lambda: zoo.wan(two=False),
-    "cogvideox": cogvideox,
-    "pixart": zoo.pixart,
     "animatediff": zoo.animatediff,
     "pixels": pixels,
     "three branches": instruct,
     "nine channels": zoo.inpaint,
     "ip adapter": zoo.ip_adapter,
+    **{f"transformer: {name}": build for name, build in FAMILIES.items() if name != "wan 2.2"},
 }
 
 
@@ -192,16 +140,20 @@ def test_in_bfloat16() -> None:
     says_the_same(recorded((pipe, call)), 0.05)
 
 
-@pytest.mark.parametrize("build", [zoo.sd, zoo.sdxl, zoo.dit, zoo.sd3, zoo.pixart], ids=lambda build: build.__name__)
-def test_the_branches_of_guidance_are_told_apart(build: Callable[[], zoo.Built]) -> None:
-    """Of four times the difference three are added to the conditional prediction; of six, five."""
-    some, more = recorded(build(), guidance_scale=4.0), recorded(build(), guidance_scale=6.0)
+BRANCHES = {"sd": 3, "sdxl": 3, "transformer: dit": 3, "transformer: sana": 3, "transformer: lumina 2": 3}
+
+
+@pytest.mark.parametrize(("name", "added"), [*BRANCHES.items(), ("transformer: z-image", 4)])
+def test_the_branches_of_guidance_are_told_apart(name: str, added: int) -> None:
+    """Of four times the difference three are added to the conditional prediction (Z-Image: all); of six, five."""
+    build, linear = PIPELINES[name], {"cfg_normalization": False} if "lumina" in name else {}
+    some, more = (recorded(build(), guidance_scale=scale, **linear) for scale in (4.0, 6.0))
     with torch.inference_mode():
         for which in ([0, 1, 2], [1], [0, 2]):
             asked = some.latents[0][which], some.times[0], which
             guided, addition = Replay(some).apart(*asked)
             assert addition is not None and torch.equal(guided, Replay(some)(*asked))
-            wanted = (more.predictions - some.predictions)[0][which] * 3 / 2
+            wanted = (more.predictions - some.predictions)[0][which] * added / 2
             torch.testing.assert_close(addition, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -350,7 +302,8 @@ def test_where_the_channels_are() -> None:
         (64, (1, 64, 1024), False),
     ):
         assert channelwise(denoiser(channels), torch.zeros(shape)) is wanted, shape
-    assert not recorded(cogvideox(), sizes=(1,)).channelwise and recorded(zoo.flux(), sizes=(1,), height=24).channelwise
+    assert not recorded(cogvideox(), sizes=(1,)).channelwise
+    assert recorded(zoo.flux(), sizes=(1,), height=24).channelwise
 
 
 def test_a_device_is_waited_for_once_in_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
