@@ -81,9 +81,9 @@ class PartRollout(Rollout):
         super().__init__(replay, recording, trajectory, range(recording.images))
         self.parts = parts
 
-    def _step(self, i: int, full: bool, lands: bool) -> Step:
+    def _step(self, i: int, node: int | None, lands: bool) -> Step:
         own, parts, time = self.trajectory, self.parts, self.scheduler.timesteps[i]
-        a, s, x = own.alphas[i], own.sigmas[i], self.sample
+        a, s, x, full = own.alphas[i], own.sigmas[i], self.sample, node is not None
         if full:
             if parts.on_policy:
                 seen = evaluated(self.replay, own, i, x, self.images, parts.guidance)

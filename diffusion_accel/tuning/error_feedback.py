@@ -19,7 +19,7 @@ from diffusion_accel.prediction import Conversion, converted, model_input
 from diffusion_accel.reuse.plan import Plan, Step
 
 from .fits import combination, fitted
-from .jumps import Seen, Trajectory, evaluated
+from .jumps import Seen, Trajectory, evaluated, step_of
 from .replay import Recording, Replay
 from .together import ALONE, Together
 
@@ -55,21 +55,22 @@ class Rollout:
         self.seen = Seen()
 
     def plan(self, nodes: Sequence[int]) -> Plan:
-        """The plan with these full steps, the first of which is 0."""
-        full, total = set(nodes), len(self.recording)
+        """The plan with these full steps, the first of which is 0; ~n: with the conditional branch only."""
+        full, total = {step_of(node): node for node in nodes}, len(self.recording)
         steps = []
         for i in range(total):
             lands = i + 1 == total or i + 1 in full
-            steps.append(self._step(i, i in full, lands))
+            steps.append(self._step(i, full.get(i), lands))
         return Plan(tuple(steps))
 
-    def _step(self, i: int, full: bool, lands: bool) -> Step:
+    def _step(self, i: int, node: int | None, lands: bool) -> Step:
         """Make one step. What lands on the next full one is fitted by channel, others alike for all channels."""
         own, time = self.trajectory, self.scheduler.timesteps[i]
         a, s = own.alphas[i], own.sigmas[i]
         x = model_input(self.scheduler, self.sample, time)
-        if full:
-            self.seen = self.seen.then(*evaluated(self.replay, own, i, x, self.images, self.apart))
+        if node is not None:
+            known = self.seen.difference
+            self.seen = self.seen.then(*evaluated(self.replay, own, node, x, self.images, self.apart, known))
             latents = list(self.seen.latents)
         else:
             latents = [x, *self.seen.latents]
@@ -85,8 +86,9 @@ class Rollout:
             fit = combination(weights, len(clean), len(latents))
         value = clean[0] if fit is None else fit.apply(clean, latents, additions)
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
-        mode = "full" if full else "hold"
-        return Step(mode, space="sample" if fit is not None or not full else "", fit=fit)
+        if node is None:
+            return Step("hold", space="sample", fit=fit)
+        return Step(space="sample" if fit else "", fit=fit, guidance="reuse" if node < 0 else "both")
 
     def _wanted(self, i: int, time: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """The prediction that lands where the baseline is after this step; None if none does."""

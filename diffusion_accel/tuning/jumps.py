@@ -18,7 +18,7 @@ from diffusion_accel.combination import Combination
 from diffusion_accel.prediction import Conversion, converted
 
 from .fits import by_channel, combination, fitted, mixed
-from .replay import Recording, Replay
+from .replay import Recording, Replay, Said
 from .together import ALONE, Together
 
 PREDICTIONS, LATENTS, ADDITIONS = 4, 3, 2  # how many a jump combines at most
@@ -88,16 +88,23 @@ class Trajectory:
 @dataclass(frozen=True)
 class Seen:
     """What a solver has at a node: clean samples and latents of the last evaluations, the newest first, and, where they
-    are known, what guidance adds, as clean samples."""
+    are known, what guidance adds, as clean samples, and the newest difference of its branches."""
 
     clean: tuple[torch.Tensor, ...] = ()
     latents: tuple[torch.Tensor, ...] = ()
     additions: tuple[torch.Tensor, ...] = ()
+    difference: torch.Tensor | None = None
 
-    def then(self, clean: torch.Tensor, latents: torch.Tensor, addition: torch.Tensor | None = None) -> Seen:
+    def then(
+        self,
+        clean: torch.Tensor,
+        latents: torch.Tensor,
+        addition: torch.Tensor | None = None,
+        difference: torch.Tensor | None = None,
+    ) -> Seen:
         """With one evaluation more."""
         apart = () if addition is None else (addition, *self.additions)[:ADDITIONS]
-        return Seen((clean, *self.clean)[:PREDICTIONS], (latents, *self.latents)[:LATENTS], apart)
+        return Seen((clean, *self.clean)[:PREDICTIONS], (latents, *self.latents)[:LATENTS], apart, difference)
 
     @property
     def features(self) -> list[torch.Tensor]:
@@ -127,17 +134,29 @@ class Rolled:
         return [combination(w, min(n, PREDICTIONS), min(n, LATENTS)) for n, w in enumerate(self.weights, 1)]
 
 
+def step_of(node: int) -> int:
+    """The number of the step of a node: n, or ~n where only the conditional branch is computed."""
+    return max(node, ~node)
+
+
 def evaluated(
-    replay: Replay, trajectory: Trajectory, node: int, x: torch.Tensor, images: Sequence[int], apart: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The clean sample that the denoiser means at a node, the latents, and what guidance adds to it, as
-    a clean sample, if it is told apart."""
-    kind, a, s = trajectory.kind, trajectory.alphas[node], trajectory.sigmas[node]
-    time = trajectory.times[node]
-    said, addition = replay.apart(x, time, images) if apart else (replay(x, time, images), None)
-    clean = converted("sample", kind, said, x, a, s)
-    slope = None if addition is None else converted("sample", kind, addition, torch.zeros_like(x), a, s)
-    return clean, x, slope
+    replay: Replay,
+    trajectory: Trajectory,
+    node: int,
+    x: torch.Tensor,
+    images: Sequence[int],
+    apart: bool,
+    difference: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The clean sample that the denoiser means at a node, the latents, and, if it is told apart, what guidance adds to
+    it, as a clean sample, and the difference of the branches; the one that is given at a node ~n."""
+    own = step_of(node)
+    kind, a, s, time = trajectory.kind, trajectory.alphas[own], trajectory.sigmas[own], trajectory.times[own]
+    said = replay.apart(x, time, images, difference if node < 0 else None) if apart else Said(replay(x, time, images))
+    clean = converted("sample", kind, said.prediction, x, a, s)
+    if said.addition is None:
+        return clean, x, None, None
+    return clean, x, converted("sample", kind, said.addition, torch.zeros_like(x), a, s), said.difference
 
 
 class Beginnings:
@@ -166,11 +185,15 @@ class Beginnings:
     def keep(self, nodes: tuple[int, ...], seen: Seen, weights: tuple[torch.Tensor, ...]) -> None:
         """Remember the state after these nodes."""
         self._kept[nodes] = seen, weights
-        self._tensors.update(map(id, seen.features))
+        self._tensors.update(map(id, _tensors(seen)))
         while len(self._tensors) > self.most and len(self._kept) > 1:
             _, (old, _) = self._kept.popitem(last=False)
-            self._tensors.subtract(map(id, old.features))
+            self._tensors.subtract(map(id, _tensors(old)))
             self._tensors = +self._tensors
+
+
+def _tensors(seen: Seen) -> list[torch.Tensor]:
+    return [*seen.features, *(() if seen.difference is None else (seen.difference,))]
 
 
 class Jumps:
@@ -202,17 +225,18 @@ class Jumps:
         self.beginnings = Beginnings(KEPT // (4 * max(1, most) * trajectory.result[0].numel()))
 
     def run(self, nodes: Sequence[int]) -> Rolled:
-        """Evaluate at these nodes, beginning on the trajectory at the first one, and fit every jump on the way."""
+        """Evaluate at these nodes, beginning on the trajectory at the first one, and fit every jump on the way; at a
+        node ~n, which needs `apart`, the conditional branch only, with the last difference to the other one."""
         nodes, trajectory = tuple(nodes), self.trajectory
         known, seen, weights = self.beginnings.longest(nodes)
         for n in range(known, len(nodes)):
             x = trajectory.goal(nodes[0], self.images)
             if n:
-                weights = (*weights, self._jump(seen, nodes[n - 1], nodes[n]))
+                weights = (*weights, self._jump(seen, step_of(nodes[n - 1]), step_of(nodes[n])))
                 x = mixed(weights[-1], seen.features)
             seen = self.evaluated(seen, x, nodes[n])
             self.beginnings.keep(nodes[: n + 1], seen, weights)
-        weights = (*weights, self._jump(seen, nodes[-1], len(trajectory)))
+        weights = (*weights, self._jump(seen, step_of(nodes[-1]), len(trajectory)))
         result = mixed(weights[-1], seen.features)
         return Rolled(nodes, weights, result, self.decibels(result))
 
@@ -236,7 +260,7 @@ class Jumps:
     def evaluated(self, seen: Seen, x: torch.Tensor, node: int) -> Seen:
         """With an evaluation at these latents."""
         own = self.trajectory
-        return seen.then(*evaluated(self.replay, own, node, x, self.images, self.apart))
+        return seen.then(*evaluated(self.replay, own, node, x, self.images, self.apart, seen.difference))
 
     def decibels(self, result: torch.Tensor) -> torch.Tensor:
         """PSNR of each image in its latents, up to a constant: (N,)."""

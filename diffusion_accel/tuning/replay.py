@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,9 +77,12 @@ class CallOfDenoiser:
         """How many rows an image has."""
         return self.rows // self.images
 
-    def outputs(self, x: torch.Tensor, told: float, which: Sequence[int]) -> list[torch.Tensor]:
-        """What it returns for other latents of some of its images, a tensor for each branch."""
-        rows = [branch * self.images + i for branch in range(self.branches) for i in which]
+    def outputs(
+        self, x: torch.Tensor, told: float, which: Sequence[int], only: int | None = None
+    ) -> list[torch.Tensor]:
+        """What it returns for other latents of some of its images, a tensor for each branch, or for one `only`."""
+        branches = range(self.branches) if only is None else [only]
+        rows = [branch * self.images + i for branch in branches for i in which]
         chosen, listed = torch.tensor(rows, device=x.device), lists_samples(self.named)
 
         def some(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,7 +97,7 @@ class CallOfDenoiser:
 
         named, whole = {k: of_rows(k, v) for k, v in self.named.items()}, latents_of(self.named)
         given = like_latents(whole, x)
-        latents = x.repeat(self.branches, *[1] * (x.dim() - 1)).to(given.dtype)
+        latents = x.repeat(len(branches), *[1] * (x.dim() - 1)).to(given.dtype)
         dim = dims_beyond(given, x)
         if dim is not None and dim > 0:  # inpainting: a mask and masked latents behind them
             own = x.shape[dim]
@@ -105,7 +108,7 @@ class CallOfDenoiser:
         args, keywords = as_given(self.module, self.args, named)
         output = own_part(like_latents(prediction(self.module(*args, **keywords)), x), x)
         assert output is not None  # it was when it was recorded
-        return list(output.float().chunk(self.branches))
+        return list(output.float().chunk(len(branches)))
 
     def _time(self, like: Any, told: float) -> Any:
         if not isinstance(like, torch.Tensor):
@@ -169,17 +172,31 @@ class Recording:
         return int(self.latents.shape[1])
 
 
+class Said(NamedTuple):
+    """What a scheduler would be given, and what of it is guidance's: each (N, C, …), float32 on the CPU.
+
+    Attributes:
+        prediction: after guidance.
+        addition: what guidance adds, so `prediction` minus the conditional one; None where there are no two branches.
+        difference: the unconditional minus the conditional output of the denoiser; None likewise.
+    """
+
+    prediction: torch.Tensor
+    addition: torch.Tensor | None = None
+    difference: torch.Tensor | None = None
+
+
 class Replay:
     """The denoiser with guidance, for the images of a recording; counts its calls.
 
     Attributes:
-        evaluations: of an image at a timestep, so far.
+        evaluations: of an image at a timestep, so far; with one of two branches it counts half.
     """
 
     def __init__(self, recording: Recording) -> None:
         if recording.reason:
             raise UnsupportedPipelineError(recording.reason)
-        self.recording, self.evaluations = recording, 0
+        self.recording, self.evaluations = recording, 0.0
 
     def __call__(self, x: torch.Tensor, time: float, which: Sequence[int]) -> torch.Tensor:
         """What the scheduler would be given: (len(which), C, …), float32 on the CPU.
@@ -189,19 +206,28 @@ class Replay:
             time: in the scheduler's unit; between its timesteps, what the denoiser is told is interpolated.
             which: numbers of images, increasing.
         """
-        return self._asked(x, time, which, None)[0]
+        return self._asked(x, time, which, None, None).prediction
 
-    def apart(self, x: torch.Tensor, time: float, which: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same, and what guidance adds, so it minus the conditional prediction; None where there are no two."""
-        return self._asked(x, time, which, self.recording.branches)
+    def apart(self, x: torch.Tensor, time: float, which: Sequence[int], difference: torch.Tensor | None = None) -> Said:
+        """The same, and what guidance adds, where there are two branches.
+
+        With a `difference` of them, (len(which), C, …), only the conditional one is computed, and the other one is it
+        with this difference.
+        """
+        return self._asked(x, time, which, self.recording.branches, difference)
 
     def _asked(
-        self, x: torch.Tensor, time: float, which: Sequence[int], two: tuple[int, int] | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the scheduler would be given, and with the numbers of both branches what guidance adds."""
-        parts, additions, first, done = [], [], 0, 0
+        self,
+        x: torch.Tensor,
+        time: float,
+        which: Sequence[int],
+        two: tuple[int, int] | None,
+        known: torch.Tensor | None,
+    ) -> Said:
+        parts: list[tuple[torch.Tensor, ...]] = []
+        first, done, self.evaluations = 0, 0, self.evaluations + len(which) * (1.0 if known is None else 0.5)
         if not which:
-            return x.clone(), None if two is None else x.clone()
+            return Said(x.clone()) if two is None else Said(x.clone(), x.clone(), x.clone())
         given = x.to(self.recording.device)
         for calls, mixture in self.recording.tapes:
             images = calls[0].images
@@ -209,18 +235,37 @@ class Replay:
             first += images
             if not here:
                 continue
-            own = given[done : done + len(here)]
-            outputs = [o for call in calls for o in call.outputs(own, self._told(call, time), here)]
-            parts.append(mixture(outputs))
-            if two is not None:
-                conditional = outputs[two[1] if len(outputs) > 1 else 0]
-                additions.append(parts[-1] + (conditional if self.recording.negated else -conditional))
+            own, lacking = given[done : done + len(here)], None if known is None else known[done : done + len(here)]
+            outputs = self._outputs(calls, own, time, here, two, lacking)
+            said = mixture(outputs)
+            if two is None:
+                parts.append((said,))
+            else:
+                unconditional, conditional = (outputs[n if len(outputs) > 1 else 0] for n in two)
+                adding = said + (conditional if self.recording.negated else -conditional)
+                parts.append((said, adding, unconditional - conditional))
             done += len(here)
-        self.evaluations += len(which)
-        if two is None:
-            return torch.cat(parts).cpu(), None
-        both = torch.cat([*parts, *additions]).cpu()  # the device is waited for once
-        return both[: len(which)], both[len(which) :]
+        together = torch.stack([torch.cat(kind) for kind in zip(*parts, strict=True)])
+        return Said(*together.cpu())  # the device is waited for once
+
+    def _outputs(
+        self,
+        calls: Sequence[CallOfDenoiser],
+        x: torch.Tensor,
+        time: float,
+        which: Sequence[int],
+        two: tuple[int, int] | None,
+        lacking: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """What the calls return; with what is `lacking` to the conditional branch only that one is computed."""
+        places = [(call, branch) for call in calls for branch in range(call.branches)]
+        if two is None or lacking is None or len(places) == 1:
+            return [o for call in calls for o in call.outputs(x, self._told(call, time), which)]
+        call, branch = places[two[1]]
+        (conditional,) = call.outputs(x, self._told(call, time), which, branch)
+        outputs = [conditional, conditional]
+        outputs[two[0]] = conditional + lacking.to(conditional.device)
+        return outputs
 
     def _told(self, call: CallOfDenoiser, time: float) -> float:
         times, told = np.array(self.recording.all_times), np.array(call.told)

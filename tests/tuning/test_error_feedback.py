@@ -20,6 +20,7 @@ from diffusers import (
 )
 from transformer_zoo import FAMILIES
 
+from diffusion_accel import Reuse, accelerate
 from diffusion_accel.prediction import Conversion
 from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.tuning.error_feedback import Rollout
@@ -80,6 +81,10 @@ def some(total: int) -> tuple[int, ...]:
     return (0, 1, 3, total - 2)
 
 
+def some_of_one_branch(total: int) -> tuple[int, ...]:
+    return (0, ~1, 3, ~(total - 2))
+
+
 CASES: dict[str, Callable[[], zoo.Built]] = {
     "ddim": zoo.sd,
     "dpm": lambda: with_scheduler(DPMSolverMultistepScheduler),
@@ -105,6 +110,22 @@ def test_the_pipeline_draws_what_was_rolled_out(name: str) -> None:
     if name == "cogvideox":
         assert all(step.fit is None or step.fit.channels == 1 for step in plan.steps)
     assert Plan.parse(str(plan)) == plan
+
+
+HALF = ("ddim", "flow heun", "flux", "dit", "z-image", "qwen-image", "hunyuan dit", "cogvideox")
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_steps_with_one_branch_are_what_was_rolled_out(name: str) -> None:
+    """Whatever calls there are for the branches: the last difference stands for the other one, and fits weigh it."""
+    sampler, plan, rollout, drawn = rolled(CASES[name](), some_of_one_branch)
+    same(rollout, drawn)
+    full = [step for step in plan.steps if step.mode == "full"]
+    assert [step.guidance for step in full] == ["both", "reuse", "both", "reuse"]
+    accelerate(sampler.pipe, Reuse(plan=plan))
+    with torch.inference_mode():
+        sampler.call(0, IMAGES)
+    assert sampler.pipe.acceleration.report().counters["reuse"]["unguided_steps"] == 2
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm"])

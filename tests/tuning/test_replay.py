@@ -151,8 +151,13 @@ def test_the_branches_of_guidance_are_told_apart(name: str, added: int) -> None:
     with torch.inference_mode():
         for which in ([0, 1, 2], [1], [0, 2]):
             asked = some.latents[0][which], some.times[0], which
-            guided, addition = Replay(some).apart(*asked)
+            guided, addition, difference = Replay(some).apart(*asked)
             assert addition is not None and torch.equal(guided, Replay(some)(*asked))
+            replay = Replay(some)
+            torch.testing.assert_close(replay.apart(*asked, difference).prediction, guided, rtol=1e-4, atol=1e-5)
+            alone = replay.apart(*asked, torch.zeros_like(addition))
+            torch.testing.assert_close(alone.prediction, guided - addition, rtol=1e-4, atol=1e-5)
+            assert replay.evaluations == len(which)  # twice a half
             wanted = (more.predictions - some.predictions)[0][which] * added / 2
             torch.testing.assert_close(addition, wanted, rtol=1e-3, atol=1e-4)
 

@@ -75,7 +75,7 @@ def test_each_image_is_drawn_and_repeated_with_its_own_scale() -> None:
             one, image = record(alone)
             torch.testing.assert_close(image[0], images[i], rtol=1e-4, atol=1e-4)
             x, time = recording.latents[1], recording.times[1]
-            said, added = Replay(recording).apart(x[[i]], time, [i])
+            said, added, _ = Replay(recording).apart(x[[i]], time, [i])
             torch.testing.assert_close(said, Replay(one)(x[[i]], time, [0]), rtol=1e-4, atol=1e-4)
             assert added is not None and (float(added.abs().max()) < 1e-4) == (scale == 1)
         together = Replay(recording).apart(x, time, range(5))[1]
