@@ -307,7 +307,7 @@ def _said_by_the_first(kind: type[Exception]) -> Iterator[None]:
 
 
 def show(output: str, plan: TunedPlan) -> None:
-    """What was found, in two lines, and what was not searched though it could be."""
+    """What was found, in two lines."""
     measured, steps = plan.measured, plan.plan.steps
     words = {"full": "full", "hold": "held", "shallow": "shallow", "decoder": "decoder only"}
     counts = {m: sum(step.mode == m for step in steps) for m in words}
@@ -316,12 +316,10 @@ def show(output: str, plan: TunedPlan) -> None:
     scheduler = plan.conditions["scheduler"]
     say(
         f"{output}: {scheduler}, {len(steps)} steps, {', '.join(parts)}"
-        + (f", {alone} without guidance" if alone else "")
+        + (f", {alone} of them with one branch of guidance" if alone else "")
     )
     say(
         f"on {measured['pictures']} prompts the search did not see: {measured['time_ratio']:.2f}x as fast "
         f"(FLOPs {measured['flop_ratio']:.2f}x), PSNR {measured['psnr_median']:.1f} dB, worst decile "
         f"{measured['psnr_worst_decile']:.1f} dB"
     )
-    if "true guidance" in (why := plan.search.get("guidance_reuse", "")):
-        say(why)

@@ -61,7 +61,11 @@ def unlike_halves(pipeline: DiffusionPipeline) -> str | None:
 
 def guided(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> bool:
     """Whether a call with these `arguments` (by name, with their defaults) uses guidance at the present step."""
-    how = family_of(pipeline).guided
+    family = family_of(pipeline)
+    how = family.guided
+    if family.calls and arguments.get("true_cfg_scale") is not None:  # beside guidance that is distilled into the model
+        negative = [arguments.get(name) for name in ("negative_prompt", "negative_prompt_embeds")]
+        return float(arguments["true_cfg_scale"]) > 1 and negative != [None, None]
     if how == "property":
         return bool(getattr(pipeline, "do_classifier_free_guidance", False))
     scale = arguments.get("guidance_scale")

@@ -20,7 +20,7 @@ class Sampler:
     """Calls a pipeline for fixed prompts (or, without prompts, for as many images) with fixed seeds.
 
     Attributes:
-        pipe: any text-to-image, class-conditioned or unconditional diffusers pipeline.
+        pipe: any diffusers pipeline that draws images or videos from texts, from classes or from nothing.
         prompts: one an image; a class-conditioned pipeline takes names or numbers of classes; what they say does not
             matter to an unconditional one.
         steps: denoising steps.
@@ -54,7 +54,7 @@ class Sampler:
             start = end
 
     def call(self, start: int, end: int, **changes: Any) -> torch.Tensor:
-        """Images `start` to `end`, (N, 3, H, W) in 0..1 on the CPU."""
+        """Images `start` to `end`, (N, 3, H, W) in 0..1 on the CPU; of a video its frames below each other."""
         parameters = call_parameters(self.pipe)
         own = {"guidance_scale": self.scales[start]} if self.scales else {}
         given = {k: v for k, v in (self.options | own).items() if k in parameters and v is not None}
@@ -63,7 +63,9 @@ class Sampler:
         for name in [k for k, v in given.items() if k.startswith("negative_prompt") and isinstance(v, str)]:
             given[name] = [given[name]] * (end - start)  # as the prompts, which some pipelines insist on
         given |= {"num_inference_steps": self.steps, "generator": generators, "output_type": "np"} | changes
-        images = np.asarray((self.caller or self.pipe)(**given).images, np.float32)
+        output = (self.caller or self.pipe)(**given)
+        images = np.asarray(output.images if hasattr(output, "images") else output.frames, np.float32)
+        images = images.reshape(len(images), -1, *images.shape[-2:])
         return torch.from_numpy(images).permute(0, 3, 1, 2).clamp(0, 1)
 
     def images(self, **changes: Any) -> torch.Tensor:

@@ -28,10 +28,11 @@ from diffusion_accel.reuse.plan import FULL, Plan, Step
 from diffusion_accel.reuse.plan_family import PlanFamily
 from diffusion_accel.reuse.plan_file import TunedPlan
 
+from .branches import WORTH, BranchSearch, cost
 from .budget import Budget
 from .error_feedback import Rollout
 from .jumps import Jumps, Trajectory
-from .measure import Reference, reusing
+from .measure import Reference, reusing, why_unguided
 from .presets import presets
 from .replay import Recording, Replay
 from .result import measured_together
@@ -45,6 +46,8 @@ RIVALS = 3  # presets that a single plan is compared with in the pipeline
 TIMED = 3  # rounds of timing, of which the first warms up
 GROWTHS = (1.25, 1.4, 1.6, 2.0)  # from one number of evaluations of a family to the next: the first that is affordable
 SEARCHED = 0.15  # share of the work of a family that is left for rollouts beyond the first one of each size
+BRANCHED = 0.3  # share of the search that is for leaving branches of guidance out
+NO_BRANCHES = "these calls have no two branches of guidance"
 FASTEST, SLOWEST = 0.08, 0.56  # shares of the steps that the plans of a family compute
 
 
@@ -125,15 +128,17 @@ class RolloutTuner:
         self.work.add("baseline", recording.images * (1 + 1 / self.total))  # and what was asked again to check
         self.replay = Replay(recording)
         self.trajectory = Trajectory.of(recording, Conversion(recording.scheduler))
-        self.fixed, self.each = self._costs()
+        self.apart = recording.branches is not None
+        self.unbranched = why_unguided(reference.sampler) if self.apart else NO_BRANCHES
+        self.fixed, self.each, self.half = self._costs()
         few = len(self.prompts) if images is None else max(FEW, len(self.prompts) // 2)
         self._compared = min(len(self.prompts), few)
         self.few = together.among(self._compared)
-        self.apart = recording.branches is not None
         self.jumps = Jumps(self.replay, self.trajectory, self.few, together=together, apart=self.apart)
         self._scores = Scores(state, self._about)
         weights = torch.ones(len(self.jumps.weights))
         self.search = NodeSearch(self._run, residuals(self.trajectory, range(recording.images), weights, together))
+        self.branches = BranchSearch(self.search, self._run, self.half)
 
     # ------------------------------------------------------------------ what is asked for
     def one(self, speedup: float) -> tuple[Plan, Nodes]:
@@ -144,8 +149,20 @@ class RolloutTuner:
         """
         size = self.largest(speedup)
         self._save_for([size], 1 + RIVALS)
-        (nodes,) = self.search.every([size], self._share, self._tell)
+        (nodes,) = self._searched([size])
         return self._judged(self.plan(nodes), nodes)
+
+    def _searched(self, sizes: Sequence[int]) -> list[Nodes]:
+        """The best nodes of the cost of so many computed steps; then some leave a branch of guidance out."""
+        if self.unbranched:
+            return self.search.every(sizes, self._share, self._tell)
+        self.search.every(sizes, lambda part: self._share((1 - BRANCHED) * part), self._tell)
+        return [self._branched(size, 1 / (len(sizes) - done)) for done, size in enumerate(sizes)]
+
+    def _branched(self, size: int, part: float) -> Nodes:
+        if self.unbranched:
+            return self.search.best(size)
+        return self.branches.best(size, self._share(part), lambda: self._tell(size))
 
     def fastest(self, min_psnr: float) -> tuple[Plan, Nodes]:
         """The fastest plan whose median reaches a PSNR on the calibration images.
@@ -161,7 +178,7 @@ class RolloutTuner:
             size = sizes[middle]
             self.search.rounds([size], 1, lambda: True)
             self.search.refine(size, self._share(0.25), lambda size=size: self._tell(size))  # type: ignore[misc]
-            nodes = self.search.best(size)
+            nodes = self._branched(size, BRANCHED / 4)
             plan = self.plan(nodes)
             if self._spread(plan)[0] >= min_psnr:
                 found, high = (plan, nodes), middle
@@ -175,7 +192,7 @@ class RolloutTuner:
         """The plan, or a preset that computes no more steps, has this median and is nearer to the calibration images,
         in the mean of median and worst decile."""
         best, nearest = (plan, nodes), statistics.mean(self._spread(plan))
-        for preset in presets(self.recording, len(nodes))[:RIVALS]:
+        for preset in presets(self.recording, int(cost(nodes, self.half)))[:RIVALS]:
             self.progress("presets beside it", self.budget.used(), max(0.0, self.budget.left()))
             median, worst = self._spread(preset)
             if median >= least and (own := statistics.mean((median, worst))) > nearest:
@@ -186,7 +203,7 @@ class RolloutTuner:
         """Plans for every speed, from the fastest to the nearest one."""
         sizes = sorted(set(sizes)) or self._affordable()
         self._save_for(sizes)
-        return [(self.plan(nodes), nodes) for nodes in self.search.every(sizes, self._share, self._tell)]
+        return [(self.plan(nodes), nodes) for nodes in self._searched(sizes)]
 
     def _affordable(self) -> list[int]:
         """The sizes of a family that leave some work for searching."""
@@ -245,18 +262,18 @@ class RolloutTuner:
     def family(self, found: Sequence[tuple[Plan, Nodes]]) -> PlanFamily:
         """Several of them in one file, without those that are neither faster nor nearer than another."""
         plans = self.tuned(found, Target())
-        work = plans[0].search["work"]
-        return PlanFamily.of(unsurpassed(plans), search={"work": work, "rollouts": len(self.search.known)})
+        rollouts = len(self.search.known) + len(self.branches.known)
+        return PlanFamily.of(unsurpassed(plans), search={"work": plans[0].search["work"], "rollouts": rollouts})
 
     def _notes(self, nodes: Nodes, target: Target, work: dict[str, float]) -> dict[str, Any]:
         return {
             "target": {k: v for k, v in vars(target).items() if v is not None},
             "method": "rollouts",
-            "predicted_time_ratio": round(1 / (self.fixed + self.each * len(nodes)), 3),
+            "predicted_time_ratio": round(1 / (self.fixed + self.each * cost(nodes, self.half)), 3),
             "baseline": {"steps": self.total, "scheduler": type(self.reference.scheduler).__name__},
             "calibration_pictures": len(self.prompts),
-            "plans_evaluated": len(self.search.known),
-            "guidance_reuse": "not searched: every step that is computed has both branches",
+            "plans_evaluated": len(self.search.known) + len(self.branches.known),
+            "guidance_reuse": f"not searched: {self.unbranched}" if self.unbranched else "searched",
             "work": work,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -327,29 +344,38 @@ class RolloutTuner:
         self.work.add("held-out images", (len(self.reference.heldout.prompts) + timed) * (1 + sum(map(_share, plans))))
         return numbers, self.work.total(self.together)
 
-    def _costs(self) -> tuple[float, float]:
-        took = self.together.agreed(self._least() if self.together.first else None)
-        each = (1 - took) / (self.total - 1)
-        return took - each, each
+    def _costs(self) -> tuple[float, float, float]:
+        """What a call takes without its computed steps, what each adds, and what of that one with one branch does."""
+        held, thinned = self.together.agreed(self._least() if self.together.first else None)
+        each = (1 - held) / (self.total - 1)
+        half = (thinned - held) / (1 - held) if held < 1 else 1.0
+        if not self.unbranched and half > WORTH:
+            self.unbranched = "one branch of guidance costs about as much as both"
+        return held - each, each, min(1.0, max(0.3, half))
 
-    def _least(self) -> float:
-        """What a call takes if nothing but the first step is computed, in turn with the baseline."""
+    def _least(self) -> tuple[float, float]:
+        """What a call takes if nothing but the first step is computed, and if all others are with one branch only, in
+        turn with the baseline."""
         self.progress("costs", 0.0)
-        one = self.reference.sampler.part(0, 1)
+        one, rest = self.reference.sampler.part(0, 1), self.total - 1
         one_held = Step("hold", space="sample", fit=Combination(((1.0,),), ((0.0, 0.0),)))
-        held, shares = Plan((FULL, *(one_held,) * (self.total - 1))), []
+        plans = [Plan((FULL, *(one_held,) * rest))]
+        plans += [] if self.unbranched else [Plan((FULL, *(Step(guidance="reuse"),) * rest))]
+        shares: list[list[float]] = []
         for turn in range(TIMED):
-            whole = seconds_of(one.images)
-            with reusing(one.pipe, held):
-                part = seconds_of(one.images) / whole
-            if turn:
-                shares.append(part)
-        self.work.add("costs", TIMED * (1 + 1 / self.total))
-        return min(1.0, statistics.median(shares))
+            whole, parts = seconds_of(one.images), []
+            for plan in plans:
+                with reusing(one.pipe, plan):
+                    parts.append(seconds_of(one.images) / whole)
+            shares += [parts] if turn else []
+        self.work.add("costs", TIMED * (1 + sum(map(_share, plans))))
+        held, *others = (min(1.0, statistics.median(part)) for part in zip(*shares, strict=True))
+        return held, others[0] if others else 1.0
 
     def _tell(self, size: int) -> None:
         speedup = 1 / (self.fixed + self.each * size)
-        text = f"{len(self.search.known)} rollouts, {size} computed steps, {speedup:.2f}x"
+        rollouts = len(self.search.known) + len(self.branches.known)
+        text = f"{rollouts} rollouts, {size} computed steps, {speedup:.2f}x"
         self.progress(text, self.budget.used(), max(0.0, self.budget.left()))
 
 
@@ -368,8 +394,9 @@ def _tokens(plan: Plan) -> list[str]:
 
 
 def _share(plan: Plan) -> float:
-    """Of its steps, those that compute everything."""
-    return sum(step.mode == "full" for step in plan.steps) / len(plan)
+    """Of its steps, those that compute everything; with one branch of guidance half of one."""
+    full = [step for step in plan.steps if step.mode == "full"]
+    return sum(1.0 if step.guidance == "both" else 0.5 for step in full) / len(plan)
 
 
 def family_sizes(total: int, growth: float = GROWTHS[0]) -> list[int]:

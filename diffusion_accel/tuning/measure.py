@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from diffusion_accel.conditioning import own_arguments
 from diffusion_accel.denoisers import guided, no_branches
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.hooks import call_arguments
@@ -121,16 +122,10 @@ def why_unguided(sampler: Sampler) -> str:
     """Why a search for these calls leaves no branch of guidance out; empty if it does. Asked after such a call."""
     pipe = sampler.pipe
     least = {"guidance_scale": min(sampler.scales)} if sampler.scales else {}
-    arguments = call_arguments(type(pipe).__call__, (), sampler.options | least)
+    arguments = call_arguments(type(pipe).__call__, (), own_arguments(pipe, sampler.options | least))
     if reason := no_branches(pipe):
         return reason
-    if guided(pipe, arguments):
-        return ""
-    if "true_cfg_scale" in arguments:
-        return (
-            "true guidance, a second call of the denoiser at every step, is not searched; add guidance=reuse:n by hand"
-        )
-    return "these calls use no guidance"
+    return "" if guided(pipe, arguments) else "these calls use no guidance"
 
 
 def measure_costs(sampler: Sampler, reference: Reference, total: int, guided: bool, tell: Callable[[], None]) -> Costs:

@@ -258,6 +258,10 @@ class NodeSearch:
         """The best nodes so far."""
         return self._best[size]
 
+    def likely(self, size: int) -> Nodes:
+        """The best nodes so far, or, where none were run, those that the dynamic programme finds."""
+        return self._best[size] if size in self._best else best_nodes(self.profile.cost(), size)[size]
+
     def _others(self, size: int) -> list[Nodes]:
         """What the dynamic programme finds if early errors count more, or less, than the rollouts say."""
         own = self.profile.logarithms
