@@ -1,4 +1,4 @@
-"""At which computed steps the conditional branch of guidance is enough: the last difference stands for the other one.
+"""At which computed steps the conditional branch of guidance is enough: a forecast difference makes the other of it.
 
 Such a step costs about half as much, so there may be more of them. Which steps to compute is known by then
 (`timesteps`), for every number of them; here some are marked, ~n, so that all cost as much as fewer whole ones. A fit
@@ -15,7 +15,6 @@ import numpy as np
 from .timesteps import LUCK, Nodes, NodeSearch
 
 WORTH = 0.85  # of a whole step's cost: where one branch costs more nothing is gained
-LONGER = (4 / 3, 3 / 2)  # numbers of steps that are tried, of those of the same cost with both branches
 
 
 def cost(nodes: Nodes, half: float) -> float:
@@ -40,11 +39,13 @@ class BranchSearch:
     def best(self, size: int, go_on: Callable[[], bool], told: Callable[[], None] = lambda: None) -> Nodes:
         """The best nodes that cost as much as `size` whole ones, marked or not, so far as there is time."""
         best = self.search.best(size)
-        tried = self._begun(size)
+        tried = self._of(size, size + 1)
         while tried and go_on():
             nodes = tried.pop(0)
             if self._ahead(nodes, best):
-                best, tried = nodes, [other for other in self._near(nodes) if other not in self.known]
+                best = nodes
+                others = [*self._of(size, len(nodes) + 1), *self._near(nodes)]
+                tried = [other for other in others if other not in self.known]
             told()
         return best
 
@@ -56,17 +57,14 @@ class BranchSearch:
         each = np.clip(self.known[nodes] - before, -LUCK, LUCK)
         return bool(each.mean() > each.std() / math.sqrt(len(each)))
 
-    def _begun(self, size: int) -> list[Nodes]:
-        """More nodes, of which the last ones are marked, or some all over."""
-        found = []
-        for longer in LONGER:
-            count = min(round(longer * size), self.search.profile.size)
-            marked = math.ceil((count - size) / (1 - self.half) - 1e-9)
-            if count > size and marked < count:
-                nodes = self.search.likely(count)
-                spread = {count - 1 - math.floor(k * (count - 1) / marked) for k in range(marked)}
-                found += [_marked(nodes, set(range(count - marked, count))), _marked(nodes, spread)]
-        return list(dict.fromkeys(found))
+    def _of(self, size: int, count: int) -> list[Nodes]:
+        """So many nodes of the same cost, of which the last ones are marked, or some all over."""
+        marked = math.ceil((count - size) / (1 - self.half) - 1e-9)
+        if count > self.search.profile.size or marked >= count:
+            return []
+        nodes = self.search.likely(count)
+        spread = {count - 1 - math.floor(k * (count - 1) / marked) for k in range(marked)}
+        return list(dict.fromkeys([_marked(nodes, set(range(count - marked, count))), _marked(nodes, spread)]))
 
     def _near(self, nodes: Nodes) -> list[Nodes]:
         """A mark moved to the node beside it."""

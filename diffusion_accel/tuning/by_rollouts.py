@@ -46,7 +46,7 @@ RIVALS = 3  # presets that a single plan is compared with in the pipeline
 TIMED = 3  # rounds of timing, of which the first warms up
 GROWTHS = (1.25, 1.4, 1.6, 2.0)  # from one number of evaluations of a family to the next: the first that is affordable
 SEARCHED = 0.15  # share of the work of a family that is left for rollouts beyond the first one of each size
-BRANCHED = 0.3  # share of the search that is for leaving branches of guidance out
+BRANCHED = 0.1  # share of the search that is for leaving branches of guidance out
 NO_BRANCHES = "these calls have no two branches of guidance"
 FASTEST, SLOWEST = 0.08, 0.56  # shares of the steps that the plans of a family compute
 
@@ -178,7 +178,7 @@ class RolloutTuner:
             size = sizes[middle]
             self.search.rounds([size], 1, lambda: True)
             self.search.refine(size, self._share(0.25), lambda size=size: self._tell(size))  # type: ignore[misc]
-            nodes = self._branched(size, BRANCHED / 4)
+            nodes = self._branched(size, BRANCHED)
             plan = self.plan(nodes)
             if self._spread(plan)[0] >= min_psnr:
                 found, high = (plan, nodes), middle

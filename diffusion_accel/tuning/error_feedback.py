@@ -19,7 +19,7 @@ from diffusion_accel.prediction import Conversion, converted, model_input
 from diffusion_accel.reuse.plan import Plan, Step
 
 from .fits import combination, fitted
-from .jumps import Seen, Trajectory, evaluated, step_of
+from .jumps import ORDER, Seen, Trajectory, evaluated, step_of
 from .replay import Recording, Replay
 from .together import ALONE, Together
 
@@ -69,7 +69,7 @@ class Rollout:
         a, s = own.alphas[i], own.sigmas[i]
         x = model_input(self.scheduler, self.sample, time)
         if node is not None:
-            known = self.seen.difference
+            known = self.seen.differences
             self.seen = self.seen.then(*evaluated(self.replay, own, node, x, self.images, self.apart, known))
             latents = list(self.seen.latents)
         else:
@@ -88,7 +88,8 @@ class Rollout:
         self.sample = self._made(self.scheduler, i, time, self.conversion.back("sample", value, x, float(time)))
         if node is None:
             return Step("hold", space="sample", fit=fit)
-        return Step(space="sample" if fit else "", fit=fit, guidance="reuse" if node < 0 else "both")
+        space = "sample" if fit else ""
+        return Step(space=space, fit=fit) if node >= 0 else Step(space=space, fit=fit, order=ORDER, guidance="reuse")
 
     def _wanted(self, i: int, time: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """The prediction that lands where the baseline is after this step; None if none does."""

@@ -16,12 +16,14 @@ import torch
 
 from diffusion_accel.combination import Combination
 from diffusion_accel.prediction import Conversion, converted
+from diffusion_accel.reuse.history import History
 
 from .fits import by_channel, combination, fitted, mixed
 from .replay import Recording, Replay, Said
 from .together import ALONE, Together
 
 PREDICTIONS, LATENTS, ADDITIONS = 4, 3, 2  # how many a jump combines at most
+ORDER = 1  # of the forecast of the difference of the branches of guidance
 KEPT = 2**28  # bytes of clean samples and latents at the beginnings of rollouts that are kept
 CEILING = 1e-10  # least squared error that counts
 
@@ -88,23 +90,23 @@ class Trajectory:
 @dataclass(frozen=True)
 class Seen:
     """What a solver has at a node: clean samples and latents of the last evaluations, the newest first, and, where they
-    are known, what guidance adds, as clean samples, and the newest difference of its branches."""
+    are known, what guidance adds, as clean samples, and the last differences of its branches."""
 
     clean: tuple[torch.Tensor, ...] = ()
     latents: tuple[torch.Tensor, ...] = ()
     additions: tuple[torch.Tensor, ...] = ()
-    difference: torch.Tensor | None = None
+    differences: History | None = None
 
     def then(
         self,
         clean: torch.Tensor,
         latents: torch.Tensor,
         addition: torch.Tensor | None = None,
-        difference: torch.Tensor | None = None,
+        differences: History | None = None,
     ) -> Seen:
         """With one evaluation more."""
         apart = () if addition is None else (addition, *self.additions)[:ADDITIONS]
-        return Seen((clean, *self.clean)[:PREDICTIONS], (latents, *self.latents)[:LATENTS], apart, difference)
+        return Seen((clean, *self.clean)[:PREDICTIONS], (latents, *self.latents)[:LATENTS], apart, differences)
 
     @property
     def features(self) -> list[torch.Tensor]:
@@ -146,17 +148,21 @@ def evaluated(
     x: torch.Tensor,
     images: Sequence[int],
     apart: bool,
-    difference: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    known: History | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, History | None]:
     """The clean sample that the denoiser means at a node, the latents, and, if it is told apart, what guidance adds to
-    it, as a clean sample, and the difference of the branches; the one that is given at a node ~n."""
+    it, as a clean sample, and the last differences of the branches, which at a node ~n are those that are known."""
     own = step_of(node)
     kind, a, s, time = trajectory.kind, trajectory.alphas[own], trajectory.sigmas[own], trajectory.times[own]
-    said = replay.apart(x, time, images, difference if node < 0 else None) if apart else Said(replay(x, time, images))
+    forecast = known.at(time, ORDER) if known and node < 0 else None
+    said = replay.apart(x, time, images, forecast) if apart else Said(replay(x, time, images))
     clean = converted("sample", kind, said.prediction, x, a, s)
     if said.addition is None:
         return clean, x, None, None
-    return clean, x, converted("sample", kind, said.addition, torch.zeros_like(x), a, s), said.difference
+    adding = converted("sample", kind, said.addition, torch.zeros_like(x), a, s)
+    if forecast is None:
+        known = (known or History(ORDER + 1)).and_then(time, said.difference)
+    return clean, x, adding, known
 
 
 class Beginnings:
@@ -193,7 +199,7 @@ class Beginnings:
 
 
 def _tensors(seen: Seen) -> list[torch.Tensor]:
-    return [*seen.features, *(() if seen.difference is None else (seen.difference,))]
+    return [*seen.features, *(seen.differences.values if seen.differences else ())]
 
 
 class Jumps:
@@ -226,7 +232,7 @@ class Jumps:
 
     def run(self, nodes: Sequence[int]) -> Rolled:
         """Evaluate at these nodes, beginning on the trajectory at the first one, and fit every jump on the way; at a
-        node ~n, which needs `apart`, the conditional branch only, with the last difference to the other one."""
+        node ~n, which needs `apart`, the conditional branch only, with the forecast difference to the other one."""
         nodes, trajectory = tuple(nodes), self.trajectory
         known, seen, weights = self.beginnings.longest(nodes)
         for n in range(known, len(nodes)):
@@ -260,7 +266,7 @@ class Jumps:
     def evaluated(self, seen: Seen, x: torch.Tensor, node: int) -> Seen:
         """With an evaluation at these latents."""
         own = self.trajectory
-        return seen.then(*evaluated(self.replay, own, node, x, self.images, self.apart, seen.difference))
+        return seen.then(*evaluated(self.replay, own, node, x, self.images, self.apart, seen.differences))
 
     def decibels(self, result: torch.Tensor) -> torch.Tensor:
         """PSNR of each image in its latents, up to a constant: (N,)."""

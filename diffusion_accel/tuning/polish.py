@@ -77,7 +77,8 @@ class _Course:
         """The mean squared error of each image in the end, (N,); the features of every jump on the way, if asked."""
         seen, x = Seen(), self.start[images]
         for node, jump in zip(self.nodes, weights, strict=True):
-            seen = seen.then(*self._evaluated(x, node, images))
+            clean, latents, *adding = self._evaluated(x, node, images)
+            seen = seen.then(clean, latents, adding[0] if adding else None)
             if features is not None:
                 features.append(seen.features)
             x = mixed(jump, seen.features)
@@ -89,7 +90,7 @@ class _Course:
         own: Trajectory = self.jumps.trajectory
 
         def run(latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            parts = evaluated(self.jumps.replay, own, node, latents, images, self.jumps.apart)
+            parts = evaluated(self.jumps.replay, own, node, latents, images, self.jumps.apart)[:3]
             return tuple(part for part in parts if part is not None)
 
         if not x.requires_grad:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformer_zoo
 import zoo
 from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -26,6 +27,7 @@ from diffusion_accel.tuning.by_rollouts import RolloutTuner, Work, family_sizes,
 from diffusion_accel.tuning.measure import Reference, reusing
 from diffusion_accel.tuning.recording import record
 from diffusion_accel.tuning.state import read_search
+from diffusion_accel.tuning.timesteps import NodeSearch
 from diffusion_accel.tuning.together import ALONE
 from diffusion_accel.tuning.tuner import tune
 
@@ -94,6 +96,41 @@ def test_a_speedup_is_reached_and_a_preset_of_equal_work_is_beaten() -> None:
                 fidelity[name] = float(psnr(base, new.images()).median())
             assert sum(step.mode == "full" for step in one.steps) >= 4 or name == "tuned"
     assert full <= 4 and fidelity["tuned"] > fidelity["preset"] + 2
+
+
+def two_calls() -> Any:
+    """Flux with true guidance, whose texts are numbers; its denoiser is called for one branch after the other."""
+    pipe, call = transformer_zoo.flux()
+
+    def encoded(prompt: Any, **_: Any) -> tuple[torch.Tensor, ...]:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [int(text or "99") for text in texts]
+        pooled, tokens = (torch.cat([zoo.rand(1, *shape, seed=s) for s in seeds]) for shape in ((8,), (6, 16)))
+        return tokens, pooled, torch.zeros(6, 3)
+
+    pipe.encode_prompt = encoded
+    pipe.vae.register_to_config(shift_factor=0.0)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"height": call["height"], "width": call["width"], "guidance_scale": 3.0}
+
+
+def test_branches_are_left_out_where_each_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is worth: here a rollout is the nearer the more steps it has."""
+    pipe, call = two_calls()
+    prompts = PROMPTS[:6]
+    monkeypatch.setattr(RolloutTuner, "_rolled", lambda self, nodes: [20.0 + len(nodes)] * 4)
+    monkeypatch.setattr(NodeSearch, "refine", lambda *_, **__: None)
+    (plan,) = tune(pipe, prompts, steps=10, seconds=1000, images=1000, computed_steps=(5,), **call).members
+    assert plan.search["guidance_reuse"] == "searched"
+    full = [step for step in plan.plan.steps if step.mode == "full"]
+    halves = sum(step.guidance == "reuse" for step in full)
+    assert 0 < halves < len(full) and len(full) - halves / 2 <= 5
+    assert plan.measured["flop_ratio"] == pytest.approx(10 / (len(full) - halves / 2), rel=0.15)
+    monkeypatch.undo()
+    solver = tune_solver(pipe, prompts, 3, steps=6, towards="baseline", seconds=0, **call)
+    assert list(solver.config.solvers) == ["3"]
+    alone: Any = tune(pipe, prompts, steps=6, speedup=1.1, seconds=0, **call | {"guidance_scale": 1.0})
+    assert alone.search["guidance_reuse"] == "not searched: these calls have no two branches of guidance"
 
 
 def test_a_plan_that_the_pipeline_has_does_not_count() -> None:
