@@ -10,10 +10,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import transformer_zoo
+import transformer_pipelines
 import zoo
 from reuse_tools import close, counted_calls, counters
-from transformer_zoo import FAMILIES
+from transformer_pipelines import FAMILIES
 
 from diffusion_accel import Reuse, UnsupportedPipelineError, accelerate
 from diffusion_accel.denoisers import find_denoisers, stream_blocks
@@ -199,8 +199,8 @@ def test_sd3_skips_layers_in_a_third_call() -> None:
 
 def test_distilled_guidance_has_no_branch() -> None:
     with pytest.raises(UnsupportedPipelineError, match="guidance=both is the only choice"):
-        accelerate(transformer_zoo.flux2()[0], Reuse(guidance="reuse:2"))
-    pipe, call = transformer_zoo.flux_distilled()
+        accelerate(transformer_pipelines.flux2()[0], Reuse(guidance="reuse:2"))
+    pipe, call = transformer_pipelines.flux_distilled()
     plain = drawn(pipe, call)
     accelerate(pipe, Reuse(plan="full", guidance="reuse:2"))  # a call may have true guidance beside it
     assert torch.equal(drawn(pipe, call), plain) and counters(pipe)["unguided_steps"] == 0

@@ -9,12 +9,20 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from transformers_zoo import CASES, IMAGE, SD3
-from zoo import ddim, seeded
+from transformers_zoo import CASES as TENSORS
+from transformers_zoo import IMAGE, SD3
+from zoo import ddim, rand, seeded
 
 from diffusion_accel import AccelerationError, Reuse, accelerate
 from diffusion_accel.denoisers import prediction, stream_blocks
 from diffusion_accel.denoisers.families import _MODELS
+
+LISTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "z_image": ("ZImageTransformer2DModel", {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1,
+                "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [4, 4, 8], "axes_lens": [128, 16, 16]},
+                {"x": [*IMAGE[:, :, None]], "cap_feats": [rand(6, 16), rand(40, 16, seed=1)]}),
+}  # fmt: skip
+CASES = TENSORS | LISTS
 
 
 class Still(DiffusionPipeline):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformer_zoo
+import transformer_pipelines
 import zoo
 from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -100,7 +100,7 @@ def test_a_speedup_is_reached_and_a_preset_of_equal_work_is_beaten() -> None:
 
 def two_calls() -> Any:
     """Flux with true guidance, whose texts are numbers; its denoiser is called for one branch after the other."""
-    pipe, call = transformer_zoo.flux()
+    pipe, call = transformer_pipelines.flux()
 
     def encoded(prompt: Any, **_: Any) -> tuple[torch.Tensor, ...]:
         texts = [prompt] if isinstance(prompt, str) else list(prompt)

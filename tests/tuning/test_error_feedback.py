@@ -18,7 +18,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from transformer_zoo import FAMILIES
+from transformer_pipelines import FAMILIES
 
 from diffusion_accel import Reuse, accelerate
 from diffusion_accel.prediction import Conversion

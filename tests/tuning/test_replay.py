@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UniPCMultistepScheduler,
 )
-from transformer_zoo import FAMILIES, cogvideox
+from transformer_pipelines import FAMILIES, cogvideox
 
 from diffusion_accel.errors import UnsupportedPipelineError
 from diffusion_accel.tuning.recording import channelwise, record

@@ -93,29 +93,11 @@ def qwen_image() -> Built:
     return pipe, {**call, **masks, "true_cfg_scale": 3.0, **SQUARE}
 
 
-def z_image() -> Built:
-    """Z-Image: its transformer is given lists of samples and texts, and predicts the opposite of the velocity."""
-    shape = {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-    shape |= {"cap_feat_dim": DIM, "axes_dims": [4, 4, 8], "axes_lens": [128, 16, 16]}
-    pipe = _pipeline("ZImage", shape, flow(), vae=vae(4))
-    texts = {"prompt_embeds": [rand(TOKENS, DIM, seed=1)], "negative_prompt_embeds": [rand(TOKENS + 40, DIM, seed=2)]}
-    return pipe, {**texts, "guidance_scale": 3.0, **SQUARE}
-
-
 def chroma() -> Built:
     """Chroma: a call for each branch."""
     shape = {**FLUX, "axes_dims_rope": (4, 4, 8), "approximator_num_channels": 8, "approximator_hidden_dim": 16}
     pipe = _pipeline("Chroma", {**shape, "approximator_layers": 1}, flow(), vae=vae(4))
     return pipe, {**text(), **_masks(dtype=torch.bool), **SQUARE}
-
-
-def pixart() -> Built:
-    """PixArt Sigma, which predicts a variance as well."""
-    shape = {"sample_size": 8, "num_layers": 3, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 16}
-    shape |= {"caption_channels": DIM, "use_additional_conditions": False, "norm_num_groups": 4, **HEADS}
-    scheduler = diffusers.DPMSolverMultistepScheduler()
-    pipe = _pipeline("PixArtSigma", shape, scheduler, "PixArtTransformer2DModel", vae=vae(4))
-    return pipe, {**text(), **_masks(), **SQUARE, "negative_prompt": None, "use_resolution_binning": False}
 
 
 def sana() -> Built:
@@ -229,9 +211,9 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "flux 2 klein": flux2_klein,
     "stable diffusion 3": zoo.sd3,
     "qwen-image": qwen_image,
-    "z-image": z_image,
+    "z-image": zoo.z_image,
     "chroma": chroma,
-    "pixart": pixart,
+    "pixart": zoo.pixart,
     "sana": sana,
     "dit": zoo.dit,
     "hunyuan dit": hunyuan_dit,
