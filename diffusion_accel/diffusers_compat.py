@@ -140,6 +140,11 @@ def guidance_scale_of(pipe: DiffusionPipeline) -> Any:
     return getattr(pipe, "_guidance_scale", None)
 
 
+def progress_bar_settings(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What `set_progress_bar_config` was told (`_progress_bar_config`); empty before it was."""
+    return getattr(pipe, "_progress_bar_config", {})
+
+
 def unpacked_latents(pipe: Any, latents: torch.Tensor, height: int | None, width: int | None) -> torch.Tensor:
     """Packed latents (B, S, C) as the VAE takes them (`_unpack_latents` of Flux and its kin), for an image of so many
     pixels; None: the pipeline's usual size (`default_sample_size`).

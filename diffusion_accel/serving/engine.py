@@ -19,7 +19,7 @@ from torch import distributed, nn
 
 from diffusion_accel.changes import Changes
 from diffusion_accel.conditioning import NOTHING, PROMPT, call_parameters, condition_of, usual_texts
-from diffusion_accel.diffusers_compat import has_offload_hook
+from diffusion_accel.diffusers_compat import has_offload_hook, progress_bar_settings
 from diffusion_accel.errors import ConfigurationError, EngineClosedError, QueueFullError, UnsupportedPipelineError
 from diffusion_accel.feature import Feature
 from diffusion_accel.generation.drawing import check_drawable, check_requests
@@ -378,7 +378,7 @@ class Engine:
         with self._lock:
             if task not in self._for_tasks:
                 made = self._for_tasks[task] = as_task(self._pattern, task)
-                made.set_progress_bar_config(**getattr(self._pattern, "_progress_bar_config", {}))
+                made.set_progress_bar_config(**progress_bar_settings(self._pattern))
             return self._for_tasks[task]
 
     def _scheduler(self, name: str | None) -> Any:

@@ -85,7 +85,7 @@ class Plans:
         there = ", ".join(dict.fromkeys(str(family.conditions.get("scheduler")) for family in self.families))
         raise ConfigurationError(
             f"{what} needs tuned plans, and the server has none for {wanted} ({there or 'none at all'}); leave {what} "
-            "out, or start the server with --reuse FILE of a family that was tuned for it"
+            "out, or start the server with the file of a family that was tuned for it as its reuse"
         )
 
 
