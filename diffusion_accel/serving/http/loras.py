@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
 
     def allowed_folder() -> Path:
         if folder is None or not service.settings.lora_changes:
-            raise Problem(403, "LoRAs can be changed only on a server with lora_folder and lora_changes", code="not_enabled")
+            raise Problem(403, "LoRAs change only where lora_folder and lora_changes are given", code="not_enabled")
         return folder
 
     @router.get("")
