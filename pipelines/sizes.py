@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.denoisers.find import draws_pixels, find_denoiser
@@ -14,9 +15,11 @@ FAR = 2.0  # times the area, or a part of it, from which on a size is far from t
 
 def trained_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
     """Width and height in pixels that the denoiser was trained for; None where nothing says so."""
-    sample = getattr(pipe, "default_sample_size", None)
-    if sample is None:
-        sample = getattr(getattr(find_denoiser(pipe), "config", None), "sample_size", None)
+    sample = getattr(getattr(find_denoiser(pipe), "config", None), "sample_size", None)
+    if sample is None and (side := _side_of_vae(pipe)):
+        return side, side
+    if sample is None:  # of Flux and Qwen-Image: a constant of the class, whatever model it has
+        sample = getattr(pipe, "default_sample_size", None)
     factor = getattr(pipe, "vae_scale_factor", None)
     if factor is None and draws_pixels(pipe):
         factor = 1
@@ -24,6 +27,14 @@ def trained_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
     if not isinstance(factor, int) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         return None
     return int(sides[1]) * factor, int(sides[0]) * factor
+
+
+def _side_of_vae(pipe: DiffusionPipeline) -> int | None:
+    """The side in pixels that the VAE was trained for; None where its config has what diffusers writes by itself."""
+    vae = getattr(pipe, "vae", None)
+    side = getattr(getattr(vae, "config", None), "sample_size", None)
+    usual = inspect.signature(type(vae)).parameters.get("sample_size")
+    return side if isinstance(side, int) and side > 0 and usual is not None and side != usual.default else None
 
 
 def far_from_trained(pipe: DiffusionPipeline, width: int | None, height: int | None) -> str | None:
