@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.errors import ConfigurationError
@@ -84,6 +88,7 @@ class Peer:
         package: what has to be installed, by the name that is imported; "": it is diffusers' own.
         install: what pip calls that; "": the same.
         by_image: it decides by what it sees which steps are computed, so each image is a call of its own.
+        apart: it needs an environment of its own, whose interpreter `INTERPRETER` names; `runtime` runs there.
     """
 
     runtime: str
@@ -91,7 +96,10 @@ class Peer:
     package: str = ""
     install: str = ""
     by_image: bool = False
+    apart: bool = False
 
+
+INTERPRETER = "DIFFUSION_ACCEL_PEER_PYTHON"  # environment variable; without it: the one that runs this
 
 #: by the kind of their entries
 PEERS: dict[str, Peer] = {
@@ -128,6 +136,13 @@ PEERS: dict[str, Peer] = {
         "cache-dit",
         by_image=True,
     ),
+    "optimum-intel": Peer(
+        "optimum_intel",
+        {"precision": Word(("float32", "bfloat16"))},
+        "optimum.intel",
+        "'optimum-intel[openvino]'",
+        apart=True,
+    ),
 }
 
 
@@ -160,11 +175,34 @@ def read_settings(kind: str, text: str) -> dict[str, Any]:
 
 
 def missing_package(kind: str) -> str | None:
-    """That a peer's package is not installed; None if it is."""
+    """That a peer's package is not installed where the peer runs; None if it is."""
     peer = PEERS[kind]
-    if not peer.package or importlib.util.find_spec(peer.package) is not None:
+    name = peer.install or peer.package
+    if not peer.apart:
+        missing = bool(peer.package) and importlib.util.find_spec(peer.package) is None
+        return f"the package {peer.package} is not installed (pip install {name})" if missing else None
+    look = f"import importlib.util as u; exit(not u.find_spec({peer.package!r}))"
+    try:
+        found = subprocess.run([_interpreter(), "-c", look], capture_output=True, check=False)
+    except OSError:
+        return f"{INTERPRETER} is {shown(_interpreter())}, which cannot be run"
+    if found.returncode == 0:
         return None
-    return f"the package {peer.package} is not installed (pip install {peer.install or peer.package})"
+    return (
+        f"{peer.package} is not installed for {_interpreter()}; pip install {name} in an environment of its own, and "
+        f"set {INTERPRETER} to the python there"
+    )
+
+
+def command_of(kind: str) -> list[str]:
+    """How the process of a peer is started."""
+    if PEERS[kind].apart:
+        return [_interpreter(), str(Path(__file__).with_name("lines.py")), PEERS[kind].runtime]
+    return [sys.executable, "-m", f"{__package__}.worker"]
+
+
+def _interpreter() -> str:
+    return os.environ.get(INTERPRETER) or sys.executable
 
 
 def unfit(kind: str, pipe: DiffusionPipeline) -> str | None:

@@ -101,9 +101,9 @@ def measure(local: Runner, job: Job, entries: Sequence[Entry], rounds: int, prog
         seconds = in_turn({entry: functools.partial(places.seconds, entry) for entry in rows}, rounds, told=told)
     for entry, row in rows.items():
         if row.failed is None:
-            facts, whole = places.facts[entry], places.facts[BASELINE]
+            facts = places.facts[entry]
             row.time_ratio = round(statistics.median(ratios(seconds[BASELINE], seconds[entry])), 3)
-            row.flop_ratio = round(whole["flops"] / facts["flops"], 3)
+            row.flop_ratio = _flop_ratio(places.facts[BASELINE], facts)
             row.peak_mib = None if facts["peak_mib"] is None else round(facts["peak_mib"], 1)
     return list(rows.values())
 
@@ -119,7 +119,7 @@ class _Places:
     def prepare(self, entry: Entry) -> None:
         """Start it, and draw its images."""
         if entry.is_peer:
-            isolated = Isolated(self.job, entry)
+            isolated = Isolated(self.job, entry, self.local.pipe)
             self.opened.callback(isolated.close)
             self.places[entry] = isolated
         else:
@@ -162,13 +162,13 @@ def anchors(local: Runner, job: Job, rows: list[Row], progress: Progress) -> lis
             if row.time_ratio and row.kind != "fewer-steps":
                 wanted = job.steps - (whole - whole / row.time_ratio) / max(1e-9, each)
                 counts.setdefault(min(possible, key=lambda n: abs(n - wanted)), f"time of {row.name}")
-    base = local.facts(BASELINE)["flops"]
+    base = local.facts(BASELINE)
     for number, (count, what) in enumerate(counts.items()):
         if 1 <= count < job.steps:
             progress(f"anchors: {count} steps", MEASURED + (ANCHORED - MEASURED) * number / len(counts))
             entry = Entry("fewer-steps", str(count))
             row = Row(f"{count} steps ({what})", "anchor", images=local.images(entry))
-            row.flop_ratio = round(base / local.facts(entry)["flops"], 3)
+            row.flop_ratio = _flop_ratio(base, local.facts(entry))
             row.time_ratio = round(
                 statistics.median(local.seconds(BASELINE) / local.seconds(entry) for _ in range(3)), 3
             )
@@ -176,6 +176,13 @@ def anchors(local: Runner, job: Job, rows: list[Row], progress: Progress) -> lis
     progress("anchors: another seed", ANCHORED)
     found.append(Row("another seed", "anchor", images=local.images(BASELINE, seed=job.seed + 1000)))
     return found
+
+
+def _flop_ratio(base: Facts, own: Facts) -> float | None:
+    """How many times fewer operations; None where nobody knows."""
+    if base["flops"] is None or own["flops"] is None:
+        return None
+    return round(base["flops"] / own["flops"], 3)
 
 
 def _compare(row: Row, base: torch.Tensor | None, converged: torch.Tensor | None) -> None:

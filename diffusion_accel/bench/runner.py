@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 
 class Facts(TypedDict):
-    """What one image's call takes: operations, and the highest memory use in MiB (None where nobody knows)."""
+    """What one image's call takes: operations, and the highest memory use in MiB; None where nobody knows."""
 
-    flops: float
+    flops: float | None
     peak_mib: float | None
 
 

@@ -8,40 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import queue
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from diffusion_accel import interrupts
+from diffusion_accel.conditioning import call_parameters, own_arguments
+from diffusion_accel.model_files.names import find_model
 
 from .entries import Entry
+from .lines import MARK, serve
+from .older_names import with_older_names
+from .peers import PEERS, command_of
 from .runner import Facts, Job, Runner
 
-MARK = "@bench "
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Isolated:
     """A `Runner` for one peer in its own process. Raises `RuntimeError` with the reason if that one fails."""
 
-    def __init__(self, job: Job, entry: Entry) -> None:
+    def __init__(self, job: Job, entry: Entry, pipe: DiffusionPipeline) -> None:
         self._open = contextlib.ExitStack()
         self.folder = self._open.enter_context(interrupts.temporary_folder())
         self.log = self._open.enter_context((self.folder / "log").open("w+"))
-        command = [sys.executable, "-m", "diffusion_accel.bench.worker"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+            command_of(entry.kind), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
         self._open.enter_context(interrupts.helper(self.process))
         try:
-            self.ask({"job": asdict(job), "entry": asdict(entry)})
+            self.ask(_own_terms(job, entry, pipe, self.folder) if PEERS[entry.kind].apart else _told(job, entry))
         except BaseException:
             self.close()
             raise
@@ -94,47 +95,44 @@ class Isolated:
         self._open.close()
 
 
+def _told(job: Job, entry: Entry) -> dict[str, Any]:
+    """What a process that has this package is told at first."""
+    return {"job": asdict(job), "entry": asdict(entry)}
+
+
+def _own_terms(job: Job, entry: Entry, pipe: DiffusionPipeline, folder: Path) -> dict[str, Any]:
+    """The same for one that has not: where the model is, its scheduler, and arguments as the pipeline takes them."""
+    (model := folder / "model").mkdir()
+    source = find_model(job.model, job.allow_pickle)
+    if source.kind == "file":
+        raise RuntimeError(f"{entry.kind} takes the folder of a pipeline; convert {job.model} with save_pretrained")
+    known = call_parameters(pipe)
+    given = own_arguments(pipe, {k: v for k, v in job.options.items() if k in known and v is not None})
+    scheduler = [type(pipe.scheduler).__name__, json.loads(pipe.scheduler.to_json_string())]
+    told = {"folder": with_older_names(source.location, model), "scheduler": scheduler, "settings": entry.peer_settings}
+    return {"job": {**asdict(job), "options": given}, **told}
+
+
 # ---------------------------------------------------------------------- the other end
-def _lines() -> Iterator[str]:
-    """What is asked, line by line. When nobody can ask any more, this process ends, also in the middle of its work."""
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+class Worker:
+    """What answers an `Isolated` in this package's own environment."""
 
-    def read() -> None:
-        for line in sys.stdin:
-            asked.put(line)
-        os._exit(1)
+    runner: Runner
+    entry: Entry
 
-    threading.Thread(target=read, daemon=True, name="asked").start()
-    while True:
-        yield asked.get()
-
-
-def serve() -> None:
-    """Answer one `Isolated`."""
-    out = sys.stdout
-    sys.stdout = sys.stderr  # whatever a package prints
-    runner, entry = None, Entry("baseline")
-    for line in _lines():
-        command = json.loads(line)
-        try:
-            value: Any = None
-            if "job" in command:
-                given = command["job"]
-                job = Job(**given | {"prompts": tuple(given["prompts"])})
-                entry = Entry(**command["entry"])
-                runner = Runner(job)
-                runner.switch_on(entry)
-            assert runner is not None
-            if command.get("do") == "images":
-                np.save(command["to"], runner.images(entry).numpy())
-            elif command.get("do"):
-                value = getattr(runner, command["do"])(entry)
-            answer = {"value": value}
-        except Exception as error:
-            text = str(error).strip().splitlines()
-            answer = {"error": f"{type(error).__name__}: {text[0] if text else 'no message'}"}
-        print(MARK + json.dumps(answer), file=out, flush=True)
+    def __call__(self, command: dict[str, Any]) -> Any:
+        """Load the model and switch the peer on, or do with it what is asked."""
+        if "job" in command:
+            given = command["job"]
+            self.entry = Entry(**command["entry"])
+            self.runner = Runner(Job(**given | {"prompts": tuple(given["prompts"])}))
+            self.runner.switch_on(self.entry)
+        elif command["do"] == "images":
+            np.save(command["to"], self.runner.images(self.entry).numpy())
+        else:
+            return getattr(self.runner, command["do"])(self.entry)
+        return None
 
 
 if __name__ == "__main__":
-    serve()
+    serve(Worker())

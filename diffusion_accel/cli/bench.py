@@ -76,7 +76,7 @@ def bench(
     (forecast:hermite,5,sample; hold, taylor, hermite, foca, spectrum, dmd, sada, easycache), and other accelerators,
     settings in this order or by name: deepcache:INTERVAL[,BRANCH], tomesd:RATIO, tgate:STEP, pab:RANGE,
     first-block:THRESHOLD, taylorseer:interval=3,order=2, mag:THRESHOLD[,SKIPS], sea:THRESHOLD, faster-cache:RANGE,
-    dbcache:THRESHOLD[,FIRST].
+    dbcache:THRESHOLD[,FIRST], optimum-intel:PRECISION.
     """
     options = locals()
     parsed = read_entries(entries or USUAL)
