@@ -1,4 +1,5 @@
-# Two commands: `make demo` draws pictures with the embedded model, `make test` passes the tests.
+# Three commands: `make demo` draws pictures with the embedded model, `make serve` draws them for others over HTTP,
+# `make test` passes the tests.
 # Needs Python >= 3.11 and make. Everything is installed into .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -6,10 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo serve test lint bench fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py -o demo
+
+# make serve OPTIONS="--port 9000 --transparent"; see docs/serving.md
+serve: $(STAMP)
+	$(BIN)/diffusion-accel serve $(OPTIONS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

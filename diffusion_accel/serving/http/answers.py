@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
     from .asked import Asked
 
+FORMATS = ("png", "webp", "jpeg")
 USUAL_COMPRESSION = 95  # of webp and jpeg
 
 
-def encoded(image: Image.Image, asked: Asked) -> str:
-    """An image in the format that was asked for, as base64."""
+def encoded(image: Image.Image, asked: Asked) -> bytes:
+    """An image in the format that was asked for."""
     options = {} if asked.output_format == "png" else {"quality": _quality(asked)}
     if asked.output_format == "jpeg":
         image = image.convert("RGB")
     file = BytesIO()
     image.save(file, asked.output_format.upper(), **options)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()
 
 
 def _quality(asked: Asked) -> int:
@@ -46,7 +47,7 @@ def image_list(images: list[Image.Image], asked: Asked) -> list[dict[str, Any]]:
     """For each seed its image, and beside it all layers that are wanted if there are several."""
     entries = []
     for layers, seed in zip(by_image(images, asked.layers), asked.request.seeds, strict=True):
-        texts = {name: encoded(layers[name], asked) for name in asked.wanted}
+        texts = {name: base64.b64encode(encoded(layers[name], asked)).decode() for name in asked.wanted}
         entry = {"b64_json": texts[asked.wanted[0]], "seed": seed}
         entries.append(entry | ({"layers": texts} if len(texts) > 1 else {}))
     return entries

@@ -30,8 +30,12 @@ def application(service: Service) -> Guard:
     for module in (images, jobs, loras, webui, operations):
         app.include_router(module.routes(service))
 
-    async def refused(_http: Request, error: Any) -> JSONResponse:
-        return answer_to(error, service.retry_after)
+    async def refused(http: Request, error: Any) -> JSONResponse:
+        answer = answer_to(error, service.retry_after)
+        if answer.status_code == 405:  # of the routes of a path only the first one was asked
+            methods = app.openapi()["paths"].get(getattr(http.scope.get("route"), "path", None), {})
+            answer.headers["Allow"] = ", ".join(sorted(methods)).upper() or answer.headers["Allow"]
+        return answer
 
     async def gone(_http: Request, _error: Any) -> Response:
         return Response(status_code=499)

@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from .answers import as_json, whole
+from diffusion_accel.generation.layers import by_image
+
+from .answers import FORMATS, as_json, encoded, whole
 from .asked import Asked
 from .bodies import Generation, Images, Model, Models, Streamed
 from .events import ImageEvents
@@ -16,7 +18,11 @@ from .service import Service
 from .uploads import FORM, read_edit
 
 _EITHER: dict[int | str, dict[str, Any]] = {
-    200: {"model": Images, "description": "the images; with stream, events", "content": {"text/event-stream": {}}}
+    200: {
+        "model": Images,
+        "description": "the images; with stream, events; to a client that accepts an image only, that image",
+        "content": {"text/event-stream": {}, **{f"image/{form}": {} for form in FORMATS}},
+    }
 }
 
 
@@ -29,12 +35,14 @@ def routes(service: Service) -> APIRouter:
     @router.post("/images/generations", response_model=Images, responses=_EITHER)
     async def generations(body: Generation, http: Request) -> Response:
         """Draw images from a prompt."""
+        _take_accepted(body, http)
         return await _answered(service, service.reader.read(body), body, http, "image_generation")
 
     @router.post("/images/edits", response_model=Images, responses=_EITHER, openapi_extra=FORM)
     async def edits(http: Request) -> Response:
         """Draw images from an image, or where a mask is transparent."""
         body, images = await read_edit(http, settings.limits.pixels)
+        _take_accepted(body, http)
         asked = service.reader.read(body, strength=body.strength, **images)
         return await _answered(service, asked, body, http, "image_edit")
 
@@ -61,4 +69,18 @@ async def _answered(service: Service, asked: Asked, body: Streamed, http: Reques
     handle = await service.submit(asked)
     served = await service.finished(handle, http)
     http.state.log = {"images": len(served.images), "steps": served.report.steps, "rows": round(served.rows, 2)}
+    if http.headers.get("accept") == f"image/{asked.output_format}":
+        image = by_image(served.images, asked.layers)[0][asked.wanted[0]]
+        content = await service.in_thread(encoded, image, asked)
+        return Response(content, media_type=f"image/{asked.output_format}")
     return Response(await service.in_thread(lambda: as_json(whole(served, asked))), media_type="application/json")
+
+
+def _take_accepted(body: Streamed, http: Request) -> None:
+    """A client that accepts an image and nothing else gets that, in its format."""
+    kind, _, form = http.headers.get("accept", "").partition("/")
+    if kind != "image" or form not in FORMATS:
+        return
+    if (body.n or 1) > 1 or body.stream:
+        raise Problem(400, "one image is the answer to Accept: image/…; ask for one, without stream", "n")
+    body.output_format = form  # type: ignore[assignment]

@@ -76,7 +76,7 @@ _MODEL_OPTION = "sd_model_checkpoint"
 class TextToImage(BaseModel):
     """The fields that are read; others are left aside, or refused where they would change the picture."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     prompt: _Text = ""
     negative_prompt: _Text = ""

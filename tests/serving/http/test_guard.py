@@ -73,3 +73,4 @@ def test_what_there_is_not(server: Server) -> None:
     assert server.ask("GET", "/v1/../../etc/passwd")[0] == 404
     status, headers, body = server.ask("GET", DRAW)
     assert status == 405 and headers["allow"] == "POST" and body["error"]["code"] == "method_not_allowed"
+    assert server.ask("DELETE", "/sdapi/v1/options")[1]["allow"] == "GET, POST"

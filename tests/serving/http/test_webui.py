@@ -80,6 +80,7 @@ def test_progress_and_interrupt(api: webuiapi.WebUIApi, server: Server) -> None:
         ({"batch_size": 3, "n_iter": 3}, 422, "n"),
         ({"prompt": "panda <lora:../../etc/passwd:1>"}, 400, None),
         ({"seed": -2}, 422, "seed"),
+        ({"cfg_scale": False}, 422, "cfg_scale"),
     ],
 )
 def test_refused(server: Server, changes: dict[str, Any], status: int, word: str | None) -> None:
