@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_LAZY = {"Compiled": ".compiled"}
+_LAZY = {"Compiled": ".compiled", "warm_up": ".warming"}
 
 __all__ = list(_LAZY)
 
