@@ -62,11 +62,9 @@ class Guard:
         except Problem as problem:
             if not sent.status:
                 await answer_to(problem)(scope, receive, sent.send)
-        except (OSError, TimeoutError):
-            sent.broken = True  # the client is gone, or reads nothing
-            raise
         except Exception as error:  # the answer was sent already, by the application
-            event("error", 40, error, path=_route(scope))
+            if not sent.broken:
+                event("error", 40, error, path=_route(scope))
         finally:
             status = GONE if sent.broken or not sent.status else sent.status
             seconds = time.perf_counter() - began
@@ -137,7 +135,11 @@ class _Answer:
             headers["x-request-id"] = self._name
             headers["x-content-type-options"] = "nosniff"
             headers.setdefault("cache-control", "no-store")
-        await asyncio.wait_for(self._send(message), READS_SLOWEST)
+        try:
+            await asyncio.wait_for(self._send(message), READS_SLOWEST)
+        except (OSError, TimeoutError):
+            self.broken = True  # the client is gone, or reads nothing: the server closes the connection
+            raise
 
 
 def _route(scope: Message) -> str:

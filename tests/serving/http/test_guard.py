@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+from typing import Any
 
 import pytest
 from http_server import SMALL, TOKEN, Server, post
+from starlette.requests import Request
+from starlette.responses import Response
+
+from diffusion_accel.serving.http import guard
+from diffusion_accel.serving.http.settings import ServerSettings
 
 DRAW = "/v1/images/generations"
 
@@ -74,3 +81,29 @@ def test_what_there_is_not(server: Server) -> None:
     status, headers, body = server.ask("GET", DRAW)
     assert status == 405 and headers["allow"] == "POST" and body["error"]["code"] == "method_not_allowed"
     assert server.ask("DELETE", "/sdapi/v1/options")[1]["allow"] == "GET, POST"
+
+
+@pytest.mark.parametrize("slow", ["its body", "reading"])
+def test_a_slow_client_is_given_up(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """Without waiting as long as a server does."""
+    monkeypatch.setattr(guard, "SLOWEST", 0.01)
+    monkeypatch.setattr(guard, "READS_SLOWEST", 0.01)
+    sent, answered = [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Request(scope, receive).body()
+        await Response("drawn")(scope, receive, send)
+
+    async def receive() -> Any:
+        await asyncio.sleep(60 if slow == "its body" else 0)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(60 if slow == "reading" else 0)
+        sent.append(message)
+
+    guarded = guard.Guard(app, ServerSettings(model="x"), lambda *values: answered.append(values[1]))
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(guarded(scope, receive, send))
+    assert answered == [408 if slow == "its body" else 499]
+    assert [message["status"] for message in sent if "status" in message] == ([408] if slow == "its body" else [])
