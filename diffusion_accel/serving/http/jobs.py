@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 KEPT = 100  # jobs that have ended
 KEPT_SECONDS = 3600.0
+KEPT_BYTES = 2**29  # of their images
 _STATES = {"running": "generating"}  # of a `Standing`, by other names
 
 
@@ -39,6 +39,7 @@ class Known:
         created: when, in seconds since 1970.
         ended: when, by the monotonic clock; None: it goes on.
         fetched: whether somebody was told how it ended.
+        size: bytes of its images.
     """
 
     asked: Asked
@@ -47,14 +48,15 @@ class Known:
     created: float = field(default_factory=time.time)
     ended: float | None = None
     fetched: bool = False
+    size: int = 0
 
 
 class Jobs:
-    """The jobs of one server; those that have ended are kept for an hour, and no more than a hundred of them."""
+    """The jobs of one server; of those that have ended, the last ones are kept: an hour, a hundred, 512 MiB."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._known: OrderedDict[str, Known] = OrderedDict()
+        self._known: dict[str, Known] = {}
 
     async def begin(self, asked: Asked) -> Known:
         """Submit a request as a job."""
@@ -101,13 +103,18 @@ class Jobs:
 
     def _end(self, job: Known) -> None:
         job.ended = time.monotonic()
+        future = job.handle.future
+        if not future.cancelled() and future.exception() is None:
+            job.size = sum(image.width * image.height * len(image.getbands()) for image in future.result().images)
         self._forget()
 
     def _forget(self) -> None:
-        over = [job for job in self._known.values() if job.ended is not None]
-        old = time.monotonic() - KEPT_SECONDS
-        for number, job in enumerate(over):
-            if number < len(over) - KEPT or (job.ended or 0.0) < old:
+        ended = [(job.ended, job) for job in self._known.values() if job.ended is not None]
+        ended.sort(key=lambda pair: pair[0], reverse=True)
+        old, size = time.monotonic() - KEPT_SECONDS, 0
+        for number, (when, job) in enumerate(ended):
+            size += job.size
+            if number >= KEPT or when < old or (number and size > KEPT_BYTES):
                 del self._known[job.name]
 
 

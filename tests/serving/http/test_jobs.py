@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from http_server import SMALL, TIMEOUT, Server
+from PIL import Image
+
+from diffusion_accel.serving.http import jobs
+from diffusion_accel.serving.http.problems import Problem
 
 
 def ended(server: Server, job: dict[str, Any]) -> dict[str, Any]:
@@ -44,3 +51,30 @@ def test_refused(server: Server) -> None:
     assert server.ask("POST", "/jobs", SMALL | {"stream": True})[0] == 422
     assert server.ask("POST", "/jobs", SMALL | {"n": 5})[0] == 422
     assert server.ask("POST", "/jobs/edits", SMALL)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "kept"),
+    [("KEPT", 2, 2), ("KEPT_BYTES", 192, 3), ("KEPT_BYTES", 1, 1), ("KEPT_SECONDS", -1, 0)],
+)
+def test_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch, limit: str, most: float, kept: int) -> None:
+    monkeypatch.setattr(jobs, limit, most)
+
+    async def submit(_asked: Any) -> Any:
+        return SimpleNamespace(future=Future())
+
+    async def begun() -> list[str]:
+        known = jobs.Jobs(SimpleNamespace(submit=submit))  # type: ignore[arg-type]
+        made = [await known.begin(SimpleNamespace()) for _ in range(5)]  # type: ignore[arg-type]
+        for job in made[:4]:
+            job.handle.future.set_result(SimpleNamespace(images=[Image.new("RGBA", (4, 4))]))
+            await asyncio.sleep(0.001)
+        there = []
+        for number, job in enumerate(made):
+            try:
+                there.append(number * (known.get(job.name) is job))
+            except Problem as error:
+                assert error.status_code == 404
+        return there
+
+    assert asyncio.run(begun()) == [*range(4 - kept, 4), 4]
