@@ -54,7 +54,7 @@ def test_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "kept"),
+    ("limit", "most", "kept"),
     [("KEPT", 2, 2), ("KEPT_BYTES", 192, 3), ("KEPT_BYTES", 1, 1), ("KEPT_SECONDS", -1, 0)],
 )
 def test_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch, limit: str, most: float, kept: int) -> None:
