@@ -191,9 +191,10 @@ def peer(folder: Path) -> None:
     begin(folder)
     sys.stdin = (folder / "asked").open()
     _replace("diffusion_accel.bench.worker.Runner", lambda job: arrive(folder))
-    from diffusion_accel.bench.worker import serve
+    from diffusion_accel.bench.lines import serve
+    from diffusion_accel.bench.worker import Worker
 
-    serve()
+    serve(Worker())
 
 
 def trainer(folder: Path, script: Path, words: list[str]) -> None:
