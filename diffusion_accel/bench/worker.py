@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +32,20 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+class WithChildren(subprocess.Popen[str]):
+    """A program that ends with whatever it started, such as workers that compile: they would keep its pipes open."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, start_new_session=True, **kwargs)
+
+    def kill(self) -> None:
+        """End it and its children at once."""
+        if self.poll() is None and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        super().kill()
+
+
 class Isolated:
     """A `Runner` for one peer in its own process. Raises `RuntimeError` with the reason if that one fails."""
 
@@ -37,7 +53,7 @@ class Isolated:
         self._open = contextlib.ExitStack()
         self.folder = self._open.enter_context(interrupts.temporary_folder())
         self.log = self._open.enter_context((self.folder / "log").open("w+"))
-        self.process = subprocess.Popen(
+        self.process = WithChildren(
             command_of(entry.kind), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
         self._open.enter_context(interrupts.helper(self.process))
