@@ -25,7 +25,7 @@ SOME = (
     "deepfloyd_if",
     "unet2d",
     "animatediff",
-    *BUILT.keys() - ZOO,
+    *sorted(BUILT.keys() - ZOO),
 )
 RULES = ("taylor@2,3", "hermite,3", "foca,3", "spectrum", "dmd,2", "sada", "sada-lagrange", "easycache,0.3")
 
