@@ -36,14 +36,18 @@ class Requests:
         self.collector, self.pool = collector, ThreadPoolExecutor(threads)
 
     def ask(self, model: Model, rows: list[Any], tickets: list[Ticket] | None = None) -> list[Future[Any]]:
-        """Ask for calls with these values, one a request; they are all there before the first is computed."""
+        """Ask for calls with these values, one a request, in this order; all are there before the first is computed."""
         tickets = tickets or [Ticket() for _ in rows]
         for ticket in tickets:
             self.collector.enter(ticket)
         with self.collector.turn(Ticket(), "a test"):
-            futures = [self.pool.submit(self._one, model, x, t) for x, t in zip(rows, tickets, strict=True)]
-            with self.collector._changed:
-                assert self.collector._changed.wait_for(lambda: len(self.collector._waiting) == len(rows), TIMEOUT)
+            futures: list[Future[Any]] = []
+            for x, ticket in zip(rows, tickets, strict=True):
+                futures.append(self.pool.submit(self._one, model, x, ticket))
+                with self.collector._changed:
+                    assert self.collector._changed.wait_for(
+                        lambda: len(self.collector._waiting) == len(futures), TIMEOUT
+                    )
         return futures
 
     def _one(self, model: Model, x: Any, ticket: Ticket) -> Any:
