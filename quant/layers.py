@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.hooks import version_of
 
 from .affine import dequantize, fake_quantize, half_scale
 from .buckets import Buckets, grid_at
@@ -181,7 +182,7 @@ class QuantizedLayer(nn.Module):
         if torch.compiler.is_compiling():
             return ()
         stored = [t for name, t in self._buffers.items() if t is not None and name[0] != "_"]
-        return tuple((id(t), 0 if t.is_inference() else t._version) for t in stored)
+        return tuple((id(t), version_of(t)) for t in stored)
 
     @property
     def weight(self) -> torch.Tensor:

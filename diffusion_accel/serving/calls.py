@@ -15,7 +15,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffusion_accel.denoisers import time_argument
-from diffusion_accel.hooks import tensors_in
+from diffusion_accel.hooks import tensors_in, version_of
 from diffusion_accel.reuse.rows import NOT_ROWS
 
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
@@ -212,7 +212,7 @@ _digests_lock = threading.Lock()
 
 def _digest(value: torch.Tensor) -> Any:
     """The contents of a tensor in short. Pipelines give the same tensor at every step: it is read once."""
-    version = 0 if value.is_inference() else value._version
+    version = version_of(value)
     with _digests_lock:
         known = _digests.get(value)
         if known is not None and known[0] == version:
