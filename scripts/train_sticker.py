@@ -65,7 +65,7 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
         group.add_argument("--t-mean", type=float, default=0.0, help=text)
         text = "compile the blocks of a transformer with torch.compile: a minute of waiting, then faster steps"
         group.add_argument("--compile", action="store_true", help=text)
-        text = "begin the denoiser with the weights of a safetensors file, text encoders included"
+        text = "begin denoiser or finish with the weights of a safetensors file, text encoders included"
         group.add_argument("--start", type=Path, metavar="FILE", help=text)
         group.add_argument("--fresh-text", action="store_true", help="start from an untrained text encoder")
 

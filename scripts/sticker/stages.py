@@ -147,9 +147,11 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
     shape, process = captioned.shape, captioned.shape.process
     torch.manual_seed(0)
     denoiser = denoiser_of(options.work, shape)
-    if not finishing and options.start:
+    if options.start:
         load_weights(options.start, denoiser)
-    elif not finishing and not options.fresh_text:
+    elif finishing:
+        load_average(options.work / "denoiser", denoiser, "denoiser")
+    elif not options.fresh_text:
         pretrained = TextTask(options.work).model
         load_average(options.work / "text", pretrained, "text")
         (denoiser.states if isinstance(denoiser, FluxDenoiser) else denoiser.text).load_state_dict(
@@ -158,7 +160,6 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
         if shape.text_from is not None:
             load_text_encoder(options.work, shape.text_from, denoiser.text)
     if finishing:
-        load_average(options.work / "denoiser", denoiser, "denoiser")
         captioned = captioned.listed()
     objective = objective_from(options, process, uniform=0.4, t_mean=options.t_mean)
     routing = routing_from(options, process)
