@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .bench.entries import Entry
     from .bench.result import Benchmark
     from .compiled import Compiled
+    from .controlnet import ControlNetParallel
     from .evaluation.evaluate import Evaluation, evaluate
     from .feature import Attachment, Feature
     from .measure.comparison import Comparison, compare
@@ -74,6 +75,7 @@ _LAZY = {
     "tune_solver": ".tuning.solver",
     # features, and what they are given
     "Compiled": ".compiled",
+    "ControlNetParallel": ".controlnet",
     "DiffusersCache": ".reuse",
     "EncoderReuse": ".reuse",
     "LatentTransparency": ".transparency",
@@ -114,6 +116,7 @@ __all__ = [
     "Comparison",
     "Compiled",
     "ConfigurationError",
+    "ControlNetParallel",
     "DiffusersCache",
     "EncoderReuse",
     "Entry",

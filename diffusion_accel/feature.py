@@ -51,6 +51,8 @@ class Feature:
     changes_output: ClassVar[bool] = False
     #: it concerns how a model computes, whoever calls it: where requests share a model, it is the model's
     of_the_model: ClassVar[bool] = False
+    #: requests that share their models can be drawn with it
+    served: ClassVar[bool] = True
     #: the module that does the work on a pipeline, imported when it is first needed, so that a configuration costs no
     #: import of torch; it has functions `supports`, `attach` and, if the class has not, `works_inside`,
     #: `goes_into_graphs` and `rows_apart`, which are called with the feature and the pipeline

@@ -20,6 +20,7 @@ FEATURES: dict[str, str] = {
     "task_routing": "diffusion_accel.routing.task_routing:TaskRouting",
     "reuse": "diffusion_accel.reuse.reuse:Reuse",
     "encoder_reuse": "diffusion_accel.reuse.encoder_reuse:EncoderReuse",
+    "controlnet_parallel": "diffusion_accel.controlnet.controlnet_parallel:ControlNetParallel",
     "compiled": "diffusion_accel.compiled.compiled:Compiled",
     "transparent": "diffusion_accel.transparency.latent_transparency:LatentTransparency",
 }

@@ -63,6 +63,7 @@ class PatchParallel(Feature):
     summary: ClassVar[str] = "one image on several processes, exactly or with activations of the step before"
     paper: ClassVar[str] = "DistriFusion (Li et al., CVPR 2024); PCPP (Zhang et al., 2024)"
     order: ClassVar[int] = 10
+    conflicts: ClassVar[frozenset[str]] = frozenset({"controlnet_parallel"})  # messages are in one order
     shorthand: ClassVar[str | None] = "ranks"
     runtime: ClassVar[str] = "diffusion_accel.parallel.attachment"
     old_names: ClassVar[dict[str, str]] = {"p": "neighbour_fraction"}

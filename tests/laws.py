@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transparency_weights import tiny_weights
+from zoo import controlnet, sd
 
 # What a feature needs before it attaches to a model with random weights, beside the recommended settings.
 NEEDED: dict[str, dict[str, Any]] = {
@@ -13,6 +14,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "transparent": {"weights": tiny_weights()},
     "compiled": {"engine": "eager"},  # the laws of real engines: tests/compiled
 }
+
+# Features that only say when something is computed: with others they are tried by tests of their own.
+APART = ("controlnet_parallel",)
 
 
 def traces(pipe: Any) -> list[str]:
@@ -27,6 +31,12 @@ def traces(pipe: Any) -> list[str]:
 
 def default(feature: Any) -> Any:
     return feature(**NEEDED.get(feature.name, {}))
+
+
+def built(features: Any) -> tuple[Any, dict[str, Any]]:
+    """A plain pipeline that all these features support, and a call of it; with a ControlNet if need be."""
+    pipe, call = sd()
+    return (pipe, call) if all(default(f).supports(pipe) is None for f in features) else controlnet()
 
 
 class Stop(Exception):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from diffusion_accel.denoisers import denoiser_names
+from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Feature
 from diffusion_accel.switchboard import accelerate, put_inside, share_features
 
@@ -64,6 +65,10 @@ class FeatureSets:
         Raises:
             ConfigurationError, UnsupportedPipelineError, FeatureConflictError: they cannot be used.
         """
+        if refused := [feature.name for feature in features if not feature.served]:
+            raise ConfigurationError(
+                f"{', '.join(refused)} is not for an engine, which orders all computing; leave it out"
+            )
         wanted = (tuple(features), alone, base_class(pattern))
         with self._lock:
             known = next((one for one in self._made if one[0] == wanted), None)
