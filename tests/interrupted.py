@@ -52,10 +52,11 @@ def begin(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- the command line
-def command(folder: Path, here: Path, arguments: list[str], moment: str) -> None:
+def command(folder: Path, here: Path, arguments: list[str], moment: str, **environment: str) -> None:
     """`diffusion-accel ARGUMENTS` in the folder `here`, which comes to one of the moments below."""
     begin(folder)
     os.chdir(here)
+    os.environ.update(environment)
     MOMENTS[moment](folder)
     from diffusion_accel.cli.main import run
 
@@ -84,6 +85,20 @@ def second_image(folder: Path) -> None:
         save(image, file, *more, **named)
 
     _replace("PIL.Image.Image.save", slow)
+
+
+def bad_prompt(folder: Path) -> None:
+    """One prompt, "bad", cannot be drawn."""
+    from diffusion_accel.cli import session
+
+    prepare = session.prepare
+
+    def prepared(pipe: Any, request: Any) -> Any:
+        if request.prompt == "bad":
+            raise RuntimeError("no memory\nfor this one")
+        return prepare(pipe, request)
+
+    _replace("diffusion_accel.cli.session.prepare", prepared)
 
 
 def ignoring_hangups(folder: Path) -> None:
@@ -133,7 +148,17 @@ def nobody_reads(folder: Path) -> None:
 
 MOMENTS: dict[str, Callable[[Path], None]] = {
     f.__name__: f
-    for f in (loading, second_image, ignoring_hangups, searching, learning, quantizing, any_moment, nobody_reads)
+    for f in (
+        loading,
+        second_image,
+        bad_prompt,
+        ignoring_hangups,
+        searching,
+        learning,
+        quantizing,
+        any_moment,
+        nobody_reads,
+    )
 }
 
 

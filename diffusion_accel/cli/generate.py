@@ -7,13 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from diffusion_accel import interrupts
-from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.layers import drawn_layers
-from diffusion_accel.generation.outputs import OutputPlan, plan_outputs
-from diffusion_accel.generation.request import LIMITS, MAX_IMAGES, Request
-from diffusion_accel.model_files.names import ModelSource
+from diffusion_accel.generation.request import LIMITS
 
-from . import processes
+from . import bulk, processes
 from .common_options import (
     AllowPickle,
     Device,
@@ -27,14 +23,14 @@ from .common_options import (
     number,
 )
 from .feature_flags import with_feature_flags
-from .prompts import Job, read_jobs, request_of
-from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, check_features, check_images, merge, read_config
+from .prompts import Job, plan_jobs, read_jobs, request_of
+from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, merge, read_config
 
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config")  # not settings
 _PANELS = {
     "Image and control inputs": "image mask_image strength controlnet control_image lora",
     "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory",
-    "Output": "output overwrite metadata paths_ compare json_lines quiet",
+    "Output": "output overwrite distribute metadata paths_ compare json_lines quiet",
     "Transparency (with --transparent)": "premultiplied preview layers_",
 }
 
@@ -105,6 +101,13 @@ def generate(
         ),
     ] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace existing files.")] = None,
+    distribute: Annotated[
+        str | None,
+        typer.Option(
+            metavar="prompts",
+            help="Go on where the same command ended, and share the prompts with all that run it.",
+        ),
+    ] = None,
     metadata: Annotated[
         bool | None,
         typer.Option("--metadata/--no-metadata", help="Write settings into the image.", show_default="metadata"),
@@ -144,10 +147,12 @@ def generate(
     values = {} if config is None else read_config(config)
     jobs = _jobs(prompt or [], classes or [], prompts_file, values)
     settings, source = merge(flags, values)
+    if settings.distribute is not None:
+        return bulk.draw(settings, source, jobs, classes or [], quiet=quiet, json_lines=json_lines)
     starts = processes.must_start(settings)
     settings = processes.join(settings)
     requests = processes.same_seeds(settings, [request_of(settings, job) for job in jobs])
-    plans = _plan(settings, source, requests, jobs)
+    plans = plan_jobs(settings, source, requests, jobs)
     if starts:  # they check the rest: this one need not import torch
         return processes.start(settings)
 
@@ -173,25 +178,3 @@ def _jobs(prompts: list[str], classes: list[str], file: str | None, config: dict
     from_config = config.pop("prompts_file", None)
     given = [*prompts, *classes]
     return read_jobs(given or ([more] if isinstance(more, str) else list(more)), from_config if file is None else file)
-
-
-def _plan(settings: Settings, source: ModelSource, requests: list[Request], jobs: list[Job]) -> list[OutputPlan]:
-    """The files of all prompts; whatever can be refused without a model is."""
-    for request in requests:
-        check_features(settings.features, request.steps, settings.scheduler, source)
-    if (total := sum(request.count for request in requests)) > MAX_IMAGES:
-        raise ConfigurationError(f"{total} images are asked for; one command draws at most {MAX_IMAGES}")
-    plans = plan_outputs(
-        settings.output,
-        requests,
-        [job.output for job in jobs],
-        overwrite=settings.overwrite,
-        comparing=settings.compare,
-        what="-o",
-        layers=drawn_layers(settings.features),
-        wanted=settings.wanted_layers,
-        preview=settings.preview,
-        multiplied=settings.premultiplied,
-    )
-    check_images(settings)
-    return plans

@@ -1,4 +1,4 @@
-"""The prompts of a command: those of its arguments, and those of a file."""
+"""The prompts of a command, of its arguments and of a file: read, as requests, and the files that they become."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.generation.request import EACH, Request, check_numbers, check_text
+from diffusion_accel.generation.layers import drawn_layers
+from diffusion_accel.generation.outputs import OutputPlan, plan_outputs
+from diffusion_accel.generation.request import EACH, MAX_IMAGES, Request, check_numbers, check_text
 from diffusion_accel.io import first_line, parse_json, read_text, shown, split_lines
 from diffusion_accel.model_files.names import ModelSource
 
-from .settings import OLD_KEYS, Settings, renamed, typed
+from .settings import OLD_KEYS, Settings, check_features, check_images, renamed, typed
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,41 @@ def request_of(settings: Settings, job: Job) -> Request:
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**32)
     return Request(**values)
+
+
+def plan_jobs(
+    settings: Settings,
+    source: ModelSource,
+    requests: list[Request],
+    jobs: list[Job],
+    *,
+    most: int = MAX_IMAGES,
+    resuming: bool = False,
+) -> list[OutputPlan]:
+    """The files of all prompts; whatever can be refused without a model is.
+
+    Args:
+        settings, source: of the command.
+        requests, jobs: of each prompt.
+        most: images that one command may draw.
+        resuming: see `plan_outputs`.
+    """
+    for request in requests:
+        check_features(settings.features, request.steps, settings.scheduler, source)
+    if (total := sum(request.count for request in requests)) > most:
+        raise ConfigurationError(f"{total} images are asked for; one command draws at most {most}")
+    plans = plan_outputs(
+        settings.output,
+        requests,
+        [job.output for job in jobs],
+        overwrite=settings.overwrite,
+        resuming=resuming,
+        comparing=settings.compare,
+        what="-o",
+        layers=drawn_layers(settings.features),
+        wanted=settings.wanted_layers,
+        preview=settings.preview,
+        multiplied=settings.premultiplied,
+    )
+    check_images(settings)
+    return plans

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from diffusion_accel.generation.drawing import Drawn, check_drawable, check_requ
 from diffusion_accel.generation.loading import best_device, model_hash, open_pipeline
 from diffusion_accel.generation.outputs import OutputPlan
 from diffusion_accel.generation.records import Origin, how_quantized, record
+from diffusion_accel.generation.request import Request
 from diffusion_accel.model_files.names import ModelSource, pipeline_name
 from diffusion_accel.pipelines.loading import load_pipeline
 
@@ -113,22 +115,85 @@ def load_plain(source: ModelSource) -> DiffusionPipeline:
 
 
 def _open(settings: Settings, source: ModelSource, device: str, features: list[Feature]) -> DiffusionPipeline:
-    return open_pipeline(
-        source,
-        features=features,
-        scheduler=settings.scheduler,
-        loras=settings.loras,
-        device=device,
-        offload=settings.offload,
-        attention=settings.attention,
-        task=settings.task,
-        controlnet=settings.controlnet,
-        dtype=getattr(torch, settings.dtype),
-        allow_pickle=settings.allow_pickle,
-        quantize=settings.quantize,
-        runtime=settings.runtime,
-        low_memory=settings.low_memory,
+    return open_pipeline(**{**opening(settings, source), "device": device, "features": features})
+
+
+def opening(settings: Settings, source: ModelSource) -> dict[str, Any]:
+    """What `open_pipeline` is given for the settings, as values that another process can have."""
+    keys = ("scheduler", "loras", "device", "offload", "attention", "task", "controlnet")
+    more = ("allow_pickle", "quantize", "runtime", "low_memory")
+    return {
+        "model": source,
+        "features": list(settings.features.values()),
+        "dtype": getattr(torch, settings.dtype),
+        **{key: getattr(settings, key) for key in keys + more},
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A pipeline that draws requests, and what is said and kept of them.
+
+    Attributes:
+        pipe: with the features that the command asks for.
+        plain: what it is compared with; None: itself without features.
+        origin: for metadata.
+        settings: of the command.
+        noted: what was said once.
+    """
+
+    pipe: Any
+    plain: DiffusionPipeline | None
+    origin: Origin
+    settings: Settings
+    noted: set[str] = dataclasses.field(default_factory=set)
+
+    def draw(self, request: Request) -> Drawn:
+        """Draw a request, and say first what is worth knowing of it."""
+        call = prepare(self.pipe, request)
+        for text in call.notes():
+            if text not in self.noted or text.startswith("the prompt"):
+                note(text)
+            self.noted.add(text)
+        return call.draw(comparing=self.settings.compare, plain=self.plain)
+
+    def write(self, plan: OutputPlan, drawn: Drawn, *, quiet: bool, json_lines: bool) -> None:
+        """Write what was drawn, and say so: a line a file, or a JSON line an image."""
+
+        def describe(image: Image.Image, seed: int) -> tuple[str, Any]:
+            return self.origin.text(plan.request, seed, drawn, image.size), self.origin.data(plan.request, seed, drawn)
+
+        for file in plan.write(drawn, describe if self.settings.metadata else None):
+            if json_lines and file.seed is not None:
+                typer.echo(json.dumps(record(file.path, plan.request, file.seed, drawn)))
+            elif not json_lines and not quiet:
+                say(f"{file.path}  {file.words or f'(seed {file.seed})'}")
+
+
+def open_drawing(
+    settings: Settings, source: ModelSource, device: str, requests: Iterable[Request], *, quiet: bool = False
+) -> Drawing:
+    """The pipeline that the settings ask for, to draw requests, of which none is one that it cannot draw.
+
+    Args:
+        settings, source: of the command.
+        device: from `check_machine`.
+        requests: all that are to be drawn.
+        quiet: show no progress of sampling, and no notes.
+    """
+    pipe = open_for(settings, source, device, quiet=quiet)
+    plain = open_plain(settings, source, device)
+    check_requests(pipe, requests)
+    keys = ("dtype", "lora", "quantize", "runtime", "controlnet")
+    origin = Origin(
+        pipe=pipe,
+        model=source.name,
+        model_hash=model_hash(source),
+        features=settings.features,
+        settings={key: getattr(settings, key) for key in keys},
+        whole_paths=settings.paths,
     )
+    return Drawing(pipe, plain, origin, settings)
 
 
 def draw_all(
@@ -151,40 +216,13 @@ def draw_all(
         quiet: print nothing but JSON lines.
         json_lines: print a JSON line for each image.
     """
-    pipe: Any = open_for(settings, source, device, quiet=quiet)
-    plain = open_plain(settings, source, device)
-    check_requests(pipe, [plan.request for plan in plans])
-    keys = ("dtype", "lora", "quantize", "runtime", "controlnet")
-    origin = Origin(
-        pipe=pipe,
-        model=source.name,
-        model_hash=model_hash(source),
-        features=settings.features,
-        settings={key: getattr(settings, key) for key in keys},
-        whole_paths=settings.paths,
-    )
-    noted: set[str] = set()
+    drawing = open_drawing(settings, source, device, [plan.request for plan in plans], quiet=quiet)
     for plan in plans:
-        request = plan.request
-        call = prepare(pipe, request)
-        for text in call.notes():
-            if text not in noted or text.startswith("the prompt"):
-                note(text)
-            noted.add(text)
-        drawn = call.draw(comparing=settings.compare, plain=plain)
-        if not writes:
-            continue
-
-        def describe(image: Image.Image, seed: int, plan: OutputPlan = plan, drawn: Drawn = drawn) -> tuple[str, Any]:
-            return origin.text(plan.request, seed, drawn, image.size), origin.data(plan.request, seed, drawn)
-
-        for file in plan.write(drawn, describe if settings.metadata else None):
-            if json_lines and file.seed is not None:
-                typer.echo(json.dumps(record(file.path, request, file.seed, drawn)))
-            elif not json_lines and not quiet:
-                say(f"{file.path}  {file.words or f'(seed {file.seed})'}")
-        if not json_lines and not quiet:
-            print_summary(pipe, drawn, plan.compared)
+        drawn = drawing.draw(plan.request)
+        if writes:
+            drawing.write(plan, drawn, quiet=quiet, json_lines=json_lines)
+            if not json_lines and not quiet:
+                print_summary(drawing.pipe, drawn, plan.compared)
 
 
 def print_summary(pipe: DiffusionPipeline, drawn: Drawn, compared: Path | None) -> None:

@@ -53,6 +53,7 @@ class Settings(Options):
     low_memory: bool = False
     output: str = "outputs"
     overwrite: bool = False
+    distribute: str | None = None
     metadata: bool = True
     paths: bool = False
     compare: bool = False

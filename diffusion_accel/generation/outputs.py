@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_accel.compositing import background_of, checkerboard, over, premultiplied
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.image_files import SUFFIXES, check_fits, check_holds_alpha, is_image_file, save_image
-from diffusion_accel.io import printable
+from diffusion_accel.io import is_there, printable
 from diffusion_accel.outputs import check_distinct, check_free, check_writable, output_path
 
 from .layers import by_image
@@ -55,6 +55,7 @@ class OutputPlan:
         preview: also write the foreground over this: "checkerboard", a colour, an image file; None: do not.
         multiplied: write colours multiplied by alpha.
         compared: where the comparison goes; None: none is made.
+        resuming: files that are there are complete, and stay as they are.
     """
 
     request: Request
@@ -64,6 +65,7 @@ class OutputPlan:
     preview: str | None = None
     multiplied: bool = False
     compared: Path | None = None
+    resuming: bool = False
 
     def layer_path(self, path: Path, layer: str) -> Path | None:
         """Where a layer of the image `path` is written; None: it is not asked for."""
@@ -94,10 +96,10 @@ class OutputPlan:
         """Refuse files that exist, cannot be written, or cannot hold what is drawn.
 
         Raises:
-            OutputError: a file exists and `overwrite` is false, or its name is too long.
+            OutputError: a file exists, and neither `overwrite` nor `resuming` is true, or its name is too long.
             ConfigurationError: its type holds no alpha, or no image as large as the request's.
         """
-        check_free([*self.paths, *self.files()], overwrite)
+        check_free([*self.paths, *self.files()], overwrite or self.resuming)
         for path in self.paths:
             if self.layers != ("",):
                 check_holds_alpha(path)
@@ -116,7 +118,7 @@ class OutputPlan:
         for layers, seed, path in zip(images, self.request.seeds, self.paths, strict=True):
             for layer, image in layers.items():
                 file = self.layer_path(path, layer)
-                if file is None:
+                if file is None or self._stays(file):
                     continue
                 if self.multiplied and image.mode == "RGBA":
                     image = premultiplied(image)
@@ -125,13 +127,16 @@ class OutputPlan:
                 yield Written(file, seed)
             yield from self._previews(path, layers)
 
+    def _stays(self, file: Path) -> bool:
+        return self.resuming and is_there(file)
+
     def _previews(self, path: Path, layers: dict[str, Image.Image]) -> Iterator[Written]:
-        if self.preview is not None and "fg" in layers:
-            file = path.with_name(f"{path.stem}-preview.png")
+        file = path.with_name(f"{path.stem}-preview.png")
+        if self.preview is not None and "fg" in layers and not self._stays(file):
             save_image(over_background(layers["fg"], self.preview), file)
             yield Written(file, words=f"over {self.preview}")
-        if {"fg", "bg"} <= set(layers):
-            file = path.with_name(f"{path.stem}-composite.png")
+        file = path.with_name(f"{path.stem}-composite.png")
+        if {"fg", "bg"} <= set(layers) and not self._stays(file):
             save_image(over(layers["fg"], layers["bg"]), file)
             words = "fg over bg"
             if "blend" in layers:
@@ -145,6 +150,7 @@ def plan_outputs(
     names: Sequence[str | None] = (),
     *,
     overwrite: bool = False,
+    resuming: bool = False,
     comparing: bool = False,
     what: str = "output",
     **options: Any,
@@ -160,6 +166,7 @@ def plan_outputs(
         requests: what is drawn.
         names: the file names that requests ask for, in a folder; None: a number and the seed.
         overwrite: replace existing files.
+        resuming: existing files are of an earlier call like this one, and stay: numbers in a folder begin at 1.
         comparing: a comparison of each request is written, too.
         what: what errors call `output`.
         options: layers, wanted, preview, multiplied; see `OutputPlan`.
@@ -168,7 +175,7 @@ def plan_outputs(
         OutputError: a file exists and `overwrite` is false, or the folder cannot be written.
         ConfigurationError: a name or suffix that cannot be used, or a file that would be written twice.
     """
-    paths = _paths(output, requests, names or [None] * len(requests), what)
+    paths = _paths(output, requests, names or [None] * len(requests), what, resuming)
     flat = [path for group in paths for path in group]
     if len(set(flat)) != len(flat):
         raise ConfigurationError("two images would be written to the same file; give the prompts different outputs")
@@ -177,6 +184,7 @@ def plan_outputs(
             request=request,
             paths=tuple(group),
             compared=group[0].with_name(f"{group[0].stem}-compare.png") if comparing else None,
+            resuming=resuming,
             **options,
         )
         for request, group in zip(requests, paths, strict=True)
@@ -222,12 +230,14 @@ def _recomposition(layers: dict[str, Image.Image]) -> float:
 
 
 # ---------------------------------------------------------------------- names
-def _paths(output: str, requests: Sequence[Request], names: Sequence[str | None], what: str) -> list[list[Path]]:
+def _paths(
+    output: str, requests: Sequence[Request], names: Sequence[str | None], what: str, resuming: bool
+) -> list[list[Path]]:
     """The path of every image: one list a request."""
     target = output_path(output, what, SUFFIXES)
     total = sum(request.count for request in requests)
     if not is_image_file(output, what):
-        return _numbered(target, requests, names, what)
+        return _numbered(target, requests, names, what, 0 if resuming else _highest(target))
     named = next((name for name in names if name is not None), None)
     if named is not None:
         raise ConfigurationError(
@@ -242,8 +252,10 @@ def _paths(output: str, requests: Sequence[Request], names: Sequence[str | None]
     ]
 
 
-def _numbered(folder: Path, requests: Sequence[Request], names: Sequence[str | None], what: str) -> list[list[Path]]:
-    number = _highest(folder)
+def _numbered(
+    folder: Path, requests: Sequence[Request], names: Sequence[str | None], what: str, number: int
+) -> list[list[Path]]:
+    """Paths in a folder, where `number` is the highest number that is taken."""
     paths: list[list[Path]] = []
     for request, name in zip(requests, names, strict=True):
         paths.append([])
