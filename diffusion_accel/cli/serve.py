@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +48,10 @@ _QUEUE = at_least(0, 100_000)
 _RUNNING = at_least(1, 256)
 _ROWS = at_least(1, 1024)
 _DRAIN = Bounds(0, 86_400, "at least 0 and at most 86400")
+_REPLICAS = at_least(1, 1000)
+_GPUS = Bounds(0, 64, "at least 0 and at most 64")
 _PANELS = {
+    "Several devices or machines": "ray min_replicas max_replicas replica_gpus",
     "Limits of requests": "max_queue max_running max_rows max_pixels max_steps max_images max_body_mb",
     "Where a request says nothing": "steps guidance_scale scheduler width height negative_prompt",
     "Machine": "allow_pickle device dtype attention quantize runtime low_memory",
@@ -83,6 +88,16 @@ def serve(
     ] = False,
     drain: Annotated[float, time_option("At the end, time for requests that were accepted", _DRAIN)] = 120,
     log_format: Annotated[str, one_of("text or json.", ("text", "json"))] = "text",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas on Ray Serve: on the cluster of RAY_ADDRESS, else on this machine.")
+    ] = False,
+    min_replicas: Annotated[int | None, number("At least so many.", _REPLICAS, show_default="1")] = None,
+    max_replicas: Annotated[
+        int | None, number("At most so many, while requests wait.", _REPLICAS, show_default="as --min-replicas")
+    ] = None,
+    replica_gpus: Annotated[
+        float | None, number("GPUs of each, or a part of one.", _GPUS, show_default="1 where there are any")
+    ] = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     scheduler: Scheduler = None,
@@ -109,12 +124,10 @@ def serve(
 ) -> None:
     """Draw images for others, over HTTP: OpenAI's images API, jobs, and clients of AUTOMATIC1111's web UI."""
     flags = {key: value for key, value in locals().items() if key in _SETTINGS}
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"serve needs {', '.join(missing)}, which is not installed; pip install 'diffusion-accel[serve]'"
-        )
+    check_installed("serve", _NEEDED)
     check_token(token)
+    given = {"--min-replicas": min_replicas, "--max-replicas": max_replicas, "--replica-gpus": replica_gpus}
+    check_ray(ray, given, port, lora_changes)
     settings, source = merge({**flags, **features}, {})
     if "patch_parallel" in settings.features:
         raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
@@ -133,19 +146,37 @@ def serve(
         hosts=frozenset({*_LOOPBACK, "[::1]"}) if host in _LOOPBACK else None,
     )
 
+    engine_options: dict[str, Any] = {
+        "running": max_running,
+        "queue": max_queue,
+        "most_rows": max_rows,
+        "loras": asked.lora_folder,
+    }
+    if token is None and host not in _LOOPBACK:
+        note(f"whoever can reach {host} may draw; --token, or {TOKEN}, asks for a token")
+    interrupts.explain(lambda: "requests that were accepted are lost")
+    if ray:
+        from diffusion_accel.serving import ray_app  # heavy, and an extra: ray
+
+        from . import session  # heavy: torch, diffusers
+
+        session.check_takes(source, [])
+        least = min_replicas or 1
+        replicas = ray_app.Replicas(least=least, most=max_replicas or least, gpus=replica_gpus, drain_seconds=drain)
+        opening = session.opening(settings, source)
+        make = partial(ray_app.app, opening, engine_options, asked, replicas, warm_up, log_format)
+        return ray_app.run(make, host, port, ready=lambda address: say(f"listening at {address}"))
+
     from diffusion_accel.serving.engine import Engine  # heavy: torch, diffusers
     from diffusion_accel.serving.http import log, run  # heavy, and an extra: fastapi, uvicorn
 
     from . import session  # heavy: torch, diffusers
 
     listening = run.bound(host, port)  # first: loading takes a while
-    if token is None and host not in _LOOPBACK:
-        note(f"whoever can reach {host} may draw; --token, or {TOKEN}, asks for a token")
     session.check_takes(source, [])
     pipe = session.open_for(settings, source, session.check_machine(settings))
     log.set_up(log_format)
-    interrupts.explain(lambda: "requests that were accepted are lost")
-    with Engine(pipe, running=max_running, queue=max_queue, most_rows=max_rows, loras=asked.lora_folder) as engine:
+    with Engine(pipe, **engine_options) as engine:
         if warm_up:
             engine.warm_up()
         run.serve(engine, asked, listening, drain_seconds=drain, ready=lambda address: say(f"listening at {address}"))
@@ -161,3 +192,33 @@ def check_token(token: str | None) -> None:
         raise ConfigurationError(
             f"--token must have at least {_LEAST_TOKEN} characters; openssl rand -hex 32 makes one"
         )
+
+
+def check_installed(command: str, modules: Sequence[str], extra: str = "serve") -> None:
+    """Refuse to go on without the modules of an extra."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"{command} needs {', '.join(missing)}, which is not installed; pip install 'diffusion-accel[{extra}]'"
+        )
+
+
+def check_ray(ray: bool, replicas: Mapping[str, float | None], port: int, lora_changes: bool) -> None:
+    """Refuse what needs `--ray`, and what does not go with it.
+
+    Args:
+        replicas: flags -> what was given, of which the first two are the least and the greatest number of replicas.
+    """
+    flags = {flag: value for flag, value in replicas.items() if value is not None}
+    if not ray:
+        if flags:
+            raise ConfigurationError(f"{next(iter(flags))} needs --ray")
+        return
+    check_installed("serve --ray", ("ray",), "ray")
+    least, most = flags.get("--min-replicas", 1), flags.get("--max-replicas")
+    if most is not None and most < least:
+        raise ConfigurationError(f"--max-replicas {most} must be at least --min-replicas, {least}")
+    if port == 0:
+        raise ConfigurationError("--port 0 cannot be combined with --ray: every machine listens at the same port")
+    if lora_changes:
+        raise ConfigurationError("--lora-changes cannot be combined with --ray: it would change one replica only")

@@ -192,6 +192,11 @@ class Collector:
         self.check(one.ticket)
         return one
 
+    @property
+    def works(self) -> bool:
+        """Whether its thread lives."""
+        return self._thread.is_alive()
+
     def stop(self, why: BaseException) -> None:
         """End everything: what waits, and whatever is asked for from now on, raises `why`."""
         with self._changed:

@@ -290,6 +290,11 @@ class Engine:
             ended = {state: self._ended[state] for state in (COMPLETED, FAILED, CANCELLED)}
         return {**now, **ended, "calls": dict(self._collector.calls), "batches": batches, "alone": alone}
 
+    @property
+    def works(self) -> bool:
+        """Whether it takes requests and draws them; False once it is closed."""
+        return not self._closing and self._collector.works and all(thread.is_alive() for thread in self._threads)
+
     # ------------------------------------------------------------------ the end
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, end what runs, and give the pipeline back. Safe to call twice.

@@ -46,6 +46,39 @@ def test_without_the_extra(capsys: pytest.CaptureFixture[str], no_model: None, m
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--min-replicas", "2"], "--min-replicas needs --ray"),
+        (["--replica-gpus", "-1"], "--replica-gpus must be at least 0"),
+        (
+            ["--ray", "--min-replicas", "3", "--max-replicas", "2"],
+            "--max-replicas 2 must be at least --min-replicas, 3",
+        ),
+        (["--ray", "--port", "0"], "--port 0 cannot be combined with --ray"),
+        (["--ray", "--lora-changes"], "--lora-changes cannot be combined with --ray"),
+    ],
+)
+@pytest.mark.parametrize("installed", [True, False])
+def test_replicas(
+    capsys: pytest.CaptureFixture[str],
+    no_model: None,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+    installed: bool,
+) -> None:
+    find = importlib.util.find_spec
+    there = {"ray": object() if installed else None}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: there[name] if name in there else find(name, *more)
+    )
+    code, out, err = call(capsys, "serve", *options)
+    if "--ray" in options and not installed:
+        message = "serve --ray needs ray, which is not installed; pip install 'diffusion-accel[ray]'"
+    assert code == 2 and message in err and len(err.splitlines()) == 1 and not out
+
+
 def test_help_needs_no_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "fastapi", None)
     code, out, _ = call(capsys, "serve", "--help")
