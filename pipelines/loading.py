@@ -172,13 +172,16 @@ def _denoiser_parts(source: ModelSource) -> list[str]:
     return ["unet"] if "unet" in there or not there else there
 
 
-def as_task(pipe: DiffusionPipeline, task: str, net: ModelMixin | None = None) -> Any:
+def as_task(
+    pipe: DiffusionPipeline, task: str, net: ModelMixin | None = None, *, without_controlnet: bool = False
+) -> Any:
     """A pipeline for a task with the parts of another one.
 
     Args:
         pipe: with what the task needs, too.
         task: one of `TASKS`.
         net: a ControlNet that it is to have as well.
+        without_controlnet: leave out that which `pipe` has.
 
     Raises:
         ModelLoadError: diffusers has no such pipeline for this model.
@@ -189,7 +192,7 @@ def as_task(pipe: DiffusionPipeline, task: str, net: ModelMixin | None = None) -
             f"this model cannot do inpainting: diffusers inpaints with 4 latent channels (or a 9-channel inpainting "
             f"U-Net), and its U-Net takes {channels}"
         )
-    more = {} if net is None else {"controlnet": net}
+    more = {} if net is None and not without_controlnet else {"controlnet": net}
     try:
         return _AUTO[task].from_pipe(pipe, **more)
     except ValueError as error:

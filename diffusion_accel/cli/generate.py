@@ -28,7 +28,7 @@ from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, merge, read_config
 
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config")  # not settings
 _PANELS = {
-    "Image and control inputs": "image mask_image strength controlnet control_image lora",
+    "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale lora",
     "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory",
     "Output": "output overwrite distribute metadata paths_ compare json_lines quiet",
     "Transparency (with --transparent)": "premultiplied preview layers_",
@@ -70,6 +70,10 @@ def generate(
     ] = None,
     controlnet: Annotated[str | None, typer.Option(help="Folder or hub id of a ControlNet.")] = None,
     control_image: Annotated[str | None, typer.Option(metavar="FILE", help="Input of the ControlNet.")] = None,
+    controlnet_conditioning_scale: Annotated[
+        float | None,
+        number("How much the ControlNet counts.", LIMITS["controlnet_conditioning_scale"], show_default="1"),
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="PATH[:SCALE]", help="LoRA weights; may be repeated.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,9 @@ def serve(
     max_steps: Annotated[int, number("Denoising steps.", BOUNDS["steps"])] = _LIMITS.steps,
     max_images: Annotated[int, number("Images of a request.", BOUNDS["images"])] = _LIMITS.images,
     max_body_mb: Annotated[int, number("MiB of a request, its images included.", BOUNDS["body_mb"])] = _LIMITS.body_mb,
+    controlnet: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a ControlNet, for requests with a control_image.")
+    ] = None,
     lora_folder: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="LoRAs that requests may name: its .safetensors files, by their names."),
@@ -131,6 +135,8 @@ def serve(
     settings, source = merge({**flags, **features}, {})
     if "patch_parallel" in settings.features:
         raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
+    if controlnet == "":
+        raise ConfigurationError("--controlnet is empty")
     if lora_folder is not None and not is_there(lora_folder, "dir"):
         raise ConfigurationError(f"--lora-folder {lora_folder}: there is no such folder")
     check_features(settings.features, settings.steps, settings.scheduler, source)
@@ -174,6 +180,7 @@ def serve(
 
     listening = run.bound(host, port)  # first: loading takes a while
     session.check_takes(source, [])
+    settings = dataclasses.replace(settings, controlnet=controlnet)
     pipe = session.open_for(settings, source, session.check_machine(settings))
     log.set_up(log_format)
     with Engine(pipe, **engine_options) as engine:

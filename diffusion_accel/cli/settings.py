@@ -188,6 +188,7 @@ def check(settings: Settings) -> None:
         ("mask_image", "image"),
         ("strength", "image"),
         ("control_image", "controlnet"),
+        ("controlnet_conditioning_scale", "control_image"),
         ("controlnet", "control_image"),
     )
     for one, other in needs:

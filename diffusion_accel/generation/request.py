@@ -68,6 +68,7 @@ LIMITS: dict[str, Bounds] = {
     "count": at_least(1, MAX_IMAGES),
     "guidance_scale": Bounds(0, 1000, "a finite number of at least 0 and at most 1000"),
     "strength": Bounds(math.ulp(0), 1, "above 0 and at most 1"),
+    "controlnet_conditioning_scale": Bounds(0, 10, "a finite number of at least 0 and at most 10"),
     "seed": Bounds(0, MAX_SEED, f"between 0 and {MAX_SEED}", whole=True),
 }
 
@@ -100,6 +101,7 @@ class Options:
         mask_image: file or image that is white where `image` is replaced.
         strength: how much of `image` is replaced, above 0 to 1.
         control_image: file or image for a ControlNet.
+        controlnet_conditioning_scale: how much what the ControlNet gives counts, 0 to 10.
     """
 
     negative_prompt: str | None = _asked(call="negative_prompt", each=True)
@@ -112,6 +114,7 @@ class Options:
     mask_image: str | Path | Image.Image | None = None
     strength: float | None = _asked(call="strength")
     control_image: str | Path | Image.Image | None = None
+    controlnet_conditioning_scale: float | None = _asked(call="controlnet_conditioning_scale")
 
 
 #: the options that a pipeline's call takes as they are -> the call's own name

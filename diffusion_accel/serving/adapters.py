@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from diffusion_accel.arguments import nearest
-from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import shown
+from diffusion_accel.pipelines.loaded import check_lora
 from diffusion_accel.pipelines.loading import load_lora
 
 logger = logging.getLogger(__name__)
 
 SCALES = (-10.0, 10.0)
+_READERS = 2  # files that are read at a time
+_PIECE = 2**24  # bytes
 
 
 class Adapters:
@@ -32,12 +37,19 @@ class Adapters:
         pipe: the pipeline whose models they change.
         files: name -> file; or a folder, each of whose `.safetensors` files is a LoRA by the name of the file.
         kept: how many are kept in memory, at least; those of one request may be more.
+        told: called in some thread whenever a file has been read.
 
     Raises:
         ConfigurationError: the folder or a file does not exist, or the pipeline has LoRAs of its own already.
     """
 
-    def __init__(self, pipe: Any, files: Mapping[str, str | Path] | str | Path, kept: int = 4) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        files: Mapping[str, str | Path] | str | Path,
+        kept: int = 4,
+        told: Callable[[], object] | None = None,
+    ) -> None:
         if isinstance(files, Mapping):
             self.files = {name: Path(file) for name, file in files.items()}
         elif not Path(files).is_dir():
@@ -55,6 +67,10 @@ class Adapters:
         self._inner = {name: name for name in self.files}  # what the pipeline has them by: another one of a name later
         self._paths = dict(self.files)  # of all that there ever were, by that
         self._loaded: OrderedDict[str, None] = OrderedDict()  # the one that was used last is the last
+        self._told = told
+        self._reading: dict[str, Future[None]] = {}
+        self._readers = ThreadPoolExecutor(_READERS, "lora")  # which has no threads before it has work
+        self._lock = threading.Lock()
 
     def chosen(self, loras: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
         """LoRAs with their scales, in the same order whoever asks.
@@ -96,6 +112,23 @@ class Adapters:
             raise ConfigurationError(f"there is no LoRA {shown(name)}; there are: {', '.join(self.files) or 'none'}")
         self.files = {known: file for known, file in self.files.items() if known != name}
 
+    def fetch(self, adapters: tuple[tuple[str, float], ...]) -> list[Future[None]]:
+        """Begin to read what is not in memory: what ends when that can be activated without waiting for files. Each
+        raises `ModelLoadError` for a file that is broken or gone."""
+        with self._lock:
+            return [self._read(name) for name, _ in adapters if name not in self._loaded]
+
+    def _read(self, name: str) -> Future[None]:
+        reading = self._reading.get(name)
+        if reading is None or reading.done():
+            reading = self._reading[name] = self._readers.submit(read_lora, self._paths[name])
+            reading.add_done_callback(self._was_read)
+        return reading
+
+    def _was_read(self, _reading: Future[None]) -> None:
+        if self._told is not None:
+            self._told()
+
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Let these act and no others; loads what is not there, and forgets what was not used for longest.
 
@@ -122,10 +155,26 @@ class Adapters:
 
     def forget(self) -> None:
         """Take all of them off the pipeline; the layers that peft has put around others stay, and do nothing."""
+        self._readers.shutdown(cancel_futures=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, that one was active
             while self._loaded:
                 self._pipe.delete_adapters(self._loaded.popitem()[0])
+
+
+def read_lora(file: Path) -> None:
+    """Read a file to its end, so that the system has it in memory when the pipeline loads it.
+
+    Raises:
+        ModelLoadError: it is broken or gone.
+    """
+    check_lora(file)
+    try:
+        with file.open("rb") as opened:
+            while opened.read(_PIECE):
+                pass
+    except OSError as error:
+        raise ModelLoadError(f"the LoRA {file} cannot be read: {error.strerror}") from error
 
 
 def _layers(pipe: Any) -> list[Any]:

@@ -40,7 +40,7 @@ class Ticket:
     """A request while it runs, as the collector knows it.
 
     Attributes:
-        adapters: which LoRAs it is drawn with, and their scales.
+        adapters: which LoRAs it is drawn with, and their scales; others only between two of its calls.
         measuring: its calls are measured with growing numbers of rows.
         stopped: why it is to end, if it is.
         spent: seconds of computing that it had so far, its share of each batch.
@@ -158,6 +158,25 @@ class Collector:
         """Raise why a request is to end, if it is."""
         if why := ticket.stopped or self._stopped:
             raise type(why)(*why.args)
+
+    def wait_for(self, ticket: Ticket, ready: Callable[[], bool]) -> None:
+        """Wait until something is there (`notify` asks again); meanwhile no batch waits for this request.
+
+        Raises:
+            BaseException: why the request is to end.
+        """
+        with self._changed:
+            self._live.discard(ticket)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: ready() or ticket.stopped or self._stopped)
+            ticket.away = time.monotonic()
+            self._live.add(ticket)
+        self.check(ticket)
+
+    def notify(self) -> None:
+        """Something that `wait_for` waits for may be there."""
+        with self._changed:
+            self._changed.notify_all()
 
     def compute(self, ticket: Ticket, what: str, function: Callable[..., Any], call: Call) -> Any:
         """What a function returns for a call, computed with others in a batch.

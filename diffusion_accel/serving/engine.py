@@ -24,7 +24,7 @@ from diffusion_accel.errors import ConfigurationError, EngineClosedError, QueueF
 from diffusion_accel.feature import Feature
 from diffusion_accel.generation.drawing import check_drawable, check_requests
 from diffusion_accel.generation.loading import open_pipeline
-from diffusion_accel.generation.request import Request
+from diffusion_accel.generation.request import Request, at_least
 from diffusion_accel.io import shown
 from diffusion_accel.pipelines.loading import as_task
 from diffusion_accel.pipelines.schedulers import scheduler_for
@@ -41,6 +41,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 _SCHEDULERS_KEPT = 32
+_DEADLINES = at_least(0, 10_000)
 
 
 class Engine:
@@ -105,7 +106,8 @@ class Engine:
         if reason := _unservable(self.pipe):
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} cannot be served: {reason}")
         self.running, self.queue = running, queue
-        self._adapters = Adapters(self.pipe, {} if loras is None else loras, loras_kept)
+        files = {} if loras is None else loras
+        self._adapters = Adapters(self.pipe, files, loras_kept, lambda: self._collector.notify())
         self._compiled = any(feature.of_the_model for feature in _enabled(self.pipe).values())
         if self._adapters.files:
             self._check_takes_loras()
@@ -113,7 +115,7 @@ class Engine:
         self.features: dict[str, Feature] = {n: f for n, f in _enabled(self.pipe).items() if not f.of_the_model}
         self._schedulers: dict[str, Any] = {}
         self._lock = threading.Lock()  # of what is made for requests
-        self._for_tasks: dict[str, Any] = {}  # patterns for requests with images
+        self._for_tasks: dict[tuple[str, bool], Any] = {}  # patterns for requests with images, and without a ControlNet
         self._changes = Changes()  # of the shared models
         try:
             _keep_wide(self.pipe, self._changes)
@@ -148,6 +150,7 @@ class Engine:
         features: Sequence[Feature] | None = None,
         scheduler: str | None = None,
         loras: Mapping[str, float] | None = None,
+        lora_deadline: int = 0,
         arguments: Mapping[str, Any] | None = None,
         on_progress: Callable[[Standing], object] | None = None,
         partial_images: int = 0,
@@ -158,11 +161,15 @@ class Engine:
 
         Args:
             request: what is drawn; image k of it has the seed `request.seed` + k, also on another engine. One with an
-                image, or a mask, is drawn by the pipeline of diffusers for that, with the same models. Or the arguments
+                image, or a mask, is drawn by the pipeline of diffusers for that, with the same models; one without a
+                control image as if there were no ControlNet. Or the arguments
                 of the pipeline's call by name, with a generator of its own, for what no `Request` says.
             features: exactly those that it is drawn with; None: the pipeline's own (`engine.features`).
             scheduler: a short name or a diffusers class; None: the pipeline's own.
             loras: scales, -10 to 10, of the engine's LoRAs by name.
+            lora_deadline: for LoRAs that are not in memory: the request begins without them while their files are read,
+                they act from the step on before which that is done, and at this step, 0 to 10,000, the request waits
+                for them. 0: they act at every step. `Served.lora_step` says from which on they did.
             arguments: others of the pipeline's call, by name, such as `output_type` or `clip_skip`.
             on_progress: called after each step with how far it is, in the request's thread; what it raises ends the
                 request.
@@ -180,6 +187,9 @@ class Engine:
         if refused := [feature.name for feature in wanted if feature.of_the_model]:
             raise ConfigurationError(f"{', '.join(refused)} belongs to the model: give it to the engine's pipeline")
         adapters = self._adapters.chosen(loras or {})
+        if lora_deadline not in _DEADLINES:
+            allowed = _DEADLINES.allowed(lora_deadline)
+            raise ConfigurationError(f"lora_deadline must be {allowed}, got {shown(lora_deadline)}")
         chosen = self._sets.of(self._pattern_for(request), wanted, alone=bool(adapters))
         if isinstance(partial_images, bool) or not isinstance(partial_images, int) or not 0 <= partial_images <= MOST:
             raise ConfigurationError(f"partial_images must be 0 to {MOST}, got {shown(partial_images)}")
@@ -188,6 +198,9 @@ class Engine:
             check_requests(chosen.pipe, [request])
         elif "kwargs" not in (known := call_parameters(chosen.pipe)) and (unknown := sorted(set(request) - {*known})):
             raise ConfigurationError(f"{type(chosen.pipe).__name__} does not take {', '.join(unknown)}")
+        if lora_deadline and (not adapters or chosen.alone):
+            why = f"with {', '.join(chosen.alone)}, which works inside of the denoiser" if adapters else "without loras"
+            raise ConfigurationError(f"lora_deadline is not possible {why}; leave it out")
         handle = Handle(
             request=request,
             features=chosen,
@@ -196,8 +209,10 @@ class Engine:
             on_progress=on_progress,
             on_partial=on_partial,
             partial_images=partial_images,
-            ticket=Ticket(adapters=adapters, measuring=_measuring),
+            ticket=Ticket(measuring=_measuring),
             ahead=self._ahead,
+            adapters=adapters,
+            lora_deadline=lora_deadline,
         )
         if partial_images and (reason := impossible(handle.scheduler, self._pattern)):
             raise ConfigurationError(f"{type(self._pattern).__name__} has no partial_images: {reason}")
@@ -265,6 +280,7 @@ class Engine:
             free = self.running - len(self._at_work)
             if len(self._queued) >= self.queue + max(0, free):
                 raise QueueFullError(f"{self.queue} requests wait already, which is all that may; try again later")
+            handle.reading = self._adapters.fetch(handle.adapters)
             self._queued.append(handle)
             self._changed.notify()
         handle.future.add_done_callback(functools.partial(self._done, handle))
@@ -372,19 +388,22 @@ class Engine:
         if not isinstance(request, Request):
             return self._pattern
         parameters = call_parameters(self._pattern)
-        controlled = "controlnet" in self._pattern.components and "control_image" not in parameters
-        takes_image = "image" in parameters and not controlled  # an image that is no ControlNet's
+        controlled = "controlnet" in self._pattern.components
+        takes_image = "image" in parameters and (not controlled or "control_image" in parameters)  # no ControlNet's
+        bare = controlled and not request.control_image  # as if there were no ControlNet
         if request.mask_image and "mask_image" not in parameters:
             task = "inpainting"
-        elif request.image and not takes_image:
+        elif request.image and (bare or not takes_image):
             task = "image-to-image"
+        elif bare:
+            task = "text-to-image"
         else:
             return self._pattern
         with self._lock:
-            if task not in self._for_tasks:
-                made = self._for_tasks[task] = as_task(self._pattern, task)
+            if (task, bare) not in self._for_tasks:
+                made = self._for_tasks[task, bare] = as_task(self._pattern, task, without_controlnet=bare)
                 made.set_progress_bar_config(**progress_bar_settings(self._pattern))
-            return self._for_tasks[task]
+            return self._for_tasks[task, bare]
 
     def _scheduler(self, name: str | None) -> Any:
         """The scheduler of that name for this model, which requests copy; the pipeline's own for None."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.generation.drawing import Drawn
 
-from .collector import Ticket
+from .collector import Adapters, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from diffusion_accel.generation.request import Request
 
@@ -51,11 +51,13 @@ class Served(Drawn):
             the class of the pipeline, if that changes its denoiser, or keeps something there, while it is called.
         rows: of the batches in which the others of its calls were computed, on average.
         waited: seconds in the queue.
+        lora_step: from which step on its LoRAs acted, 0: all; None: it had none, or they came too late for any.
     """
 
     alone: tuple[str, ...] = ()
     rows: float = 0.0
     waited: float = 0.0
+    lora_step: int | None = None
 
 
 @dataclass(eq=False)
@@ -77,11 +79,15 @@ class Handle:
     partial_images: int
     ticket: Ticket
     ahead: Callable[[Handle], int]
+    adapters: Adapters = ()
+    reading: Sequence[Future[None]] = ()
+    lora_deadline: int = 0
     future: Future[Served] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
     began: float | None = None
     step: int = 0
     steps: int = 0
+    lora_step: int | None = None
 
     def cancel(self) -> bool:
         """End the request, whether it waits or runs; False if it has its images, or failed, already."""

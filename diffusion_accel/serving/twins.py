@@ -103,7 +103,7 @@ class Twins:
         for name, value in vars(like).items():
             vars(made)[name] = copy.copy(value) if isinstance(value, ConfigMixin) else value  # image processors
         vars(made).pop("_acceleration", None)
-        vars(made).update(self.parts)
+        vars(made).update({name: part for name, part in self.parts.items() if name in vars(like)})
         if scheduler is not None:
             vars(made)["scheduler"] = copy.deepcopy(scheduler)
         return made

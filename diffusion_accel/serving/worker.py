@@ -76,6 +76,7 @@ class Worker:
     def _drawn(self, handle: Handle) -> Served:
         ticket = handle.ticket
         self._collector.check(ticket)
+        self._let_loras_act(handle)
         pipe = self._pipeline(handle)
         request = handle.request
         if isinstance(request, Request):
@@ -89,7 +90,21 @@ class Worker:
             alone=handle.features.alone or ((type(pipe).__name__,) if self._changed else ()),
             rows=ticket.together / max(1, ticket.calls),
             waited=(handle.began or handle.submitted) - handle.submitted,
+            lora_step=handle.lora_step,
         )
+
+    def _let_loras_act(self, handle: Handle) -> None:
+        """Let the LoRAs of a request act from its next call on, if their files are there; wait for them at the step at
+        which they must be."""
+        ticket = handle.ticket
+        if ticket.adapters == handle.adapters or 0 < handle.steps <= handle.step:
+            return
+        if handle.step >= handle.lora_deadline:
+            self._collector.wait_for(ticket, lambda: all(one.done() for one in handle.reading))
+        if all(one.done() for one in handle.reading):
+            for one in handle.reading:
+                one.result()  # raises why one cannot be read
+            ticket.adapters, handle.lora_step = handle.adapters, handle.step
 
     def _pipeline(self, handle: Handle) -> Any:
         self._changed = False
@@ -157,6 +172,7 @@ class Worker:
             latents = partial.clean(pipe.scheduler, dict(inspect.signature(step).bind(*args, **kwargs).arguments))
         output = step(*args, **kwargs)
         handle.step += 1
+        self._let_loras_act(handle)
         if latents is not None and handle.on_partial is not None:
             images = self._shown(handle, pipe, latents)
             handle.on_partial(partial.Partial(due.index(handle.step), handle.step, handle.steps, images))

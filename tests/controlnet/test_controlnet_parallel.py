@@ -134,7 +134,7 @@ def test_it_computes_while_the_encoder_does(build: Callable[[], Built]) -> None:
 
 @pytest.mark.parametrize(
     "feature",
-    [Reuse(plan="hold:2"), Reuse(plan="deepcache:2"), Reuse(plan="hold:3", guidance="reuse:2"), EncoderReuse()],
+    [Reuse(plan="hold:2"), Reuse(plan="hold:3", guidance="reuse:2"), EncoderReuse()],
     ids=str,
 )
 def test_held_steps_need_no_controlnet_beside_either(feature: Any) -> None:

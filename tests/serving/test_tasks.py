@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from model_folder import write_folder
 from PIL import Image
-from serving_tools import FOREVER, alone, mean_rows, request, same, served, sticker
+from serving_tools import FOREVER, alone, mean_rows, request, same, served, sharing, sticker
+from zoo import controlnet_model
 
 from diffusion_accel import LatentTransparency, Reuse
 from diffusion_accel.errors import ModelLoadError
@@ -40,6 +41,24 @@ def test_tasks(tmp_path: Path, features: Any) -> None:
         assert features or mean_rows(engine) > 2  # their steps are of one kind
     for one, (wanted, _), task in zip(found, asked, TASKS, strict=True):
         same(one.images, alone(open_pipeline(folder, device="cpu", task=task), wanted, features))
+
+
+def test_a_controlnet_is_for_those_who_give_it_an_image(tmp_path: Path) -> None:
+    """All that is asked with a control image shares batches of the ControlNet; the rest is drawn as without it."""
+    folder, net = str(write_folder(tmp_path / "model")), str(tmp_path / "net")
+    controlnet_model().save_pretrained(net)
+    controlled = {"control_image": picture("RGBA").convert("RGB"), "controlnet_conditioning_scale": 1.5}
+    asked = [(request(0, **TASKS["text-to-image"]), "text-to-image", {})]
+    asked += [(request(seed, **TASKS[task], **controlled), task, controlled) for seed, task in enumerate(TASKS)]
+    pipe = open_pipeline(folder, device="cpu", controlnet=net)
+    with Engine(pipe, running=len(asked), wait=FOREVER) as engine:
+        found = served(engine, [(one, {}) for one, _, _ in asked])
+        assert {"controlnet", "unet"} <= sharing(engine)
+        assert engine.stats()["calls"]["controlnet"] < engine.stats()["calls"]["unet"]
+    for one, (wanted, task, more) in zip(found, asked, strict=True):
+        options = {"controlnet": net} if more else {}
+        same(one.images, alone(open_pipeline(folder, device="cpu", task=task, **options), wanted))
+    assert not np.allclose(found[0].images, found[1].images)
 
 
 def test_an_image_with_alpha() -> None:

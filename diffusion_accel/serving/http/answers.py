@@ -79,6 +79,7 @@ def usage(served: Served) -> dict[str, Any]:
         "skipped_steps": skipped_steps(served),
         "seconds": round(report.seconds, 4),
         "waited_seconds": round(served.waited, 4),
+        "lora_step": served.lora_step,
     }
 
 

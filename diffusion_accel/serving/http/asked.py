@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from diffusion_accel.denoisers import find_controlnet
 from diffusion_accel.generation.layers import drawn_layers
 from diffusion_accel.generation.request import Request
 from diffusion_accel.image_files import LARGEST
@@ -41,7 +42,7 @@ class Asked:
         wanted: of them, those that go back, in order.
         background: "transparent" or "opaque": whether the images have alpha.
         quality: as it was asked for.
-        loras: see `Engine.submit`.
+        loras, lora_deadline: see `Engine.submit`.
     """
 
     request: Request
@@ -54,6 +55,7 @@ class Asked:
     background: str = "opaque"
     quality: str = "auto"
     loras: Mapping[str, float] = field(default_factory=dict)
+    lora_deadline: int = 0
 
 
 class Reader:
@@ -67,6 +69,7 @@ class Reader:
 
     def __init__(self, settings: ServerSettings, pipe: Any, features: dict[str, Feature]) -> None:
         self.settings, self._features = settings, features
+        self._controlled = find_controlnet(pipe) is not None
         self.plans = Plans(pipe, features.get("reuse"), settings.embedded)
 
     def read(self, body: Drawing, **images: Any) -> Asked:
@@ -97,10 +100,13 @@ class Reader:
             raise Problem(400, f"layers: {', '.join(filter(None, layers)) or 'none'} are drawn here", "layers")
         if form == "png" and body.output_compression is not None:
             raise Problem(400, "output_compression is for webp and jpeg; png is always exact", "output_compression")
+        self._check_control(body, "control_image" in images)
         values = settings.defaults | {k: v for k, v in self._given(body).items() if v is not None} | images
-        request = Request(prompt=body.prompt, seed=_seed(body.seed), count=body.n or 1, **values)
-        start = images.get("image")
+        start = images.get("image", images.get("control_image"))
         own = (None, None) if start is None else start.size  # what is drawn where nothing says another size
+        if start is not None and "control_image" in images and not values.get("width") and not values.get("height"):
+            values |= {"width": start.width // 8 * 8 or 8, "height": start.height // 8 * 8 or 8}
+        request = Request(prompt=body.prompt, seed=_seed(body.seed), count=body.n or 1, **values)
         self._check_size(request.width or own[0], request.height or own[1], form)
         return Asked(
             request=request,
@@ -113,6 +119,7 @@ class Reader:
             background=background,
             quality=body.quality or "auto",
             loras=body.lora or {},
+            lora_deadline=body.lora_deadline or 0,
         )
 
     # ------------------------------------------------------------------ parts of it
@@ -129,6 +136,13 @@ class Reader:
                 raise Problem(
                     422, f"{what} at most {most}{' characters' * ('prompt' in name)}, got {value}", name, "over_limit"
                 )
+
+    def _check_control(self, body: Drawing, given: bool) -> None:
+        if given and not self._controlled:
+            raise Problem(400, "this server has no ControlNet; leave control_image out", "control_image")
+        if body.controlnet_conditioning_scale is not None and not given:
+            name = "controlnet_conditioning_scale"
+            raise Problem(400, f"{name} is for requests with a control_image", name)
 
     def _check_size(self, width: int | None, height: int | None, form: str) -> None:
         limit = self.settings.limits.pixels
@@ -147,6 +161,7 @@ class Reader:
             "negative_prompt": body.negative_prompt,
             "steps": body.num_inference_steps,
             "guidance_scale": body.guidance_scale,
+            "controlnet_conditioning_scale": body.controlnet_conditioning_scale,
             "width": width,
             "height": height,
         }

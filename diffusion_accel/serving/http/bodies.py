@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffusion_accel.generation.request import MAX_SEED
+from diffusion_accel.generation.request import LIMITS, MAX_SEED
 from diffusion_accel.serving.adapters import SCALES
 
 from .problems import Detail
 
 MOST_LORAS = 8  # of a request
+SCALE = LIMITS["controlnet_conditioning_scale"]
 
 Size = Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description='"WIDTHxHEIGHT" or auto.')]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -58,6 +59,17 @@ class Drawing(BaseModel):
     lora: Annotated[
         dict[LoraName, LoraScale] | None,
         Field(max_length=MOST_LORAS, description="Scales of LoRAs that the server knows by name."),
+    ] = None
+    lora_deadline: Annotated[
+        int | None,
+        Field(ge=0, le=10_000, description="The step at which LoRAs that are not in memory are waited for; 0: before."),
+    ] = None
+    control_image: Annotated[
+        str | None, Field(min_length=1, description="For the server's ControlNet, as base64; in forms a file.")
+    ] = None
+    controlnet_conditioning_scale: Annotated[
+        float | None,
+        Field(ge=SCALE.low, le=SCALE.high, allow_inf_nan=False, description="How much the ControlNet counts."),
     ] = None
     layers: Annotated[
         list[Literal["fg", "bg", "blend"]] | None,
@@ -113,6 +125,7 @@ class Usage(BaseModel):
     skipped_steps: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
+    lora_step: int | None = None
 
 
 class Images(BaseModel):

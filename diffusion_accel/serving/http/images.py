@@ -15,7 +15,9 @@ from .bodies import Generation, Images, Model, Models, Streamed
 from .events import ImageEvents
 from .problems import ERRORS, Problem
 from .service import Service
-from .uploads import FORM, read_edit
+from .uploads import FORM, read_control, read_edit
+
+LORA_STEP = "X-Lora-Step"  # what usage.lora_step is in JSON
 
 _EITHER: dict[int | str, dict[str, Any]] = {
     200: {
@@ -36,7 +38,8 @@ def routes(service: Service) -> APIRouter:
     async def generations(body: Generation, http: Request) -> Response:
         """Draw images from a prompt."""
         _take_accepted(body, http)
-        return await _answered(service, service.reader.read(body), body, http, "image_generation")
+        control = await read_control(body, settings.limits.pixels)
+        return await _answered(service, service.reader.read(body, **control), body, http, "image_generation")
 
     @router.post("/images/edits", response_model=Images, responses=_EITHER, openapi_extra=FORM)
     async def edits(http: Request) -> Response:
@@ -72,7 +75,8 @@ async def _answered(service: Service, asked: Asked, body: Streamed, http: Reques
     if http.headers.get("accept") == f"image/{asked.output_format}":
         image = by_image(served.images, asked.layers)[0][asked.wanted[0]]
         content = await service.in_thread(encoded, image, asked)
-        return Response(content, media_type=f"image/{asked.output_format}")
+        headers = {} if served.lora_step is None else {LORA_STEP: str(served.lora_step)}
+        return Response(content, headers=headers, media_type=f"image/{asked.output_format}")
     return Response(await service.in_thread(lambda: as_json(whole(served, asked))), media_type="application/json")
 
 

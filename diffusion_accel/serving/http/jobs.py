@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from .answers import as_json, whole
 from .bodies import Job, JobBody
 from .problems import ERRORS, Problem, answer_to
-from .uploads import FORM, read_edit
+from .uploads import FORM, read_control, read_edit
 
 if TYPE_CHECKING:
     from diffusion_accel.serving.handle import Handle
@@ -133,7 +133,8 @@ def routes(service: Service) -> APIRouter:
     @router.post("", **made)
     async def begin(body: JobBody) -> Response:
         """Draw images from a prompt, to be fetched later."""
-        return await answer(await jobs.begin(service.reader.read(body)), 202)
+        control = await read_control(body, service.settings.limits.pixels)
+        return await answer(await jobs.begin(service.reader.read(body, **control)), 202)
 
     @router.post("/edits", openapi_extra=FORM, **made)
     async def begin_edit(http: Request) -> Response:

@@ -59,6 +59,7 @@ class Service:
             features=asked.features,
             scheduler=asked.scheduler,
             loras=asked.loras,
+            lora_deadline=asked.lora_deadline,
             partial_images=partial_images,
             on_partial=on_partial,
         )

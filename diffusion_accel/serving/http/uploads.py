@@ -1,8 +1,10 @@
-"""Bodies of edits: a form with images."""
+"""Images that clients send: in forms, and as base64."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import re
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from starlette.datastructures import UploadFile
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.images import open_image
 
-from .bodies import Edit
+from .bodies import Drawing, Edit
 from .problems import Problem
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_FIELDS = 64
 _MOST_FILES = 4
+_FILES = ("image", "mask", "control_image")
 LARGER = 4  # times as many pixels as may be drawn an uploaded image may have
 _INSIDE = re.compile(r"(\w+)\[([^\[\]]*)\]")  # lora[NAME], layers[]
 
@@ -42,9 +45,15 @@ FORM: dict[str, Any] = {
                             "format": "binary",
                             "description": "Of the same size; what is transparent in it is drawn anew.",
                         },
+                        "control_image": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "For the server's ControlNet.",
+                        },
                         **{
                             name: {"type": "string", "description": f"{name}, as in generations"}
                             for name in Edit.model_fields
+                            if name not in _FILES
                         },
                     },
                 }
@@ -79,7 +88,30 @@ async def read_edit(http: HttpRequest, pixels: int) -> tuple[Edit, dict[str, Ima
         body = Edit.model_validate(values)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    return body, await asyncio.to_thread(_images, files, pixels * LARGER)
+    control = await read_control(body, pixels)
+    if control and "control_image" in files:
+        raise Problem(400, "one control_image is read: a file, or base64", "control_image")
+    return body, control | await asyncio.to_thread(_images, files, pixels * LARGER)
+
+
+async def read_control(body: Drawing, pixels: int) -> dict[str, Image.Image]:
+    """The image for a ControlNet that a body has as base64, if any; see `read_edit`."""
+    text, name = body.control_image, "control_image"
+    if text is None:
+        return {}
+    return {name: await asyncio.to_thread(lambda: decoded(from_base64(text, name), name, pixels * LARGER))}
+
+
+def from_base64(text: str, name: str) -> bytes:
+    """Base64 with or without "data:image/png;base64," before it; never an address.
+
+    Raises:
+        Problem: it is none.
+    """
+    try:
+        return base64.b64decode(text.rpartition("base64,")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Problem(400, f"{name} must be images as base64", name, "invalid_image") from error
 
 
 def _put(values: dict[str, Any], key: str, value: str) -> None:
@@ -98,23 +130,25 @@ def _put(values: dict[str, Any], key: str, value: str) -> None:
 
 
 def _images(files: dict[str, list[bytes]], limit: int) -> dict[str, Image.Image]:
-    if unknown := sorted(set(files) - {"image", "mask"}):
-        raise Problem(422, f"the form has a file {unknown[0][:50]!r}; image and mask are read", unknown[0][:50])
-    for name, most in (("image", 1), ("mask", 1)):
-        if len(files.get(name, [])) > most:
+    if unknown := sorted(set(files) - {*_FILES}):
+        raise Problem(422, f"the form has a file {unknown[0][:50]!r}; {', '.join(_FILES)} are read", unknown[0][:50])
+    for name in _FILES:
+        if len(files.get(name, [])) > 1:
             raise Problem(400, f"one {name} is read, got {len(files[name])}", name)
     if "image" not in files:
         raise Problem(422, "image: Field required", "image")
-    image = decoded(files["image"][0], "image", limit)
+    pictures = [name for name in _FILES if name in files and name != "mask"]
+    images = {name: decoded(files[name][0], name, limit) for name in pictures}
     if "mask" not in files:
-        return {"image": image}
+        return images
+    image = images["image"]
     mask = decoded(files["mask"][0], "mask", limit)
     if mask.size != image.size:
         raise Problem(400, f"the mask has {_size(mask)} pixels, the image {_size(image)}; make them equal", "mask")
     lowest, _ = mask.getchannel("A").getextrema()
     if lowest == 255:
         raise Problem(400, "nothing of the mask is transparent, so nothing would be drawn", "mask")
-    return {"image": image, "mask_image": ImageChops.invert(mask.getchannel("A"))}
+    return {**images, "mask_image": ImageChops.invert(mask.getchannel("A"))}
 
 
 def decoded(data: bytes, name: str, limit: int) -> Image.Image:

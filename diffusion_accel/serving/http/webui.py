@@ -8,8 +8,6 @@ it is resized), what is under a mask at first (`inpainting_fill`: the image), dr
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +27,7 @@ from diffusion_accel.pipelines.schedulers import SCHEDULERS
 from .answers import as_json, image_list
 from .bodies import Drawing
 from .problems import ERRORS, Problem
-from .uploads import LARGER, decoded
+from .uploads import LARGER, decoded, from_base64
 
 if TYPE_CHECKING:
     from diffusion_accel.serving.handle import Handle, Served
@@ -264,10 +262,10 @@ def _scheduler(sampler: str | None, spacing: str | None) -> str | None:
 
 
 def _images(body: ImageToImage, limit: int) -> dict[str, Image.Image]:
-    image = decoded(_bytes(body.init_images[0], "init_images"), "image", limit)
+    image = decoded(from_base64(body.init_images[0], "init_images"), "image", limit)
     if body.mask is None:
         return {"image": image}
-    mask = ImageOps.grayscale(decoded(_bytes(body.mask, "mask"), "mask", limit))
+    mask = ImageOps.grayscale(decoded(from_base64(body.mask, "mask"), "mask", limit))
     if body.inpainting_mask_invert:
         mask = ImageOps.invert(mask)
     if body.mask_blur:
@@ -275,14 +273,6 @@ def _images(body: ImageToImage, limit: int) -> dict[str, Image.Image]:
     if mask.size != image.size:
         mask = mask.resize(image.size)
     return {"image": image, "mask_image": mask}
-
-
-def _bytes(text: str, name: str) -> bytes:
-    """Base64 with or without "data:image/png;base64," before it; never an address."""
-    try:
-        return base64.b64decode(text.rpartition("base64,")[2], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Problem(400, f"{name} must be images as base64", name, "invalid_image") from error
 
 
 # ---------------------------------------------------------------------- what goes back

@@ -11,7 +11,7 @@ from http_server import TIMEOUT, TOKEN, Server, running
 from model_folder import write_folder
 from openai import OpenAI
 from safetensors.torch import save_file
-from zoo import unet
+from zoo import controlnet_model, unet
 
 LIMITS = "--max-running 4 --max-queue 4 --max-pixels 16384 --max-steps 100 --max-images 4 --max-body-mb 1".split()
 
@@ -45,10 +45,19 @@ def write_lora(file: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def painter(tmp_path_factory: pytest.TempPathFactory, folder: Path, loras: Path) -> Iterator[Server]:
+def controlnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet for it."""
+    made = tmp_path_factory.mktemp("controlnet")
+    controlnet_model().save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def painter(tmp_path_factory: pytest.TempPathFactory, folder: Path, loras: Path, controlnet: Path) -> Iterator[Server]:
     """A server with that model, whose images take no time."""
     few = "--steps 2 --width 16 --height 16 --max-steps 6 --max-pixels 1024 --max-images 2 --lora-changes".split()
-    with running(tmp_path_factory.mktemp("painter"), "--model", str(folder), "--lora-folder", str(loras), *few) as made:
+    beside = ["--lora-folder", str(loras), "--controlnet", str(controlnet)]
+    with running(tmp_path_factory.mktemp("painter"), "--model", str(folder), *beside, *few) as made:
         yield made
 
 

@@ -51,3 +51,19 @@ def test_only_where_it_is_allowed(server: Server) -> None:
         status, _, body = server.ask("POST", f"/v1/loras/{path}", {"name": "first"})
         assert status == 403 and body["error"]["code"] == "not_enabled"
     assert server.ask("GET", "/v1/loras")[2] == {"loras": []}
+
+
+def test_from_which_step_on_it_acts(painter: Server) -> None:
+    """One in memory acts from the first, whatever the deadline; others: tests/serving/test_adapters.py."""
+    first = image(painter, lora={"first": 1.0})
+    status, _, body = painter.ask(
+        "POST", "/v1/images/generations", ASKED | {"lora": {"first": 1.0}, "lora_deadline": 2}
+    )
+    assert status == 200 and body["usage"]["lora_step"] == 0 and body["data"][0]["b64_json"] == first
+    assert painter.ask("POST", "/v1/images/generations", ASKED)[2]["usage"]["lora_step"] is None
+    accepts = {"Accept": "image/png"}
+    for more, step in (({"lora": {"first": 1.0}}, "0"), ({}, None)):
+        _, headers, _ = painter.ask("POST", "/v1/images/generations", ASKED | more, **accepts)
+        assert headers.get("x-lora-step") == step and headers["content-type"] == "image/png"
+    for more, status in (({"lora_deadline": 1}, 400), ({"lora": {"first": 1}, "lora_deadline": -1}, 422)):
+        assert painter.ask("POST", "/v1/images/generations", ASKED | more)[0] == status
