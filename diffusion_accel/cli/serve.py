@@ -137,6 +137,7 @@ def serve(
         raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
     if controlnet == "":
         raise ConfigurationError("--controlnet is empty")
+    settings = dataclasses.replace(settings, controlnet=controlnet)  # the image for it comes with requests
     if lora_folder is not None and not is_there(lora_folder, "dir"):
         raise ConfigurationError(f"--lora-folder {lora_folder}: there is no such folder")
     check_features(settings.features, settings.steps, settings.scheduler, source)
@@ -180,7 +181,6 @@ def serve(
 
     listening = run.bound(host, port)  # first: loading takes a while
     session.check_takes(source, [])
-    settings = dataclasses.replace(settings, controlnet=controlnet)
     pipe = session.open_for(settings, source, session.check_machine(settings))
     log.set_up(log_format)
     with Engine(pipe, **engine_options) as engine:
