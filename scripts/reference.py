@@ -43,6 +43,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "parallel": "parallel",
     "parallel.planner": "parallel/planner",
     "compiled": "diffusion_accel/compiled",
+    "controlnet": "diffusion_accel/controlnet",
     "training": "diffusion_accel/training",
     "evaluation": "diffusion_accel/evaluation",
     "quant": "quant",
