@@ -54,6 +54,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "bench": "diffusion_accel/bench",
     "serving": "diffusion_accel/serving",
     "serving.http": "diffusion_accel/serving/http",
+    "serving.http.page": "diffusion_accel/serving/http/page",
     "cli": "diffusion_accel/cli",
 }
 KINDS = ("verb", "feature", "error", "type")

@@ -87,6 +87,9 @@ def serve(
     lora_changes: Annotated[
         bool, typer.Option("--lora-changes", help="Let clients load files that are put into that folder later.")
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="A page for browsers at /; it needs diffusion-accel[ui].")
+    ] = True,
     warm_up: Annotated[
         bool, typer.Option("--warm-up", help="Measure first what batches cost, which says how many rows are worth it.")
     ] = False,
@@ -150,6 +153,7 @@ def serve(
         token=token,
         lora_folder=None if lora_folder is None else at_home(lora_folder),
         lora_changes=lora_changes,
+        page=page and not ray,  # what a visitor has drawn lies on one replica only
         hosts=frozenset({*_LOOPBACK, "[::1]"}) if host in _LOOPBACK else None,
     )
 

@@ -37,6 +37,7 @@ class Origin:
         model_hash: see `loading.model_hash`.
         features: those that were asked for, by name.
         settings: how it was loaded: dtype, lora, quantize, runtime, controlnet; None and () are left out.
+        scheduler: that drew; None: the pipeline's own.
         whole_paths: write whole paths of local files; otherwise their names only.
     """
 
@@ -45,14 +46,19 @@ class Origin:
     model_hash: str | None = None
     features: Mapping[str, Feature] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Any = None
     whole_paths: bool = False
+
+    @property
+    def _sampler(self) -> str:
+        return type(self.pipe.scheduler if self.scheduler is None else self.scheduler).__name__
 
     def text(self, request: Request, seed: int, drawn: Drawn, size: tuple[int, int]) -> str:
         """The settings of one image of so many pixels for other tools, in the form of AUTOMATIC1111's web UI."""
         features = [f.described({} if self.whole_paths else names_only(f.to_dict())) for f in self.features.values()]
         pairs = {
             "Steps": request.steps or drawn.report.steps,
-            "Sampler": type(self.pipe.scheduler).__name__.removesuffix("Scheduler"),
+            "Sampler": self._sampler.removesuffix("Scheduler"),
             "CFG scale": request.guidance_scale,
             "Seed": seed,
             "Size": f"{size[0]}x{size[1]}",
@@ -79,7 +85,7 @@ class Origin:
             "seed": seed,
             "model": self.model,
             "pipeline": type(self.pipe).__name__,
-            "scheduler": type(self.pipe.scheduler).__name__,
+            "scheduler": self._sampler,
             "settings": settings,
             "features": {n: f.to_dict() for n, f in self.features.items()},
             "report": drawn.report.to_dict(),

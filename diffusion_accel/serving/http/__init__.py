@@ -8,5 +8,6 @@ Needs the extra `serve`. Everything from outside is checked here, before the eng
 - `guard`, `problems`, `log`: what every request passes: token, limits of its body, errors, log lines
 - `settings`, `bodies`, `uploads`, `asked`, `plans`: what may be asked, and what it means to the engine
 - `service`, `answers`, `events`, `metrics`: drawing it, and what goes back
+- `page`: the page for browsers
 - `images`, `jobs`, `loras`, `webui`, `operations`: the routes
 """

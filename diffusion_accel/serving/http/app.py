@@ -14,6 +14,7 @@ from diffusion_accel.errors import AccelerationError
 
 from . import images, jobs, loras, operations, webui
 from .guard import Guard
+from .page.route import PageRoute
 from .problems import answer_to
 from .service import ClientGoneError, Service
 
@@ -29,6 +30,8 @@ def application(service: Service) -> Guard:
     )
     for module in (images, jobs, loras, webui, operations):
         app.include_router(module.routes(service))
+    if service.settings.page:
+        app.router.routes.append(PageRoute(service))
 
     async def refused(http: Request, error: Any) -> JSONResponse:
         answer = answer_to(error, service.retry_after)

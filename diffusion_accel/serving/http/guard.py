@@ -27,6 +27,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/ready", "/docs", "/openapi.json")  # without a token
+QUIET = ("/assets",)  # dozens for a page, which are in no log
 SLOWEST = 30.0  # seconds between two parts of a body
 READS_SLOWEST = 60.0  # seconds in which a client takes nothing of an answer
 GONE = 499  # status in logs: the client went away
@@ -71,7 +72,8 @@ class Guard:
             self._answered(_route(scope), status, seconds)
             client = (scope.get("client") or ("",))[0]
             fields = {"method": scope["method"], "path": _route(scope), "status": status, "seconds": round(seconds, 4)}
-            event("request", **fields, client=client, **scope.get("state", {}).get("log", {}))
+            level = 10 if _route(scope) in QUIET and status < 400 else 20
+            event("request", level, **fields, client=client, **scope.get("state", {}).get("log", {}))
             request_id.reset(token)
 
     def _check(self, scope: Message, headers: Headers) -> None:
@@ -84,9 +86,9 @@ class Guard:
         if self._token is None or scope["path"] in OPEN:
             return
         if not hmac.compare_digest(_digest(_given_token(headers.get("authorization", ""))), self._token):
-            raise Problem(
-                401, "send the server's token: Authorization: Bearer …", headers={"WWW-Authenticate": "Bearer"}
-            )
+            # a browser asks for it by itself: as the password of basic authentication
+            how = 'Basic realm="the token is the password", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
+            raise Problem(401, "send the server's token: Authorization: Bearer …", headers={"WWW-Authenticate": how})
 
 
 class _Body:

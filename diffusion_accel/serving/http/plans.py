@@ -76,16 +76,27 @@ class Plans:
             )
         return text
 
-    def _family(self, scheduler: str | None, what: str) -> PlanFamily:
+    def find(self, scheduler: str | None) -> PlanFamily | None:
+        """The tuned plans for a scheduler, the first of those that there are; None without any.
+
+        Args:
+            scheduler: a short name or a diffusers class; None: the pipeline's own.
+        """
+        wanted = self._class_of(scheduler)
+        return next((one for one in self.families if one.conditions.get("scheduler") == wanted), None)
+
+    def _class_of(self, scheduler: str | None) -> str:
         short = (scheduler or self._scheduler).partition(",")[0]
-        wanted = SCHEDULERS.get(short, (short,))[0]
-        for family in self.families:
-            if family.conditions.get("scheduler") == wanted:
-                return family
+        return SCHEDULERS.get(short, (short,))[0]
+
+    def _family(self, scheduler: str | None, what: str) -> PlanFamily:
+        if (family := self.find(scheduler)) is not None:
+            return family
         there = ", ".join(dict.fromkeys(str(family.conditions.get("scheduler")) for family in self.families))
         raise ConfigurationError(
-            f"{what} needs tuned plans, and the server has none for {wanted} ({there or 'none at all'}); leave {what} "
-            "out, or start the server with the file of a family that was tuned for it as its reuse"
+            f"{what} needs tuned plans, and the server has none for {self._class_of(scheduler)} "
+            f"({there or 'none at all'}); leave {what} out, or start the server with the file of a family that was "
+            "tuned for it as its reuse"
         )
 
 

@@ -48,6 +48,7 @@ class Service:
         self.metrics = Metrics(engine.stats)
         self.jobs = Jobs(self)
         self.draining = False
+        self.ended = asyncio.Event()  # nobody waits for an answer any more; what is kept open is closed
 
     async def submit(
         self, asked: Asked, partial_images: int = 0, on_partial: Callable[[Partial], object] | None = None
@@ -116,6 +117,7 @@ class Service:
         event("draining", **{key: self.engine.stats()[key] for key in ("running", "queued")})
         await asyncio.to_thread(self.engine.close, True, seconds)
         await self.jobs.told(_LINGER)
+        self.ended.set()
 
 
 async def _gone(http: HttpRequest) -> None:

@@ -59,6 +59,7 @@ class ServerSettings:
         token: what clients have to send; None: nothing.
         lora_folder: where LoRAs are; None: there are none.
         lora_changes: whether clients may change which of them there are.
+        page: whether there is a page for browsers at /.
         hosts: names by which clients may call it, without ports; None: any.
         started: when, in seconds since 1970.
     """
@@ -70,5 +71,6 @@ class ServerSettings:
     token: str | None = field(default=None, repr=False)
     lora_folder: Path | None = None
     lora_changes: bool = False
+    page: bool = True
     hosts: frozenset[str] | None = None
     started: int = field(default_factory=lambda: int(time.time()))

@@ -1,0 +1,268 @@
+"""The page at /: what it answers, what it refuses, and what its buttons do, over a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import html
+import json
+import uuid
+from collections.abc import Iterator
+from io import BytesIO
+from typing import IO, Any
+from unittest import mock
+
+import pytest
+from http_server import TOKEN, Server
+from PIL import Image
+from starlette.routing import Match
+
+from diffusion_accel.serving.http.page import route
+
+pytest.importorskip("gradio", reason="the page needs gradio: pip install 'diffusion-accel[ui]'")
+
+BASIC = "Basic " + base64.b64encode(f"anybody:{TOKEN}".encode()).decode()  # as a browser sends it
+FIELDS = {
+    "prompt": "panda, 3d style",
+    "negative": "",
+    "position": 4,
+    "transparent": False,
+    "compare": False,
+    "seed": "7",
+    "steps": 4,
+    "guidance": 3,
+    "scheduler": "",
+    "width": 48,
+    "height": 48,
+}
+
+
+@pytest.fixture(scope="module")
+def functions(server: Server) -> dict[str, dict[str, Any]]:
+    """What the page may call, by name."""
+    status, _, found = server.ask("GET", "/config")
+    assert status == 200
+    return {one["api_name"]: one for one in found["dependencies"]}
+
+
+def call(server: Server, functions: dict[str, Any], name: str, data: list[Any], **more: Any) -> list[Any]:
+    """What a function of the page gives, as a browser asks for it: what changed of each of its outputs."""
+    asked = {"data": data, "fn_index": functions[name]["id"], "session_hash": uuid.uuid4().hex, **more}
+    status, _, answer = server.ask("POST", "/gradio_api/queue/join", asked)
+    assert status == 200, answer
+    status, _, stream = server.ask("GET", f"/gradio_api/queue/data?session_hash={asked['session_hash']}")
+    assert status == 200
+    found: list[Any] = [None] * len(functions[name]["outputs"])
+    for message in events(stream):
+        if (
+            message.get("event_id") == answer["event_id"]
+            and message["msg"].startswith("process_")
+            and "output" in message
+        ):
+            assert message["success"], message
+            for place, value in enumerate(message["output"]["data"]):
+                if isinstance(value, list) and value and isinstance(value[0], list) and len(value[0]) == 3:
+                    continue  # a difference to what came before
+                if not (isinstance(value, dict) and value.get("__type__") == "update" and len(value) == 1):
+                    found[place] = value
+    return found
+
+
+def events(stream: bytes) -> Iterator[dict[str, Any]]:
+    for line in stream.decode().splitlines():
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def draw(server: Server, functions: dict[str, Any], **changes: Any) -> list[Any]:
+    return call(server, functions, "draw", [*(FIELDS | changes).values(), None])
+
+
+def fetched(server: Server, file: dict[str, Any]) -> Image.Image:
+    status, headers, content = server.ask("GET", f"/gradio_api/file={file['path']}")
+    assert status == 200 and headers["content-type"] == "image/png"
+    return Image.open(BytesIO(content))
+
+
+# ---------------------------------------------------------------------- what it answers
+def test_the_page_is_there_and_nothing_on_it_comes_from_elsewhere(server: Server) -> None:
+    status, headers, content = server.ask("GET", "/")
+    assert status == 200 and b"sticker" in content
+    policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+    assert not any("http" in sources or "*" in sources for sources in policy.values())
+
+
+def test_it_asks_for_the_token(server: Server) -> None:
+    """A browser shows its own dialogue, and sends the token as a password from then on."""
+    status, headers, _ = server.ask("GET", "/", Authorization="")
+    assert status == 401 and headers["www-authenticate"].startswith("Basic ")
+    assert server.ask("GET", "/", Authorization=BASIC)[0] == 200
+    for method, path in (("GET", "/config"), ("POST", "/gradio_api/queue/join"), ("GET", "/theme.css")):
+        assert server.ask(method, path, Authorization="")[0] == 401
+        assert server.ask(method, path, Authorization=BASIC, Origin="http://evil.example")[0] == 403
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=http://127.0.0.1/",
+        "/gradio_api/file=../../etc/passwd",
+        "/gradio_api/proxy=http://127.0.0.1/",
+        "/gradio_api/file/etc/passwd",
+        "/gradio_api/openapi.json",
+        "/gradio_api/deep_link",
+        "/gradio_api/runs",
+        "/static/../../../etc/passwd",
+        "/assets/%2e%2e/%2e%2e/index.html",
+        "/monitoring",
+        "/login",
+        "/svelte/x",
+        "/manifest.json",
+    ],
+)
+def test_nothing_else_is_answered(server: Server, path: str) -> None:
+    """Neither files of the machine nor other addresses can be read through it."""
+    assert server.ask("GET", path)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["upload", "component_server", "run/draw", "api/draw", "call/draw", "stream/x"])
+def test_nothing_is_uploaded_or_called_another_way(server: Server, path: str) -> None:
+    assert server.ask("POST", f"/gradio_api/{path}", {"data": []})[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1/"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_file_is_named(server: Server, functions: dict[str, Any], path: str, inside: bool) -> None:
+    """Gradio would read it, or fetch it, before any function of the page is called."""
+    file: Any = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    asked = {"data": [[file] if inside else file], "fn_index": functions["settings"]["id"], "session_hash": "x"}
+    status, _, answer = server.ask("POST", "/gradio_api/queue/join", asked)
+    assert status == 422 and answer["error"]["param"] == "data"
+
+
+def test_other_routes_are_as_without_it(server: Server) -> None:
+    assert server.ask("GET", "/v1/images/generations")[0] == 405
+    assert server.ask("GET", "/docs")[0] == 200
+    assert not any("gradio" in path for path in server.ask("GET", "/openapi.json")[2]["paths"])
+
+
+# ---------------------------------------------------------------------- what its buttons do
+def test_drawing(server: Server, functions: dict[str, Any]) -> None:
+    """It is the image of the other routes, and holds its settings, which the page takes back."""
+    stands, image, layers, pair, *_ = draw(server, functions, transparent=True)
+    assert "Seed 7: 4 steps" in stands and "not computed in full" in stands
+    drawn = fetched(server, image)
+    asked = {"prompt": FIELDS["prompt"], "seed": 7, "num_inference_steps": 4, "size": "48x48"}
+    options = {"guidance_scale": 3.0, "speedup": 3, "background": "transparent"}
+    status, _, content = server.ask("POST", "/v1/images/generations", asked | options, Accept="image/png")
+    assert status == 200 and Image.open(BytesIO(content)).tobytes() == drawn.tobytes() and drawn.mode == "RGBA"
+    assert not pair["visible"] and not layers["visible"]
+    _, _, content = server.ask("GET", f"/gradio_api/file={image['path']}")
+    found = call(server, functions, "settings", [base64.b64encode(content).decode()])
+    values = [value["value"] if isinstance(value, dict) else value for value in found[: len(FIELDS)]]
+    wanted = FIELDS | {"transparent": True}
+    assert dict(zip(FIELDS, values, strict=True)) == wanted
+
+
+def test_the_history_shows_an_image_and_its_settings_again(server: Server, functions: dict[str, Any]) -> None:
+    page = uuid.uuid4().hex
+    drawn = [
+        call(server, functions, "draw", [*(FIELDS | {"seed": seed, "steps": 2}).values(), None], session_hash=page)
+        for seed in ("1", "2")
+    ]
+    history = drawn[1][4]
+    assert [entry["image"]["path"] for entry in history["value"]] == [one[1]["path"] for one in reversed(drawn)]
+    event = {"index": 1, "value": None}
+    found = call(server, functions, "again", [None], session_hash=page, event_data=event)
+    assert found[1]["path"] == drawn[0][1]["path"] and found[4] == FIELDS["prompt"] and found[9] == "1"
+    other = call(server, functions, "again", [None], event_data=event)  # of another page
+    assert "panda" not in json.dumps(other) and ".png" not in json.dumps(other)
+
+
+def test_comparing(server: Server, functions: dict[str, Any]) -> None:
+    stands, image, _, pair, *_ = draw(server, functions, compare=True)
+    assert " dB to that of every step" in stands and pair["visible"]
+    every, fewer = (fetched(server, one) for one in pair["value"])
+    assert fewer.tobytes() == fetched(server, image).convert(fewer.mode).tobytes() != every.tobytes()
+
+
+def test_the_slider_says_what_was_measured(server: Server, functions: dict[str, Any]) -> None:
+    assert "46 dB" in call(server, functions, "promise", [4, "", 20])[0]
+    assert "with 30 it may be less" in call(server, functions, "promise", [4, "", 30])[0]
+    assert "Every step" in call(server, functions, "promise", [0, "", 20])[0]
+    slider, words = call(server, functions, "choices", ["ddim", 50])
+    assert slider["maximum"] == 6 and slider["visible"] and "50 steps" in words
+    slider, words = call(server, functions, "choices", ["euler", 50])
+    assert not slider["visible"] and "no tuned plans" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "  "}, "enter a prompt first"),
+        ({"steps": 101}, "num_inference_steps must be at most 100"),
+        ({"width": 1024, "height": 1024}, "more than the 16384 pixels"),
+        ({"width": 50}, "multiple of 8"),
+        ({"width": None}, "width and height, or neither"),
+        ({"seed": "<b>7</b>"}, "seed must be a whole number"),
+        ({"seed": str(2**63)}, "seed must be a whole number"),
+        ({"guidance": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_what_is_refused_is_said_in_one_line(
+    server: Server, functions: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    stands = draw(server, functions, **changes)[0]
+    assert 'class="standing failed"' in stands and words in html.unescape(stands)
+    assert "<b>" not in stands and "\n" not in stands
+
+
+@contextlib.contextmanager
+def drawing(server: Server, functions: dict[str, Any], page: str) -> Iterator[IO[bytes]]:
+    """What a page hears of an image that takes long, from its first step on."""
+    values = [*(FIELDS | {"steps": 100, "width": 128, "height": 128, "position": 0}).values(), None]
+    asked = {"data": values, "fn_index": functions["draw"]["id"], "session_hash": page}
+    assert server.ask("POST", "/gradio_api/queue/join", asked)[0] == 200
+    lines = [f"GET /gradio_api/queue/data?session_hash={page} HTTP/1.1", "Host: 127.0.0.1", f"Authorization: {BASIC}"]
+    with server.raw("\r\n".join([*lines, "", ""]).encode()) as connection, connection.makefile("rb") as stream:
+        next(line for line in stream if b" of 100" in line)
+        yield stream
+
+
+def test_a_page_that_goes_away_ends_its_request(server: Server, functions: dict[str, Any]) -> None:
+    before = server.metric("requests_ended_total", outcome="cancelled")
+    with drawing(server, functions, uuid.uuid4().hex):
+        pass
+    server.until("requests_ended_total", before + 1, outcome="cancelled")
+
+
+def test_cancelling(server: Server, functions: dict[str, Any]) -> None:
+    with drawing(server, functions, page := uuid.uuid4().hex) as stream:
+        asked = {"data": [], "fn_index": functions["cancel"]["id"], "session_hash": page}
+        assert server.ask("POST", "/gradio_api/queue/join", asked)[0] == 200
+        assert next(line for line in stream if b"Cancelled." in line)
+
+
+# ---------------------------------------------------------------------- without it
+def test_switched_off(painter: Server) -> None:
+    assert painter.ask("GET", "/")[0] == 404 == painter.ask("GET", "/config")[0]
+
+
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page says how to install it; there is nothing else."""
+    monkeypatch.setattr(route, "installed", lambda: False)
+    page, sent = route.PageRoute(mock.Mock()), []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for path in ("/", "/config"):
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        match, more = page.matches(scope)
+        assert match is Match.FULL
+        asyncio.run(page.handle(scope | more, mock.AsyncMock(), send))
+    assert [message["status"] for message in sent if "status" in message] == [200, 404]
+    assert b"pip install 'diffusion-accel[ui]'" in sent[1]["body"]
