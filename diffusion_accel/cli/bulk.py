@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +61,8 @@ def draw(
         each = [dataclasses.replace(job, overrides=own | job.overrides) for own, job in zip(seeds, jobs, strict=True)]
         return plan_jobs(settings, source, [request_of(settings, job) for job in each], each, most=MOST, resuming=True)
 
-    share = Share(Path(settings.output), plans_of, _decides(settings, source), f"process {here.rank}")
+    name = f"process {here.rank}" if here.size > 1 else f"{socket.gethostname()}:{os.getpid()}"
+    share = Share(Path(settings.output), plans_of, _decides(settings, source), name)
     interrupts.explain(
         lambda: f"{share.done()} of {len(share.plans)} prompts are there; the same command draws the others"
     )
