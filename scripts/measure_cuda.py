@@ -332,6 +332,28 @@ def routing(check: str, options: argparse.Namespace) -> None:
     laws(check, pipe, TaskRouting(untrained=True), options.steps)
 
 
+def controlnet(check: str, options: argparse.Namespace) -> None:
+    """A ControlNet with random weights beside the U-Net: in its own stream, on the CPU and on another device."""
+    import torch
+    from diffusers import ControlNetModel
+
+    from diffusion_accel import ControlNetParallel
+
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(loaded(options).unet, conditioning_channels=3)
+    for parameter in net.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.normal_(std=0.02)
+    with tempfile.TemporaryDirectory() as place:
+        net.save_pretrained(place)
+        pipe = loaded(options, controlnet=place)
+    given = {"image": torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))}
+    laws(check, pipe, ControlNetParallel(), options.steps, True, **given)
+    laws(check, pipe, ControlNetParallel(device="cpu"), options.steps, options.device == "cpu", **given)
+    if options.device == "cuda" and torch.cuda.device_count() > 1:
+        laws(check, pipe, ControlNetParallel(device="cuda:1"), options.steps, True, **given)
+
+
 def alone(check: str, options: argparse.Namespace) -> None:
     """Patch parallelism in a job of one process, whose messages NCCL would carry."""
     import torch
@@ -351,7 +373,7 @@ def alone(check: str, options: argparse.Namespace) -> None:
 
 LAWS = {
     "plain": plain, "reuse": reuse, "transparency": transparency, "quantized": quantized, "routing": routing,
-    "patch parallel": alone,
+    "patch parallel": alone, "controlnet": controlnet,
 }  # fmt: skip
 
 

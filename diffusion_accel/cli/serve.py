@@ -138,6 +138,8 @@ def serve(
     settings, source = merge({**flags, **features}, {})
     if "patch_parallel" in settings.features:
         raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
+    if refused := [feature.flag() for feature in settings.features.values() if not feature.served]:
+        raise ConfigurationError(f"{refused[0]} is not for a server, which orders all computing; leave it out")
     if controlnet == "":
         raise ConfigurationError("--controlnet is empty")
     settings = dataclasses.replace(settings, controlnet=controlnet)  # the image for it comes with requests
