@@ -167,7 +167,11 @@ def serve(
     }
     if token is None and host not in _LOOPBACK:
         note(f"whoever can reach {host} may draw; --token, or {TOKEN}, asks for a token")
-    interrupts.explain(lambda: "requests that were accepted are lost")
+
+    def ready(address: str) -> None:
+        interrupts.explain(lambda: "requests that were accepted are lost")
+        say(f"listening at {address}")
+
     if ray:
         from diffusion_accel.serving import ray_app  # heavy, and an extra: ray
 
@@ -178,7 +182,7 @@ def serve(
         replicas = ray_app.Replicas(least=least, most=max_replicas or least, gpus=replica_gpus, drain_seconds=drain)
         opening = session.opening(settings, source)
         make = partial(ray_app.app, opening, engine_options, asked, replicas, warm_up, log_format)
-        return ray_app.run(make, host, port, ready=lambda address: say(f"listening at {address}"))
+        return ray_app.run(make, host, port, ready=ready)
 
     from diffusion_accel.serving.engine import Engine  # heavy: torch, diffusers
     from diffusion_accel.serving.http import log, run  # heavy, and an extra: fastapi, uvicorn
@@ -192,7 +196,7 @@ def serve(
     with Engine(pipe, **engine_options) as engine:
         if warm_up:
             engine.warm_up()
-        run.serve(engine, asked, listening, drain_seconds=drain, ready=lambda address: say(f"listening at {address}"))
+        run.serve(engine, asked, listening, drain_seconds=drain, ready=ready)
 
 
 def check_token(token: str | None) -> None:
