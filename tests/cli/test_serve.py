@@ -19,6 +19,8 @@ from command import call
         (["--token", "with a space"], "--token must be of letters"),
         (["--host", "no such host."], "cannot listen at no such host."),
         (["--patch-parallel", "2"], "run a server on each of them"),
+        (["--controlnet-parallel"], "--controlnet-parallel is not for a server"),
+        (["--controlnet", ""], "--controlnet is empty"),
         (["--reuse", "tuned:fast", "--steps", "30"], "20 steps"),
         (["--model", "stickr"], "did you mean 'sticker'"),
     ],
