@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .settings import ServerSettings
 
 
-_LINGER = 10.0  # seconds at the end in which images of jobs may be fetched
+_LINGER = 10.0  # seconds at the end in which images may be fetched
 
 
 class ClientGoneError(Exception):
@@ -48,6 +49,7 @@ class Service:
         self.metrics = Metrics(engine.stats)
         self.jobs = Jobs(self)
         self.draining = False
+        self.showing = 0  # pages that wait for an image, or fetch the one they waited for
         self.ended = asyncio.Event()  # nobody waits for an answer any more; what is kept open is closed
 
     async def submit(
@@ -117,6 +119,9 @@ class Service:
         event("draining", **{key: self.engine.stats()[key] for key in ("running", "queued")})
         await asyncio.to_thread(self.engine.close, True, seconds)
         await self.jobs.told(_LINGER)
+        end = time.monotonic() + _LINGER
+        while self.showing and time.monotonic() < end:
+            await asyncio.sleep(0.05)
         self.ended.set()
 
 

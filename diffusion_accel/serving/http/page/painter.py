@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .files import Files
 
 _FIELDS = (233, 251)  # the greys of style.css
+_FETCHED = 1.0  # seconds in which a browser fetches an image
 _TICK = 0.2  # seconds between two looks at how far it is
 
 
@@ -102,6 +103,7 @@ class Painter:
             page: which of the open pages asks.
         """
         drawing = _Drawing()
+        self.service.showing += 1
         self._running.setdefault(page, []).append(drawing)
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         try:
@@ -123,6 +125,7 @@ class Painter:
             yield Shown(words="Cancelled.") if cancelled else Shown(words=one_line(error), failed=True)
         finally:
             drawing.cancel()
+            loop.call_later(_FETCHED, self._fetched)
             self._running[page].remove(drawing)
             if not self._running[page]:
                 del self._running[page]
@@ -131,6 +134,9 @@ class Painter:
         """End what a page has asked for."""
         for drawing in self._running.get(page, []):
             drawing.cancel()
+
+    def _fetched(self) -> None:
+        self.service.showing -= 1
 
     def _asked(self, fields: Fields) -> list[Asked]:
         """The request, and the one for every step where they differ and shall be compared."""
