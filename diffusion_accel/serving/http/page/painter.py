@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .fields import Fields
     from .files import Files
 
+_LAYERS = {"fg": "foreground", "bg": "background", "blend": "both"}
 _FIELDS = (233, 251)  # the greys of style.css
 _FETCHED = 1.0  # seconds in which a browser fetches an image
 _TICK = 0.2  # seconds between two looks at how far it is
@@ -169,7 +170,7 @@ class Painter:
             words=words,
             share=1.0,
             image=files[asked[0].wanted[0]],
-            layers=tuple((file, name) for name, file in files.items()) if len(files) > 1 else (),
+            layers=tuple((file, _LAYERS[name]) for name, file in files.items()) if len(files) > 1 else (),
             pair=pair,
             fields=fields,
         )
