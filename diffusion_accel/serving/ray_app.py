@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -307,7 +308,7 @@ def run(
         try:
             serve.run(make(), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            raise AccelerationError(f"Ray could not start the server: {first_line(error)}") from error
+            raise AccelerationError(f"Ray could not start the server: {_why(error)}") from error
         with interrupts.postponed() as signals:
             ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             while signals.received is None:
@@ -315,3 +316,11 @@ def run(
             serve.delete(NAME)
     finally:
         ray.shutdown()
+
+
+def _why(error: RuntimeError) -> str:
+    """Why an application was not started: the last error that a replica has told Ray, or else Ray's own."""
+    known = serve.status().applications.get(NAME)
+    messages = [] if known is None else [deployment.message for deployment in known.deployments.values()]
+    found = re.findall(r"^\s*(?:[\w.]+\.)?(\w+Error: .+)$", "\n".join(messages), re.MULTILINE)
+    return first_line(found[-1] if found else error)

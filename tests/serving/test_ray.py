@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_folder import write_folder
+from model_folder import edit_json, write_folder
 
 pytest.importorskip("ray", reason="needs the extra ray")
 pytestmark = [
@@ -34,8 +34,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Where two replicas of a tiny model answer; at the end they are drained by a signal."""
     folder = tmp_path_factory.mktemp("ray")
     write_folder(folder / "tiny")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     small = "--width 16 --height 16 --max-running 4 --max-steps 150 --max-body-mb 1 --device cpu --drain 60".split()
     words = ["serve", "--ray", "--min-replicas", "2", "--port", str(port), "--token", TOKEN, *small]
     command = [sys.executable, "-m", "diffusion_accel", *words, "--model", str(folder / "tiny")]
@@ -51,6 +50,11 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             assert process.wait(WAIT) == 0, (folder / "log").read_text()
         finally:
             process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def ask(port: int, method: str, path: str, body: Any = None, token: str = TOKEN) -> tuple[int, bytes]:
@@ -81,6 +85,17 @@ def replicas() -> list[int]:
         if words.startswith(b"ray::ServeReplica:diffusion-accel:replica"):
             found.append(int(folder.name))
     return found
+
+
+def test_a_replica_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+    edit_json(write_folder(tmp_path / "tiny") / "unet" / "config.json", cross_attention_dim=77)
+    words = ["serve", "--ray", "--port", str(free_port()), "--device", "cpu", "--model", str(tmp_path / "tiny")]
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_accel", *words], capture_output=True, text=True, timeout=600
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1
+    assert lines[0].startswith("error: Ray could not start the server: ModelLoadError: ") and "[32, 77]" in lines[0]
 
 
 def test_no_request_is_lost_with_a_replica(port: int) -> None:
