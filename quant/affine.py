@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .spec import PERCENTILES
+from .spec import PERCENTILES, LayerSpec
 
 SEARCH_NORM = 2.4  # of the error that the range search minimises (QuEST's code, as Q-Diffusion's)
 SEARCH_CANDIDATES = 80  # shrunk ranges that it tries, each 1% of the widest smaller
@@ -46,6 +46,41 @@ def grid(
         zero = -low
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale, zero if symmetric else (zero / scale).round().clamp(-margin, top(bits) + margin)
+
+
+def dynamic_grid(x: torch.Tensor, spec: LayerSpec, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of a dynamic input, from minimum to maximum, shaped to broadcast over it.
+
+    Args:
+        x: the input, (..., C) of a linear layer or (N, C, H, W) of a convolution.
+        spec: how it is quantized: bits, parts, groups.
+        dim: of the channels, -1 or 1.
+    """
+    assert spec.activation_bits is not None
+    found = []
+    for part in x.detach().float().split(spec.part_sizes(x.shape[dim]), dim):
+        if not spec.input_group:
+            over = (-1,) if dim == -1 else tuple(range(1, x.dim()))
+            ends = part.amin(over, keepdim=True), part.amax(over, keepdim=True)
+            whole = [-1] * x.dim()
+            whole[dim] = part.shape[dim] if spec.split else -1
+            found.append([g.expand(whole) for g in grid(*ends, spec.activation_bits)])
+            continue
+        groups = part.unflatten(dim, (-1, spec.input_group))
+        inner = -1 if dim == -1 else dim + 1
+        ends = groups.amin(inner, keepdim=True), groups.amax(inner, keepdim=True)
+        pair = (g.expand_as(groups) for g in grid(*ends, spec.activation_bits))
+        found.append([g.flatten(-2) if dim == -1 else g.flatten(dim, dim + 1) for g in pair])
+    scale, zero = zip(*found, strict=True)
+    return (scale[0], zero[0]) if len(found) == 1 else (torch.cat(scale, dim), torch.cat(zero, dim))
+
+
+def by_group(
+    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows (O, N) as (O, G, group), the last group filled up with zeros, beside grids (G, O) as (O, G, 1)."""
+    filled = torch.nn.functional.pad(values, (0, -values.shape[1] % group))
+    return filled.unflatten(1, (-1, group)), scale.T[..., None], zero_point.T[..., None]
 
 
 def half_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -98,6 +133,41 @@ def search_grid(
         scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
     assert scale is not None and zero is not None
     return scale, zero
+
+
+def weight_grid(
+    weight: torch.Tensor, spec: LayerSpec, shrink: Iterable[float] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of a weight (O, I, …) by range search, (parts or groups, O), as they are stored.
+
+    Rows of 8 bits are symmetric, so that they fit signed bytes; groups, which no integer product can take, are not.
+    """
+    bits, group = spec.weight_bits, spec.weight_group
+    if group:
+        ones = weight.new_ones(1, len(weight))
+        groups = by_group(weight.flatten(1).float(), ones, ones, group)[0]
+        scale, zero = search_grid(groups.flatten(0, 1), bits, shrink=shrink)
+        scale, zero = (g.view(groups.shape[:2]).T.contiguous() for g in (scale, zero))
+        return half_scale(scale).float(), zero
+    parts = [part.flatten(1) for part in weight.split(spec.part_sizes(weight.shape[1]), 1)]
+    found = [search_grid(part, bits, symmetric=bits == 8, shrink=shrink) for part in parts]
+    return torch.stack([scale[:, 0] for scale, _ in found]), torch.stack([zero[:, 0] for _, zero in found])
+
+
+def codes_of(rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """The codes of rows (O, N) to nearest, as whole float32 numbers, on the grids of `weight_grid` without parts."""
+    if not spec.weight_group:
+        return quantize(rows.float(), scale[0, :, None], zero_point[0, :, None], spec.weight_bits)
+    values, scale, zero_point = by_group(rows.float(), scale, zero_point, spec.weight_group)
+    return quantize(values, scale, zero_point, spec.weight_bits).flatten(1)[:, : rows.shape[1]]
+
+
+def rounded(rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """Rows (O, N) rounded to nearest on the grids of `weight_grid` without parts."""
+    if not spec.weight_group:
+        return fake_quantize(rows, scale[0, :, None], zero_point[0, :, None], spec.weight_bits)
+    values, scale, zero_point = by_group(rows.float(), scale, zero_point, spec.weight_group)
+    return fake_quantize(values, scale, zero_point, spec.weight_bits).flatten(1)[:, : rows.shape[1]]
 
 
 def value_range(

@@ -47,6 +47,8 @@ def why_not_integer(layer: QuantizedLayer) -> str | None:
         return "its input has more than 8 bits"
     if spec.per_channel:
         return "its input has a grid for each channel, which a product cannot sum over"
+    if spec.weight_group or spec.input_group:
+        return "it has a grid for each group of channels, which a product cannot sum over"
     if spec.weight_bits == 8 and bool((layer.weight_zero_point != 128).any()):
         return "its 8-bit weights are not symmetric, so they do not fit signed bytes"
     if isinstance(layer, QuantizedConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
@@ -103,7 +105,7 @@ class OneDnn:
     Where the CPU has none of these, 8-bit weights are split into two terms: exact, but twice the work.
     """
 
-    __slots__ = ("made_of", "no_zeros", "scales", "weights", "zeros")
+    __slots__ = ("made_of", "no_zeros", "sums", "tables", "weights")
 
     def __init__(self) -> None:
         self.weights: list[list[torch.Tensor]] | None = None
@@ -112,22 +114,32 @@ class OneDnn:
     @staticmethod
     def usable(x: torch.Tensor, layer: QuantizedLayer) -> bool:
         """Whether this machine and this torch have it, for an input at one timestep."""
-        return (
-            x.device.type == "cpu" and layer.buckets.number is not None and hasattr(torch.ops.onednn, "qlinear_prepack")
-        )
+        one = layer.spec.dynamic or layer.buckets.number is not None
+        return x.device.type == "cpu" and one and hasattr(torch.ops.onednn, "qlinear_prepack")
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer, not rounded."""
-        number = layer.buckets.number
-        assert number is not None and layer.spec.activation_bits is not None
         if self.weights is None or self.made_of != layer.state():
             with lasting():
                 self.weights = self._prepare(layer)
-        dim = layer.channel_dim
-        sizes = layer.spec.part_sizes(x.shape[dim])
-        total = None
+        if not layer.spec.dynamic:
+            assert layer.buckets.number is not None
+            return self._sum(layer, x, *(table[layer.buckets.number] for table in self.tables)).to(x.dtype)
+        grid = layer.input_grid(x)
+        if not isinstance(layer, nn.Conv2d):
+            return self._sum_of_rows(layer, x, *grid).to(x.dtype)
+        begins = [0, layer.spec.split][: layer.spec.parts]
+        ends = [g[:, begins].flatten(1).tolist() for g in (g[..., :1, :1] for g in grid)]
+        each = [self._sum(layer, x[i : i + 1], ends[0][i], [int(z) for z in ends[1][i]]) for i in range(len(x))]
+        return torch.cat(each).to(x.dtype)
+
+    def _sum(self, layer: QuantizedLayer, x: torch.Tensor, scales: list[float], zeros: list[int]) -> torch.Tensor:
+        """Of an input with a grid for each part of its channels."""
+        assert self.weights is not None and layer.spec.activation_bits is not None
+        dim, total = layer.channel_dim, None
+        parts = x.split(layer.spec.part_sizes(x.shape[dim]), dim)
         for part, terms, scale, zero, weight_scale in zip(
-            x.split(sizes, dim), self.weights, self.scales[number], self.zeros[number], layer.weight_scale, strict=True
+            parts, self.weights, scales, zeros, layer.weight_scale, strict=True
         ):
             codes = to_bytes(part, scale, zero, layer.spec.activation_bits)
             for weight in terms:
@@ -136,16 +148,39 @@ class OneDnn:
                     y = self._product(layer, codes, scale, zero, weight, weight_scale, bias)
                 total = y if total is None else total.add_(y)
         assert total is not None
-        return total.to(x.dtype)
+        return total
+
+    def _sum_of_rows(
+        self, layer: QuantizedLayer, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> torch.Tensor:
+        """Of an input (…, C) whose rows have grids of their own, (…, 1), or (…, C) of the parts."""
+        assert self.weights is not None and layer.spec.activation_bits is not None
+        total, begin = None, 0
+        parts = x.split(layer.spec.part_sizes(x.shape[-1]), -1)
+        for part, terms, sums, weight_scale in zip(parts, self.weights, self.sums, layer.weight_scale, strict=True):
+            s, z = (g if g.shape[-1] == 1 else g.narrow(-1, begin, 1) for g in (scale, zero))
+            begin += part.shape[-1]
+            codes = quantize(part.float(), s, z, layer.spec.activation_bits).to(torch.uint8)
+            y = self._product(layer, codes, 1.0, 0, terms[0], weight_scale, None)
+            for weight in terms[1:]:
+                with uncounted():
+                    y = y.add_(self._product(layer, codes, 1.0, 0, weight, weight_scale, None))
+            y = (y - z * sums).mul_(s)
+            total = y if total is None else total.add_(y)
+        assert total is not None
+        return total if layer.bias is None else total.add_(layer.bias.float())
 
     def _prepare(self, layer: QuantizedLayer) -> list[list[torch.Tensor]]:
         bits = layer.spec.activation_bits
         assert bits is not None
         self.made_of = layer.state()
-        self.scales = [[float(v) for v in row] for row in layer.input_scale.tolist()]
-        self.zeros = [[int(v) for v in row] for row in layer.input_zero_point.tolist()]
         self.no_zeros = torch.zeros(len(layer.weight_codes), dtype=torch.int64)
-        terms = [unsaturated(w, bits) if saturates() else [w] for w in signed_weights(layer)]
+        signed = signed_weights(layer)
+        if layer.spec.dynamic:
+            self.sums = [w.flatten(1).sum(1).float() * s for w, s in zip(signed, layer.weight_scale, strict=True)]
+        else:
+            self.tables = layer.input_scale.tolist(), layer.input_zero_point.long().tolist()
+        terms = [unsaturated(w, bits) if saturates() else [w] for w in signed]
         return [[self._pack(layer, term) for term in each] for each in terms]
 
     def _pack(self, layer: QuantizedLayer, weight: torch.Tensor) -> torch.Tensor:
@@ -186,7 +221,7 @@ class IntMatmul:
                 self.weights = [w.flatten(1).t().contiguous() for w in signed_weights(layer)]
                 self.sums = [w.sum(0, dtype=torch.int32) for w in self.weights]
             self.made_of = layer.state()
-        scale, zero = layer.grid_at(layer.input_scale, x), layer.grid_at(layer.input_zero_point, x).float()
+        scale, zero = layer.input_grid(x)
         codes = quantize(x.float(), scale, zero, bits)
         shifted = (codes - 128).to(torch.int8)  # _int_mm multiplies signed bytes
         padding = (zero - 128).to(torch.int8)
@@ -248,7 +283,7 @@ def in_graph(layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
     """
     bits, dim = layer.spec.activation_bits, layer.channel_dim
     assert bits is not None
-    scale, zero = layer.grid_at(layer.input_scale, x), layer.grid_at(layer.input_zero_point, x).float()
+    scale, zero = layer.input_grid(x)
     total, begin = None, 0
     sizes = layer.spec.part_sizes(x.shape[dim])
     for size, signed, weight_scale in zip(sizes, signed_weights(layer), layer.weight_scale, strict=True):

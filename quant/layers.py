@@ -13,7 +13,7 @@ from torch import nn
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import version_of
 
-from .affine import dequantize, fake_quantize, half_scale
+from .affine import by_group, dequantize, dynamic_grid, fake_quantize, half_scale
 from .buckets import Buckets, grid_at
 from .packing import pack, packed_bytes, unpack
 from .sealed import REASON, sealed
@@ -85,10 +85,11 @@ class Kept:
 class QuantizedLayer(nn.Module):
     """What quantized linear layers, convolutions and embedding tables have in common.
 
-    Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), and where the
-    spec asks for them `input_scale`, `input_zero_point` (buckets, 1 | parts | C) and `output_scale`,
-    `output_zero_point` (buckets, 1). With `compact_grids` input scales are float16 and zero points packed, (buckets,
-    bytes); computing turns those of the running call into float32 and whole numbers.
+    Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), or with groups
+    float16 (groups, O) and packed (O, bytes); and where the spec asks for them `input_scale`, `input_zero_point`
+    (buckets, 1 | parts | C) and `output_scale`, `output_zero_point` (buckets, 1). With `compact_grids` input scales are
+    float16 and zero points packed, (buckets, bytes); computing turns those of the running call into float32 and whole
+    numbers.
     """
 
     weight_codes: torch.Tensor
@@ -122,9 +123,11 @@ class QuantizedLayer(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
         buffer("weight_codes", (rows, packed_bytes(columns, spec.weight_bits)), torch.uint8)
-        buffer("weight_scale", (spec.parts, rows), torch.float32)
-        buffer("weight_zero_point", (spec.parts, rows), torch.uint8)
-        if spec.activation_bits:
+        count = spec.weight_grids(columns)
+        buffer("weight_scale", (count, rows), torch.float16 if spec.weight_group else torch.float32)
+        zeros = (rows, packed_bytes(count, spec.weight_bits)) if spec.weight_group else (count, rows)
+        buffer("weight_zero_point", zeros, torch.uint8)
+        if spec.activation_bits and not spec.dynamic:
             grids = (steps, weight.shape[1] if spec.per_channel else spec.parts)
             packed = (steps, packed_bytes(grids[1], spec.packed_zero_points)) if spec.packed_zero_points else grids
             buffer("input_scale", grids, torch.float16 if spec.compact_grids else torch.float32)
@@ -140,10 +143,11 @@ class QuantizedLayer(nn.Module):
 
     # ------------------------------------------------------------------ weights
     def store(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-        """Take weights: codes of the shape of the weight, scale and zero point (parts, O)."""
+        """Take weights: codes of the shape of the weight, scale and zero point (parts or groups, O)."""
         self.weight_codes.copy_(pack(codes.flatten(1), self.spec.weight_bits))
-        self.weight_scale.copy_(scale)
-        self.weight_zero_point.copy_(zero_point)
+        grouped = self.spec.weight_group
+        self.weight_scale.copy_(half_scale(scale) if grouped else scale)
+        self.weight_zero_point.copy_(pack(zero_point.T, self.spec.weight_bits) if grouped else zero_point)
         self.forget()
 
     def forget(self) -> None:
@@ -169,6 +173,10 @@ class QuantizedLayer(nn.Module):
         return floats
 
     def _as_floats(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        if self.spec.weight_group:
+            zeros = unpack(zero_point, self.spec.weight_bits, len(scale)).T.float()
+            values = dequantize(*by_group(codes.flatten(1).float(), scale.float(), zeros, self.spec.weight_group))
+            return values.flatten(1)[:, : codes[0].numel()].reshape(codes.shape)
         sizes = self.spec.part_sizes(self.weight_shape[1])
         ones = [1] * (codes.dim() - 1)
         parts = [
@@ -226,22 +234,25 @@ class QuantizedLayer(nn.Module):
         """`grid_at` for this layer."""
         return grid_at(self, table, x, packed)
 
+    def input_grid(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of an input, float32, shaped to broadcast over it."""
+        if self.spec.dynamic:
+            return dynamic_grid(x, self.spec, self.channel_dim)
+        zero = self.grid_at(self.input_zero_point, x, self.spec.packed_zero_points).float()
+        return self.grid_at(self.input_scale, x), zero - self.spec.zero_margin
+
     def round_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input rounded to its grid."""
         if self.spec.activation_bits is None:
             return x
-        return self._rounded(x, "input", self.spec.activation_bits)
+        return fake_quantize(x, *self.input_grid(x), self.spec.activation_bits)
 
     def round_output(self, y: torch.Tensor) -> torch.Tensor:
         """The output rounded to its grid."""
-        return y if self.spec.output_bits is None else self._rounded(y, "output", self.spec.output_bits)
-
-    def _rounded(self, x: torch.Tensor, what: str, bits: int) -> torch.Tensor:
-        scale, zero = getattr(self, f"{what}_scale"), getattr(self, f"{what}_zero_point")
-        if what == "output":
-            return fake_quantize(x, self.grid_at(scale, x), self.grid_at(zero, x), bits)
-        zero = self.grid_at(zero, x, self.spec.packed_zero_points).float() - self.spec.zero_margin
-        return fake_quantize(x, self.grid_at(scale, x), zero, bits)
+        if self.spec.output_bits is None:
+            return y
+        scale, zero = self.grid_at(self.output_scale, y), self.grid_at(self.output_zero_point, y)
+        return fake_quantize(y, scale, zero, self.spec.output_bits)
 
     # ------------------------------------------------------------------ computing
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

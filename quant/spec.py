@@ -11,9 +11,10 @@ from typing import Any, Self
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import plain
 
-VERSION = 2  # of the checkpoint layout
+VERSION = 3  # of the checkpoint layout
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 17)
+GROUPS = (0, 16, 32, 64, 128, 256)  # weights or inputs that share a grid; 0: all of a row
 MAX_MARGIN = 64
 PERCENTILES = (99.9, 99.99, 99.999)  # of values, between which a grid of inputs may lie
 RUNTIMES = ("auto", "integer", "dequantize", "simulated")  # how quantized layers compute, see `model.set_runtime`
@@ -30,8 +31,13 @@ class LayerSpec:
 
     Attributes:
         weight_bits: of its weights, 2 … 8; one grid for each output channel (and part of the input channels, see
-            `split`).
-        activation_bits: of its input, 2 … 16, with a grid for each bucket of timesteps; None leaves it as it is.
+            `split`), or for each group.
+        weight_group: every so many weights of an output channel, in the order of their memory, share a grid; 0: all.
+        activation_bits: of its input, 2 … 16, with a grid for each bucket of timesteps unless it is `dynamic`; None
+            leaves it as it is.
+        dynamic: the grid of the input is found when it is there, from minimum to maximum: of each row of a linear
+            layer, of each image of a convolution.
+        input_group: every so many channels of a position share a grid, of a `dynamic` input; 0: as above.
         per_channel: a grid for each input channel instead of one for the whole input.
         split: the first `split` input channels have grids of their own, because the input is a concatenation with a
             skip connection; 0: not split.
@@ -45,7 +51,10 @@ class LayerSpec:
     """
 
     weight_bits: int
+    weight_group: int = 0
     activation_bits: int | None = None
+    dynamic: bool = False
+    input_group: int = 0
     per_channel: bool = False
     compact_grids: bool = False
     split: int = 0
@@ -61,18 +70,29 @@ class LayerSpec:
                 checked(getattr(self, name), ACTIVATION_BITS, name)
         if type(self.split) is not int or not 0 <= self.split <= NUMBER_LIMIT:
             raise ConfigurationError(f"split must be a number of channels, got {plain(self.split)}")
-        for name in ("per_channel", "compact_grids"):
+        for name in ("weight_group", "input_group"):
+            in_groups(getattr(self, name), name)
+        for name in ("per_channel", "compact_grids", "dynamic"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigurationError(f"{name} must be true or false, got {plain(getattr(self, name))}")
         for name in ("sqnr", "sensitivity"):
             if getattr(self, name) is not None and not finite(getattr(self, name)):
                 raise ConfigurationError(f"{name} must be a finite number, got {plain(getattr(self, name))}")
+        if self.dynamic and (self.per_channel or not self.activation_bits):
+            raise ConfigurationError("dynamic needs activation_bits, and excludes per_channel")
+        if self.input_group and not self.dynamic:
+            raise ConfigurationError("input_group needs dynamic")
         if self.compact_grids and not (self.per_channel and self.activation_bits):
             raise ConfigurationError("compact_grids needs activation_bits and per_channel")
         if type(self.zero_margin) is not int or not 0 <= self.zero_margin <= MAX_MARGIN:
             raise ConfigurationError(f"zero_margin must be 0 to {MAX_MARGIN}, got {plain(self.zero_margin)}")
         if self.zero_margin and not (self.per_channel and self.activation_bits):
             raise ConfigurationError("zero_margin needs activation_bits and per_channel")
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether it has grids for each bucket of timesteps."""
+        return bool(self.output_bits or (self.activation_bits and not self.dynamic))
 
     @property
     def zero_point_bits(self) -> int:
@@ -87,8 +107,12 @@ class LayerSpec:
 
     @property
     def parts(self) -> int:
-        """Groups of input channels with weight grids of their own."""
+        """Parts of the input channels with grids of their own: of the input, and of the weights without groups."""
         return 2 if self.split else 1
+
+    def weight_grids(self, columns: int) -> int:
+        """Grids of each output channel, which has `columns` weights."""
+        return -(-columns // self.weight_group) if self.weight_group else self.parts
 
     def part_sizes(self, channels: int) -> list[int]:
         """How many of `channels` input channels each part has."""
@@ -144,7 +168,7 @@ class ModelSpec:
             )
         layers = _layers(values.get("layers"))
         steps = _timesteps(values.get("timesteps", ()))
-        if not steps and any(s.activation_bits or s.output_bits for s in layers.values()):
+        if not steps and any(s.has_tables for s in layers.values()):
             raise ModelLoadError("quantization_config has activation bits but no timesteps")
         softmax, recipe, digest = (values.get(key) for key in ("softmax", "recipe", "digest"))
         if softmax is not None:
@@ -222,6 +246,13 @@ def within(values: Any, low: float, high: float, name: str) -> None:
 
 def _shortly(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def in_groups(size: Any, name: str) -> int:
+    """`size`, or a `ConfigurationError` unless groups may have it."""
+    if type(size) is not int or size not in GROUPS:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(str, GROUPS))}, got {plain(size)}")
+    return size
 
 
 def checked(bits: Any, allowed: range, name: str) -> int:

@@ -44,7 +44,7 @@ def trainable_layer(layer: nn.Module, **spec: Any) -> TrainableLayer:
     """What `made` is made of."""
     values = LayerSpec(**{"weight_bits": 4, "activation_bits": 8, **spec})
     trainable = TrainableLayer(layer, values, Buckets(TIMES))
-    if values.activation_bits:
+    if values.activation_bits and not values.dynamic:
         top = 2**values.activation_bits - 1
         ranges = torch.tensor([5.0, 6.0, 8.0])[:, None]
         channels = 1 + 0.1 * torch.arange(trainable.input_scale.shape[1])

@@ -70,7 +70,8 @@ def inspect(
     for name, row in layers.items():
         inputs = "–" if row["activation_bits"] is None else f"{row['activation_bits']}{row['grids']}"
         kilobytes = f"{row['bytes'] / 1e3:.1f}"
-        cells = (row["weight_bits"], inputs, kilobytes, row["sqnr"], row["sensitivity"])
+        weights = f"{row['weight_bits']}" + (f" by {row['weight_group']}" if row["weight_group"] else "")
+        cells = (weights, inputs, kilobytes, row["sqnr"], row["sensitivity"])
         table.add_row(name, *("–" if c is None else str(c) for c in cells))
     terminal.print(table)
     say(
@@ -79,6 +80,13 @@ def inspect(
     )
     for key, value in (spec.recipe or {}).items():
         say(f"  {key}: {value}")
+
+
+def _grids(layer: LayerSpec) -> str:
+    """What an input has grids for."""
+    if layer.dynamic:
+        return " dynamic" + (f" by {layer.input_group}" if layer.input_group else "")
+    return " by channel" if layer.per_channel else " split" if layer.split else ""
 
 
 def describe(name: str, layer: LayerSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -92,7 +100,8 @@ def describe(name: str, layer: LayerSpec, tensors: dict[str, Tensor]) -> dict[st
         "weights": rows * (width * 8 // layer.weight_bits),
         "weight_bits": layer.weight_bits,
         "activation_bits": layer.activation_bits,
-        "grids": " by channel" if layer.per_channel else " split" if layer.split else "",
+        "weight_group": layer.weight_group,
+        "grids": _grids(layer),
         "bytes": sum(t.size for t in own if t is not None),
         "sqnr": layer.sqnr,
         "sensitivity": layer.sensitivity,

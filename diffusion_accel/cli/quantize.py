@@ -15,7 +15,7 @@ from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
 from diffusion_accel.outputs import check_free_folder, output_path
-from diffusion_accel.quant.ptq.settings import FinetuneSettings, RoundingSettings
+from diffusion_accel.quant.ptq.settings import INPUTS, FinetuneSettings, RoundingSettings
 from diffusion_accel.quant.ptq.settings import settings_of as quantize_settings
 
 from .common_options import (
@@ -47,8 +47,8 @@ BUCKETS, IMAGES, REPEATED = at_least(1, 1000), at_least(0, 10_000), at_least(0, 
 BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 seconds")
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 _PANELS = {
-    "Method": "bits_budget finetune rounding layers sensitive rate scale_rate layer_loss epochs time_epochs iterations "
-    "softmax_bits attention_bits split",
+    "Method": "bits_budget group inputs input_group finetune rounding layers sensitive rate scale_rate layer_loss "
+    "epochs time_epochs iterations softmax_bits attention_bits split",
     "Calibration": "prompts_file count buckets steps guidance_scale scheduler width height seed batch",
 }
 
@@ -60,6 +60,23 @@ def quantize(
     bits: Annotated[str, typer.Option(help="w8a8, w4a8, w4a4, … or w8, w4 for weights only.")] = "w8a8",
     bits_budget: Annotated[
         float | None, typer.Option(help="Average bits a weight: sensitive layers get more, others fewer.")
+    ] = None,
+    group: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Weights that share a grid: 16, 32, 64, 128 or 256; 0: a whole row. Repeat it with --bits-budget, "
+            "which then chooses for each layer.",
+            show_default="0",
+        ),
+    ] = None,
+    inputs: Annotated[
+        str, one_of("static: a grid for each timestep; or dynamic: found anew at every call.", INPUTS)
+    ] = "static",
+    input_group: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels of a dynamic input that share a grid, as --group.", show_default="0, or 32 below 6 bits"
+        ),
     ] = None,
     finetune: Annotated[str, one_of("quest or none.", ("quest", "none"))] = "quest",
     rounding: Annotated[str, one_of("adaround or nearest.", ("adaround", "nearest"))] = "adaround",
@@ -118,6 +135,9 @@ def quantize(
         bits,
         seed=seed,
         bits_budget=bits_budget,
+        groups=tuple(group or [0]),
+        inputs=inputs,
+        input_group=input_group,
         attention_bits=attention_bits or None,
         softmax_bits=softmax_bits,
         split=split,

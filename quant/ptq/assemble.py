@@ -13,7 +13,8 @@ from diffusion_accel._version import __version__
 from diffusion_accel.denoisers import getattr_path
 from diffusion_accel.diffusers_compat import drop_config_entry, set_config_entry
 from diffusion_accel.quant.loader import LowBitConfig, LowBitQuantizer
-from diffusion_accel.quant.model import install, quantized_table, set_runtime, tables, uninstall
+from diffusion_accel.quant.model import install, quantized_table, set_runtime, uninstall
+from diffusion_accel.quant.model import tables as tables_of
 from diffusion_accel.quant.spec import ModelSpec
 
 from .bits import layer_specs
@@ -25,7 +26,7 @@ def _begin(state: RunState, _job: Job) -> Values:
     """Embedding tables are rounded to nearest before anything else, so that all errors are with them; the other layers
     get their grids."""
     specs = layer_specs(state.denoiser, state.settings, state.needs)
-    state.plain_tables = tables(state.denoiser)
+    state.plain_tables = tables_of(state.denoiser)
     state.undo.callback(put, state.denoiser, state.plain_tables)
     state.tables = {name: quantized_table(table) for name, table in state.plain_tables.items()}
     put(state.denoiser, state.tables)
@@ -37,10 +38,11 @@ def _begin(state: RunState, _job: Job) -> Values:
 def _end(state: RunState, _job: Job) -> Values:
     """Put quantized layers in place of the trainable ones; the model is then what its checkpoint will be."""
     model: Any = state.denoiser
-    timesteps = state.calibration.timesteps if state.settings.activation_bits else ()
     made = {name: layer.finished(state.trainable.buckets) for name, layer in state.trainable.items()}
     made |= state.tables
-    softmax_bits = state.settings.softmax_bits
+    softmax_bits = state.settings.softmax_bits if state.settings.activation_bits else None
+    tables = softmax_bits or any(layer.spec.has_tables for layer in made.values())
+    timesteps = state.calibration.timesteps if tables else ()
     softmax = dict.fromkeys(state.peaks, softmax_bits) if softmax_bits else None
     spec = ModelSpec({n: m.spec for n, m in made.items()}, timesteps, softmax, _recipe(state))
     state.trainable.restore()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from diffusion_accel.denoisers import KEYS_VALUES, QUERIES, concatenated_inputs, edge_layers
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.quant.affine import fake_quantize, search_grid
+from diffusion_accel.quant.affine import rounded, weight_grid
 from diffusion_accel.quant.model import candidates
+from diffusion_accel.quant.packing import packed_bytes
 from diffusion_accel.quant.spec import LayerSpec
 
 from .finetune import matching
@@ -39,17 +41,19 @@ def layer_specs(denoiser: nn.Module, settings: QuantizeSettings, needs: Mapping[
     s, layers = settings, candidates(denoiser)
     edges = edge_layers(denoiser)
     split = concatenated_inputs(denoiser) if s.split else {}
-    bits = {name: s.edge_bits if name in edges else s.weight_bits for name in layers}
+    grids = {name: Grid(s.edge_bits if name in edges else s.weight_bits, s.groups[0]) for name in layers}
     if s.bits_budget is not None:
-        bits = allocate_bits(denoiser, s, needs, CHOICES)
+        grids = allocate_bits(denoiser, s, needs, choices(s))
     queries = matching(layers, (QUERIES, KEYS_VALUES)) if s.activation_bits and s.attention_bits else []
     specs = {}
-    for name in layers:
+    for name, layer in layers.items():
         inputs = s.activation_bits if name not in edges else max(s.edge_bits, s.activation_bits or 0)
         by_channel = s.by_channel and name not in edges
-        specs[name] = LayerSpec(
-            weight_bits=bits[name],
+        spec = LayerSpec(
+            weight_bits=grids[name].bits,
+            weight_group=grids[name].group,
             activation_bits=inputs if s.activation_bits else None,
+            dynamic=s.inputs == "dynamic",
             per_channel=by_channel,
             compact_grids=by_channel and s.activation_bits is not None,
             zero_margin=_ZERO_MARGIN if by_channel and s.activation_bits else 0,
@@ -57,92 +61,119 @@ def layer_specs(denoiser: nn.Module, settings: QuantizeSettings, needs: Mapping[
             output_bits=s.attention_bits if name in queries else None,
             sensitivity=float(f"{needs[name]:.4g}") if name in needs else None,
         )
+        whole = s.input_groups and not any(n % s.input_groups for n in spec.part_sizes(_weight(layer).shape[1]))
+        specs[name] = replace(spec, input_group=s.input_groups) if whole and name not in edges else spec
     return specs
 
 
+class Grid(NamedTuple):
+    """Bits of a weight, and how many share a grid (0: a row)."""
+
+    bits: int
+    group: int = 0
+
+    def cost(self, weight: torch.Tensor) -> int:
+        """Bits that a weight (O, …) takes with it: codes, scales and zero points."""
+        rows, columns = len(weight), weight[0].numel()
+        if not self.group:
+            return rows * (8 * packed_bytes(columns, self.bits) + 40)
+        grids = -(-columns // self.group)
+        return rows * 8 * (packed_bytes(columns, self.bits) + packed_bytes(grids, self.bits) + 2 * grids)
+
+
+def choices(settings: QuantizeSettings) -> list[Grid]:
+    """The grids that an allocation chooses from."""
+    return [Grid(bits, group) for group in settings.groups for bits in CHOICES]
+
+
 def allocate_bits(
-    denoiser: nn.Module, settings: QuantizeSettings, needs: Mapping[str, float], choices: tuple[int, ...]
-) -> dict[str, int]:
-    """Bits of each layer of a model within the settings' budget, by how much they are needed; see `allocate`."""
+    denoiser: nn.Module, settings: QuantizeSettings, needs: Mapping[str, float], grids: Sequence[Grid]
+) -> dict[str, Grid]:
+    """The grid of each layer of a model within the settings' budget, by how much it is needed; see `allocate`."""
     assert settings.bits_budget is not None
     weights = {name: _weight(layer) for name, layer in candidates(denoiser).items()}
-    errors = {}
+    edges = {name: Grid(settings.edge_bits, settings.groups[0]) for name in edge_layers(denoiser) if name in weights}
+    options: dict[str, list[Option]] = {}
     for name, weight in weights.items():
-        table = rounding_errors(weight, choices) if len(choices) > 2 else dict.fromkeys(choices, 1.0)
-        errors[name] = {b: needs[name] * e / max(table[PROBE_BITS], 1e-30) for b, e in table.items()}
-    fixed = {n: settings.edge_bits for n in edge_layers(denoiser) if n in weights}
-    return allocate(errors, {n: weight.numel() for n, weight in weights.items()}, settings.bits_budget, fixed)
+        if name in edges:
+            options[name] = [Option(edges[name], edges[name].cost(weight), 0.0)]
+            continue
+        probe = Grid(PROBE_BITS)
+        errors = rounding_errors(weight, [probe, *grids]) if len(grids) > 1 else dict.fromkeys([probe, *grids], 1.0)
+        scale = needs[name] / max(errors[probe], 1e-30)
+        options[name] = [Option(grid, grid.cost(weight), scale * errors[grid]) for grid in grids]
+    total = sum(weight.numel() for weight in weights.values())
+    try:
+        return allocate(options, settings.bits_budget * total)
+    except ConfigurationError as error:
+        least = sum(min(o.cost for o in each) for each in options.values()) / total
+        raise ConfigurationError(
+            f"bits_budget {settings.bits_budget:g} is not enough: the fewest bits take {least:.2f} a weight on average"
+        ) from error
 
 
 @torch.no_grad()
-def rounding_errors(weight: torch.Tensor, choices: Iterable[int] = CHOICES) -> dict[int, float]:
-    """Mean squared rounding error of a weight for each number of bits, one grid an output channel."""
-    rows = weight.detach().flatten(1)
+def rounding_errors(weight: torch.Tensor, grids: Iterable[Grid]) -> dict[Grid, float]:
+    """Mean squared rounding error of a weight (O, I, …) on each of some grids."""
     shrink = tuple(1 - 0.05 * j for j in range(8))  # a coarse search is enough to compare
+    rows = weight.detach().float().flatten(1)
     found = {}
-    for bits in choices:
-        scale, zero = search_grid(rows, bits, symmetric=bits == 8, shrink=shrink)
-        found[bits] = float((fake_quantize(rows, scale, zero, bits) - rows.float()).square().mean())
+    for grid in grids:
+        spec = LayerSpec(grid.bits, grid.group)
+        error = rounded(rows, *weight_grid(rows, spec, shrink), spec) - rows
+        found[grid] = float(error.square().mean())
     return found
 
 
-def allocate(
-    errors: Mapping[str, Mapping[int, float]],
-    sizes: Mapping[str, int],
-    budget: float,
-    fixed: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Bits of each layer that keep the average a weight within `budget` with the least sum of errors.
+class Option(NamedTuple):
+    """One way to quantize a layer: what it is, the bits it takes, and the error of the model's output with it."""
 
-    Every layer begins with the fewest bits; again and again the step up that removes most error a bit is taken,
-    along the lower convex hull of each layer's errors. That is the best allocation up to one step of one layer.
+    grid: Grid
+    cost: int
+    error: float
 
-    Args:
-        errors: for each layer the error of the model's output by number of bits.
-        sizes: weights of each layer.
-        budget: average bits a weight over all layers, `fixed` ones included.
-        fixed: layers whose bits are decided already.
+
+def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Grid]:
+    """The option of each layer that together cost at most `budget` bits, with the least sum of errors.
+
+    Every layer begins with the cheapest one; again and again the step that removes most error a bit is taken, along the
+    lower convex hull of each layer's errors. That is the best allocation up to one step of one layer.
 
     Raises:
-        ConfigurationError: the budget is below what the fewest bits take.
+        ConfigurationError: the cheapest options cost more.
     """
-    fixed = dict(fixed or {})
-    total = sum(sizes.values())
-    steps: list[tuple[float, int, str, int, int]] = []
-    bits = dict(fixed)
-    for name, table in errors.items():
-        if name in fixed:
-            continue
-        hull = _hull(sorted(table.items()))
-        bits[name] = hull[0][0]
-        for (low, bad), (high, good) in itertools.pairwise(hull):
-            cost = (high - low) * sizes[name]
-            steps.append(((bad - good) / cost, cost, name, low, high))
-    spent: float = sum(bits[n] * sizes[n] for n in sizes)
-    if spent > budget * total:
-        raise ConfigurationError(
-            f"bits_budget {budget:g} is not enough: the fewest bits take {spent / total:.2f} a weight on average"
-        )
-    for _, cost, name, low, high in sorted(steps, key=lambda s: -s[0]):
-        if bits[name] == low and spent + cost <= budget * total:
-            bits[name] = high
+    steps: list[tuple[float, int, str, int, Option]] = []
+    taken, places = {}, dict.fromkeys(options, 0)
+    for name, each in options.items():
+        hull = _hull(sorted(each, key=lambda option: (option.cost, option.error)))
+        taken[name] = hull[0].grid
+        for place, (low, high) in enumerate(itertools.pairwise(hull)):
+            cost = high.cost - low.cost
+            steps.append(((low.error - high.error) / cost, cost, name, place, high))
+    spent = sum(min(option.cost for option in each) for each in options.values())
+    if spent > budget:
+        raise ConfigurationError(f"the budget of {budget:.0f} bits is below the {spent} that the cheapest options cost")
+    for _, cost, name, place, option in sorted(steps, key=lambda step: -step[0]):
+        if places[name] == place and spent + cost <= budget:
+            places[name], taken[name] = place + 1, option.grid
             spent += cost
-    return bits
+    return taken
 
 
-def _hull(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The lower convex hull of errors by bits, decreasing."""
-    hull: list[tuple[int, float]] = []
-    for x, y in points:
-        if hull and y >= hull[-1][1]:
+def _hull(options: list[Option]) -> list[Option]:
+    """The lower convex hull of errors by cost, decreasing."""
+    hull: list[Option] = []
+    for option in options:
+        _, x, y = option
+        if hull and y >= hull[-1].error:
             continue
         while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2], hull[-1]
+            (_, x0, y0), (_, x1, y1) = hull[-2], hull[-1]
             if (y1 - y0) * (x - x0) >= (y - y0) * (x1 - x0):
                 hull.pop()
             else:
                 break
-        hull.append((x, y))
+        hull.append(option)
     return hull
 
 

@@ -66,13 +66,15 @@ def observe(
         watchers: dict[tuple[TrainableLayer, str], Observer] = {}
         for layer in layers.values():
             width = layer.weight.shape[1]
-            if layer.spec.activation_bits:
+            if layer.spec.activation_bits and not layer.spec.dynamic:
                 parts = None if layer.spec.per_channel else layer.spec.part_sizes(width)
                 watchers[layer, "input"] = Observer(
                     layer.spec.activation_bits, parts, layer.channel_dim, settings, layer.spec.zero_margin
                 )
             if layer.spec.output_bits:
                 watchers[layer, "output"] = Observer(layer.spec.output_bits, [layer.weight.shape[0]], -1, settings)
+        if not watchers and not peaks:
+            continue
         handles: list[Any] = []
         for (layer, what), watcher in watchers.items():
             if what == "input":

@@ -23,7 +23,7 @@ from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
 from diffusion_accel.quant.model import candidates
 
 from .assemble import QUANTIZED, TRAINABLE, set_training
-from .bits import CHOICES, PROBE_BITS, allocate_bits
+from .bits import CHOICES, Grid, allocate_bits
 from .budget import PLAN, PROMPTS
 from .calibration import RECORDING, relative_error
 from .finetune import FINETUNING
@@ -190,7 +190,8 @@ def _check(state: RunState) -> None:
         )
     if state.settings.bits_budget is not None:  # an allocation of the fewest bits says whether there are enough
         needs = dict.fromkeys(candidates(state.denoiser), 1.0)
-        allocate_bits(state.denoiser, state.settings, needs, (min(CHOICES), PROBE_BITS))
+        groups = state.settings.groups
+        allocate_bits(state.denoiser, state.settings, needs, [Grid(min(CHOICES), 0 if 0 in groups else max(groups))])
 
 
 def _asked(state: RunState) -> dict[str, Any]:

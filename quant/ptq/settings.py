@@ -17,12 +17,15 @@ from diffusion_accel.quant.spec import (
     STEPS_LIMIT,
     WEIGHT_BITS,
     checked,
+    in_groups,
     within,
 )
 
 _BITS = re.compile(r"w(\d+)(?:a(\d+))?", re.IGNORECASE)
 MOMENTS = ("visit", "timestep", "shared")
 PRESETS = ("sd", "sdxl", "lsun", "dit")  # which layers they name: `finetune.PRESETS`
+INPUTS = ("static", "dynamic")
+INPUT_GROUP = 32  # of dynamic inputs of few bits
 LAYERS = ("preset", "measured", "all")
 BUCKETS = 25  # of timesteps, where an input has one grid or two
 BUCKETS_BY_CHANNEL = 16  # where each channel of an input has one, so that grids stay small beside 4-bit weights
@@ -139,6 +142,12 @@ class QuantizeSettings:
         activation_bits: of the inputs of layers, 2 … 16; None: weights only.
         bits_budget: average bits a weight; layers then get 2 to 8 bits each by how much they suffer, instead of
             `weight_bits`.
+        groups: how many weights of an output channel share a grid, 16 to 256, or 0 for all of them; with a budget,
+            what each layer chooses from.
+        inputs: "static", a grid for each timestep, or "dynamic", grids that are found anew at every call: for each row
+            of a linear layer and each image of a convolution.
+        input_group: channels of a position that share a grid, of dynamic inputs; None: 32 below 6 bits, else 0, see
+            `inputs`. Layers whose channels are no multiple of it go without.
         edge_bits: of weights and inputs of the first and the last layer.
         per_channel: a grid for each input channel; None: where inputs have fewer than 6 bits.
         attention_bits: of queries, keys and values; None: not rounded. Only with `activation_bits`.
@@ -160,6 +169,9 @@ class QuantizeSettings:
     weight_bits: int = 8
     activation_bits: int | None = 8
     bits_budget: float | None = None
+    groups: tuple[int, ...] = (0,)
+    inputs: str = "static"
+    input_group: int | None = None
     edge_bits: int = 8
     per_channel: bool | None = None
     attention_bits: int | None = 8
@@ -178,6 +190,7 @@ class QuantizeSettings:
     def __post_init__(self) -> None:
         checked(self.weight_bits, WEIGHT_BITS, "weight_bits")
         checked(self.edge_bits, WEIGHT_BITS, "edge_bits")
+        self._check_grids()
         for name in ("activation_bits", "attention_bits", "softmax_bits"):
             if getattr(self, name) is not None:
                 checked(getattr(self, name), ACTIVATION_BITS, name.replace("_", " "))
@@ -200,9 +213,33 @@ class QuantizeSettings:
         if self.buckets is not None and (type(self.buckets) is not int or self.buckets < 1):
             raise ConfigurationError(f"buckets must be at least 1, got {plain(self.buckets)}")
 
+    def _check_grids(self) -> None:
+        """Raise `ConfigurationError` unless groups, inputs and budget go together."""
+        if not isinstance(self.groups, tuple) or not self.groups:
+            raise ConfigurationError(f"groups must be a tuple of sizes, got {plain(self.groups)}")
+        for size in self.groups:
+            in_groups(size, "groups")
+        if len(self.groups) > 1 and self.bits_budget is None:
+            raise ConfigurationError("several sizes of groups need a bits_budget, by which each layer chooses")
+        if self.inputs not in INPUTS:
+            raise ConfigurationError(f"inputs must be one of {', '.join(INPUTS)}, got {plain(self.inputs)}")
+        if self.inputs == "dynamic" and (self.activation_bits is None or self.per_channel):
+            raise ConfigurationError("dynamic inputs need activation_bits, and have no grids by channel (per_channel)")
+        if self.input_group is not None and in_groups(self.input_group, "input_group") and self.inputs != "dynamic":
+            raise ConfigurationError("input_group needs dynamic inputs")
+
+    @property
+    def input_groups(self) -> int:
+        """The size of the groups of dynamic inputs, as asked for or as few bits need it."""
+        if self.inputs != "dynamic" or self.input_group is not None:
+            return self.input_group or 0
+        return INPUT_GROUP if self.activation_bits is not None and self.activation_bits < 6 else 0
+
     @property
     def by_channel(self) -> bool:
         """Whether inputs have a grid for each channel."""
+        if self.inputs == "dynamic":
+            return False
         if self.per_channel is not None:
             return self.per_channel
         return self.activation_bits is not None and self.activation_bits < 6

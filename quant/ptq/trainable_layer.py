@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_accel.quant.affine import half_scale, search_grid, top
+from diffusion_accel.quant.affine import dynamic_grid, fake_quantize, half_scale, top, weight_grid
 from diffusion_accel.quant.buckets import Buckets, SelectBucket, grid_at
 from diffusion_accel.quant.layers import QuantizedLayer, quantized_like
 from diffusion_accel.quant.model import candidates
@@ -38,7 +38,7 @@ class TrainableLayer(nn.Module):
         plain: compute with the original weights and round nothing.
         round_weights, round_inputs: what the running forward rounds otherwise.
         weight: the weights, trainable in finetuning.
-        scale, zero_point: grid of the weights, (parts, O).
+        scale, zero_point: grid of the weights, (parts, O) or (groups, O).
         up: whether each weight is rounded up from the floor; while it is learnt, `logits` decides.
         logits: AdaRound's variable, None but during reconstruction.
         input_scale, input_zero_point, output_scale, output_zero_point: (buckets, 1 | parts | C); scales are trainable,
@@ -66,7 +66,11 @@ class TrainableLayer(nn.Module):
         self.channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
         steps = len(buckets.timesteps)
         for name, bits, width in (
-            ("input", spec.activation_bits, weight.shape[1] if spec.per_channel else spec.parts),
+            (
+                "input",
+                None if spec.dynamic else spec.activation_bits,
+                weight.shape[1] if spec.per_channel else spec.parts,
+            ),
             ("output", spec.output_bits, 1),
         ):
             if bits:
@@ -78,14 +82,9 @@ class TrainableLayer(nn.Module):
     # ------------------------------------------------------------------ weights
     def find_grid(self, search: bool = True) -> None:
         """Grids of the weights by range search (or over their whole range), and rounding to nearest."""
-        bits, scales, zeros = self.spec.weight_bits, [], []
-        for part in self.weight.detach().split(self.spec.part_sizes(self.weight.shape[1]), 1):
-            shrink = () if search else (1.0,)
-            scale, zero = search_grid(part.flatten(1), bits, symmetric=bits == 8, shrink=shrink)
-            scales.append(scale[:, 0])
-            zeros.append(zero[:, 0])
-        self.register_buffer("scale", torch.stack(scales))
-        self.register_buffer("zero_point", torch.stack(zeros))
+        scale, zero = weight_grid(self.weight.detach(), self.spec, () if search else (1.0,))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero)
         ratio = self.weight.detach() / self._spread(self.scale)
         self.register_buffer("up", ratio - ratio.floor() >= 0.5)
 
@@ -98,7 +97,10 @@ class TrainableLayer(nn.Module):
         return [p for p in (self.weight, self.bias) if p is not None]
 
     def _spread(self, grid: torch.Tensor) -> torch.Tensor:
-        """(parts, O) to the shape of the weight, broadcastable."""
+        """(parts or groups, O) to the shape of the weight, broadcastable."""
+        if self.spec.weight_group:
+            each = grid.T.repeat_interleave(self.spec.weight_group, 1)
+            return each[:, : self.weight[0].numel()].reshape(self.weight.shape)
         ones = [1] * (self.weight.dim() - 2)
         columns = [
             g.view(-1, 1, *ones).expand(-1, size, *ones)
@@ -170,7 +172,11 @@ class TrainableLayer(nn.Module):
         if self.plain:
             return self.layer(x)
         if self.round_inputs and self.spec.activation_bits:
-            x = self._learned(x, "input", self.spec.activation_bits)
+            if self.spec.dynamic:
+                grid = dynamic_grid(x, self.spec, self.channel_dim)
+                x = x + (fake_quantize(x.detach(), *grid, self.spec.activation_bits) - x.detach())
+            else:
+                x = self._learned(x, "input", self.spec.activation_bits)
         weight = self.rounded() if self.round_weights else self.weight
         if isinstance(self.layer, nn.Conv2d):
             y = self.layer._conv_forward(x, weight, self.bias)
