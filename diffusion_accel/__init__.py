@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .quant import QuantizeSettings
     from .quant.ptq.export import quantize
     from .quant.ptq.report import QuantizationReport
+    from .quant.without_data import quantize_files
     from .report import Report
     from .reuse import DiffusersCache, EncoderReuse, Plan, PlanFamily, Preset, Reuse, Step, TunedPlan
     from .routing import TaskRouting
@@ -71,6 +72,7 @@ _LAZY = {
     "fidelity": ".measure.fidelity",
     "load_pipeline": ".pipelines.loading",
     "quantize": ".quant.ptq.export",
+    "quantize_files": ".quant.without_data",
     "tune": ".tuning.tuner",
     "tune_solver": ".tuning.solver",
     # features, and what they are given
@@ -151,6 +153,7 @@ __all__ = [
     "fidelity",
     "load_pipeline",
     "quantize",
+    "quantize_files",
     "tune",
     "tune_solver",
 ]

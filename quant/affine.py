@@ -108,6 +108,10 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     return dequantize(quantize(x.float(), scale, zero_point, bits), scale, zero_point).to(x.dtype)
 
 
+def _power(error: torch.Tensor, norm: float) -> torch.Tensor:
+    return error.square_() if norm == 2 else error.abs_().pow_(norm)
+
+
 def search_grid(
     rows: torch.Tensor, bits: int, symmetric: bool = False, norm: float = SEARCH_NORM, shrink: Iterable[float] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +128,7 @@ def search_grid(
     best = scale = zero = None
     for factor in shrink or (1 - 0.01 * j for j in range(SEARCH_CANDIDATES)):
         tried = grid(low * factor, high * factor, bits, symmetric)
-        error = (fake_quantize(rows, *tried, bits) - rows).abs_().pow_(norm).sum(1, keepdim=True)
+        error = _power((fake_quantize(rows, *tried, bits) - rows), norm).sum(1, keepdim=True)
         if best is None or scale is None or zero is None:
             best, (scale, zero) = error, tried
             continue
@@ -136,7 +140,7 @@ def search_grid(
 
 
 def weight_grid(
-    weight: torch.Tensor, spec: LayerSpec, shrink: Iterable[float] = ()
+    weight: torch.Tensor, spec: LayerSpec, shrink: Iterable[float] = (), norm: float = SEARCH_NORM
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of a weight (O, I, …) by range search, (parts or groups, O), as they are stored.
 
@@ -146,11 +150,11 @@ def weight_grid(
     if group:
         ones = weight.new_ones(1, len(weight))
         groups = by_group(weight.flatten(1).float(), ones, ones, group)[0]
-        scale, zero = search_grid(groups.flatten(0, 1), bits, shrink=shrink)
+        scale, zero = search_grid(groups.flatten(0, 1), bits, norm=norm, shrink=shrink)
         scale, zero = (g.view(groups.shape[:2]).T.contiguous() for g in (scale, zero))
         return half_scale(scale).float(), zero
     parts = [part.flatten(1) for part in weight.split(spec.part_sizes(weight.shape[1]), 1)]
-    found = [search_grid(part, bits, symmetric=bits == 8, shrink=shrink) for part in parts]
+    found = [search_grid(part, bits, symmetric=bits == 8, norm=norm, shrink=shrink) for part in parts]
     return torch.stack([scale[:, 0] for scale, _ in found]), torch.stack([zero[:, 0] for _, zero in found])
 
 

@@ -31,7 +31,7 @@ from .spec import RUNTIMES, LayerSpec, ModelSpec
 from .stored import settings_digest, tensors_digest
 
 # as safetensors names them
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -190,7 +190,7 @@ def digest_of_version_1(model: nn.Module) -> str:
 
 def digest(model: Any, spec: Mapping[str, Any]) -> str:
     """The digest of a model as it would be saved now; `spec` as it is written, see `stored`."""
-    stored = ((n, _DTYPES[t.dtype], tuple(t.shape), (_bytes(t),)) for n, t in model.state_dict().items())
+    stored = ((n, DTYPES[t.dtype], tuple(t.shape), (_bytes(t),)) for n, t in model.state_dict().items())
     return settings_digest(model.config, spec) + tensors_digest(stored)
 
 

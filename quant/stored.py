@@ -16,7 +16,7 @@ from diffusion_accel.model_files.names import safetensors_header
 
 from .spec import ModelSpec
 
-_SIZES = {
+SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
@@ -84,11 +84,11 @@ def find_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
             dtype, shape, ends = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
             right = (
                 isinstance(dtype, str)
-                and dtype in _SIZES
+                and dtype in SIZES
                 and _whole_numbers(shape)
                 and _whole_numbers(ends)
                 and len(ends) == 2
-                and ends[1] - ends[0] == math.prod(shape) * _SIZES[dtype]
+                and ends[1] - ends[0] == math.prod(shape) * SIZES[dtype]
             )
             if not right:
                 raise ModelLoadError(f"the checkpoint is damaged: {file.name} describes {printable(name)} wrongly")
@@ -168,7 +168,7 @@ def _finite(name: str, tensor: Tensor) -> Iterator[bytes]:
     scale = name.endswith(("_scale",))
     for data in tensor.chunks():
         if tensor.dtype in ("F64", "F32", "F16"):
-            values = np.frombuffer(data, f"<f{_SIZES[tensor.dtype]}")
+            values = np.frombuffer(data, f"<f{SIZES[tensor.dtype]}")
             wrong = not np.isfinite(values).all()
             wrong |= scale and bool((values <= 0).any())
         elif tensor.dtype == "BF16":

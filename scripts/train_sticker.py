@@ -55,6 +55,10 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
     if len(stages) == 1:
         add_rate_options(group, TUNED[stages[0]])
     add_loop_options(group)
+    if len(stages) == 1 and "text" not in stages:
+        text = "begin with the weights of a safetensors file; those of a denoiser have its text encoders"
+        group.add_argument("--start", type=Path, metavar="FILE", help=text)
+    parser.set_defaults(start=None)
     if "decoder" in stages:
         group.add_argument("--crop", type=number(8), default=48, help="side of the decoder's crops (default: 48)")
         text = "largest latent noise of the decoder's input (default: 0.3)"
@@ -65,8 +69,6 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
         group.add_argument("--t-mean", type=float, default=0.0, help=text)
         text = "compile the blocks of a transformer with torch.compile: a minute of waiting, then faster steps"
         group.add_argument("--compile", action="store_true", help=text)
-        text = "begin denoiser or finish with the weights of a safetensors file, text encoders included"
-        group.add_argument("--start", type=Path, metavar="FILE", help=text)
         group.add_argument("--fresh-text", action="store_true", help="start from an untrained text encoder")
 
 

@@ -14,8 +14,9 @@ from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
+from diffusion_accel.model_files.names import find_model
 from diffusion_accel.outputs import check_free_folder, output_path
-from diffusion_accel.quant.ptq.settings import INPUTS, FinetuneSettings, RoundingSettings
+from diffusion_accel.quant.ptq.settings import INPUTS, FinetuneSettings, RoundingSettings, parse_bits
 from diffusion_accel.quant.ptq.settings import settings_of as quantize_settings
 
 from .common_options import (
@@ -46,15 +47,17 @@ from .terminal import Bar, say
 BUCKETS, IMAGES, REPEATED = at_least(1, 1000), at_least(0, 10_000), at_least(0, 1_000_000)
 BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 seconds")
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
+CALIBRATIONS = ("prompts", "none")
 _PANELS = {
     "Method": "bits_budget group inputs input_group finetune rounding layers sensitive rate scale_rate layer_loss "
     "epochs time_epochs iterations softmax_bits attention_bits split",
-    "Calibration": "prompts_file count buckets steps guidance_scale scheduler width height seed batch",
+    "Calibration": "calibration prompts_file count buckets steps guidance_scale scheduler width height seed batch",
 }
 
 
 @in_panels(_PANELS)
 def quantize(
+    context: typer.Context,
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The pipeline folder to write.")],
     model: Model = None,
     bits: Annotated[str, typer.Option(help="w8a8, w4a8, w4a4, … or w8, w4 for weights only.")] = "w8a8",
@@ -104,6 +107,14 @@ def quantize(
     softmax_bits: Annotated[int | None, typer.Option(help="Also round attention probabilities.")] = None,
     attention_bits: Annotated[int, typer.Option(help="Of queries, keys and values; 0: as they are.")] = 8,
     split: Annotated[bool, typer.Option("--split/--no-split", help="Own grids for skip connections.")] = True,
+    calibration: Annotated[
+        str,
+        one_of(
+            "prompts: what the model sees decides; or none: rounding to nearest, from files to files a layer at a "
+            "time, in little memory.",
+            CALIBRATIONS,
+        ),
+    ] = "prompts",
     prompts_file: PromptsFile = None,
     count: Annotated[int, count_option(2)] = 64,
     buckets: Annotated[
@@ -128,9 +139,13 @@ def quantize(
     """Quantize a pipeline's U-Net or transformer: fewer bits, calibrated and finetuned (QuEST).
 
     Writes a pipeline folder that `generate --model DIR` and diffusers' from_pretrained load, with report.html in it. An
-    interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work.
+    interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work. With
+    --calibration none no image is drawn, and a model of any size is quantized in minutes.
     """
     options = locals()
+    if calibration == "none":
+        say(_without_data(context, model, output, bits, group, overwrite, as_json, Bar(quiet)))
+        return
     choice = quantize_settings(
         bits,
         seed=seed,
@@ -176,6 +191,49 @@ def quantize(
         typer.echo(json.dumps(found.to_dict()))
     else:
         say(found.text(), lines=True)
+
+
+_DATA_FREE = {"output", "model", "bits", "group", "inputs", "calibration", "overwrite", "as_json", "quiet", "debug"}
+
+
+def _without_data(
+    context: typer.Context,
+    model: str | None,
+    output: str,
+    bits: str,
+    group: list[int] | None,
+    overwrite: bool,
+    as_json: bool,
+    bar: Bar,
+) -> str:
+    """Quantize from files to files; what is to be said of it."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    other = sorted("--" + name.replace("_", "-") for name in set(given) - _DATA_FREE)
+    if other or (context.params["inputs"] == "static" and "inputs" in given):
+        raise ConfigurationError(f"{other[0] if other else '--inputs static'} needs data: leave out --calibration none")
+    if len(group or ()) > 1:
+        raise ConfigurationError("--group takes one size with --calibration none")
+    weight_bits, activation_bits = parse_bits(bits)
+    folder = output_path(output)
+    check_free_folder(folder, overwrite)
+    source = find_model(model or "sticker")
+    if source.kind not in ("embedded", "folder"):
+        raise ConfigurationError(
+            f"--calibration none takes a pipeline folder, got the {source.kind} {source.name}; load it once and save "
+            "it: pipe.save_pretrained(DIR)"
+        )
+
+    from diffusion_accel.quant.without_data import quantize_files  # heavy: torch
+
+    try:
+        found = quantize_files(
+            source.location, folder, weight_bits=weight_bits, activation_bits=activation_bits,
+            group=group[0] if group else 64, overwrite=overwrite, progress=bar,
+        )  # fmt: skip
+    finally:
+        bar.close()
+    return json.dumps(found.to_dict()) if as_json else found.text()
 
 
 def _say_how_to_go_on(folder: Path) -> None:

@@ -133,7 +133,10 @@ def run_evaluate(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------- trained stages
 def decoder_task(options: argparse.Namespace) -> Task:
     """Trains the VAE's decoder."""
-    return DecoderTask(options.work, crop=options.crop, noise=options.latent_noise)
+    task = DecoderTask(options.work, crop=options.crop, noise=options.latent_noise)
+    if options.start:
+        load_weights(options.start, task.model)
+    return task
 
 
 def text_task(options: argparse.Namespace) -> Task:

@@ -1,0 +1,309 @@
+"""Quantizing from files to files, a layer at a time: no data, no calls of the model, little memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import diffusers
+import torch
+from torch import nn
+
+from diffusion_accel.denoisers import DENOISERS, edge_layers
+from diffusion_accel.errors import ModelLoadError
+from diffusion_accel.io import plain, printable, read_json, writing
+from diffusion_accel.model_files.folders import check_folder
+from diffusion_accel.outputs import check_free_folder, replacing_folder
+from diffusion_accel.progress import Progress, silent
+
+from .affine import by_group, codes_of, dequantize, half_scale, weight_grid
+from .method import METHOD
+from .model import DTYPES, candidates, install
+from .packing import pack
+from .spec import LayerSpec, ModelSpec, checked, in_groups
+from .stored import SIZES, Tensor, find_tensors, settings_digest, tensors_digest
+
+__all__ = ["FilesReport", "quantize_files"]
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+EDGE_BITS = 8  # of the first and the last layer
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ROWS = 1 << 22  # weights that are rounded at a time
+_SHRINK = tuple(1 - 0.04 * j for j in range(10))  # of ranges that are tried, below 8 bits
+
+
+@dataclass(frozen=True)
+class FilesReport:
+    """What was written.
+
+    Attributes:
+        output: the pipeline folder.
+        layers: how many are quantized.
+        parameters: of the model.
+        bytes: of its weights on disk: "checkpoint" and what they were, "source".
+        sqnr: of each layer's weights, 10 log10(signal / rounding error), dB.
+    """
+
+    output: str
+    layers: int
+    parameters: int
+    bytes: dict[str, int]
+    sqnr: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dict(vars(self))
+
+    def text(self) -> str:
+        """A line for people."""
+        before, now = self.bytes["source"], self.bytes["checkpoint"]
+        return (
+            f"{self.output}: {self.layers} layers, {now / 1e6:.1f} MB instead of {before / 1e6:.1f} "
+            f"({now / (4 * self.parameters):.3f} of float32); the worst layer keeps {min(self.sqnr.values()):.1f} dB"
+        )
+
+
+def quantize_files(
+    model: str | Path,
+    output: str | Path,
+    *,
+    weight_bits: int = 8,
+    activation_bits: int | None = None,
+    group: int = 64,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> FilesReport:
+    """Quantize the U-Net or transformer of a pipeline folder without data, a layer at a time.
+
+    The weights are read from the safetensors files and written as they are made, so that memory is needed for one layer
+    only. Rounding is to nearest on grids by range search; inputs have grids that are found at every call, or none.
+
+        quantize_files("my-sdxl", "my-sdxl-w4", weight_bits=4)
+
+    Args:
+        model: a pipeline folder with safetensors weights.
+        output: the pipeline folder to write: other parts are copied as they are.
+        weight_bits: 2 to 8; the first and the last layer have 8.
+        activation_bits: of inputs, 2 to 16; None: they are not rounded.
+        group: weights that share a grid, 16 to 256, or 0: all of an output channel.
+        overwrite: replace an existing pipeline folder.
+        progress: told which layer is at work.
+
+    Raises:
+        ConfigurationError: a value is not allowed.
+        ModelLoadError: the folder is damaged, has no denoiser or two of them, or weights that are no safetensors.
+        OutputError: `output` exists, or cannot be written.
+    """
+    root, folder = Path(model), Path(output)
+    asked = LayerSpec(
+        checked(weight_bits, range(2, 9), "weight_bits"),
+        in_groups(group, "group"),
+        activation_bits,
+        dynamic=activation_bits is not None,
+    )
+    check_free_folder(folder, overwrite)
+    check_folder(root)
+    name = _denoiser_of(root)
+    with writing(folder), replacing_folder(folder) as made:
+        for entry in sorted(root.iterdir()):
+            if entry.is_dir() and entry.name != name:
+                shutil.copytree(entry, made / entry.name)
+            elif entry.is_file():
+                shutil.copy(entry, made)
+        (made / name).mkdir()
+        return _quantize_part(root / name, made / name, folder, asked, progress)
+
+
+def _denoiser_of(root: Path) -> str:
+    """The component that denoises."""
+    index = read_json(root / "model_index.json", error=ModelLoadError)
+    found = [name for name in DENOISERS if isinstance(index, dict) and index.get(name) and (root / name).is_dir()]
+    if len(found) != 1:
+        what = f"{len(found)} denoisers ({', '.join(found)})" if found else "no U-Net or transformer"
+        raise ModelLoadError(f"{root} has {what}; a pipeline folder with one is needed")
+    return found[0]
+
+
+def _quantize_part(source: Path, made: Path, output: Path, asked: LayerSpec, progress: Progress) -> FilesReport:
+    """One model's folder to another."""
+    config = read_json(source / "config.json", error=ModelLoadError, nonfinite=True)
+    model = _empty(source, config)
+    stored = find_tensors(_files(source))
+    _check_fit(model, stored, source)
+    layers = candidates(model)
+    edges = set(edge_layers(model))
+    specs = {name: _spec_of(asked, name in edges) for name in layers}
+    parameters = sum(p.numel() for p in model.parameters())
+    install(model, ModelSpec(specs))
+    wanted = model.state_dict()
+    sqnr: dict[str, float] = {}
+    with _Writer(made / WEIGHTS, _header(wanted, stored)) as file:
+        for number, (name, spec) in enumerate(specs.items()):
+            progress(name, number / len(specs), None)
+            sqnr[name] = _write_layer(file, name, stored[f"{name}.weight"], spec)
+        for name in wanted:
+            if name in stored:
+                file.put(name, stored[name].chunks())
+    progress("writing", 1.0, 0.0)
+    specs = {name: _with_sqnr(spec, sqnr[name]) for name, spec in specs.items()}
+    recipe = {"bits": _named(asked), "rounding": "nearest", "finetune": "none", "calibration": "none"}
+    values = ModelSpec(specs, recipe=recipe).to_dict()
+    tensors = find_tensors([made / WEIGHTS])
+    hashed = tensors_digest((n, t.dtype, t.shape, t.chunks()) for n, t in tensors.items())
+    kept = {k: v for k, v in config.items() if k != "quantization_config"}
+    values["digest"] = settings_digest(kept, values) + hashed
+    written = kept | {"quantization_config": {"quant_method": METHOD, **values}}
+    (made / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    sizes = {"checkpoint": sum(t.size for t in tensors.values()), "source": sum(t.size for t in stored.values())}
+    return FilesReport(str(output), len(specs), parameters, sizes, sqnr)
+
+
+# ---------------------------------------------------------------------- the model
+def _empty(source: Path, config: Any) -> nn.Module:
+    """The model without weights."""
+    if not isinstance(config, dict) or "quantization_config" in config:
+        what = "is quantized already" if isinstance(config, dict) else "holds no table"
+        raise ModelLoadError(f"{source / 'config.json'} {what}")
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ModelLoadError(
+            f"{source / 'config.json'} names no model of diffusers: {plain(config.get('_class_name'))}"
+        )
+    with torch.device("meta"):
+        made: Any = cls.from_config(config)  # type: ignore[attr-defined]
+    return made
+
+
+def _files(source: Path) -> list[Path]:
+    files = sorted(source.glob("*.safetensors"))
+    index = source / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        table = read_json(index, error=ModelLoadError)
+        names = {str(name) for name in table.get("weight_map", {}).values()} if isinstance(table, dict) else set()
+        files = [source / name for name in sorted(names) if Path(name).name == name]
+    elif (source / WEIGHTS).is_file():
+        files = [source / WEIGHTS]  # beside variants
+    elif len(files) > 1:
+        raise ModelLoadError(f"{source} has several variants of weights ({', '.join(f.name for f in files)}); keep one")
+    if not files:
+        raise ModelLoadError(f"{source} has no safetensors weights")
+    return files
+
+
+def _check_fit(model: nn.Module, stored: Mapping[str, Tensor], source: Path) -> None:
+    """The files must hold what the model has, in a type that weights can have."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*wanted, *stored}):
+        if name not in stored or name not in wanted or stored[name].shape != wanted[name]:
+            what = "lack" if name not in stored else "have" if name not in wanted else "have another shape of"
+            raise ModelLoadError(f"the weights in {source} do not fit its config.json: they {what} {printable(name)}")
+        if name.endswith(".weight") and stored[name].dtype not in _FLOATS:
+            raise ModelLoadError(f"{printable(name)} in {source} is {stored[name].dtype}, not floating point")
+
+
+def _spec_of(asked: LayerSpec, edge: bool) -> LayerSpec:
+    if not edge:
+        return asked
+    inputs = None if asked.activation_bits is None else max(EDGE_BITS, asked.activation_bits)
+    return LayerSpec(EDGE_BITS, asked.weight_group, inputs, dynamic=asked.dynamic)
+
+
+def _with_sqnr(spec: LayerSpec, sqnr: float) -> LayerSpec:
+    values = {**spec.to_dict(), "sqnr": round(sqnr, 2)} if math.isfinite(sqnr) else spec.to_dict()
+    return LayerSpec(**values)
+
+
+def _named(spec: LayerSpec) -> str:
+    return f"w{spec.weight_bits}" + (f"a{spec.activation_bits}" if spec.activation_bits else "")
+
+
+# ---------------------------------------------------------------------- weights
+def _write_layer(file: _Writer, name: str, stored: Tensor, spec: LayerSpec) -> float:
+    """Round one layer's weights a slice of rows at a time, write them, and say how much of them is kept, dB."""
+    count, columns = stored.shape[0], math.prod(stored.shape[1:])
+    each = max(1, _ROWS // columns)
+    signal = noise = 0.0
+    scales, zeros = [], []
+    shrink = (1.0,) if spec.weight_bits == 8 else _SHRINK
+    for begin in range(0, count, each):
+        rows = _rows(stored, begin, min(count, begin + each), columns, name)
+        scale, zero = weight_grid(rows, spec, shrink, norm=2.0)
+        scale = half_scale(scale).float() if spec.weight_group else scale
+        codes = codes_of(rows, scale, zero, spec)
+        signal += float(rows.square().sum())
+        noise += float((_values(codes, scale, zero, spec) - rows).square().sum())
+        packed = pack(codes, spec.weight_bits)
+        file.put(f"{name}.weight_codes", packed.numpy().tobytes(), begin * packed.shape[1])
+        scales.append(scale)
+        zeros.append(zero)
+    scale, zero = torch.cat(scales, 1), torch.cat(zeros, 1)
+    stored_scale = half_scale(scale) if spec.weight_group else scale
+    stored_zero = pack(zero.T, spec.weight_bits) if spec.weight_group else zero.to(torch.uint8)
+    file.put(f"{name}.weight_scale", stored_scale.contiguous().numpy().tobytes())
+    file.put(f"{name}.weight_zero_point", stored_zero.contiguous().numpy().tobytes())
+    return 10 * math.log10(signal / max(noise, 1e-30)) if signal else math.inf
+
+
+def _rows(stored: Tensor, begin: int, end: int, columns: int, name: str) -> torch.Tensor:
+    """Rows of a weight as float32."""
+    width = columns * (stored.size // math.prod(stored.shape))
+    part = Tensor(
+        stored.dtype, (end - begin, columns), stored.file, stored.start + begin * width, (end - begin) * width
+    )
+    data = bytearray(b"".join(part.chunks()))
+    rows = torch.frombuffer(data, dtype=_FLOATS[stored.dtype]).view(end - begin, columns).float()
+    if not bool(torch.isfinite(rows).all()):
+        raise ModelLoadError(f"{printable(name)}.weight has values that are no finite numbers")
+    return rows
+
+
+def _values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """What codes (O, N) stand for."""
+    if not spec.weight_group:
+        return dequantize(codes, scale[0, :, None], zero[0, :, None])
+    return dequantize(*by_group(codes, scale, zero, spec.weight_group)).flatten(1)[:, : codes.shape[1]]
+
+
+def _header(wanted: Mapping[str, torch.Tensor], stored: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor of the checkpoint; what is not quantized keeps the type that it has."""
+    return {
+        name: (stored[name].dtype if name in stored else DTYPES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in sorted(wanted.items())
+    }
+
+
+class _Writer:
+    """A safetensors file whose tensors are written in any order, in parts."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self.path, self.places = path, dict[str, tuple[int, int]]()
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-SIZES[item[1][0]], item[0])):
+            size = math.prod(shape) * SIZES[dtype]
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            self.places[name] = (end, size)
+            end += size
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        self.header = header + b" " * (-len(header) % 8)
+
+    def __enter__(self) -> _Writer:
+        self.file: IO[bytes] = self.path.open("wb")
+        self.file.write(len(self.header).to_bytes(8, "little") + self.header)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def put(self, name: str, data: Iterable[bytes] | bytes, offset: int = 0) -> None:
+        """Bytes of a tensor, from `offset` on."""
+        start, size = self.places[name]
+        self.file.seek(8 + len(self.header) + start + offset)
+        for part in (data,) if isinstance(data, bytes) else data:
+            offset += self.file.write(part)
+        assert offset <= size, name
