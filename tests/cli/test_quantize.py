@@ -190,6 +190,30 @@ def test_other_refusals(tiny: Path, sticker: Path, tmp_path: Path, capsys: pytes
         assert code in (1, 2) and says in err and len(err.splitlines()) == 1, err
 
 
+def test_without_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "made"
+    code, out, err = call(
+        capsys, "quantize", "-m", tiny, "--calibration", "none", "--bits", "w4a8", "-o", made, "--quiet"
+    )
+    assert code == 0 and "8 MB" not in err and "layers" in out + err, err
+    code, out, _ = call(capsys, "inspect", made, "--json")
+    layers = json.loads(out)["layers"]
+    assert code == 0 and {row["weight_group"] for row in layers.values()} == {64}
+    assert {row["grids"] for row in layers.values()} == {" dynamic"}
+    for more, says in (
+        (["-o", made], "exists"),
+        (["-o", tmp_path / "b", "--rounding", "nearest"], "--rounding needs data: leave out --calibration none"),
+        (["-o", tmp_path / "b", "--inputs", "static"], "--inputs static needs data"),
+        (["-o", tmp_path / "b", "--group", "16", "--group", "32"], "--group takes one size"),
+        (["-o", tmp_path / "b", "--group", "33"], "group must be one of 0, 16"),
+        (["-o", tmp_path / "b", "-m", "some/model"], "takes a pipeline folder, got the hub some/model"),
+        (["-o", tmp_path / "b", "-m", made], "is quantized already"),
+    ):
+        code, _, err = call(capsys, "quantize", "-m", tiny, "--calibration", "none", *more)
+        assert code in (1, 2) and says in err and len(err.splitlines()) == 1, err
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
 WHOLE = "--bits w4a8 --count 6 --buckets 2 --steps 4 --iterations 12 --epochs 2 --time-epochs 4".split()
 
 
