@@ -1,4 +1,5 @@
-"""The files of a checkpoint: read within limits, checked against each other, and hashed; without torch."""
+"""The files of a checkpoint: read within limits, written in parts, checked against each other, and hashed; without
+torch."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.io import plain, printable, read_json
@@ -102,6 +103,44 @@ def _entries(header: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**60 for v in values)
+
+
+# ---------------------------------------------------------------------- writing
+class TensorWriter:
+    """A safetensors file whose tensors are written in any order, in parts.
+
+    Args:
+        path: the file.
+        tensors: type, as safetensors has it, and shape of each by name.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self.path, self.places = path, dict[str, tuple[int, int]]()
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-SIZES[item[1][0]], item[0])):
+            size = math.prod(shape) * SIZES[dtype]
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            self.places[name] = (end, size)
+            end += size
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        self.header = header + b" " * (-len(header) % 8)
+
+    def __enter__(self) -> Self:
+        self.file: IO[bytes] = self.path.open("wb")
+        self.file.write(len(self.header).to_bytes(8, "little") + self.header)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def put(self, name: str, data: Iterable[bytes] | bytes, offset: int = 0) -> None:
+        """Bytes of a tensor, from `offset` on."""
+        start, size = self.places[name]
+        self.file.seek(8 + len(self.header) + start + offset)
+        for part in (data,) if isinstance(data, bytes) else data:
+            offset += self.file.write(part)
+        assert offset <= size, name
 
 
 # ---------------------------------------------------------------------- digests

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -26,7 +26,7 @@ from .method import METHOD
 from .model import DTYPES, candidates, install
 from .packing import pack
 from .spec import LayerSpec, ModelSpec, checked, in_groups
-from .stored import SIZES, Tensor, find_tensors, settings_digest, tensors_digest
+from .stored import Tensor, TensorWriter, find_tensors, settings_digest, tensors_digest
 
 __all__ = ["FilesReport", "quantize_files"]
 
@@ -142,7 +142,7 @@ def _quantize_part(source: Path, made: Path, output: Path, asked: LayerSpec, pro
     install(model, ModelSpec(specs))
     wanted = model.state_dict()
     sqnr: dict[str, float] = {}
-    with _Writer(made / WEIGHTS, _header(wanted, stored)) as file:
+    with TensorWriter(made / WEIGHTS, _header(wanted, stored)) as file:
         for number, (name, spec) in enumerate(specs.items()):
             progress(name, number / len(specs), None)
             sqnr[name] = _write_layer(file, name, stored[f"{name}.weight"], spec)
@@ -223,7 +223,7 @@ def _named(spec: LayerSpec) -> str:
 
 
 # ---------------------------------------------------------------------- weights
-def _write_layer(file: _Writer, name: str, stored: Tensor, spec: LayerSpec) -> float:
+def _write_layer(file: TensorWriter, name: str, stored: Tensor, spec: LayerSpec) -> float:
     """Round one layer's weights a slice of rows at a time, write them, and say how much of them is kept, dB."""
     count, columns = stored.shape[0], math.prod(stored.shape[1:])
     each = max(1, _ROWS // columns)
@@ -275,35 +275,3 @@ def _header(wanted: Mapping[str, torch.Tensor], stored: Mapping[str, Tensor]) ->
         name: (stored[name].dtype if name in stored else DTYPES[tensor.dtype], tuple(tensor.shape))
         for name, tensor in sorted(wanted.items())
     }
-
-
-class _Writer:
-    """A safetensors file whose tensors are written in any order, in parts."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        self.path, self.places = path, dict[str, tuple[int, int]]()
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-SIZES[item[1][0]], item[0])):
-            size = math.prod(shape) * SIZES[dtype]
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
-            self.places[name] = (end, size)
-            end += size
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        self.header = header + b" " * (-len(header) % 8)
-
-    def __enter__(self) -> _Writer:
-        self.file: IO[bytes] = self.path.open("wb")
-        self.file.write(len(self.header).to_bytes(8, "little") + self.header)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def put(self, name: str, data: Iterable[bytes] | bytes, offset: int = 0) -> None:
-        """Bytes of a tensor, from `offset` on."""
-        start, size = self.places[name]
-        self.file.seek(8 + len(self.header) + start + offset)
-        for part in (data,) if isinstance(data, bytes) else data:
-            offset += self.file.write(part)
-        assert offset <= size, name
