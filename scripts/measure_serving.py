@@ -3,6 +3,8 @@
 
     OMP_NUM_THREADS=1 python scripts/measure_serving.py
     python scripts/measure_serving.py --workload mixed --plan tuned:dpm:balanced --json runs/serving.json
+    python scripts/measure_serving.py --scheduler ddim --steps 50 --engine-plan tuned:ddim-balanced --clients 16
+    python scripts/measure_serving.py --workload mixed --load 0.5 0.8 0.95
 
 So many clients as are in flight each ask for one image after the other. The three ways draw the same requests, in turn,
 round by round; a row's ratio is the median over the rounds of the images a second of a way over those of the lock in
@@ -11,6 +13,9 @@ the same round. Latencies are from asking to having, over all rounds.
 - lock: a pipeline that draws one request at a time
 - static: requests that wait and are alike (steps, guidance, size) are one call of the pipeline
 - engine: `diffusion_accel.serving.engine.Engine`
+
+With --load requests arrive by chance instead (open loop, exponential gaps, the same for all ways), at such shares of
+what the lock draws when it has no pause; latencies are from arriving to having.
 
 The images of all ways are compared with those of the lock. Run it on an idle machine: threads compete for its cores.
 """
@@ -135,14 +140,61 @@ def drawn(way: Way, requests: Sequence[Request], clients: int) -> tuple[float, l
     return time.perf_counter() - began, [seconds for seconds, _ in found], [images for _, images in found]
 
 
+def arriving(way: Way, requests: Sequence[Request], gaps: Sequence[float]) -> list[float]:
+    """The latency of each request, the first of which arrives after the first gap, in seconds."""
+    times = np.cumsum(gaps)
+    began = time.perf_counter()
+
+    def one(request: Request, arrival: float) -> float:
+        time.sleep(max(0.0, began + arrival - time.perf_counter()))
+        way(request)
+        return time.perf_counter() - began - arrival
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(one, requests, times))
+
+
+def open_loop(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All ways at every load: a row of latencies for each."""
+    requests = workload(options.workload, options.count, options.steps)
+    pipes = two_pipes(options)
+    with Engine(pipes[1], running=32, queue=len(requests), most_rows=options.most_rows) as engine:
+        engine.warm_up([requests[0]])
+        ways: dict[str, Way] = {"lock": Lock(pipes[0]), "static": Static(pipes[0], 16)}
+        ways["engine"] = lambda request: engine.submit(request, arguments=NUMPY).result().images
+        for way in ways.values():
+            drawn(way, requests[:4], 4)
+        capacity = len(requests) / drawn(ways["lock"], requests, 1)[0]
+        rows = []
+        for load in options.load:
+            found: dict[str, list[float]] = {name: [] for name in ways}
+            for turn in range(options.rounds):
+                random = np.random.default_rng(turn)
+                gaps = random.exponential(1 / (load * capacity), len(requests))
+                order = random.permutation(len(requests))
+                for name, way in ways.items():
+                    found[name] += arriving(way, [requests[i] for i in order], gaps.tolist())
+            for name, latencies in found.items():
+                quantiles = [float(np.quantile(latencies, share)) for share in (0.5, 0.95, 0.99)]
+                rows.append({"load": load, "way": name, "a_second": load * capacity, "latency": quantiles})
+                line(load, name, f"{load * capacity:.2f}", *(f"{seconds:.2f}" for seconds in quantiles))
+    return rows
+
+
+def two_pipes(options: argparse.Namespace) -> list[Any]:
+    """A pipeline for the lock and static batches, and one for the engine."""
+    pipes = []
+    for plan in (options.plan, options.engine_plan or options.plan):
+        pipes.append(accelerate(quiet(options.model), *([Reuse(plan=plan)] if plan else [])))
+        if options.scheduler:
+            set_scheduler(pipes[-1], options.scheduler)
+    return pipes
+
+
 def measured(options: argparse.Namespace, clients: int) -> dict[str, dict[str, Any]]:
     """All ways with so many clients: a row of numbers for each."""
     requests = workload(options.workload, max(options.count, 2 * clients), options.steps)
-    features = [Reuse(plan=options.plan)] if options.plan else []
-    pipes = [accelerate(quiet(options.model), *features) for _ in range(2)]
-    for pipe in pipes:
-        if options.scheduler:
-            set_scheduler(pipe, options.scheduler)
+    pipes = two_pipes(options)
     with Engine(pipes[1], running=clients, queue=len(requests), most_rows=options.most_rows) as engine:
         if options.warm_up:
             engine.warm_up([requests[0]])
@@ -182,6 +234,8 @@ def main() -> None:
     parser.add_argument("--model", default="sticker")
     parser.add_argument("--scheduler", default="")
     parser.add_argument("--plan", default="", help="of Reuse, for all ways")
+    parser.add_argument("--engine-plan", default="", help="of Reuse, for the engine alone")
+    parser.add_argument("--load", type=float, nargs="*", default=[], help="shares of what the lock can draw, up to 1")
     parser.add_argument("--workload", choices=["alike", "mixed", "sizes"], default="alike")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 8, 16])
     parser.add_argument("--count", type=int, default=16, help="requests of a round, at least two a client")
@@ -191,6 +245,11 @@ def main() -> None:
     parser.add_argument("--warm-up", action="store_true", help="measure first how many rows are worth it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    if options.load:
+        head("load", "way", "requests a second", "latency s, median", "p95", "p99")
+        write(options.json, settings, open_loop(options))
+        return
     rows = []
     head(
         "in flight",
@@ -208,7 +267,6 @@ def main() -> None:
             mean = "" if row["rows"] is None else f"{row['rows']:.1f}"
             cells = (f"{row['images_a_second']:.2f}", f"{row['ratio']:.2f}", latency, f"{row['psnr']:.1f}", mean)
             line(clients, name, *cells)
-    settings = {name: value for name, value in vars(options).items() if name != "json"}
     write(options.json, settings, rows)
 
 
