@@ -330,6 +330,8 @@ class Integer:
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer, rounded if it is to be."""
+        if is_traced() and saturates() and layer.spec.weight_bits == 8:  # an engine cuts off sums as oneDNN does
+            return Simulated()(layer, x)
         way = in_graph if is_traced() else self.onednn if self.onednn.usable(x, layer) else self.matmul
         return layer.round_output(way(layer, x))
 

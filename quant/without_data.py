@@ -94,6 +94,9 @@ def quantize_files(
         overwrite: replace an existing pipeline folder.
         progress: told which layer is at work.
 
+    Returns:
+        What was written: layers, sizes, and how much of each layer's weights is kept.
+
     Raises:
         ConfigurationError: a value is not allowed.
         ModelLoadError: the folder is damaged, has no denoiser or two of them, or weights that are no safetensors.

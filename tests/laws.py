@@ -33,6 +33,11 @@ def default(feature: Any) -> Any:
     return feature(**NEEDED.get(feature.name, {}))
 
 
+def kind_for(feature: Any) -> Any:
+    """What builds a pipeline that a feature is for."""
+    return controlnet if feature.name in APART else sd
+
+
 def built(features: Any) -> tuple[Any, dict[str, Any]]:
     """A plain pipeline that all these features support, and a call of it; with a ControlNet if need be."""
     pipe, call = sd()

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from laws import Stop, default, stop_at
+from laws import Stop, default, kind_for, stop_at
 from zoo import flux, run, sd
 
 from diffusion_accel import AccelerationError, CallStateError, Reuse, accelerate, switchboard
 from diffusion_accel.registry import all_features
 
-KINDS = [pytest.param(sd, f, id=f.name) for f in all_features()] + [pytest.param(flux, Reuse, id="diffusers-cache")]
+KINDS = [pytest.param(kind_for(f), f, id=f.name) for f in all_features()] + [
+    pytest.param(flux, Reuse, id="diffusers-cache")
+]
 each_kind = pytest.mark.parametrize(("build", "feature"), KINDS)
 
 
@@ -41,7 +43,7 @@ def test_a_pipeline_is_freed_with_its_last_user(build: Callable[[], Any], featur
             del failed
         else:
             run(pipe, call, 4)
-        denoiser = weakref.ref(pipe.unet if build is sd else pipe.transformer)
+        denoiser = weakref.ref(pipe.unet if build is not flux else pipe.transformer)
         del pipe
         assert denoiser() is None
     finally:

@@ -67,7 +67,11 @@ def test_what_is_no_pipeline_is_not_converted() -> None:
         ("from_pretrained", {"encoder_resue": True}, "did you mean encoder_reuse"),
         ("from_pretrained", {"torch_dtpe": torch.bfloat16}, "did you mean torch_dtype"),
         ("from_pretrained", {"low_memroy": True}, "did you mean low_memory"),
-        ("from_pretrained", {"zzz": 1, "reuse": "hold:2"}, "the features are: compiled, encoder_reuse"),
+        (
+            "from_pretrained",
+            {"zzz": 1, "reuse": "hold:2"},
+            "the features are: compiled, controlnet_parallel, encoder_reuse",
+        ),
         ("from_single_file", {"reus": "hold:2"}, "did you mean reuse"),
     ],
 )

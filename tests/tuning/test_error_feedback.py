@@ -72,9 +72,9 @@ def last_of(sampler: Any) -> torch.Tensor:
     return made[-1][:IMAGES].float()  # DiT steps with both branches
 
 
-def same(rollout: torch.Tensor, drawn: torch.Tensor) -> None:
+def same(rollout: torch.Tensor, drawn: torch.Tensor, within: float = 1e-4) -> None:
     """To 1e-4 of the latents' size; weights are written down with six digits."""
-    assert float((rollout - drawn).abs().max()) < 1e-4 * max(1.0, float(rollout.abs().max()))
+    assert float((rollout - drawn).abs().max()) < within * max(1.0, float(rollout.abs().max()))
 
 
 def some(total: int) -> tuple[int, ...]:
@@ -160,4 +160,4 @@ def test_steps_that_are_not_affine_are_not_fitted() -> None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
         _, plan, rollout, drawn = rolled((pipe, call), some)
         assert all(step.fit is None for step in plan.steps[:-2]), str(plan)
-        same(rollout, drawn)
+        same(rollout, drawn, within=3e-4)  # thresholds divide by a quantile of few values: rounding grows

@@ -205,10 +205,10 @@ def _theme() -> Any:
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono)
     quiet = {"background_fill": "none", "text_color": "*body_text_color"}
     labels = {
-        f"block_{part}_{what}{dark}": value
+        "_".join(("block", part, what, *mode)): value
         for part in ("title", "label")
         for what, value in quiet.items()
-        for dark in ("", "_dark")
+        for mode in ((), ("dark",))
     }
     return theme.set(**labels, block_title_padding="0", block_title_text_weight="500", block_label_text_weight="500")
 
