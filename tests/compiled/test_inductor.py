@@ -43,6 +43,7 @@ def test_one_graph_a_signature(graphs: CountingBackend) -> None:
     assert torch.equal(run(pipe, call, 4), base)
 
 
+@pytest.mark.slow
 def test_other_weights_need_no_other_graph_and_none_is_stale(graphs: CountingBackend) -> None:
     shape = ((1, 8), torch.float32)
     agrees_after_changes(INDUCTOR, [(change, *shape) for change in ("nothing", "in place", "counted")], 1e-5)

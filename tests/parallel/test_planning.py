@@ -168,6 +168,7 @@ def test_modes_differ_as_they_should() -> None:
     assert last["naive"].sent < last["partial"].sent < last["displaced"].sent == last["sync"].sent
 
 
+@pytest.mark.slow
 def test_partial_sends_less_on_the_embedded_model() -> None:
     """At least 60 % less than displaced, on four devices with its default p."""
     subject = make_subject("sticker", find_model("sticker").location, 256, 256, decode=False)

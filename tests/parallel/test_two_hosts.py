@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "two_hosts.py"
 
 
+@pytest.mark.slow
 def test_two_hosts_draw_what_one_draws() -> None:
     words = ["red apple, 3d style", "--width", "128", "--height", "128", "--steps", "2"]
     command = [sys.executable, str(SCRIPT), "--modes", "sync", "--timeout", "180", *words]

@@ -139,6 +139,7 @@ def test_fits_of_shares_are_those_of_all_images() -> None:
             assert torch.allclose(found, whole, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_the_command_is_shared_by_the_processes_of_a_launcher(tmp_path: Path) -> None:
     """One writes and prints; of an error that all have, one line is said."""
     small = ["--count", "6", "--steps", "4", "--budget", "1", "--device", "cpu", "--width", "32", "--height", "32"]

@@ -177,6 +177,7 @@ def test_the_command_tunes_and_generate_takes_the_plan(tmp_path: Path, capsys: A
     assert "either" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fewer_steps_and_another_scheduler_may_be_tried(sticker: Any) -> None:
     own = sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
     other = DPMSolverMultistepScheduler.from_config(own.config)
