@@ -149,13 +149,17 @@ def main() -> None:
             shown.append((name, images))
             print(json.dumps(rows[-1]), flush=True)
 
-        wanted = [json.loads((Path(c) / "report.json").read_text())["name"] for c in args.checkpoints]
-        for bits, checkpoint in zip(wanted, args.checkpoints, strict=True):
+        wanted = []
+        for checkpoint in args.checkpoints:
             pipe.unet = full
             load_quantized(pipe, checkpoint, torch.float32)
             set_runtime(pipe.unet, "simulated")
-            recipe = pipe.unet.config["quantization_config"]["recipe"]
-            note(f"ours {bits}, {recipe['rounding']}, finetune {recipe['finetune']}", pipe.unet)
+            recipe = pipe.unet.config["quantization_config"].spec.recipe
+            wanted.append(recipe["bits"])
+            name = (
+                f"ours {recipe['bits']}, {recipe['rounding']}, finetune {recipe['finetune']} ({Path(checkpoint).name})"
+            )
+            note(name, pipe.unet)
         for bits in dict.fromkeys([] if args.only else wanted):
             try:
                 weights, inputs = parse_bits(bits)
