@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
+from .packing import pack
 from .spec import PERCENTILES, LayerSpec
 
 SEARCH_NORM = 2.4  # of the error that the range search minimises (QuEST's code, as Q-Diffusion's)
@@ -57,30 +58,27 @@ def dynamic_grid(x: torch.Tensor, spec: LayerSpec, dim: int) -> tuple[torch.Tens
         dim: of the channels, -1 or 1.
     """
     assert spec.activation_bits is not None
+    dim %= x.dim()
     found = []
     for part in x.detach().float().split(spec.part_sizes(x.shape[dim]), dim):
-        if not spec.input_group:
-            over = (-1,) if dim == -1 else tuple(range(1, x.dim()))
-            ends = part.amin(over, keepdim=True), part.amax(over, keepdim=True)
-            whole = [-1] * x.dim()
-            whole[dim] = part.shape[dim] if spec.split else -1
-            found.append([g.expand(whole) for g in grid(*ends, spec.activation_bits)])
+        if spec.input_group:
+            groups = part.unflatten(dim, (-1, spec.input_group))
+            ends = groups.amin(dim + 1, keepdim=True), groups.amax(dim + 1, keepdim=True)
+            pair = grid(*ends, spec.activation_bits)
+            found.append([g.expand_as(groups).flatten(dim, dim + 1) for g in pair])
             continue
-        groups = part.unflatten(dim, (-1, spec.input_group))
-        inner = -1 if dim == -1 else dim + 1
-        ends = groups.amin(inner, keepdim=True), groups.amax(inner, keepdim=True)
-        pair = (g.expand_as(groups) for g in grid(*ends, spec.activation_bits))
-        found.append([g.flatten(-2) if dim == -1 else g.flatten(dim, dim + 1) for g in pair])
+        over = (dim,) if dim == x.dim() - 1 else tuple(range(1, x.dim()))
+        ends = part.amin(over, keepdim=True), part.amax(over, keepdim=True)
+        whole = [-1] * x.dim()
+        whole[dim] = part.shape[dim] if spec.split else -1
+        found.append([g.expand(whole) for g in grid(*ends, spec.activation_bits)])
     scale, zero = zip(*found, strict=True)
     return (scale[0], zero[0]) if len(found) == 1 else (torch.cat(scale, dim), torch.cat(zero, dim))
 
 
-def by_group(
-    values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows (O, N) as (O, G, group), the last group filled up with zeros, beside grids (G, O) as (O, G, 1)."""
-    filled = torch.nn.functional.pad(values, (0, -values.shape[1] % group))
-    return filled.unflatten(1, (-1, group)), scale.T[..., None], zero_point.T[..., None]
+def in_groups_of(values: torch.Tensor, group: int) -> torch.Tensor:
+    """Rows (O, N) as (O, G, group), the last group filled up with zeros."""
+    return torch.nn.functional.pad(values, (0, -values.shape[1] % group)).unflatten(1, (-1, group))
 
 
 def half_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -128,7 +126,7 @@ def search_grid(
     best = scale = zero = None
     for factor in shrink or (1 - 0.01 * j for j in range(SEARCH_CANDIDATES)):
         tried = grid(low * factor, high * factor, bits, symmetric)
-        error = _power((fake_quantize(rows, *tried, bits) - rows), norm).sum(1, keepdim=True)
+        error = _power(fake_quantize(rows, *tried, bits) - rows, norm).sum(1, keepdim=True)
         if best is None or scale is None or zero is None:
             best, (scale, zero) = error, tried
             continue
@@ -148,8 +146,7 @@ def weight_grid(
     """
     bits, group = spec.weight_bits, spec.weight_group
     if group:
-        ones = weight.new_ones(1, len(weight))
-        groups = by_group(weight.flatten(1).float(), ones, ones, group)[0]
+        groups = in_groups_of(weight.flatten(1).float(), group)
         scale, zero = search_grid(groups.flatten(0, 1), bits, norm=norm, shrink=shrink)
         scale, zero = (g.view(groups.shape[:2]).T.contiguous() for g in (scale, zero))
         return half_scale(scale).float(), zero
@@ -162,16 +159,24 @@ def codes_of(rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, 
     """The codes of rows (O, N) to nearest, as whole float32 numbers, on the grids of `weight_grid` without parts."""
     if not spec.weight_group:
         return quantize(rows.float(), scale[0, :, None], zero_point[0, :, None], spec.weight_bits)
-    values, scale, zero_point = by_group(rows.float(), scale, zero_point, spec.weight_group)
-    return quantize(values, scale, zero_point, spec.weight_bits).flatten(1)[:, : rows.shape[1]]
+    groups = in_groups_of(rows.float(), spec.weight_group)
+    codes = quantize(groups, scale.T[..., None], zero_point.T[..., None], spec.weight_bits)
+    return codes.flatten(1)[:, : rows.shape[1]]
 
 
-def rounded(rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
-    """Rows (O, N) rounded to nearest on the grids of `weight_grid` without parts."""
+def values_of(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """The inverse of `codes_of`, but for the rounding."""
     if not spec.weight_group:
-        return fake_quantize(rows, scale[0, :, None], zero_point[0, :, None], spec.weight_bits)
-    values, scale, zero_point = by_group(rows.float(), scale, zero_point, spec.weight_group)
-    return fake_quantize(values, scale, zero_point, spec.weight_bits).flatten(1)[:, : rows.shape[1]]
+        return dequantize(codes, scale[0, :, None], zero_point[0, :, None])
+    groups = in_groups_of(codes, spec.weight_group)
+    return dequantize(groups, scale.T[..., None], zero_point.T[..., None]).flatten(1)[:, : codes.shape[1]]
+
+
+def stored_grid(scale: torch.Tensor, zero_point: torch.Tensor, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of weights, (parts or groups, O), as a checkpoint has them."""
+    if not spec.weight_group:
+        return scale, zero_point.to(torch.uint8)
+    return half_scale(scale), pack(zero_point.T, spec.weight_bits)
 
 
 def value_range(

@@ -13,7 +13,7 @@ from torch import nn
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.hooks import version_of
 
-from .affine import by_group, dequantize, dynamic_grid, fake_quantize, half_scale
+from .affine import dequantize, dynamic_grid, fake_quantize, half_scale, stored_grid, values_of
 from .buckets import Buckets, grid_at
 from .packing import pack, packed_bytes, unpack
 from .sealed import REASON, sealed
@@ -145,9 +145,9 @@ class QuantizedLayer(nn.Module):
     def store(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         """Take weights: codes of the shape of the weight, scale and zero point (parts or groups, O)."""
         self.weight_codes.copy_(pack(codes.flatten(1), self.spec.weight_bits))
-        grouped = self.spec.weight_group
-        self.weight_scale.copy_(half_scale(scale) if grouped else scale)
-        self.weight_zero_point.copy_(pack(zero_point.T, self.spec.weight_bits) if grouped else zero_point)
+        scale, zero_point = stored_grid(scale, zero_point, self.spec)
+        self.weight_scale.copy_(scale)
+        self.weight_zero_point.copy_(zero_point)
         self.forget()
 
     def forget(self) -> None:
@@ -175,8 +175,7 @@ class QuantizedLayer(nn.Module):
     def _as_floats(self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         if self.spec.weight_group:
             zeros = unpack(zero_point, self.spec.weight_bits, len(scale)).T.float()
-            values = dequantize(*by_group(codes.flatten(1).float(), scale.float(), zeros, self.spec.weight_group))
-            return values.flatten(1)[:, : codes[0].numel()].reshape(codes.shape)
+            return values_of(codes.flatten(1).float(), scale.float(), zeros, self.spec).reshape(codes.shape)
         sizes = self.spec.part_sizes(self.weight_shape[1])
         ones = [1] * (codes.dim() - 1)
         parts = [

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,25 @@ import diffusers
 import torch
 from torch import nn
 
-from diffusion_accel.denoisers import DENOISERS, edge_layers
+from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.io import plain, printable, read_json, writing
 from diffusion_accel.model_files.folders import check_folder
 from diffusion_accel.outputs import check_free_folder, replacing_folder
 from diffusion_accel.progress import Progress, silent
 
-from .affine import by_group, codes_of, dequantize, half_scale, weight_grid
+from .affine import codes_of, stored_grid, values_of, weight_grid
 from .method import METHOD
-from .model import DTYPES, candidates, install
+from .model import DTYPES, install
 from .packing import pack
-from .spec import LayerSpec, ModelSpec, checked, in_groups
+from .ptq.bits import layer_specs
+from .ptq.settings import QuantizeSettings
+from .spec import LayerSpec, ModelSpec, in_groups
 from .stored import Tensor, TensorWriter, find_tensors, settings_digest, tensors_digest
 
 __all__ = ["FilesReport", "quantize_files"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-EDGE_BITS = 8  # of the first and the last layer
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS = 1 << 22  # weights that are rounded at a time
 _SHRINK = tuple(1 - 0.04 * j for j in range(10))  # of ranges that are tried, below 8 bits
@@ -103,11 +104,14 @@ def quantize_files(
         OutputError: `output` exists, or cannot be written.
     """
     root, folder = Path(model), Path(output)
-    asked = LayerSpec(
-        checked(weight_bits, range(2, 9), "weight_bits"),
-        in_groups(group, "group"),
-        activation_bits,
-        dynamic=activation_bits is not None,
+    asked = QuantizeSettings(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        groups=(in_groups(group, "group"),),
+        inputs="static" if activation_bits is None else "dynamic",
+        input_group=0,
+        attention_bits=None,
+        split=False,
     )
     check_free_folder(folder, overwrite)
     check_folder(root)
@@ -132,15 +136,13 @@ def _denoiser_of(root: Path) -> str:
     return found[0]
 
 
-def _quantize_part(source: Path, made: Path, output: Path, asked: LayerSpec, progress: Progress) -> FilesReport:
+def _quantize_part(source: Path, made: Path, output: Path, asked: QuantizeSettings, progress: Progress) -> FilesReport:
     """One model's folder to another."""
     config = read_json(source / "config.json", error=ModelLoadError, nonfinite=True)
     model = _empty(source, config)
     stored = find_tensors(_files(source))
     _check_fit(model, stored, source)
-    layers = candidates(model)
-    edges = set(edge_layers(model))
-    specs = {name: _spec_of(asked, name in edges) for name in layers}
+    specs = layer_specs(model, asked, {})
     parameters = sum(p.numel() for p in model.parameters())
     install(model, ModelSpec(specs))
     wanted = model.state_dict()
@@ -153,8 +155,9 @@ def _quantize_part(source: Path, made: Path, output: Path, asked: LayerSpec, pro
             if name in stored:
                 file.put(name, stored[name].chunks())
     progress("writing", 1.0, 0.0)
-    specs = {name: _with_sqnr(spec, sqnr[name]) for name, spec in specs.items()}
-    recipe = {"bits": _named(asked), "rounding": "nearest", "finetune": "none", "calibration": "none"}
+    kept_of = {name: round(value, 2) for name, value in sqnr.items() if math.isfinite(value)}
+    specs = {name: replace(spec, sqnr=kept_of.get(name)) for name, spec in specs.items()}
+    recipe = {"bits": asked.name, "rounding": "nearest", "finetune": "none", "calibration": "none"}
     values = ModelSpec(specs, recipe=recipe).to_dict()
     tensors = find_tensors([made / WEIGHTS])
     hashed = tensors_digest((n, t.dtype, t.shape, t.chunks()) for n, t in tensors.items())
@@ -209,22 +212,6 @@ def _check_fit(model: nn.Module, stored: Mapping[str, Tensor], source: Path) -> 
             raise ModelLoadError(f"{printable(name)} in {source} is {stored[name].dtype}, not floating point")
 
 
-def _spec_of(asked: LayerSpec, edge: bool) -> LayerSpec:
-    if not edge:
-        return asked
-    inputs = None if asked.activation_bits is None else max(EDGE_BITS, asked.activation_bits)
-    return LayerSpec(EDGE_BITS, asked.weight_group, inputs, dynamic=asked.dynamic)
-
-
-def _with_sqnr(spec: LayerSpec, sqnr: float) -> LayerSpec:
-    values = {**spec.to_dict(), "sqnr": round(sqnr, 2)} if math.isfinite(sqnr) else spec.to_dict()
-    return LayerSpec(**values)
-
-
-def _named(spec: LayerSpec) -> str:
-    return f"w{spec.weight_bits}" + (f"a{spec.activation_bits}" if spec.activation_bits else "")
-
-
 # ---------------------------------------------------------------------- weights
 def _write_layer(file: TensorWriter, name: str, stored: Tensor, spec: LayerSpec) -> float:
     """Round one layer's weights a slice of rows at a time, write them, and say how much of them is kept, dB."""
@@ -236,19 +223,16 @@ def _write_layer(file: TensorWriter, name: str, stored: Tensor, spec: LayerSpec)
     for begin in range(0, count, each):
         rows = _rows(stored, begin, min(count, begin + each), columns, name)
         scale, zero = weight_grid(rows, spec, shrink, norm=2.0)
-        scale = half_scale(scale).float() if spec.weight_group else scale
         codes = codes_of(rows, scale, zero, spec)
         signal += float(rows.square().sum())
-        noise += float((_values(codes, scale, zero, spec) - rows).square().sum())
+        noise += float((values_of(codes, scale, zero, spec) - rows).square().sum())
         packed = pack(codes, spec.weight_bits)
         file.put(f"{name}.weight_codes", packed.numpy().tobytes(), begin * packed.shape[1])
         scales.append(scale)
         zeros.append(zero)
-    scale, zero = torch.cat(scales, 1), torch.cat(zeros, 1)
-    stored_scale = half_scale(scale) if spec.weight_group else scale
-    stored_zero = pack(zero.T, spec.weight_bits) if spec.weight_group else zero.to(torch.uint8)
-    file.put(f"{name}.weight_scale", stored_scale.contiguous().numpy().tobytes())
-    file.put(f"{name}.weight_zero_point", stored_zero.contiguous().numpy().tobytes())
+    scale, zero = stored_grid(torch.cat(scales, 1), torch.cat(zeros, 1), spec)
+    file.put(f"{name}.weight_scale", scale.contiguous().numpy().tobytes())
+    file.put(f"{name}.weight_zero_point", zero.contiguous().numpy().tobytes())
     return 10 * math.log10(signal / max(noise, 1e-30)) if signal else math.inf
 
 
@@ -263,13 +247,6 @@ def _rows(stored: Tensor, begin: int, end: int, columns: int, name: str) -> torc
     if not bool(torch.isfinite(rows).all()):
         raise ModelLoadError(f"{printable(name)}.weight has values that are no finite numbers")
     return rows
-
-
-def _values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
-    """What codes (O, N) stand for."""
-    if not spec.weight_group:
-        return dequantize(codes, scale[0, :, None], zero[0, :, None])
-    return dequantize(*by_group(codes, scale, zero, spec.weight_group)).flatten(1)[:, : codes.shape[1]]
 
 
 def _header(wanted: Mapping[str, torch.Tensor], stored: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:

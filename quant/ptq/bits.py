@@ -12,7 +12,7 @@ from torch import nn
 
 from diffusion_accel.denoisers import KEYS_VALUES, QUERIES, concatenated_inputs, edge_layers
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.quant.affine import rounded, weight_grid
+from diffusion_accel.quant.affine import codes_of, values_of, weight_grid
 from diffusion_accel.quant.model import candidates
 from diffusion_accel.quant.packing import packed_bytes
 from diffusion_accel.quant.spec import LayerSpec
@@ -120,7 +120,8 @@ def rounding_errors(weight: torch.Tensor, grids: Iterable[Grid]) -> dict[Grid, f
     found = {}
     for grid in grids:
         spec = LayerSpec(grid.bits, grid.group)
-        error = rounded(rows, *weight_grid(rows, spec, shrink), spec) - rows
+        found_grid = weight_grid(rows, spec, shrink)
+        error = values_of(codes_of(rows, *found_grid, spec), *found_grid, spec) - rows
         found[grid] = float(error.square().mean())
     return found
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_accel import quantize_files
 from diffusion_accel.errors import AccelerationError, ModelLoadError, OutputError
-from diffusion_accel.quant.affine import rounded, weight_grid
+from diffusion_accel.quant.affine import codes_of, values_of, weight_grid
 from diffusion_accel.quant.layers import QuantizedLayer
 from diffusion_accel.quant.model import quantized_layers
 from diffusion_accel.quant.spec import LayerSpec
@@ -47,7 +47,8 @@ def test_every_weight_is_the_nearest_on_its_grid(plain: Path, tmp_path: Path, bi
         assert (layer.spec.weight_bits, layer.spec.weight_group) == (spec.weight_bits, group)
         shrink = (1.0,) if spec.weight_bits == 8 else tuple(1 - 0.04 * j for j in range(10))
         rows = weight.flatten(1)
-        expected = rounded(rows, *weight_grid(rows, spec, shrink, norm=2.0), spec)
+        grid = weight_grid(rows, spec, shrink, norm=2.0)
+        expected = values_of(codes_of(rows, *grid, spec), *grid, spec)
         assert torch.allclose(layer.floats().flatten(1), expected, atol=1e-6), name
         noise = 10 * torch.log10(rows.square().sum() / (layer.floats().flatten(1) - rows).square().sum())
         assert report.sqnr[name] == pytest.approx(float(noise), abs=0.01)

@@ -80,10 +80,15 @@ def _whole(value: float | None, name: str) -> int | None:
     raise Problem(422, f"{name} must be a whole number, got {shown(value)}", name)
 
 
+def is_seed(text: str) -> bool:
+    """Whether a text is a seed."""
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED
+
+
 def _seed(text: str) -> int | None:
     text = text.strip()
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED):
+    if not is_seed(text):
         raise Problem(422, f"seed must be a whole number of 0 to {MAX_SEED}, or empty, got {shown(text)}", "seed")
     return int(text)

@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, OutputError
-from diffusion_accel.generation.request import LIMITS, MAX_SEED
+from diffusion_accel.generation.request import LIMITS
 from diffusion_accel.image_metadata import parse_parameters, read_embedded
 from diffusion_accel.images import loaded
 from diffusion_accel.pipelines.learned import LEARNED
@@ -19,7 +19,7 @@ from diffusion_accel.serving.http.plans import Plans
 from diffusion_accel.serving.http.webui import SAMPLERS
 
 from .choices import Choices
-from .fields import Fields
+from .fields import Fields, is_seed
 
 LARGEST = 16 * 2**20  # bytes of an image that is read for its settings; drop.js says the same
 _NUMBERS = {"steps": "Steps", "guidance_scale": "CFG scale"}  # by the name that other tools have for it
@@ -110,7 +110,7 @@ def _number(value: Any, name: str) -> float | None:
 
 def _seed(value: Any) -> str:
     text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
-    return text if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED else ""
+    return text if is_seed(text) else ""
 
 
 def _short(name: str, own: str) -> str:
