@@ -13,7 +13,7 @@ from openai import OpenAI
 from safetensors.torch import save_file
 from zoo import controlnet_model, unet
 
-LIMITS = "--max-running 4 --max-queue 4 --max-pixels 16384 --max-steps 100 --max-images 4 --max-body-mb 1".split()
+LIMITS = "--max-running 4 --max-queue 4 --max-pixels 16384 --max-steps 1000 --max-images 4 --max-body-mb 1".split()
 
 
 @pytest.fixture(scope="session")

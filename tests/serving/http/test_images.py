@@ -83,7 +83,7 @@ REFUSED = {
     "a number as text": ({"n": "1"}, 422, "n"),
     "true as a number": ({"n": True}, 422, "n"),
     "too many images": ({"n": 5}, 422, "n"),
-    "too many steps": ({"num_inference_steps": 101}, 422, "num_inference_steps"),
+    "too many steps": ({"num_inference_steps": 1001}, 422, "num_inference_steps"),
     "too large": ({"size": "256x256"}, 422, "size"),
     "no size": ({"size": "large"}, 422, "size"),
     "a size between": ({"size": "50x48"}, 400, "size"),

@@ -36,7 +36,7 @@ def test_a_job(server: Server) -> None:
 
 
 def test_a_job_that_is_cancelled(server: Server) -> None:
-    _, _, job = server.ask("POST", "/jobs", SMALL | {"num_inference_steps": 100})
+    _, _, job = server.ask("POST", "/jobs", SMALL | {"num_inference_steps": 1000})
     assert server.ask("POST", job["cancel_url"])[2]["status"] == "cancelled"
     assert server.ask("GET", job["poll_url"])[2]["status"] == "cancelled"
 

@@ -203,7 +203,7 @@ def test_the_slider_says_what_was_measured(server: Server, functions: dict[str, 
     ("changes", "words"),
     [
         ({"prompt": "  "}, "enter a prompt first"),
-        ({"steps": 101}, "num_inference_steps must be at most 100"),
+        ({"steps": 1001}, "num_inference_steps must be at most 1000"),
         ({"width": 1024, "height": 1024}, "more than the 16384 pixels"),
         ({"width": 50}, "multiple of 8"),
         ({"width": None}, "width and height, or neither"),

@@ -46,10 +46,10 @@ def test_several_images_without_partial_ones(server: Server) -> None:
 def test_a_client_that_goes_away(server: Server, stream: bool, when: str) -> None:
     """Its request ends where it is; others go on."""
     gone = server.metric("requests_ended_total", outcome="cancelled")
-    busy = [server.raw(post(DRAW, SMALL | {"num_inference_steps": 100})) for _ in range(4)] if when == "queued" else []
+    busy = [server.raw(post(DRAW, SMALL | {"num_inference_steps": 1000})) for _ in range(4)] if when == "queued" else []
     if busy:
         server.until("requests", 4, state="running")
-    leaving = server.raw(post(DRAW, SMALL | {"num_inference_steps": 100, "stream": stream}))
+    leaving = server.raw(post(DRAW, SMALL | {"num_inference_steps": 1000, "stream": stream}))
     server.until("requests", 1, state=when)
     leaving.close()
     server.until("requests_ended_total", gone + 1, outcome="cancelled")
@@ -77,7 +77,7 @@ def test_a_client_that_reads_nothing(server: Server) -> None:
 def test_a_full_queue(server: Server) -> None:
     """Four run and four wait; the next one is told when to come again, and nothing that was accepted is lost."""
     gone = server.metric("requests_ended_total", outcome="cancelled")
-    waiting = [server.raw(post(DRAW, SMALL | {"num_inference_steps": 100})) for _ in range(6)]
+    waiting = [server.raw(post(DRAW, SMALL | {"num_inference_steps": 1000})) for _ in range(6)]
     server.until("requests", 2, state="queued")
     waiting += [server.raw(post(DRAW, SMALL)) for _ in range(2)]
     server.until("requests", 4, state="queued")

@@ -52,14 +52,14 @@ def test_what_there_is(api: webuiapi.WebUIApi) -> None:
 
 def test_progress_and_interrupt(api: webuiapi.WebUIApi, server: Server) -> None:
     ended: list[Any] = []
-    asked = SMALL | {"width": 48, "height": 48, "steps": 100}
+    asked = SMALL | {"width": 48, "height": 48, "steps": 1000}
     thread = threading.Thread(target=lambda: ended.append(server.ask("POST", "/sdapi/v1/txt2img", asked)))
     thread.start()
     server.until("requests", 1, state="running")
     while not api.get_progress()["state"]["sampling_step"]:
         assert thread.is_alive()
     found = api.get_progress()
-    assert 0 < found["progress"] < 1 and found["state"]["sampling_steps"] == 100
+    assert 0 < found["progress"] < 1 and found["state"]["sampling_steps"] == 1000
     api.interrupt()
     thread.join()
     status, _, body = ended[0]
