@@ -16,7 +16,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
 from diffusion_accel.model_files.names import find_model
 from diffusion_accel.outputs import check_free_folder, output_path
-from diffusion_accel.quant.ptq.settings import INPUTS, FinetuneSettings, RoundingSettings, parse_bits
+from diffusion_accel.quant.ptq.settings import ALLOCATIONS, INPUTS, FinetuneSettings, RoundingSettings, parse_bits
 from diffusion_accel.quant.ptq.settings import settings_of as quantize_settings
 
 from .common_options import (
@@ -49,8 +49,8 @@ BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 se
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 CALIBRATIONS = ("prompts", "none")
 _PANELS = {
-    "Method": "bits_budget group inputs input_group finetune rounding layers sensitive rate scale_rate layer_loss "
-    "epochs time_epochs iterations softmax_bits attention_bits split",
+    "Method": "bits_budget size_ratio min_psnr allocation group inputs input_group finetune rounding layers sensitive "
+    "rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits split",
     "Calibration": "calibration prompts_file count buckets steps guidance_scale scheduler width height seed batch",
 }
 
@@ -64,12 +64,23 @@ def quantize(
     bits_budget: Annotated[
         float | None, typer.Option(help="Average bits a weight: sensitive layers get more, others fewer.")
     ] = None,
+    size_ratio: Annotated[
+        float | None,
+        typer.Option(help="The most that the weights may take on disk, as a share of float32; layers get what fits."),
+    ] = None,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(help="Search the smallest checkpoint whose images keep this median PSNR (dB) to full precision."),
+    ] = None,
+    allocation: Annotated[
+        str, one_of("By what bits are spread: sensitivity (measured); lim or zd, to compare with.", ALLOCATIONS)
+    ] = "sensitivity",
     group: Annotated[
         list[int] | None,
         typer.Option(
             help="Weights that share a grid: 16, 32, 64, 128 or 256; 0: a whole row. Repeat it with --bits-budget, "
-            "which then chooses for each layer.",
-            show_default="0",
+            "--size-ratio or --min-psnr, which then choose for each layer.",
+            show_default="0, or with --size-ratio and --min-psnr 0, 32, 64 and 128",
         ),
     ] = None,
     inputs: Annotated[
@@ -150,7 +161,10 @@ def quantize(
         bits,
         seed=seed,
         bits_budget=bits_budget,
-        groups=tuple(group or [0]),
+        size_ratio=size_ratio,
+        min_psnr=min_psnr,
+        allocation=allocation,
+        groups=tuple(group) if group else None,
         inputs=inputs,
         input_group=input_group,
         attention_bits=attention_bits or None,

@@ -25,7 +25,7 @@ from .trainable_layer import TrainableLayers
 def _begin(state: RunState, _job: Job) -> Values:
     """Embedding tables are rounded to nearest before anything else, so that all errors are with them; the other layers
     get their grids."""
-    specs = layer_specs(state.denoiser, state.settings, state.needs)
+    specs = layer_specs(state.denoiser, state.allocated, state.needs, state.calibration.timesteps, state.scores or None)
     state.plain_tables = tables_of(state.denoiser)
     state.undo.callback(put, state.denoiser, state.plain_tables)
     state.tables = {name: quantized_table(table) for name, table in state.plain_tables.items()}
@@ -80,6 +80,7 @@ def _recipe(state: RunState) -> dict[str, Any]:
         "epochs": state.plan["epochs"],
         "layers": s.layers,
         "sensitive": s.sensitive,
+        **({"search": state.search} if state.search else {}),
         "prompts": len(state.sampler.prompts),
         "steps": state.sampler.steps,
         "scheduler": type(state.sampler.pipe.scheduler).__name__,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +20,7 @@ from diffusion_accel.quant.packing import packed_bytes
 from diffusion_accel.quant.spec import LayerSpec
 
 from .finetune import matching
+from .sizes import parameters, stored_bytes
 
 if TYPE_CHECKING:
     from .settings import QuantizeSettings
@@ -27,23 +30,45 @@ CHOICES = (2, 3, 4, 5, 6, 8)  # bits that an allocation chooses from
 _ZERO_MARGIN = 8  # one bit more for each zero point of 4 bits
 
 
-def layer_specs(denoiser: nn.Module, settings: QuantizeSettings, needs: Mapping[str, float]) -> dict[str, LayerSpec]:
+def layer_specs(
+    denoiser: nn.Module,
+    settings: QuantizeSettings,
+    needs: Mapping[str, float],
+    timesteps: tuple[float, ...] = (),
+    scores: Mapping[str, float] | None = None,
+) -> dict[str, LayerSpec]:
     """How each layer of a model is quantized, by name.
 
     Args:
         denoiser: the model.
         settings: what is asked for.
-        needs: the sensitivity of each layer; may be empty without a budget of bits.
+        needs: the sensitivity of each layer; may be empty where nothing is allocated by it.
+        timesteps: those with grids of their own, for `size_ratio`.
+        scores: of each layer, for the allocations by ranks.
 
     Raises:
         ConfigurationError: the budget of bits is below what the fewest bits take.
     """
+    s = settings
+    if s.bits_budget is None and s.size_ratio is None:
+        edges = edge_layers(denoiser)
+        grid = Grid(s.weight_bits, s.group_sizes[0])
+        edge = Grid(s.edge_bits, s.group_sizes[0])
+        return specs_of(denoiser, s, {n: edge if n in edges else grid for n in candidates(denoiser)}, needs)
+    allocator = Allocator(denoiser, s, needs, timesteps, scores)
+    if s.size_ratio is not None:
+        return allocator.within_ratio(s.size_ratio)
+    assert s.bits_budget is not None
+    return allocator.within_bits(s.bits_budget)
+
+
+def specs_of(
+    denoiser: nn.Module, settings: QuantizeSettings, grids: Mapping[str, Grid], needs: Mapping[str, float]
+) -> dict[str, LayerSpec]:
+    """How each layer is quantized whose weights have these grids."""
     s, layers = settings, candidates(denoiser)
     edges = edge_layers(denoiser)
     split = concatenated_inputs(denoiser) if s.split else {}
-    grids = {name: Grid(s.edge_bits if name in edges else s.weight_bits, s.groups[0]) for name in layers}
-    if s.bits_budget is not None:
-        grids = allocate_bits(denoiser, s, needs, choices(s))
     queries = matching(layers, (QUERIES, KEYS_VALUES)) if s.activation_bits and s.attention_bits else []
     specs = {}
     for name, layer in layers.items():
@@ -81,35 +106,101 @@ class Grid(NamedTuple):
         return rows * 8 * (packed_bytes(columns, self.bits) + packed_bytes(grids, self.bits) + 2 * grids)
 
 
-def choices(settings: QuantizeSettings) -> list[Grid]:
-    """The grids that an allocation chooses from."""
-    return [Grid(bits, group) for group in settings.groups for bits in CHOICES]
+class Allocator:
+    """Spreads bits over the layers of a model, by how much each is needed.
 
+    Args:
+        denoiser: the model, in full precision.
+        settings: bits of the edges, groups, and how inputs are quantized.
+        needs: the sensitivity of each layer; may be empty for the allocations by ranks.
+        timesteps: those with grids of their own.
+        scores: of each layer, what the allocations by ranks order layers by; None: allocate by sensitivity.
+    """
 
-def allocate_bits(
-    denoiser: nn.Module, settings: QuantizeSettings, needs: Mapping[str, float], grids: Sequence[Grid]
-) -> dict[str, Grid]:
-    """The grid of each layer of a model within the settings' budget, by how much it is needed; see `allocate`."""
-    assert settings.bits_budget is not None
-    weights = {name: _weight(layer) for name, layer in candidates(denoiser).items()}
-    edges = {name: Grid(settings.edge_bits, settings.groups[0]) for name in edge_layers(denoiser) if name in weights}
-    options: dict[str, list[Option]] = {}
-    for name, weight in weights.items():
-        if name in edges:
-            options[name] = [Option(edges[name], edges[name].cost(weight), 0.0)]
-            continue
-        probe = Grid(PROBE_BITS)
-        errors = rounding_errors(weight, [probe, *grids]) if len(grids) > 1 else dict.fromkeys([probe, *grids], 1.0)
-        scale = needs[name] / max(errors[probe], 1e-30)
-        options[name] = [Option(grid, grid.cost(weight), scale * errors[grid]) for grid in grids]
-    total = sum(weight.numel() for weight in weights.values())
-    try:
-        return allocate(options, settings.bits_budget * total)
-    except ConfigurationError as error:
-        least = sum(min(o.cost for o in each) for each in options.values()) / total
-        raise ConfigurationError(
-            f"bits_budget {settings.bits_budget:g} is not enough: the fewest bits take {least:.2f} a weight on average"
-        ) from error
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        settings: QuantizeSettings,
+        needs: Mapping[str, float],
+        timesteps: tuple[float, ...] = (),
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        self.denoiser, self.settings, self.needs, self.timesteps = denoiser, settings, needs, timesteps
+        self.scores = scores
+        self.weights = {name: _weight(layer) for name, layer in candidates(denoiser).items()}
+        edges = edge_layers(denoiser)
+        edge = Grid(settings.edge_bits, settings.group_sizes[0])
+        grids = [Grid(bits, group) for group in settings.group_sizes for bits in CHOICES]
+        self.grids = {name: [edge] if name in edges else grids for name in self.weights}
+
+    @functools.cached_property
+    def options(self) -> dict[str, list[Option]]:
+        """What each layer can be, with the error of the prediction that it would bring."""
+        found: dict[str, list[Option]] = {}
+        for name, grids in self.grids.items():
+            weight, probe = self.weights[name], Grid(PROBE_BITS)
+            if len(grids) == 1:
+                found[name] = [Option(grids[0], grids[0].cost(weight), 0.0)]
+                continue
+            errors = rounding_errors(weight, dict.fromkeys([probe, *grids]))
+            scale = self.needs[name] / max(errors[probe], 1e-30)
+            found[name] = [Option(grid, grid.cost(weight), scale * errors[grid]) for grid in grids]
+        return found
+
+    def costs(self, most: bool = False) -> dict[str, Grid]:
+        """The cheapest grid of each layer, or the most expensive one."""
+        pick = max if most else min
+        return {name: pick(grids, key=lambda g: g.cost(self.weights[name])) for name, grids in self.grids.items()}
+
+    def check_bits(self, bits: float) -> None:
+        """Raise `ConfigurationError` if `bits` a weight are fewer than the cheapest grids take on average."""
+        total = sum(weight.numel() for weight in self.weights.values())
+        least = sum(grid.cost(self.weights[name]) for name, grid in self.costs().items()) / total
+        if least > bits:
+            raise ConfigurationError(
+                f"bits_budget {bits:g} is not enough: the fewest bits take {least:.2f} a weight on average"
+            )
+
+    def check_ratio(self, ratio: float) -> None:
+        """Raise `ConfigurationError` if the smallest checkpoint is larger than `ratio` of float32."""
+        if (least := self.ratio(self.specs(self.costs()))) > ratio:
+            raise ConfigurationError(
+                f"size_ratio {ratio:g} is not enough: the smallest checkpoint takes {math.ceil(least * 1e4) / 1e4:g} "
+                "of float32"
+            )
+
+    def within_bits(self, bits: float) -> dict[str, LayerSpec]:
+        """The allocation of at most `bits` a weight on average, with their grids. Raises as `check_bits`."""
+        self.check_bits(bits)
+        return self.specs(self._allocate(bits * sum(weight.numel() for weight in self.weights.values())))
+
+    def within_ratio(self, ratio: float) -> dict[str, LayerSpec]:
+        """The allocation whose checkpoint is at most `ratio` of float32. Raises as `check_ratio`."""
+        self.check_ratio(ratio)
+        spent = sum(grid.cost(self.weights[name]) for name, grid in self.costs().items())
+        specs = self.specs(self.costs())
+        left = ratio - self.ratio(specs)
+        while True:  # what the header of the file takes is known once the grids are
+            found = self.specs(self._allocate(spent + left * 32 * parameters(self.denoiser)))
+            over = self.ratio(found) - ratio
+            if over <= 0 or left <= 0:
+                return found if over <= 0 else specs
+            left -= over
+
+    def specs(self, grids: Mapping[str, Grid]) -> dict[str, LayerSpec]:
+        """How the layers are quantized whose weights have these grids."""
+        return specs_of(self.denoiser, self.settings, grids, self.needs)
+
+    def ratio(self, specs: Mapping[str, LayerSpec]) -> float:
+        """Size of a checkpoint with these layers, as a share of float32."""
+        softmax = self.settings.softmax_bits is not None and self.settings.activation_bits is not None
+        return stored_bytes(self.denoiser, specs, self.timesteps, softmax) / (4 * parameters(self.denoiser))
+
+    def _allocate(self, budget: float) -> dict[str, Grid]:
+        if self.scores is None:
+            return allocate(self.options, budget)
+        costs = {name: {grid: grid.cost(self.weights[name]) for grid in grids} for name, grids in self.grids.items()}
+        return allocate_by_rank(costs, self.scores, budget)
 
 
 @torch.no_grad()
@@ -158,6 +249,31 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str
         if places[name] == place and spent + cost <= budget:
             places[name], taken[name] = place + 1, option.grid
             spent += cost
+    return taken
+
+
+def allocate_by_rank(
+    costs: Mapping[str, Mapping[Grid, int]], scores: Mapping[str, float], budget: float
+) -> dict[str, Grid]:
+    """Two widths: the largest that all layers can have within `budget` bits, and the next larger one for the layers
+    with the highest scores, as many of them as fit. Layers with one grid to choose from keep it.
+
+    Source: Dumitru et al., "Layer-Wise Quantization" (2024), section 3.
+    """
+    levels = sorted({grid for grids in costs.values() if len(grids) > 1 for grid in grids})
+    at = {
+        name: dict.fromkeys(levels, next(iter(g))) if len(g) == 1 else {x: x for x in levels}
+        for name, g in costs.items()
+    }
+    totals = [sum(costs[name][at[name][level]] for name in costs) for level in levels]
+    low = max((i for i, total in enumerate(totals) if total <= budget), default=0)
+    taken, spent = {name: at[name][levels[low]] for name in costs}, totals[low]
+    for name in sorted(costs, key=lambda name: -scores[name]):
+        higher = at[name][levels[min(low + 1, len(levels) - 1)]]
+        more = costs[name][higher] - costs[name][taken[name]]
+        if spent + more > budget:
+            break
+        taken[name], spent = higher, spent + more
     return taken
 
 

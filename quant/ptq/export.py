@@ -199,6 +199,7 @@ def _measured_in_place(done: QuantizationRun, minutes: float | None, asked: int)
 def _note_run(report: QuantizationReport, done: QuantizationRun, minutes: float | None) -> None:
     """Note what a run has measured and taken."""
     report.validation, report.losses, report.seconds = done.validation, done.losses, done.seconds
+    report.search = done.search
     report.peak, report.buckets = process_peak() or 0, len(done.spec.timesteps)
     report.budget = None if minutes is None else 60 * minutes
 

@@ -48,6 +48,8 @@ class QuantizationReport:
         ratio: full-precision time / quantized time of one image, by runtime, interleaved.
         picked: what "auto" picked, by number of layers.
         validation: relative squared error of predictions after each stage.
+        search: for a PSNR that was asked for, the median PSNR of each size that was tried ("tried", dB by share of
+            float32), the size that was taken ("size_ratio"), and of how many images; else empty.
         seconds: by stage of quantizing.
         peak: most memory the process held, bytes.
         buckets: timesteps with grids of their own; 0: inputs are not quantized.
@@ -65,6 +67,7 @@ class QuantizationReport:
     ratio: dict[str, float] = field(default_factory=dict)
     picked: dict[str, int] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, list[Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak: int = 0
@@ -88,6 +91,9 @@ class QuantizationReport:
                 f"PSNR to full precision {middle[0]:.1f} dB, SSIM {middle[1]:.3f} "
                 f"(medians of {len(self.psnr)} images, held-out prompts)"
             )
+        if self.search:
+            tried = ", ".join(f"{size} {psnr:g} dB" for size, psnr in sorted(self.search["tried"].items()))
+            lines.append(f"sizes tried, of float32, medians of {self.search['images']} other images: {tried}")
         if self.validation:
             lines.append(
                 "squared error of predictions over their squares, held-out prompts; each line rounds what it says:"

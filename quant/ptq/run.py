@@ -23,14 +23,15 @@ from diffusion_accel.quant.layers import QuantizedLayer, quantized_layers
 from diffusion_accel.quant.model import candidates
 
 from .assemble import QUANTIZED, TRAINABLE, set_training
-from .bits import CHOICES, Grid, allocate_bits
+from .bits import Allocator
 from .budget import PLAN, PROMPTS
 from .calibration import RECORDING, relative_error
 from .finetune import FINETUNING
 from .folder import agree, held, read_values, write_values
 from .ranges import RANGES
 from .reconstruct import ROUNDING
-from .sensitivity import PROBE, SENSITIVITY
+from .search import SEARCH
+from .sensitivity import PROBE, SCORES, SENSITIVITY
 from .settings import QuantizeSettings
 from .stage import Job, RunState, Stage
 from .trainable_layer import set_quantization_state
@@ -38,7 +39,20 @@ from .trainable_layer import set_quantization_state
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STAGES = (PROMPTS, RECORDING, PROBE, SENSITIVITY, TRAINABLE, PLAN, ROUNDING, RANGES, FINETUNING, QUANTIZED)
+STAGES = (
+    PROMPTS,
+    RECORDING,
+    PROBE,
+    SENSITIVITY,
+    SCORES,
+    SEARCH,
+    TRAINABLE,
+    PLAN,
+    ROUNDING,
+    RANGES,
+    FINETUNING,
+    QUANTIZED,
+)
 
 
 def quantize_denoiser(
@@ -50,9 +64,9 @@ def quantize_denoiser(
 ) -> QuantizationRun:
     """Quantize the denoiser of `sampler.pipe`; the pipeline then has the quantized one.
 
-    Stages: record the calibration set; measure which layers suffer; choose bits (with a budget); find the grids of
-    the weights and learn their rounding; find the grids of the inputs; finetune the layers of the time embedding;
-    finetune the layers that matter most.
+    Stages: record the calibration set; measure which layers suffer; choose bits (with a budget, a size or a fidelity);
+    find the grids of the weights and learn their rounding; find the grids of the inputs; finetune the layers of the
+    time embedding; finetune the layers that matter most.
 
     Args:
         sampler: the pipeline with prompts, steps and guidance; the calibration set is its own sampling trajectories.
@@ -188,10 +202,12 @@ def _check(state: RunState) -> None:
         raise ConfigurationError(
             f"{wrong} of the {type(state.denoiser).__name__} has values that are no finite numbers"
         )
-    if state.settings.bits_budget is not None:  # an allocation of the fewest bits says whether there are enough
-        needs = dict.fromkeys(candidates(state.denoiser), 1.0)
-        groups = state.settings.groups
-        allocate_bits(state.denoiser, state.settings, needs, [Grid(min(CHOICES), 0 if 0 in groups else max(groups))])
+    asked = state.settings
+    allocator = Allocator(state.denoiser, asked, {}, tuple(range(min(asked.bucket_count, state.sampler.steps), 0, -1)))
+    if asked.bits_budget is not None:
+        allocator.check_bits(asked.bits_budget)
+    if asked.size_ratio is not None:
+        allocator.check_ratio(asked.size_ratio)
 
 
 def _asked(state: RunState) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from diffusion_accel.quant.model import candidates
 from diffusion_accel.quant.spec import LayerSpec
 
 from .bits import PROBE_BITS
-from .budget import plan_probe
+from .budget import PROBE_ROWS, plan_probe
 from .calibration import Rows, relative_error
+from .layer_ranks import layer_input_modification, z_score_shares
 from .stage import Job, Part, RunState, Stage, Values
 from .trainable_layer import TrainableLayer, TrainableLayers, set_quantization_state
 
@@ -23,7 +24,8 @@ def sensitivity(model: nn.Module, layer: TrainableLayer, rows: list[Rows]) -> fl
 
 
 def _wanted(state: RunState) -> bool:
-    return state.settings.bits_budget is not None or state.settings.finetune is not None
+    by_need = state.settings.allocated and state.settings.allocation == "sensitivity"
+    return by_need or state.settings.finetune is not None
 
 
 def _plan_probe(state: RunState, _job: Job) -> Values:
@@ -58,10 +60,26 @@ def _probe_rows(state: RunState) -> list[Rows]:
     return [state.heldout.sample(b, state.probe["rows"], state.settings.seed) for b in numbers]
 
 
+def _score(state: RunState, _job: Job) -> Values:
+    """What orders the layers for an allocation by ranks."""
+    if state.settings.allocation == "zd":
+        return z_score_shares(state.denoiser)
+    count = len(state.calibration.timesteps)
+    rows = (state.calibration.sample(b, PROBE_ROWS, state.settings.seed) for b in range(0, count, max(1, count // 5)))
+    return layer_input_modification(state.denoiser, rows)
+
+
+def _take_scores(state: RunState, _part: Part, values: Values) -> None:
+    state.scores = values
+
+
 def _take_needs(state: RunState, _part: Part, values: Values) -> None:
     state.needs = values
 
 
+SCORES = Stage(
+    "sensitivity", _score, _take_scores, "scores.json", wanted=lambda s: s.settings.allocation != "sensitivity"
+)
 PROBE = Stage("sensitivity", _plan_probe, _take_probe, "probe.json", wanted=_wanted)
 SENSITIVITY = Stage(
     "sensitivity",

@@ -25,6 +25,9 @@ _BITS = re.compile(r"w(\d+)(?:a(\d+))?", re.IGNORECASE)
 MOMENTS = ("visit", "timestep", "shared")
 PRESETS = ("sd", "sdxl", "lsun", "dit")  # which layers they name: `finetune.PRESETS`
 INPUTS = ("static", "dynamic")
+ALLOCATIONS = ("sensitivity", "lim", "zd")
+ALLOCATED_GROUPS = (0, 32, 64, 128)  # that an allocation by size or PSNR chooses from unless it is told
+SMALLEST_RATIO = 0.01
 INPUT_GROUP = 32  # of dynamic inputs of few bits
 LAYERS = ("preset", "measured", "all")
 BUCKETS = 25  # of timesteps, where an input has one grid or two
@@ -142,8 +145,16 @@ class QuantizeSettings:
         activation_bits: of the inputs of layers, 2 … 16; None: weights only.
         bits_budget: average bits a weight; layers then get 2 to 8 bits each by how much they suffer, instead of
             `weight_bits`.
+        size_ratio: the most that the denoiser's weights may take on disk, as a share of float32; layers get the bits
+            and groups with the least error within it, instead of `weight_bits`. Everything counts: codes, grids,
+            biases, layers that are not quantized, the header of the file.
+        min_psnr: dB; the smallest checkpoint whose images keep this median PSNR to full precision, on prompts that
+            nothing is fitted to, is searched, instead of `weight_bits`. Its images are measured with everything rounded
+            to nearest and nothing learnt.
+        allocation: by what `bits_budget` and `size_ratio` spread bits over layers: "sensitivity", the measured error of
+            the prediction; "lim" or "zd", ranks of layers (`layer_ranks`), to compare with.
         groups: how many weights of an output channel share a grid, 16 to 256, or 0 for all of them; with a budget,
-            what each layer chooses from.
+            what each layer chooses from; None: 0, or 0, 32, 64 and 128 with `size_ratio` or `min_psnr`.
         inputs: "static", a grid for each timestep, or "dynamic", grids that are found anew at every call: for each row
             of a linear layer and each image of a convolution.
         input_group: channels of a position that share a grid, of dynamic inputs; None: 32 below 6 bits, else 0, see
@@ -169,7 +180,10 @@ class QuantizeSettings:
     weight_bits: int = 8
     activation_bits: int | None = 8
     bits_budget: float | None = None
-    groups: tuple[int, ...] = (0,)
+    size_ratio: float | None = None
+    min_psnr: float | None = None
+    allocation: str = "sensitivity"
+    groups: tuple[int, ...] | None = None
     inputs: str = "static"
     input_group: int | None = None
     edge_bits: int = 8
@@ -202,10 +216,7 @@ class QuantizeSettings:
         _switches(self, "split", "search")
         if self.per_channel is not None:
             _switches(self, "per_channel")
-        if self.bits_budget is not None and not _is_number(self.bits_budget, 2, 8):
-            raise ConfigurationError(
-                f"bits_budget must be between 2 and 8 bits a weight, got {plain(self.bits_budget)}"
-            )
+        self._check_wishes()
         if self.layers not in (*LAYERS, *PRESETS):
             raise ConfigurationError(f"layers must be one of {', '.join((*LAYERS, *PRESETS))}, got {self.layers!r}")
         if not _is_number(self.sensitive, 0, 1):
@@ -213,20 +224,64 @@ class QuantizeSettings:
         if self.buckets is not None and (type(self.buckets) is not int or self.buckets < 1):
             raise ConfigurationError(f"buckets must be at least 1, got {plain(self.buckets)}")
 
+    def _check_wishes(self) -> None:
+        """Raise `ConfigurationError` unless size and fidelity that are asked for are allowed, and at most one of
+        them is."""
+        if self.bits_budget is not None and not _is_number(self.bits_budget, 2, 8):
+            raise ConfigurationError(
+                f"bits_budget must be between 2 and 8 bits a weight, got {plain(self.bits_budget)}"
+            )
+        if self.size_ratio is not None:
+            within(self.size_ratio, SMALLEST_RATIO, 1.0, "size_ratio")
+        if self.min_psnr is not None:
+            within(self.min_psnr, 1.0, 100.0, "min_psnr")
+        given = [n for n in ("bits_budget", "size_ratio", "min_psnr") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigurationError(f"{given[0]} and {given[1]} both choose the bits of each layer: give one")
+        if self.min_psnr is not None and self.softmax_bits is not None:
+            raise ConfigurationError(
+                "min_psnr is searched without rounded attention probabilities: leave softmax_bits out, or give a "
+                "size_ratio"
+            )
+        if self.allocation not in ALLOCATIONS:
+            raise ConfigurationError(
+                f"allocation must be one of {', '.join(ALLOCATIONS)}, got {plain(self.allocation)}"
+            )
+        if self.allocation != "sensitivity" and not given:
+            raise ConfigurationError(f"allocation {self.allocation} needs a bits_budget, size_ratio or min_psnr")
+
     def _check_grids(self) -> None:
         """Raise `ConfigurationError` unless groups, inputs and budget go together."""
-        if not isinstance(self.groups, tuple) or not self.groups:
+        if self.groups is not None and (not isinstance(self.groups, tuple) or not self.groups):
             raise ConfigurationError(f"groups must be a tuple of sizes, got {plain(self.groups)}")
-        for size in self.groups:
+        for size in self.groups or ():
             in_groups(size, "groups")
-        if len(self.groups) > 1 and self.bits_budget is None:
-            raise ConfigurationError("several sizes of groups need a bits_budget, by which each layer chooses")
+        if len(self.groups or ()) > 1:
+            if not self.allocated:
+                raise ConfigurationError(
+                    "several sizes of groups need a bits_budget, size_ratio or min_psnr, by which each layer chooses"
+                )
+            if self.allocation != "sensitivity":
+                raise ConfigurationError(f"allocation {self.allocation} ranks layers and chooses bits: give one group")
         if self.inputs not in INPUTS:
             raise ConfigurationError(f"inputs must be one of {', '.join(INPUTS)}, got {plain(self.inputs)}")
         if self.inputs == "dynamic" and (self.activation_bits is None or self.per_channel):
             raise ConfigurationError("dynamic inputs need activation_bits, and have no grids by channel (per_channel)")
         if self.input_group is not None and in_groups(self.input_group, "input_group") and self.inputs != "dynamic":
             raise ConfigurationError("input_group needs dynamic inputs")
+
+    @property
+    def allocated(self) -> bool:
+        """Whether each layer gets its own bits."""
+        return any(wish is not None for wish in (self.bits_budget, self.size_ratio, self.min_psnr))
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """The sizes of groups that a layer may have; the first is that of layers for which nothing is chosen."""
+        if self.groups is not None:
+            return self.groups
+        wished = self.size_ratio is not None or self.min_psnr is not None
+        return ALLOCATED_GROUPS if wished and self.allocation == "sensitivity" else (0,)
 
     @property
     def input_groups(self) -> int:
@@ -262,7 +317,12 @@ class QuantizeSettings:
     @property
     def name(self) -> str:
         """Such as w4a8."""
-        weights = f"w{self.weight_bits}" if self.bits_budget is None else f"w{self.bits_budget:g}"
+        if self.size_ratio is not None:
+            weights = f"{self.size_ratio:g} of float32, w"
+        elif self.min_psnr is not None:
+            weights = f"{self.min_psnr:g} dB, w"
+        else:
+            weights = f"w{self.weight_bits}" if self.bits_budget is None else f"w{self.bits_budget:g}"
         return f"{weights}a{self.activation_bits}" if self.activation_bits else weights
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class RunState:
         calibration, heldout: what the denoiser was given and answered, to fit on and to judge by.
         probe: rows and timesteps on which sensitivities are measured.
         needs: the sensitivity of each layer, where somebody wants it.
+        scores: of each layer, for the allocations by ranks.
+        search: the sizes that were tried for `min_psnr`, and the one that was found.
         trainable: the layers while they are quantized.
         plain_tables, tables: embedding tables as they were, and quantized.
         plan: how much every stage does, and the seconds that this is expected to take.
@@ -66,6 +68,8 @@ class RunState:
     heldout: CalibrationSet = field(init=False)
     probe: dict[str, int] = field(default_factory=dict)
     needs: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     trainable: TrainableLayers = field(init=False)
     plain_tables: dict[str, nn.Embedding] = field(default_factory=dict)
     tables: dict[str, QuantizedLayer] = field(default_factory=dict)
@@ -81,6 +85,13 @@ class RunState:
     def kept_for_validation(self) -> int:
         """How many of the prompts are not calibrated on."""
         return self.settings.validation or max(1, len(self.sampler.prompts) // 8)
+
+    @property
+    def allocated(self) -> QuantizeSettings:
+        """The settings, with the size that a search has found in place of the PSNR that was asked for."""
+        if not self.search:
+            return self.settings
+        return replace(self.settings, min_psnr=None, size_ratio=self.search["size_ratio"])
 
     def left(self) -> float | None:
         """Seconds of the budget that are left; None without one."""
