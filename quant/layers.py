@@ -42,13 +42,17 @@ class Dequantize:
 
 
 class Simulated(Dequantize):
-    """Weights, inputs and outputs rounded to their grids, computed in floating point."""
+    """Weights, inputs and outputs rounded to their grids, computed in floating point; the branch of low rank takes the
+    input as it is."""
 
     name = "simulated"
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer, everything rounded."""
-        return layer.round_output(super().__call__(layer, layer.round_input(x)))
+        if not (layer.spec.rank and layer.spec.activation_bits):
+            return layer.round_output(super().__call__(layer, layer.round_input(x)))
+        y = layer.compute(layer.round_input(x), layer.floats(x.dtype, branch=False))
+        return layer.round_output(y + layer.branch(x))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -86,7 +90,8 @@ class QuantizedLayer(nn.Module):
     """What quantized linear layers, convolutions and embedding tables have in common.
 
     Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), or with groups
-    float16 (groups, O) and packed (O, bytes); and where the spec asks for them `input_scale`, `input_zero_point`
+    float16 (groups, O) and packed (O, bytes); where the spec asks for them `weight_left` (O, rank) and `weight_right`
+    (rank, N), float16, of a branch of low rank; `input_scale`, `input_zero_point`
     (buckets, 1 | parts | C) and `output_scale`, `output_zero_point` (buckets, 1). With `compact_grids` input scales are
     float16 and zero points packed, (buckets, bytes); computing turns those of the running call into float32 and whole
     numbers.
@@ -95,6 +100,8 @@ class QuantizedLayer(nn.Module):
     weight_codes: torch.Tensor
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor
+    weight_left: torch.Tensor
+    weight_right: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
     output_scale: torch.Tensor
@@ -127,6 +134,9 @@ class QuantizedLayer(nn.Module):
         buffer("weight_scale", (count, rows), torch.float16 if spec.weight_group else torch.float32)
         zeros = (rows, packed_bytes(count, spec.weight_bits)) if spec.weight_group else (count, rows)
         buffer("weight_zero_point", zeros, torch.uint8)
+        if spec.rank:
+            buffer("weight_left", (rows, spec.rank), torch.float16)
+            buffer("weight_right", (spec.rank, columns), torch.float16)
         if spec.activation_bits and not spec.dynamic:
             grids = (steps, weight.shape[1] if spec.per_channel else spec.parts)
             packed = (steps, packed_bytes(grids[1], spec.packed_zero_points)) if spec.packed_zero_points else grids
@@ -150,6 +160,12 @@ class QuantizedLayer(nn.Module):
         self.weight_zero_point.copy_(zero_point)
         self.forget()
 
+    def store_branch(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Take the branch of low rank: (O, rank) and (rank, N)."""
+        self.weight_left.copy_(left)
+        self.weight_right.copy_(right)
+        self.forget()
+
     def forget(self) -> None:
         """Free the weights that are kept as numbers; they are made again when they are needed."""
         self._kept.floats = None
@@ -159,15 +175,19 @@ class QuantizedLayer(nn.Module):
         count = self.weight_shape[1:].numel()
         return unpack(self.weight_codes, self.spec.weight_bits, count).reshape(self.weight_shape)
 
-    def floats(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights as numbers; kept for the next call unless memory matters more (`keep_floats`)."""
-        state, kept = self.state(), self._kept
+    def floats(self, dtype: torch.dtype = torch.float32, branch: bool = True) -> torch.Tensor:
+        """The weights as numbers, with or without the branch of low rank; kept for the next call unless memory matters
+        more (`keep_floats`)."""
+        state, kept = (branch, self.state()), self._kept
         if kept.floats is not None:
             known = (kept.floats.dtype, kept.floats.device, kept.made_of)
             if known == (dtype, self.weight_codes.device, state):
                 return kept.floats
         with lasting(), torch.no_grad():
-            floats = self._as_floats(self.codes(), self.weight_scale, self.weight_zero_point).to(dtype)
+            floats = self._as_floats(self.codes(), self.weight_scale, self.weight_zero_point)
+            if branch and self.spec.rank:
+                floats = floats + (self.weight_left.float() @ self.weight_right.float()).view_as(floats)
+            floats = floats.to(dtype)
         if self.keep_floats:
             kept.floats, kept.made_of = floats, state
         return floats
@@ -253,6 +273,10 @@ class QuantizedLayer(nn.Module):
         scale, zero = self.grid_at(self.output_scale, y), self.grid_at(self.output_zero_point, y)
         return fake_quantize(y, scale, zero, self.spec.output_bits)
 
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What the branch of low rank makes of an input, without the bias."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------ computing
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The layer's own arithmetic with other weights."""
@@ -291,6 +315,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc,override]
         """x W' + b, (…, in) to (…, out)."""
         return nn.functional.linear(x, weight, self.bias)
 
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """x R' L', (…, in) to (…, out)."""
+        inner = nn.functional.linear(x, self.weight_right.to(x.dtype))
+        return nn.functional.linear(inner, self.weight_left.to(x.dtype))
+
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]  # the weight is made of codes
     """A quantized `nn.Conv2d`."""
@@ -315,6 +344,11 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The convolution with these weights, (N, C, H, W)."""
         return self._conv_forward(x, weight, self.bias)
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """A convolution to as many channels as its rank, and one of single positions behind it."""
+        right = self.weight_right.to(x.dtype).view(-1, *self.weight_shape[1:])
+        return nn.functional.conv2d(self._conv_forward(x, right, None), self.weight_left.to(x.dtype)[..., None, None])
 
 
 class QuantizedEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[override]  # the weight is made of codes

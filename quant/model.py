@@ -83,7 +83,7 @@ def install(model: nn.Module, spec: ModelSpec) -> Buckets:
     modules = dict(model.named_modules())
     for name, layer in spec.layers.items():
         module = modules.get(name)
-        plain = not (layer.activation_bits or layer.output_bits or layer.split or layer.weight_group)
+        plain = not (layer.activation_bits or layer.output_bits or layer.split or layer.weight_group or layer.rank)
         if module is None or not (quantizable(module) or (plain and quantizable_table(module))):
             what = "has no layer" if module is None else f"has a {type(module).__name__}, not a quantizable layer, at"
             raise ModelLoadError(f"the checkpoint does not fit the model: {type(model).__name__} {what} {name}")

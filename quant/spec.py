@@ -11,7 +11,8 @@ from typing import Any, Self
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import plain
 
-VERSION = 3  # of the checkpoint layout
+VERSION = 4  # of the checkpoint layout
+_WITHOUT_BRANCHES = 3  # the version of what needs nothing that came later
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 17)
 GROUPS = (0, 16, 32, 64, 128, 256)  # weights or inputs that share a grid; 0: all of a row
@@ -23,6 +24,7 @@ TIMESTEPS_LIMIT = 4096
 STEPS_LIMIT = 1_000_000_000  # iterations or epochs of a stage
 ROWS_LIMIT = 1_000_000_000  # rows that a stage looks at
 NUMBER_LIMIT = 1e9  # of timesteps and channels
+RANKS = range(513)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class LayerSpec:
         weight_bits: of its weights, 2 … 8; one grid for each output channel (and part of the input channels, see
             `split`), or for each group.
         weight_group: every so many weights of an output channel, in the order of their memory, share a grid; 0: all.
+        rank: of a branch in float16 beside the codes, which takes the input as it is: weight = codes on their grid +
+            left · right; 0: none.
         activation_bits: of its input, 2 … 16, with a grid for each bucket of timesteps unless it is `dynamic`; None
             leaves it as it is.
         dynamic: the grid of the input is found when it is there, from minimum to maximum: of each row of a linear
@@ -52,6 +56,7 @@ class LayerSpec:
 
     weight_bits: int
     weight_group: int = 0
+    rank: int = 0
     activation_bits: int | None = None
     dynamic: bool = False
     input_group: int = 0
@@ -72,6 +77,7 @@ class LayerSpec:
             raise ConfigurationError(f"split must be a number of channels, got {plain(self.split)}")
         for name in ("weight_group", "input_group"):
             in_groups(getattr(self, name), name)
+        checked(self.rank, RANKS, "rank")
         for name in ("per_channel", "compact_grids", "dynamic"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigurationError(f"{name} must be true or false, got {plain(getattr(self, name))}")
@@ -146,7 +152,8 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in the order in which they are written."""
-        values: dict[str, Any] = {"version": VERSION, "timesteps": list(self.timesteps)}
+        version = VERSION if any(spec.rank for spec in self.layers.values()) else _WITHOUT_BRANCHES
+        values: dict[str, Any] = {"version": version, "timesteps": list(self.timesteps)}
         values["layers"] = {name: spec.to_dict() for name, spec in sorted(self.layers.items())}
         for name in ("softmax", "recipe", "digest"):
             if getattr(self, name) is not None:

@@ -22,6 +22,7 @@ from diffusion_accel.outputs import check_free_folder, replacing_folder
 from diffusion_accel.progress import Progress, silent
 
 from .affine import codes_of, stored_grid, values_of, weight_grid
+from .low_rank import low_rank
 from .method import METHOD
 from .model import DTYPES, install
 from .packing import pack
@@ -76,6 +77,8 @@ def quantize_files(
     weight_bits: int = 8,
     activation_bits: int | None = None,
     group: int = 64,
+    rank: int = 0,
+    input_group: int = 0,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> FilesReport:
@@ -92,6 +95,10 @@ def quantize_files(
         weight_bits: 2 to 8; the first and the last layer have 8.
         activation_bits: of inputs, 2 to 16; None: they are not rounded.
         group: weights that share a grid, 16 to 256, or 0: all of an output channel.
+        rank: of a branch in float16 beside the codes of each layer, see `low_rank`; 0: none. A layer is then in memory
+            as a whole.
+        input_group: channels of a position that share a grid of the input, 16 to 256, or 0: all of a row of a linear
+            layer, all of an image of a convolution. 16 or 32 for inputs of 4 bits.
         overwrite: replace an existing pipeline folder.
         progress: told which layer is at work.
 
@@ -108,8 +115,9 @@ def quantize_files(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         groups=(in_groups(group, "group"),),
+        rank=rank,
         inputs="static" if activation_bits is None else "dynamic",
-        input_group=0,
+        input_group=in_groups(input_group, "input_group") if activation_bits else 0,
         attention_bits=None,
         split=False,
     )
@@ -217,14 +225,21 @@ def _write_layer(file: TensorWriter, name: str, stored: Tensor, spec: LayerSpec)
     """Round one layer's weights a slice of rows at a time, write them, and say how much of them is kept, dB."""
     count, columns = stored.shape[0], math.prod(stored.shape[1:])
     each = max(1, _ROWS // columns)
+    left = right = torch.zeros(0)
+    if spec.rank:
+        left, right = low_rank(_rows(stored, 0, count, columns, name), spec)
+        file.put(f"{name}.weight_left", left.half().numpy().tobytes())
+        file.put(f"{name}.weight_right", right.half().numpy().tobytes())
     signal = noise = 0.0
     scales, zeros = [], []
     shrink = (1.0,) if spec.weight_bits == 8 else _SHRINK
     for begin in range(0, count, each):
         rows = _rows(stored, begin, min(count, begin + each), columns, name)
+        signal += float(rows.square().sum())
+        if spec.rank:
+            rows = rows - left[begin : begin + each] @ right
         scale, zero = weight_grid(rows, spec, shrink, norm=2.0)
         codes = codes_of(rows, scale, zero, spec)
-        signal += float(rows.square().sum())
         noise += float((values_of(codes, scale, zero, spec) - rows).square().sum())
         packed = pack(codes, spec.weight_bits)
         file.put(f"{name}.weight_codes", packed.numpy().tobytes(), begin * packed.shape[1])

@@ -49,8 +49,8 @@ BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 se
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 CALIBRATIONS = ("prompts", "none")
 _PANELS = {
-    "Method": "bits_budget size_ratio min_psnr allocation group inputs input_group finetune rounding layers sensitive "
-    "rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits split",
+    "Method": "bits_budget size_ratio min_psnr allocation group rank inputs input_group finetune rounding layers "
+    "sensitive rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits split",
     "Calibration": "calibration prompts_file count buckets steps guidance_scale scheduler width height seed batch",
 }
 
@@ -83,6 +83,9 @@ def quantize(
             show_default="0, or with --size-ratio and --min-psnr 0, 32, 64 and 128",
         ),
     ] = None,
+    rank: Annotated[
+        int, typer.Option(help="Of a float16 branch beside the codes of each layer, for inputs of few bits; 0: none.")
+    ] = 0,
     inputs: Annotated[
         str, one_of("static: a grid for each timestep; or dynamic: found anew at every call.", INPUTS)
     ] = "static",
@@ -165,6 +168,7 @@ def quantize(
         min_psnr=min_psnr,
         allocation=allocation,
         groups=tuple(group) if group else None,
+        rank=rank,
         inputs=inputs,
         input_group=input_group,
         attention_bits=attention_bits or None,
@@ -207,7 +211,20 @@ def quantize(
         say(found.text(), lines=True)
 
 
-_DATA_FREE = {"output", "model", "bits", "group", "inputs", "calibration", "overwrite", "as_json", "quiet", "debug"}
+_DATA_FREE = {
+    "output",
+    "model",
+    "bits",
+    "group",
+    "rank",
+    "inputs",
+    "input_group",
+    "calibration",
+    "overwrite",
+    "as_json",
+    "quiet",
+    "debug",
+}
 
 
 def _without_data(
@@ -243,7 +260,8 @@ def _without_data(
     try:
         found = quantize_files(
             source.location, folder, weight_bits=weight_bits, activation_bits=activation_bits,
-            group=group[0] if group else 64, overwrite=overwrite, progress=bar,
+            group=group[0] if group else 64, rank=context.params["rank"],
+            input_group=context.params["input_group"] or 0, overwrite=overwrite, progress=bar,
         )  # fmt: skip
     finally:
         bar.close()

@@ -15,6 +15,7 @@ from torch import nn
 from diffusion_accel.denoisers import KEYS_VALUES, QUERIES, concatenated_inputs, edge_layers
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.quant.affine import codes_of, values_of, weight_grid
+from diffusion_accel.quant.low_rank import largest, rank_within
 from diffusion_accel.quant.model import candidates
 from diffusion_accel.quant.packing import packed_bytes
 from diffusion_accel.quant.spec import LayerSpec
@@ -77,6 +78,7 @@ def specs_of(
         spec = LayerSpec(
             weight_bits=grids[name].bits,
             weight_group=grids[name].group,
+            rank=0 if name in edges else rank_within(s.rank, _weight(layer).shape),
             activation_bits=inputs if s.activation_bits else None,
             dynamic=s.inputs == "dynamic",
             per_channel=by_channel,
@@ -142,8 +144,10 @@ class Allocator:
             if len(grids) == 1:
                 found[name] = [Option(grids[0], grids[0].cost(weight), 0.0)]
                 continue
-            errors = rounding_errors(weight, dict.fromkeys([probe, *grids]))
-            scale = self.needs[name] / max(errors[probe], 1e-30)
+            rank = rank_within(self.settings.rank, weight.shape)
+            rest = weight - largest(weight, rank) if rank else weight
+            errors = rounding_errors(rest, dict.fromkeys(grids))
+            scale = self.needs[name] / max(rounding_errors(weight, [probe])[probe], 1e-30)
             found[name] = [Option(grid, grid.cost(weight), scale * errors[grid]) for grid in grids]
         return found
 
@@ -155,7 +159,8 @@ class Allocator:
     def check_bits(self, bits: float) -> None:
         """Raise `ConfigurationError` if `bits` a weight are fewer than the cheapest grids take on average."""
         total = sum(weight.numel() for weight in self.weights.values())
-        least = sum(grid.cost(self.weights[name]) for name, grid in self.costs().items()) / total
+        codes = sum(grid.cost(self.weights[name]) for name, grid in self.costs().items())
+        least = (codes + self.branches()) / total
         if least > bits:
             raise ConfigurationError(
                 f"bits_budget {bits:g} is not enough: the fewest bits take {least:.2f} a weight on average"
@@ -172,7 +177,13 @@ class Allocator:
     def within_bits(self, bits: float) -> dict[str, LayerSpec]:
         """The allocation of at most `bits` a weight on average, with their grids. Raises as `check_bits`."""
         self.check_bits(bits)
-        return self.specs(self._allocate(bits * sum(weight.numel() for weight in self.weights.values())))
+        total = sum(weight.numel() for weight in self.weights.values())
+        return self.specs(self._allocate(bits * total - self.branches()))
+
+    def branches(self) -> int:
+        """Bits that the branches of low rank take."""
+        ranks = {name: spec.rank for name, spec in self.specs(self.costs()).items()}
+        return sum(16 * ranks[name] * (len(w) + w[0].numel()) for name, w in self.weights.items())
 
     def within_ratio(self, ratio: float) -> dict[str, LayerSpec]:
         """The allocation whose checkpoint is at most `ratio` of float32. Raises as `check_ratio`."""

@@ -13,6 +13,7 @@ from diffusion_accel.io import plain
 from diffusion_accel.quant.spec import (
     ACTIVATION_BITS,
     PERCENTILES,
+    RANKS,
     ROWS_LIMIT,
     STEPS_LIMIT,
     WEIGHT_BITS,
@@ -155,6 +156,8 @@ class QuantizeSettings:
             the prediction; "lim" or "zd", ranks of layers (`layer_ranks`), to compare with.
         groups: how many weights of an output channel share a grid, 16 to 256, or 0 for all of them; with a budget,
             what each layer chooses from; None: 0, or 0, 32, 64 and 128 with `size_ratio` or `min_psnr`.
+        rank: of a branch in float16 beside the codes of each layer, which takes its input as it is (SVDQuant); at most
+            half of what a layer can have, none in the first and the last; 0: none. 8 to 32 for inputs of 4 bits.
         inputs: "static", a grid for each timestep, or "dynamic", grids that are found anew at every call: for each row
             of a linear layer and each image of a convolution.
         input_group: channels of a position that share a grid, of dynamic inputs; None: 32 below 6 bits, else 0, see
@@ -184,6 +187,7 @@ class QuantizeSettings:
     min_psnr: float | None = None
     allocation: str = "sensitivity"
     groups: tuple[int, ...] | None = None
+    rank: int = 0
     inputs: str = "static"
     input_group: int | None = None
     edge_bits: int = 8
@@ -204,6 +208,7 @@ class QuantizeSettings:
     def __post_init__(self) -> None:
         checked(self.weight_bits, WEIGHT_BITS, "weight_bits")
         checked(self.edge_bits, WEIGHT_BITS, "edge_bits")
+        checked(self.rank, RANKS, "rank")
         self._check_grids()
         for name in ("activation_bits", "attention_bits", "softmax_bits"):
             if getattr(self, name) is not None:
@@ -318,12 +323,14 @@ class QuantizeSettings:
     def name(self) -> str:
         """Such as w4a8."""
         if self.size_ratio is not None:
-            weights = f"{self.size_ratio:g} of float32, w"
+            weights = f"at most {self.size_ratio:g} of float32"
         elif self.min_psnr is not None:
-            weights = f"{self.min_psnr:g} dB, w"
+            weights = f"at least {self.min_psnr:g} dB"
         else:
             weights = f"w{self.weight_bits}" if self.bits_budget is None else f"w{self.bits_budget:g}"
-        return f"{weights}a{self.activation_bits}" if self.activation_bits else weights
+        branch = f" rank {self.rank}" if self.rank else ""
+        inputs = f"a{self.activation_bits}" if self.activation_bits else ""
+        return weights + (", " if inputs and " " in weights else "") + inputs + branch
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, with the number of buckets that is used."""

@@ -11,6 +11,7 @@ from torch import nn
 from diffusion_accel.quant.affine import dynamic_grid, fake_quantize, half_scale, top, weight_grid
 from diffusion_accel.quant.buckets import Buckets, SelectBucket, grid_at
 from diffusion_accel.quant.layers import QuantizedLayer, quantized_like
+from diffusion_accel.quant.low_rank import low_rank
 from diffusion_accel.quant.model import candidates
 from diffusion_accel.quant.spec import LayerSpec
 
@@ -38,7 +39,8 @@ class TrainableLayer(nn.Module):
         plain: compute with the original weights and round nothing.
         round_weights, round_inputs: what the running forward rounds otherwise.
         weight: the weights, trainable in finetuning.
-        scale, zero_point: grid of the weights, (parts, O) or (groups, O).
+        scale, zero_point: grid of the weights, (parts, O) or (groups, O); where there is a branch, of what it leaves.
+        left, right: the branch of low rank, (O, rank) and (rank, N); it learns nothing.
         up: whether each weight is rounded up from the floor; while it is learnt, `logits` decides.
         logits: AdaRound's variable, None but during reconstruction.
         input_scale, input_zero_point, output_scale, output_zero_point: (buckets, 1 | parts | C); scales are trainable,
@@ -48,6 +50,9 @@ class TrainableLayer(nn.Module):
     up: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    low: torch.Tensor
     input_zero_point: torch.Tensor
     output_zero_point: torch.Tensor
 
@@ -81,12 +86,22 @@ class TrainableLayer(nn.Module):
 
     # ------------------------------------------------------------------ weights
     def find_grid(self, search: bool = True) -> None:
-        """Grids of the weights by range search (or over their whole range), and rounding to nearest."""
-        scale, zero = weight_grid(self.weight.detach(), self.spec, () if search else (1.0,))
+        """Grids of the weights by range search (or over their whole range), and rounding to nearest; before that the
+        branch of low rank, where there is one."""
+        if self.spec.rank:
+            left, right = low_rank(self.weight, self.spec)
+            self.register_buffer("left", left)
+            self.register_buffer("right", right)
+            self.register_buffer("low", (left @ right).view_as(self.weight))
+        scale, zero = weight_grid(self._gridded().detach(), self.spec, () if search else (1.0,))
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero)
-        ratio = self.weight.detach() / self._spread(self.scale)
+        ratio = self._gridded().detach() / self._spread(self.scale)
         self.register_buffer("up", ratio - ratio.floor() >= 0.5)
+
+    def _gridded(self) -> torch.Tensor:
+        """What codes stand for: the weights, or what the branch of low rank leaves of them."""
+        return self.weight - self.low if self.spec.rank else self.weight
 
     def own(self) -> list[nn.Parameter]:
         """Weight and bias as tensors of its own, which may be changed without changing the original's."""
@@ -110,7 +125,7 @@ class TrainableLayer(nn.Module):
 
     def start_rounding(self) -> nn.Parameter:
         """Make the rounding learnable, beginning at the weights themselves; returns AdaRound's variable."""
-        ratio = self.weight.detach() / self._spread(self.scale)
+        ratio = self._gridded().detach() / self._spread(self.scale)
         rest = (ratio - ratio.floor()).clamp(1e-4, 1 - 1e-4)
         self.logits = nn.Parameter(-torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1))
         return self.logits
@@ -129,19 +144,22 @@ class TrainableLayer(nn.Module):
     def codes(self) -> torch.Tensor:
         """The codes of the weights as whole numbers; gradients pass the floor unchanged (straight through)."""
         scale, zero = self._spread(self.scale), self._spread(self.zero_point)
-        ratio = self.weight / scale
+        ratio = self._gridded() / scale
         whole = ratio + (ratio.floor() - ratio).detach()
         return (whole + (self.up if self.logits is None else self.softness()) + zero).clamp(
             0, top(self.spec.weight_bits)
         )
 
-    def rounded(self) -> torch.Tensor:
-        """The weights on their grid; kept for the next call while nothing learns and nothing has changed."""
+    def rounded(self, branch: bool = True) -> torch.Tensor:
+        """The weights on their grid, with or without the branch of low rank; kept for the next call while nothing
+        learns and nothing has changed."""
         fixed = not torch.is_grad_enabled() and self.logits is None
-        state = (self.weight._version, id(self.up), self.up._version, self.scale._version)
+        state = (branch, self.weight._version, id(self.up), self.up._version, self.scale._version)
         if fixed and self._kept is not None and self._kept[0] == state:
             return self._kept[1]
         values = (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
+        if branch and self.spec.rank:
+            values = values + self.low
         self._kept = (state, values) if fixed else None
         return values
 
@@ -171,20 +189,25 @@ class TrainableLayer(nn.Module):
         """The layer's output, with what `plain`, `round_weights` and `round_inputs` say rounded."""
         if self.plain:
             return self.layer(x)
+        plain, apart = x, bool(self.round_inputs and self.spec.activation_bits and self.spec.rank)
         if self.round_inputs and self.spec.activation_bits:
             if self.spec.dynamic:
                 grid = dynamic_grid(x, self.spec, self.channel_dim)
                 x = x + (fake_quantize(x.detach(), *grid, self.spec.activation_bits) - x.detach())
             else:
                 x = self._learned(x, "input", self.spec.activation_bits)
-        weight = self.rounded() if self.round_weights else self.weight
-        if isinstance(self.layer, nn.Conv2d):
-            y = self.layer._conv_forward(x, weight, self.bias)
-        else:
-            y = nn.functional.linear(x, weight, self.bias)
+        full = self._gridded() if apart else self.weight
+        y = self._compute(x, self.rounded(branch=not apart) if self.round_weights else full, self.bias)
+        if apart:
+            y = y + self._compute(plain, self.low, None)
         if self.round_inputs and self.spec.output_bits:
             y = self._learned(y, "output", self.spec.output_bits)
         return y
+
+    def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(self.layer, nn.Conv2d):
+            return self.layer._conv_forward(x, weight, bias)
+        return nn.functional.linear(x, weight, bias)
 
     # ------------------------------------------------------------------ result
     def finished(self, buckets: Buckets) -> QuantizedLayer:
@@ -192,6 +215,8 @@ class TrainableLayer(nn.Module):
         sqnr = round(self.sqnr(), 2)
         made = quantized_like(self.layer, dataclasses.replace(self.spec, sqnr=sqnr), buckets)
         made.store(self.codes().detach(), self.scale, self.zero_point)
+        if self.spec.rank:
+            made.store_branch(self.left, self.right)
         if made.bias is not None and self.bias is not None:
             made.bias.data = self.bias.detach().clone()
         for name in ("input", "output"):

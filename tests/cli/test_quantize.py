@@ -200,8 +200,15 @@ def test_without_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     layers = json.loads(out)["layers"]
     assert code == 0 and {row["weight_group"] for row in layers.values()} == {64}
     assert {row["grids"] for row in layers.values()} == {" dynamic"}
+    again = ["--calibration", "none", "--bits", "w4a4", "--rank", "2", "--input-group", "16", "--overwrite", "-o", made]
+    assert call(capsys, "quantize", "-m", tiny, *again, "--quiet")[0] == 0
+    layers = json.loads((made / "unet" / "config.json").read_text())["quantization_config"]["layers"]
+    assert {layer.get("rank", 0) for layer in layers.values()} == {0, 2}
+    assert {layer.get("input_group", 0) for layer in layers.values()} == {0, 16}
     for more, says in (
         (["-o", made], "exists"),
+        (["-o", tmp_path / "b", "--min-psnr", "40"], "--min-psnr needs data: leave out --calibration none"),
+        (["-o", tmp_path / "b", "--size-ratio", "0.2"], "--size-ratio needs data"),
         (["-o", tmp_path / "b", "--rounding", "nearest"], "--rounding needs data: leave out --calibration none"),
         (["-o", tmp_path / "b", "--inputs", "static"], "--inputs static needs data"),
         (["-o", tmp_path / "b", "--group", "16", "--group", "32"], "--group takes one size"),
