@@ -333,7 +333,7 @@ class Integer:
         if is_traced() and saturates() and layer.spec.weight_bits == 8:  # an engine cuts off sums as oneDNN does
             return Simulated()(layer, x)
         way = in_graph if is_traced() else self.onednn if self.onednn.usable(x, layer) else self.matmul
-        y = way(layer, x)
+        y = way(layer, layer.to_inner(x))
         return layer.round_output(y + layer.branch(x) if layer.spec.rank else y)
 
 

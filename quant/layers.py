@@ -18,6 +18,7 @@ from .buckets import Buckets, grid_at
 from .packing import pack, packed_bytes, unpack
 from .sealed import REASON, sealed
 from .spec import LayerSpec
+from .transforms import outer_weight, to_inner
 
 
 class Runtime(Protocol):
@@ -49,10 +50,10 @@ class Simulated(Dequantize):
 
     def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer, everything rounded."""
-        if not (layer.spec.rank and layer.spec.activation_bits):
+        if not (layer.spec.has_inner_weights and layer.spec.activation_bits):
             return layer.round_output(super().__call__(layer, layer.round_input(x)))
-        y = layer.compute(layer.round_input(x), layer.floats(x.dtype, branch=False))
-        return layer.round_output(y + layer.branch(x))
+        y = layer.compute(layer.round_input(layer.to_inner(x)), layer.floats(x.dtype, inner=True))
+        return layer.round_output(y + layer.branch(x) if layer.spec.rank else y)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -91,7 +92,7 @@ class QuantizedLayer(nn.Module):
 
     Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), or with groups
     float16 (groups, O) and packed (O, bytes); where the spec asks for them `weight_left` (O, rank) and `weight_right`
-    (rank, N), float16, of a branch of low rank; `input_scale`, `input_zero_point`
+    (rank, N), float16, of a branch of low rank; `input_factor` (C), float16; `input_scale`, `input_zero_point`
     (buckets, 1 | parts | C) and `output_scale`, `output_zero_point` (buckets, 1). With `compact_grids` input scales are
     float16 and zero points packed, (buckets, bytes); computing turns those of the running call into float32 and whole
     numbers.
@@ -102,6 +103,7 @@ class QuantizedLayer(nn.Module):
     weight_zero_point: torch.Tensor
     weight_left: torch.Tensor
     weight_right: torch.Tensor
+    input_factor: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
     output_scale: torch.Tensor
@@ -137,6 +139,8 @@ class QuantizedLayer(nn.Module):
         if spec.rank:
             buffer("weight_left", (rows, spec.rank), torch.float16)
             buffer("weight_right", (spec.rank, columns), torch.float16)
+        if spec.smooth:
+            buffer("input_factor", (weight.shape[1],), torch.float16)
         if spec.activation_bits and not spec.dynamic:
             grids = (steps, weight.shape[1] if spec.per_channel else spec.parts)
             packed = (steps, packed_bytes(grids[1], spec.packed_zero_points)) if spec.packed_zero_points else grids
@@ -175,17 +179,19 @@ class QuantizedLayer(nn.Module):
         count = self.weight_shape[1:].numel()
         return unpack(self.weight_codes, self.spec.weight_bits, count).reshape(self.weight_shape)
 
-    def floats(self, dtype: torch.dtype = torch.float32, branch: bool = True) -> torch.Tensor:
-        """The weights as numbers, with or without the branch of low rank; kept for the next call unless memory matters
-        more (`keep_floats`)."""
-        state, kept = (branch, self.state()), self._kept
+    def floats(self, dtype: torch.dtype = torch.float32, inner: bool = False) -> torch.Tensor:
+        """The weights as numbers: the layer's own, or (`inner`) those that the codes stand for, of smoothed and rotated
+        inputs and beside the branch of low rank. Kept for the next call unless memory matters more (`keep_floats`)."""
+        state, kept = (inner, self.state()), self._kept
         if kept.floats is not None:
             known = (kept.floats.dtype, kept.floats.device, kept.made_of)
             if known == (dtype, self.weight_codes.device, state):
                 return kept.floats
         with lasting(), torch.no_grad():
             floats = self._as_floats(self.codes(), self.weight_scale, self.weight_zero_point)
-            if branch and self.spec.rank:
+            if not inner:
+                floats = outer_weight(floats, self._buffers.get("input_factor"), self.spec.rotate)
+            if self.spec.rank and not inner:
                 floats = floats + (self.weight_left.float() @ self.weight_right.float()).view_as(floats)
             floats = floats.to(dtype)
         if self.keep_floats:
@@ -260,8 +266,12 @@ class QuantizedLayer(nn.Module):
         zero = self.grid_at(self.input_zero_point, x, self.spec.packed_zero_points).float()
         return self.grid_at(self.input_scale, x), zero - self.spec.zero_margin
 
+    def to_inner(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as it is rounded: smoothed and rotated where the spec asks for it."""
+        return to_inner(x, self.channel_dim, self._buffers.get("input_factor"), self.spec.rotate)
+
     def round_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The input rounded to its grid."""
+        """The input (see `to_inner`) rounded to its grid."""
         if self.spec.activation_bits is None:
             return x
         return fake_quantize(x, *self.input_grid(x), self.spec.activation_bits)

@@ -12,6 +12,7 @@ import torch
 
 from .affine import codes_of, values_of, weight_grid
 from .spec import LayerSpec
+from .transforms import inner_weight, outer_weight
 
 ROUNDS = 5  # of finding the branch and the codes in turns
 _OVERSAMPLING, _ITERATIONS = 12, 4  # of the randomized decomposition
@@ -24,22 +25,28 @@ def rank_within(rank: int, shape: torch.Size) -> int:
 
 
 @torch.no_grad()
-def low_rank(weight: torch.Tensor, spec: LayerSpec, rounds: int = ROUNDS) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(
+    weight: torch.Tensor, spec: LayerSpec, factor: torch.Tensor | None = None, rounds: int = ROUNDS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The branch of a weight (O, I, …): left (O, rank) and right (rank, N), float32 numbers that float16 holds.
 
     It begins with the largest singular values of the weight, so that what is left to the grids is small and so is what
     rounded inputs do to it. Then in turns: round what the branch leaves, find the branch of what the codes leave. The
-    round with the least squared error is kept.
+    round with the least squared error is kept. Where inputs are smoothed (by `factor`, (C,)) or rotated, all that is
+    done to weights that are so, too; the branch is of the weights as they were.
     """
-    rows = weight.detach().float().flatten(1)
+    shape = weight.shape
+    rows = inner_weight(weight.detach().float(), factor, spec.rotate).flatten(1)
     rest, best = rows, None
     for _ in range(rounds):
         left, right = _decompose(rest, spec.rank)
+        outer = outer_weight(right.view(-1, *shape[1:]), factor, spec.rotate).half().float()
+        right = inner_weight(outer, factor, spec.rotate).flatten(1)
         base = rows - left @ right
-        rounded = _rounded(base.view_as(weight), spec).flatten(1)
+        rounded = _rounded(base.view(shape), spec).flatten(1)
         error = float((rounded - base).square().sum())
         if best is None or error < best[0]:
-            best = error, left, right
+            best = error, left, outer.flatten(1)
         rest = rows - rounded
     assert best is not None
     return best[1], best[2]
@@ -68,4 +75,4 @@ def _decompose(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(matrix, min(rank + _OVERSAMPLING, *matrix.shape), _ITERATIONS)
     root = s[:rank].sqrt()
-    return (u[:, :rank] * root).half().float(), (root[:, None] * v.T[:rank]).half().float()
+    return (u[:, :rank] * root).half().float(), root[:, None] * v.T[:rank]

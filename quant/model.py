@@ -83,7 +83,9 @@ def install(model: nn.Module, spec: ModelSpec) -> Buckets:
     modules = dict(model.named_modules())
     for name, layer in spec.layers.items():
         module = modules.get(name)
-        plain = not (layer.activation_bits or layer.output_bits or layer.split or layer.weight_group or layer.rank)
+        plain = not (
+            layer.activation_bits or layer.output_bits or layer.split or layer.weight_group or layer.has_inner_weights
+        )
         if module is None or not (quantizable(module) or (plain and quantizable_table(module))):
             what = "has no layer" if module is None else f"has a {type(module).__name__}, not a quantizable layer, at"
             raise ModelLoadError(f"the checkpoint does not fit the model: {type(model).__name__} {what} {name}")
@@ -94,6 +96,10 @@ def install(model: nn.Module, spec: ModelSpec) -> Buckets:
         if any(size % layer.input_group for size in layer.part_sizes(module.weight.shape[1]) if layer.input_group):  # type: ignore[union-attr,operator]
             raise ModelLoadError(
                 f"the checkpoint does not fit the model: the channels of {name} are no multiple of {layer.input_group}"
+            )
+        if any(size % layer.rotate for size in layer.part_sizes(module.weight.shape[1]) if layer.rotate):  # type: ignore[union-attr,operator]
+            raise ModelLoadError(
+                f"the checkpoint does not fit the model: the channels of {name} cannot be rotated by {layer.rotate}"
             )
         model.set_submodule(name, quantized_like(module, layer, buckets))
     for name, bits in (spec.softmax or {}).items():

@@ -12,7 +12,7 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import plain
 
 VERSION = 4  # of the checkpoint layout
-_WITHOUT_BRANCHES = 3  # the version of what needs nothing that came later
+_PLAIN_VERSION = 3  # the version of what needs nothing that came later
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = range(2, 17)
 GROUPS = (0, 16, 32, 64, 128, 256)  # weights or inputs that share a grid; 0: all of a row
@@ -25,6 +25,7 @@ STEPS_LIMIT = 1_000_000_000  # iterations or epochs of a stage
 ROWS_LIMIT = 1_000_000_000  # rows that a stage looks at
 NUMBER_LIMIT = 1e9  # of timesteps and channels
 RANKS = range(513)
+ROTATIONS = (0, 2, 4, 8, 16, 32, 64, 128, 256)  # channels that are mixed with each other; 0: none are
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class LayerSpec:
         weight_group: every so many weights of an output channel, in the order of their memory, share a grid; 0: all.
         rank: of a branch in float16 beside the codes, which takes the input as it is: weight = codes on their grid +
             left · right; 0: none.
+        smooth: a factor for each input channel, by which inputs are multiplied and weights divided before both are
+            rounded.
+        rotate: every so many input channels, of each part, are mixed by a Hadamard matrix before inputs and weights are
+            rounded; 0: they are not.
         activation_bits: of its input, 2 … 16, with a grid for each bucket of timesteps unless it is `dynamic`; None
             leaves it as it is.
         dynamic: the grid of the input is found when it is there, from minimum to maximum: of each row of a linear
@@ -57,6 +62,8 @@ class LayerSpec:
     weight_bits: int
     weight_group: int = 0
     rank: int = 0
+    smooth: bool = False
+    rotate: int = 0
     activation_bits: int | None = None
     dynamic: bool = False
     input_group: int = 0
@@ -78,7 +85,11 @@ class LayerSpec:
         for name in ("weight_group", "input_group"):
             in_groups(getattr(self, name), name)
         checked(self.rank, RANKS, "rank")
-        for name in ("per_channel", "compact_grids", "dynamic"):
+        if type(self.rotate) is not int or self.rotate not in ROTATIONS:
+            raise ConfigurationError(
+                f"rotate must be one of {', '.join(map(str, ROTATIONS))}, got {plain(self.rotate)}"
+            )
+        for name in ("per_channel", "compact_grids", "dynamic", "smooth"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigurationError(f"{name} must be true or false, got {plain(getattr(self, name))}")
         for name in ("sqnr", "sensitivity"):
@@ -99,6 +110,12 @@ class LayerSpec:
     def has_tables(self) -> bool:
         """Whether it has grids for each bucket of timesteps."""
         return bool(self.output_bits or (self.activation_bits and not self.dynamic))
+
+    @property
+    def has_inner_weights(self) -> bool:
+        """Whether codes stand for other weights than the layer's own: for smoothed or rotated ones, or without a
+        branch."""
+        return bool(self.rank or self.smooth or self.rotate)
 
     @property
     def zero_point_bits(self) -> int:
@@ -152,7 +169,8 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, in the order in which they are written."""
-        version = VERSION if any(spec.rank for spec in self.layers.values()) else _WITHOUT_BRANCHES
+        later = any(spec.has_inner_weights for spec in self.layers.values())
+        version = VERSION if later else _PLAIN_VERSION
         values: dict[str, Any] = {"version": version, "timesteps": list(self.timesteps)}
         values["layers"] = {name: spec.to_dict() for name, spec in sorted(self.layers.items())}
         for name in ("softmax", "recipe", "digest"):

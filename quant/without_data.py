@@ -30,6 +30,7 @@ from .ptq.bits import layer_specs
 from .ptq.settings import QuantizeSettings
 from .spec import LayerSpec, ModelSpec, in_groups
 from .stored import Tensor, TensorWriter, find_tensors, settings_digest, tensors_digest
+from .transforms import rotated
 
 __all__ = ["FilesReport", "quantize_files"]
 
@@ -78,6 +79,7 @@ def quantize_files(
     activation_bits: int | None = None,
     group: int = 64,
     rank: int = 0,
+    rotate: bool = False,
     input_group: int = 0,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -97,6 +99,7 @@ def quantize_files(
         group: weights that share a grid, 16 to 256, or 0: all of an output channel.
         rank: of a branch in float16 beside the codes of each layer, see `low_rank`; 0: none. A layer is then in memory
             as a whole.
+        rotate: mix every 32 channels of inputs by a Hadamard matrix before they are rounded.
         input_group: channels of a position that share a grid of the input, 16 to 256, or 0: all of a row of a linear
             layer, all of an image of a convolution. 16 or 32 for inputs of 4 bits.
         overwrite: replace an existing pipeline folder.
@@ -116,6 +119,7 @@ def quantize_files(
         activation_bits=activation_bits,
         groups=(in_groups(group, "group"),),
         rank=rank,
+        rotate=rotate,
         inputs="static" if activation_bits is None else "dynamic",
         input_group=in_groups(input_group, "input_group") if activation_bits else 0,
         attention_bits=None,
@@ -227,7 +231,7 @@ def _write_layer(file: TensorWriter, name: str, stored: Tensor, spec: LayerSpec)
     each = max(1, _ROWS // columns)
     left = right = torch.zeros(0)
     if spec.rank:
-        left, right = low_rank(_rows(stored, 0, count, columns, name), spec)
+        left, right = low_rank(_rows(stored, 0, count, columns, name).view(stored.shape), spec)
         file.put(f"{name}.weight_left", left.half().numpy().tobytes())
         file.put(f"{name}.weight_right", right.half().numpy().tobytes())
     signal = noise = 0.0
@@ -238,6 +242,7 @@ def _write_layer(file: TensorWriter, name: str, stored: Tensor, spec: LayerSpec)
         signal += float(rows.square().sum())
         if spec.rank:
             rows = rows - left[begin : begin + each] @ right
+        rows = rotated(rows.view(-1, *stored.shape[1:]), 1, spec.rotate).flatten(1)
         scale, zero = weight_grid(rows, spec, shrink, norm=2.0)
         codes = codes_of(rows, scale, zero, spec)
         noise += float((values_of(codes, scale, zero, spec) - rows).square().sum())

@@ -23,7 +23,8 @@ from .plan_table import show_plans, show_solver
 from .terminal import console, note, say
 
 PARTS = (  # of a layer in the file
-    "weight_codes weight_scale weight_zero_point bias input_scale input_zero_point output_scale output_zero_point"
+    "weight_codes weight_scale weight_zero_point weight_left weight_right bias input_factor input_scale "
+    "input_zero_point output_scale output_zero_point"
 ).split()
 
 
@@ -71,6 +72,7 @@ def inspect(
         inputs = "–" if row["activation_bits"] is None else f"{row['activation_bits']}{row['grids']}"
         kilobytes = f"{row['bytes'] / 1e3:.1f}"
         weights = f"{row['weight_bits']}" + (f" by {row['weight_group']}" if row["weight_group"] else "")
+        weights += f" + rank {row['rank']}" if row["rank"] else ""
         cells = (weights, inputs, kilobytes, row["sqnr"], row["sensitivity"])
         table.add_row(name, *("–" if c is None else str(c) for c in cells))
     terminal.print(table)
@@ -84,9 +86,10 @@ def inspect(
 
 def _grids(layer: LayerSpec) -> str:
     """What an input has grids for."""
+    before = (" smoothed" if layer.smooth else "") + (" rotated" if layer.rotate else "")
     if layer.dynamic:
-        return " dynamic" + (f" by {layer.input_group}" if layer.input_group else "")
-    return " by channel" if layer.per_channel else " split" if layer.split else ""
+        return before + " dynamic" + (f" by {layer.input_group}" if layer.input_group else "")
+    return before + (" by channel" if layer.per_channel else " split" if layer.split else "")
 
 
 def describe(name: str, layer: LayerSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -101,6 +104,7 @@ def describe(name: str, layer: LayerSpec, tensors: dict[str, Tensor]) -> dict[st
         "weight_bits": layer.weight_bits,
         "activation_bits": layer.activation_bits,
         "weight_group": layer.weight_group,
+        "rank": layer.rank,
         "grids": _grids(layer),
         "bytes": sum(t.size for t in own if t is not None),
         "sqnr": layer.sqnr,

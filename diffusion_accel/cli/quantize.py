@@ -49,8 +49,9 @@ BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 se
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 CALIBRATIONS = ("prompts", "none")
 _PANELS = {
-    "Method": "bits_budget size_ratio min_psnr allocation group rank inputs input_group finetune rounding layers "
-    "sensitive rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits split",
+    "Method": "bits_budget size_ratio min_psnr allocation group rank smooth rotate inputs input_group finetune "
+    "rounding layers sensitive rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits "
+    "split",
     "Calibration": "calibration prompts_file count buckets steps guidance_scale scheduler width height seed batch",
 }
 
@@ -86,6 +87,13 @@ def quantize(
     rank: Annotated[
         int, typer.Option(help="Of a float16 branch beside the codes of each layer, for inputs of few bits; 0: none.")
     ] = 0,
+    smooth: Annotated[
+        float | None,
+        typer.Option(help="SmoothQuant's alpha, 0.5 usually: move that much of the range of inputs into the weights."),
+    ] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Mix channels of inputs by Hadamard matrices, for inputs of 4 bits.")
+    ] = False,
     inputs: Annotated[
         str, one_of("static: a grid for each timestep; or dynamic: found anew at every call.", INPUTS)
     ] = "static",
@@ -169,6 +177,8 @@ def quantize(
         allocation=allocation,
         groups=tuple(group) if group else None,
         rank=rank,
+        smooth=smooth,
+        rotate=rotate,
         inputs=inputs,
         input_group=input_group,
         attention_bits=attention_bits or None,
@@ -217,6 +227,7 @@ _DATA_FREE = {
     "bits",
     "group",
     "rank",
+    "rotate",
     "inputs",
     "input_group",
     "calibration",
@@ -260,7 +271,7 @@ def _without_data(
     try:
         found = quantize_files(
             source.location, folder, weight_bits=weight_bits, activation_bits=activation_bits,
-            group=group[0] if group else 64, rank=context.params["rank"],
+            group=group[0] if group else 64, rank=context.params["rank"], rotate=context.params["rotate"],
             input_group=context.params["input_group"] or 0, overwrite=overwrite, progress=bar,
         )  # fmt: skip
     finally:

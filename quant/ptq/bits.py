@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PROBE_BITS = 4  # at which sensitivity is measured
 CHOICES = (2, 3, 4, 5, 6, 8)  # bits that an allocation chooses from
+ROTATION = 32  # channels that are mixed with each other, as many as share a grid of four-bit inputs
 _ZERO_MARGIN = 8  # one bit more for each zero point of 4 bits
 
 
@@ -79,6 +80,7 @@ def specs_of(
             weight_bits=grids[name].bits,
             weight_group=grids[name].group,
             rank=0 if name in edges else rank_within(s.rank, _weight(layer).shape),
+            smooth=s.smooth is not None and name not in edges,
             activation_bits=inputs if s.activation_bits else None,
             dynamic=s.inputs == "dynamic",
             per_channel=by_channel,
@@ -88,9 +90,17 @@ def specs_of(
             output_bits=s.attention_bits if name in queries else None,
             sensitivity=float(f"{needs[name]:.4g}") if name in needs else None,
         )
+        if s.rotate and name not in edges:
+            spec = replace(spec, rotate=rotation_within(spec.part_sizes(_weight(layer).shape[1])))
         whole = s.input_groups and not any(n % s.input_groups for n in spec.part_sizes(_weight(layer).shape[1]))
         specs[name] = replace(spec, input_group=s.input_groups) if whole and name not in edges else spec
     return specs
+
+
+def rotation_within(sizes: Iterable[int]) -> int:
+    """The largest power of two, at most `ROTATION`, that divides all of these numbers of channels; 0 instead of 1."""
+    block = math.gcd(ROTATION, *sizes)
+    return block if block > 1 else 0
 
 
 class Grid(NamedTuple):

@@ -78,7 +78,7 @@ def observe(
         handles: list[Any] = []
         for (layer, what), watcher in watchers.items():
             if what == "input":
-                see = lambda _, args, w=watcher: w.see(args[0])  # noqa: E731
+                see = lambda at, args, w=watcher: w.see(at.to_inner(args[0]))  # noqa: E731
                 handles.append(layer.register_forward_pre_hook(see))
             else:
                 look = lambda _, _args, out, w=watcher: w.see(out)  # noqa: E731

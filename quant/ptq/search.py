@@ -68,10 +68,11 @@ def _images(state: RunState, sampler: Sampler, specs: dict[str, LayerSpec]) -> t
     plain = tables(denoiser)
     for name, table in plain.items():
         denoiser.set_submodule(name, quantized_table(table))
-    trainable = TrainableLayers(denoiser, specs, state.calibration.timesteps, state.settings.search)
+    timesteps = state.calibration.timesteps
+    trainable = TrainableLayers(denoiser, specs, timesteps, state.settings.search, state.factors)
     try:
         set_quantization_state(trainable, weights=True, inputs=False)
-        numbers = range(len(state.calibration.timesteps))
+        numbers = range(len(timesteps))
         observe(denoiser, trainable, state.calibration, state.settings.observation, numbers)
         set_quantization_state(trainable, weights=True, inputs=True)
         return sampler.images()

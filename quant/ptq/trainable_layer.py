@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffusion_accel.quant.layers import QuantizedLayer, quantized_like
 from diffusion_accel.quant.low_rank import low_rank
 from diffusion_accel.quant.model import candidates
 from diffusion_accel.quant.spec import LayerSpec
+from diffusion_accel.quant.transforms import inner_weight, outer_weight, to_inner
 
 GAMMA, ZETA = -0.1, 1.1  # ends of the stretched sigmoid (AdaRound, section 3.3)
 
@@ -41,6 +43,7 @@ class TrainableLayer(nn.Module):
         weight: the weights, trainable in finetuning.
         scale, zero_point: grid of the weights, (parts, O) or (groups, O); where there is a branch, of what it leaves.
         left, right: the branch of low rank, (O, rank) and (rank, N); it learns nothing.
+        factor: of each input channel, (C,), where inputs are smoothed.
         up: whether each weight is rounded up from the floor; while it is learnt, `logits` decides.
         logits: AdaRound's variable, None but during reconstruction.
         input_scale, input_zero_point, output_scale, output_zero_point: (buckets, 1 | parts | C); scales are trainable,
@@ -53,10 +56,18 @@ class TrainableLayer(nn.Module):
     left: torch.Tensor
     right: torch.Tensor
     low: torch.Tensor
+    factor: torch.Tensor | None
     input_zero_point: torch.Tensor
     output_zero_point: torch.Tensor
 
-    def __init__(self, layer: nn.Module, spec: LayerSpec, buckets: Buckets, search: bool = True) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        spec: LayerSpec,
+        buckets: Buckets,
+        search: bool = True,
+        factor: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         weight: torch.Tensor = layer.weight.detach()  # type: ignore[assignment,operator]
         self.spec, self.buckets = spec, buckets
@@ -68,6 +79,7 @@ class TrainableLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
         self.logits: nn.Parameter | None = None
         self._kept: tuple[Any, torch.Tensor] | None = None
+        self.register_buffer("factor", factor)
         self.channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
         steps = len(buckets.timesteps)
         for name, bits, width in (
@@ -89,7 +101,7 @@ class TrainableLayer(nn.Module):
         """Grids of the weights by range search (or over their whole range), and rounding to nearest; before that the
         branch of low rank, where there is one."""
         if self.spec.rank:
-            left, right = low_rank(self.weight, self.spec)
+            left, right = low_rank(self.weight, self.spec, self.factor)
             self.register_buffer("left", left)
             self.register_buffer("right", right)
             self.register_buffer("low", (left @ right).view_as(self.weight))
@@ -100,8 +112,9 @@ class TrainableLayer(nn.Module):
         self.register_buffer("up", ratio - ratio.floor() >= 0.5)
 
     def _gridded(self) -> torch.Tensor:
-        """What codes stand for: the weights, or what the branch of low rank leaves of them."""
-        return self.weight - self.low if self.spec.rank else self.weight
+        """What codes stand for: the weights, or what the branch of low rank leaves of them, of smoothed and rotated
+        inputs."""
+        return inner_weight(self.weight - self.low if self.spec.rank else self.weight, self.factor, self.spec.rotate)
 
     def own(self) -> list[nn.Parameter]:
         """Weight and bias as tensors of its own, which may be changed without changing the original's."""
@@ -150,16 +163,17 @@ class TrainableLayer(nn.Module):
             0, top(self.spec.weight_bits)
         )
 
-    def rounded(self, branch: bool = True) -> torch.Tensor:
-        """The weights on their grid, with or without the branch of low rank; kept for the next call while nothing
-        learns and nothing has changed."""
+    def rounded(self, inner: bool = False) -> torch.Tensor:
+        """The weights, rounded, or (`inner`) those that codes stand for, on their grid; kept for the next call while
+        nothing learns and nothing has changed."""
         fixed = not torch.is_grad_enabled() and self.logits is None
-        state = (branch, self.weight._version, id(self.up), self.up._version, self.scale._version)
+        state = (inner, self.weight._version, id(self.up), self.up._version, self.scale._version)
         if fixed and self._kept is not None and self._kept[0] == state:
             return self._kept[1]
         values = (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
-        if branch and self.spec.rank:
-            values = values + self.low
+        if not inner:
+            values = outer_weight(values, self.factor, self.spec.rotate)
+            values = values + self.low if self.spec.rank else values
         self._kept = (state, values) if fixed else None
         return values
 
@@ -180,6 +194,10 @@ class TrainableLayer(nn.Module):
         whole = ratio + (ratio.round() - ratio).detach()
         return ((whole + zero).clamp(0, top(bits)) - zero) * scale
 
+    def to_inner(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as it is rounded, see `QuantizedLayer.to_inner`."""
+        return to_inner(x, self.channel_dim, self.factor, self.spec.rotate)
+
     def grids(self) -> list[str]:
         """The names of the grids of inputs and outputs, as far as these are rounded."""
         ends = [end for end in ("input", "output") if hasattr(self, f"{end}_scale")]
@@ -189,17 +207,19 @@ class TrainableLayer(nn.Module):
         """The layer's output, with what `plain`, `round_weights` and `round_inputs` say rounded."""
         if self.plain:
             return self.layer(x)
-        plain, apart = x, bool(self.round_inputs and self.spec.activation_bits and self.spec.rank)
+        outer, inner = x, bool(self.round_inputs and self.spec.activation_bits and self.spec.has_inner_weights)
+        if inner:
+            x = self.to_inner(x)
         if self.round_inputs and self.spec.activation_bits:
             if self.spec.dynamic:
                 grid = dynamic_grid(x, self.spec, self.channel_dim)
                 x = x + (fake_quantize(x.detach(), *grid, self.spec.activation_bits) - x.detach())
             else:
                 x = self._learned(x, "input", self.spec.activation_bits)
-        full = self._gridded() if apart else self.weight
-        y = self._compute(x, self.rounded(branch=not apart) if self.round_weights else full, self.bias)
-        if apart:
-            y = y + self._compute(plain, self.low, None)
+        full = self._gridded() if inner else self.weight
+        y = self._compute(x, self.rounded(inner) if self.round_weights else full, self.bias)
+        if inner and self.spec.rank:
+            y = y + self._compute(outer, self.low, None)
         if self.round_inputs and self.spec.output_bits:
             y = self._learned(y, "output", self.spec.output_bits)
         return y
@@ -217,6 +237,8 @@ class TrainableLayer(nn.Module):
         made.store(self.codes().detach(), self.scale, self.zero_point)
         if self.spec.rank:
             made.store_branch(self.left, self.right)
+        if self.factor is not None:
+            made.input_factor.copy_(self.factor)
         if made.bias is not None and self.bias is not None:
             made.bias.data = self.bias.detach().clone()
         for name in ("input", "output"):
@@ -229,16 +251,22 @@ class TrainableLayers(dict[str, TrainableLayer]):
     """The layers in a model by name, and the way back."""
 
     def __init__(
-        self, model: nn.Module, specs: dict[str, LayerSpec], timesteps: tuple[float, ...], search: bool = True
+        self,
+        model: nn.Module,
+        specs: dict[str, LayerSpec],
+        timesteps: tuple[float, ...],
+        search: bool = True,
+        factors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Put layers in place of the layers `specs` names; they round nothing yet."""
+        """Put layers in place of the layers `specs` names; they round nothing yet. `factors`: of smoothed inputs."""
+        factors = factors or {}
         self.model, self.buckets = model, Buckets(timesteps)
         layers = candidates(model)
         self.originals = {name: layers[name] for name in specs}
         # torch takes other kernels for weights that learn (`matmul` folds batches), so this is a part of the way back
         self._learning = [(p, p.requires_grad) for p in model.parameters()]
         super().__init__(
-            {name: TrainableLayer(layers[name], spec, self.buckets, search) for name, spec in specs.items()}
+            {n: TrainableLayer(layers[n], spec, self.buckets, search, factors.get(n)) for n, spec in specs.items()}
         )
         try:
             for name, made in self.items():

@@ -72,7 +72,7 @@ def test_all_runtimes_compute_codes_and_branch(kind: str, bits: int | None) -> N
     layer = made(plain, rank=3, activation_bits=bits, dynamic=bits is not None)
     x = inputs(plain)
     branch = layer.weight_left.float() @ layer.weight_right.float()
-    codes = layer.floats(branch=False)
+    codes = layer.floats(inner=True)
     assert torch.allclose(layer.floats(), codes + branch.view_as(codes), atol=1e-6)
     assert torch.allclose(Dequantize()(layer, x), layer.compute(x, codes + branch.view_as(codes)), atol=1e-5)
     rounded = layer.compute(layer.round_input(x), codes) + layer.compute(x, branch.view_as(codes))
