@@ -89,9 +89,13 @@ def count_option(low: int = 1, text: str = "How many prompts to use, or images t
     return number(text, at_least(low, 100_000), "--count")
 
 
-def recommended(key: str) -> str:
+def recommended(key: str, otherwise: str = "the pipeline's") -> str:
     """What stands for a default where the model has the word."""
-    return f"{EMBEDDED[Settings.model].settings[key]} with {Settings.model}, else the pipeline's"
+    models: dict[Any, list[str]] = {}
+    for name, model in EMBEDDED.items():
+        if key in model.settings:
+            models.setdefault(model.settings[key], []).append(name)
+    return ", ".join(f"{value} with {' and '.join(names)}" for value, names in models.items()) + f", else {otherwise}"
 
 
 def in_panels(panels: dict[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -159,7 +163,7 @@ PromptsFile = Annotated[
     str | None, typer.Option("--prompts-file", metavar="FILE", help="A prompt a line; the embedded model needs none.")
 ]
 Steps = Annotated[int | None, number("Denoising steps.", LIMITS["steps"], show_default=recommended("steps"))]
-StepsOr50 = Annotated[int | None, number("Denoising steps.", LIMITS["steps"], show_default="20 with sticker, else 50")]
+StepsOr50 = Annotated[int | None, number("Denoising steps.", LIMITS["steps"], show_default=recommended("steps", "50"))]
 GuidanceScale = Annotated[
     float | None,
     number(
