@@ -6,10 +6,6 @@ for the rotation by a Hadamard matrix.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import numpy as np
 import torch
 
 from .affine import half_scale
@@ -30,21 +26,29 @@ def to_inner(x: torch.Tensor, dim: int, factor: torch.Tensor | None, block: int)
 
 def inner_weight(weight: torch.Tensor, factor: torch.Tensor | None, block: int) -> torch.Tensor:
     """The weight (O, C, …) that makes of `to_inner(x)` what `weight` makes of x."""
-    return rotated(weight if factor is None else weight / _along(factor, weight, 1), 1, block).contiguous()
+    return rotated(weight if factor is None else weight / _along(factor, weight, 1), 1, block)
 
 
 def outer_weight(weight: torch.Tensor, factor: torch.Tensor | None, block: int) -> torch.Tensor:
     """The inverse of `inner_weight`."""
-    weight = rotated(weight, 1, block).contiguous()
+    weight = rotated(weight, 1, block)
     return weight if factor is None else weight * _along(factor, weight, 1)
 
 
 def rotated(x: torch.Tensor, dim: int, block: int) -> torch.Tensor:
-    """Every `block` channels (of dimension `dim`) times a Hadamard matrix, which is its own inverse; 0: `x` itself."""
+    """Every `block` channels (of dimension `dim`) times Sylvester's Hadamard matrix over the root of its size, which is
+    its own inverse; 0: `x` itself.
+
+    By sums and differences of pairs (the fast Walsh-Hadamard transform), in float32.
+    """
     if not block:
         return x
-    matrix = torch.from_numpy(_hadamard(block)).to(x)
-    return (x.movedim(dim, -1).unflatten(-1, (-1, block)) @ matrix).flatten(-2).movedim(-1, dim)
+    dim, y, width = dim % x.dim(), x.float(), 1
+    while width < block:
+        a, b = y.unflatten(dim, (-1, 2, width)).unbind(dim + 1)
+        y = torch.stack([a + b, a - b], dim + 1).flatten(dim, dim + 2)
+        width *= 2
+    return (y * block**-0.5).to(x.dtype)
 
 
 def smoothing(inputs: torch.Tensor, weight: torch.Tensor, strength: float) -> torch.Tensor:
@@ -59,15 +63,6 @@ def smoothing(inputs: torch.Tensor, weight: torch.Tensor, strength: float) -> to
     most = weight.detach().float().transpose(0, 1).flatten(1).abs().amax(1)
     logs = (1 - strength) * most.clamp(min=1e-5).log() - strength * inputs.float().clamp(min=1e-5).log()
     return half_scale((logs - logs.mean()).exp()).float()
-
-
-@functools.cache
-def _hadamard(size: int) -> Any:
-    """Sylvester's matrix, over the root of its size."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(np.float32(size))
 
 
 def _along(factor: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -187,3 +187,13 @@ def test_without_data(tmp_path: Path) -> None:
         weight = tiny_pipeline().unet.get_submodule(name).weight
         assert (layer.floats() - weight).norm() < 0.02 * weight.norm(), name
         assert (layer.spec.rotate > 0) == (name not in ("conv_in", "conv_out")), name
+
+
+def test_a_graph_computes_the_same() -> None:
+    trainable = both("linear", rank=2)
+    layer = trainable.finished(trainable.buckets)
+    x = inputs(LAYERS["linear"]())
+    torch.compiler.reset()
+    for runtime in (Simulated(), Dequantize()):
+        layer.runtime = runtime
+        assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
