@@ -143,6 +143,11 @@ class Feature:
         before a model is loaded; None if it can."""
         return None
 
+    def portable(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """Fields whose text holds only on this machine or for this folder of the model, as a recipe is to have them:
+        a `Path` of a file or folder to copy, a dict to write as JSON, or another text."""
+        return getattr(self._runtime(), "portable", _nothing)(self, pipeline) if self.runtime else {}
+
     def attach(self, pipeline: DiffusionPipeline) -> Attachment:
         """Attach to `pipeline` (already known to be supported) and return the attachment."""
         return self._runtime().attach(self, pipeline)
@@ -224,6 +229,7 @@ def option(
     doc: str,
     within: tuple[float, float] | None = None,
     read: Callable[[Any], tuple[Any, Any]] | None = None,
+    names_file: Callable[[str], bool] | None = None,
 ) -> Any:
     """A dataclass field with its documentation, which the CLI help and the docs print.
 
@@ -235,8 +241,11 @@ def option(
             value, or an object of a class that the field's type names beside the plain ones. Returns the plain value,
             which the field keeps (it is what JSON, metadata and comparisons see), and the object, which
             `Feature.object_of` answers. Raises `ConfigurationError` if the text means nothing.
+        names_file: for a field whose text may name a file or folder of this machine: whether it does. See
+            `Feature.portable`.
     """
-    return dataclasses.field(default=default, metadata={"doc": doc, "within": within, "read": read})
+    facts = {"doc": doc, "within": within, "read": read, "names_file": names_file}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 _F = TypeVar("_F", bound=Feature)
@@ -357,6 +366,10 @@ def _always(_feature: Feature, _pipeline: DiffusionPipeline) -> bool:
 
 def _never(_feature: Feature, _pipeline: DiffusionPipeline) -> bool:
     return False
+
+
+def _nothing(_feature: Feature, _pipeline: DiffusionPipeline) -> dict[str, Any]:
+    return {}
 
 
 def alive(pipeline: weakref.ref[Any]) -> Any:

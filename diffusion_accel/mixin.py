@@ -34,11 +34,13 @@ class AcceleratedMixin:
             handle = self.__dict__["_acceleration"] = handle._rebind(self)
         return handle
 
-    # Neither diffusers' files nor its conversions know features. That they are lost is said where it happens.
-    def save_pretrained(self, *args: object, **kwargs: object) -> Any:
-        """diffusers' own; the features are not saved, which is logged."""
-        self._tell_what_is_lost("are not saved", "after loading")
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+    def save_pretrained(self, save_directory: Any, *args: object, **kwargs: object) -> Any:
+        """diffusers' own, with the recipe of the features as an acceleration.json in the folder.
+
+        `AcceleratedPipeline.from_pretrained` restores them; diffusers' own `from_pretrained` loads the plain pipeline.
+        """
+        self.acceleration.save_with_model(save_directory)  # first: diffusers may upload the folder
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @property
     def config(self) -> Any:

@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from .finite import finite_call
 from .flops import count_flops
 from .hooks import bind_method, call_arguments, run_uncompiled
 from .mixin import AcceleratedMixin
+from .recipes.saving import forget_recipe, save_recipe
 from .registry import FEATURES, feature_class
 from .report import Report
 from .schedulers.measured import unmeasured
@@ -184,6 +186,44 @@ class Acceleration:
             if self.enabled(name):
                 images = one.preview(images, z, decoded)
         return images
+
+    def save(
+        self,
+        place: str | Path,
+        *,
+        overwrite: bool = False,
+        call: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write what makes this pipeline fast as a recipe: the features with their settings, plans and weights, the
+        scheduler, a quantized denoiser; not the model itself, which `save_pretrained` writes as well.
+
+        `AcceleratedPipeline.from_pretrained(model, recipe=...)` and `--recipe` restore it.
+
+        Args:
+            place: a .json file, or a folder for an acceleration.json. What the recipe names is put in a folder beside
+                it, NAME.files.
+            overwrite: replace a recipe that is there.
+            call: recommended arguments of a call, for the command line: steps, guidance_scale, width, height.
+            measured: numbers to keep with it, for the record.
+
+        Returns:
+            The file.
+
+        Raises:
+            OutputError: it exists, or cannot be written.
+        """
+        return self._save(place, overwrite=overwrite, call=call, measured=measured)
+
+    def _save(self, place: str | Path, **options: Any) -> Path:
+        return save_recipe(alive(self._pipeline), self.features, self._disabled, place, **options)
+
+    def save_with_model(self, folder: str | Path) -> None:
+        """Write the recipe into the folder of the model; without features, one that is there is removed."""
+        if self.features:
+            self._save(folder, overwrite=True, with_model=True)
+        else:
+            forget_recipe(Path(folder))
 
     # ------------------------------------------------------------------ switching
     def disable(self, *names: str) -> None:

@@ -14,6 +14,7 @@ from diffusion_accel.registry import FEATURES, feature_class
 from diffusion_accel.reuse.plan_names import is_tuned
 
 from .keywords import CONVERSION, check_keywords, components_of
+from .recipes import features_over, quantize_of, recipe_of, restore
 from .schedulers import check_scheduler, check_steps, set_scheduler
 
 if TYPE_CHECKING:
@@ -45,23 +46,37 @@ class AcceleratedPipeline:
 
         `scheduler` may be a short name of the command line's ("ddim", "dpm++", …). With a tuned plan, an embedded model
         gets its recommended one, as on the command line: its plans are tuned for that.
+
+        A folder with a recipe (`acceleration.json`, which `save_pretrained` of an accelerated pipeline writes) gets
+        back what it says. `recipe` names another one, a file or a folder; False leaves it. What is given here wins:
+        features by name (False switches one off), `scheduler`, `quantize`.
         """
         from .loading import load_pipeline  # heavy: torch, diffusers
 
-        features, options = split_features(kwargs)
-        if "torch_dtype" in options:
-            options["dtype"] = options.pop("torch_dtype")
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        recipe = kwargs.pop("recipe", None)
+        given, options = given_features(kwargs)
         source = find_model(model, bool(options.get("allow_pickle", False)))
-        tuned = any(is_tuned(str(getattr(feature, "plan", ""))) for feature in features)
+        recipe = recipe_of(source, recipe)
+        features = features_over(recipe, given)
+        own = recipe is None or recipe.scheduler is None
+        tuned = own and any(is_tuned(str(getattr(feature, "plan", ""))) for feature in features.values())
         name = options.get("scheduler", source.defaults.get("scheduler") if tuned else None)
+        options["quantize"] = options.get("quantize", quantize_of(recipe, source)) or None
         if isinstance(name, str):
             check_scheduler(name)
             check_steps(name, source, None)
             options.pop("scheduler", None)
         pipe = load_pipeline(source, pipeline_class=cls.pipeline_class, **options)
+        if recipe is not None:
+            restore(pipe, recipe, source, quantize=options["quantize"], scheduler=name is None)
         if isinstance(name, str):
             set_scheduler(pipe, name)
-        return _accelerated(pipe, features)
+        accelerated: Any = _accelerated(pipe, [*features.values()])
+        if recipe is not None and (off := [n for n in recipe.off if n in features and n not in given]):
+            accelerated.acceleration.disable(*off)
+        return accelerated
 
     from_single_file = from_pretrained
 
@@ -71,7 +86,8 @@ class AcceleratedPipeline:
 
         The features that it has come along, unless they are given anew or as False.
         """
-        features, options = split_features(kwargs)
+        given, options = given_features(kwargs)
+        features = [feature for feature in given.values() if feature is not None]
         if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):
             if not hasattr(pipe, "components"):
                 raise ConfigurationError(f"from_pipe takes a loaded pipeline, got {shown(pipe)}; use from_pretrained")
@@ -96,10 +112,12 @@ def named_drop_in(name: str) -> type[AcceleratedPipeline]:
     return type(name, (AcceleratedPipeline,), {"pipeline_class": getattr(diffusers, base), "__doc__": doc})
 
 
-def split_features(kwargs: dict[str, Any]) -> tuple[list[Feature], dict[str, Any]]:
-    """Separate feature keywords from the rest."""
-    features = [make_feature(k, v) for k, v in kwargs.items() if k in FEATURES and v is not None and v is not False]
-    return features, {k: v for k, v in kwargs.items() if k not in FEATURES}
+def given_features(kwargs: dict[str, Any]) -> tuple[dict[str, Feature | None], dict[str, Any]]:
+    """Separate feature keywords from the rest: by name, None for one that is switched off (False); those that are None
+    are not given."""
+    named = {name: value for name, value in kwargs.items() if name in FEATURES and value is not None}
+    made = {name: None if value is False else make_feature(name, value) for name, value in named.items()}
+    return made, {k: v for k, v in kwargs.items() if k not in FEATURES}
 
 
 def make_feature(name: str, value: object) -> Feature:

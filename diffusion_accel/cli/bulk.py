@@ -115,6 +115,8 @@ def check(settings: Settings) -> None:
 
 def _decides(settings: Settings, source: ModelSource) -> dict[str, Any]:
     values = {key: getattr(settings, key) for key in _DECIDING}
+    if settings.restored is not None:
+        values["recipe"] = settings.restored.scheduler
     return {"model": source.name, "features": {n: f.to_dict() for n, f in settings.features.items()}, **values}
 
 

@@ -133,8 +133,8 @@ def settings_of(options: Mapping[str, Any], features: Mapping[str, Any] | None =
     Raises:
         ConfigurationError, ModelLoadError: for anything that cannot work, before a model is loaded.
     """
-    keys = "model steps guidance_scale scheduler seed width height device dtype allow_pickle".split()
-    return merge({**{key: options.get(key) for key in keys}, **(features or {})}, {})
+    keys = "model steps guidance_scale scheduler seed width height device dtype allow_pickle recipe".split()
+    return merge({**{key: options.get(key) for key in keys}, **(features or {})}, {}, restoring=features is not None)
 
 
 def with_debug(command: Callable[..., None]) -> Callable[..., None]:
@@ -188,6 +188,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing f
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …", show_default="the best one here")]
 Dtype = Annotated[str | None, typer.Option(help=", ".join(DTYPES) + ".", show_default=Settings.dtype)]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE|FOLDER|off",
+        help="What makes the model fast, as pipe.acceleration.save or accelerate wrote it.",
+        show_default="the model folder's own",
+    ),
+]
 AllowPickle = Annotated[
     bool | None, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
 ]

@@ -27,6 +27,7 @@ from .common_options import (
     Overwrite,
     Pixels,
     Quiet,
+    RecipeOption,
     Scheduler,
     Seed,
     Steps,
@@ -60,6 +61,7 @@ def evaluate(
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
+    recipe: RecipeOption = None,
     allow_pickle: AllowPickle = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -74,7 +76,7 @@ def evaluate(
         if not is_image_file(grid, "--grid"):
             raise ConfigurationError(f"--grid {grid} must be an image file: {', '.join(SUFFIXES)}")
     settings, source = settings_of(options, features)
-    check_features(settings.features, settings.steps, settings.scheduler, source)
+    check_features(settings, settings.steps, source)
 
     from .session import check_machine, open_for  # heavy: torch, diffusers
 

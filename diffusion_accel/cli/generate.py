@@ -17,6 +17,7 @@ from .common_options import (
     GuidanceScale,
     Model,
     Pixels,
+    RecipeOption,
     Scheduler,
     Steps,
     in_panels,
@@ -29,7 +30,7 @@ from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, merge, read_config
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config")  # not settings
 _PANELS = {
     "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale lora",
-    "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory",
+    "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory recipe",
     "Output": "output overwrite distribute metadata paths_ compare json_lines quiet",
     "Transparency (with --transparent)": "premultiplied preview layers_",
 }
@@ -95,6 +96,7 @@ def generate(
     low_memory: Annotated[
         bool | None, typer.Option("--low-memory", help="Keep quantized weights packed in memory.")
     ] = None,
+    recipe: RecipeOption = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -150,7 +152,7 @@ def generate(
         flags["lora"] = tuple(lora)
     values = {} if config is None else read_config(config)
     jobs = _jobs(prompt or [], classes or [], prompts_file, values)
-    settings, source = merge(flags, values)
+    settings, source = merge(flags, values, restoring=True)
     if settings.distribute is not None:
         return bulk.draw(settings, source, jobs, classes or [], quiet=quiet, json_lines=json_lines)
     starts = processes.must_start(settings)

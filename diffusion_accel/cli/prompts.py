@@ -106,7 +106,7 @@ def plan_jobs(
         resuming: see `plan_outputs`.
     """
     for request in requests:
-        check_features(settings.features, request.steps, settings.scheduler, source)
+        check_features(settings, request.steps, source)
     if (total := sum(request.count for request in requests)) > most:
         raise ConfigurationError(f"{total} images are asked for; one command draws at most {most}")
     plans = plan_outputs(

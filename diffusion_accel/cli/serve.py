@@ -24,6 +24,7 @@ from .common_options import (
     GuidanceScale,
     Model,
     Pixels,
+    RecipeOption,
     Scheduler,
     Steps,
     in_panels,
@@ -39,7 +40,7 @@ TOKEN = "DIFFUSION_ACCEL_TOKEN"  # environment variable
 _DEFAULTS = ("steps", "guidance_scale", "width", "height", "negative_prompt")
 _SETTINGS = (  # of `Settings`
     *("model", "scheduler", *_DEFAULTS, "allow_pickle", "device", "dtype", "attention", "quantize", "runtime"),
-    "low_memory",
+    *("low_memory", "recipe"),
 )
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -127,6 +128,7 @@ def serve(
     low_memory: Annotated[
         bool | None, typer.Option("--low-memory", help="Keep quantized weights packed in memory.")
     ] = None,
+    recipe: RecipeOption = None,
     **features: str | None,
 ) -> None:
     """Draw images for others, over HTTP: OpenAI's images API, jobs, and clients of AUTOMATIC1111's web UI."""
@@ -135,7 +137,7 @@ def serve(
     check_token(token)
     given = {"--min-replicas": min_replicas, "--max-replicas": max_replicas, "--replica-gpus": replica_gpus}
     check_ray(ray, given, port, lora_changes)
-    settings, source = merge({**flags, **features}, {})
+    settings, source = merge({**flags, **features}, {}, restoring=True)
     if "patch_parallel" in settings.features:
         raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
     if refused := [feature.flag() for feature in settings.features.values() if not feature.served]:
@@ -145,7 +147,7 @@ def serve(
     settings = dataclasses.replace(settings, controlnet=controlnet)  # the image for it comes with requests
     if lora_folder is not None and not is_there(lora_folder, "dir"):
         raise ConfigurationError(f"--lora-folder {lora_folder}: there is no such folder")
-    check_features(settings.features, settings.steps, settings.scheduler, source)
+    check_features(settings, settings.steps, source)
     limits = Limits(pixels=max_pixels, steps=max_steps, images=max_images, body_mb=max_body_mb)
     asked = ServerSettings(
         model=source.name,

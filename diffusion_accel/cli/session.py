@@ -126,6 +126,7 @@ def opening(settings: Settings, source: ModelSource) -> dict[str, Any]:
         "model": source,
         "features": list(settings.features.values()),
         "dtype": getattr(torch, settings.dtype),
+        "recipe": settings.restored,
         **{key: getattr(settings, key) for key in keys + more},
     }
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,12 @@ from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
 from diffusion_accel.pipelines.quantizers import check_quantize
+from diffusion_accel.pipelines.recipes import features_over, quantize_of, recipe_of
 from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
 from diffusion_accel.quant.spec import RUNTIMES
+from diffusion_accel.recipes.recipe import Recipe
 from diffusion_accel.registry import FEATURES
+from diffusion_accel.schedulers.solver import not_learnt
 
 from .feature_flags import parse_feature
 
@@ -61,7 +63,9 @@ class Settings(Options):
     preview: str | None = None
     layers: str | None = None
     allow_pickle: bool = False
+    recipe: str | None = None
     features: dict[str, Feature] = field(default_factory=dict)
+    restored: Recipe | None = None
 
     @property
     def task(self) -> str:
@@ -69,6 +73,12 @@ class Settings(Options):
         if self.mask_image:
             return "inpainting"
         return "image-to-image" if self.image else "text-to-image"
+
+    @property
+    def scheduler_name(self) -> str | None:
+        """The scheduler that is asked for, by its short name, or that a recipe brings, by its class."""
+        config = None if self.restored is None else self.restored.scheduler
+        return self.scheduler if self.scheduler is not None or config is None else str(config["_class_name"])
 
     @property
     def wanted_layers(self) -> tuple[str, ...] | None:
@@ -93,7 +103,11 @@ def read_config(file: str) -> dict[str, Any]:
         if (name := key.replace("-", "_")) in values:
             raise ConfigurationError(f"{what}: {name!r} is given twice")
         values[name] = value
-    known = {f.name for f in dataclasses.fields(Settings)} - {"features"} | set(FEATURES) | {"prompt", "prompts_file"}
+    known = (
+        {f.name for f in dataclasses.fields(Settings)} - {"features", "restored"}
+        | set(FEATURES)
+        | {"prompt", "prompts_file"}
+    )
     values = renamed(values, what)
     for key in values:
         if key not in known:
@@ -121,21 +135,44 @@ def renamed(values: dict[str, Any], what: str) -> dict[str, Any]:
     return values
 
 
-def merge(flags: dict[str, Any], config: dict[str, Any]) -> tuple[Settings, ModelSource]:
-    """Settings from flags over a configuration file over the model's recommendations, checked.
+def merge(flags: dict[str, Any], config: dict[str, Any], *, restoring: bool = False) -> tuple[Settings, ModelSource]:
+    """Settings from flags over a configuration file over a recipe over the model's recommendations, checked.
+
+    Args:
+        flags, config: by name.
+        restoring: whether the command draws with what a recipe says: the one that is named, or the model's own.
 
     Raises:
         ConfigurationError, ModelLoadError: for anything that cannot work, before a model is loaded.
     """
     chosen = {**config, **{k: v for k, v in flags.items() if v is not None and v != ()}}
-    features = {n: f for n in FEATURES if (f := parse_feature(n, chosen.pop(n, None))) is not None}
+    named = {n: parse_feature(n, chosen.pop(n)) for n in FEATURES if chosen.get(n) is not None}
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     given = {k: typed(k, v) for k, v in chosen.items() if k in fields}
     source = find_model(given.get("model", Settings.model), given.get("allow_pickle", False))
-    settings = Settings(**{**source.defaults, **given}, features=features)
+    recipe = recipe_of(source, _READ.get(str(given.get("recipe")), given.get("recipe"))) if restoring else None
+    found = features_over(recipe, named)
+    off = () if recipe is None else recipe.off
+    features = {n: found[n] for n in FEATURES if n in found and (n in named or n not in off)}
+    settings = Settings(
+        **{**source.defaults, **_of_recipe(recipe, source), **given}, features=features, restored=recipe
+    )
+    if settings.quantize == "off":
+        settings = dataclasses.replace(settings, quantize=None)
     check(settings)
     check_steps(settings.scheduler, source, None)
     return settings, source
+
+
+_READ = {"on": True, "off": False}  # of --recipe, beside files and folders
+
+
+def _of_recipe(recipe: Recipe | None, source: ModelSource) -> dict[str, Any]:
+    """Settings that a recipe brings. Its scheduler comes when the model is loaded, in place of a recommended one."""
+    if recipe is None:
+        return {}
+    values = {**recipe.call, "quantize": quantize_of(recipe, source)}
+    return values | ({} if recipe.scheduler is None else {"scheduler": None})
 
 
 def _kind(hint: Any) -> type:
@@ -214,12 +251,14 @@ def check(settings: Settings) -> None:
         )
 
 
-def check_features(
-    features: Mapping[str, Feature], steps: int | None, scheduler: str | None, source: ModelSource
-) -> None:
+def check_features(settings: Settings, steps: int | None, source: ModelSource) -> None:
     """Refuse features, and a scheduler, that cannot do so many steps. Without `steps` only the pipeline knows them."""
+    scheduler = settings.scheduler_name
     check_steps(scheduler, source, steps)
-    for feature in features.values():
+    learnt = None if settings.restored is None or settings.scheduler else settings.restored.evaluations
+    if steps is not None and learnt is not None and (reason := not_learnt(learnt, steps)):
+        raise ConfigurationError(f"the scheduler of {settings.restored} with --steps {steps}: {reason}")
+    for feature in settings.features.values():
         if steps is not None and (reason := feature.unfit_for(steps, scheduler or "")):
             raise ConfigurationError(f"{feature.flag()} with --steps {steps}: {reason}")
 

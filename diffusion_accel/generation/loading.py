@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_accel.feature import Feature
-from diffusion_accel.model_files.names import ModelSource
+from diffusion_accel.model_files.names import ModelSource, find_model
 from diffusion_accel.pipelines.loading import load_lora, load_pipeline
+from diffusion_accel.pipelines.recipes import restore
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.switchboard import accelerate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from diffusion_accel.recipes.recipe import Recipe
 
 _HASH_LIMIT = 2**29  # larger files are not hashed for the metadata
 
@@ -37,6 +40,7 @@ def open_pipeline(
     device: str | None = None,
     offload: str = "none",
     attention: str = "sdpa",
+    recipe: Recipe | None = None,
     **options: Any,
 ) -> DiffusionPipeline:
     """Load a pipeline, put it where it runs, and switch features on.
@@ -49,12 +53,17 @@ def open_pipeline(
         device: where it runs; None: the best one here.
         offload: "none", or "model" or "sequential": parts are on an accelerator only while they compute.
         attention: "sdpa", or "xformers" on CUDA.
+        recipe: what it has beside features and a quantized denoiser, which are given here, is restored: its scheduler
+            unless one is named. The model is checked against it.
         options: of `load_pipeline`: task, controlnet, dtype, quantize, …
 
     Raises:
         ConfigurationError, ModelLoadError, UnsupportedPipelineError, FeatureConflictError: with one line that says why.
     """
-    pipe: Any = load_pipeline(model, **options)
+    source = model if isinstance(model, ModelSource) else find_model(model, bool(options.get("allow_pickle", False)))
+    pipe: Any = load_pipeline(source, **options)
+    if recipe is not None:
+        restore(pipe, recipe, source, quantize=options.get("quantize"), scheduler=scheduler is None)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     names = [f"lora_{number}" for number in range(len(loras))]

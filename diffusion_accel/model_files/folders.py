@@ -115,11 +115,15 @@ def check_component(folder: Path, allow_pickle: bool = False, root: Path | None 
 
 
 def _check_link(file: Path, inside: Path) -> None:
-    """A link may lead to another file of the model, or into the store of the hub's cache."""
+    if leaves(file, inside):
+        raise ModelLoadError(f"{file} is a link that leaves the folder of the model; put a copy there instead")
+
+
+def leaves(file: Path, inside: Path) -> bool:
+    """Whether a file is a link that leads out of the folder `inside`; into the store of the hub's cache it may."""
     target = file.resolve()
     in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    if not target.is_relative_to(inside) and not in_cache:
-        raise ModelLoadError(f"{file} is a link that leaves the folder of the model; put a copy there instead")
+    return not target.is_relative_to(inside) and not in_cache
 
 
 def _table(file: Path) -> dict[str, Any]:

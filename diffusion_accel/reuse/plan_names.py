@@ -34,6 +34,11 @@ def is_tuned(text: str) -> bool:
     return text.startswith("tuned:") or _FILE.fullmatch(text) is not None
 
 
+def names_file(text: str) -> bool:
+    """Whether a text names tuned plans that do not ship with this package."""
+    return is_tuned(text) and text.removeprefix("tuned:") not in _places()
+
+
 def may_name(name: object, numbers: bool = False) -> bool:
     """Whether a plan of a family may be called so: small letters, digits and dashes; a number alone if `numbers`."""
     return isinstance(name, str) and re.fullmatch(_MEMBER, name) is not None and (numbers or not name.isdigit())

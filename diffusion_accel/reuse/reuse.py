@@ -15,6 +15,7 @@ from .guidance import GuidanceRule, read_guidance
 from .plan import Plan, PlanSource
 from .plan_family import PlanFamily, called, chosen
 from .plan_file import TunedPlan
+from .plan_names import names_file
 from .preset import Preset
 from .schedule import MORE_TIMESTEPS
 
@@ -70,6 +71,7 @@ class Reuse(Feature):
         "hold:2",
         "auto, full, hold:n, deepcache:n[,branch], shallow:n,depth, uniform:m, faster-diffusion, FILE",
         read=reading.read_plan_option,
+        names_file=names_file,
     )
     speedup: float | None = option(None, "the best plan of a tuned family that is at least so fast", (1, 1000))
     min_psnr: float | None = option(None, "the fastest plan of a tuned family with this median PSNR, dB", (5, 80))
@@ -102,6 +104,14 @@ class Reuse(Feature):
         """What `plan` means, of a family the plan that was chosen; a file was read when the feature was made."""
         source: PlanSource = self.__dict__["_source"]
         return source
+
+    def portable(self, _pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """A tuned plan with all that is known of it; the whole family where the plan is chosen by its name and a wish,
+        so that another can be chosen later."""
+        given, source = self.object_of("plan"), self.source
+        if isinstance(given, PlanFamily) and given.origin:
+            return {"plan": given.to_dict()}
+        return {"plan": source.to_dict()} if isinstance(source, TunedPlan) else {}
 
     @property
     def choice(self) -> TunedPlan | None:

@@ -12,17 +12,20 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from diffusion_accel.denoisers import entry_layer, find_denoiser
-from diffusion_accel.diffusers_compat import offloads_models
+from diffusion_accel.diffusers_compat import offloads_models, origin_of
 from diffusion_accel.errors import AccelerationError, ConfigurationError
 from diffusion_accel.feature import Attachment
 from diffusion_accel.hooks import HookSet
+from diffusion_accel.io import at_home
+from diffusion_accel.model_files.names import EMBEDDED
 
 from .codec import decode_rgba, offset_of, refine_latents
 from .conditions import Concatenated, StopAdapterHook, condition_latents, open_layer
+from .files import local_folder
 from .fit import check_pipeline
 from .given_images import GivenImages
 from .images import overlaid, size_of, to_pil, to_type
-from .latent_transparency import CONDITIONS, LAYERS, LatentTransparency
+from .latent_transparency import CONDITIONS, IMAGES, LAYERS, LatentTransparency
 from .modules import LatentTransparencyDecoder
 from .outputs import blocked, last_decoded
 from .rgba import resized
@@ -70,6 +73,18 @@ def rows_apart(feature: LatentTransparency, pipeline: DiffusionPipeline) -> bool
 def attach(feature: LatentTransparency, pipeline: DiffusionPipeline) -> TransparencyAttachment:
     """The feature on a pipeline."""
     return TransparencyAttachment(feature, pipeline)
+
+
+def portable(feature: LatentTransparency, pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Weights and images as a recipe is to have them: what lies beside an embedded model by its name."""
+    given = {name: at_home(value) for name in ("adapter", *IMAGES) if (value := getattr(feature, name))}
+    if feature.idle:
+        return given
+    origin = origin_of(pipeline)
+    if not feature.weights and (name := next((n for n, m in EMBEDDED.items() if str(m.path) == origin), None)):
+        return {**given, "weights": name}
+    folder = local_folder(pipeline, feature.weights)
+    return given if folder is None or feature.weights in EMBEDDED else {**given, "weights": folder}
 
 
 class TransparencyAttachment(Attachment[LatentTransparency]):

@@ -89,7 +89,7 @@ def find_parts(pipeline: DiffusionPipeline, weights: str, variant: str, adapter:
     own = Path(adapter) if adapter else None
     if own is not None and not own.is_file():
         raise ModelLoadError(f"transparent: no such adapter file: {adapter}")
-    folder = _folder(pipeline, weights)
+    folder = local_folder(pipeline, weights)
     if folder is not None and (folder / "decoder" / "config.json").exists():
         encoder = folder / "encoder"
         beside = folder / ADAPTER if variant == "fg" else folder / f"{variant}.safetensors"
@@ -138,7 +138,7 @@ def _any(folder: Path | None, names: tuple[str, ...]) -> bool:
     return folder is not None and any((folder / name).is_file() for name in names)
 
 
-def _folder(pipeline: DiffusionPipeline, weights: str) -> Path | None:
+def local_folder(pipeline: DiffusionPipeline, weights: str) -> Path | None:
     """The local folder to look in; None: a hub id, or nothing."""
     if weights in EMBEDDED:
         return EMBEDDED[weights].path / FOLDER

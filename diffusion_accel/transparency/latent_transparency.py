@@ -7,7 +7,8 @@ from typing import ClassVar, Self
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Feature, option
-from diffusion_accel.io import shown
+from diffusion_accel.io import is_there, shown
+from diffusion_accel.model_files.names import EMBEDDED, HUB_ID
 
 VIEWS = (8, 4, 1, 0)
 CONDITIONS = {  # variant -> the images it needs, in the order in which their latents are given
@@ -34,6 +35,11 @@ LAYERS = {
     "fg-conv": ("fg",),
 }
 IMAGES = ("foreground", "background", "blend")
+
+
+def _is_local(weights: str) -> bool:
+    """Whether a text is neither an embedded model's name nor a hub id."""
+    return weights not in ("", *EMBEDDED) and (is_there(weights) or not HUB_ID.fullmatch(weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +77,9 @@ class LatentTransparency(Feature):
     changes_output: ClassVar[bool] = True
     runtime: ClassVar[str] = "diffusion_accel.transparency.attachment"
 
-    weights: str = option("", "embedded name, folder or hub id (default: beside the model)")
+    weights: str = option("", "embedded name, folder or hub id (default: beside the model)", names_file=_is_local)
     variant: str = option("fg", f"what is drawn: {', '.join(CONDITIONS)}")
-    adapter: str = option("", "another adapter file than the one in weights")
+    adapter: str = option("", "another adapter file than the one in weights", names_file=bool)
     views: int | None = option(
         None,
         "sides from which the decoder looks: 8, 4 or 1; 0 leaves RGB as it is (default: as the weights recommend)",
@@ -84,9 +90,9 @@ class LatentTransparency(Feature):
     )
     strength: float = option(1.0, "of the adapter; 0 leaves the base model as it is", (0, 100))
     until: float = option(1.0, "share of the steps with the adapter, above 0, at most 1", (0, 1))
-    foreground: str = option("", "image file, where the variant needs one")
-    background: str = option("", "image file, where the variant needs one")
-    blend: str = option("", "image file, where the variant needs one")
+    foreground: str = option("", "image file, where the variant needs one", names_file=bool)
+    background: str = option("", "image file, where the variant needs one", names_file=bool)
+    blend: str = option("", "image file, where the variant needs one", names_file=bool)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,12 +30,14 @@ from diffusion_accel.cli.inspect import inspect
 from diffusion_accel.cli.metadata import metadata
 from diffusion_accel.cli.prompts import read_jobs
 from diffusion_accel.cli.settings import merge, read_config
+from diffusion_accel.compiled import Compiled
 from diffusion_accel.finite import finite
 from diffusion_accel.image_files import read_metadata, save_image
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.pipelines.loading import load_controlnet, load_lora, load_pipeline
 from diffusion_accel.pipelines.quantizers import check_quantize, load_quantized
+from diffusion_accel.pipelines.recipes import recipe_of, restore
 from diffusion_accel.pipelines.schedulers import check_steps, scheduler_for
 from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
@@ -182,6 +184,33 @@ def read_plan(folder: Path, **wish: float) -> Any:
             inspect(str(folder / "plan.json"))
             return Same((str(pipe.acceleration.features["reuse"]), draw(pipe, call, 6)))
     finally:
+        if hasattr(pipe, "acceleration"):
+            pipe.acceleration.remove()
+
+
+# ---------------------------------------------------------------------- recipes
+def make_recipe(folder: Path) -> None:
+    make_family(folder)
+    pipe, _ = zoo.sd()
+    pipe.scheduler = odd(pipe.scheduler, 6, channels=4)
+    accelerate(pipe, Reuse(plan=str(folder / "plan.json"), speedup=2.5), Compiled(engine="eager"))
+    pipe.acceleration.disable("compiled")
+    pipe.acceleration.save(folder, call={"steps": 6, "guidance_scale": 3.0}, measured={"psnr": 30.0})
+    (folder / "plan.json").unlink()
+
+
+def read_recipe(folder: Path) -> Any:
+    pipe, call = _sd()
+    before = pipe.scheduler
+    try:
+        source = ModelSource("hub", "owner/model", "owner/model")
+        recipe = recipe_of(source, folder)
+        assert recipe is not None
+        restore(pipe, recipe, source)
+        accelerate(pipe, *recipe.features.values())
+        return Same((str(recipe.call), str(pipe.acceleration.features), draw(pipe, call, 6)))
+    finally:
+        pipe.scheduler = before
         if hasattr(pipe, "acceleration"):
             pipe.acceleration.remove()
 
@@ -392,6 +421,7 @@ KINDS: dict[str, Kind] = {
     "checkpoint": Kind(make_checkpoint, read_checkpoint, exact=True, count=60),
     "plan": Kind(make_plan, read_plan, judge=finite_or_said, count=150),
     "family": Kind(make_family, functools.partial(read_plan, speedup=2.5), judge=finite_or_said, count=100),
+    "recipe": Kind(make_recipe, read_recipe, judge=finite_or_said, count=100),
     "solver": Kind(make_solver, read_solver, judge=finite_or_said, count=100),
     "prompts": Kind(make_prompts, read_prompts),
     "config": Kind(make_config, read_settings),
