@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -42,18 +42,32 @@ class AcceleratedMixin:
         self.acceleration.save_with_model(save_directory)  # first: diffusers may upload the folder
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: object) -> Any:
+        """diffusers' own, from the class of an accelerated pipeline: its features come along, as far as they work."""
+        made = super().from_pipe(plain_twin(pipeline), **kwargs)  # type: ignore[misc]
+        handle: Acceleration | None = pipeline.__dict__.get("_acceleration")
+        if handle is not None:
+            made.__dict__["_acceleration"] = handle.carry_over(made)
+        return made
+
+    # What a class of diffusers' own makes of an accelerated pipeline is a plain one, and it asks nobody.
     @property
     def config(self) -> Any:
         """diffusers' own. `from_pipe` of any class reads it once from the pipeline that it converts."""
-        if sys._getframe(1).f_code.co_name == "from_pipe":
-            self._tell_what_is_lost("do not come along to another pipeline", "on that one")
+        if sys._getframe(1).f_code.co_name == "from_pipe" and "_acceleration" in self.__dict__:
+            self._tell_what_is_lost(self.__dict__["_acceleration"].features)
         return super().config  # type: ignore[misc]
 
-    def _tell_what_is_lost(self, what: str, when: str) -> None:
-        features = self.__dict__["_acceleration"].features if "_acceleration" in self.__dict__ else {}
+    @staticmethod
+    def _tell_what_is_lost(features: Mapping[str, object]) -> None:
         if features:
-            again = "accelerate(other, *pipe.acceleration.features.values())"
-            logger.warning("the features of this pipeline (%s) %s; %s: %s", ", ".join(features), what, when, again)
+            logger.warning(
+                "the features of this pipeline (%s) do not come along: diffusers' from_pipe makes a plain one; "
+                "AcceleratedPipeline.from_pipe(pipe, task=...) takes them along, or, afterwards, "
+                "accelerate(other, *pipe.acceleration.features.values())",
+                ", ".join(features),
+            )
 
     def __reduce__(self) -> Any:
         base = type(self)._accelerated_base  # type: ignore[attr-defined]

@@ -132,6 +132,14 @@ def put_inside(pipeline: DiffusionPipeline) -> None:
             attachment.before_call(StepClock(pipeline))
 
 
+def carried_over(features: Iterable[Feature], pipeline: DiffusionPipeline) -> list[Feature]:
+    """Features of one pipeline that work on another, too; those that do not are said in one warning, with why."""
+    reasons = {feature: why_not(feature, pipeline) for feature in features}
+    if lost := [f"{feature.name} ({reason})" for feature, reason in reasons.items() if reason]:
+        logger.warning("not carried over to %s: %s", type(pipeline).__name__, "; ".join(lost))
+    return [feature for feature, reason in reasons.items() if not reason]
+
+
 def share_features(pipeline: DiffusionPipeline, other: PipelineT) -> PipelineT:
     """Switch the features of an accelerated pipeline on for a plain one of the same class and models, and return it.
 
@@ -337,6 +345,13 @@ class Acceleration:
             with count_flops() as count:
                 outputs.append(call(*args, **kwargs))
             return outputs[0], count.total
+
+    def carry_over(self, pipeline: DiffusionPipeline) -> Acceleration:
+        """A handle for another pipeline with the features of this one that work on it, switched on or off as here."""
+        handle = Acceleration(pipeline)
+        handle._attach(carried_over(self.features.values(), pipeline))
+        handle._disabled = self._disabled & {*handle._attachments}
+        return handle
 
     def _rebind(self, pipeline: DiffusionPipeline) -> Acceleration:
         """A handle with the same features and switches for a copy of the pipeline."""

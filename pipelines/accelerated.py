@@ -59,7 +59,7 @@ class AcceleratedPipeline:
         given, options = given_features(kwargs)
         source = find_model(model, bool(options.get("allow_pickle", False)))
         recipe = recipe_of(source, recipe)
-        features = features_over(recipe, given)
+        features = features_over({} if recipe is None else recipe.features, given, recipe)
         own = recipe is None or recipe.scheduler is None
         tuned = own and any(is_tuned(str(getattr(feature, "plan", ""))) for feature in features.values())
         name = options.get("scheduler", source.defaults.get("scheduler") if tuned else None)
@@ -81,23 +81,25 @@ class AcceleratedPipeline:
     from_single_file = from_pretrained
 
     @classmethod
-    def from_pipe(cls, pipe: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
-        """Accelerate a pipeline; with a named drop-in, convert it to that class first (its own `from_pipe`).
+    def from_pipe(cls, pipe: DiffusionPipeline, *, task: str | None = None, **kwargs: Any) -> DiffusionPipeline:
+        """Accelerate a pipeline; converted first with `task` ("text-to-image", "image-to-image" or "inpainting", as
+        diffusers' `AutoPipelineFor…` do it), or to the class of a named drop-in (its own `from_pipe`).
 
-        The features that it has come along, unless they are given anew or as False.
+        The features that it has come along, switched on or off as they are, unless they are given anew or as False.
+        What does not work on the new pipeline, or with what is given, is said in a warning.
         """
         given, options = given_features(kwargs)
-        features = [feature for feature in given.values() if feature is not None]
-        if cls.pipeline_class is not None and not isinstance(pipe, cls.pipeline_class):
-            if not hasattr(pipe, "components"):
-                raise ConfigurationError(f"from_pipe takes a loaded pipeline, got {shown(pipe)}; use from_pretrained")
-            check_keywords(options, CONVERSION | components_of(cls.pipeline_class))
-            there = pipe.acceleration.features if hasattr(pipe, "acceleration") else {}
-            features += [feature for name, feature in there.items() if name not in kwargs]
-            pipe = cls.pipeline_class.from_pipe(plain_twin(pipe), **{"dtype": pipe.dtype, **options})
-        else:
+        if (cls.pipeline_class is None and task is None) or isinstance(pipe, cls.pipeline_class or ()):
             check_keywords(options, ())
-        return _accelerated(pipe, features)
+            return _accelerated(pipe, [feature for feature in given.values() if feature is not None])
+        if not hasattr(pipe, "components"):
+            raise ConfigurationError(f"from_pipe takes a loaded pipeline, got {shown(pipe)}; use from_pretrained")
+        if task is None:
+            check_keywords(options, CONVERSION | components_of(cls.pipeline_class) | {"task"})
+            made: Any = cls.pipeline_class.from_pipe(plain_twin(pipe), **{"dtype": pipe.dtype, **options})
+        else:
+            made = _as_task(cls, plain_twin(pipe), task, options)
+        return _carried(pipe, made, given)
 
 
 @functools.cache
@@ -132,6 +134,33 @@ def make_feature(name: str, value: object) -> Feature:
     if isinstance(value, str):
         return cls.parse(value)
     raise ConfigurationError(f"{name} must be True, False, a {cls.__name__}, a dict or key=value text, got {value!r}")
+
+
+def _as_task(cls: type[AcceleratedPipeline], pipe: DiffusionPipeline, task: str, options: dict[str, Any]) -> Any:
+    from .loading import TASKS, as_task  # heavy: torch, diffusers
+
+    if cls.pipeline_class is not None or task not in TASKS:
+        allowed = (
+            "none for a named drop-in, whose class says it" if cls.pipeline_class is not None else ", ".join(TASKS)
+        )
+        raise ConfigurationError(f"task {shown(task)}: allowed: {allowed}")
+    check_keywords(options, ("task",))
+    return as_task(pipe, task)
+
+
+def _carried(pipe: DiffusionPipeline, made: DiffusionPipeline, given: dict[str, Feature | None]) -> DiffusionPipeline:
+    """The converted pipeline with what is given, and with the features of the one that it was made from."""
+    from diffusion_accel.switchboard import carried_over  # heavy: torch, diffusers
+
+    handle: Any = getattr(pipe, "acceleration", None)
+    known = {} if handle is None else handle.features
+    chosen = features_over(known, given, type(pipe).__name__)
+    kept = carried_over([f for name, f in chosen.items() if name not in given], made)
+    features = [*kept, *(f for name, f in chosen.items() if name in given)]
+    accelerated: Any = _accelerated(made, features)
+    if off := [feature.name for feature in kept if not handle.enabled(feature.name)]:
+        accelerated.acceleration.disable(*off)
+    return accelerated
 
 
 def _accelerated(pipe: DiffusionPipeline, features: list[Feature]) -> DiffusionPipeline:

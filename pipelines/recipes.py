@@ -53,24 +53,27 @@ def recipe_of(source: ModelSource, given: object = None) -> Recipe | None:
     return recipe
 
 
-def features_over(recipe: Recipe | None, given: Mapping[str, Feature | None]) -> dict[str, Feature]:
-    """The features to switch on: those that are given win over those of a recipe.
+def features_over(
+    known: Mapping[str, Feature], given: Mapping[str, Feature | None], whose: object
+) -> dict[str, Feature]:
+    """The features to switch on: those that are given win over those that are known.
 
     Args:
-        recipe: None: there is none.
+        known: of a recipe or another pipeline, by name.
         given: by name, None: switched off.
+        whose: what knows them, for the log.
 
     Returns:
-        By name. What a recipe has and cannot be combined with what is given is left out, which is logged.
+        By name. What is known and cannot be combined with what is given is left out, which is logged.
     """
     chosen = {name: feature for name, feature in given.items() if feature is not None}
-    for name, feature in {} if recipe is None else recipe.features.items():
+    for name, feature in known.items():
         if name in given:
             continue
         against = [other for other in chosen.values() if clash(feature, other)]
         if against and any(other.name in given for other in against):
             names = ", ".join(other.name for other in against)
-            logger.warning("%s of %s is left out: it cannot be combined with %s, which was given", name, recipe, names)
+            logger.warning("%s of %s is left out: it cannot be combined with %s, which was given", name, whose, names)
         else:
             chosen[name] = feature
     return chosen

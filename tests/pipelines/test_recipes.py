@@ -20,12 +20,14 @@ from zoo import controlnet_model, dit, rand
 from diffusion_accel import (
     AcceleratedPipeline,
     ConfigurationError,
+    ControlNetParallel,
     LatentTransparency,
     PlanFamily,
     Reuse,
     TunedPlan,
     UnsupportedPipelineError,
     accelerate,
+    pipelines,
     quantize_files,
 )
 from diffusion_accel.quant.model import runtime_report, set_runtime
@@ -239,3 +241,41 @@ def test_a_scheduler_that_does_not_fit_is_refused(whole: Path, tmp_path: Path) -
         with pytest.raises(ConfigurationError, match=says):
             load(whole, recipe=file)
         assert type(load(whole, recipe=file, scheduler="euler").scheduler).__name__ == "EulerDiscreteScheduler"
+
+
+# ---------------------------------------------------------------------- conversions
+def test_conversions_take_features_along(whole: Path, caplog: Any) -> None:
+    pipe = load(whole, reuse="hold:3", compiled="eager")
+    pipe.acceleration.disable("compiled")
+    drop_in = pipelines.AcceleratedStableDiffusionImg2ImgPipeline
+    for convert in (
+        lambda: AcceleratedPipeline.from_pipe(pipe, task="image-to-image"),
+        lambda: drop_in.from_pipe(pipe),
+        lambda: type(pipe).from_pipe(pipe),
+    ):
+        made, told = said(caplog, convert)
+        assert not told and made is not pipe and made.unet is pipe.unet
+        assert made.acceleration.features == pipe.acceleration.features
+        assert made.acceleration.enabled("reuse") and not made.acceleration.enabled("compiled")
+    assert torch.equal(draw(made), draw(pipe))
+    made, told = said(
+        caplog, lambda: AcceleratedPipeline.from_pipe(pipe, task="inpainting", reuse="hold:2", compiled=False)
+    )
+    assert made.acceleration.features == {"reuse": Reuse(plan="hold:2")} and not told
+    made, told = said(caplog, lambda: AcceleratedPipeline.from_pipe(pipe, task="inpainting", encoder_reuse=True))
+    assert {*made.acceleration.features} == {"encoder_reuse", "compiled"}
+    assert len(told) == 1 and "reuse of StableDiffusionPipeline is left out" in told[0]
+    for wrong in ({"task": "video"}, {"task": "inpainting", "reuze": True}):
+        with pytest.raises(ConfigurationError, match=r"allowed: text-to-image|did you mean reuse"):
+            AcceleratedPipeline.from_pipe(pipe, **wrong)
+    with pytest.raises(ConfigurationError, match="task 'inpainting': allowed: none for a named drop-in"):
+        drop_in.from_pipe(AcceleratedPipeline.from_pipe(pipe), task="inpainting")
+
+
+def test_what_does_not_come_along_is_said_once_with_why(whole: Path, caplog: Any) -> None:
+    pipe, _ = whole_for(ControlNetParallel, whole)
+    accelerate(pipe, ControlNetParallel(), Reuse(plan="hold:2"))
+    made, told = said(caplog, lambda: pipelines.AcceleratedStableDiffusionPipeline.from_pipe(pipe))
+    assert [*made.acceleration.features] == ["reuse"]
+    reason = ControlNetParallel().supports(made)
+    assert told == [f"not carried over to StableDiffusionPipeline: controlnet_parallel ({reason})"]
