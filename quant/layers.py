@@ -16,9 +16,9 @@ from diffusion_accel.hooks import version_of
 from .affine import dequantize, dynamic_grid, fake_quantize, half_scale, stored_grid, values_of
 from .buckets import Buckets, grid_at
 from .packing import pack, packed_bytes, unpack
+from .rotation import rotated
 from .sealed import REASON, sealed
 from .spec import LayerSpec
-from .transforms import outer_weight, to_inner
 
 
 class Runtime(Protocol):
@@ -92,7 +92,7 @@ class QuantizedLayer(nn.Module):
 
     Buffers: `weight_codes` (O, bytes) packed codes, `weight_scale` and `weight_zero_point` (parts, O), or with groups
     float16 (groups, O) and packed (O, bytes); where the spec asks for them `weight_left` (O, rank) and `weight_right`
-    (rank, N), float16, of a branch of low rank; `input_factor` (C), float16; `input_scale`, `input_zero_point`
+    (rank, N), float16, of a branch of low rank; `input_scale`, `input_zero_point`
     (buckets, 1 | parts | C) and `output_scale`, `output_zero_point` (buckets, 1). With `compact_grids` input scales are
     float16 and zero points packed, (buckets, bytes); computing turns those of the running call into float32 and whole
     numbers.
@@ -103,7 +103,6 @@ class QuantizedLayer(nn.Module):
     weight_zero_point: torch.Tensor
     weight_left: torch.Tensor
     weight_right: torch.Tensor
-    input_factor: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
     output_scale: torch.Tensor
@@ -139,8 +138,6 @@ class QuantizedLayer(nn.Module):
         if spec.rank:
             buffer("weight_left", (rows, spec.rank), torch.float16)
             buffer("weight_right", (spec.rank, columns), torch.float16)
-        if spec.smooth:
-            buffer("input_factor", (weight.shape[1],), torch.float16)
         if spec.activation_bits and not spec.dynamic:
             grids = (steps, weight.shape[1] if spec.per_channel else spec.parts)
             packed = (steps, packed_bytes(grids[1], spec.packed_zero_points)) if spec.packed_zero_points else grids
@@ -180,8 +177,8 @@ class QuantizedLayer(nn.Module):
         return unpack(self.weight_codes, self.spec.weight_bits, count).reshape(self.weight_shape)
 
     def floats(self, dtype: torch.dtype = torch.float32, inner: bool = False) -> torch.Tensor:
-        """The weights as numbers: the layer's own, or (`inner`) those that the codes stand for, of smoothed and rotated
-        inputs and beside the branch of low rank. Kept for the next call unless memory matters more (`keep_floats`)."""
+        """The weights as numbers: the layer's own, or (`inner`) those that the codes stand for, of rotated inputs
+        and beside the branch of low rank. Kept for the next call unless memory matters more (`keep_floats`)."""
         state, kept = (inner, self.state()), self._kept
         if kept.floats is not None:
             known = (kept.floats.dtype, kept.floats.device, kept.made_of)
@@ -190,7 +187,7 @@ class QuantizedLayer(nn.Module):
         with lasting(), torch.no_grad():
             floats = self._as_floats(self.codes(), self.weight_scale, self.weight_zero_point)
             if not inner:
-                floats = outer_weight(floats, self._buffers.get("input_factor"), self.spec.rotate)
+                floats = rotated(floats, 1, self.spec.rotate)
             if self.spec.rank and not inner:
                 floats = floats + (self.weight_left.float() @ self.weight_right.float()).view_as(floats)
             floats = floats.to(dtype)
@@ -267,8 +264,8 @@ class QuantizedLayer(nn.Module):
         return self.grid_at(self.input_scale, x), zero - self.spec.zero_margin
 
     def to_inner(self, x: torch.Tensor) -> torch.Tensor:
-        """The input as it is rounded: smoothed and rotated where the spec asks for it."""
-        return to_inner(x, self.channel_dim, self._buffers.get("input_factor"), self.spec.rotate)
+        """The input as it is rounded: rotated where the spec asks for it."""
+        return rotated(x, self.channel_dim, self.spec.rotate)
 
     def round_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input (see `to_inner`) rounded to its grid."""

@@ -109,7 +109,7 @@ class LowBitQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether a tensor is part of a quantized layer, by its name."""
         module, _, key = param_name.rpartition(".")
-        return key.endswith(("_scale", "_zero_point", "_codes", "_left", "_right", "_factor")) and (
+        return key.endswith(("_scale", "_zero_point", "_codes", "_left", "_right")) and (
             key == "softmax_scale" or isinstance(model.get_submodule(module), QuantizedLayer)
         )
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from .affine import codes_of, values_of, weight_grid
+from .rotation import rotated
 from .spec import LayerSpec
-from .transforms import inner_weight, outer_weight
 
 ROUNDS = 5  # of finding the branch and the codes in turns
 _OVERSAMPLING, _ITERATIONS = 12, 4  # of the randomized decomposition
@@ -25,23 +25,21 @@ def rank_within(rank: int, shape: torch.Size) -> int:
 
 
 @torch.no_grad()
-def low_rank(
-    weight: torch.Tensor, spec: LayerSpec, factor: torch.Tensor | None = None, rounds: int = ROUNDS
-) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(weight: torch.Tensor, spec: LayerSpec, rounds: int = ROUNDS) -> tuple[torch.Tensor, torch.Tensor]:
     """The branch of a weight (O, I, …): left (O, rank) and right (rank, N), float32 numbers that float16 holds.
 
     It begins with the largest singular values of the weight, so that what is left to the grids is small and so is what
     rounded inputs do to it. Then in turns: round what the branch leaves, find the branch of what the codes leave. The
-    round with the least squared error is kept. Where inputs are smoothed (by `factor`, (C,)) or rotated, all that is
-    done to weights that are so, too; the branch is of the weights as they were.
+    round with the least squared error is kept. Where inputs are rotated, all that is done to rotated weights; the
+    branch is of the weights as they were.
     """
     shape = weight.shape
-    rows = inner_weight(weight.detach().float(), factor, spec.rotate).flatten(1)
+    rows = rotated(weight.detach().float(), 1, spec.rotate).flatten(1)
     rest, best = rows, None
     for _ in range(rounds):
         left, right = _decompose(rest, spec.rank)
-        outer = outer_weight(right.view(-1, *shape[1:]), factor, spec.rotate).half().float()
-        right = inner_weight(outer, factor, spec.rotate).flatten(1)
+        outer = rotated(right.view(-1, *shape[1:]), 1, spec.rotate).half().float()
+        right = rotated(outer, 1, spec.rotate).flatten(1)
         base = rows - left @ right
         rounded = _rounded(base.view(shape), spec).flatten(1)
         error = float((rounded - base).square().sum())

@@ -38,8 +38,6 @@ class LayerSpec:
         weight_group: every so many weights of an output channel, in the order of their memory, share a grid; 0: all.
         rank: of a branch in float16 beside the codes, which takes the input as it is: weight = codes on their grid +
             left · right; 0: none.
-        smooth: a factor for each input channel, by which inputs are multiplied and weights divided before both are
-            rounded.
         rotate: every so many input channels, of each part, are mixed by a Hadamard matrix before inputs and weights are
             rounded; 0: they are not.
         activation_bits: of its input, 2 … 16, with a grid for each bucket of timesteps unless it is `dynamic`; None
@@ -62,7 +60,6 @@ class LayerSpec:
     weight_bits: int
     weight_group: int = 0
     rank: int = 0
-    smooth: bool = False
     rotate: int = 0
     activation_bits: int | None = None
     dynamic: bool = False
@@ -89,7 +86,7 @@ class LayerSpec:
             raise ConfigurationError(
                 f"rotate must be one of {', '.join(map(str, ROTATIONS))}, got {plain(self.rotate)}"
             )
-        for name in ("per_channel", "compact_grids", "dynamic", "smooth"):
+        for name in ("per_channel", "compact_grids", "dynamic"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigurationError(f"{name} must be true or false, got {plain(getattr(self, name))}")
         for name in ("sqnr", "sensitivity"):
@@ -113,9 +110,8 @@ class LayerSpec:
 
     @property
     def has_inner_weights(self) -> bool:
-        """Whether codes stand for other weights than the layer's own: for smoothed or rotated ones, or without a
-        branch."""
-        return bool(self.rank or self.smooth or self.rotate)
+        """Whether codes stand for other weights than the layer's own: for rotated ones, or beside a branch."""
+        return bool(self.rank or self.rotate)
 
     @property
     def zero_point_bits(self) -> int:

@@ -204,7 +204,7 @@ def _finite(name: str, tensor: Tensor) -> Iterator[bytes]:
     """The bytes of a tensor. Raises `ModelLoadError` at numbers that nothing can be computed with."""
     import numpy as np  # heavy: commands start by this module
 
-    scale = name.endswith(("_scale", "_factor"))
+    scale = name.endswith(("_scale",))
     for data in tensor.chunks():
         if tensor.dtype in ("F64", "F32", "F16"):
             values = np.frombuffer(data, f"<f{SIZES[tensor.dtype]}")

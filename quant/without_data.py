@@ -28,9 +28,9 @@ from .model import DTYPES, install
 from .packing import pack
 from .ptq.bits import layer_specs
 from .ptq.settings import QuantizeSettings
+from .rotation import rotated
 from .spec import LayerSpec, ModelSpec, in_groups
 from .stored import Tensor, TensorWriter, find_tensors, settings_digest, tensors_digest
-from .transforms import rotated
 
 __all__ = ["FilesReport", "quantize_files"]
 

@@ -23,7 +23,7 @@ from .plan_table import show_plans, show_solver
 from .terminal import console, note, say
 
 PARTS = (  # of a layer in the file
-    "weight_codes weight_scale weight_zero_point weight_left weight_right bias input_factor input_scale "
+    "weight_codes weight_scale weight_zero_point weight_left weight_right bias input_scale "
     "input_zero_point output_scale output_zero_point"
 ).split()
 
@@ -86,7 +86,7 @@ def inspect(
 
 def _grids(layer: LayerSpec) -> str:
     """What an input has grids for."""
-    before = (" smoothed" if layer.smooth else "") + (" rotated" if layer.rotate else "")
+    before = " rotated" if layer.rotate else ""
     if layer.dynamic:
         return before + " dynamic" + (f" by {layer.input_group}" if layer.input_group else "")
     return before + (" by channel" if layer.per_channel else " split" if layer.split else "")

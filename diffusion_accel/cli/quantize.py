@@ -49,7 +49,7 @@ BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 se
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 CALIBRATIONS = ("prompts", "none")
 _PANELS = {
-    "Method": "bits_budget size_ratio min_psnr allocation group rank smooth rotate inputs input_group finetune "
+    "Method": "bits_budget size_ratio min_psnr allocation group rank rotate inputs input_group finetune "
     "rounding layers sensitive rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits "
     "split",
     "Calibration": "calibration prompts_file count buckets steps guidance_scale scheduler width height seed batch",
@@ -87,10 +87,6 @@ def quantize(
     rank: Annotated[
         int, typer.Option(help="Of a float16 branch beside the codes of each layer, for inputs of few bits; 0: none.")
     ] = 0,
-    smooth: Annotated[
-        float | None,
-        typer.Option(help="SmoothQuant's alpha, 0.5 usually: move that much of the range of inputs into the weights."),
-    ] = None,
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Mix channels of inputs by Hadamard matrices, for inputs of 4 bits.")
     ] = False,
@@ -177,7 +173,6 @@ def quantize(
         allocation=allocation,
         groups=tuple(group) if group else None,
         rank=rank,
-        smooth=smooth,
         rotate=rotate,
         inputs=inputs,
         input_group=input_group,

@@ -30,8 +30,7 @@ def _begin(state: RunState, _job: Job) -> Values:
     state.undo.callback(put, state.denoiser, state.plain_tables)
     state.tables = {name: quantized_table(table) for name, table in state.plain_tables.items()}
     put(state.denoiser, state.tables)
-    timesteps, search = state.calibration.timesteps, state.settings.search
-    state.trainable = TrainableLayers(state.denoiser, specs, timesteps, search, state.factors)
+    state.trainable = TrainableLayers(state.denoiser, specs, state.calibration.timesteps, state.settings.search)
     state.undo.callback(state.trainable.restore)
     return {}
 

@@ -80,7 +80,6 @@ def specs_of(
             weight_bits=grids[name].bits,
             weight_group=grids[name].group,
             rank=0 if name in edges else rank_within(s.rank, _weight(layer).shape),
-            smooth=s.smooth is not None and name not in edges,
             activation_bits=inputs if s.activation_bits else None,
             dynamic=s.inputs == "dynamic",
             per_channel=by_channel,

@@ -33,7 +33,6 @@ from .reconstruct import ROUNDING
 from .search import SEARCH
 from .sensitivity import PROBE, SCORES, SENSITIVITY
 from .settings import QuantizeSettings
-from .smoothing import SMOOTHING
 from .stage import Job, RunState, Stage
 from .trainable_layer import set_quantization_state
 
@@ -46,7 +45,6 @@ STAGES = (
     PROBE,
     SENSITIVITY,
     SCORES,
-    SMOOTHING,
     SEARCH,
     TRAINABLE,
     PLAN,

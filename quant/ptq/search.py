@@ -69,7 +69,7 @@ def _images(state: RunState, sampler: Sampler, specs: dict[str, LayerSpec]) -> t
     for name, table in plain.items():
         denoiser.set_submodule(name, quantized_table(table))
     timesteps = state.calibration.timesteps
-    trainable = TrainableLayers(denoiser, specs, timesteps, state.settings.search, state.factors)
+    trainable = TrainableLayers(denoiser, specs, timesteps, state.settings.search)
     try:
         set_quantization_state(trainable, weights=True, inputs=False)
         numbers = range(len(timesteps))

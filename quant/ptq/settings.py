@@ -158,8 +158,6 @@ class QuantizeSettings:
             what each layer chooses from; None: 0, or 0, 32, 64 and 128 with `size_ratio` or `min_psnr`.
         rank: of a branch in float16 beside the codes of each layer, which takes its input as it is (SVDQuant); at most
             half of what a layer can have, none in the first and the last; 0: none. 8 to 32 for inputs of 4 bits.
-        smooth: SmoothQuant's alpha, 0 … 1: how much of the range of inputs goes into the weights, by a factor for each
-            input channel; None: nothing. 0.5 for inputs of 8 bits without groups, none in the first and the last layer.
         rotate: mix every 32 channels of inputs by a Hadamard matrix before they are rounded, for inputs of 4 bits; not
             in the first and the last layer.
         inputs: "static", a grid for each timestep, or "dynamic", grids that are found anew at every call: for each row
@@ -192,7 +190,6 @@ class QuantizeSettings:
     allocation: str = "sensitivity"
     groups: tuple[int, ...] | None = None
     rank: int = 0
-    smooth: float | None = None
     rotate: bool = False
     inputs: str = "static"
     input_group: int | None = None
@@ -225,8 +222,6 @@ class QuantizeSettings:
             if not isinstance(value := getattr(self, name), kind | None):
                 raise ConfigurationError(f"{name} must be {kind.__name__} or None, got {plain(value)}")
         _switches(self, "split", "search", "rotate")
-        if self.smooth is not None:
-            within(self.smooth, 0.0, 1.0, "smooth")
         if self.per_channel is not None:
             _switches(self, "per_channel")
         self._check_wishes()
@@ -337,7 +332,7 @@ class QuantizeSettings:
         else:
             weights = f"w{self.weight_bits}" if self.bits_budget is None else f"w{self.bits_budget:g}"
         branch = f" rank {self.rank}" if self.rank else ""
-        branch += (" smooth" if self.smooth is not None else "") + (" rotated" if self.rotate else "")
+        branch += " rotated" if self.rotate else ""
         inputs = f"a{self.activation_bits}" if self.activation_bits else ""
         return weights + (", " if inputs and " " in weights else "") + inputs + branch
 

@@ -45,7 +45,6 @@ class RunState:
         probe: rows and timesteps on which sensitivities are measured.
         needs: the sensitivity of each layer, where somebody wants it.
         scores: of each layer, for the allocations by ranks.
-        factors: of the input channels of each layer, where inputs are smoothed.
         search: the sizes that were tried for `min_psnr`, and the one that was found.
         trainable: the layers while they are quantized.
         plain_tables, tables: embedding tables as they were, and quantized.
@@ -70,7 +69,6 @@ class RunState:
     probe: dict[str, int] = field(default_factory=dict)
     needs: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
-    factors: dict[str, torch.Tensor] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     trainable: TrainableLayers = field(init=False)
     plain_tables: dict[str, nn.Embedding] = field(default_factory=dict)

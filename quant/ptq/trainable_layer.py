@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from diffusion_accel.quant.buckets import Buckets, SelectBucket, grid_at
 from diffusion_accel.quant.layers import QuantizedLayer, quantized_like
 from diffusion_accel.quant.low_rank import low_rank
 from diffusion_accel.quant.model import candidates
+from diffusion_accel.quant.rotation import rotated
 from diffusion_accel.quant.spec import LayerSpec
-from diffusion_accel.quant.transforms import inner_weight, outer_weight, to_inner
 
 GAMMA, ZETA = -0.1, 1.1  # ends of the stretched sigmoid (AdaRound, section 3.3)
 
@@ -43,7 +42,6 @@ class TrainableLayer(nn.Module):
         weight: the weights, trainable in finetuning.
         scale, zero_point: grid of the weights, (parts, O) or (groups, O); where there is a branch, of what it leaves.
         left, right: the branch of low rank, (O, rank) and (rank, N); it learns nothing.
-        factor: of each input channel, (C,), where inputs are smoothed.
         up: whether each weight is rounded up from the floor; while it is learnt, `logits` decides.
         logits: AdaRound's variable, None but during reconstruction.
         input_scale, input_zero_point, output_scale, output_zero_point: (buckets, 1 | parts | C); scales are trainable,
@@ -56,7 +54,6 @@ class TrainableLayer(nn.Module):
     left: torch.Tensor
     right: torch.Tensor
     low: torch.Tensor
-    factor: torch.Tensor | None
     input_zero_point: torch.Tensor
     output_zero_point: torch.Tensor
 
@@ -66,7 +63,6 @@ class TrainableLayer(nn.Module):
         spec: LayerSpec,
         buckets: Buckets,
         search: bool = True,
-        factor: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         weight: torch.Tensor = layer.weight.detach()  # type: ignore[assignment,operator]
@@ -79,7 +75,6 @@ class TrainableLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
         self.logits: nn.Parameter | None = None
         self._kept: tuple[Any, torch.Tensor] | None = None
-        self.register_buffer("factor", factor)
         self.channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
         steps = len(buckets.timesteps)
         for name, bits, width in (
@@ -101,7 +96,7 @@ class TrainableLayer(nn.Module):
         """Grids of the weights by range search (or over their whole range), and rounding to nearest; before that the
         branch of low rank, where there is one."""
         if self.spec.rank:
-            left, right = low_rank(self.weight, self.spec, self.factor)
+            left, right = low_rank(self.weight, self.spec)
             self.register_buffer("left", left)
             self.register_buffer("right", right)
             self.register_buffer("low", (left @ right).view_as(self.weight))
@@ -112,9 +107,8 @@ class TrainableLayer(nn.Module):
         self.register_buffer("up", ratio - ratio.floor() >= 0.5)
 
     def _gridded(self) -> torch.Tensor:
-        """What codes stand for: the weights, or what the branch of low rank leaves of them, of smoothed and rotated
-        inputs."""
-        return inner_weight(self.weight - self.low if self.spec.rank else self.weight, self.factor, self.spec.rotate)
+        """What codes stand for: the weights, or what the branch of low rank leaves of them, rotated as inputs are."""
+        return rotated(self.weight - self.low if self.spec.rank else self.weight, 1, self.spec.rotate)
 
     def own(self) -> list[nn.Parameter]:
         """Weight and bias as tensors of its own, which may be changed without changing the original's."""
@@ -172,7 +166,7 @@ class TrainableLayer(nn.Module):
             return self._kept[1]
         values = (self.codes() - self._spread(self.zero_point)) * self._spread(self.scale)
         if not inner:
-            values = outer_weight(values, self.factor, self.spec.rotate)
+            values = rotated(values, 1, self.spec.rotate)
             values = values + self.low if self.spec.rank else values
         self._kept = (state, values) if fixed else None
         return values
@@ -196,7 +190,7 @@ class TrainableLayer(nn.Module):
 
     def to_inner(self, x: torch.Tensor) -> torch.Tensor:
         """The input as it is rounded, see `QuantizedLayer.to_inner`."""
-        return to_inner(x, self.channel_dim, self.factor, self.spec.rotate)
+        return rotated(x, self.channel_dim, self.spec.rotate)
 
     def grids(self) -> list[str]:
         """The names of the grids of inputs and outputs, as far as these are rounded."""
@@ -237,8 +231,6 @@ class TrainableLayer(nn.Module):
         made.store(self.codes().detach(), self.scale, self.zero_point)
         if self.spec.rank:
             made.store_branch(self.left, self.right)
-        if self.factor is not None:
-            made.input_factor.copy_(self.factor)
         if made.bias is not None and self.bias is not None:
             made.bias.data = self.bias.detach().clone()
         for name in ("input", "output"):
@@ -256,17 +248,15 @@ class TrainableLayers(dict[str, TrainableLayer]):
         specs: dict[str, LayerSpec],
         timesteps: tuple[float, ...],
         search: bool = True,
-        factors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Put layers in place of the layers `specs` names; they round nothing yet. `factors`: of smoothed inputs."""
-        factors = factors or {}
+        """Put layers in place of the layers `specs` names; they round nothing yet."""
         self.model, self.buckets = model, Buckets(timesteps)
         layers = candidates(model)
         self.originals = {name: layers[name] for name in specs}
         # torch takes other kernels for weights that learn (`matmul` folds batches), so this is a part of the way back
         self._learning = [(p, p.requires_grad) for p in model.parameters()]
         super().__init__(
-            {n: TrainableLayer(layers[n], spec, self.buckets, search, factors.get(n)) for n, spec in specs.items()}
+            {name: TrainableLayer(layers[name], spec, self.buckets, search) for name, spec in specs.items()}
         )
         try:
             for name, made in self.items():

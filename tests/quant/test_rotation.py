@@ -1,4 +1,4 @@
-"""Inputs that are smoothed or rotated before they are rounded, and the weights that undo it."""
+"""Inputs that are rotated before they are rounded, and the weights that undo it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ from diffusion_accel.quant.layers import Dequantize, Simulated
 from diffusion_accel.quant.model import install, quantized_layers, set_runtime
 from diffusion_accel.quant.ptq.bits import rotation_within
 from diffusion_accel.quant.ptq.budget import PROBE_ROWS
-from diffusion_accel.quant.ptq.calibration import CalibrationSet, relative_error
+from diffusion_accel.quant.ptq.calibration import relative_error
 from diffusion_accel.quant.ptq.run import quantize_denoiser
 from diffusion_accel.quant.ptq.settings import QuantizeSettings
-from diffusion_accel.quant.ptq.smoothing import channel_peaks
 from diffusion_accel.quant.ptq.trainable_layer import TrainableLayer
+from diffusion_accel.quant.rotation import rotated
 from diffusion_accel.quant.spec import LayerSpec, ModelSpec
-from diffusion_accel.quant.transforms import inner_weight, outer_weight, rotated, smoothing, to_inner
 from diffusion_accel.quant.without_data import quantize_files
 
-FACTOR = torch.tensor([0.5, 1, 2, 0.25, 4, 1, 3, 0.125, 1, 2, 1, 0.5])
-BOTH = replace(TINY, smooth=0.5, rotate=True, inputs="dynamic", activation_bits=4, attention_bits=None)
+ROTATED = replace(TINY, rotate=True, inputs="dynamic", activation_bits=4, attention_bits=None)
 
 
 # ---------------------------------------------------------------------- arithmetic
@@ -52,18 +50,10 @@ def test_what_is_done_to_inputs_is_undone_in_weights(kind: str) -> None:
     layer: Any = LAYERS[kind]()
     x, dim = inputs(layer), 1 if isinstance(layer, nn.Conv2d) else -1
     weight = layer.weight.detach()
-    inner = inner_weight(weight, FACTOR, 4)
+    inner = rotated(weight, 1, 4)
     run = layer._conv_forward if isinstance(layer, nn.Conv2d) else nn.functional.linear
-    assert torch.allclose(run(to_inner(x, dim, FACTOR, 4), inner, layer.bias), layer(x), atol=1e-5)
-    assert torch.allclose(outer_weight(inner, FACTOR, 4), weight, atol=1e-6)
-
-
-def test_factors_are_those_of_smoothquant() -> None:
-    weight, peaks = torch.tensor([[1.0, -4.0], [2.0, 1.0]]), torch.tensor([8.0, 1.0])
-    found = smoothing(peaks, weight, 0.25)
-    expected = torch.tensor([2**0.75 / 8**0.25, 4**0.75 / 1])
-    assert torch.allclose(found, expected / expected.log().mean().exp(), rtol=1e-3)
-    assert torch.equal(found, found.half().float())
+    assert torch.allclose(run(rotated(x, dim, 4), inner, layer.bias), layer(x), atol=1e-5)
+    assert torch.allclose(rotated(inner, 1, 4), weight, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sizes", "block"), [([192], 32), ([12], 4), ([64, 24], 8), ([3], 0), ([320, 1], 0)])
@@ -72,25 +62,24 @@ def test_a_rotation_divides_the_channels(sizes: list[int], block: int) -> None:
 
 
 # ---------------------------------------------------------------------- layers
-def both(kind: str, **spec: Any) -> TrainableLayer:
-    values = {"weight_bits": 8, "smooth": True, "rotate": 4, "dynamic": True, "activation_bits": 8, **spec}
-    return TrainableLayer(LAYERS[kind](), LayerSpec(**values), Buckets(()), factor=FACTOR)
+def layer_of(kind: str, **spec: Any) -> TrainableLayer:
+    values = {"weight_bits": 8, "rotate": 4, "dynamic": True, "activation_bits": 8, **spec}
+    return TrainableLayer(LAYERS[kind](), LayerSpec(**values), Buckets(()))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_runtimes_compute_the_same_layer(kind: str, rank: int) -> None:
-    trainable = both(kind, rank=rank)
+    trainable = layer_of(kind, rank=rank)
     layer = trainable.finished(trainable.buckets)
     plain, x = LAYERS[kind](), inputs(LAYERS[kind]())
     assert (layer.floats() - plain.weight.detach()).norm() < 0.05 * plain.weight.detach().norm()
     assert torch.allclose(Dequantize()(layer, x), layer.compute(x, layer.floats()), atol=1e-5)
-    inner = to_inner(x, layer.channel_dim, FACTOR, 4)
+    inner = rotated(x, layer.channel_dim, 4)
     rounded = fake_quantize(inner, *dynamic_grid(inner, layer.spec, layer.channel_dim), 8)
     outer = rotated(rounded, layer.channel_dim, 4)
-    shape = [-1 if d == layer.channel_dim % x.dim() else 1 for d in range(x.dim())]
-    codes = outer_weight(layer.floats(inner=True), FACTOR, 4)
-    expected = layer.compute(outer / FACTOR.view(shape), codes)
+    codes = rotated(layer.floats(inner=True), 1, 4)
+    expected = layer.compute(outer, codes)
     if rank:
         branch = (layer.weight_left.float() @ layer.weight_right.float()).view_as(codes)
         assert torch.allclose(layer.floats(), codes + branch, atol=1e-5)
@@ -104,30 +93,25 @@ def test_all_runtimes_compute_the_same_layer(kind: str, rank: int) -> None:
 
 
 def test_outliers_cost_less() -> None:
-    """One channel of inputs is far larger than the others: both spread it."""
+    """One channel of inputs is far larger than the others: the rotation spreads it."""
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 10), torch.randn(200, 32)
     x[..., 3] *= 40
-    peaks = x.abs().amax(0)
-    errors = {}
-    for name, spec, factor in (
-        ("plain", {}, None),
-        ("rotated", {"rotate": 32}, None),
-        ("smoothed", {"smooth": True}, smoothing(peaks, layer.weight, 0.5)),
-    ):
-        values = LayerSpec(8, activation_bits=4, dynamic=True, **spec)
-        made = TrainableLayer(layer, values, Buckets(()), factor=factor)
-        errors[name] = float((Simulated()(made.finished(made.buckets), x) - layer(x)).detach().norm())
-    assert errors["smoothed"] < 0.7 * errors["plain"] and errors["rotated"] < errors["plain"]
+    errors = []
+    for block in (0, 32):
+        values = LayerSpec(8, activation_bits=4, dynamic=True, rotate=block)
+        made = TrainableLayer(layer, values, Buckets(()))
+        errors.append(float((Simulated()(made.finished(made.buckets), x) - layer(x)).detach().norm()))
+    assert errors[1] < 0.7 * errors[0]
 
 
 # ---------------------------------------------------------------------- checkpoints
 def test_a_round_trip_is_exact(tmp_path: Path) -> None:
-    folder = made_folder(tmp_path, BOTH)
+    folder = made_folder(tmp_path, ROTATED)
     config = json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
     inner = config["layers"]["mid_block.resnets.0.conv1"]
-    assert config["version"] == 4 and inner["smooth"] is True and inner["rotate"] in (8, 16, 32)
-    assert not {"smooth", "rotate"} & set(config["layers"]["conv_in"])
+    assert config["version"] == 4 and inner["rotate"] in (8, 16, 32)
+    assert "rotate" not in config["layers"]["conv_in"]
     pipe = DiffusionPipeline.from_pretrained(folder)
     set_runtime(pipe, "simulated")
     image = draw(pipe)
@@ -145,26 +129,13 @@ def test_what_a_model_cannot_have_is_refused() -> None:
         install(nn.Sequential(nn.Linear(12, 4)), ModelSpec({"0": LayerSpec(4, rotate=8)}))
     with pytest.raises(ConfigurationError, match="rotate must be one of 0, 2, 4"):
         LayerSpec(4, rotate=3)
-    with pytest.raises(ConfigurationError, match="smooth must be a number from 0 to 1"):
-        QuantizeSettings(smooth=2.0)
     with pytest.raises(ConfigurationError, match="rotate must be true or false"):
         QuantizeSettings(rotate=1)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- making it
-def test_peaks_are_the_largest_inputs(calibration: CalibrationSet) -> None:
-    model = sampler().pipe.unet
-    seen: list[torch.Tensor] = []
-    layer = model.mid_block.resnets[0].conv1
-    handle = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    rows = [calibration.sample(b, 3, 0) for b in range(2)]
-    found = channel_peaks(model, {"a": layer}, rows)["a"]
-    handle.remove()
-    assert torch.equal(found, torch.cat(seen).abs().amax((0, 2, 3))) and not layer._forward_pre_hooks
-
-
-def test_rounding_and_finetuning_learn_with_both(tmp_path: Path) -> None:
-    run = quantize_denoiser(sampler(), replace(SHORT, smooth=0.5, rotate=True, rank=1), tmp_path)
+def test_rounding_and_finetuning_learn_with_rotations(tmp_path: Path) -> None:
+    run = quantize_denoiser(sampler(), replace(SHORT, rotate=True, rank=1), tmp_path)
     assert run.validation["learnt rounding, weights only"] <= run.validation["nearest, weights only"]
     count = len(run.heldout.timesteps)
     rows = [run.heldout.sample(b, PROBE_ROWS, 0) for b in range(count)]
@@ -173,7 +144,7 @@ def test_rounding_and_finetuning_learn_with_both(tmp_path: Path) -> None:
     assert all(layer.spec.has_inner_weights for n, layer in run.layers().items() if n not in ("conv_in", "conv_out"))
 
 
-def test_ranges_are_those_of_smoothed_inputs() -> None:
+def test_ranges_are_those_of_rotated_inputs() -> None:
     trainable = trainable_layer(LAYERS["linear"](), rotate=4)
     x = inputs(LAYERS["linear"]())
     assert torch.equal(trainable.to_inner(x), rotated(x, -1, 4))
@@ -190,7 +161,7 @@ def test_without_data(tmp_path: Path) -> None:
 
 
 def test_a_graph_computes_the_same() -> None:
-    trainable = both("linear", rank=2)
+    trainable = layer_of("linear", rank=2)
     layer = trainable.finished(trainable.buckets)
     x = inputs(LAYERS["linear"]())
     torch.compiler.reset()
