@@ -71,7 +71,7 @@ def benchmark(
         entries: `KIND` or `KIND:SETTINGS`: a feature with its settings ("reuse:tuned:fast", "encoder-reuse"), every
             plan of a tuned family ("family:tuned:ddim", "family:FILE"), fewer steps
             ("fewer-steps:STEPS[,SCHEDULER[,SPACING]]"), another method's forecasts in the place of steps
-            ("forecast:NAME[@ORDER][,EVERY][,SPACE]", see `forecasting.Rule.parse`), or another accelerator with its
+            (`forecast:NAME[@ORDER][,EVERY][,SPACE]`, see `forecasting.Rule.parse`), or another accelerator with its
             settings ("deepcache:3", "taylorseer:interval=3,order=2"; see `peers.PEERS`).
         steps: of the baseline; None: what the embedded model recommends, as for the next three, else 50.
         seed: image k starts from the noise of seed + k.

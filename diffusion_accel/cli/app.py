@@ -32,7 +32,6 @@ app = typer.Typer(
     name="diffusion-accel",
     help="Generate images with any diffusers pipeline, faster, and see what that cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for _command in (

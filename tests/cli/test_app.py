@@ -63,3 +63,14 @@ def test_what_is_printed_holds_no_control_characters(capsys: pytest.CaptureFixtu
     assert code == 1 and err == "error: no such model file or folder: \\x1b]0;title\\x07\\u202e/x /y\n"
     code, _, err = call(capsys, "generate", PROMPT, "--\x1b[31mnonsense")
     assert code == 2 and "\x1b" not in err and "\\x1b[31m" in err
+
+
+@pytest.mark.parametrize(("typed", "found"), [("gen", "generate"), ("generate --sched", "--scheduler")])
+def test_a_shell_can_complete(
+    typed: str, found: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_DIFFUSION_ACCEL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"diffusion-accel {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+    code, out, _ = call(capsys)
+    assert code == 0 and out.split() == [found]
