@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve test test-slow lint bench fuzz clean
+.PHONY: demo serve test test-slow lint docs bench fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py -o demo
@@ -27,6 +27,11 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy diffusion_accel pipelines quant parallel \
 	  && $(BIN)/python scripts/floors.py
+
+# the site, into runs/site; a page that is in no menu, a link or an anchor that leads nowhere fails it
+docs: $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 # files broken on purpose, every kind in turn: make fuzz MINUTES=10 (each), KIND=folder
 fuzz: $(STAMP)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes docs/reference: the tables of the public names (api.md) and of the modules (modules.md), from docstrings.
+"""Writes docs/reference: the tables of the public names (api.md) and of the modules (modules.md), from docstrings, and
+what the site shows of each name in full (docstrings.md).
 
 python scripts/reference.py
 """
@@ -18,6 +19,7 @@ from diffusion_accel.registry import FEATURES, feature_class
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference" / "api.md"
 MODULES = ROOT / "docs" / "reference" / "modules.md"
+DOCSTRINGS = ROOT / "docs" / "reference" / "docstrings.md"
 HEAD = """# The public names
 
 Everything here is imported from `diffusion_accel` and loaded when it is first used. `help(diffusion_accel.compare)`
@@ -25,6 +27,11 @@ says all about a name: shapes, units, ranges and errors. This page is written by
 
 What measures or changes a pipeline takes it and prompts, then the same keywords with the same meaning: `steps`, `seed`,
 `guidance_scale`, `height`, `width`, `progress`. A keyword that is not known is refused, with the nearest one.
+"""
+DOCSTRINGS_HEAD = """# Every public name in full
+
+Arguments, results, errors, units and ranges. On the [site](../index.md) (`make docs`) each line below is the docstring
+of a name; elsewhere `help(diffusion_accel.compare)` says the same. `python scripts/reference.py` writes this page.
 """
 MODULES_HEAD = """# The modules
 
@@ -57,6 +64,9 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "serving.http.page": "diffusion_accel/serving/http/page",
     "cli": "diffusion_accel/cli",
 }
+ELSEWHERE = {
+    "LearnedMultistepScheduler": "diffusion_accel.schedulers.learned"
+}  # its class names the package, for diffusers
 KINDS = ("verb", "feature", "error", "type")
 HEADINGS = {"verb": "Verbs", "feature": "Features", "error": "Errors", "type": "Settings, handles and results"}
 
@@ -110,11 +120,24 @@ def modules_page() -> str:
     return "\n".join(lines)
 
 
+def docstrings_page() -> str:
+    """The page that mkdocstrings fills."""
+    lines = [DOCSTRINGS_HEAD]
+    values = {name: getattr(diffusion_accel, name) for name in sorted(diffusion_accel.__all__) if name[0] != "_"}
+    for kind in KINDS:
+        named = {name: value for name, value in values.items() if kind_of(value) == kind}
+        lines += [f"## {HEADINGS[kind]}", ""]
+        homes = {name: ELSEWHERE.get(name, value.__module__) for name, value in named.items()}
+        lines += [f"::: {homes[name]}.{value.__qualname__}\n" for name, value in named.items()]
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Write the pages."""
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
     MODULES.write_text(modules_page(), encoding="utf-8")
+    DOCSTRINGS.write_text(docstrings_page(), encoding="utf-8")
     return 0
 
 

@@ -86,6 +86,7 @@ def test_the_reference_page_is_of_today() -> None:
     assert reference.PAGE == Path(diffusion_accel.__file__).parents[1] / "docs" / "reference" / "api.md"
     modules = reference.MODULES.read_text(encoding="utf-8")
     assert modules == reference.modules_page(), "python scripts/reference.py writes it anew"
+    assert reference.DOCSTRINGS.read_text(encoding="utf-8") == reference.docstrings_page()
     packages = {p.parent.relative_to(reference.ROOT).as_posix() for p in reference.ROOT.glob("*/**/__init__.py")}
     ours = {p for p in packages if p.split("/")[0] in ("diffusion_accel", "pipelines", "quant", "parallel")}
     assert ours - {"diffusion_accel/assets"} == {*reference.SOURCES.values()}

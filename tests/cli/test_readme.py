@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from pathlib import Path
 
@@ -11,25 +9,13 @@ import numpy as np
 import pytest
 import torch
 from command import call
-from diffusers import DDIMScheduler
 from PIL import Image
-from solvers import odd
+from snippets import ROOT, STICKER, blocks, commands, prepare, understood, without_models
 
-from diffusion_accel.errors import ModelLoadError
-from diffusion_accel.model_files.names import EMBEDDED
-from diffusion_accel.reuse.plan_file import TunedPlan
-
-README = Path(__file__).parents[2] / "README.md"
-STICKER = str(EMBEDDED["sticker"].path)
-BLOCKS = re.findall(r"```(python|console)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-COMMANDS = [
-    line.removeprefix("$ diffusion-accel ")
-    for kind, text in BLOCKS
-    if kind == "console"
-    for line in text.splitlines()
-    if line.startswith("$ diffusion-accel ")
-]
+BLOCKS = blocks(ROOT / "README.md")
+PYTHON = [block.text for block in BLOCKS if block.kind == "python"]
+COMMANDS = commands(BLOCKS)
+ELSEWHERE = {"make": ".ci/run, and by hand", "curl": "tests/serving/http/test_docs.py"}
 
 
 def test_the_first_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,37 +50,19 @@ def test_the_commands_are_understood(
 ) -> None:
     """Every line gets to where a model is loaded, or to its end where it needs none; the first one draws."""
     monkeypatch.chdir(tmp_path)
-    Path("some").mkdir()
-    Path("some/model-id").symlink_to(STICKER, target_is_directory=True)
-    Path("prompts.txt").write_text("a red apple\n" * 24)
-    shipped = TunedPlan.load("tuned:quality")
-    cheap = {"generate": ["--device", "cpu", "--quiet", "--steps", "2"]}
-
-    def load(*args: object, **kwargs: object) -> None:
-        raise ModelLoadError("a model would be loaded")
-
+    prepare()
     assert len(COMMANDS) >= 12
-    for number, line in enumerate(COMMANDS):
-        name, *words = shlex.split(line, comments=True)
-        if "reuse:plan.json" in words:  # what the line before it would have made
-            steps = int(words[words.index("--steps") + 1])
-            TunedPlan(shipped.plan.stretched(steps), shipped.conditions).save(Path("plan.json"))
-        if name == "generate" and "my-solver/" in words:
-            odd(DDIMScheduler.from_pretrained(STICKER, subfolder="scheduler"), 8).save_pretrained("my-solver")
-        if "--quantize" in words:
-            Path("sticker-w4a8").mkdir()
-            config = {"quantization_config": {"quant_method": "diffusion_accel"}}
-            Path("sticker-w4a8/config.json").write_text(json.dumps(config))
-        if name == "estimate":
-            continue  # tests/parallel/test_planning.py
-        if number == 0:
-            assert call(capsys, name, *words, *cheap[name])[0] == 0 and Path("apple.png").is_file()
-            monkeypatch.setattr("diffusion_accel.generation.loading.load_pipeline", load)
-            monkeypatch.setattr("diffusion_accel.pipelines.loading.load_pipeline", load)
-            monkeypatch.setattr("diffusion_accel.bench.runner.load_pipeline", load)
-            monkeypatch.setattr("diffusion_accel.cli.processes.start", load)
-            continue
-        code, out, err = call(capsys, name, *words)
-        needs_none = name in ("features", "metadata")
-        assert code == (0 if needs_none else 1), f"{line}: {err}"
-        assert out if needs_none else "a model would be loaded" in err, f"{line}: {err}"
+    first, *others = COMMANDS
+    small = ["--device", "cpu", "--quiet", "--steps", "2"]
+    assert call(capsys, *shlex.split(first), *small)[0] == 0 and Path("apple.png").is_file()
+    without_models(monkeypatch)
+    for line in others:
+        understood(line, capsys)
+
+
+def test_no_block_is_forgotten() -> None:
+    """Both snippets are run above, every line of a console is understood above or run where the table says."""
+    assert len(PYTHON) == 2 and {block.kind for block in BLOCKS} == {"python", "console"}
+    lines = [line for block in BLOCKS if block.kind == "console" for line in block.lines]
+    others = {line.split()[1] for line in lines} - {"diffusion-accel"}
+    assert others == {*ELSEWHERE}

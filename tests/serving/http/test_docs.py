@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md and the README do what they say."""
+"""The examples of docs/serving.md, its guide and the README do what they say."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def test_python(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert made.size == (96, 96)
 
 
-@pytest.mark.parametrize("text", [DOCS, (ROOT / "README.md").read_text(encoding="utf-8")], ids=["docs", "README"])
-def test_curl(server: Server, text: str) -> None:
+@pytest.mark.parametrize("page", ["docs/serving.md", "docs/guides/serving.md", "README.md"])
+def test_curl(server: Server, page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith("$ curl"))
     words = shlex.split(line)
     path = words[2].removeprefix("http://127.0.0.1:8000")
