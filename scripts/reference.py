@@ -43,6 +43,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "denoisers": "diffusion_accel/denoisers",
     "model_files": "diffusion_accel/model_files",
     "schedulers": "diffusion_accel/schedulers",
+    "recipes": "diffusion_accel/recipes",
     "measure": "diffusion_accel/measure",
     "reuse": "diffusion_accel/reuse",
     "routing": "diffusion_accel/routing",
