@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .controlnet import ControlNetParallel
     from .evaluation.evaluate import Evaluation, evaluate
     from .feature import Attachment, Feature
+    from .making.make_fast import make_fast
+    from .making.report import FastReport
     from .measure.comparison import Comparison, compare
     from .measure.fidelity import Fidelity, fidelity
     from .parallel import PatchParallel
@@ -71,6 +73,7 @@ _LAZY = {
     "evaluate": ".evaluation.evaluate",
     "fidelity": ".measure.fidelity",
     "load_pipeline": ".pipelines.loading",
+    "make_fast": ".making.make_fast",
     "quantize": ".quant.ptq.export",
     "quantize_files": ".quant.without_data",
     "tune": ".tuning.tuner",
@@ -101,6 +104,7 @@ _LAZY = {
     "Entry": ".bench.entries",
     "Estimate": ".parallel.planner.estimate",
     "Evaluation": ".evaluation.evaluate",
+    "FastReport": ".making.report",
     "Fidelity": ".measure.fidelity",
     "Progress": ".progress",
     "QuantizationReport": ".quant.ptq.report",
@@ -124,6 +128,7 @@ __all__ = [
     "Entry",
     "Estimate",
     "Evaluation",
+    "FastReport",
     "Feature",
     "FeatureConflictError",
     "Fidelity",
@@ -152,6 +157,7 @@ __all__ = [
     "evaluate",
     "fidelity",
     "load_pipeline",
+    "make_fast",
     "quantize",
     "quantize_files",
     "tune",

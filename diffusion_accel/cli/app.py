@@ -10,6 +10,7 @@ from diffusion_accel import __version__
 from diffusion_accel.registry import FEATURES
 
 from . import (
+    accelerate,
     bench,
     estimate,
     evaluate,
@@ -37,6 +38,7 @@ app = typer.Typer(
 for _command in (
     generate.generate,
     serve.serve,
+    accelerate.accelerate,
     tune.tune,
     quantize.quantize,
     inspect.inspect,

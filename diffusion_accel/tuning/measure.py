@@ -19,7 +19,7 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import seconds_of
 from diffusion_accel.prediction import model_input
 from diffusion_accel.progress import Progress
-from diffusion_accel.reuse.plan import FULL, Plan, Step
+from diffusion_accel.reuse.plan import FULL, Plan, PlanSource, Step
 from diffusion_accel.reuse.recorded import forecasts_of
 from diffusion_accel.reuse.reuse import Reuse
 from diffusion_accel.reuse.search import Forecasts
@@ -181,12 +181,12 @@ def measure_influence(sampler: Sampler, predictions: torch.Tensor, tell: Callabl
 
 
 @contextmanager
-def reusing(pipe: DiffusionPipeline, plan: Plan) -> Iterator[None]:
+def reusing(pipe: DiffusionPipeline, plan: PlanSource) -> Iterator[None]:
     """Within this context the pipeline reuses by one plan; after it everything is as it was before."""
     handle = getattr(pipe, "acceleration", None)
     before = None if handle is None else handle.features.get("reuse")
     enabled = handle is not None and handle.enabled("reuse")
-    accelerate(pipe, Reuse(plan=plan))
+    accelerate(pipe, Reuse(plan=plan))  # type: ignore[arg-type]
     try:
         yield
     finally:

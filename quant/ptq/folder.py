@@ -27,10 +27,11 @@ _HELD: dict[Path, int] = {}  # folders that threads of this process hold
 
 
 @contextmanager
-def held(work: Path) -> Iterator[None]:
+def held(work: Path, what: str = "quantize") -> Iterator[None]:
     """Have the folder `work` for oneself. When it ends, a folder in which nothing was done is gone.
 
     The lock is the system's, so that the one of a process that was killed is free; a thread may hold a folder twice.
+    `what` may hold it, for the message.
 
     Raises:
         OutputError: somebody else holds it, or it cannot be written.
@@ -40,7 +41,7 @@ def held(work: Path) -> Iterator[None]:
         yield
         return
     try:
-        lock = _take(work)
+        lock = _take(work, what)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -56,7 +57,7 @@ def held(work: Path) -> Iterator[None]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _take(work: Path) -> int:
+def _take(work: Path, what: str) -> int:
     file = work / _LOCK
     while True:
         work.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def _take(work: Path) -> int:
         except BlockingIOError:
             os.close(lock)
             raise OutputError(
-                f"{work} is in use by another quantize ({_holder(file)}); wait for it, end it, or name another output"
+                f"{work} is in use by another {what} ({_holder(file)}); wait for it, end it, or name another output"
             ) from None
         except OSError:  # a file system without locks
             pass

@@ -1,0 +1,96 @@
+"""What `make_fast` tried and took: as JSON, as text, as one HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusion_accel.measure import html
+from diffusion_accel.measure.grids import data_url
+
+SHOWN = 16  # images of each row
+
+
+@dataclass
+class FastReport:
+    """What was made.
+
+    Attributes:
+        folder: the pipeline folder.
+        asked: what was asked for: min_psnr (dB), max_size (share of float32).
+        tried: by name, what each candidate was measured to do on the prompts by which one was chosen.
+        taken: the name of the one that was.
+        measured: the same numbers on other prompts, which nothing was chosen by.
+        size: of the denoiser's weights on disk, as a share of float32.
+        call: arguments of a call for which all of this holds.
+        prompts: how many fitted, chose and checked.
+        seconds: by stage.
+        notes: what could not be tried, and why.
+        images: as they were and as they are, for the page.
+    """
+
+    folder: str
+    asked: dict[str, float | None]
+    tried: dict[str, dict[str, Any]] = field(default_factory=dict)
+    taken: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+    size: float = 1.0
+    call: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    images: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {key: value for key, value in vars(self).items() if key != "images"}
+
+    def text(self) -> str:
+        """A few lines for the terminal."""
+        found = self.measured
+        lines = [
+            f"{self.folder}: {self.taken}, {self.size:.3f} of float32",
+            f"on {found['images']} prompts that nothing was chosen by: {found['time_ratio']:.2f}x as fast, PSNR "
+            f"{found['psnr_median']:.1f} dB, worst decile {found['psnr_worst_decile']:.1f} dB",
+        ]
+        if found["psnr_median"] < (self.asked["min_psnr"] or 0.0):
+            lines.append(f"that is less than the {self.asked['min_psnr']:g} dB that it kept where it was chosen")
+        took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
+        return "\n".join([*lines, *self.notes, f"took {took}"])
+
+    def page(self) -> str:
+        """The whole report as one HTML page."""
+        columns = ("time_ratio", "psnr_median", "psnr_worst_decile", "ssim_median")
+        rows = [(name, *(numbers.get(key, "–") for key in columns)) for name, numbers in self.tried.items()]
+        images = [
+            (label, [data_url(image) for image in batch[:SHOWN]])
+            for label, batch in zip(("as it was", self.taken), self.images or ((), ()), strict=True)
+            if len(batch)
+        ]
+        asked = ", ".join(
+            f"{key.replace('_', ' ')} {value:g}" for key, value in self.asked.items() if value is not None
+        )
+        return html.page(
+            f"made fast: {self.folder}",
+            _PAGE,
+            summary=self.text().splitlines(),
+            asked=asked,
+            call=", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in self.call.items()),
+            prompts=", ".join(f"{count} {what}" for what, count in self.prompts.items()),
+            images=html.image_table(images),
+            rows=sorted(rows, key=lambda row: -row[1]),
+            taken=self.taken,
+        )
+
+
+_PAGE = """<p>{% for line in summary %}{{ line }}<br>{% endfor %}</p>
+<p>asked for: {{ asked }}; calls with {{ call }}; prompts: {{ prompts }}</p>
+{{ images }}
+<table><thead><tr><th>tried (on the prompts that choose)</th><th>times as fast</th><th>PSNR dB</th><th>worst decile</th>
+<th>SSIM</th></tr></thead>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{% if loop.first and cell == taken %}<b>{{ cell }}</b>{% else %}{{ cell }}{% endif %}</td>
+{% endfor %}</tr>
+{% endfor %}
+</table>
+"""
