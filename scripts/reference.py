@@ -60,6 +60,7 @@ SOURCES = {  # in the order of the floors, the lowest first; the other packages 
     "pipelines": "pipelines",
     "generation": "diffusion_accel/generation",
     "bench": "diffusion_accel/bench",
+    "making": "diffusion_accel/making",
     "serving": "diffusion_accel/serving",
     "serving.http": "diffusion_accel/serving/http",
     "serving.http.page": "diffusion_accel/serving/http/page",

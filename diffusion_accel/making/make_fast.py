@@ -14,20 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_accel import interrupts
+import diffusers
+
+from diffusion_accel import interrupts, schedulers
 from diffusion_accel._version import __version__
 from diffusion_accel.arguments import public
 from diffusion_accel.denoisers import denoiser_names
-from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import AccelerationError, ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import writing
 from diffusion_accel.measure.request import MAX_SEED, options_of, texts_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
-from diffusion_accel.model_files.names import TRANSPARENCY, ModelSource
+from diffusion_accel.mixin import plain_twin
+from diffusion_accel.model_files.folders import INDEX, LIBRARY
+from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.outputs import check_free_folder
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.progress import Progress, silent
-from diffusion_accel.quant.ptq.export import put, quantize
+from diffusion_accel.quant.ptq.export import put, quantize, save
 from diffusion_accel.quant.ptq.folder import agree, clear, held, read, write
 from diffusion_accel.quant.ptq.settings import settings_of
 from diffusion_accel.recipes.saving import save_recipe, weights_of
@@ -326,8 +329,12 @@ class _Run:
             key: s.options[key] for key in ("guidance_scale", "height", "width") if key in s.options
         }
         self.report.call = {"steps": chosen.steps, **sides}
+        if self.max_size is None:
+            save(plain_twin(pipe), self.source, made)
+        else:
+            shutil.copytree(self.work / "quantized", made, ignore=shutil.ignore_patterns("report.*", "log.jsonl"))
         with chosen.applied(pipe):
-            pipe.save_pretrained(made)
+            _put_scheduler(pipe.scheduler, made)
             handle = getattr(pipe, "acceleration", None)
             save_recipe(
                 pipe,
@@ -339,11 +346,19 @@ class _Run:
                 call=self.report.call,
                 measured={**self.report.measured, "size": self.report.size},
             )
-        origin = str(self.work / "quantized") if self.max_size is not None else origin_of(s.pipe)
-        if origin and (Path(origin) / TRANSPARENCY).is_dir():
-            shutil.copytree(Path(origin) / TRANSPARENCY, made / TRANSPARENCY)
         if (self.work / "plans.json").is_file():
             shutil.copy(self.work / "plans.json", made)
         write(made / "report.json", self.report.to_dict())
         (made / "report.html").write_text(self.report.page(), encoding="utf-8")
         return made
+
+
+def _put_scheduler(scheduler: Any, folder: Path) -> None:
+    """Make a scheduler that of a pipeline folder, if it is one that such a folder can name."""
+    name = type(scheduler).__name__
+    for library, names in (("diffusers", diffusers), (LIBRARY, schedulers)):
+        if getattr(names, name, None) is type(scheduler):
+            shutil.rmtree(folder / "scheduler", ignore_errors=True)
+            scheduler.save_pretrained(folder / "scheduler")
+            write(folder / INDEX, {**read(folder / INDEX), "scheduler": [library, name]})
+            return

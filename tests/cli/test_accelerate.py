@@ -1,0 +1,61 @@
+"""`accelerate`: a model made fast from the command line, really searched on a tiny one, and bad input refused first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import call
+from model_folder import write_folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "prompts.txt").write_text("red apple\n" * 12)
+    return write_folder(folder / "m")
+
+
+def test_a_folder_is_made_and_draws_as_it_was_checked(model: Path, tmp_path: Path, capsys: Any) -> None:
+    size = ("--height", 16, "--width", 16, "--steps", 4)
+    prompts = ("--prompts-file", model.parent / "prompts.txt")
+    words = ("accelerate", model, *prompts, *size, "--min-psnr", 5, "--budget", "1s", "-o", tmp_path / "fast")
+    code, out, err = call(capsys, *words, "--json", "-q")
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["call"]["steps"] == 4 and found["taken"] in found["tried"] and found["size"] == 1.0
+    assert found["measured"]["psnr_median"] > 5 and not (tmp_path / "fast.work").exists()
+    image = tmp_path / "o.png"
+    code, out, err = call(capsys, "generate", "red apple", "-m", tmp_path / "fast", "--json", "-q", "-o", image)
+    assert code == 0, err
+    report = json.loads(out)["report"]
+    assert report["steps"] == 4, "the recipe's number"
+    assert ("reuse" in report["features"]) == (found["taken"] != "every step")
+    code, _, err = call(capsys, *words)
+    assert code == 1 and "exists; choose another name or pass --overwrite" in err
+
+
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    model: Path, tmp_path: Path, no_model: None, capsys: Any
+) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("red apple\n" * 11)
+    output = ("-o", tmp_path / "fast")
+    for words, says in (
+        ((model, *output, "--min-psnr", 90), "--min-psnr must be from 5 to 80 dB, got 90"),
+        ((model, *output, "--max-size", 3), "--max-size"),
+        ((model, *output, "--steps", 3), "--steps must be at least 4"),
+        ((model, *output, "--budget", "soon"), "is no time such as 90"),
+        ((model, *output, "--prompts-file", few), "--prompts-file must have at least 12 prompts, got 11"),
+        ((model, *output, "--prompts-file", tmp_path / "none.txt"), "cannot be read"),
+        ((model, *output, "--count", 3), "--count must be at least 12"),
+        ((tmp_path / "none", *output), "no such model file or folder"),
+        ((model, "-o", few), "is a file; name a folder"),
+        ((model,), "--output"),
+        ((), "MODEL"),
+    ):
+        code, _, err = call(capsys, "accelerate", *words)
+        assert code in (1, 2) and says.lower() in err.lower() and err.count("\n") == 1, (words, err)
+    assert {p.name for p in tmp_path.iterdir()} == {"few.txt"}
