@@ -5,6 +5,8 @@
     python scripts/measure_serving.py --workload mixed --plan tuned:dpm:balanced --json runs/serving.json
     python scripts/measure_serving.py --scheduler ddim --steps 50 --engine-plan tuned:ddim-balanced --clients 16
     python scripts/measure_serving.py --workload mixed --load 0.5 0.8 0.95
+    python scripts/measure_serving.py http --warm-up --json runs/serving-http.json
+    python scripts/measure_serving.py faults --json runs/serving-faults.json
 
 So many clients as are in flight each ask for one image after the other. The three ways draw the same requests, in turn,
 round by round; a row's ratio is the median over the rounds of the images a second of a way over those of the lock in
@@ -18,112 +20,57 @@ With --load requests arrive by chance instead (open loop, exponential gaps, the 
 what the lock draws when it has no pause; latencies are from arriving to having.
 
 The images of all ways are compared with those of the lock. Run it on an idle machine: threads compete for its cores.
+
+`http` measures the same through HTTP: each way is in turn a server process, with the very application that
+`diffusion-accel serve` has, and clients in this process ask it over 127.0.0.1 for PNG files. First --clients are in
+flight, each with one request after the other; then --arrivals requests arrive by chance at shares (--load) of the most
+images a second that this way has answered. Behind the name of a way, `+plan` lets its requests ask for a tuned plan
+(--plan; without it `"quality": "medium"`). With the usual options it takes 5 to 8 minutes, and no more than --minutes
+and what is being measured then. Of so few requests p99 is the slowest one.
+
+`faults` measures what a server does that is used badly, or for long (--parts):
+
+- memory: what is resident over so many requests (--requests) of every kind: images, JSON, streams, jobs, edits, refused
+  ones, clients that go away
+- settings: the same over requests (--settings) with changing sizes, schedulers, steps, plans and LoRAs
+- queue: how long a request takes to be refused while the queue is full and the engine computes
+- body: how much of a body of 1 GiB is taken before it is refused
+- slow: what others notice of 20 clients that send nothing and 20 that read nothing, and when those are given up
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import STICKER, head, line, numbers, quiet, write
+from measuring import head, line, numbers, quiet, write
+from rivals import Rival, workload
+from serving_faults import PARTS, faults
+from serving_http import through_http
 
 from diffusion_accel import Reuse, accelerate
-from diffusion_accel.generation.drawing import prepare
 from diffusion_accel.generation.request import Request
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.serving.engine import Engine
 
-PROMPTS = ("red apple, 3d style", "panda, twemoji style", "rocket, flat style", "pizza, noto style")
 NUMPY = {"output_type": "np"}
 Way = Callable[[Request], Any]  # draws a request: its images as an array
 
 
-def workload(kind: str, count: int, steps: int) -> list[Request]:
-    """The requests: all alike but for prompt and seed, or with steps, guidance and sizes of their own."""
-    made = []
-    for i in range(count):
-        given: dict[str, Any] = {"prompt": PROMPTS[i % 4], "seed": i, "steps": steps, **STICKER}
-        if kind == "mixed":
-            given["steps"] = (steps // 2, steps, 2 * steps)[i % 3]
-            given["guidance_scale"] = (2.0, 3.0, 5.0)[i // 3 % 3]
-        if kind == "sizes":
-            given["width"] = given["height"] = (96, 64)[i % 2]
-        made.append(Request(**given))
-    return made
-
-
-class Lock:
-    """One request at a time."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe, self.lock = pipe, threading.Lock()
-
-    def __call__(self, request: Request) -> Any:
-        """Draw a request."""
-        with self.lock:
-            return prepare(self.pipe, request).images(**NUMPY)
-
-
-class Static:
-    """Requests that are alike and wait together are one call."""
-
-    def __init__(self, pipe: Any, most: int) -> None:
-        self.pipe, self.most = pipe, most
-        self.waiting: list[tuple[Request, Future[Any]]] = []
-        self.changed, self.busy = threading.Condition(), False
-
-    def __call__(self, request: Request) -> Any:
-        """Draw a request, by itself or with others that wait."""
-        future: Future[Any] = Future()
-        with self.changed:
-            self.waiting.append((request, future))
-        while not future.done():
-            with self.changed:
-                self.changed.wait_for(lambda: future.done() or not self.busy)
-                if future.done():
-                    break
-                self.busy = True
-                batch = [one for one in self.waiting if alike(one[0]) == alike(self.waiting[0][0])][: self.most]
-                for one in batch:
-                    self.waiting.remove(one)
-            try:
-                self.draw(batch)
-            except BaseException as error:
-                for _, other in batch:
-                    other.set_exception(error)
-            finally:
-                with self.changed:
-                    self.busy = False
-                    self.changed.notify_all()
-        return future.result()
-
-    def draw(self, batch: Sequence[tuple[Request, Future[Any]]]) -> None:
-        """Draw requests as one batch."""
-        first = batch[0][0]
-        images = self.pipe(
-            [request.prompt for request, _ in batch],
-            num_inference_steps=first.steps,
-            guidance_scale=first.guidance_scale,
-            height=first.height,
-            width=first.width,
-            generator=[torch.Generator().manual_seed(request.seed) for request, _ in batch],
-            **NUMPY,
-        ).images
-        for (_, future), image in zip(batch, images, strict=True):
-            future.set_result(image[None])
-
-
-def alike(request: Request) -> Any:
-    """What the requests of one call have in common."""
-    return (request.steps, request.guidance_scale, request.width, request.height)
+def three_ways(pipe: Any, most: int, engine: Engine) -> dict[str, Way]:
+    """How requests are drawn, by name."""
+    drawing = {"lock": Rival(pipe), "static": Rival(pipe, most), "engine": engine}
+    return {
+        name: lambda request, one=one: one.submit(request, arguments=NUMPY).result().images
+        for name, one in drawing.items()
+    }
 
 
 def drawn(way: Way, requests: Sequence[Request], clients: int) -> tuple[float, list[float], list[Any]]:
@@ -160,8 +107,7 @@ def open_loop(options: argparse.Namespace) -> list[dict[str, Any]]:
     pipes = two_pipes(options)
     with Engine(pipes[1], running=32, queue=len(requests), most_rows=options.most_rows) as engine:
         engine.warm_up([requests[0]])
-        ways: dict[str, Way] = {"lock": Lock(pipes[0]), "static": Static(pipes[0], 16)}
-        ways["engine"] = lambda request: engine.submit(request, arguments=NUMPY).result().images
+        ways = three_ways(pipes[0], 16, engine)
         for way in ways.values():
             drawn(way, requests[:4], 4)
         capacity = len(requests) / drawn(ways["lock"], requests, 1)[0]
@@ -198,8 +144,7 @@ def measured(options: argparse.Namespace, clients: int) -> dict[str, dict[str, A
     with Engine(pipes[1], running=clients, queue=len(requests), most_rows=options.most_rows) as engine:
         if options.warm_up:
             engine.warm_up([requests[0]])
-        ways: dict[str, Way] = {"lock": Lock(pipes[0]), "static": Static(pipes[0], clients)}
-        ways["engine"] = lambda request: engine.submit(request, arguments=NUMPY).result().images
+        ways = three_ways(pipes[0], clients, engine)
         for way in ways.values():
             drawn(way, requests[:clients], clients)  # what first calls make
         rounds: list[dict[str, Any]] = []
@@ -231,21 +176,40 @@ def as_tensor(images: Sequence[Any]) -> list[torch.Tensor]:
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", choices=["python", "http", "faults"], default="python")
     parser.add_argument("--model", default="sticker")
     parser.add_argument("--scheduler", default="")
-    parser.add_argument("--plan", default="", help="of Reuse, for all ways")
+    parser.add_argument("--plan", default="", help="of Reuse, for all ways; with http: of those with +plan")
     parser.add_argument("--engine-plan", default="", help="of Reuse, for the engine alone")
-    parser.add_argument("--load", type=float, nargs="*", default=[], help="shares of what the lock can draw, up to 1")
+    parser.add_argument("--load", type=float, nargs="*", help="shares of what can be drawn, up to 1")
     parser.add_argument("--workload", choices=["alike", "mixed", "sizes"], default="alike")
-    parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 8, 16])
-    parser.add_argument("--count", type=int, default=16, help="requests of a round, at least two a client")
+    parser.add_argument("--clients", type=int, nargs="*")
+    parser.add_argument(
+        "--count", type=int, help="requests of a round, at least two a client; with http one and a half"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--most-rows", type=int, default=32)
     parser.add_argument("--warm-up", action="store_true", help="measure first how many rows are worth it")
     parser.add_argument("--json", type=Path)
+    through = parser.add_argument_group("http and faults")
+    through.add_argument("--ways", nargs="*", default=["lock", "static", "engine", "engine+plan"])
+    through.add_argument("--arrivals", type=int, default=16, help="requests of each load")
+    through.add_argument("--minutes", type=float, default=8, help="after which nothing more is begun")
+    through.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    through.add_argument("--requests", type=int, default=2000)
+    through.add_argument("--settings", type=int, default=300)
+    through.add_argument("--side", type=int, default=32, help="pixels of the images of faults")
     options = parser.parse_args()
     settings = {name: value for name, value in vars(options).items() if name != "json"}
+    http = options.mode == "http"
+    options.count = options.count or (8 if http else 16)
+    options.clients = options.clients or ([1, 4, 8, 16, 32] if http else [1, 4, 8, 16])
+    if options.mode == "faults":
+        return write(options.json, settings, faults(options))
+    if http:
+        options.load = [0.5, 0.8, 0.95] if options.load is None else options.load
+        return write(options.json, settings, through_http(options))
     if options.load:
         head("load", "way", "requests a second", "latency s, median", "p95", "p99")
         write(options.json, settings, open_loop(options))
