@@ -29,7 +29,8 @@ from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, merge, read_config
 
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config")  # not settings
 _PANELS = {
-    "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale lora",
+    "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale "
+    "control_guidance_start control_guidance_end lora",
     "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory recipe",
     "Output": "output overwrite distribute metadata paths_ compare json_lines quiet",
     "Transparency (with --transparent)": "premultiplied preview layers_",
@@ -74,6 +75,14 @@ def generate(
     controlnet_conditioning_scale: Annotated[
         float | None,
         number("How much the ControlNet counts.", LIMITS["controlnet_conditioning_scale"], show_default="1"),
+    ] = None,
+    control_guidance_start: Annotated[
+        float | None,
+        number("The share of the steps before it counts.", LIMITS["control_guidance_start"], show_default="0"),
+    ] = None,
+    control_guidance_end: Annotated[
+        float | None,
+        number("The share of the steps after which it ends.", LIMITS["control_guidance_end"], show_default="1"),
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="PATH[:SCALE]", help="LoRA weights; may be repeated.")

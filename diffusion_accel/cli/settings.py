@@ -226,6 +226,8 @@ def check(settings: Settings) -> None:
         ("strength", "image"),
         ("control_image", "controlnet"),
         ("controlnet_conditioning_scale", "control_image"),
+        ("control_guidance_start", "control_image"),
+        ("control_guidance_end", "control_image"),
         ("controlnet", "control_image"),
     )
     for one, other in needs:

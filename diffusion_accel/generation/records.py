@@ -77,9 +77,7 @@ class Origin:
         values |= {key: self.settings.get(key) for key in ("dtype", "lora", "quantize", "runtime")}
         values |= {key: getattr(request, key) for key in ("image", "mask_image")}
         values |= {"controlnet": self.settings.get("controlnet"), "control_image": request.control_image}
-        settings = {
-            k: str(v) if isinstance(v, Path | Image.Image) else v for k, v in values.items() if v not in (None, ())
-        }
+        settings = {k: _named(v) for k, v in values.items() if v not in (None, ())}
         data = {
             "prompt": request.prompt,
             "seed": seed,
@@ -119,6 +117,13 @@ def how_quantized(pipe: Any) -> str | None:
     if ways is None:
         return f"quantized with {quantized[0].hf_quantizer.quantization_config.quant_method.value}"
     return f"quantized layers: {', '.join(f'{n} {way}' for way, n in ways['layers'].items())}"
+
+
+def _named(value: Any) -> Any:
+    """A setting as a JSON value: of an image that is no file its size."""
+    if isinstance(value, Image.Image):
+        return f"{value.width}x{value.height} pixels"
+    return str(value) if isinstance(value, Path) else value
 
 
 def low_bit_ways(pipe: Any) -> dict[str, Any] | None:

@@ -61,6 +61,7 @@ def at_least(low: int, high: int) -> Bounds:
 
 
 _SIZE = Bounds(8, 32_768, "a positive multiple of 8 and at most 32768", 8, whole=True)
+_SHARE = Bounds(0, 1, "at least 0 and at most 1")
 LIMITS: dict[str, Bounds] = {
     "width": _SIZE,
     "height": _SIZE,
@@ -69,6 +70,8 @@ LIMITS: dict[str, Bounds] = {
     "guidance_scale": Bounds(0, 1000, "a finite number of at least 0 and at most 1000"),
     "strength": Bounds(math.ulp(0), 1, "above 0 and at most 1"),
     "controlnet_conditioning_scale": Bounds(0, 10, "a finite number of at least 0 and at most 10"),
+    "control_guidance_start": _SHARE,
+    "control_guidance_end": _SHARE,
     "seed": Bounds(0, MAX_SEED, f"between 0 and {MAX_SEED}", whole=True),
 }
 
@@ -102,6 +105,7 @@ class Options:
         strength: how much of `image` is replaced, above 0 to 1.
         control_image: file or image for a ControlNet.
         controlnet_conditioning_scale: how much what the ControlNet gives counts, 0 to 10.
+        control_guidance_start, control_guidance_end: from which share of the steps to which it counts, 0 to 1.
     """
 
     negative_prompt: str | None = _asked(call="negative_prompt", each=True)
@@ -115,6 +119,8 @@ class Options:
     strength: float | None = _asked(call="strength")
     control_image: str | Path | Image.Image | None = None
     controlnet_conditioning_scale: float | None = _asked(call="controlnet_conditioning_scale")
+    control_guidance_start: float | None = _asked(call="control_guidance_start")
+    control_guidance_end: float | None = _asked(call="control_guidance_end")
 
 
 #: the options that a pipeline's call takes as they are -> the call's own name
@@ -190,6 +196,10 @@ def check_numbers(values: Mapping[str, Any], before: str = "", dash: str = "_") 
         if value is not None and value not in bounds:
             name = before + key.replace("_", dash)
             raise ConfigurationError(f"{name} must be {bounds.allowed(value)}, got {shown(value)}")
+    first, last = (values.get(f"control_guidance_{one}") for one in ("start", "end"))
+    if (first or 0) >= (1 if last is None else last):
+        one, other = (f"{before}control_guidance_{one}".replace("_", dash) for one in ("start", "end"))
+        raise ConfigurationError(f"{one} must be below {other}, got {first or 0:g} and {1 if last is None else last:g}")
 
 
 def check_text(text: str | None, what: str) -> None:

@@ -218,6 +218,17 @@ class Engine:
             raise ConfigurationError(f"{type(self._pattern).__name__} has no partial_images: {reason}")
         return self._enqueue(handle)
 
+    def shows_partial_images(self, scheduler: str | None = None) -> bool:
+        """Whether requests with this scheduler may have `partial_images`.
+
+        Args:
+            scheduler: see `submit`.
+
+        Raises:
+            ConfigurationError: there is no such scheduler.
+        """
+        return impossible(self._scheduler(scheduler), self._pattern) is None
+
     @property
     def loras(self) -> tuple[str, ...]:
         """The names of LoRAs that requests may give."""

@@ -30,6 +30,12 @@ def test_seeds() -> None:
         ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
         ({"seed": None}, "seed must be between 0 and 9223372036854775807, got None"),
         ({"count": None}, "count must be at least 1 and at most 10000, got None"),
+        ({"control_guidance_start": 1.5}, "control_guidance_start must be at least 0 and at most 1, got 1.5"),
+        (
+            {"control_guidance_start": 0.5, "control_guidance_end": 0.5},
+            "must be below control_guidance_end, got 0.5 and",
+        ),
+        ({"control_guidance_end": 0}, "control_guidance_start must be below control_guidance_end, got 0 and 0"),
         ({"prompt": 5}, "the prompt must be a text, got 5"),
         ({"negative_prompt": 5}, "the negative prompt must be a text, got 5"),
         ({"image": 5}, "image must be the path of a file or an image, got 5"),

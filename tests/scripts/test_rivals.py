@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ def held(rival: Any) -> threading.Event:
     return go
 
 
+def begun(rival: Any, asked: Any) -> Any:
+    """A request that waits no longer."""
+    handle, end = rival.submit(asked), time.monotonic() + TIMEOUT
+    while rival.stats()["queued"]:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return handle
+
+
 @pytest.mark.parametrize("most", [1, 8])
 def test_images_are_those_drawn_alone(most: int) -> None:
     """Also where requests that are alike are one batch, and others, or with another plan, are not."""
@@ -35,7 +45,7 @@ def test_images_are_those_drawn_alone(most: int) -> None:
     wanted = [alone(pipe, one) for one in asked] + [alone(pipe, request(5), [Reuse(plan="hold:2")])]
     rival = rivals.Rival(pipe, most)
     go = held(rival)
-    first = rival.submit(request(9), arguments=LATENTS)
+    first = begun(rival, request(9))
     handles = [rival.submit(one, arguments=LATENTS) for one in asked]
     handles.append(rival.submit(request(5), features=[Reuse(plan="hold:2")], arguments=LATENTS))
     go.set()
@@ -50,9 +60,7 @@ def test_images_are_those_drawn_alone(most: int) -> None:
 def test_its_end_its_queue_and_errors() -> None:
     rival = rivals.Rival(sticker(), queue=2)
     go = held(rival)
-    first = rival.submit(request(1))
-    while rival.stats()["queued"]:
-        pass
+    first = begun(rival, request(1))
     cancelled, last = rival.submit(request(2)), rival.submit(request(3))
     with pytest.raises(QueueFullError):
         rival.submit(request(4))

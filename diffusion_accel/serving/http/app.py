@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from diffusion_accel import __version__
 from diffusion_accel.errors import AccelerationError
 
-from . import images, jobs, loras, operations, webui
+from . import images, jobs, loras, operations, webui, webui_controlnet
 from .guard import Guard
 from .page.route import PageRoute
 from .problems import answer_to
@@ -28,7 +28,7 @@ def application(service: Service) -> Guard:
         redoc_url=None,
         docs_url="/docs",
     )
-    for module in (images, jobs, loras, webui, operations):
+    for module in (images, jobs, loras, webui, webui_controlnet, operations):
         app.include_router(module.routes(service))
     if service.settings.page:
         app.router.routes.append(PageRoute(service))

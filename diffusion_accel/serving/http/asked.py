@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .settings import ServerSettings
 
 _STEPS_ONLY = ("reuse", "encoder_reuse")  # features of which a request may choose another
+_CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +141,9 @@ class Reader:
     def _check_control(self, body: Drawing, given: bool) -> None:
         if given and not self._controlled:
             raise Problem(400, "this server has no ControlNet; leave control_image out", "control_image")
-        if body.controlnet_conditioning_scale is not None and not given:
-            name = "controlnet_conditioning_scale"
-            raise Problem(400, f"{name} is for requests with a control_image", name)
+        for name in _CONTROL:
+            if getattr(body, name) is not None and not given:
+                raise Problem(400, f"{name} is for requests with a control_image", name)
 
     def _check_size(self, width: int | None, height: int | None, form: str) -> None:
         limit = self.settings.limits.pixels
@@ -161,7 +162,7 @@ class Reader:
             "negative_prompt": body.negative_prompt,
             "steps": body.num_inference_steps,
             "guidance_scale": body.guidance_scale,
-            "controlnet_conditioning_scale": body.controlnet_conditioning_scale,
+            **{name: getattr(body, name) for name in _CONTROL},
             "width": width,
             "height": height,
         }

@@ -71,6 +71,12 @@ class Drawing(BaseModel):
         float | None,
         Field(ge=SCALE.low, le=SCALE.high, allow_inf_nan=False, description="How much the ControlNet counts."),
     ] = None
+    control_guidance_start: Annotated[
+        float | None, Field(ge=0, le=1, allow_inf_nan=False, description="The share of the steps before it counts.")
+    ] = None
+    control_guidance_end: Annotated[
+        float | None, Field(ge=0, le=1, allow_inf_nan=False, description="The share of the steps after which it ends.")
+    ] = None
     layers: Annotated[
         list[Literal["fg", "bg", "blend"]] | None,
         Field(min_length=1, max_length=3, description="Of a model that draws layers, those that are wanted."),

@@ -36,6 +36,7 @@ _PARAMS = {
     "steps": "num_inference_steps",
     **{name: name for name in ("guidance_scale", "seed", "strength", "scheduler", "reuse", "quality", "speedup")},
     **{name: name for name in ("min_psnr", "prompt", "image")},
+    **{name: name for name in ("control_guidance_start", "control_guidance_end")},
     "transparent": "background",
     "mask_image": "mask",
 }

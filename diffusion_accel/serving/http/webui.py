@@ -28,6 +28,7 @@ from .answers import as_json, image_list
 from .bodies import Drawing
 from .problems import ERRORS, Problem
 from .uploads import LARGER, decoded, from_base64
+from .webui_controlnet import Unit, unit_of
 
 if TYPE_CHECKING:
     from diffusion_accel.serving.handle import Handle, Served
@@ -64,7 +65,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "seed_resize_from_h": (0, -1, None),
     "styles": ([], None),
     "script_name": ("", None),
-    "alwayson_scripts": ({}, None),
     "refiner_checkpoint": ("", None),
 }
 _Text = Annotated[str, Field(max_length=1_000_000)]
@@ -89,6 +89,7 @@ class TextToImage(BaseModel):
     sampler_index: Annotated[str | None, Field(max_length=100)] = None
     scheduler: Annotated[str | None, Field(max_length=100)] = None
     override_settings: dict[str, Any] | None = None
+    alwayson_scripts: dict[str, Any] | None = None
 
 
 class ImageToImage(TextToImage):
@@ -119,7 +120,10 @@ def routes(service: Service) -> APIRouter:
         return await drawn(body, http, images | {"strength": body.denoising_strength})
 
     async def drawn(body: TextToImage, http: Request, images: dict[str, Any]) -> Response:
-        asked = service.reader.read(_drawing(body, settings.model), **images)
+        unit = unit_of(body.alwayson_scripts, service)
+        if unit is not None:
+            images |= await asyncio.to_thread(_control, unit, images, settings.limits.pixels * LARGER)
+        asked = service.reader.read(_drawing(body, settings.model, unit), **images)
         handle = await service.submit(asked)
         running[id(handle)] = handle
         try:
@@ -201,7 +205,7 @@ def _check_options(options: dict[str, Any], model: str) -> None:
             raise Problem(404, f"the model {shown(value)} is not served here; {model} is", name, "model_not_found")
 
 
-def _drawing(body: TextToImage, model: str) -> Drawing:
+def _drawing(body: TextToImage, model: str, unit: Unit | None = None) -> Drawing:
     """A body of the web UI in the words of the other routes."""
     for name, neutral in _NEUTRAL.items():
         value = (body.model_extra or {}).get(name)
@@ -221,6 +225,7 @@ def _drawing(body: TextToImage, model: str) -> Drawing:
         "seed": None if body.seed == -1 else body.seed,
         "scheduler": _scheduler(body.sampler_name or body.sampler_index, body.scheduler),
         "lora": loras or None,
+        **({} if unit is None else unit.fields()),
     }
     try:
         return Drawing.model_validate(values)
@@ -275,6 +280,16 @@ def _images(body: ImageToImage, limit: int) -> dict[str, Image.Image]:
     return {"image": image, "mask_image": mask}
 
 
+def _control(unit: Unit, images: dict[str, Any], limit: int) -> dict[str, Image.Image]:
+    """The image for the ControlNet: the unit's, or the one that the drawing starts from."""
+    name = "control_image"
+    if unit.picture is not None:
+        return {name: decoded(from_base64(unit.picture, name), name, limit)}
+    if "image" not in images:
+        raise Problem(422, "alwayson_scripts.controlnet: image is missing", "alwayson_scripts.controlnet")
+    return {name: images["image"]}
+
+
 # ---------------------------------------------------------------------- what goes back
 def _answer(served: Served, asked: Asked, body: TextToImage) -> bytes:
     request, size = asked.request, served.images[0].size
@@ -302,6 +317,6 @@ def _answer(served: Served, asked: Asked, body: TextToImage) -> bytes:
         "infotexts": texts,
     }
     images = [text for entry in entries for text in (entry.get("layers") or {"": entry["b64_json"]}).values()]
-    echoed = body.model_dump(exclude={"init_images", "mask"}, exclude_unset=True)
+    echoed = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"}, exclude_unset=True)
     known = {name: value for name, value in echoed.items() if name in type(body).model_fields}
     return as_json({"images": images, "parameters": known, "info": json.dumps(info)})

@@ -56,7 +56,7 @@ def controlnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def painter(tmp_path_factory: pytest.TempPathFactory, folder: Path, loras: Path, controlnet: Path) -> Iterator[Server]:
     """A server with that model, whose images take no time."""
     few = "--steps 2 --width 16 --height 16 --max-steps 6 --max-pixels 1024 --max-images 2".split()
-    beside = ["--lora-folder", str(loras), "--lora-changes", "--controlnet", str(controlnet), "--no-page"]
+    beside = ["--lora-folder", str(loras), "--lora-changes", "--controlnet", str(controlnet)]
     with running(tmp_path_factory.mktemp("painter"), "--model", str(folder), *beside, *few) as made:
         yield made
 

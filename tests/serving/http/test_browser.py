@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_server import TOKEN, Server
+from PIL import Image
+
+from diffusion_accel.image_metadata import read_embedded
+
+from .test_edits import picture
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'diffusion-accel[ui]'")
 browsers = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -17,8 +23,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-g
 PATIENCE = 120_000  # milliseconds after which a test has failed
 
 
-@pytest.fixture
-def page(server: Server) -> Iterator[Any]:
+@contextmanager
+def opened(server: Server) -> Iterator[Any]:
     """The page, with the token as a browser's dialogue takes it."""
     with browsers.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -28,6 +34,45 @@ def page(server: Server) -> Iterator[Any]:
         made.wait_for_selector("#prompt textarea")
         yield made
         browser.close()
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[Any]:
+    with opened(server) as made:
+        yield made
+
+
+def test_from_an_image_and_with_loras(painter: Server, tmp_path: Path) -> None:
+    """What is dropped and chosen is what is drawn from, also after settings were taken over."""
+    wrong, start = [], tmp_path / "start.png"
+    picture((40, 24)).save(start)
+    (tmp_path / "broken.png").write_bytes(b"x")
+    with opened(painter) as page:
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        for words in ("Start from an image", "LoRAs", "More settings"):
+            page.get_by_role("button", name=words).click()
+        page.get_by_label("first", exact=True).check()
+        page.get_by_label("scale of first").fill("0.5")
+        page.set_input_files("#start input", start)
+        page.wait_for_function("document.querySelector('#start img').naturalWidth == 40")
+        page.set_input_files("#drop input", tmp_path / "broken.png")
+        page.wait_for_selector(".standing.failed")
+        page.fill("#prompt textarea", "red apple")
+        page.click("#draw")
+        page.wait_for_function("document.querySelector('#standing').innerText.includes('steps')")
+        with page.expect_download() as loading:
+            page.locator("#picture").get_by_role("button", name="Download").click()
+        loading.value.save_as(file := tmp_path / "drawn.png")
+        with Image.open(file) as image:
+            _, found = read_embedded(image, "x")
+        assert found is not None and found["settings"]["image"] == "40x24 pixels"
+        assert found["settings"]["loras"] == {"first": 0.5} and found["settings"]["strength"] == 0.6
+        page.get_by_label("first", exact=True).uncheck()
+        page.set_input_files("#drop input", file)
+        page.wait_for_function("document.querySelector('#loras input').checked")
+        page.locator("#start").get_by_role("button", name="Remove").click()
+        assert page.locator("#start img").is_hidden()
+    assert not wrong
 
 
 def test_drawing(server: Server, page: Any, tmp_path: Path) -> None:

@@ -10,17 +10,24 @@ import json
 import uuid
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
 import pytest
-from http_server import TOKEN, Server
+import requests
+from http_server import TIMEOUT, TOKEN, Server, running
 from PIL import Image
 from starlette.routing import Match
 
+from diffusion_accel.image_metadata import read_embedded
 from diffusion_accel.serving.http.page import route
 
+from .test_controlnet import as_text
+from .test_edits import picture
+
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'diffusion-accel[ui]'")
+apply_diff = pytest.importorskip("gradio_client.utils").apply_diff
 
 BASIC = "Basic " + base64.b64encode(f"anybody:{TOKEN}".encode()).decode()  # as a browser sends it
 FIELDS = {
@@ -35,6 +42,10 @@ FIELDS = {
     "scheduler": "",
     "width": 48,
     "height": 48,
+    "image": "",
+    "strength": 0.6,
+    "loras": "[]",
+    "previews": False,
 }
 
 
@@ -162,8 +173,8 @@ def test_drawing(server: Server, functions: dict[str, Any]) -> None:
     assert not pair["visible"] and not layers["visible"]
     _, _, content = server.ask("GET", f"/gradio_api/file={image['path']}")
     found = call(server, functions, "settings", [base64.b64encode(content).decode()])
-    values = [value["value"] if isinstance(value, dict) else value for value in found[: len(FIELDS)]]
-    wanted = FIELDS | {"transparent": True}
+    values = [value.get("value") if isinstance(value, dict) else value for value in found[: len(FIELDS)]]
+    wanted = FIELDS | {"transparent": True, "image": None, "strength": None, "previews": None}  # these stay
     assert dict(zip(FIELDS, values, strict=True)) == wanted
 
 
@@ -187,6 +198,84 @@ def test_comparing(server: Server, functions: dict[str, Any]) -> None:
     assert " dB to that of every step" in stands and pair["visible"]
     every, fewer = (fetched(server, one) for one in pair["value"])
     assert fewer.tobytes() == fetched(server, image).convert(fewer.mode).tobytes() != every.tobytes()
+
+
+def test_from_an_image(server: Server, functions: dict[str, Any]) -> None:
+    """It is what /v1/images/edits draws; the history and the settings in the file do not have the image."""
+    start = picture((32, 24), "RGB")
+    address = "data:image/png;base64," + as_text(start)
+    _, image, _, _, history, *_ = draw(server, functions, image=address, strength=0.5)
+    form = {"prompt": FIELDS["prompt"], "seed": "7", "num_inference_steps": "4", "size": "48x48", "strength": "0.5"}
+    form |= {"guidance_scale": "3", "speedup": "3"}
+    headers = {"Authorization": f"Bearer {TOKEN}", "Accept": "image/png"}
+    files = {"image": ("x.png", base64.b64decode(as_text(start)), "image/png")}
+    found = requests.post(f"{server.url}/v1/images/edits", data=form, files=files, headers=headers, timeout=TIMEOUT)
+    assert found.status_code == 200, found.text
+    drawn = fetched(server, image)
+    assert Image.open(BytesIO(found.content)).convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
+    _, settings = read_embedded(drawn, "x")
+    assert settings is not None and settings["settings"]["image"] == "32x24 pixels"
+    assert as_text(start) not in json.dumps(history)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (as_text(picture((264, 264))), "264x264 pixels, more than"),
+        ("http://127.0.0.1/x.png", "as base64"),
+        ("/etc/passwd", "as base64"),
+        ("data:image/svg+xml;base64,PHN2Zy8+", "not an image"),
+    ],
+)
+def test_what_is_no_image(server: Server, functions: dict[str, Any], image: str, words: str) -> None:
+    stands = html.unescape(draw(server, functions, image=image)[0])
+    assert 'class="standing failed"' in stands and words in stands
+
+
+def test_the_image_while_it_is_drawn(server: Server, functions: dict[str, Any]) -> None:
+    """Several are seen before the last one, which is what it is without them."""
+    files: dict[str, Any] = {}
+    asked = [*(FIELDS | {"previews": True, "steps": 10, "position": 0}).values(), None]
+    for shown in pictures_of(server, functions, asked):
+        if "path" in shown:
+            files[shown["path"]] = shown
+    pictures = [fetched(server, file) for file in files.values()]
+    assert 2 <= len(pictures) <= 5 and "preview" in next(iter(files))
+    last = draw(server, functions, steps=10, position=0)[1]
+    assert pictures[-1].tobytes() == fetched(server, last).tobytes() != pictures[0].tobytes()
+
+
+def pictures_of(server: Server, functions: dict[str, Any], data: list[Any]) -> Iterator[dict[str, Any]]:
+    """What a page is told of its picture while it draws: the first time all of it, then what changed."""
+    asked = {"data": data, "fn_index": functions["draw"]["id"], "session_hash": uuid.uuid4().hex}
+    assert server.ask("POST", "/gradio_api/queue/join", asked)[0] == 200
+    _, _, stream = server.ask("GET", f"/gradio_api/queue/data?session_hash={asked['session_hash']}")
+    shown: Any = None
+    for message in events(stream):
+        if message["msg"] == "process_generating":
+            change = message["output"]["data"][1]
+            shown = apply_diff(shown, change) if isinstance(change, list) else change
+            yield shown
+
+
+def test_loras(painter: Server) -> None:
+    """Those that there are may be chosen, with a scale; what is drawn with them says so in its settings."""
+    functions = {one["api_name"]: one for one in painter.ask("GET", "/config")[2]["dependencies"]}
+    (line,) = (one for one in json.loads(call(painter, functions, "loras", [])[0]) if one["name"] == "first")
+    assert line == {"name": "first", "on": False, "scale": 1}
+    small = {"prompt": "red apple", "position": 0, "steps": 3, "width": 16, "height": 16}
+    chosen = [json.dumps([line | {"on": on, "scale": 0.5}]) for on in (True, False)]
+    with_it, without = (draw(painter, functions, **small, loras=text)[1] for text in chosen)
+    assert fetched(painter, with_it).tobytes() != fetched(painter, without).tobytes()
+    _, _, content = painter.ask("GET", f"/gradio_api/file={with_it['path']}")
+    found = call(painter, functions, "settings", [base64.b64encode(content).decode()])
+    back = json.loads(found[list(FIELDS).index("loras")])
+    assert [one for one in back if one["on"]] == [line | {"on": True, "scale": 0.5}]
+    for wrong in ("[3]", "{", "[" * 100_000, json.dumps([{"on": True, "name": "../x", "scale": 1}])):
+        stands = draw(painter, functions, **small, loras=wrong)[0]
+        assert ("there is no LoRA" in stands) == ("../x" in wrong), stands
+    stands = draw(painter, functions, **small, loras=json.dumps([line | {"on": True, "scale": None}]))[0]
+    assert "valid number" in stands
 
 
 def test_the_slider_says_what_was_measured(server: Server, functions: dict[str, Any]) -> None:
@@ -247,8 +336,9 @@ def test_cancelling(server: Server, functions: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------- without it
-def test_switched_off(painter: Server) -> None:
-    assert painter.ask("GET", "/")[0] == 404 == painter.ask("GET", "/config")[0]
+def test_switched_off(tmp_path: Path, folder: Path) -> None:
+    with running(tmp_path, "--model", str(folder), "--no-page") as server:
+        assert server.ask("GET", "/")[0] == 404 == server.ask("GET", "/config")[0]
 
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +30,10 @@ class Fields:
         guidance_scale: of classifier-free guidance.
         scheduler: a short name.
         width, height: pixels.
+        image: where the drawing starts, as base64; a drawn image's fields have none.
+        strength: how much of it is replaced, above 0 to 1.
+        loras: scales of LoRAs by name.
+        previews: show the image while it is drawn.
     """
 
     prompt: str = ""
@@ -42,6 +47,10 @@ class Fields:
     scheduler: str = ""
     width: float | None = None
     height: float | None = None
+    image: str = ""
+    strength: float | None = None
+    loras: Mapping[str, float] = field(default_factory=dict)
+    previews: bool = True
 
     def body(self, plan: dict[str, Any]) -> JobBody:
         """The body of a request.
@@ -66,6 +75,7 @@ class Fields:
             "guidance_scale": self.guidance_scale,
             "seed": _seed(self.seed),
             "scheduler": self.scheduler or None,
+            "lora": dict(self.loras) or None,
             **plan,
         }
         try:

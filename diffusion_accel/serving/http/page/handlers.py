@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,9 @@ class Handlers:
         *values, kept = entered
         async for shown in self._painter.draw(_fields(values), request.session_hash or ""):
             if shown.image is None:
-                nothing = [gr.skip()] * (_SEEN - 1 + 2)
-                yield [standing(shown), *nothing, gr.update(interactive=shown.running)]
+                nothing = [gr.skip()] * (_SEEN - 2 + 2)
+                picture = shown.preview or gr.skip()
+                yield [standing(shown), picture, *nothing, gr.update(interactive=shown.running)]
             else:
                 kept = [shown, *kept][:REMEMBERED]
                 yield [*_seen(shown), _gallery(kept), kept, gr.update(interactive=False)]
@@ -53,6 +55,10 @@ class Handlers:
         """From the slider, the scheduler and the steps: the plan's promise."""
         choices = self._painter.choices(_text(scheduler))
         return promise(*choices.promise(_position(position, len(choices.plans)), steps))
+
+    def loras(self) -> str:
+        """The LoRAs that there are, as loras.js shows them."""
+        return self._lines({})
 
     def choices(self, scheduler: Any, steps: Any) -> list[Any]:
         """From the scheduler and the steps: the slider, its plan's promise."""
@@ -81,14 +87,31 @@ class Handlers:
         choices = self._painter.choices(fields.scheduler)
         position = _position(fields.position, len(choices.plans))
         values = {name: getattr(fields, name) for name in NAMES} | {"position": _slider(choices.plans, position)}
+        values |= {"image": gr.skip(), "previews": gr.skip(), "loras": self._lines(fields.loras)}
+        values["strength"] = gr.skip() if fields.strength is None else fields.strength
         return [*values.values(), promise(*choices.promise(position, fields.steps))]
+
+    def _lines(self, chosen: Mapping[str, float]) -> str:
+        names = sorted(self._service.engine.loras)
+        return json.dumps([{"name": name, "on": name in chosen, "scale": chosen.get(name, 1)} for name in names])
 
 
 # ---------------------------------------------------------------------- values of parts
 def _fields(values: list[Any]) -> Fields:
     named = dict(zip(NAMES, values, strict=True))
-    texts = {name: _text(named[name]) for name in ("prompt", "negative_prompt", "seed", "scheduler")}
-    return Fields(**(named | texts | {"position": int(named["position"] or 0)}))
+    texts = {name: _text(named[name]) for name in ("prompt", "negative_prompt", "seed", "scheduler", "image")}
+    others = {"position": int(named["position"] or 0), "loras": _chosen(_text(named["loras"]))}
+    return Fields(**(named | texts | others))
+
+
+def _chosen(text: str) -> dict[str, Any]:
+    """The LoRAs that are switched on, of what loras.js sends; the body that they become is checked as every other."""
+    try:
+        lines = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        lines = None
+    there = [line for line in lines if isinstance(line, dict)] if isinstance(lines, list) else []
+    return {str(line.get("name")): line.get("scale") for line in there if line.get("on")}
 
 
 def _text(value: Any) -> str:

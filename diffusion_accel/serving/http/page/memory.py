@@ -15,6 +15,8 @@ from diffusion_accel.image_metadata import parse_parameters, read_embedded
 from diffusion_accel.images import loaded
 from diffusion_accel.pipelines.learned import LEARNED
 from diffusion_accel.pipelines.schedulers import SCHEDULERS
+from diffusion_accel.serving.adapters import SCALES
+from diffusion_accel.serving.http.bodies import MOST_LORAS
 from diffusion_accel.serving.http.plans import Plans
 from diffusion_accel.serving.http.webui import SAMPLERS
 
@@ -64,6 +66,8 @@ def _ours(values: Mapping[str, Any], plans: Plans, own: str) -> Fields:
         negative_prompt=_text(settings.get("negative_prompt")),
         transparent="transparent" in features,
         seed=_seed(values.get("seed")),
+        strength=_number(settings.get("strength"), "strength"),
+        loras=_loras(settings.get("loras")),
         scheduler=scheduler if scheduler in SCHEDULERS or scheduler == LEARNED else "",
         **numbers,
     )
@@ -85,6 +89,7 @@ def _others(words: str, plans: Plans) -> Fields:
         scheduler=scheduler,
         width=_number(width, "width"),
         height=_number(height, "height"),
+        strength=_number(pairs.get("Denoising strength"), "strength"),
         **numbers,
     )
 
@@ -102,10 +107,17 @@ def _number(value: Any, name: str) -> float | None:
     """A number within its limits; None for anything else."""
     if isinstance(value, str):
         try:
-            value = float(value) if name == "guidance_scale" else int(value)
+            value = float(value) if name in ("guidance_scale", "strength") else int(value)
         except ValueError:
             return None
     return value if value in LIMITS[name] else None
+
+
+def _loras(value: Any) -> dict[str, float]:
+    """Scales by name, as far as they are that."""
+    low, high = SCALES
+    found = {_text(name): scale for name, scale in _table(value).items() if type(scale) in (int, float)}
+    return {name: scale for name, scale in list(found.items())[:MOST_LORAS] if low <= scale <= high}
 
 
 def _seed(value: Any) -> str:

@@ -18,8 +18,10 @@ from diffusion_accel.serving.http.answers import skipped_steps
 from diffusion_accel.serving.http.log import event
 from diffusion_accel.serving.http.plans import EVERY_STEP
 from diffusion_accel.serving.http.problems import Problem, answer_to
+from diffusion_accel.serving.http.uploads import LARGER, decoded, from_base64
 
 from .choices import Choices
+from .memory import LARGEST
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from diffusion_accel.serving.handle import Handle, Served
     from diffusion_accel.serving.http.asked import Asked
     from diffusion_accel.serving.http.service import Service
+    from diffusion_accel.serving.partial import Partial
 
     from .fields import Fields
     from .files import Files
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 _LAYERS = {"fg": "foreground", "bg": "background", "blend": "both"}
 _FIELDS = (233, 251)  # the greys of style.css
 _FETCHED = 1.0  # seconds in which a browser fetches an image
+_PREVIEWS = 4  # times that an image is shown before it is finished
 _TICK = 0.2  # seconds between two looks at how far it is
 
 
@@ -47,6 +51,7 @@ class Shown:
         running: whether it goes on.
         failed: whether the words are an error.
         image: a file, once it is drawn.
+        preview: a file of what it is until then, if it is another one than before.
         layers: files by name, of a model that draws layers.
         pair: files of the image of every step and of this one, without alpha.
         fields: that draw it again, with its seed.
@@ -57,6 +62,7 @@ class Shown:
     running: bool = False
     failed: bool = False
     image: str | None = None
+    preview: str | None = None
     layers: tuple[tuple[str, str], ...] = ()
     pair: tuple[str, str] | None = None
     fields: Fields | None = None
@@ -106,16 +112,25 @@ class Painter:
         drawing = _Drawing()
         self.service.showing += 1
         self._running.setdefault(page, []).append(drawing)
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        loop, news, previews = asyncio.get_running_loop(), asyncio.Event(), list[str]()
+
+        def preview(partial: Partial) -> None:
+            image = by_image(partial.images, asked[0].layers)[0][asked[0].wanted[0]]
+            previews.append(self._files.keep(image, "preview"))
+            loop.call_soon_threadsafe(news.set)
+
         try:
             fields = replace(fields, seed=fields.seed.strip() or str(secrets.randbelow(2**32)))
-            asked = self._asked(fields)
+            asked = await self.service.in_thread(self._asked, fields)
+            shows = fields.previews and self.service.engine.shows_partial_images(asked[0].scheduler)
             for one in asked:
-                handle = await self.service.submit(one)
+                first = not drawing.handles
+                handle = await self.service.submit(one, _PREVIEWS if shows and first else 0, preview if first else None)
                 drawing.add(handle)
                 handle.future.add_done_callback(lambda _future: loop.call_soon_threadsafe(news.set))
             while not all(handle.future.done() for handle in drawing.handles):
-                yield _progress(drawing.handles)
+                yield replace(_progress(drawing.handles), preview=previews[-1] if previews else None)
+                previews.clear()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), _TICK)
                 news.clear()
@@ -142,11 +157,21 @@ class Painter:
     def _asked(self, fields: Fields) -> list[Asked]:
         """The request, and the one for every step where they differ and shall be compared."""
         choices, reader = self.choices(fields.scheduler), self.service.reader
-        asked = [reader.read(fields.body(choices.asked(min(fields.position, len(choices.plans)))))]
+        start = self._start(fields)
+        asked = [reader.read(fields.body(choices.asked(min(fields.position, len(choices.plans)))), **start)]
         if fields.compare:
-            plain = reader.read(fields.body({"quality": EVERY_STEP}))
+            plain = reader.read(fields.body({"quality": EVERY_STEP}), **start)
             asked += [plain] if plain.features != asked[0].features else []
         return asked
+
+    def _start(self, fields: Fields) -> dict[str, Any]:
+        """The fields of a request that starts from an image."""
+        if not fields.image:
+            return {}
+        if len(fields.image) > LARGEST * 4 // 3 + 100:
+            raise Problem(413, f"the image has more than the {LARGEST >> 20} MiB that are allowed", "image")
+        limit = self.service.settings.limits.pixels * LARGER
+        return {"image": decoded(from_base64(fields.image, "image"), "image", limit), "strength": fields.strength}
 
     def _drawn(self, fields: Fields, asked: list[Asked], handles: list[Handle], served: list[Served]) -> Shown:
         """Write the images; in a thread."""
@@ -172,7 +197,7 @@ class Painter:
             image=files[asked[0].wanted[0]],
             layers=tuple((file, _LAYERS[name]) for name, file in files.items()) if len(files) > 1 else (),
             pair=pair,
-            fields=fields,
+            fields=replace(fields, image=""),
         )
 
     def _settings(
@@ -186,8 +211,8 @@ class Painter:
         )
         request = asked.request
         data = origin.data(request, request.seed, served)
-        if asked.scheduler is not None:
-            data["settings"] = {**data["settings"], "scheduler": asked.scheduler}
+        chosen = {"scheduler": asked.scheduler, "loras": dict(asked.loras)}
+        data["settings"] |= {name: value for name, value in chosen.items() if value}
         return origin.text(request, request.seed, served, size), data
 
 

@@ -154,12 +154,13 @@ async def _checked(receive: Receive) -> Receive:
     Raises:
         Problem: it is none.
     """
-    body, more = b"", True
+    body, more = bytearray(), True
     while more:
         message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
     try:
-        values = parse_json(decode_text(body, "the body"), "the body")
+        values = parse_json(decode_text(bytes(body), "the body"), "the body")
     except ConfigurationError as error:
         raise Problem(400, "the body is not valid JSON") from error
     data = values.get("data") if isinstance(values, dict) else None

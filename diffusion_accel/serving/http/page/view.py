@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _SESSIONS = 1000  # open pages whose history is kept
 _DROP = """<label><input type="file" accept="image/png,image/webp,image/jpeg"><span>Drop an image here, or choose one,
 to take over the settings it was drawn with.</span></label>"""
+_START = """<label><input type="file" accept="image/png,image/webp,image/jpeg"><img alt="" hidden><span>Drop an image
+here, or choose one, to start from it.</span></label><button type="button" hidden>Remove</button>"""
 
 
 def application(service: Service, files: Files) -> FastAPI:
@@ -70,12 +72,20 @@ def _page(service: Service, handlers: Handlers) -> gr.Blocks:
                 stands = gr.HTML(standing(Shown(words="")), elem_id="standing")
                 with gr.Accordion("More settings", open=False, elem_id="more"):
                     *more, drop = _more(service)
+                    previews = gr.Checkbox(True, label="Show the image while it is drawn", elem_id="previews")
+                with gr.Accordion("Start from an image", open=False, elem_id="from"):
+                    start = _start()
+                able = bool(service.engine.loras) or service.settings.lora_changes
+                with gr.Accordion("LoRAs", open=False, visible=able, elem_id="with"):
+                    loras = gr.HTML(
+                        handlers.loras(), html_template="<div></div>", js_on_load=_file("loras.js"), elem_id="loras"
+                    )
             with gr.Column(min_width=320):
                 picture, layers, pair, history = _drawn()
         kept = gr.State([])
         prompt, _, slider, *_ = first
         _, steps, _, scheduler, *_ = more
-        fields, seen = [*first, *more], [stands, picture, layers, pair]
+        fields, seen = [*first, *more, *start, loras, previews], [stands, picture, layers, pair]
 
         on = functools.partial(gr.on, api_visibility="private", show_progress="hidden")
         on(
@@ -92,6 +102,7 @@ def _page(service: Service, handlers: Handlers) -> gr.Blocks:
         last([scheduler.input], handlers.choices, [scheduler, steps], [slider, told], api_name="choices")
         on([drop.submit], handlers.remembered, [drop], [*fields, told, stands, drop], api_name="settings")
         on([history.select], handlers.again, [kept], [*seen, *fields, told], api_name="again")
+        on([page.load], handlers.loras, None, [loras], api_name="loras")
         page.unload(handlers.cancel)
     return page.queue(default_concurrency_limit=None)  # the engine has limits of its own
 
@@ -152,6 +163,13 @@ def _more(service: Service) -> list[Any]:
         height = gr.Number(given.get("height"), label="Height", precision=0, step=8, min_width=80)
     drop = gr.HTML("", html_template=_DROP, js_on_load=_file("drop.js"), elem_id="drop")
     return [seed, steps, guidance, scheduler, width, height, drop]
+
+
+def _start() -> list[Any]:
+    """Where the drawing starts."""
+    image = gr.HTML("", html_template=_START, js_on_load=_file("start.js"), elem_id="start")
+    strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="How much of it is replaced", buttons=[], elem_id="strength")
+    return [image, strength]
 
 
 def _drawn() -> list[Any]:
