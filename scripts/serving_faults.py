@@ -27,7 +27,7 @@ _CLIENTS = 4
 _LORAS = 8  # more than an engine keeps
 _GIB = 2**30
 _SLOW = 20  # clients of each kind
-_READ = 400  # answers that a slow reader asks for: more than the system takes for it
+_READ = 150  # answers that a slow reader asks for: more bytes than the system takes for it
 _REFUSED = 200
 _PATIENT = 100.0  # seconds in which slow clients should be given up
 
@@ -246,51 +246,53 @@ def _slow(options: argparse.Namespace) -> list[dict[str, Any]]:
     body = {"prompt": "red apple", "seed": 1, "num_inference_steps": 1, "size": f"{options.side}x{options.side}"}
     rows = []
     with running("engine", options) as server, contextlib.ExitStack() as stack:
-        client = Client(server)
 
         def others() -> list[float]:
-            times = []
+            client, times = Client(server), []
             for _ in range(20):
                 began = time.perf_counter()
                 _image(client, server, body)
                 times.append(1000 * (time.perf_counter() - began))
+            client.close()
             return times
 
         others()
         alone, before = others(), server.memory
-        senders = [stack.enter_context(_opened(server)) for _ in range(_SLOW)]
-        readers = [stack.enter_context(_opened(server, receives=4096)) for _ in range(_SLOW)]
+        slow = {
+            name: [stack.enter_context(_opened(server, 4096)) for _ in range(_SLOW)] for name in ("senders", "readers")
+        }
         began = time.monotonic()
-        for one in senders:
+        for one in slow["senders"]:
             one.sendall(_head("Content-Length: 100") + b"{")
-        for one in readers:
+        for one in slow["readers"]:
             one.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * _READ)
         beside, memory = others(), server.memory - before
-        sent, read = _ends(server, senders, began), _ends(server, readers, began)
+        given_up = _ends(server, slow, began)
         after = others()
-        client.close()
     head("others' requests", "p50 ms", "max ms")
     for what, times in (("before", alone), ("beside", beside), ("after", after)):
         rows.append({"what": what, "p50_ms": float(np.median(times)), "max_ms": max(times)})
         line(what, f"{rows[-1]['p50_ms']:.1f}", f"{rows[-1]['max_ms']:.1f}")
     print()
     head("slow clients", "given up", "after s, first to last")
-    for what, ends in (("senders", sent), ("readers", read)):
+    for what, ends in given_up.items():
         rows.append({"what": what, "clients": _SLOW, "given_up": len(ends), "after_s": ends})
         line(f"{_SLOW} {what}", len(ends), f"{min(ends):.0f} to {max(ends):.0f}" if ends else "")
     print(f"\nthey took {memory:.1f} MiB", flush=True)
     return [*rows, {"more_mib": memory}]
 
 
-def _ends(server: Server, connections: list[socket.socket], began: float) -> list[float]:
+def _ends(server: Server, slow: dict[str, list[socket.socket]], began: float) -> dict[str, list[float]]:
     """Seconds after which the server had given up each of these connections; those that it keeps are left out.
 
     The server's side is asked: a client that reads nothing does not see that it was given up.
     """
-    ports, ends = {one.getsockname()[1] for one in connections}, list[float]()
-    while ports and time.monotonic() < began + _PATIENT:
+    ports = {name: {one.getsockname()[1] for one in connections} for name, connections in slow.items()}
+    ends: dict[str, list[float]] = {name: [] for name in slow}
+    while any(ports.values()) and time.monotonic() < began + _PATIENT:
         there = {one.raddr.port for one in psutil.Process(server.pid).net_connections("tcp") if one.raddr}
-        ends += [time.monotonic() - began] * len(ports - there)
-        ports &= there
+        for name, left in ports.items():
+            ends[name] += [time.monotonic() - began] * len(left - there)
+            left &= there
         time.sleep(0.2)
     return ends

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import uvicorn
 
@@ -14,6 +16,7 @@ from diffusion_accel import interrupts
 from diffusion_accel.errors import ConfigurationError
 
 from .app import application
+from .guard import READS_SLOWEST
 from .log import event
 from .service import Service
 
@@ -90,6 +93,29 @@ def serve(
     event("stopped")
 
 
+class Unread:
+    """Ends connections whose clients take nothing of an answer that is written already. `Guard` sees that only where
+    there is more to be written; uvicorn closes a connection when all of it was taken, which may be never."""
+
+    def __init__(self) -> None:
+        self._seen: WeakKeyDictionary[Any, tuple[int, float]] = WeakKeyDictionary()  # bytes that are left, since when
+
+    def end(self, connections: Iterable[Any]) -> None:
+        """End those of which as much was left for `READS_SLOWEST` seconds.
+
+        Args:
+            connections: uvicorn's protocols.
+        """
+        now = time.monotonic()
+        for one in list(connections):
+            left = one.transport.get_write_buffer_size()
+            before, since = self._seen.get(one, (0, now))
+            if left != before:
+                self._seen[one] = (left, now)
+            elif left and now - since >= READS_SLOWEST:
+                one.transport.abort()
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains at a signal before it stops to listen."""
 
@@ -98,6 +124,7 @@ class _Server(uvicorn.Server):
         self._service, self._drain_seconds = service, drain_seconds
         self.signals: Any = interrupts.Postponed()
         self._draining: asyncio.Task[None] | None = None
+        self._unread = Unread()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -106,6 +133,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
+        self._unread.end(self.server_state.connections)
         if self.signals.received is not None and self._draining is None:
             self._draining = asyncio.ensure_future(self._service.drain(self._drain_seconds))
         if self._draining is not None and self._draining.done():

@@ -6,13 +6,14 @@ import asyncio
 import base64
 import contextlib
 from typing import Any
+from unittest import mock
 
 import pytest
 from http_server import SMALL, TOKEN, Server, post
 from starlette.requests import Request
 from starlette.responses import Response
 
-from diffusion_accel.serving.http import guard
+from diffusion_accel.serving.http import guard, run
 from diffusion_accel.serving.http.settings import ServerSettings
 
 DRAW = "/v1/images/generations"
@@ -107,3 +108,18 @@ def test_a_slow_client_is_given_up(monkeypatch: pytest.MonkeyPatch, slow: str) -
     asyncio.run(guarded(scope, receive, send))
     assert answered == [408 if slow == "its body" else 499]
     assert [message["status"] for message in sent if "status" in message] == ([408] if slow == "its body" else [])
+
+
+def test_a_client_that_takes_nothing_of_a_whole_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes one that takes a little of it is not, nor one for which nothing is left."""
+    now = 0.0
+    monkeypatch.setattr(run, "time", mock.Mock(monotonic=lambda: now))
+    left = {"nothing": [100, 100, 100, 100], "a little": [100, 90, 80, 70], "all": [0, 0, 0, 0]}
+    connections = {name: mock.Mock() for name in left}
+    unread = run.Unread()
+    for turn in range(4):
+        for name, sizes in left.items():
+            connections[name].transport.get_write_buffer_size.return_value = sizes[turn]
+        unread.end(connections.values())
+        now += guard.READS_SLOWEST / 2
+    assert [one.transport.abort.called for one in connections.values()] == [True, False, False]
