@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -210,6 +210,37 @@ def drop_config_entry(config: FrozenDict, key: str) -> None:
     if key in config:
         OrderedDict.__delitem__(config, key)
         vars(config).pop(key, None)
+
+
+# ---------------------------------------------------------------------- single files of a model's authors
+def original_repository(tensors: Mapping[str, Any]) -> str:
+    """The hub id of the pipeline that diffusers takes a file with these tensors to be of (`fetch_diffusers_config` of
+    `single_file_utils`, which looks at names and shapes); what it does not know it takes for SD 1.5."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config  # heavy: diffusers
+
+    return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])
+
+
+def converted_names(cls: type, config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a file by the names of a model class, as its `from_single_file` converts them
+    (`_get_single_file_loadable_mapping_class` and `SINGLE_FILE_LOADABLE_CLASSES` of `single_file_model`).
+
+    Args:
+        cls: the class.
+        config: of the model.
+        tensors: in the names of the model's authors, or what stands for tensors; emptied by some conversions.
+
+    Returns:
+        Nothing where diffusers has no conversion for the class.
+    """
+    from diffusers.loaders import single_file_model  # heavy: diffusers
+
+    kind = single_file_model._get_single_file_loadable_mapping_class(cls)
+    if kind is None:
+        return {}
+    convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+    found: dict[str, Any] = convert(checkpoint=tensors, config=config)
+    return found
 
 
 # ---------------------------------------------------------------------- context parallelism (experimental in diffusers)

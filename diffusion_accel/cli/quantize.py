@@ -52,7 +52,8 @@ _PANELS = {
     "Method": "bits_budget size_ratio min_psnr allocation group rank rotate inputs input_group finetune "
     "rounding layers sensitive rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits "
     "split",
-    "Calibration": "calibration prompts_file count buckets steps guidance_scale scheduler width height seed batch",
+    "Calibration": "calibration model_config prompts_file count buckets steps guidance_scale scheduler width height "
+    "seed batch",
 }
 
 
@@ -133,6 +134,15 @@ def quantize(
             CALIBRATIONS,
         ),
     ] = "prompts",
+    model_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --calibration none, of a single file: a pipeline folder or a hub id with the configurations of "
+            "its parts, and with the other parts where the file has a denoiser alone.",
+            show_default="what diffusers takes the file to be, from the hub",
+        ),
+    ] = None,
     prompts_file: PromptsFile = None,
     count: Annotated[int, count_option(2)] = 64,
     buckets: Annotated[
@@ -158,12 +168,15 @@ def quantize(
 
     Writes a pipeline folder that `generate --model DIR` and diffusers' from_pretrained load, with report.html in it. An
     interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work. With
-    --calibration none no image is drawn, and a model of any size is quantized in minutes.
+    --calibration none no image is drawn, and a model of any size is quantized in minutes, from a folder or from a
+    single file.
     """
     options = locals()
     if calibration == "none":
-        say(_without_data(context, model, output, bits, group, overwrite, as_json, Bar(quiet)))
+        say(_without_data(context, model, output, bits, group, model_config, overwrite, as_json, Bar(quiet)))
         return
+    if model_config is not None:
+        raise ConfigurationError("--model-config needs --calibration none")
     choice = quantize_settings(
         bits,
         seed=seed,
@@ -216,21 +229,10 @@ def quantize(
         say(found.text(), lines=True)
 
 
-_DATA_FREE = {
-    "output",
-    "model",
-    "bits",
-    "group",
-    "rank",
-    "rotate",
-    "inputs",
-    "input_group",
-    "calibration",
-    "overwrite",
-    "as_json",
-    "quiet",
-    "debug",
-}
+_DATA_FREE = frozenset(
+    "output model bits group rank rotate inputs input_group calibration model_config overwrite as_json quiet "
+    "debug".split()
+)
 
 
 def _without_data(
@@ -239,6 +241,7 @@ def _without_data(
     output: str,
     bits: str,
     group: list[int] | None,
+    model_config: str | None,
     overwrite: bool,
     as_json: bool,
     bar: Bar,
@@ -255,19 +258,24 @@ def _without_data(
     folder = output_path(output)
     check_free_folder(folder, overwrite)
     source = find_model(model or "sticker")
-    if source.kind not in ("embedded", "folder"):
+    if source.kind == "hub":
         raise ConfigurationError(
-            f"--calibration none takes a pipeline folder, got the {source.kind} {source.name}; load it once and save "
-            "it: pipe.save_pretrained(DIR)"
+            f"--calibration none takes a pipeline folder or a single file, got the hub id {source.name}; load it once "
+            "and save it: pipe.save_pretrained(DIR)"
         )
+
+    import diffusers  # heavy: torch
+    import transformers  # heavy: torch
 
     from diffusion_accel.quant.without_data import quantize_files  # heavy: torch
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     try:
         found = quantize_files(
             source.location, folder, weight_bits=weight_bits, activation_bits=activation_bits,
             group=group[0] if group else 64, rank=context.params["rank"], rotate=context.params["rotate"],
-            input_group=context.params["input_group"] or 0, overwrite=overwrite, progress=bar,
+            input_group=context.params["input_group"] or 0, config=model_config, overwrite=overwrite, progress=bar,
         )  # fmt: skip
     finally:
         bar.close()
