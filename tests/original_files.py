@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+CLIP_OF_XL, OPEN_CLIP_OF_XL = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -77,16 +78,50 @@ def vae_name(name: str, blocks: int) -> str:
     return _changed(name, _VAE)
 
 
+_OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a `CLIPTextModelWithProjection` as OpenCLIP has them."""
+    found = {to: state[name] for name, to in _OPEN_CLIP.items()}
+    found["text_projection"] = state["text_projection.weight"].T
+    layers = "text_model.encoder.layers."
+    for name, value in state.items():
+        if name.startswith(layers) and not re.search(r"\.[kqv]_proj\.", name):
+            found[f"transformer.resblocks.{_changed(name.removeprefix(layers), _LAYER)}"] = value
+        elif name.endswith((".q_proj.weight", ".q_proj.bias")):
+            place, leaf = name.removeprefix(layers).split(".")[0], name.rpartition(".")[2]
+            stacked = [state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            found[f"transformer.resblocks.{place}.attn.in_proj_{leaf}"] = torch.cat(stacked)
+    return found
+
+
 def original(pipe: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a pipeline's U-Net, autoencoder and CLIP encoder in the names of latent diffusion."""
+    """The tensors of a pipeline's U-Net, autoencoder and text encoders in the names of latent diffusion."""
     found = {UNET + unet_name(name, pipe.unet): value for name, value in pipe.unet.state_dict().items()}
     for name, value in pipe.vae.state_dict().items():
         key = VAE + vae_name(name, len(pipe.vae.config.block_out_channels))
         is_projection = "attn_1" in key and value.dim() == 2
         found[key] = value[:, :, None, None] if is_projection else value  # 1x1 convolutions there
+    second = getattr(pipe, "text_encoder_2", None)
     if pipe.text_encoder is not None:
+        prefix = CLIP if second is None else CLIP_OF_XL
         for name, value in pipe.text_encoder.state_dict().items():
-            found[CLIP + name.removeprefix("text_model.")] = value
+            found[prefix + name.removeprefix("text_model.")] = value
+    if second is not None:
+        found |= {OPEN_CLIP_OF_XL + name: value for name, value in open_clip(second.state_dict()).items()}
     found["alphas_cumprod"] = torch.linspace(1, 0, 1000)
     return {name: value.contiguous() for name, value in found.items()}
 

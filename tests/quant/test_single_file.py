@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from model_folder import draw, write_folder
 from original_files import write_original
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusion_accel import quantize_files
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
@@ -70,15 +71,26 @@ def test_a_file_becomes_what_its_folder_becomes(sd: tuple[Path, Path], tmp_path:
     assert torch.equal(draw(pipes[0]), draw(pipes[1]))
 
 
+def encoder(cls: Any, width: int) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=12, hidden_size=width, intermediate_size=width, projection_dim=zoo.DIM, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return zoo.seeded(lambda: cls(config))
+
+
 def test_a_file_of_sdxl(tmp_path: Path) -> None:
     pipe, call = zoo.sdxl()
+    pipe.register_modules(
+        text_encoder=encoder(CLIPTextModel, 8), text_encoder_2=encoder(CLIPTextModelWithProjection, 24)
+    )
     pipe.save_pretrained(tmp_path / "pipe")
     file = write_original(pipe, tmp_path / "pipe.safetensors")
     quantize_files(tmp_path / "pipe", tmp_path / "folder", weight_bits=4, group=16)
     quantize_files(file, tmp_path / "file", weight_bits=4, group=16, config=str(tmp_path / "pipe"))
     twins = [tmp_path / name / "unet" / WEIGHTS for name in ("folder", "file")]
     assert twins[0].read_bytes() == twins[1].read_bytes()
-    assert same(tmp_path / "folder", tmp_path / "file", "vae", "scheduler")
+    assert same(tmp_path / "folder", tmp_path / "file", "vae", "text_encoder", "text_encoder_2", "scheduler")
     images = [zoo.run(DiffusionPipeline.from_pretrained(tmp_path / name), call) for name in ("folder", "file")]
     assert torch.equal(images[0], images[1])
 
