@@ -221,7 +221,9 @@ def write_others(file: Path, held: Mapping[str, Tensor], configs: Path, denoiser
         for name, value in model.named_parameters() if isinstance(model, nn.Module) else ():
             if not finite(value):
                 raise ModelLoadError(f"{printable(name)} of the {part} in {file} has values that are no finite numbers")
-    pipe.save_pretrained(made)
+        if model is not None:
+            model.save_pretrained(made / part)
+    pipe.save_config(made)
     written = json.loads((made / INDEX).read_text(encoding="utf-8")) | {denoiser: index[denoiser]}
     (made / INDEX).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -213,12 +213,27 @@ def test_without_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["-o", tmp_path / "b", "--inputs", "static"], "--inputs static needs data"),
         (["-o", tmp_path / "b", "--group", "16", "--group", "32"], "--group takes one size"),
         (["-o", tmp_path / "b", "--group", "33"], "group must be one of 0, 16"),
-        (["-o", tmp_path / "b", "-m", "some/model"], "takes a pipeline folder, got the hub some/model"),
+        (["-o", tmp_path / "b", "-m", "some/model"], "a pipeline folder or a single file, got the hub id some/model"),
+        (["-o", tmp_path / "b", "--model-config", tiny], "config is for a single file"),
         (["-o", tmp_path / "b", "-m", made], "is quantized already"),
     ):
         code, _, err = call(capsys, "quantize", "-m", tiny, "--calibration", "none", *more)
         assert code in (1, 2) and says in err and len(err.splitlines()) == 1, err
+    code, _, err = call(capsys, "quantize", "-m", tiny, "-o", tmp_path / "b", "--model-config", tiny)
+    assert code == 2 and "--model-config needs --calibration none" in err
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_single_file_without_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny / "unet" / "diffusion_pytorch_model.safetensors"
+    common = ["quantize", "--calibration", "none", "--bits", "w4", "--quiet"]
+    code, _, err = call(capsys, *common, "-m", file, "--model-config", tiny, "-o", tmp_path / "file")
+    assert code == 0, err
+    call(capsys, *common, "-m", tiny, "-o", tmp_path / "folder")
+    assert filecmp.cmpfiles(tmp_path / "file/unet", tmp_path / "folder/unet", ["config.json", file.name], False)[0] == [
+        "config.json",
+        file.name,
+    ]
 
 
 WHOLE = "--bits w4a8 --count 6 --buckets 2 --steps 4 --iterations 12 --epochs 2 --time-epochs 4".split()

@@ -191,6 +191,22 @@ def test_values_that_are_made_are_noted_exactly(tmp_path: Path) -> None:
         assert torch.equal(made.make(), way(value)) and made.shape == way(value).shape
 
 
+def test_ended_midway_nothing_half_written_is_left(
+    sd: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = sd
+    quantize_files(file, tmp_path / "made", config=folder)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+
+    def end(name: str, _share: float, _left: float | None) -> None:
+        if "mid_block" in name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_files(file, tmp_path / "made", weight_bits=4, config=folder, overwrite=True, progress=end)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
     sd: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
