@@ -22,9 +22,16 @@ from diffusion_accel.inside import is_traced
 from .affine import quantize, top
 from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simulated, lasting
 
-# Weights of a layer from which on integers are faster on a CPU, measured with inputs of 2 to 2,000 rows: with products
-# in 32 bits; with those in 16 bits; in bfloat16 beside AMX, which multiplies it as well
-_ENOUGH, _ENOUGH_16_BITS, _ENOUGH_BESIDE_AMX = 2**15, 2**17, 2**19
+# Weights of a layer from which on a way is the faster one on a CPU, measured with inputs of 2 to 8,000 rows by
+# scripts/measure_quantization.py. Integers against float32: with products in 32 bits; with those in 16 bits; of dynamic
+# inputs of linear layers, whose grids are found by row
+_ENOUGH, _ENOUGH_16_BITS, _ENOUGH_BY_ROW = 2**15, 2**17, 2**18
+# beside AMX, which multiplies bfloat16 as well: bfloat16 against float32; integers against the runtime `bfloat16`; and
+# against a model in bfloat16, or with dynamic inputs of convolutions
+_ENOUGH_BFLOAT16, _ENOUGH_BESIDE_BFLOAT16, _ENOUGH_BESIDE_AMX = 2**13, 3 * 2**15, 2**19
+# dB: what bfloat16 rounds (weights, input, output) is kept to 51, so where the weights of a layer keep at most this, it
+# adds at most half of the error that they have
+_BFLOAT16_UP_TO = 48.0
 
 
 def make_runtime(name: str, layer: QuantizedLayer) -> Runtime:
@@ -33,9 +40,11 @@ def make_runtime(name: str, layer: QuantizedLayer) -> Runtime:
         return Dequantize()
     if name == "simulated":
         return Simulated()
-    if why_not_integer(layer) is not None:
-        return Simulated() if name == "integer" else Dequantize()
-    return Integer() if name == "integer" else Auto()
+    if name == "bfloat16":
+        return Bfloat16()
+    if name == "auto":
+        return Auto()
+    return Integer() if why_not_integer(layer) is None else Simulated()
 
 
 def why_not_integer(layer: QuantizedLayer) -> str | None:
@@ -155,7 +164,8 @@ class OneDnn:
     ) -> torch.Tensor:
         """Of an input (…, C) whose rows have grids of their own, (…, 1), or (…, C) of the parts."""
         assert self.weights is not None and layer.spec.activation_bits is not None
-        total, begin = None, 0
+        total = torch.zeros(()) if layer.bias is None else layer.bias.float()
+        begin = 0
         parts = x.split(layer.spec.part_sizes(x.shape[-1]), -1)
         for part, terms, sums, weight_scale in zip(parts, self.weights, self.sums, layer.weight_scale, strict=True):
             s, z = (g if g.shape[-1] == 1 else g.narrow(-1, begin, 1) for g in (scale, zero))
@@ -165,10 +175,9 @@ class OneDnn:
             for weight in terms[1:]:
                 with uncounted():
                     y = y.add_(self._product(layer, codes, 1.0, 0, weight, weight_scale, None))
-            y = (y - z * sums).mul_(s)
-            total = y if total is None else total.add_(y)
-        assert total is not None
-        return total if layer.bias is None else total.add_(layer.bias.float())
+            y.addcmul_(z, sums, value=-1.0)  # in place: fresh memory takes as long as the product
+            total = torch.addcmul(total, y, s, out=y)
+        return total
 
     def _prepare(self, layer: QuantizedLayer) -> list[list[torch.Tensor]]:
         bits = layer.spec.activation_bits
@@ -337,8 +346,20 @@ class Integer:
         return layer.round_output(y + layer.branch(x) if layer.spec.rank else y)
 
 
+class Bfloat16:
+    """Weights and input as bfloat16, added up in float32, for a model in float32; others as `Dequantize`."""
+
+    name = "bfloat16"
+
+    def __call__(self, layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
+        """The output of the layer."""
+        if x.dtype != torch.float32 or is_traced():  # an engine chooses its types itself
+            return Dequantize()(layer, x)
+        return layer.compute(x.bfloat16(), layer.floats(torch.bfloat16)).float()
+
+
 class Auto:
-    """`Integer` where it is the faster one by a rule, else `Dequantize`.
+    """The fastest of `Integer`, `Bfloat16` and `Dequantize`, by a rule.
 
     The rule knows the layer, the type of numbers and the kind of machine; no clock and no batch. So a machine draws the
     same image every time, and the processes of a job on machines of one kind choose alike.
@@ -347,7 +368,7 @@ class Auto:
     __slots__ = ("picked", "ways")
 
     def __init__(self) -> None:
-        self.ways: tuple[Runtime, Runtime] = (Integer(), Dequantize())
+        self.ways: dict[str, Runtime] = {way.name: way for way in (Integer(), Bfloat16(), Dequantize())}
         self.picked: dict[tuple[Any, ...], Runtime] = {}
 
     @property
@@ -360,19 +381,32 @@ class Auto:
         """The output of the layer, by the way that was picked for this type of numbers and device."""
         kind = (x.dtype, x.device.type)
         if kind not in self.picked:
-            self.picked[kind] = self.ways[0 if integers_are_faster(layer, *kind) else 1]
+            self.picked[kind] = self.ways[fastest(layer, *kind)]
         return self.picked[kind](layer, x)
 
 
-def integers_are_faster(layer: QuantizedLayer, dtype: torch.dtype, device: str) -> bool:
-    """Whether integer products of a layer take less time than floating-point ones, by its size and the machine."""
-    machine = products(device)
-    if machine == "none" or (machine == "16 bits" and layer.spec.weight_bits == 8):  # those are split, twice the work
-        return False
-    enough = _ENOUGH if machine != "16 bits" else _ENOUGH_16_BITS
-    if machine == "AMX" and dtype != torch.float32:
-        enough = _ENOUGH_BESIDE_AMX
-    return layer.weight_shape.numel() >= enough
+def fastest(layer: QuantizedLayer, dtype: torch.dtype, device: str) -> str:
+    """The runtime in which a layer takes the least time, by its size and the machine: "integer", "bfloat16" or
+    "dequantize".
+
+    Args:
+        layer: the layer. Bits of the input and `sqnr` of the weights say whether bfloat16 is within the error that
+            it has.
+        dtype: of its input.
+        device: the type of it.
+    """
+    spec, machine, size = layer.spec, products(device), layer.weight_shape.numel()
+    by_row = spec.dynamic and not isinstance(layer, nn.Conv2d)
+    coarser = (spec.activation_bits or 16) <= 8 or (spec.sqnr is not None and spec.sqnr <= _BFLOAT16_UP_TO)
+    half = machine == "AMX" and coarser and size >= _ENOUGH_BFLOAT16 and dtype == torch.float32
+    if why_not_integer(layer) is not None or machine == "none" or (machine == "16 bits" and spec.weight_bits == 8):
+        integers = False  # 8-bit weights are split where products are added in 16 bits: twice the work
+    elif half or (machine == "AMX" and dtype != torch.float32):
+        enough = _ENOUGH_BESIDE_BFLOAT16 if half and not spec.dynamic else _ENOUGH_BESIDE_AMX
+        integers = size >= enough and not by_row
+    else:
+        integers = size >= (_ENOUGH_BY_ROW if by_row else _ENOUGH_16_BITS if machine == "16 bits" else _ENOUGH)
+    return "integer" if integers else "bfloat16" if half else "dequantize"
 
 
 @functools.cache

@@ -285,6 +285,10 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     # ------------------------------------------------------------------ computing
+    def bias_as(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias in the type that is computed in."""
+        return None if self.bias is None else self.bias.to(dtype)
+
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The layer's own arithmetic with other weights."""
         raise NotImplementedError
@@ -320,7 +324,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc,override]
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x W' + b, (…, in) to (…, out)."""
-        return nn.functional.linear(x, weight, self.bias)
+        return nn.functional.linear(x, weight, self.bias_as(weight.dtype))
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """x R' L', (…, in) to (…, out)."""
@@ -350,7 +354,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc,override]
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The convolution with these weights, (N, C, H, W)."""
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.bias_as(weight.dtype))
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """A convolution to as many channels as its rank, and one of single positions behind it."""

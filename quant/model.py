@@ -131,8 +131,9 @@ def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = Fals
         model: a quantized model, or a pipeline with one.
         runtime: "dequantize": weights as floating-point numbers, inputs left as they are; "simulated": inputs
             rounded to their grids as well, in floating point; "integer": 8-bit integer products, where the layer and
-            the machine can, "simulated" elsewhere; "auto": "integer" for the layers for which that is faster on this
-            kind of machine, "dequantize" for the others, by a rule; see `kernels.Auto`.
+            the machine can, "simulated" elsewhere; "bfloat16": as "dequantize", weights and inputs as bfloat16; "auto":
+            of "integer", "bfloat16" and "dequantize" what is fastest for the layer on this kind of machine, by a rule;
+            see `kernels.fastest`.
         low_memory: unpack weights at every call instead of keeping them as numbers.
 
     Raises:

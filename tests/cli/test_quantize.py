@@ -42,7 +42,7 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
     assert sorted(p.name for p in sticker.parent.iterdir()) == ["w4a8"]  # nothing is left beside it
     report = json.loads((sticker / "report.json").read_text())
     assert report["name"] == "w4a8" and len(report["psnr"]) == 1 and report["psnr"][0] > 15
-    assert set(report["ratio"]) == {"integer", "dequantize", "simulated", "auto"} and report["peak"] > 2**26
+    assert set(report["ratio"]) == {"integer", "bfloat16", "dequantize", "simulated", "auto"} and report["peak"] > 2**26
     assert report["bytes"]["checkpoint"] < 0.16 * report["bytes"]["float32"]
     assert "<img" in (sticker / "report.html").read_text() and (sticker / "log.jsonl").is_file()
 
@@ -72,7 +72,7 @@ def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.Captur
     code, out, _ = call(capsys, "metadata", tmp_path / "auto.png", "--json")
     ways = json.loads(out)["diffusion_accel"]["quantized"]
     assert ways["runtime"].startswith("auto, ") and sum(ways["layers"].values()) == 133
-    assert set(ways["layers"]) <= {"integer", "dequantize"}  # decided, and written down
+    assert set(ways["layers"]) <= {"integer", "bfloat16", "dequantize"}  # decided, and written down
     near = torch.frombuffer(bytearray(images["integer"]), dtype=torch.uint8).float()
     assert (near - torch.frombuffer(bytearray(images["flag"]), dtype=torch.uint8)).abs().mean() < 3
 

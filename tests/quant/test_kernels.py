@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +14,17 @@ from quantized_layers import LAYERS, TIMES, conv, inputs, linear, made, on_grid
 from torch import nn
 
 from diffusion_accel.quant import kernels
-from diffusion_accel.quant.kernels import Auto, Integer, IntMatmul, OneDnn, make_runtime, unsaturated, why_not_integer
+from diffusion_accel.quant.kernels import (
+    Auto,
+    Bfloat16,
+    Integer,
+    IntMatmul,
+    OneDnn,
+    fastest,
+    make_runtime,
+    unsaturated,
+    why_not_integer,
+)
 from diffusion_accel.quant.layers import Buckets, Dequantize, Simulated
 from diffusion_accel.quant.ptq.trainable_layer import TrainableLayer
 from diffusion_accel.quant.spec import LayerSpec
@@ -94,7 +106,11 @@ def test_what_integers_cannot_do_is_simulated() -> None:
     for spec, reason in cases:
         layer = made(linear(), **spec)
         assert reason in (why_not_integer(layer) or "")
-        assert make_runtime("integer", layer).name == "simulated" and make_runtime("auto", layer).name == "dequantize"
+        assert make_runtime("integer", layer).name == "simulated"
+        layer.runtime = make_runtime("auto", layer)
+        layer.buckets.select(500)
+        layer(inputs(layer))
+        assert layer.runtime.name == "dequantize"
     layer = made(linear(), weight_bits=8)
     layer.weight_zero_point.fill_(100)
     assert "symmetric" in (why_not_integer(layer) or "")
@@ -107,35 +123,86 @@ def test_auto_picks_one_of_two_and_keeps_it() -> None:
     layer.buckets.select(900)
     x = inputs(layer)
     first = layer(x)
-    assert layer.runtime.name in ("integer", "dequantize")
+    assert layer.runtime.name in ("integer", "bfloat16", "dequantize")
     assert torch.equal(layer(x), first)
 
 
-@pytest.mark.parametrize(
-    ("machine", "bits", "width", "dtype", "faster"),
-    [
-        ("AMX", 8, 256, torch.float32, True),
-        ("AMX", 8, 128, torch.float32, False),
-        ("AMX", 8, 256, torch.bfloat16, False),
-        ("AMX", 8, 768, torch.bfloat16, True),
-        ("32 bits", 8, 256, torch.bfloat16, True),
-        ("16 bits", 8, 768, torch.float32, False),
-        ("16 bits", 7, 768, torch.float32, True),
-        ("16 bits", 4, 256, torch.float32, False),
-        ("none", 4, 768, torch.float32, False),
-    ],
-)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("spec", [{}, {"activation_bits": None, "weight_bits": 8}])
+def test_bfloat16_keeps_fifty_decibels(kind: str, spec: dict[str, Any]) -> None:
+    layer = made(LAYERS[kind](), **spec)
+    x = inputs(layer, 4)
+    expected, found = Dequantize()(layer, x), Bfloat16()(layer, x)
+    assert found.dtype == torch.float32 and torch.equal(Bfloat16()(layer, x), found)
+    noise = (found - expected).square().sum() / expected.square().sum()
+    assert 1e-8 < noise < 10**-4.8
+    weight, bias = layer.floats(torch.bfloat16), None if layer.bias is None else layer.bias.bfloat16()
+    plain: Any = layer.plain
+    twin = plain(12, 10) if plain is nn.Linear else copy.deepcopy(LAYERS[kind]())
+    twin = twin.bfloat16()
+    twin.weight.data, twin.bias = weight, None if bias is None else nn.Parameter(bias)
+    assert torch.equal(found, twin(x.bfloat16()).float())
+
+
+def test_bfloat16_leaves_other_types_alone() -> None:
+    layer = made(linear())
+    layer.bias.data = layer.bias.data.double()
+    x = inputs(layer).double()
+    assert torch.equal(Bfloat16()(layer, x), Dequantize()(layer, x))
+
+
+#: machine, bits of weights, type of the input; then by number of weights what is fastest
+STATIC: list[tuple[str, int, torch.dtype, dict[int, str]]] = [
+    ("AMX", 8, torch.float32, {64: "dequantize", 128: "bfloat16", 256: "bfloat16", 320: "integer"}),
+    ("AMX", 8, torch.bfloat16, {256: "dequantize", 768: "integer"}),
+    ("32 bits", 8, torch.float32, {128: "dequantize", 256: "integer"}),
+    ("32 bits", 8, torch.bfloat16, {128: "dequantize", 256: "integer"}),
+    ("16 bits", 8, torch.float32, {768: "dequantize"}),
+    ("16 bits", 7, torch.float32, {256: "dequantize", 768: "integer"}),
+    ("none", 4, torch.float32, {768: "dequantize"}),
+]
+
+
+@pytest.mark.parametrize(("machine", "bits", "dtype", "expected"), STATIC)
 def test_auto_goes_by_the_layer_and_the_machine_alone(
-    monkeypatch: pytest.MonkeyPatch, machine: str, bits: int, width: int, dtype: torch.dtype, faster: bool
+    monkeypatch: pytest.MonkeyPatch, machine: str, bits: int, dtype: torch.dtype, expected: dict[int, str]
 ) -> None:
     """Not by a clock, so that a machine draws the same image every time; not by the rows, so that shares agree."""
     monkeypatch.setattr(kernels, "products", lambda device: machine)
     spec = LayerSpec(weight_bits=bits, activation_bits=8)
-    layer = TrainableLayer(nn.Linear(width, width), spec, Buckets((900.0,)), search=False).finished(Buckets((900.0,)))
-    layer.runtime = Auto()
-    for rows in (1, 300):
-        x = torch.randn(rows, width).to(dtype)
-        expected = Integer() if faster else Dequantize()
-        layer.bias.data = layer.bias.data.to(dtype)
-        assert torch.equal(layer(x), expected(layer, x))
-        assert layer.runtime.name == ("integer" if faster else "dequantize")
+    ways = {"integer": Integer, "bfloat16": Bfloat16, "dequantize": Dequantize}
+    for width, name in expected.items():
+        plain = TrainableLayer(nn.Linear(width, width), spec, Buckets((900.0,)), search=False)
+        layer = plain.finished(Buckets((900.0,)))
+        layer.runtime = Auto()
+        for rows in (1, 300):
+            x = torch.randn(rows, width).to(dtype)
+            layer.bias.data = layer.bias.data.to(dtype)
+            assert torch.equal(layer(x), ways[name]()(layer, x))
+            assert layer.runtime.name == name
+
+
+def test_auto_takes_bfloat16_only_within_the_error_that_a_layer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "products", lambda device: "AMX")
+    layer = made(conv(in_channels=128, out_channels=128), weight_bits=8, activation_bits=None)
+    for sqnr, name in ((40.0, "bfloat16"), (48.1, "dequantize"), (None, "dequantize")):
+        layer.spec = dataclasses.replace(layer.spec, sqnr=sqnr)
+        assert fastest(layer, torch.float32, "cpu") == name
+        assert fastest(layer, torch.bfloat16, "cpu") == fastest(layer, torch.float16, "cpu") == "dequantize"
+    layer.spec = dataclasses.replace(layer.spec, weight_group=64, activation_bits=8, dynamic=True, input_group=32)
+    assert fastest(layer, torch.float32, "cpu") == "bfloat16"  # its inputs are coarser
+
+
+def test_dynamic_rows_need_larger_layers_than_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding a grid for each row costs as much as a small product."""
+    found = {}
+    for machine in ("AMX", "32 bits"):
+        monkeypatch.setattr(kernels, "products", lambda device, machine=machine: machine)
+        for kind, layer in (("rows", nn.Linear(384, 384)), ("more rows", nn.Linear(640, 640)), ("image", conv())):
+            if kind == "image":
+                layer = conv(in_channels=256, out_channels=256)
+            quantized = made(layer, weight_bits=8, dynamic=True)
+            found[machine, kind] = fastest(quantized, torch.float32, "cpu")
+    assert found["AMX", "rows"] == found["AMX", "more rows"] == "bfloat16" and found["AMX", "image"] == "integer"
+    assert found["32 bits", "rows"] == "dequantize"
+    assert found["32 bits", "more rows"] == found["32 bits", "image"] == "integer"

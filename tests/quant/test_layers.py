@@ -88,7 +88,7 @@ def test_the_class_of_a_quantized_layer_makes_plain_ones(kind: str) -> None:
     assert isinstance(twin.weight, nn.Parameter) and twin.bias is None
 
 
-@pytest.mark.parametrize("runtime", ["dequantize", "simulated", "integer", "auto"])
+@pytest.mark.parametrize("runtime", ["dequantize", "simulated", "integer", "bfloat16", "auto"])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_gradients_flow_whatever_a_layer_was_used_for_before(kind: str, runtime: str) -> None:
     """Through the rounding as if it was not there; what inference mode left behind must not be in the way."""

@@ -38,7 +38,7 @@ def test_a_folder_is_written_and_the_pipeline_stays(tmp_path: Path) -> None:
         **QUICK,
     )
     assert isinstance(report, QuantizationReport) and report.name == "w4a8" and len(report.psnr) == 1
-    assert set(report.ratio) == {"integer", "dequantize", "simulated", "auto"}
+    assert set(report.ratio) == {"integer", "bfloat16", "dequantize", "simulated", "auto"}
     assert report.prompts == (4, 4) and "writing" in told and "measuring" in told
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w4a8"]  # nothing is left beside it
     assert (tmp_path / "w4a8" / "report.html").is_file() and not quantized_layers(pipe.unet)
