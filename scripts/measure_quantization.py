@@ -224,10 +224,10 @@ WAYS: dict[str, tuple[LayerSpec | None, str, str]] = {
 }
 
 
-def layers(rates: dict[str, float], seconds: float) -> list[dict[str, Any]]:
-    """A row for each shape: milliseconds of every way in turn, as medians, and how many times its floor that is."""
+def layers(rates: dict[str, float], seconds: float, only: str) -> list[dict[str, Any]]:
+    """A row for each shape of models whose names begin so: milliseconds of every way in turn, as medians, and how many times its floor that is."""
     rows = []
-    for model, kind, inside, outside, size, window in SHAPES:
+    for model, kind, inside, outside, size, window in (shape for shape in SHAPES if shape[0].startswith(only)):
         is_linear = kind == "linear"
         plain: Any = (
             nn.Linear(inside, outside) if is_linear else nn.Conv2d(inside, outside, window, padding=window // 2)
@@ -431,6 +431,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8, help="of the weights, of the checkpoint")
     parser.add_argument("--latent", type=int, nargs="*", default=[32, 64])
     parser.add_argument("--rounds", type=int, default=3, help="of steps")
+    parser.add_argument("--model", default="", help="layers of models whose names begin so")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each shape of layers, about")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
@@ -451,7 +452,7 @@ def main() -> None:
             result["peaks"] = peaks()
             print(line("peaks", {name: f"{rate / 1e9:.0f} G/s" for name, rate in result["peaks"].items()}), flush=True)
         if args.only in (None, "layers"):
-            result["layers"] = layers(result["peaks"], args.seconds)
+            result["layers"] = layers(result["peaks"], args.seconds, args.model)
         if args.only in (None, "steps"):
             result["steps"] = steps(args.latent, args.rounds, result["peaks"])
     if args.json:
