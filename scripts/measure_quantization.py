@@ -225,7 +225,8 @@ WAYS: dict[str, tuple[LayerSpec | None, str, str]] = {
 
 
 def layers(rates: dict[str, float], seconds: float, only: str) -> list[dict[str, Any]]:
-    """A row for each shape of models whose names begin so: milliseconds of every way in turn, as medians, and how many times its floor that is."""
+    """A row for each shape of models whose names begin so: milliseconds of every way in turn, as medians, and how many
+    times its floor that is."""
     rows = []
     for model, kind, inside, outside, size, window in (shape for shape in SHAPES if shape[0].startswith(only)):
         is_linear = kind == "linear"
