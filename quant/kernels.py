@@ -28,7 +28,7 @@ from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simula
 _ENOUGH, _ENOUGH_16_BITS, _ENOUGH_BY_ROW = 2**15, 2**17, 2**18
 # beside AMX, which multiplies bfloat16 as well: bfloat16 against float32; integers against the runtime `bfloat16`; and
 # against a model in bfloat16, or with dynamic inputs of convolutions
-_ENOUGH_BFLOAT16, _ENOUGH_BESIDE_BFLOAT16, _ENOUGH_BESIDE_AMX = 2**13, 3 * 2**15, 2**19
+_ENOUGH_BFLOAT16, _ENOUGH_BESIDE_BFLOAT16, _ENOUGH_BESIDE_AMX = 2**15, 3 * 2**15, 2**19
 # dB: what bfloat16 rounds (weights, input, output) is kept to 51, so where the weights of a layer keep at most this, it
 # adds at most half of the error that they have
 _BFLOAT16_UP_TO = 48.0

@@ -153,7 +153,7 @@ def test_bfloat16_leaves_other_types_alone() -> None:
 
 #: machine, bits of weights, type of the input; then by number of weights what is fastest
 STATIC: list[tuple[str, int, torch.dtype, dict[int, str]]] = [
-    ("AMX", 8, torch.float32, {64: "dequantize", 128: "bfloat16", 256: "bfloat16", 320: "integer"}),
+    ("AMX", 8, torch.float32, {128: "dequantize", 256: "bfloat16", 320: "integer"}),
     ("AMX", 8, torch.bfloat16, {256: "dequantize", 768: "integer"}),
     ("32 bits", 8, torch.float32, {128: "dequantize", 256: "integer"}),
     ("32 bits", 8, torch.bfloat16, {128: "dequantize", 256: "integer"}),
