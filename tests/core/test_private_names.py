@@ -69,7 +69,7 @@ def ours() -> set[str]:
     """Names of this project: given in one of its files, or written as the text with which something of it is set."""
     names = {name for file in FILES for name in own_names(parsed(file))}
     texts = ("_source", "_like", "_acceleration", "_accelerated_base", "_accelerated_class", "_new_handle")
-    suffixes = ("_codes", "_scale", "_zero_point")  # ends of the names of stored tensors
+    suffixes = ("_codes", "_scale", "_zero_point", "_right")  # ends of the names of stored tensors
     modules = {file.stem for file in FILES}
     return (
         names
