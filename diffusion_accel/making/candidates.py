@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffusion_accel.flops import count_flops
 from diffusion_accel.measure.fidelity import EQUAL, fidelity
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import interleaved, ratios
@@ -52,27 +53,35 @@ class Judge:
         full: draws with the model as it was.
         pipe: the pipeline of the model that is kept, which may be the same one.
         images: of the model as it was, drawn once.
+        work: FLOPs of one of them.
     """
 
     full: Sampler
     pipe: Any
     images: torch.Tensor | None = None
+    work: float = 0.0
 
     def of(self, candidate: Candidate, rounds: int) -> tuple[dict[str, Any], torch.Tensor]:
         """What a candidate keeps and gains, and its images.
 
         Args:
             candidate: to switch on.
-            rounds: of timing, single images, in turn with the model as it was.
+            rounds: of timing, single images, in turn with the model as it was; 0: no times.
 
         Returns:
-            PSNR (dB) and SSIM as medians and worst deciles, `time_ratio` (above 1: faster), and how many images.
+            PSNR (dB) and SSIM as medians and worst deciles, `flop_ratio` and `time_ratio` (above 1: less work, faster),
+            and how many images.
         """
         if self.images is None:
             self.images = self.full.images()
+            with count_flops() as count:
+                self.full.part(0, 1).images()
+            self.work = count.total
         fast = replace(self.full, pipe=self.pipe, steps=candidate.steps)
         with candidate.applied(self.pipe):
             drawn = fast.images()
+            with count_flops() as count:
+                fast.part(0, 1).images()
         calls: dict[bool, Callable[[], object]] = {False: self.full.part(0, 1).images, True: fast.part(0, 1).images}
 
         @contextmanager
@@ -80,22 +89,25 @@ class Judge:
             with candidate.applied(self.pipe) if which else ExitStack():
                 yield
 
-        took = interleaved(calls, rounds, around=around)
         found = fidelity(self.images, drawn)
         numbers: dict[str, Any] = {
             "psnr_median": min(found.psnr_median, EQUAL),
             "psnr_worst_decile": min(found.psnr_worst_decile, EQUAL),
-            "time_ratio": statistics.median(ratios(took[False], took[True])),
+            "flop_ratio": self.work / count.total if count.total else 1.0,
         }
+        if rounds:
+            took = interleaved(calls, rounds, around=around)
+            numbers["time_ratio"] = statistics.median(ratios(took[False], took[True]))
         if found.ssim_median is not None:
             numbers["ssim_median"] = found.ssim_median
         return {**{key: round(value, 4) for key, value in numbers.items()}, "images": len(drawn)}, drawn
 
 
-def best(tried: dict[str, dict[str, Any]], min_psnr: float) -> str | None:
-    """The fastest of those that keep a median PSNR (dB); of equally fast ones the nearest. None: none keeps it."""
+def in_order(tried: dict[str, dict[str, Any]], min_psnr: float) -> list[str]:
+    """Those that keep a median PSNR (dB), the one of least work first, of equal ones the nearest. FLOPs decide and not
+    times, which are another choice on a busy machine."""
     enough = [name for name, numbers in tried.items() if numbers["psnr_median"] >= min_psnr]
-    return max(enough, key=lambda name: (tried[name]["time_ratio"], tried[name]["psnr_median"]), default=None)
+    return sorted(enough, key=lambda name: (-tried[name]["flop_ratio"], -tried[name]["psnr_median"]))
 
 
 def left_for_plans(min_psnr: float, quantized: float) -> float:

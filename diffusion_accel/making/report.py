@@ -20,7 +20,8 @@ class FastReport:
         asked: what was asked for: min_psnr (dB), max_size (share of float32).
         tried: by name, what each candidate was measured to do on the prompts by which one was chosen.
         taken: the name of the one that was.
-        measured: the same numbers on other prompts, which nothing was chosen by.
+        measured: the same numbers on other prompts, with times; nothing was chosen by them, but that what keeps less
+            than was asked for is passed by.
         size: of the denoiser's weights on disk, as a share of float32.
         call: arguments of a call for which all of this holds.
         prompts: how many fitted, chose and checked.
@@ -50,8 +51,9 @@ class FastReport:
         found = self.measured
         lines = [
             f"{self.folder}: {self.taken}, {self.size:.3f} of float32",
-            f"on {found['images']} prompts that nothing was chosen by: {found['time_ratio']:.2f}x as fast, PSNR "
-            f"{found['psnr_median']:.1f} dB, worst decile {found['psnr_worst_decile']:.1f} dB",
+            f"on {found['images']} other prompts: {found['time_ratio']:.2f}x as fast (FLOPs "
+            f"{found['flop_ratio']:.2f}x), PSNR {found['psnr_median']:.1f} dB, worst decile "
+            f"{found['psnr_worst_decile']:.1f} dB",
         ]
         if found["psnr_median"] < (self.asked["min_psnr"] or 0.0):
             lines.append(f"that is less than the {self.asked['min_psnr']:g} dB that it kept where it was chosen")
@@ -60,7 +62,7 @@ class FastReport:
 
     def page(self) -> str:
         """The whole report as one HTML page."""
-        columns = ("time_ratio", "psnr_median", "psnr_worst_decile", "ssim_median")
+        columns = ("flop_ratio", "psnr_median", "psnr_worst_decile", "ssim_median")
         rows = [(name, *(numbers.get(key, "–") for key in columns)) for name, numbers in self.tried.items()]
         images = [
             (label, [data_url(image) for image in batch[:SHOWN]])
@@ -86,8 +88,8 @@ class FastReport:
 _PAGE = """<p>{% for line in summary %}{{ line }}<br>{% endfor %}</p>
 <p>asked for: {{ asked }}; calls with {{ call }}; prompts: {{ prompts }}</p>
 {{ images }}
-<table><thead><tr><th>tried (on the prompts that choose)</th><th>times as fast</th><th>PSNR dB</th><th>worst decile</th>
-<th>SSIM</th></tr></thead>
+<table><thead><tr><th>tried (on the prompts that choose)</th><th>times less work</th><th>PSNR dB</th>
+<th>worst decile</th><th>SSIM</th></tr></thead>
 {% for row in rows %}
 <tr>{% for cell in row %}<td>{% if loop.first and cell == taken %}<b>{{ cell }}</b>{% else %}{{ cell }}{% endif %}</td>
 {% endfor %}</tr>
