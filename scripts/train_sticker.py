@@ -56,8 +56,8 @@ def add_training_options(parser: argparse.ArgumentParser, stages: list[str]) -> 
         add_rate_options(group, TUNED[stages[0]])
     add_loop_options(group)
     if len(stages) == 1 and "text" not in stages:
-        text = "begin with the weights of a safetensors file; those of a denoiser have its text encoders"
-        group.add_argument("--start", type=Path, metavar="FILE", help=text)
+        text = "begin with the weights of another pipeline: an embedded model's name, or a folder"
+        group.add_argument("--start", metavar="MODEL", help=text)
     parser.set_defaults(start=None)
     if "decoder" in stages:
         group.add_argument("--crop", type=number(8), default=48, help="side of the decoder's crops (default: 48)")

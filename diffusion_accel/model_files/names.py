@@ -58,7 +58,14 @@ EMBEDDED: dict[str, EmbeddedModel] = {
         licence="Apache-2.0, MIT and CC-BY-4.0 artwork, see the model card",
         example="red apple, 3d style",
         settings={"width": 96, "height": 96, "steps": 20, "guidance_scale": 3.0, "scheduler": "dpm++"},
-    )
+    ),
+    "sticker-dit": EmbeddedModel(
+        name="sticker-dit",
+        summary="the same concepts and styles by a transformer: flow matching, a FluxPipeline",
+        licence="Apache-2.0, MIT and CC-BY-4.0 artwork, see the model card",
+        example="red apple, 3d style",
+        settings={"width": 96, "height": 96, "steps": 28, "guidance_scale": 3.0},
+    ),
 }
 
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from diffusion_accel.evaluation.distribution import hit_shares
 from diffusion_accel.io import first_line
 from diffusion_accel.model_files.names import EMBEDDED
-from diffusion_accel.model_files.tensors import read_tensors
 from diffusion_accel.outputs import replacing_folder
 from diffusion_accel.routing.hooks import CONFIG_KEY
 from diffusion_accel.training import archives
@@ -78,21 +77,24 @@ def load_text_encoder(work: Path, source: str, text: torch.nn.Module) -> None:
         raise UsageError(f"the text encoder of {source} has other sizes: {first_line(error)}") from error
 
 
-def load_weights(file: Path, denoiser: torch.nn.Module) -> None:
-    """Load the weights of a safetensors file, named as a state of the denoiser's stage names them, into `denoiser`.
+def load_weights(source: str, model: torch.nn.Module) -> None:
+    """Load the weights of another pipeline, an embedded model or a folder, into a denoiser with its text encoders, or
+    into a VAE's decoder.
 
     Raises:
-        UsageError: they are those of another model, or no such file is there.
+        UsageError: they are those of another model, or no such pipeline is there.
     """
-    found = read_tensors(file, error=UsageError)
-    wanted = dict(denoiser.named_parameters())
-    shapes = [{name: tuple(value.shape) for name, value in part.items()} for part in (found, wanted)]
-    other = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
-    if other:
-        raise UsageError(f"{file} holds the weights of another model: {other[0]} differs")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(found[name])
+    pipeline = load_pipeline(EMBEDDED[source].path if source in EMBEDDED else Path(source))
+    parts: dict[str, Any] = {"text_encoder": "text", "text_encoder_2": "states", "transformer": "core", "unet": "core"}
+    try:
+        if not isinstance(model, Denoiser):
+            model.load_state_dict(pipeline.vae.decoder.state_dict())
+            return
+        for theirs, ours in parts.items():
+            if (part := getattr(pipeline, theirs, None)) is not None:
+                getattr(model, ours).load_state_dict(part.state_dict())
+    except (AttributeError, RuntimeError) as error:
+        raise UsageError(f"the parts of {source} are those of another model: {first_line(error)}") from error
 
 
 def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def test_a_plan_that_is_no_family_is_held_to_what_was_measured(tmp_path: Path) -
     with pytest.raises(ConfigurationError, match="it says of no measurement"):
         Reuse(plan=TunedPlan(Plan.parse("full hold"), {}), speedup=2)
     for text in ("hold:2", "steps:full hold", "pab"):
-        with pytest.raises(ConfigurationError, match=r"choose among tuned plans.* tuned:ddim, tuned:dpm$"):
+        with pytest.raises(ConfigurationError, match=r"choose among tuned plans.* tuned:ddim, tuned:dpm, tuned:flow$"):
             Reuse(plan=text, speedup=2)
     for wrong in ({"speedup": 0.5}, {"speedup": 2000}, {"min_psnr": 4}, {"min_psnr": 81}, {"speedup": float("nan")},
                   {"speedup": True}, {"min_psnr": "45"}):  # fmt: skip

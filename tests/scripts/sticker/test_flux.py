@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from recipe import SIZE, TINY, once, small_batches, trainer
-from safetensors.torch import save_file
 from sticker import data as sticker_data
 from sticker import settings as stage_settings
 from sticker import stages
@@ -20,6 +19,7 @@ from sticker.models import Shape, build_vae
 
 from diffusion_accel.training import archives
 from diffusion_accel.training.files import UsageError
+from diffusion_accel.training.state import load_average
 
 SHAPE = TINY | {
     "patch": 4,
@@ -82,17 +82,28 @@ def test_a_training_call_is_what_the_pipeline_calls(flux: Path) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_training_begins_with_weights_of_a_file(flux: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    file, there = tmp_path / "start.safetensors", denoiser_of(flux, Shape.of_work(flux))
-    save_file({name: p.detach().half() + 1 for name, p in there.named_parameters()}, file)
-    options = trainer.make_parser().parse_args(["denoiser", "--work", str(flux), "--start", str(file)])
-    task = stages.denoiser_task(options)
-    for name, parameter in there.named_parameters():
-        assert torch.equal(dict(task.model.named_parameters())[name], (parameter.half() + 1).float())
-    save_file({"text.other": torch.zeros(1)}, file)
-    with pytest.raises(UsageError, match="another model"):
-        stages.denoiser_task(options)
+def test_training_begins_with_the_weights_of_a_pipeline(flux: Path) -> None:
+    """Those of `export` are the averaged ones of the last stage, in half precision."""
+    start = ["--work", str(flux), "--start", str(flux / "pipeline")]
+    trained = denoiser_of(flux, Shape.of_work(flux))
+    load_average(flux / "finish", trained, "finish")
+    begun = dict(stages.denoiser_task(trainer.make_parser().parse_args(["denoiser", *start])).model.named_parameters())
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(begun[name], parameter.half().float()), name
+    decoder = build_vae(Shape.of_work(flux)).decoder
+    load_average(flux / "decoder", decoder, "decoder")
+    begun = dict(stages.decoder_task(trainer.make_parser().parse_args(["decoder", *start])).model.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(begun[name], parameter.half().float()), name
+
+
+@pytest.mark.parametrize("stage", ["denoiser", "decoder"])
+def test_weights_of_another_model(flux: Path, stage: str) -> None:
+    task = {"denoiser": stages.denoiser_task, "decoder": stages.decoder_task}[stage]
+    for source, reason in (("sticker", "are those of another model"), (str(flux), "is not a pipeline folder")):
+        options = trainer.make_parser().parse_args([stage, "--work", str(flux), "--start", source])
+        with pytest.raises(UsageError, match=reason):
+            task(options)
 
 
 def test_the_written_encoder_of_three_levels_is_the_convolution(flux: Path) -> None:

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Make what ships for the embedded model: two families of plans, and the learned solver.
+"""Make what ships beside the embedded models: families of plans, and learned solvers.
 
-    python scripts/tune_sticker.py ddim --seconds 900
-    python scripts/tune_sticker.py dpm --seconds 600
-    python scripts/tune_sticker.py solver --seconds 900
-    python scripts/tune_sticker.py solver --seconds 900 --evaluations 8 --keep-timesteps --out runs/eight
-    python scripts/tune_sticker.py merge runs/eight runs/ten    # their solvers take the place of those that ship
-    python scripts/tune_sticker.py retime     # the speed-ups of both families once more, in CPU time of one thread
+    python scripts/tune_embedded.py ddim --seconds 900      # sticker
+    python scripts/tune_embedded.py dpm --seconds 600       # sticker
+    python scripts/tune_embedded.py flow --seconds 900      # sticker-dit
+    python scripts/tune_embedded.py solver --seconds 900    # --model sticker-dit: the other one
+    python scripts/tune_embedded.py solver --seconds 900 --evaluations 8 --keep-timesteps --out runs/eight
+    python scripts/tune_embedded.py merge runs/eight runs/ten    # their solvers take the place of those that ship
+    python scripts/tune_embedded.py retime     # the speed-ups of all families once more, in CPU time of one thread
 
-The steps that are computed are chosen by captions of the kind the model was trained on; fits see what people type, too
-(`data/varied_prompts.txt`). Measured on other captions. Writes into `diffusion_accel/assets`, or into --out.
+The steps that are computed are chosen by captions of the kind the models were trained on; fits see what people type,
+too (`data/varied_prompts.txt`). Measured on other captions. Writes into `diffusion_accel/assets`, or into --out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +30,7 @@ import diffusion_accel
 from diffusion_accel import LearnedMultistepScheduler
 from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.measure.sampler import Sampler
+from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.reuse.plan_family import PlanFamily
 from diffusion_accel.schedulers.solver import read_file
@@ -37,14 +39,35 @@ from diffusion_accel.tuning.measure import reusing
 ASSETS = Path(diffusion_accel.__file__).parent / "assets"
 VARIED = Path(__file__).parent / "data" / "varied_prompts.txt"
 CALL: dict[str, Any] = {"guidance_scale": 3.0, "height": 96, "width": 96}
-# what ships: the scheduler, its steps, the evaluations of the plans, and what some of them are called
-FAMILIES: dict[str, tuple[str, int, dict[int, str]]] = {
-    "ddim": ("ddim", 50, {5: "", 6: "fast", 8: "balanced", 10: "", 14: "quality", 18: ""}),
-    "dpm": ("dpm++", 20, {4: "", 5: "fast", 6: "", 8: "balanced", 11: "quality"}),
+
+
+class Family(NamedTuple):
+    """A family that ships: of which model, with which scheduler (None: its own) and steps, the evaluations of the
+    plans, and what some of them are called."""
+
+    model: str
+    scheduler: str | None
+    steps: int
+    names: dict[int, str]
+
+
+FAMILIES = {
+    "ddim": Family("sticker", "ddim", 50, {5: "", 6: "fast", 8: "balanced", 10: "", 14: "quality", 18: ""}),
+    "dpm": Family("sticker", "dpm++", 20, {4: "", 5: "fast", 6: "", 8: "balanced", 11: "quality"}),
+    "flow": Family("sticker-dit", None, 28, {5: "", 6: "", 8: "fast", 10: "balanced", 13: "quality", 16: ""}),
 }
 UNSEEN = 1000  # how many captions are passed by before those that measure
 SIZES = (5, 6, 8, 10, 12)  # evaluations of the solver
-SOLVERS = Path("solvers") / "sticker"
+SOLVERS = Path("solvers")
+
+
+def opened(model: str, scheduler: str | None = None) -> Any:
+    """An embedded model that shows no bars."""
+    pipe: Any = diffusion_accel.load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    return pipe
 
 
 def prompts(count: int) -> list[str]:
@@ -58,12 +81,10 @@ def prompts(count: int) -> list[str]:
 
 
 def retime(folder: Path, rounds: int = 9) -> None:
-    """Measure the speed-ups of both families again: CPU time of single images, in turn with the baseline, so that other
+    """Measure the speed-ups of all families again: CPU time of single images, in turn with the baseline, so that other
     work on the machine does not count."""
-    for name, (scheduler, steps, _) in FAMILIES.items():
-        pipe: Any = diffusion_accel.load_pipeline("sticker")
-        pipe.set_progress_bar_config(disable=True)
-        set_scheduler(pipe, scheduler)
+    for name, (model, scheduler, steps, _) in FAMILIES.items():
+        pipe = opened(model, scheduler)
         family = PlanFamily.load(folder / "plans" / f"{name}.json")
         one = Sampler(pipe, tuple(embedded_prompts(1, UNSEEN)), steps, 1000, 1, CALL)
         ratios: list[list[float]] = [[] for _ in family.members]
@@ -96,18 +117,18 @@ def told(what: str, share: float = 0.0, left: float | None = None) -> None:
     print(f"{share:4.0%} {what}" + (f", {left:.0f} s left" if left is not None else ""), flush=True)
 
 
-def merge(folder: Path, others: Sequence[Path]) -> None:
+def merge(model: str, folder: Path, others: Sequence[Path]) -> None:
     """Put the solvers of other folders in the place of those of a folder, or beside them, with their measurements."""
-    whole = read_file(folder / SOLVERS)
+    whole = read_file(folder / SOLVERS / model)
     for other in others:
-        new = read_file(other / SOLVERS)
+        new = read_file(other / SOLVERS / model)
         for n, solver in new["solvers"].items():
             before = whole["solvers"].get(n, {})
             if solver["timesteps"] == before.get("timesteps") and "start" in before:
                 solver.setdefault("start", before["start"])
         whole["solvers"] |= new["solvers"]
         whole["made_for"]["measured"] |= new["made_for"]["measured"]
-    LearnedMultistepScheduler.from_config(whole).save_pretrained(folder / SOLVERS)
+    LearnedMultistepScheduler.from_config(whole).save_pretrained(folder / SOLVERS / model)
     for n, numbers in whole["made_for"]["measured"].items():
         print(n, numbers["psnr_median"], numbers["psnr_worst_decile"], numbers["psnr_floor"])
 
@@ -116,6 +137,7 @@ def main() -> int:
     """Tune one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*FAMILIES, "solver", "merge", "retime"))
+    parser.add_argument("--model", choices=tuple(EMBEDDED), default="sticker", help="solver, merge: of which model")
     parser.add_argument("folders", type=Path, nargs="*", help="merge: what `solver` wrote")
     parser.add_argument("--seconds", type=float, default=900.0, help="time budget of the search")
     parser.add_argument("--count", type=int, default=24, help="images that measure; twice as many calibrate")
@@ -128,21 +150,20 @@ def main() -> int:
         retime(options.out)
         return 0
     if options.what == "merge":
-        merge(options.out, options.folders)
+        merge(options.model, options.out, options.folders)
         return 0
-    pipe: Any = diffusion_accel.load_pipeline("sticker")
-    pipe.set_progress_bar_config(disable=True)
     common: dict[str, Any] = CALL | {"seconds": options.seconds, "progress": told, "seed": 20_000}
     common["batch"] = options.batch
     texts = prompts(options.count)
     if options.what == "solver":
-        start = LearnedMultistepScheduler.for_model("sticker") if options.keep_timesteps else None
+        pipe = opened(options.model)
+        start = LearnedMultistepScheduler.for_model(options.model) if options.keep_timesteps else None
         made = diffusion_accel.tune_solver(pipe, texts, options.evaluations, start=start, **common)
-        made.save_pretrained(options.out / SOLVERS)
+        made.save_pretrained(options.out / SOLVERS / options.model)
         print(made.config.made_for["measured"])
         return 0
-    scheduler, steps, names = FAMILIES[options.what]
-    set_scheduler(pipe, scheduler)
+    model, scheduler, steps, names = FAMILIES[options.what]
+    pipe = opened(model, scheduler)
     family: Any = diffusion_accel.tune(pipe, texts, steps=steps, computed_steps=tuple(names), images=1e6, **common)
     members = [replace(plan, name=names.get(plan.evaluations, "")) for plan in family.members]
     named = PlanFamily.of(members, search=family.search)
