@@ -27,12 +27,12 @@ import numpy as np
 import psutil
 import torch
 from measuring import MOST, head, line, quiet
-from PIL import Image
 from rivals import Rival, workload
 from safetensors.torch import save_file
 
 from diffusion_accel import accelerate
 from diffusion_accel.generation.request import Request
+from diffusion_accel.images import open_image
 from diffusion_accel.measure.fidelity import psnr
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.serving.engine import Engine
@@ -252,7 +252,7 @@ def worst(wanted: dict[int, bytes], images: dict[int, bytes]) -> float:
     """The least PSNR of images, in dB."""
 
     def opened(content: bytes) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) / 255.0).permute(2, 0, 1)
+        return torch.from_numpy(np.asarray(open_image(io.BytesIO(content))) / 255.0).permute(2, 0, 1)
 
     pairs = [(opened(wanted[number]), opened(images[number])) for number in wanted if number in images]
     if not pairs:

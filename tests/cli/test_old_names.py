@@ -91,7 +91,7 @@ def test_one_name_for_one_option() -> None:
         for parameter in command.params:
             seen.setdefault(parameter.name, {}).setdefault(tuple(parameter.opts), name)
     two = {name: found for name, found in seen.items() if len(found) > 1}
-    assert set(two) <= {"image", "layers"}, two  # arguments of `cutout` and `compose`
+    assert set(two) <= {"image", "layers", "model"}, two  # arguments of `cutout`, `compose` and `accelerate`
     switches = {c: p.is_flag for c, command in commands().items() for p in command.params if "--json" in p.opts}
     assert len(switches) >= 9 and all(switches.values())
 
