@@ -20,7 +20,7 @@ from diffusion_accel import interrupts, schedulers
 from diffusion_accel._version import __version__
 from diffusion_accel.arguments import public
 from diffusion_accel.denoisers import denoiser_names
-from diffusion_accel.errors import AccelerationError, ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.errors import AccelerationError, ConfigurationError
 from diffusion_accel.io import writing
 from diffusion_accel.measure.request import MAX_SEED, options_of, texts_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
@@ -30,11 +30,13 @@ from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.outputs import check_free_folder
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.progress import Progress, silent
+from diffusion_accel.quant.model import set_runtime
 from diffusion_accel.quant.ptq.export import put, quantize, save
 from diffusion_accel.quant.ptq.folder import agree, clear, held, read, write
 from diffusion_accel.quant.ptq.settings import settings_of
-from diffusion_accel.recipes.saving import save_recipe, weights_of
-from diffusion_accel.reuse.plan_family import PlanFamily, called, load_tuned
+from diffusion_accel.recipes.saving import OURS, method_of, save_recipe, weights_of
+from diffusion_accel.reuse.plan_family import called, load_tuned
+from diffusion_accel.reuse.plan_file import TunedPlan
 from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
 from diffusion_accel.switchboard import accelerate
 from diffusion_accel.tuning.solver import tune_solver
@@ -296,18 +298,19 @@ class _Run:
             self.report.notes.append(f"no plan: {error}")
             return []
         found = load_tuned(str(every if every.is_file() else one))
-        members = found.members if isinstance(found, PlanFamily) else (found,)
-        return [Candidate(f"plan {called(plan)}", s.steps, plan=plan) for plan in members]
+        if isinstance(found, TunedPlan):
+            return [Candidate("plan for what is left", s.steps, plan=found)]
+        return [Candidate(f"plan {called(plan)}", s.steps, plan=plan) for plan in found.members]
 
     def tune(self, file: Path, **call: Any) -> None:
         """One search, written to a file; a family that is not to be had leaves none."""
         try:
-            tune(self.pipe, self.prompts("fit")[:TUNED_ON], **call).save(file)
-        except UnsupportedPipelineError:
-            raise
-        except ConfigurationError:
+            with _in_full_precision(self.pipe):
+                tune(self.pipe, self.prompts("fit")[:TUNED_ON], **call).save(file)
+        except ConfigurationError as error:
             if "min_psnr" in call:
                 raise
+            self.report.notes.append(f"no family of plans: {error}")
 
     def solvers(self, told: Progress) -> list[Candidate]:
         """Learned solvers of a half and a third of the steps, towards what the pipeline draws as it is."""
@@ -317,11 +320,12 @@ class _Run:
         sizes = sorted({max(2, s.steps // 2), max(2, s.steps // 3)})
         if not folder.is_dir():
             try:
-                solver = tune_solver(
-                    self.pipe, self.prompts("fit")[:TUNED_ON], sizes, towards="baseline", steps=s.steps, seed=s.seed,
-                    batch=s.batch, seconds=self.share("solver"), state=self.work / "solver.search", progress=told,
-                    **s.options,
-                )  # fmt: skip
+                with _in_full_precision(self.pipe):
+                    solver = tune_solver(
+                        self.pipe, self.prompts("fit")[:TUNED_ON], sizes, towards="baseline", steps=s.steps,
+                        seed=s.seed, batch=s.batch, seconds=self.share("solver"), progress=told,
+                        state=self.work / "solver.search", **s.options,
+                    )  # fmt: skip
             except AccelerationError as error:
                 self.report.notes.append(f"no solver: {error}")
                 return []
@@ -362,6 +366,20 @@ class _Run:
         write(made / "report.json", self.report.to_dict())
         (made / "report.html").write_text(self.report.page(), encoding="utf-8")
         return made
+
+
+@contextmanager
+def _in_full_precision(pipe: Any) -> Iterator[None]:
+    """Within this context quantized layers compute with floating-point weights: "auto" may compute in bfloat16, and
+    then the tuner finds that a denoiser does not say the same when it is asked again."""
+    quantized = any(method_of(getattr(pipe, name)) == OURS for name in denoiser_names(pipe))
+    if quantized:
+        set_runtime(pipe, "dequantize")
+    try:
+        yield
+    finally:
+        if quantized:
+            set_runtime(pipe)
 
 
 def _put_scheduler(scheduler: Any, folder: Path) -> None:

@@ -172,7 +172,8 @@ def test_where_no_family_is_to_be_had_one_plan_is_tuned_for_what_is_left(model: 
 
     with mock.patch.object(module, "make_fast", spy):
         report = run(model, tmp_path / "fast", min_psnr=20.0, seconds=10.0)
-    assert asked[0] is None and asked[1] > 20 and len(report.tried) == 2
+    assert asked[0] is None and asked[1] > 20 and {*report.tried} == {"every step", "plan for what is left"}
+    assert "no family of plans: give a speed-up or a lowest PSNR" in report.text()
 
 
 @pytest.mark.parametrize(
