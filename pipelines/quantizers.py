@@ -10,6 +10,7 @@ from diffusion_accel import denoisers  # its names are loaded when they are used
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, is_there, read_json
 from diffusion_accel.model_files.folders import check_config
+from diffusion_accel.model_files.quantized import METHOD
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def checkpoint_folders(text: str) -> dict[str, Path]:
         except ModelLoadError:
             continue
         method = config.get("quantization_config") if isinstance(config, dict) else None
-        if isinstance(method, dict) and method.get("quant_method") == "diffusion_accel":
+        if isinstance(method, dict) and method.get("quant_method") == METHOD:
             found["" if file.parent == root else file.parent.name] = file.parent
     if not found:
         raise ModelLoadError(f"{text} holds no checkpoint made by `diffusion-accel quantize`")

@@ -12,6 +12,7 @@ from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.feature import Feature
 from diffusion_accel.io import first_line, is_there, plain, shown
 from diffusion_accel.model_files.names import ModelSource
+from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.recipes.recipe import FILE, Recipe, read_recipe
 from diffusion_accel.schedulers.solver import CLASS
 
@@ -112,7 +113,7 @@ def restore(
     from diffusion_accel.denoisers import denoiser_names  # heavy: torch
     from diffusion_accel.hooks import model_of  # heavy: torch
     from diffusion_accel.quant.model import set_runtime  # heavy: torch
-    from diffusion_accel.recipes.saving import OURS, method_of, weights_of  # heavy: torch, diffusers
+    from diffusion_accel.recipes.saving import method_of, weights_of  # heavy: torch, diffusers
 
     quantized = (quantize or None) == quantize_of(recipe, source)
     parts = {name: pipe.components[name] for name in recipe.models if pipe.components.get(name) is not None}
@@ -135,7 +136,7 @@ def restore(
         logger.warning("%s was made with other weights of %s: what was measured does not hold here", recipe, what)
     if scheduler and recipe.scheduler is not None:
         pipe.scheduler = scheduler_from(pipe, recipe)
-    ours = any(method_of(getattr(pipe, name)) == OURS for name in denoisers)
+    ours = any(method_of(getattr(pipe, name)) == METHOD for name in denoisers)
     if quantized and ours and (recipe.runtime is not None or recipe.low_memory):
         set_runtime(pipe, recipe.runtime or "auto", recipe.low_memory)  # type: ignore[arg-type]
 

@@ -16,9 +16,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from diffusion_accel.diffusers_compat import set_config_entry
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.model_files.quantized import METHOD
 
 from .layers import QuantizedLayer
-from .method import METHOD
 from .model import digest, digest_of_version_1, install, set_runtime
 from .spec import ModelSpec
 from .stored import Tensor, find_tensors, verify

@@ -15,6 +15,7 @@ from torch import nn
 from diffusion_accel.denoisers import find_denoisers
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.hooks import forward_parameters, model_of
+from diffusion_accel.model_files.quantized import RUNTIMES
 
 from .affine import quantize, search_grid
 from .attention import QuantizedSoftmax, quantizable_attention
@@ -27,7 +28,7 @@ from .layers import (
     quantized_layers,
     quantized_like,
 )
-from .spec import RUNTIMES, LayerSpec, ModelSpec
+from .spec import LayerSpec, ModelSpec
 from .stored import settings_digest, tensors_digest
 
 # as safetensors names them

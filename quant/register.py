@@ -6,9 +6,8 @@ there imports the real classes when a quantized model is loaded.
 
 from __future__ import annotations
 
+from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.when_imported import when_imported
-
-from .method import METHOD
 
 TYPE_CHECKING = False  # without importing `typing`: every start of the command comes by here
 if TYPE_CHECKING:

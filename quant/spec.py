@@ -18,13 +18,6 @@ ACTIVATION_BITS = range(2, 17)
 GROUPS = (0, 16, 32, 64, 128, 256)  # weights or inputs that share a grid; 0: all of a row
 MAX_MARGIN = 64
 PERCENTILES = (99.9, 99.99, 99.999)  # of values, between which a grid of inputs may lie
-RUNTIMES = (
-    "auto",
-    "integer",
-    "bfloat16",
-    "dequantize",
-    "simulated",
-)  # how quantized layers compute, see `model.set_runtime`
 LAYERS_LIMIT = 100_000  # of a model
 TIMESTEPS_LIMIT = 4096
 STEPS_LIMIT = 1_000_000_000  # iterations or epochs of a stage

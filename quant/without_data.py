@@ -19,12 +19,12 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, plain, printable, read_json, writing
 from diffusion_accel.model_files.folders import INDEX, check_folder
 from diffusion_accel.model_files.headers import check_weights
+from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.outputs import check_free_folder, replacing_folder
 from diffusion_accel.progress import Progress, silent
 
 from .affine import codes_of, stored_grid, values_of, weight_grid
 from .low_rank import low_rank
-from .method import METHOD
 from .model import DTYPES, install
 from .packing import pack
 from .ptq.bits import layer_specs

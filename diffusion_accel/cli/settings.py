@@ -19,10 +19,10 @@ from diffusion_accel.generation.request import MAX_SEED, MAX_TEXT, Options, chec
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
+from diffusion_accel.model_files.quantized import RUNTIMES
 from diffusion_accel.pipelines.quantizers import check_quantize
 from diffusion_accel.pipelines.recipes import features_over, quantize_of, recipe_of
 from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
-from diffusion_accel.quant.spec import RUNTIMES
 from diffusion_accel.recipes.recipe import Recipe
 from diffusion_accel.registry import FEATURES
 from diffusion_accel.schedulers.solver import not_learnt

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.mixin import plain_twin
 from diffusion_accel.model_files.folders import INDEX, LIBRARY
 from diffusion_accel.model_files.names import ModelSource
+from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.outputs import check_free_folder
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.progress import Progress, silent
@@ -34,7 +35,7 @@ from diffusion_accel.quant.model import set_runtime
 from diffusion_accel.quant.ptq.export import put, quantize, save
 from diffusion_accel.quant.ptq.folder import agree, clear, held, read, write
 from diffusion_accel.quant.ptq.settings import settings_of
-from diffusion_accel.recipes.saving import OURS, method_of, save_recipe, weights_of
+from diffusion_accel.recipes.saving import method_of, save_recipe, weights_of
 from diffusion_accel.reuse.plan_family import called, load_tuned
 from diffusion_accel.reuse.plan_file import TunedPlan
 from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
@@ -157,7 +158,7 @@ class _Run:
     progress: Progress
     report: FastReport
     pipe: Any = None  # of the model that is kept
-    _done: float = field(default=0.0)
+    _done: float = 0.0
 
     def asked(self) -> dict[str, Any]:
         """All that must be the same for a run to go on; the wish for a fidelity only chooses."""
@@ -372,7 +373,7 @@ class _Run:
 def _in_full_precision(pipe: Any) -> Iterator[None]:
     """Within this context quantized layers compute with floating-point weights: "auto" may compute in bfloat16, and
     then the tuner finds that a denoiser does not say the same when it is asked again."""
-    quantized = any(method_of(getattr(pipe, name)) == OURS for name in denoiser_names(pipe))
+    quantized = any(method_of(getattr(pipe, name)) == METHOD for name in denoiser_names(pipe))
     if quantized:
         set_runtime(pipe, "dequantize")
     try:

@@ -18,6 +18,7 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.feature import Feature
 from diffusion_accel.io import at_home, is_there, parse_json, read_text, shown
 from diffusion_accel.model_files.folders import check_config, leaves
+from diffusion_accel.model_files.quantized import RUNTIMES
 from diffusion_accel.registry import FEATURES, feature_class
 from diffusion_accel.schedulers.solver import CLASS, read_solvers
 
@@ -31,7 +32,6 @@ KEYS = ("format", "version", "pipeline", "models", "features", "off", "scheduler
 CALL = {"steps": int, "guidance_scale": float, "width": int, "height": int}
 _KEYS = (*KEYS, "call", "measured", "made_by")
 _LIMITS = {"steps": (1, 10_000), "guidance_scale": (0, 1000), "width": (8, 32_768), "height": (8, 32_768)}
-_RUNTIMES = ("dequantize", "simulated", "integer", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def read_recipe(place: Path | str) -> Recipe:
         off=_off(values.get("off", []), values.get("features") or {}, where),
         scheduler=_scheduler(values.get("scheduler"), where),
         quantize=_quantize(values.get("quantize"), where, path.parent),
-        runtime=_one_of(values.get("runtime"), _RUNTIMES, f"{where}: runtime"),
+        runtime=_one_of(values.get("runtime"), RUNTIMES, f"{where}: runtime"),
         low_memory=bool(_one_of(values.get("low_memory", False), (False, True), f"{where}: low_memory")),
         pipeline=_text(values.get("pipeline", ""), f"{where}: pipeline"),
         models=_models(_table(values, "models", where), where),

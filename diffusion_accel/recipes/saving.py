@@ -19,6 +19,7 @@ from diffusion_accel.denoisers import denoiser_names, fingerprint
 from diffusion_accel.feature import Feature
 from diffusion_accel.hooks import model_of
 from diffusion_accel.io import replacing, writing
+from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.outputs import check_free, output_path, replacing_folder
 
 from .recipe import FILE, FILES, FORMAT, VERSION
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-
-OURS = "diffusion_accel"  # of a quantized model's quant_method
 
 
 def save_recipe(
@@ -147,7 +146,7 @@ def _described(part: nn.Module) -> dict[str, Any]:
 def weights_of(part: nn.Module) -> str | None:
     """A model's fingerprint; None where its weights are elsewhere, or another package's."""
     elsewhere = any(parameter.is_meta for parameter in part.parameters())
-    return None if elsewhere or method_of(part) not in (None, OURS) else fingerprint(part)
+    return None if elsewhere or method_of(part) not in (None, METHOD) else fingerprint(part)
 
 
 def method_of(part: Any) -> str | None:
@@ -176,9 +175,9 @@ def _quantized(pipe: DiffusionPipeline, names: _Beside, with_model: bool) -> dic
     """Where the quantized denoisers are, and how they compute."""
     parts = {name: model_of(getattr(pipe, name)) for name in denoiser_names(pipe)}
     methods = {name: method_of(part) for name, part in parts.items()}
-    if others := {method for method in methods.values() if method not in (None, OURS)}:
+    if others := {method for method in methods.values() if method not in (None, METHOD)}:
         logger.warning("the recipe does not bring what %s quantized: load the model so, too", ", ".join(others))
-    ours = {name: parts[name] for name, method in methods.items() if method == OURS}
+    ours = {name: parts[name] for name, method in methods.items() if method == METHOD}
     if not ours:
         return {}
     if not with_model:

@@ -30,7 +30,7 @@ from diffusion_accel import (
     pipelines,
     quantize_files,
 )
-from diffusion_accel.quant.model import runtime_report, set_runtime
+from diffusion_accel.quant.model import RUNTIMES, runtime_report, set_runtime
 from diffusion_accel.recipes.recipe import FILE, read_recipe
 from diffusion_accel.registry import all_features
 from diffusion_accel.reuse.conditions import conditions
@@ -159,6 +159,16 @@ def test_a_learned_solver_comes_back(whole: Path, tmp_path: Path) -> None:
         assert made.scheduler.evaluations == [4] and torch.equal(draw(made, num_inference_steps=4), wanted)
     made = load(tmp_path / "m", scheduler="ddim")
     assert type(made.scheduler) is DDIMScheduler and made.acceleration.features
+
+
+@pytest.mark.parametrize("runtime", [name for name in RUNTIMES if name != "auto"])
+def test_every_runtime_comes_back(whole: Path, tmp_path: Path, runtime: Any) -> None:
+    quantize_files(whole, tmp_path / "w8", group=0)
+    pipe = load(tmp_path / "w8", reuse="hold:3")
+    set_runtime(pipe, runtime)
+    pipe.acceleration.save(tmp_path / "r")
+    assert read_recipe(tmp_path / "r").runtime == runtime
+    assert runtime_report(load(whole, recipe=tmp_path / "r")) == runtime_report(pipe)
 
 
 def test_a_quantized_denoiser_comes_back(whole: Path, tmp_path: Path, caplog: Any) -> None:

@@ -1,3 +1,0 @@
-"""`quant_method` of our checkpoints."""
-
-METHOD = "diffusion_accel"
