@@ -27,15 +27,14 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.mixin import plain_twin
 from diffusion_accel.model_files.folders import INDEX, LIBRARY
 from diffusion_accel.model_files.names import ModelSource
-from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.outputs import check_free_folder
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.progress import Progress, silent
-from diffusion_accel.quant.model import set_runtime
+from diffusion_accel.quant.model import computing
 from diffusion_accel.quant.ptq.export import put, quantize, save
 from diffusion_accel.quant.ptq.folder import agree, clear, held, read, write
 from diffusion_accel.quant.ptq.settings import settings_of
-from diffusion_accel.recipes.saving import method_of, save_recipe, weights_of
+from diffusion_accel.recipes.saving import save_recipe, weights_of
 from diffusion_accel.reuse.plan_family import called, load_tuned
 from diffusion_accel.reuse.plan_file import TunedPlan
 from diffusion_accel.schedulers.learned import LearnedMultistepScheduler
@@ -306,7 +305,9 @@ class _Run:
     def tune(self, file: Path, **call: Any) -> None:
         """One search, written to a file; a family that is not to be had leaves none."""
         try:
-            with _in_full_precision(self.pipe):
+            with computing(
+                self.pipe, "dequantize"
+            ):  # bfloat16 rounds otherwise for other rows, and the tuner asks twice
                 tune(self.pipe, self.prompts("fit")[:TUNED_ON], **call).save(file)
         except ConfigurationError as error:
             if "min_psnr" in call:
@@ -321,7 +322,7 @@ class _Run:
         sizes = sorted({max(2, s.steps // 2), max(2, s.steps // 3)})
         if not folder.is_dir():
             try:
-                with _in_full_precision(self.pipe):
+                with computing(self.pipe, "dequantize"):
                     solver = tune_solver(
                         self.pipe, self.prompts("fit")[:TUNED_ON], sizes, towards="baseline", steps=s.steps,
                         seed=s.seed, batch=s.batch, seconds=self.share("solver"), progress=told,
@@ -367,20 +368,6 @@ class _Run:
         write(made / "report.json", self.report.to_dict())
         (made / "report.html").write_text(self.report.page(), encoding="utf-8")
         return made
-
-
-@contextmanager
-def _in_full_precision(pipe: Any) -> Iterator[None]:
-    """Within this context quantized layers compute with floating-point weights: "auto" may compute in bfloat16, and
-    then the tuner finds that a denoiser does not say the same when it is asked again."""
-    quantized = any(method_of(getattr(pipe, name)) == METHOD for name in denoiser_names(pipe))
-    if quantized:
-        set_runtime(pipe, "dequantize")
-    try:
-        yield
-    finally:
-        if quantized:
-            set_runtime(pipe)
 
 
 def _put_scheduler(scheduler: Any, folder: Path) -> None:
