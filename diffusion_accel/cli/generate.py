@@ -24,10 +24,12 @@ from .common_options import (
     number,
 )
 from .feature_flags import with_feature_flags
+from .from_image import read_again
 from .prompts import Job, plan_jobs, read_jobs, request_of
 from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, merge, read_config
+from .terminal import note
 
-_OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config")  # not settings
+_OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "from_")  # not settings
 _PANELS = {
     "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale "
     "control_guidance_start control_guidance_end lora",
@@ -128,7 +130,8 @@ def generate(
         typer.Option("--metadata/--no-metadata", help="Write settings into the image.", show_default="metadata"),
     ] = None,
     paths_: Annotated[
-        bool | None, typer.Option("--paths", help="In them, whole paths of local files, not only names.")
+        bool | None,
+        typer.Option("--paths", help="In them, whole paths of local files, not only names; --from follows such paths."),
     ] = None,
     compare: Annotated[bool | None, typer.Option("--compare", help="Run plain diffusers too; image and table.")] = None,
     premultiplied: Annotated[
@@ -150,6 +153,10 @@ def generate(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON line an image on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML or JSON with flag names as keys.")] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="IMAGE", help="Draw again what this image was drawn with; flags win."),
+    ] = None,
     **features: str | None,
 ) -> None:
     """Generate images, plain or accelerated."""
@@ -160,6 +167,12 @@ def generate(
     if lora is not None:
         flags["lora"] = tuple(lora)
     values = {} if config is None else read_config(config)
+    again = None
+    if from_ is not None:
+        named = {key for key, value in {**flags, "prompt": prompt or classes or prompts_file}.items() if value}
+        named |= {*values} | ({"prompt"} if "prompts_file" in values else set())
+        again = read_again(from_, named, bool(paths_ or values.get("paths")))
+        values = {**again.values, **values}
     jobs = _jobs(prompt or [], classes or [], prompts_file, values)
     settings, source = merge(flags, values, restoring=True)
     if settings.distribute is not None:
@@ -184,6 +197,8 @@ def generate(
         return f"{written} of {len(images)} images were written" if written else interrupts.names()
 
     interrupts.explain(state)
+    for text in () if again is None or quiet else again.notes(*session.drawn_by(source)):
+        note(text)
     session.draw_all(settings, source, device_name, plans, writes=writes, quiet=quiet, json_lines=json_lines)
 
 

@@ -21,10 +21,11 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.generation.drawing import Drawn, check_drawable, check_requests, prepare, takes_neither
 from diffusion_accel.generation.loading import best_device, model_hash, open_pipeline
 from diffusion_accel.generation.outputs import OutputPlan
-from diffusion_accel.generation.records import Origin, how_quantized, record
+from diffusion_accel.generation.records import Origin, how_quantized, record, versions
 from diffusion_accel.generation.request import Request
 from diffusion_accel.model_files.names import ModelSource, pipeline_name
 from diffusion_accel.pipelines.loading import load_pipeline
+from diffusion_accel.pipelines.recipes import quantize_of
 
 from .settings import Settings
 from .terminal import console, note, say
@@ -185,16 +186,34 @@ def open_drawing(
     pipe = open_for(settings, source, device, quiet=quiet)
     plain = open_plain(settings, source, device)
     check_requests(pipe, requests)
-    keys = ("dtype", "lora", "quantize", "runtime", "controlnet")
     origin = Origin(
         pipe=pipe,
-        model=source.name,
+        model=source.location if settings.paths and source.kind != "embedded" else source.name,
         model_hash=model_hash(source),
         features=settings.features,
-        settings={key: getattr(settings, key) for key in keys},
+        settings=_kept(settings, source),
         whole_paths=settings.paths,
     )
     return Drawing(pipe, plain, origin, settings)
+
+
+def drawn_by(source: ModelSource) -> tuple[dict[str, str], str | None]:
+    """The versions of what draws here, and the hash of a model."""
+    return versions(), model_hash(source)
+
+
+def _kept(settings: Settings, source: ModelSource) -> dict[str, Any]:
+    """The settings of a command that the metadata have beside those of each request; what a recipe brings is named as
+    the recipe."""
+    keys = ("scheduler", "lora", "device", "dtype", "attention", "quantize", "runtime", "low_memory", "controlnet")
+    kept: dict[str, Any] = {key: getattr(settings, key) for key in (*keys, "premultiplied")}
+    recipe = settings.restored
+    kept["recipe"] = settings.recipe if recipe is None else settings.recipe or "on"
+    if recipe is not None:
+        kept["of_recipe"] = [name for name, one in settings.features.items() if recipe.features.get(name) == one]
+        if settings.quantize == quantize_of(recipe, source):
+            kept["quantize"] = None
+    return kept
 
 
 def draw_all(

@@ -36,7 +36,7 @@ class Origin:
         model: its name.
         model_hash: see `loading.model_hash`.
         features: those that were asked for, by name.
-        settings: how it was loaded: dtype, lora, quantize, runtime, controlnet; None and () are left out.
+        settings: how it was loaded, by the names of flags; None, () and False are left out.
         scheduler: that drew; None: the pipeline's own.
         whole_paths: write whole paths of local files; otherwise their names only.
     """
@@ -74,14 +74,14 @@ class Origin:
     def data(self, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
         """Everything about one image, as JSON values."""
         values = {key: getattr(request, key) for key in CALLED}
-        values |= {key: self.settings.get(key) for key in ("dtype", "lora", "quantize", "runtime")}
-        values |= {key: getattr(request, key) for key in ("image", "mask_image")}
-        values |= {"controlnet": self.settings.get("controlnet"), "control_image": request.control_image}
-        settings = {k: _named(v) for k, v in values.items() if v not in (None, ())}
+        values |= {key: getattr(request, key) for key in ("image", "mask_image", "control_image")}
+        values |= self.settings
+        settings = {k: _named(v) for k, v in values.items() if v is not None and v != () and v is not False}
         data = {
             "prompt": request.prompt,
             "seed": seed,
             "model": self.model,
+            "model_hash": self.model_hash,
             "pipeline": type(self.pipe).__name__,
             "scheduler": self._sampler,
             "settings": settings,
@@ -89,6 +89,8 @@ class Origin:
             "report": drawn.report.to_dict(),
             "versions": versions(),
         }
+        if request.count > 1:
+            data["together"] = [seed - request.seed, request.count]
         if (ways := low_bit_ways(self.pipe)) is not None:
             data["quantized"] = ways
         return data if self.whole_paths else names_only(data)

@@ -132,8 +132,8 @@ def read_recipe(place: Path | str) -> Recipe:
     )
 
 
-def inside(folder: Path, text: object, where: str) -> Path:
-    """A file or folder that a recipe names, in the recipe's own folder.
+def inside(folder: Path, text: object, where: str, whose: str = "recipe") -> Path:
+    """A file or folder that a recipe (or an image) names, in its own folder.
 
     Raises:
         ConfigurationError: it is an absolute path, has "..", is or holds a link that leads elsewhere, or is not there.
@@ -142,7 +142,9 @@ def inside(folder: Path, text: object, where: str) -> Path:
         raise ConfigurationError(f"{where}: a file is a relative path with /, got {shown(text)}")
     relative = PurePosixPath(text)
     if relative.is_absolute() or PureWindowsPath(text).drive or ".." in relative.parts or text.startswith("~"):
-        raise ConfigurationError(f"{where}: {shown(text)} leaves the recipe's folder; files of a recipe lie beside it")
+        raise ConfigurationError(
+            f"{where}: {shown(text)} leaves the {whose}'s folder; what a file names lies beside it"
+        )
     path, root = folder / relative, folder.resolve()
     if not is_there(path):
         raise ConfigurationError(f"{where}: there is no {shown(text)} beside it")
@@ -150,7 +152,7 @@ def inside(folder: Path, text: object, where: str) -> Path:
         if count >= MOST_FILES:
             raise ConfigurationError(f"{where}: {shown(text)} has more than {MOST_FILES} files")
         if leaves(file, root):
-            raise ConfigurationError(f"{where}: {shown(text)} has a link that leaves the recipe's folder")
+            raise ConfigurationError(f"{where}: {shown(text)} has a link that leaves the {whose}'s folder")
     return path
 
 
