@@ -39,6 +39,7 @@ from .prompts import texts_of
 from .terminal import Bar, say
 
 _PANELS = {
+    "Output": "output overwrite restart as_json quiet",
     "Target": "min_psnr max_size budget",
     "Prompts": "prompts_file count seed",
     "What it is for": "steps guidance_scale scheduler width height",

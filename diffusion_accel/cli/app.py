@@ -25,7 +25,7 @@ from . import (
     transparency,
     tune,
 )
-from .common_options import with_debug
+from .common_options import with_debug, with_defaults
 from .feature_flags import join_bare_flags
 from .old_names import in_todays_names
 
@@ -52,7 +52,7 @@ for _command in (
     features.features,
     info.info,
 ):
-    app.command()(with_debug(_command))
+    app.command()(with_defaults(with_debug(_command)))
 
 
 def _print_version(wanted: bool) -> None:

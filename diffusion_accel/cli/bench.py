@@ -29,13 +29,22 @@ from .common_options import (
     Seed,
     StepsOr50,
     count_option,
+    in_panels,
     number,
     settings_of,
 )
 from .prompts import read_jobs
 from .terminal import Bar, say
 
+_PANELS = {
+    "What is drawn": "model prompts_file count steps guidance_scale scheduler width height seed",
+    "How it is measured": "batch rounds converged",
+    "Output": "html plot output markdown_file overwrite as_json quiet",
+    "Machine": "device dtype allow_pickle",
+}
 
+
+@in_panels(_PANELS)
 def bench(
     entries: Annotated[
         list[str] | None,

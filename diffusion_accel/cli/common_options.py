@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
@@ -98,6 +99,21 @@ def recommended(key: str, otherwise: str = "the pipeline's") -> str:
     return ", ".join(f"{value} with {' and '.join(names)}" for value, names in models.items()) + f", else {otherwise}"
 
 
+def with_defaults(command: Callable[..., None]) -> Callable[..., None]:
+    """Let the help say of every option what holds without it: "off" of a switch, "none" where it has no value."""
+
+    def said(parameter: inspect.Parameter) -> inspect.Parameter:
+        kind, option = typing.get_args(parameter.annotation)
+        wanted = parameter.default is False or parameter.default in (None, "")
+        if not isinstance(option, OptionInfo) or not wanted or isinstance(option.show_default, str):
+            return parameter
+        option = copy.copy(option)
+        option.show_default = "off" if kind in (bool, bool | None) else "none"
+        return parameter.replace(annotation=Annotated[kind, option])
+
+    return _redeclared(command, said)
+
+
 def in_panels(panels: dict[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Sort a command's options under headings of its help.
 
@@ -107,20 +123,30 @@ def in_panels(panels: dict[str, str]) -> Callable[[Callable[..., None]], Callabl
     panel_of = {name: panel for panel, names in panels.items() for name in names.split()}
 
     def sort(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        parameters = []
-        for parameter in signature.parameters.values():
-            if (panel := panel_of.get(parameter.name)) is not None:
-                kind, option = typing.get_args(parameter.annotation)
-                option = copy.copy(option)
-                option.rich_help_panel = panel
-                parameter = parameter.replace(annotation=Annotated[kind, option])
-            parameters.append(parameter)
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
+        def put(parameter: inspect.Parameter) -> inspect.Parameter:
+            if (panel := panel_of.get(parameter.name)) is None:
+                return parameter
+            kind, option = typing.get_args(parameter.annotation)
+            option = copy.copy(option)
+            option.rich_help_panel = panel
+            return parameter.replace(annotation=Annotated[kind, option])
+
+        return _redeclared(command, put)
 
     return sort
+
+
+def _redeclared(
+    command: Callable[..., None], change: Callable[[inspect.Parameter], inspect.Parameter]
+) -> Callable[..., None]:
+    """A command whose parameters are declared otherwise."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if len(typing.get_args(p.annotation)) == 2]
+    changed = {p.name: change(p) for p in own if typing.get_origin(p.annotation) is Annotated}
+    parameters = [changed.get(name, p) for name, p in signature.parameters.items()]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
 
 def settings_of(options: Mapping[str, Any], features: Mapping[str, Any] | None = None) -> tuple[Settings, ModelSource]:

@@ -13,7 +13,7 @@ import diffusion_accel as api
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, at_least
 
-from .common_options import BATCH, Batch, bounded, number, one_of
+from .common_options import BATCH, Batch, bounded, in_panels, number, one_of
 from .feature_flags import parse_feature
 from .settings import DTYPES
 from .terminal import console, say
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 SIDE = at_least(8, 32_768)
 
+_PANELS = {
+    "What is drawn": "model width height steps batch guidance_scale decode dtype",
+    "On which devices": "devices patch_parallel machine link threads",
+}
 
+
+@in_panels(_PANELS)
 def estimate(
     model: Annotated[
         str, typer.Option("--model", "-m", help="sd15 or sdxl (architectures), embedded name, folder, or hub id.")
@@ -51,7 +57,10 @@ def estimate(
             help="nvlink3, nvlink4, pcie4, pcie5, ethernet-100g, ethernet-10g, here, or numbers for one direction.",
         ),
     ] = "nvlink3",
-    dtype: Annotated[str | None, one_of(", ".join(DTYPES) + "; of the U-Net.", DTYPES)] = None,
+    dtype: Annotated[
+        str | None,
+        one_of(", ".join(DTYPES) + "; of the U-Net.", DTYPES, show_default="float16, or float32 with --machine here"),
+    ] = None,
     threads: Annotated[int, bounded(BATCH, help="CPU threads of a process, with --machine here.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with every layer.")] = False,
 ) -> None:

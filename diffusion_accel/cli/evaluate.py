@@ -32,6 +32,7 @@ from .common_options import (
     Seed,
     Steps,
     count_option,
+    in_panels,
     settings_of,
 )
 from .feature_flags import with_feature_flags
@@ -40,8 +41,15 @@ from .terminal import Bar, console, say
 
 LEAST = 4  # images: distances between distributions need a few
 
+_PANELS = {
+    "What is drawn": "model data count steps guidance_scale scheduler width height seed batch",
+    "Output": "grid overwrite as_json quiet",
+    "Machine": "device dtype recipe allow_pickle",
+}
+
 
 @with_feature_flags
+@in_panels(_PANELS)
 def evaluate(
     model: Model = None,
     data: Annotated[

@@ -51,6 +51,7 @@ def with_feature_flags(command: Callable[..., None]) -> Callable[..., None]:
             metavar="[KEY=VALUE,…|off]",
             help=f"{feature.summary[0].upper()}{feature.summary[1:]}.",
             rich_help_panel="Features",
+            show_default="off",
         )
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(feature.name, kind, default=None, annotation=Annotated[str | None, option]))

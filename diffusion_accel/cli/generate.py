@@ -31,6 +31,8 @@ from .terminal import note
 
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "from_")  # not settings
 _PANELS = {
+    "What is drawn": "prompts_file classes negative_prompt from_ config",
+    "How it is drawn": "model steps guidance_scale scheduler width height seed count",
     "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale "
     "control_guidance_start control_guidance_end lora",
     "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory recipe",

@@ -48,7 +48,10 @@ BUCKETS, IMAGES, REPEATED = at_least(1, 1000), at_least(0, 10_000), at_least(0, 
 BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 seconds")
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 CALIBRATIONS = ("prompts", "none")
+_METHOD = "the method's"  # or what a budget allows
 _PANELS = {
+    "Output": "output report overwrite restart as_json quiet",
+    "Machine": "device allow_pickle",
     "Method": "bits_budget size_ratio min_psnr allocation group rank rotate inputs input_group finetune "
     "rounding layers sensitive rate scale_rate layer_loss epochs time_epochs iterations softmax_bits attention_bits "
     "split",
@@ -104,7 +107,7 @@ def quantize(
     rounding: Annotated[str, one_of("adaround or nearest.", ("adaround", "nearest"))] = "adaround",
     budget: Annotated[
         float | None,
-        time_option("About how long it may take; without it, the published numbers of steps", BUDGET),
+        time_option("About how long it may take", BUDGET, show_default="none: the published numbers of steps"),
     ] = None,
     layers: Annotated[
         str, typer.Option(help="What is finetuned: preset, sd, sdxl, lsun, dit, measured or all.")
@@ -112,17 +115,23 @@ def quantize(
     sensitive: Annotated[
         float, typer.Option(help="Share of the layers, the most sensitive ones, finetuned as well.")
     ] = 0.25,
-    rate: Annotated[float | None, bounded(RATE, help="Learning rate of weights in finetuning.")] = None,
-    scale_rate: Annotated[float | None, bounded(RATE, help="Of activation scales in stage 2.")] = None,
+    rate: Annotated[
+        float | None, bounded(RATE, help="Learning rate of weights in finetuning.", show_default=_METHOD)
+    ] = None,
+    scale_rate: Annotated[
+        float | None, bounded(RATE, help="Of activation scales in stage 2.", show_default=_METHOD)
+    ] = None,
     layer_loss: Annotated[
         bool | None,
-        typer.Option("--layer-loss/--output-loss", help="Finetune on layers' outputs, too (SD), or not."),
+        typer.Option(
+            "--layer-loss/--output-loss", help="Finetune on layers' outputs, too (SD), or not.", show_default=_METHOD
+        ),
     ] = None,
-    epochs: Annotated[int | None, number("Epochs of finetuning's stage 2.", REPEATED)] = None,
+    epochs: Annotated[int | None, number("Epochs of finetuning's stage 2.", REPEATED, show_default=_METHOD)] = None,
     time_epochs: Annotated[
-        int | None, number("Epochs of stage 1 at the first timestep, 200 published.", REPEATED)
+        int | None, number("Epochs of stage 1 at the first timestep, 200 published.", REPEATED, show_default=_METHOD)
     ] = None,
-    iterations: Annotated[int | None, number("Steps of AdaRound a block.", REPEATED)] = None,
+    iterations: Annotated[int | None, number("Steps of AdaRound a block.", REPEATED, show_default=_METHOD)] = None,
     softmax_bits: Annotated[int | None, typer.Option(help="Also round attention probabilities.")] = None,
     attention_bits: Annotated[int, typer.Option(help="Of queries, keys and values; 0: as they are.")] = 8,
     split: Annotated[bool, typer.Option("--split/--no-split", help="Own grids for skip connections.")] = True,

@@ -53,6 +53,9 @@ _DRAIN = Bounds(0, 86_400, "at least 0 and at most 86400")
 _REPLICAS = at_least(1, 1000)
 _GPUS = Bounds(0, 64, "at least 0 and at most 64")
 _PANELS = {
+    "What is drawn with": "model recipe controlnet lora_folder lora_changes",
+    "Where it listens": "host port token page",
+    "Starting and ending": "warm_up drain log_format debug",
     "Several devices or machines": "ray min_replicas max_replicas replica_gpus",
     "Limits of requests": "max_queue max_running max_rows max_pixels max_steps max_images max_body_mb",
     "Where a request says nothing": "steps guidance_scale scheduler width height negative_prompt",
@@ -89,7 +92,7 @@ def serve(
         bool, typer.Option("--lora-changes", help="Let clients load files that are put into that folder later.")
     ] = False,
     page: Annotated[
-        bool, typer.Option("--page/--no-page", help="A page for browsers at /; it needs diffusion-accel[ui].")
+        bool, typer.Option("--page/--no-page", help="A page for browsers at /; it needs diffusion-accel\\[ui].")
     ] = True,
     warm_up: Annotated[
         bool, typer.Option("--warm-up", help="Measure first what batches cost, which says how many rows are worth it.")

@@ -55,12 +55,12 @@ def cutout(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image with transparency.", show_default=False)],
     model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, hub id or folder.")] = "sticker",
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "cutout.png",
-    weights: Annotated[str, typer.Option(help="Transparency weights; beside the model if not given.")] = "",
+    weights: Annotated[str, typer.Option(help="Transparency weights.", show_default="beside the model")] = "",
     views: Annotated[
-        int | None, typer.Option(help="Sides from which the decoder looks: 8, 4 or 1; as recommended if not given.")
+        int | None, typer.Option(help="Sides from which the decoder looks: 8, 4 or 1.", show_default="as recommended")
     ] = None,
     refine: Annotated[
-        int | None, typer.Option(help="Steps that refine the latents; as recommended if not given.")
+        int | None, typer.Option(help="Steps that refine the latents.", show_default="as recommended")
     ] = None,
     preview: Annotated[
         str | None, typer.Option(metavar="checkerboard|COLOUR|FILE", help="Also write it over this.")

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from diffusion_accel import LearnedMultistepScheduler
 
 _PANELS = {
+    "Output": "output overwrite as_json quiet",
     "Target (one of them, or none)": "speedup min_psnr",
     "A learned solver": "evaluations towards",
     "Prompts": "prompts_file count seed",

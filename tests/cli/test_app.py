@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from command import call
 
+from diffusion_accel.cli.app import app
 from diffusion_accel.cli.feature_flags import join_bare_flags
 
 PROMPT = "red apple, 3d style"
@@ -48,11 +51,29 @@ def test_importing_is_cheap_and_help_needs_no_torch() -> None:
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))
+def test_every_option_has_its_default_in_the_help(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    parameters = typer.main.get_command(app).commands[command].params
+    options = {param.opts[0]: param for param in parameters if param.param_type_name == "option"}
+    text = call(capsys, command, "--help")[1]
+    entries = dict(re.findall(r"│ \*? *(--[a-z-]+)(.*?)(?=│ \*? *--|╰)", text, re.DOTALL))
+    assert {*options} <= {*entries}
+    for flag, param in options.items():
+        assert ("[required]" if param.required else "[default: ") in entries[flag], flag
+    if len(options) > 12:
+        plain = [flag for flag, param in options.items() if not getattr(param, "rich_help_panel", None)]
+        assert {*plain} <= {"--debug", "--model", "--bits", "--budget", "--json"}, plain
+
+
 def test_the_help_says_defaults_and_bounds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = " ".join(call(capsys, "generate", "--help")[1].split())
     for words in ("20 with sticker", "(1 to 10000)", "a multiple of 8", "float32", "the folder outputs", "mostly 0.8"):
         assert words in text
+    assert "diffusion-accel[ui]" in call(capsys, "serve", "--help")[1], "no markup"
     text = call(capsys, "tune", "--help")[1]
     for words in ("Target", "Prompts", "What the plan is for", "Search", "Machine", "(6 to 100000)"):
         assert words in text
