@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -153,28 +152,6 @@ def set_runtime(model: nn.Module, runtime: str = "auto", low_memory: bool = Fals
     # the processes of a job compare this: machines of two kinds would choose differently
     for one in _models(model):
         one.low_bit_runtime = runtime if runtime != "auto" else f"auto, {products('cpu')}"  # type: ignore[assignment]
-
-
-@contextmanager
-def computing(model: nn.Module, runtime: str) -> Iterator[None]:
-    """Within this context the quantized layers of a model (or pipeline) compute so, if there are any; then as before.
-
-    Raises:
-        ConfigurationError: no such runtime.
-    """
-    models = [one for one in _models(model) if quantized_layers(one)]
-    layers = [(layer, layer.runtime, layer.keep_floats) for one in models for layer in quantized_layers(one).values()]
-    labels = [(one, getattr(one, "low_bit_runtime", None)) for one in models]
-    try:
-        for one in models:
-            set_runtime(one, runtime)
-        yield
-    finally:
-        for layer, before, keep_floats in layers:
-            layer.forget()
-            layer.runtime, layer.keep_floats = before, keep_floats
-        for one, label in labels:
-            one.low_bit_runtime = label  # type: ignore[assignment]
 
 
 def runtime_report(model: nn.Module) -> dict[str, str]:

@@ -30,7 +30,6 @@ from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.outputs import check_free_folder
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.progress import Progress, silent
-from diffusion_accel.quant.model import computing
 from diffusion_accel.quant.ptq.export import put, quantize, save
 from diffusion_accel.quant.ptq.folder import agree, clear, held, read, write
 from diffusion_accel.quant.ptq.settings import settings_of
@@ -305,10 +304,7 @@ class _Run:
     def tune(self, file: Path, **call: Any) -> None:
         """One search, written to a file; a family that is not to be had leaves none."""
         try:
-            with computing(
-                self.pipe, "dequantize"
-            ):  # bfloat16 rounds otherwise for other rows, and the tuner asks twice
-                tune(self.pipe, self.prompts("fit")[:TUNED_ON], **call).save(file)
+            tune(self.pipe, self.prompts("fit")[:TUNED_ON], **call).save(file)
         except ConfigurationError as error:
             if "min_psnr" in call:
                 raise
@@ -322,12 +318,11 @@ class _Run:
         sizes = sorted({max(2, s.steps // 2), max(2, s.steps // 3)})
         if not folder.is_dir():
             try:
-                with computing(self.pipe, "dequantize"):
-                    solver = tune_solver(
-                        self.pipe, self.prompts("fit")[:TUNED_ON], sizes, towards="baseline", steps=s.steps,
-                        seed=s.seed, batch=s.batch, seconds=self.share("solver"), progress=told,
-                        state=self.work / "solver.search", **s.options,
-                    )  # fmt: skip
+                solver = tune_solver(
+                    self.pipe, self.prompts("fit")[:TUNED_ON], sizes, towards="baseline", steps=s.steps,
+                    seed=s.seed, batch=s.batch, seconds=self.share("solver"), progress=told,
+                    state=self.work / "solver.search", **s.options,
+                )  # fmt: skip
             except AccelerationError as error:
                 self.report.notes.append(f"no solver: {error}")
                 return []

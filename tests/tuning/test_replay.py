@@ -256,6 +256,26 @@ def test_a_denoiser_that_answers_otherwise_the_second_time_is_refused() -> None:
     handle.remove()
 
 
+def test_coarse_rounding_is_no_reason_to_refuse_but_images_that_see_each_other_are() -> None:
+    """As of layers that compute in bfloat16 in a model of float32: another number of rows is rounded otherwise."""
+    pipe, call = zoo.sd()
+
+    def rounded(module: Any, args: Any, output: Any) -> Any:
+        scale = 8.0 + len(output)
+        return (output * scale).bfloat16().to(output.dtype) / scale
+
+    handle = pipe.unet.conv_out.register_forward_hook(rounded)
+    assert not recorded((pipe, call)).reason
+    handle.remove()
+
+    def mixed(module: Any, args: Any, output: Any) -> Any:
+        return output + 0.02 * output.mean(0, keepdim=True)
+
+    handle = pipe.unet.conv_out.register_forward_hook(mixed)
+    assert "asked again" in recorded((pipe, call)).reason
+    handle.remove()
+
+
 def test_timesteps_that_differ_in_a_batch_are_refused() -> None:
     pipe, call = zoo.sd()
     forward = pipe.unet.forward
