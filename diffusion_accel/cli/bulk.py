@@ -78,7 +78,7 @@ def draw(
             settings, source, device, [each.request for each in share.plans], quiet=quiet or here.size > 1
         )
         try:
-            drawing.write(one, drawing.draw(one.request), quiet=quiet, json_lines=json_lines)
+            drawing.write(one, drawing.draw(one), quiet=quiet, json_lines=json_lines)
         except OutputError:  # a full disk is full for all of them
             raise
         except Exception as error:

@@ -26,7 +26,7 @@ from .common_options import (
 from .feature_flags import with_feature_flags
 from .from_image import read_again
 from .prompts import Job, plan_jobs, read_jobs, request_of
-from .settings import ATTENTION, OFFLOAD, RUNTIMES, Settings, merge, read_config
+from .settings import ATTENTION, OFFLOAD, PREVIEW_STEPS, RUNTIMES, Settings, merge, read_config
 from .terminal import note
 
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "from_")  # not settings
@@ -36,7 +36,7 @@ _PANELS = {
     "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale "
     "control_guidance_start control_guidance_end lora",
     "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory recipe",
-    "Output": "output overwrite distribute metadata paths_ compare json_lines quiet",
+    "Output": "output overwrite distribute preview_steps metadata paths_ compare json_lines quiet",
     "Transparency (with --transparent)": "premultiplied preview layers_",
 }
 
@@ -126,6 +126,10 @@ def generate(
             metavar="prompts",
             help="Go on where the same command ended, and share the prompts with all that run it.",
         ),
+    ] = None,
+    preview_steps: Annotated[
+        int | None,
+        number("Show each image after every so many steps, as NAME.preview.png until it is there.", PREVIEW_STEPS),
     ] = None,
     metadata: Annotated[
         bool | None,

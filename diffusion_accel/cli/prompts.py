@@ -120,6 +120,7 @@ def plan_jobs(
         layers=drawn_layers(settings.features),
         wanted=settings.wanted_layers,
         preview=settings.preview,
+        shown=settings.preview_steps is not None,
         multiplied=settings.premultiplied,
     )
     check_images(settings)

@@ -21,6 +21,7 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.generation.drawing import Drawn, check_drawable, check_requests, prepare, takes_neither
 from diffusion_accel.generation.loading import best_device, model_hash, open_pipeline
 from diffusion_accel.generation.outputs import OutputPlan
+from diffusion_accel.generation.partial import impossible
 from diffusion_accel.generation.records import Origin, how_quantized, record, versions
 from diffusion_accel.generation.request import Request
 from diffusion_accel.model_files.names import ModelSource, pipeline_name
@@ -150,14 +151,18 @@ class Drawing:
     settings: Settings
     noted: set[str] = dataclasses.field(default_factory=set)
 
-    def draw(self, request: Request) -> Drawn:
-        """Draw a request, and say first what is worth knowing of it."""
-        call = prepare(self.pipe, request)
+    def draw(self, plan: OutputPlan, *, writes: bool = True) -> Drawn:
+        """Draw a request, and say first what is worth knowing of it; where it is asked for and this process `writes`,
+        show it before it is finished."""
+        call = prepare(self.pipe, plan.request)
         for text in call.notes():
             if text not in self.noted or text.startswith("the prompt"):
                 note(text)
             self.noted.add(text)
-        return call.draw(comparing=self.settings.compare, plain=self.plain)
+        every = self.settings.preview_steps if writes else None
+        return call.draw(
+            comparing=self.settings.compare, plain=self.plain, every=every, on_partial=lambda one: plan.show(one.images)
+        )
 
     def write(self, plan: OutputPlan, drawn: Drawn, *, quiet: bool, json_lines: bool) -> None:
         """Write what was drawn, and say so: a line a file, or a JSON line an image."""
@@ -186,6 +191,8 @@ def open_drawing(
     pipe = open_for(settings, source, device, quiet=quiet)
     plain = open_plain(settings, source, device)
     check_requests(pipe, requests)
+    if settings.preview_steps is not None and (reason := impossible(getattr(pipe, "scheduler", None), pipe)):
+        raise ConfigurationError(f"--preview-steps is not possible with {type(pipe).__name__}: {reason}")
     origin = Origin(
         pipe=pipe,
         model=source.location if settings.paths and source.kind != "embedded" else source.name,
@@ -238,7 +245,7 @@ def draw_all(
     """
     drawing = open_drawing(settings, source, device, [plan.request for plan in plans], quiet=quiet)
     for plan in plans:
-        drawn = drawing.draw(plan.request)
+        drawn = drawing.draw(plan, writes=writes)
         if writes:
             drawing.write(plan, drawn, quiet=quiet, json_lines=json_lines)
             if not json_lines and not quiet:

@@ -15,7 +15,7 @@ from diffusion_accel.compositing import background_of
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.feature import Feature
 from diffusion_accel.generation.layers import drawn_layers
-from diffusion_accel.generation.request import MAX_SEED, MAX_TEXT, Options, check_numbers, check_text
+from diffusion_accel.generation.request import MAX_SEED, MAX_TEXT, Options, at_least, check_numbers, check_text
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
@@ -30,6 +30,7 @@ from diffusion_accel.schedulers.solver import not_learnt
 from .feature_flags import parse_feature
 
 MAX_SCALE = 1000  # of a LoRA
+PREVIEW_STEPS = at_least(1, 10_000)
 OLD_KEYS = {"num_images": "count"}  # keys of files that go by another name now
 _MAY_BE_EMPTY = ("prompt", "negative_prompt", "output")  # or are refused with words of their own
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,6 +62,7 @@ class Settings(Options):
     compare: bool = False
     premultiplied: bool = False
     preview: str | None = None
+    preview_steps: int | None = None
     layers: str | None = None
     allow_pickle: bool = False
     recipe: str | None = None
@@ -247,6 +249,13 @@ def check(settings: Settings) -> None:
     if s.runtime is not None and s.runtime not in RUNTIMES:
         raise ConfigurationError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {s.runtime!r}")
     check_transparency(s)
+    if s.preview_steps is not None and s.preview_steps not in PREVIEW_STEPS:
+        raise ConfigurationError(
+            f"--preview-steps must be {PREVIEW_STEPS.allowed(s.preview_steps)}, got {shown(s.preview_steps)}"
+        )
+    for flag, given in (("--compare", s.compare), ("--patch-parallel", "patch_parallel" in s.features)):
+        if s.preview_steps is not None and given:
+            raise ConfigurationError(f"--preview-steps cannot be combined with {flag}")
     if s.compare and all(f.changes_output for f in s.features.values()) and s.quantize is None:
         raise ConfigurationError(
             "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse, or --quantize"

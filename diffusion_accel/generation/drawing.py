@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from diffusion_accel.pipelines.sizes import far_from_trained
 from diffusion_accel.report import Report
 
 from .layers import drawn_layers
+from .partial import Partial, shown_on_the_way
 from .request import CALLED, Request
 
 if TYPE_CHECKING:
@@ -81,12 +83,30 @@ class Call:
             given = {"prompt": self.request.prompt, "num_images_per_prompt": len(each)}
         return pipe(**own_arguments(pipe, {**self.arguments, **others}), **given, generator=generators).images
 
-    def draw(self, *, comparing: bool = False, plain: DiffusionPipeline | None = None) -> Drawn:
-        """Draw; with `comparing` also without the features that accelerate, or with `plain`."""
+    def draw(
+        self,
+        *,
+        comparing: bool = False,
+        plain: DiffusionPipeline | None = None,
+        every: int | None = None,
+        on_partial: Callable[[Partial], object] | None = None,
+    ) -> Drawn:
+        """Draw; with `comparing` also without the features that accelerate, or with `plain`; without it, `on_partial`
+        is shown the images after `every` so many steps."""
         if comparing:
             comparison = compare_calls(self.pipe, self.images, plain=plain)
             return Drawn(comparison.accelerated, comparison.report, comparison)
-        return Drawn(self.images(), self.pipe.acceleration.report())
+        with ExitStack() as around:
+            if every is not None and on_partial is not None:
+                start = self.arguments.get("image")
+                width, height = start.size if isinstance(start, Image.Image) else self._size
+                around.enter_context(shown_on_the_way(self.pipe, every, (height, width), on_partial))
+            images = self.images()
+        return Drawn(images, self.pipe.acceleration.report())
+
+    @property
+    def _size(self) -> tuple[int | None, int | None]:
+        return self.arguments.get("width"), self.arguments.get("height")
 
 
 def draw(

@@ -56,6 +56,7 @@ class OutputPlan:
         multiplied: write colours multiplied by alpha.
         compared: where the comparison goes; None: none is made.
         resuming: files that are there are complete, and stay as they are.
+        shown: images are shown before they are finished, in files that are there until then.
     """
 
     request: Request
@@ -66,6 +67,7 @@ class OutputPlan:
     multiplied: bool = False
     compared: Path | None = None
     resuming: bool = False
+    shown: bool = False
 
     def layer_path(self, path: Path, layer: str) -> Path | None:
         """Where a layer of the image `path` is written; None: it is not asked for."""
@@ -92,6 +94,15 @@ class OutputPlan:
         more = [file for path in self.paths for file in self.beside(path)]
         return [*whole, *more, *([self.compared] if self.compared is not None else [])]
 
+    def shown_files(self) -> list[Path]:
+        """Where images are shown before they are finished."""
+        return [path.with_name(f"{path.stem}.preview.png") for path in self.paths] if self.shown else []
+
+    def show(self, images: Sequence[Image.Image]) -> None:
+        """Write images that are not finished, the first layer of each."""
+        for file, image in zip(self.shown_files(), images[:: len(self.layers)], strict=True):
+            save_image(image, file)
+
     def check(self, overwrite: bool) -> None:
         """Refuse files that exist, cannot be written, or cannot hold what is drawn.
 
@@ -99,7 +110,7 @@ class OutputPlan:
             OutputError: a file exists, and neither `overwrite` nor `resuming` is true, or its name is too long.
             ConfigurationError: its type holds no alpha, or no image as large as the request's.
         """
-        check_free([*self.paths, *self.files()], overwrite or self.resuming)
+        check_free([*self.paths, *self.files(), *self.shown_files()], overwrite or self.resuming)
         for path in self.paths:
             if self.layers != ("",):
                 check_holds_alpha(path)
@@ -126,6 +137,8 @@ class OutputPlan:
                 save_image(image, file, text, data)
                 yield Written(file, seed)
             yield from self._previews(path, layers)
+        for file in self.shown_files():
+            file.unlink(missing_ok=True)
 
     def _stays(self, file: Path) -> bool:
         return self.resuming and is_there(file)
@@ -169,7 +182,7 @@ def plan_outputs(
         resuming: existing files are of an earlier call like this one, and stay: numbers in a folder begin at 1.
         comparing: a comparison of each request is written, too.
         what: what errors call `output`.
-        options: layers, wanted, preview, multiplied; see `OutputPlan`.
+        options: layers, wanted, preview, multiplied, shown; see `OutputPlan`.
 
     Raises:
         OutputError: a file exists and `overwrite` is false, or the folder cannot be written.
@@ -191,7 +204,7 @@ def plan_outputs(
     ]
     for plan in plans:
         plan.check(overwrite)
-    check_distinct([file for plan in plans for file in plan.files()])
+    check_distinct([file for plan in plans for file in (*plan.files(), *plan.shown_files())])
     for folder in {path.parent for path in flat}:
         check_writable(folder)
     return plans

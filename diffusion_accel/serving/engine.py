@@ -24,6 +24,7 @@ from diffusion_accel.errors import ConfigurationError, EngineClosedError, QueueF
 from diffusion_accel.feature import Feature
 from diffusion_accel.generation.drawing import check_drawable, check_requests
 from diffusion_accel.generation.loading import open_pipeline
+from diffusion_accel.generation.partial import MOST, Partial, impossible
 from diffusion_accel.generation.request import Request, at_least
 from diffusion_accel.io import shown
 from diffusion_accel.pipelines.loading import as_task
@@ -34,7 +35,6 @@ from .adapters import Adapters
 from .collector import CancelledHere, Collector, Ticket
 from .features import FeatureSets
 from .handle import CANCELLED, COMPLETED, FAILED, Handle, Served, Standing
-from .partial import MOST, Partial, impossible
 from .twins import Twins
 from .worker import Worker
 

@@ -15,10 +15,10 @@ from .collector import Adapters, Ticket
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from diffusion_accel.generation.partial import Partial
     from diffusion_accel.generation.request import Request
 
     from .features import FeatureSet
-    from .partial import Partial
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "running", "completed", "failed", "cancelled"
 

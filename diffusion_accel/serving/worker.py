@@ -17,13 +17,13 @@ from diffusion_accel.denoisers import denoiser_names, family_of
 from diffusion_accel.denoisers.find import DECODERS
 from diffusion_accel.diffusers_compat import announced_steps
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation import partial
 from diffusion_accel.generation.drawing import prepare
 from diffusion_accel.generation.request import Request
 from diffusion_accel.hooks import map_tensors, model_of
 from diffusion_accel.snapshot import Snapshot
 from diffusion_accel.steps import WatchedStep
 
-from . import partial
 from .calls import Call
 from .collector import Adapters, CancelledHere, Collector
 from .handle import Handle, Served

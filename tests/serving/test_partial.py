@@ -12,8 +12,8 @@ from serving_tools import TIMEOUT, generator, request, sticker
 
 from diffusion_accel import LatentTransparency, Reuse
 from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.generation.partial import clean, steps_of
 from diffusion_accel.serving.engine import Engine
-from diffusion_accel.serving.partial import clean, steps_of
 
 
 def test_behind_which_steps() -> None:

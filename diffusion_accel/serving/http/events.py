@@ -12,8 +12,8 @@ from .answers import about, as_json, image_list, usage
 from .problems import answer_to
 
 if TYPE_CHECKING:
+    from diffusion_accel.generation.partial import Partial
     from diffusion_accel.serving.handle import Handle
-    from diffusion_accel.serving.partial import Partial
 
     from .asked import Asked
     from .service import Service

@@ -21,9 +21,9 @@ from .problems import Problem
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
 
+    from diffusion_accel.generation.partial import Partial
     from diffusion_accel.serving.engine import Engine
     from diffusion_accel.serving.handle import Handle, Served
-    from diffusion_accel.serving.partial import Partial
 
     from .settings import ServerSettings
 

@@ -26,10 +26,10 @@ from .memory import LARGEST
 if TYPE_CHECKING:
     from PIL import Image
 
+    from diffusion_accel.generation.partial import Partial
     from diffusion_accel.serving.handle import Handle, Served
     from diffusion_accel.serving.http.asked import Asked
     from diffusion_accel.serving.http.service import Service
-    from diffusion_accel.serving.partial import Partial
 
     from .fields import Fields
     from .files import Files

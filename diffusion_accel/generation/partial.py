@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_accel.diffusers_compat import unpacked_latents
+from diffusion_accel.changes import Changes
+from diffusion_accel.diffusers_compat import announced_steps, unpacked_latents
+from diffusion_accel.io import first_line
 from diffusion_accel.prediction import Conversion, model_input
+from diffusion_accel.steps import WatchedStep
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MOST = 16
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,50 @@ def clean(scheduler: Any, named: dict[str, Any]) -> torch.Tensor:
     x = model_input(scheduler, named["sample"], named["timestep"])
     value = Conversion(scheduler).to("sample", named["model_output"], x, float(named["timestep"]))
     return value if value.dim() != 4 else value[:, : named["sample"].shape[1]]
+
+
+@contextmanager
+def shown_on_the_way(
+    pipe: Any, every: int, size: tuple[int | None, int | None], show: Callable[[Partial], object]
+) -> Iterator[None]:
+    """Around a call of a pipeline: show its images before they are finished, which leaves what it draws as it is.
+
+    Args:
+        pipe: an accelerated pipeline for which nothing is `impossible`.
+        every: after so many steps, and as many again; not after the last one.
+        size: height and width of the images in pixels, as in `decoded`.
+        show: called with them. Where they cannot be made after all, that is a warning, once.
+    """
+    done, failed = 0, False
+
+    def around(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal done, failed
+        announced = announced_steps(pipe)
+        steps = announced if isinstance(announced, int) else len(pipe.scheduler.timesteps)
+        done += 1
+        latents = None
+        if not failed and done % every == 0 and done < steps:
+            named = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
+            latents = clean(pipe.scheduler, named)
+        output = step(*args, **kwargs)
+        if latents is not None:
+            try:
+                images = decoded(pipe, latents, *size, functools.partial(_decode, pipe))
+            except (ValueError, RuntimeError) as error:
+                failed = True
+                logger.warning("there are no images before the last step: %s", first_line(error))
+            else:
+                show(Partial(done // every - 1, done, steps, images))
+        return output
+
+    with Changes() as changes:
+        changes.set(pipe.scheduler, "step", WatchedStep(pipe.scheduler, pipe.scheduler.step, around))
+        yield
+
+
+@torch.no_grad()
+def _decode(pipe: Any, z: torch.Tensor) -> Any:
+    return pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0]
 
 
 def decoded(

@@ -1,0 +1,77 @@
+"""`generate --preview-steps`: images that are shown before they are finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import call
+from model_folder import write_folder
+from PIL import Image
+
+from diffusion_accel.generation import outputs
+
+SMALL = ("--width", 16, "--height", 16, "--seed", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """The names and images that were written, in turn."""
+    seen: list[tuple[str, Any]] = []
+    save = outputs.save_image
+
+    def watched(image: Image.Image, path: Path, *more: Any) -> None:
+        save(image, path, *more)
+        seen.append((path.name, np.asarray(Image.open(path), dtype=float)))
+
+    monkeypatch.setattr(outputs, "save_image", watched)
+    return seen
+
+
+def test_shown_on_the_way_and_gone_at_the_end(
+    folder: Path, shown: list[tuple[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("-m", folder, *SMALL, "--steps", 6, "--count", 2, "--reuse", "hold:2", "-q")
+    assert call(capsys, "generate", "red", *given, "-o", tmp_path / "plain.png")[0] == 0
+    shown.clear()
+    code, _, err = call(capsys, "generate", "red", *given, "--preview-steps", 2, "-o", tmp_path / "a.png")
+    assert (code, err) == (0, "")
+    both = ["a-1.preview.png", "a-2.preview.png"]
+    assert [name for name, _ in shown] == [*both, *both, "a-1.png", "a-2.png"], "after 2 and 4 of 6 steps"
+    first, second, last = (shown[k][1] for k in (0, 2, 4))
+    assert first.shape == last.shape and np.abs(second - last).mean() < np.abs(first - last).mean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1.png", "a-2.png", "plain-1.png", "plain-2.png"]
+    for k in (1, 2):
+        a, b = (np.asarray(Image.open(tmp_path / f"{name}-{k}.png")) for name in ("plain", "a"))
+        assert (a == b).all(), "what is shown changes nothing"
+
+
+def test_a_start_image_has_the_size(
+    folder: Path, shown: list[tuple[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "start.png")
+    given = ("-m", folder, "--steps", 4, "--strength", 1, "--image", tmp_path / "start.png", "--preview-steps", 3)
+    assert call(capsys, "generate", "red", *given, "-o", tmp_path / "a.png", "-q")[0] == 0
+    assert [(name, image.shape) for name, image in shown] == [("a.preview.png", (16, 24, 3)), ("a.png", (16, 24, 3))]
+
+
+def test_previews_that_cannot_be(
+    folder: Path, no_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.preview.png").write_bytes(b"mine")
+    for given, words, status in (
+        (("--preview-steps", 0), "--preview-steps must be at least 1", 2),
+        (("--preview-steps", 2), "a.preview.png exists", 1),
+        (("--preview-steps", 2, "--compare", "--reuse", "hold:2"), "cannot be combined with --compare", 2),
+        (("--preview-steps", 2, "--patch-parallel", 2), "cannot be combined with --patch-parallel", 2),
+    ):
+        code, _, err = call(capsys, "generate", "red", "-m", folder, *given, "-o", tmp_path / "a.png")
+        assert code == status and words in err and err.count("\n") == 1, err
+    assert (tmp_path / "a.preview.png").read_bytes() == b"mine"
