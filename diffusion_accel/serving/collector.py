@@ -68,6 +68,7 @@ class _Waiting:
     what: str
     function: Callable[..., Any] | None = None
     call: Call | None = None
+    came: float = field(default_factory=time.monotonic)
     wake: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)  # of a turn
     result: Any = None
@@ -89,7 +90,8 @@ class Collector:
 
     It takes the request that had the least of its time so far, and with it every other that asks for the same: so
     small images are not kept waiting by large ones, nor large ones by small ones. Before it begins it waits for
-    requests that are on their way to their next call, as long as a larger batch would save, and no longer than `wait`.
+    requests that are on their way to their next call, as long as a larger batch would save, and no longer than `wait`
+    after the last one came.
 
     The first batch of a kind is compared with one of its calls computed alone, and so is the first with several
     timesteps. Where rows turn out not to be independent (a model that looks at the whole batch, or is given something
@@ -276,7 +278,8 @@ class Collector:
         bound = curve.saved(rows, first.rows) if curve.seconds else _USUAL_WAIT
         if self.wait is not None:
             bound = self.wait if not curve.seconds or self.wait == math.inf else min(bound, self.wait)
-        return max(coming) + bound - time.monotonic()
+        # while they come one after the other, each may be waited for from when the one before came
+        return max(*coming, *(one.came for one in group)) + bound - time.monotonic()
 
     def _cap(self, one: _Waiting) -> int:
         assert one.call is not None
@@ -389,19 +392,24 @@ class Collector:
 
     def _measured(self, one: _Waiting) -> None:
         """Answer a call after it was computed with more and more rows."""
-        call, function, seconds = one.call, one.function, dict[int, float]()
+        call, function = one.call, one.function
         assert call is not None and function is not None
+        batches: list[list[Call]] = []
         times = 1 if call.key not in self.curves else self.most + 1
         while call.rows and times * call.rows <= max(self.most, call.rows) and isinstance(call.key, tuple):
             try:
                 run_together(function, [call] * times)  # the first time memory is made, or a graph compiled
-                each = [timed(functools.partial(run_together, function, [call] * times))[1] for _ in range(3)]
             except Exception as error:
                 logger.info("%s: %d rows cannot be computed together (%r)", one.what, times * call.rows, error)
                 break
-            seconds[times * call.rows] = min(each)
+            batches.append([call] * times)
             times *= 2
-        if seconds:
+        # in turn: whatever else the machine does meanwhile meets all of them
+        rounds = [[timed(functools.partial(run_together, function, b))[1] for b in batches] for _ in range(3)]
+        if batches:
+            seconds = {
+                len(b) * call.rows: min(each) for b, each in zip(batches, zip(*rounds, strict=True), strict=True)
+            }
             self.curves[call.key] = Curve(f"{one.what} {call.shape}", seconds)
         self._by_itself(one)
 

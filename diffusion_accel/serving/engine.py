@@ -135,6 +135,7 @@ class Engine:
         self._at_work: set[Handle] = set()
         self._ended: Counter[str] = Counter()
         self._closing = False
+        self._workers: list[Worker] = []  # that serve no request now
         self._threads = [
             threading.Thread(target=self._work, name=f"request {number}", daemon=True) for number in range(running)
         ]
@@ -359,12 +360,15 @@ class Engine:
     # ------------------------------------------------------------------ threads
     def _work(self) -> None:
         """What each thread does: one request after the other."""
-        worker = Worker(self.pipe, self._pattern, self._collector)
         while (handle := self._take()) is not None:
+            with self._changed:  # the one that served last: as few are made as there were requests at a time
+                worker = self._workers.pop() if self._workers else None
+            worker = worker or Worker(self.pipe, self._pattern, self._collector)
             try:
                 worker.serve(handle)
             finally:
                 with self._changed:
+                    self._workers.append(worker)
                     self._at_work.discard(handle)
                     self._changed.notify_all()
             del handle

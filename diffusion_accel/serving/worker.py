@@ -47,6 +47,8 @@ class Worker:
     def __init__(self, pipe: Any, pattern: Any, collector: Collector) -> None:
         self.pipe, self._pattern, self._collector = pipe, pattern, collector
         self._denoising = [n for n in (*denoiser_names(pipe), "controlnet") if getattr(pipe, n, None) is not None]
+        models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        self._devices = {name: model_of(model).device.type for name, model in models.items()}
         self._twins: Twins | None = None
         self._made: dict[str, Snapshot] = {}  # the twins of denoisers, as they were made
         self._changed = False  # a twin was found changed in this request
@@ -110,7 +112,8 @@ class Worker:
         self._changed = False
         if self._twins is None:
             self._twins = Twins(self._pattern, self._answer)
-        if not all(map(_as_made, self._made.values())) or not self._made:  # a call that failed left something there
+            self._note_as_made()
+        elif not all(map(_as_made, self._made.values())):  # a call that failed left something there
             self._renew(self._pattern, ())
         if handle.features.alone and handle.ticket.adapters != self._adapters:
             with self._collector.turn(handle.ticket, "adapters"):  # they are active now
@@ -126,8 +129,12 @@ class Worker:
         assert self._twins is not None
         for name in self._denoising:
             self._twins.renew(name, getattr(pipe, name))
-        self._made = {name: Snapshot(self._twins.parts[name], hooks=False) for name in self._denoising}
+        self._note_as_made()
         self._adapters = adapters
+
+    def _note_as_made(self) -> None:
+        assert self._twins is not None
+        self._made = {name: Snapshot(self._twins.parts[name], hooks=False) for name in self._denoising}
 
     # ------------------------------------------------------------------ while it runs
     def _inside(self, name: str) -> bool:
@@ -150,7 +157,7 @@ class Worker:
         handle, twins = self._handle, self._twins
         assert handle is not None and twins is not None
         shared = handle.features.models.get(name, getattr(self.pipe, name))
-        if self._inside(name) or torch.is_grad_enabled() or torch.is_autocast_enabled(model_of(shared).device.type):
+        if self._inside(name) or torch.is_grad_enabled() or torch.is_autocast_enabled(self._devices[name]):
             with self._collector.turn(handle.ticket, name):
                 return twins.own(name, method)(*args, **kwargs)
         if name in DECODERS:  # a VAE that is kept in float32 gets latents of half precision

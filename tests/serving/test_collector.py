@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,7 +14,7 @@ from serving_tools import TIMEOUT
 
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.serving.calls import Call
-from diffusion_accel.serving.collector import CancelledHere, Collector, Ticket
+from diffusion_accel.serving.collector import CancelledHere, Collector, Ticket, _Waiting
 from diffusion_accel.serving.curve import Curve
 
 
@@ -260,13 +261,27 @@ def test_adapters_are_changed_between_batches(requests: Requests) -> None:
     assert results(futures[1:]) == [4] and changes[-1] == b
 
 
+def test_requests_that_come_one_after_the_other_are_waited_for_each_in_its_turn(requests: Requests) -> None:
+    """Threads that share one interpreter come back one by one, which can take longer in all than one is waited for."""
+    collector = Collector(most=8, wait=100.0)
+    here, coming = Ticket(), Ticket()
+    collector.enter(here)
+    collector.enter(coming)
+    here.away = coming.away = time.monotonic() - 1000
+    call = _Waiting(here, "unet", None, Call.of(Model(), "forward", (torch.zeros(1, 1),), {}))
+    assert collector._worth_waiting([call]) > 50
+    call.came -= 1000
+    assert collector._worth_waiting([call]) < 0
+    collector.stop(RuntimeError())
+
+
 def test_measured(requests: Requests) -> None:
     """A call that is measured is computed with more and more rows; the cap follows from what it found."""
     model, collector = Model(), requests.collector
     assert results(requests.ask(model, [1], [Ticket(measuring=True)])) == [2]
     (key,) = collector.curves
     assert sorted(collector.curves[key].seconds) == [1, 2, 4]
-    assert model.calls == [1] * 4 + [2] * 4 + [4] * 4 + [1]
+    assert model.calls == [1, 2, 4] * 4 + [1]  # each size in turn, so that all meet what else the machine does
     collector.curves[key] = Curve("unet", {1: 1.0, 2: 1.1, 4: 2.2})
     model.calls.clear()
     assert results(requests.ask(model, [1, 2, 3, 4])) == [2, 4, 6, 8]

@@ -266,6 +266,13 @@ def test_memory_is_flat(pipe: Any) -> None:
 
 
 # ---------------------------------------------------------------------- before the first request
+def test_no_more_twins_than_requests_at_a_time(pipe: Any) -> None:
+    with Engine(pipe, running=6) as engine:
+        for seed in range(8):
+            engine.submit(request(seed)).result(TIMEOUT)
+        assert len(engine._workers) <= 2  # an answer is there a moment before its worker is
+
+
 def test_warm_up(pipe: Any) -> None:
     with Engine(pipe, running=2, most_rows=4) as engine:
         found = engine.warm_up([request(1, steps=2)])
