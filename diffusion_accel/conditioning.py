@@ -6,7 +6,7 @@ import difflib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from . import denoisers  # its names are loaded when they are used: this module needs no torch
+from . import denoisers, sizes  # names of denoisers are loaded when they are used: this module needs no torch
 from .errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def own_arguments(pipeline: DiffusionPipeline, given: dict[str, Any]) -> dict[st
     - A pipeline whose `guidance_scale` is an input of guidance-distilled models takes it as `true_cfg_scale` for a
       model that is none (Flux schnell, Qwen-Image), with an empty negative prompt if nobody gives one: without one it
       would draw without guidance.
+    - The size of an image that starts from nothing is the one that the model was trained for, also where the pipeline's
+      own is a constant of its class.
     - `max_sequence_length` is no longer than what the tokenizers read: Flux would pad the texts of any model to 512.
     """
     parameters, given = inspect.signature(type(pipeline).__call__).parameters, dict(given)
@@ -138,6 +140,9 @@ def own_arguments(pipeline: DiffusionPipeline, given: dict[str, Any]) -> dict[st
     negative = [given.get(name) for name in ("negative_prompt", "negative_prompt_embeds")]
     if (given.get("true_cfg_scale") or 1) > 1 and negative == [None, None]:
         given["negative_prompt"] = ""
+    starts = [name for name in ("image", "control_image", "latents") if given.get(name) is not None]
+    if {"width", "height"} <= parameters.keys() and not starts and (side := sizes.side_to_ask_for(pipeline)):
+        given |= {name: side for name in ("width", "height") if given.get(name) is None}
     if "max_sequence_length" in parameters and "max_sequence_length" not in given:
         longest = [getattr(part, "model_max_length", 0) for part in getattr(pipeline, "components", {}).values()]
         usual = parameters["max_sequence_length"].default

@@ -16,8 +16,8 @@ import torch
 from diffusion_accel.measure.fidelity import EQUAL, fidelity, spread
 from diffusion_accel.measure.timing import in_turn, ratios
 from diffusion_accel.pipelines.schedulers import not_learnt_here
-from diffusion_accel.pipelines.sizes import far_from_trained
 from diffusion_accel.progress import Progress, silent
+from diffusion_accel.sizes import far_from_trained
 
 from .entries import Entry
 from .result import Benchmark, Row

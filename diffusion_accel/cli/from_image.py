@@ -34,7 +34,7 @@ _FILES = ("image", "mask_image", "control_image", "controlnet", "recipe")
 _PLAIN = (
     *("negative_prompt", "steps", "guidance_scale", "width", "height", "strength"),
     *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
-    *("device", "dtype", "attention", "runtime", "low_memory", "premultiplied"),
+    *("device", "dtype", "attention", "runtime", "low_memory", "premultiplied", "prompt_weights"),
 )
 _KNOWN = (*_FILES, *_PLAIN, "scheduler", "lora", "quantize", "of_recipe")
 

@@ -31,7 +31,7 @@ from .terminal import note
 
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "from_")  # not settings
 _PANELS = {
-    "What is drawn": "prompts_file classes negative_prompt from_ config",
+    "What is drawn": "prompts_file classes negative_prompt prompt_weights from_ config",
     "How it is drawn": "model steps guidance_scale scheduler width height seed count",
     "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale "
     "control_guidance_start control_guidance_end lora",
@@ -53,6 +53,10 @@ def generate(
         typer.Option("--class", metavar="NAME|NUMBER", help="Instead of a prompt, for models of classes (DiT)."),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
+    prompt_weights: Annotated[
+        bool | None,
+        typer.Option("--prompt-weights", help="Prompts of any length, with weights: a (red)1.4 apple, leaf++, sky--."),
+    ] = None,
     model: Model = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,

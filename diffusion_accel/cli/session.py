@@ -156,7 +156,7 @@ class Drawing:
         show it before it is finished."""
         call = prepare(self.pipe, plan.request)
         for text in call.notes():
-            if text not in self.noted or text.startswith("the prompt"):
+            if text not in self.noted or " tokens; " in text:
                 note(text)
             self.noted.add(text)
         every = self.settings.preview_steps if writes else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,8 @@ def check(settings: Settings) -> None:
         if not is_there(Path(file), "file"):
             raise ModelLoadError(f"--lora: no such file: {file}")
         check_weights(Path(file))
+    if s.prompt_weights and find_spec("compel") is None:
+        raise ConfigurationError("--prompt-weights needs compel: pip install 'diffusion-accel[prompts]'")
     if s.quantize is not None:
         check_quantize(s.quantize)
     if s.runtime is not None and s.runtime not in RUNTIMES:

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, condition_of, own_arguments
-from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.conditioning import CLASS, NOTHING, PROMPT, call_arguments, condition_of, own_arguments
+from diffusion_accel.errors import ConfigurationError, ModelLoadError, UnsupportedPipelineError
 from diffusion_accel.images import open_image
 from diffusion_accel.measure.comparison import Comparison, compare_calls
-from diffusion_accel.pipelines.sizes import far_from_trained
 from diffusion_accel.report import Report
+from diffusion_accel.sizes import far_from_trained
 
 from .layers import drawn_layers
 from .partial import Partial, shown_on_the_way
 from .request import CALLED, Request
+from .texts import cut_text, weighted, why_no_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,9 +64,11 @@ class Call:
         """What is worth knowing before it is drawn: a size far from the trained one, a prompt that is cut."""
         start = self.arguments.get("image")
         size = start.size if isinstance(start, Image.Image) else (self.request.width, self.request.height)
-        return [
-            note for note in (far_from_trained(self.pipe, *size), _cut_prompt(self.pipe, self.request.prompt)) if note
-        ]
+        found = [far_from_trained(self.pipe, *size)]
+        if not self.request.prompt_weights and condition_of(self.pipe) == PROMPT:
+            found.append(cut_text(self.pipe, self.request.prompt))
+            found.append(cut_text(self.pipe, self.request.negative_prompt or "", "negative prompt"))
+        return [note for note in found if note]
 
     def images(self, pipe: DiffusionPipeline | None = None, **others: Any) -> list[Image.Image]:
         """Draw, with another pipeline if one is given, and `others` of the arguments of its call.
@@ -81,7 +84,11 @@ class Call:
             given = call_arguments(pipe, [self.request.prompt] * len(each))
         else:
             given = {"prompt": self.request.prompt, "num_images_per_prompt": len(each)}
-        return pipe(**own_arguments(pipe, {**self.arguments, **others}), **given, generator=generators).images
+        arguments = own_arguments(pipe, {**self.arguments, **others})
+        if self.request.prompt_weights:
+            del given["prompt"]
+            given |= weighted(pipe, self.request.prompt, arguments.pop("negative_prompt", None))
+        return pipe(**arguments, **given, generator=generators).images
 
     def draw(
         self,
@@ -154,6 +161,8 @@ def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None
     known: dict[str, Any] = {key: value for key, value in usual.items() if isinstance(value, (int, float))}
     for request in requests:
         _arguments(pipe, request, opening=False)
+        if request.prompt_weights and (reason := why_no_weights(pipe)):
+            raise UnsupportedPipelineError(f"prompt_weights cannot be used on {type(pipe).__name__}: {reason}")
         if request.image:
             request.check_strength(**known)
 
@@ -175,16 +184,6 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     if unknown:
         raise ConfigurationError(f"{type(pipe).__name__} does not take {', '.join(unknown)}")
     return {k: v for k, v in given.items() if k in parameters}
-
-
-def _cut_prompt(pipe: Any, prompt: str) -> str | None:
-    tokenizer = getattr(pipe, "tokenizer", None)
-    limit = getattr(tokenizer, "model_max_length", None)
-    if tokenizer is not None and limit and limit < 10**6:
-        length = len(tokenizer(prompt).input_ids)
-        if length > limit:
-            return f"the prompt has {length} tokens; the model reads the first {limit}"
-    return None
 
 
 def _open(file: str | Path | Image.Image, mode: str, request: Request, what: str) -> Image.Image:

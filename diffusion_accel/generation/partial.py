@@ -16,6 +16,7 @@ from diffusion_accel.changes import Changes
 from diffusion_accel.diffusers_compat import announced_steps, unpacked_latents
 from diffusion_accel.io import first_line
 from diffusion_accel.prediction import Conversion, model_input
+from diffusion_accel.sizes import side_to_ask_for
 from diffusion_accel.steps import WatchedStep
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def decoded(
         height, width: of the images in pixels, for latents that are packed; None: the pipeline's usual ones.
         decode: of the VAE: latents -> (B, 3, H, W) in -1 to 1.
     """
-    z = latents if latents.dim() == 4 else unpacked_latents(pipe, latents, height, width)
+    side = side_to_ask_for(pipe)
+    z = latents if latents.dim() == 4 else unpacked_latents(pipe, latents, height or side, width or side)
     config = pipe.vae.config
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0

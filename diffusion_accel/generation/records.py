@@ -74,7 +74,7 @@ class Origin:
     def data(self, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
         """Everything about one image, as JSON values."""
         values = {key: getattr(request, key) for key in CALLED}
-        values |= {key: getattr(request, key) for key in ("image", "mask_image", "control_image")}
+        values |= {key: getattr(request, key) for key in ("image", "mask_image", "control_image", "prompt_weights")}
         values |= self.settings
         settings = {k: _named(v) for k, v in values.items() if v is not None and v != () and v is not False}
         data = {

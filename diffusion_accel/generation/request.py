@@ -95,6 +95,7 @@ class Options:
 
     Attributes:
         negative_prompt: what the image should not show.
+        prompt_weights: words of the prompts have weights in compel's syntax, and prompts any length.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance, 0 to 1000; 1 switches it off.
         width, height: pixels, multiples of 8.
@@ -109,6 +110,7 @@ class Options:
     """
 
     negative_prompt: str | None = _asked(call="negative_prompt", each=True)
+    prompt_weights: bool = False
     steps: int | None = _asked(call="num_inference_steps", each=True)
     guidance_scale: float | None = _asked(call="guidance_scale", each=True)
     width: int | None = _asked(call="width", each=True)

@@ -15,6 +15,7 @@ from diffusion_accel.conditioning import own_arguments
 def flux() -> DiffusionPipeline:
     pipe, _ = zoo.flux()
     pipe.tokenizer_2 = SimpleNamespace(model_max_length=32)
+    pipe.vae.register_to_config(sample_size=32)  # what diffusers writes where nobody says anything
     return pipe
 
 
@@ -38,3 +39,13 @@ def test_other_pipelines_are_called_as_they_were() -> None:
     for make in (zoo.sd, zoo.sd3, zoo.cogview4):
         pipe, _ = make()
         assert own_arguments(pipe, {"guidance_scale": 3.0}) == {"guidance_scale": 3.0}
+
+
+def test_the_size_is_the_trained_one_where_the_pipeline_has_a_constant(flux: DiffusionPipeline) -> None:
+    flux.vae.register_to_config(sample_size=96)
+    more = {"max_sequence_length": 32}
+    assert own_arguments(flux, {}) == {"width": 96, "height": 96, **more}
+    assert own_arguments(flux, {"width": 64, "height": None}) == {"width": 64, "height": 96, **more}
+    assert own_arguments(flux, {"image": object()}).keys() == {"image", *more}
+    flux.vae.register_to_config(sample_size=flux.default_sample_size * flux.vae_scale_factor)
+    assert own_arguments(flux, {}) == more

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import call
 from diffusers import DiffusionPipeline, FluxPipeline
+from PIL import Image
 from reuse_tools import counters
 from transformers import AutoTokenizer
 
@@ -109,3 +113,13 @@ def test_what_it_has_not_is_refused() -> None:
         AcceleratedPipeline.from_pretrained("sticker-dit", task_routing=True)
     with pytest.raises(ConfigurationError, match="fitting: euler, heun"):
         AcceleratedPipeline.from_pretrained("sticker-dit", scheduler="dpm++")
+
+
+def test_a_folder_of_it_draws_its_own_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing recommends a size for a folder, and FluxPipeline's own would be 512 pixels."""
+    shutil.copytree(PATH, tmp_path / "model")
+    given = ("-m", tmp_path / "model", "--steps", 2, "--preview-steps", 1, "-q", "-o", tmp_path / "a.png")
+    code, _, err = call(capsys, "generate", "red apple", *given)
+    assert (code, err) == (0, "")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (96, 96)

@@ -8,7 +8,7 @@ import pytest
 from zoo import ZOO
 from zoo import flux as tiny_flux
 
-from diffusion_accel.pipelines.sizes import far_from_trained, trained_size
+from diffusion_accel.sizes import far_from_trained, trained_size
 
 
 @pytest.fixture(scope="module")
