@@ -2,8 +2,8 @@
 
 Every kind of file holds two things: the `parameters` text in the form of AUTOMATIC1111's web UI, which many tools read,
 and our own JSON. PNG has a text chunk for each. WebP and JPEG have EXIF: the text as UserComment, both as MakerNote.
-EXIF of a JPEG ends at 64 KiB; where that is too short, both go into comment segments, and EXIF keeps as much of the
-text as fits.
+A GIF has both in its comment. EXIF of a JPEG ends at 64 KiB; where that is too short, both go into comment segments,
+and EXIF keeps as much of the text as fits.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _name(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------- writing
 def save_options(kind: str, text: str, data: dict[str, Any]) -> dict[str, Any]:
-    """What Pillow's `save` is given to write `text` and `data` into a file of `kind` ("PNG", "WEBP" or "JPEG")."""
+    """What Pillow's `save` needs to write `text` and `data` into a file of `kind` ("PNG", "WEBP", "JPEG" or "GIF")."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be no Unicode
     if kind == "PNG":
         info = PngInfo()
@@ -97,6 +97,8 @@ def save_options(kind: str, text: str, data: dict[str, Any]) -> dict[str, Any]:
         info.add_itxt(CHUNK, json.dumps(data))
         return {"pnginfo": info}
     whole = _MARK + json.dumps({"parameters": text, CHUNK: data}).encode("ascii")
+    if kind == "GIF":
+        return {"comment": whole}
     exif = _exif(text, whole)
     if kind != "JPEG" or len(exif) <= _EXIF_LIMIT:
         return {"exif": exif}
@@ -139,6 +141,9 @@ def read_embedded(image: Image.Image, file: str) -> tuple[str | None, dict[str, 
     comment, note, order = _exif_values(image)
     if not segments and isinstance(note, bytes) and note.startswith(_MARK):
         segments = note.removeprefix(_MARK)
+    remark = image.info.get("comment") if image.format == "GIF" else None
+    if isinstance(remark, bytes) and remark.startswith(_MARK):
+        segments = remark.removeprefix(_MARK)
     if segments:
         return _both(segments.decode("utf-8", "replace"), file)
     texts = {k: str(v) for k, v in getattr(image, "text", {}).items()}

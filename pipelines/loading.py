@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -196,6 +197,8 @@ def as_task(
     try:
         return _AUTO[task].from_pipe(pipe, **more)
     except ValueError as error:
+        if task == "image-to-image" and net is None and "image" in inspect.signature(type(pipe).__call__).parameters:
+            return pipe  # it starts from an image by itself
         what = task if net is None else f"{task} with a ControlNet"
         raise ModelLoadError(f"{type(pipe).__name__} cannot do {what}") from error
 

@@ -34,7 +34,7 @@ _FILES = ("image", "mask_image", "control_image", "controlnet", "recipe")
 _PLAIN = (
     *("negative_prompt", "steps", "guidance_scale", "width", "height", "strength"),
     *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
-    *("device", "dtype", "attention", "runtime", "low_memory", "premultiplied", "prompt_weights"),
+    *("device", "dtype", "attention", "runtime", "low_memory", "premultiplied", "prompt_weights", "frames", "fps"),
 )
 _KNOWN = (*_FILES, *_PLAIN, "scheduler", "lora", "quantize", "of_recipe")
 
@@ -94,7 +94,7 @@ def read_again(file: str, given: Collection[str], whole_paths: bool = False) -> 
     """
     with loaded(file, what="--from", error=OutputError) as image:
         _, data = read_embedded(image, file)
-        size = image.size
+        size, frames = image.size, getattr(image, "n_frames", 1)
     if data is None or not {"prompt", "seed", "model", "settings"} <= data.keys():
         raise OutputError(f"--from {file}: it has no settings that diffusion-accel has written")
     reading = _Reading(Path(file), f"--from {file}: ", whole_paths)
@@ -108,7 +108,7 @@ def read_again(file: str, given: Collection[str], whole_paths: bool = False) -> 
     for name, fields in features.items():
         if name not in given and name not in brought:
             values[name] = reading.feature(name, _as_chosen(fields, data, name))
-    reading.check(values, size)
+    reading.check(values, size, frames)
     return Again(file, values, _table(data, "versions", reading), _hash(data), _together(data))
 
 
@@ -224,12 +224,16 @@ class _Reading:
             raise ConfigurationError(f"{str(error).partition('; give --')[0]}; give {flag}") from error
         return prefix + path + (f":{member}" if member else "")
 
-    def check(self, values: dict[str, Any], size: tuple[int, int]) -> None:
+    def check(self, values: dict[str, Any], size: tuple[int, int], frames: int) -> None:
         """Refuse numbers that are not allowed, and more work than the image itself was."""
         check_numbers(values, self.where, "-")
         if values.get("steps", 0) > MOST_STEPS:
             raise ConfigurationError(
                 f"{self.where}it asks for {values['steps']} steps; more than {MOST_STEPS} need --steps"
+            )
+        if values.get("frames", 0) > frames:
+            raise ConfigurationError(
+                f"{self.where}it asks for {values['frames']} frames and has {frames} itself; give --frames"
             )
         for key, pixels in zip(("width", "height"), size, strict=True):
             if values.get(key, 0) > pixels + _ROUNDED:

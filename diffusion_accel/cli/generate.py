@@ -32,7 +32,7 @@ from .terminal import note
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "from_")  # not settings
 _PANELS = {
     "What is drawn": "prompts_file classes negative_prompt prompt_weights from_ config",
-    "How it is drawn": "model steps guidance_scale scheduler width height seed count",
+    "How it is drawn": "model steps guidance_scale scheduler width height seed count frames fps",
     "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale "
     "control_guidance_start control_guidance_end lora",
     "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory recipe",
@@ -69,6 +69,8 @@ def generate(
     count: Annotated[
         int | None, number("Images for each prompt.", LIMITS["count"], "--count", show_default="1")
     ] = None,
+    frames: Annotated[int | None, number("Frames of a video.", LIMITS["frames"], show_default="the pipeline's")] = None,
+    fps: Annotated[float | None, number("Frames a second of its file.", LIMITS["fps"], show_default="8")] = None,
     image: Annotated[str | None, typer.Option(metavar="FILE", help="Start from this image.")] = None,
     mask_image: Annotated[str | None, typer.Option(metavar="FILE", help="Inpaint where it is white.")] = None,
     strength: Annotated[
@@ -119,7 +121,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="A .png, .webp or .jpg file, or a folder.",
+            help="A .png, .webp or .jpg file, or a folder; of a video a .gif, .webp or .mp4 file.",
             show_default=f"the folder {Settings.output}",
         ),
     ] = None,
@@ -183,7 +185,7 @@ def generate(
         named |= {*values} | ({"prompt"} if "prompts_file" in values else set())
         again = read_again(from_, named, bool(paths_ or values.get("paths")))
         values = {**again.values, **values}
-    jobs = _jobs(prompt or [], classes or [], prompts_file, values)
+    jobs = _jobs(prompt or [], classes or [], prompts_file, values, bool(image or values.get("image")))
     settings, source = merge(flags, values, restoring=True)
     if settings.distribute is not None:
         return bulk.draw(settings, source, jobs, classes or [], quiet=quiet, json_lines=json_lines)
@@ -212,9 +214,12 @@ def generate(
     session.draw_all(settings, source, device_name, plans, writes=writes, quiet=quiet, json_lines=json_lines)
 
 
-def _jobs(prompts: list[str], classes: list[str], file: str | None, config: dict[str, Any]) -> list[Job]:
-    """The prompts of the command line and its file, or else those of the configuration file, whose keys are taken."""
-    more = config.pop("prompt", [])
+def _jobs(prompts: list[str], classes: list[str], file: str | None, config: dict[str, Any], image: bool) -> list[Job]:
+    """The prompts of the command line and its file, or else those of the configuration file, whose keys are taken; none
+    but an `image` will do for some pipelines."""
+    more = config.pop("prompt", None) or []
     from_config = config.pop("prompts_file", None)
     given = [*prompts, *classes]
+    if image and not (given or more or file or from_config):
+        return [Job("")]
     return read_jobs(given or ([more] if isinstance(more, str) else list(more)), from_config if file is None else file)

@@ -17,7 +17,9 @@ import transformers
 import typer
 from rich.table import Table
 
+from diffusion_accel.conditioning import PROMPT, condition_of
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
+from diffusion_accel.generation.clips import check_suffix, draws_clips
 from diffusion_accel.generation.drawing import Drawn, check_drawable, check_requests, prepare, takes_neither
 from diffusion_accel.generation.loading import best_device, model_hash, open_pipeline
 from diffusion_accel.generation.outputs import OutputPlan
@@ -68,7 +70,7 @@ def check_takes(source: ModelSource, classes: list[str]) -> None:
     if cls is None:
         return
     parameters = inspect.signature(cls.__call__).parameters
-    if "prompt" not in parameters and "class_labels" not in parameters:
+    if not {"prompt", "class_labels"} & parameters.keys() and not {"image", "num_frames"} <= parameters.keys():
         raise ModelLoadError(takes_neither(cls))
     if classes and "class_labels" not in parameters:
         raise ConfigurationError(f"--class is for models of classes; {cls.__name__} takes a prompt")
@@ -190,7 +192,12 @@ def open_drawing(
     """
     pipe = open_for(settings, source, device, quiet=quiet)
     plain = open_plain(settings, source, device)
+    requests = list(requests)
     check_requests(pipe, requests)
+    if condition_of(pipe) == PROMPT and any(not request.prompt for request in requests):
+        raise ConfigurationError("there is no prompt; give one, or --prompts-file")
+    if draws_clips(pipe) and settings.compare:
+        raise ConfigurationError(f"--compare compares images, and {type(pipe).__name__} draws videos")
     if settings.preview_steps is not None and (reason := impossible(getattr(pipe, "scheduler", None), pipe)):
         raise ConfigurationError(f"--preview-steps is not possible with {type(pipe).__name__}: {reason}")
     origin = Origin(
@@ -244,6 +251,8 @@ def draw_all(
         json_lines: print a JSON line for each image.
     """
     drawing = open_drawing(settings, source, device, [plan.request for plan in plans], quiet=quiet)
+    for path in (path for plan in plans for path in plan.paths):
+        check_suffix(path, draws_clips(drawing.pipe))
     for plan in plans:
         drawn = drawing.draw(plan, writes=writes)
         if writes:

@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from diffusion_accel.conditioning import CLASS, NOTHING, PROMPT, call_arguments, condition_of, own_arguments
+from diffusion_accel.conditioning import (
+    CLASS,
+    NOTHING,
+    PROMPT,
+    call_arguments,
+    call_parameters,
+    condition_of,
+    own_arguments,
+)
 from diffusion_accel.errors import ConfigurationError, ModelLoadError, UnsupportedPipelineError
 from diffusion_accel.images import open_image
 from diffusion_accel.measure.comparison import Comparison, compare_calls
 from diffusion_accel.report import Report
 from diffusion_accel.sizes import far_from_trained
 
+from .clips import Clip, draws_clips
 from .layers import drawn_layers
 from .partial import Partial, shown_on_the_way
 from .request import CALLED, Request
@@ -36,12 +45,12 @@ class Drawn:
     """What one request gave.
 
     Attributes:
-        images: for each seed its layers, in turn; without layers one image.
+        images: for each seed its layers, in turn; without layers one image, or one `Clip`.
         report: of the call.
         comparison: with the same images without the features, if that was asked for.
     """
 
-    images: list[Image.Image]
+    images: list[Any]
     report: Report
     comparison: Comparison | None = None
 
@@ -70,8 +79,8 @@ class Call:
             found.append(cut_text(self.pipe, self.request.negative_prompt or "", "negative prompt"))
         return [note for note in found if note]
 
-    def images(self, pipe: DiffusionPipeline | None = None, **others: Any) -> list[Image.Image]:
-        """Draw, with another pipeline if one is given, and `others` of the arguments of its call.
+    def images(self, pipe: DiffusionPipeline | None = None, **others: Any) -> list[Any]:
+        """Draw images, or clips, with another pipeline if one is given, and `others` of the arguments of its call.
 
         Each image has a generator of its own, on the CPU: image k of a batch is the image of seed + k. Layers that
         are drawn together are images of one call, each from a seed of its own.
@@ -79,16 +88,21 @@ class Call:
         pipe = self.pipe if pipe is None else pipe
         layers = len(drawn_layers(self.pipe.acceleration.features))
         each = [(seed + (k << 40)) % (1 << 63) for seed in self.request.seeds for k in range(layers)]
+        clips = draws_clips(pipe)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in each]
         if condition_of(pipe) == CLASS:
             given = call_arguments(pipe, [self.request.prompt] * len(each))
         else:
-            given = {"prompt": self.request.prompt, "num_images_per_prompt": len(each)}
+            given = {} if condition_of(pipe) == NOTHING else {"prompt": self.request.prompt}
+            given |= {} if clips else {"num_images_per_prompt": len(each)}
         arguments = own_arguments(pipe, {**self.arguments, **others})
         if self.request.prompt_weights:
             del given["prompt"]
             given |= weighted(pipe, self.request.prompt, arguments.pop("negative_prompt", None))
-        return pipe(**arguments, **given, generator=generators).images
+        if clips:  # one by one: AnimateDiff makes no several, and one is large enough
+            made = [pipe(**arguments, **given, generator=one, output_type="pil").frames[0] for one in generators]
+            return [Clip(tuple(frames)) for frames in made]
+        return list(pipe(**arguments, **given, generator=generators).images)
 
     def draw(
         self,
@@ -142,7 +156,7 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> Call:
 
 def check_drawable(pipe: DiffusionPipeline) -> None:
     """Raise `ModelLoadError` for a pipeline that is called with neither a prompt nor a class."""
-    if condition_of(pipe) == NOTHING:
+    if condition_of(pipe) == NOTHING and not (draws_clips(pipe) and "image" in call_parameters(pipe)):
         raise ModelLoadError(takes_neither(type(pipe)))
 
 
@@ -182,7 +196,9 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     resized = ("width", "height") if request.image else ()  # to them, before the pipeline gets it
     unknown = [k for k in given if k not in parameters and k not in resized]
     if unknown:
-        raise ConfigurationError(f"{type(pipe).__name__} does not take {', '.join(unknown)}")
+        ours = {call: name for name, call in CALLED.items()}
+        names = ", ".join(ours.get(name, name) for name in unknown)
+        raise ConfigurationError(f"{type(pipe).__name__} does not take {names}")
     return {k: v for k, v in given.items() if k in parameters}
 
 

@@ -14,6 +14,8 @@ from diffusion_accel.image_files import SUFFIXES, check_fits, check_holds_alpha,
 from diffusion_accel.io import is_there, printable
 from diffusion_accel.outputs import check_distinct, check_free, check_writable, output_path
 
+from .clips import FPS, Clip, check_suffix, save_clip
+from .clips import SUFFIXES as CLIP_SUFFIXES
 from .layers import by_image
 from .request import Request
 
@@ -114,7 +116,10 @@ class OutputPlan:
         for path in self.paths:
             if self.layers != ("",):
                 check_holds_alpha(path)
-            check_fits(path, self.request.width, self.request.height)
+            if path.suffix.lower() in (".gif", ".mp4"):
+                check_suffix(path)
+            else:
+                check_fits(path, self.request.width, self.request.height)
 
     def write(self, drawn: Drawn, describe: Describe | None = None) -> Iterator[Written]:
         """Write what was drawn, file by file; goes on when the next one is asked for.
@@ -131,9 +136,13 @@ class OutputPlan:
                 file = self.layer_path(path, layer)
                 if file is None or self._stays(file):
                     continue
-                if self.multiplied and image.mode == "RGBA":
+                if self.multiplied and not isinstance(image, Clip) and image.mode == "RGBA":
                     image = premultiplied(image)
                 text, data = (None, None) if describe is None else describe(image, seed)
+                if isinstance(image, Clip):
+                    save_clip(image, file, self.request.fps or FPS, text, data)
+                    yield Written(file, seed)
+                    continue
                 save_image(image, file, text, data)
                 yield Written(file, seed)
             yield from self._previews(path, layers)
@@ -247,9 +256,9 @@ def _paths(
     output: str, requests: Sequence[Request], names: Sequence[str | None], what: str, resuming: bool
 ) -> list[list[Path]]:
     """The path of every image: one list a request."""
-    target = output_path(output, what, SUFFIXES)
+    target = output_path(output, what, (*SUFFIXES, *CLIP_SUFFIXES))
     total = sum(request.count for request in requests)
-    if not is_image_file(output, what):
+    if target.suffix.lower() not in (".gif", ".mp4") and not is_image_file(output, what):
         return _numbered(target, requests, names, what, 0 if resuming else _highest(target))
     named = next((name for name in names if name is not None), None)
     if named is not None:

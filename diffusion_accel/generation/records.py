@@ -18,6 +18,7 @@ from diffusion_accel.denoisers import find_denoisers
 from diffusion_accel.image_metadata import names_only, parameters_text
 from diffusion_accel.quant.model import computed_with
 
+from .clips import Clip
 from .drawing import Drawn
 from .request import CALLED, Request
 
@@ -73,8 +74,8 @@ class Origin:
 
     def data(self, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
         """Everything about one image, as JSON values."""
-        values = {key: getattr(request, key) for key in CALLED}
-        values |= {key: getattr(request, key) for key in ("image", "mask_image", "control_image", "prompt_weights")}
+        own = ("image", "mask_image", "control_image", "prompt_weights", "fps")
+        values = {key: getattr(request, key) for key in (*CALLED, *own)}
         values |= self.settings
         settings = {k: _named(v) for k, v in values.items() if v is not None and v != () and v is not False}
         data = {
@@ -89,7 +90,7 @@ class Origin:
             "report": drawn.report.to_dict(),
             "versions": versions(),
         }
-        if request.count > 1:
+        if request.count > 1 and not isinstance(drawn.images[0], Clip):  # each clip is a call of its own
             data["together"] = [seed - request.seed, request.count]
         if (ways := low_bit_ways(self.pipe)) is not None:
             data["quantized"] = ways

@@ -72,6 +72,8 @@ LIMITS: dict[str, Bounds] = {
     "controlnet_conditioning_scale": Bounds(0, 10, "a finite number of at least 0 and at most 10"),
     "control_guidance_start": _SHARE,
     "control_guidance_end": _SHARE,
+    "frames": at_least(1, 1000),
+    "fps": Bounds(1, 120, "at least 1 and at most 120"),
     "seed": Bounds(0, MAX_SEED, f"between 0 and {MAX_SEED}", whole=True),
 }
 
@@ -99,6 +101,8 @@ class Options:
         steps: denoising steps.
         guidance_scale: of classifier-free guidance, 0 to 1000; 1 switches it off.
         width, height: pixels, multiples of 8.
+        frames: of a video, 1 to 1000.
+        fps: frames a second in the file of a video, 1 to 120.
         count: images.
         image: file, or an image that is open, that the images start from; the pipeline must be an image-to-image or
             inpainting one.
@@ -115,6 +119,8 @@ class Options:
     guidance_scale: float | None = _asked(call="guidance_scale", each=True)
     width: int | None = _asked(call="width", each=True)
     height: int | None = _asked(call="height", each=True)
+    frames: int | None = _asked(call="num_frames", each=True)
+    fps: float | None = _asked(each=True)
     count: int = _asked(1, each=True)
     image: str | Path | Image.Image | None = None
     mask_image: str | Path | Image.Image | None = None

@@ -123,3 +123,18 @@ def test_a_folder_of_it_draws_its_own_size(tmp_path: Path, capsys: pytest.Captur
     assert (code, err) == (0, "")
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (96, 96)
+
+
+def test_parts_of_an_image_are_drawn_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Black of the mask stays as the VAE reads it, white becomes something else."""
+    Image.new("RGB", (96, 96), (200, 30, 30)).save(tmp_path / "start.png")
+    mask = Image.new("L", (96, 96), 0)
+    mask.paste(255, (48, 0, 96, 96))
+    mask.save(tmp_path / "mask.png")
+    given = ("--image", tmp_path / "start.png", "--mask-image", tmp_path / "mask.png", "--strength", 1, "--steps", 2)
+    code, _, err = call(capsys, "generate", "panda", "-m", "sticker-dit", *given, "-q", "-o", tmp_path / "a.png")
+    assert (code, err) == (0, "")
+    with Image.open(tmp_path / "a.png") as image:
+        drawn = torch.tensor(list(image.convert("RGB").getdata()), dtype=torch.float32).view(96, 96, 3)
+    apart = (drawn - torch.tensor([200.0, 30.0, 30.0])).abs()
+    assert apart[:, :40].mean() < 12 < apart[:, 56:].mean()

@@ -1,0 +1,91 @@
+"""Clips: what pipelines for videos draw, and the files that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_accel.conditioning import call_parameters
+from diffusion_accel.errors import ConfigurationError, OutputError
+from diffusion_accel.image_metadata import save_options
+from diffusion_accel.io import first_line, replacing
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+SUFFIXES = (".gif", ".webp", ".mp4")
+FPS = 8.0  # frames a second where nobody says
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video that was drawn.
+
+    Attributes:
+        frames: its images, of one size.
+    """
+
+    frames: tuple[Image.Image, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.frames[0].size
+
+
+def draws_clips(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline draws videos: it is asked for a number of frames."""
+    return not {"num_frames", "video_length"}.isdisjoint(call_parameters(pipe))
+
+
+def check_suffix(path: Path, clip: bool | None = None) -> None:
+    """Refuse a file that cannot hold what is drawn.
+
+    Args:
+        path: that is to be written.
+        clip: whether that is a clip; None: it is not known yet.
+
+    Raises:
+        ConfigurationError: it cannot, or the package that writes it is not installed.
+    """
+    suffix = path.suffix.lower()
+    if clip and suffix not in SUFFIXES:
+        raise ConfigurationError(f"{path}: the model draws videos; use {', '.join(SUFFIXES)}")
+    if clip is False and suffix in (".gif", ".mp4"):
+        raise ConfigurationError(f"{path}: the model draws images; use .png, .webp or .jpg")
+    if suffix == ".mp4" and (find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None):
+        raise ConfigurationError(f"{path}: .mp4 needs imageio: pip install 'diffusion-accel[video]'; .gif does not")
+
+
+def save_clip(clip: Clip, path: Path, fps: float, text: str | None = None, data: dict[str, Any] | None = None) -> None:
+    """Write beside and rename; `text` and `data` go into GIF and WebP as metadata, see `image_files.save_image`.
+
+    Args:
+        clip: what is written.
+        path: a file with one of the `SUFFIXES`.
+        fps: frames a second.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    first, *others = clip.frames
+    try:
+        with replacing(path) as temporary:
+            if path.suffix.lower() == ".mp4":
+                from diffusers.utils import export_to_video  # heavy: diffusers
+
+                export_to_video([*clip.frames], str(temporary), fps=fps)
+                return
+            kind = "GIF" if path.suffix.lower() == ".gif" else "WEBP"
+            options: dict[str, Any] = {} if text is None else save_options(kind, text, data or {})
+            if kind == "WEBP":
+                options["quality"] = 95
+            duration = max(1, round(1000 / fps))
+            first.save(
+                temporary, format=kind, save_all=True, append_images=others, duration=duration, loop=0, **options
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"cannot write {path}: {first_line(error)}") from error

@@ -1,0 +1,140 @@
+"""Videos: pipelines that draw them, and the files that hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import model_folder
+import numpy as np
+import pytest
+import zoo
+from command import call
+from diffusers import AnimateDiffPipeline, StableVideoDiffusionPipeline
+from PIL import Image, ImageSequence
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from diffusion_accel.errors import OutputError
+from diffusion_accel.generation.clips import Clip, save_clip
+from diffusion_accel.image_files import read_metadata
+
+SMALL = ("--steps", 2, "--width", 16, "--height", 16, "--frames", 4, "--seed", 1, "-q")
+
+
+@pytest.fixture(scope="module")
+def animated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("animated")
+    parts: dict[str, Any] = dict(zoo.animatediff()[0].components)
+    parts |= {"tokenizer": model_folder.tokenizer(), "text_encoder": model_folder.text_encoder()}
+    AnimateDiffPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Video Diffusion, which is told nothing but an image."""
+    folder = tmp_path_factory.mktemp("svd")
+    vision = CLIPVisionConfig(
+        hidden_size=zoo.DIM,
+        projection_dim=zoo.DIM,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=224,  # whatever the image, the pipeline makes it so large
+        patch_size=112,
+    )
+    parts: dict[str, Any] = dict(zoo.svd()[0].components)
+    parts["image_encoder"] = zoo.seeded(lambda: CLIPVisionModelWithProjection(vision))
+    parts["feature_extractor"] = CLIPImageProcessor(crop_size=224, size=224)
+    StableVideoDiffusionPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+def frames_of(path: Path) -> list[Any]:
+    with Image.open(path) as image:
+        return [np.asarray(frame.convert("RGB"), dtype=float) for frame in ImageSequence.Iterator(image)]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_a_video_and_the_same_again(
+    animated: Path, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = tmp_path / f"first{suffix}", tmp_path / f"again{suffix}"
+    code, _, err = call(capsys, "generate", "red", "-m", animated, *SMALL, "--fps", 10, "-o", first)
+    assert code == 0, err
+    frames = frames_of(first)
+    assert len(frames) == 4 and frames[0].shape == (16, 16, 3)
+    assert any(not np.array_equal(frames[0], frame) for frame in frames[1:])
+    with Image.open(first) as image:
+        image.seek(1)
+        image.load()
+        assert image.info["duration"] == 100 and image.info.get("loop") == 0
+    data = read_metadata(str(first))[1]
+    assert data is not None and data["settings"]["frames"] == 4 and data["settings"]["fps"] == 10
+    code, _, err = call(capsys, "generate", "--from", first, "-m", animated, "-q", "-o", again)
+    assert code == 0, err
+    assert all(np.array_equal(a, b) for a, b in zip(frames, frames_of(again), strict=True))
+    two = ("--count", 2, "-o", tmp_path / f"two{suffix}")
+    code, _, err = call(capsys, "generate", "red", "-m", animated, *SMALL, *two)
+    assert code == 0, err
+    one, other = (frames_of(tmp_path / f"two-{k}{suffix}") for k in (1, 2))
+    assert np.array_equal(one, frames) and not np.array_equal(one, other)
+
+
+def test_mp4(animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imageio = pytest.importorskip("imageio")
+    pytest.importorskip("imageio_ffmpeg")
+    path = tmp_path / "a.mp4"
+    code, _, err = call(capsys, "generate", "red", "-m", animated, *SMALL, "-o", path)
+    assert code == 0, err
+    with imageio.get_reader(path) as reader:
+        assert sum(1 for _ in reader) == 4 and reader.get_meta_data()["fps"] == 8
+
+
+def test_from_an_image_alone(from_image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = tmp_path / "start.png"
+    Image.new("RGB", (16, 16), "red").save(start)
+    given = ("generate", "-m", from_image, *SMALL[:6], "--frames", 3, "--seed", 1, "-q")
+    code, _, err = call(capsys, *given, "--image", start, "-o", tmp_path / "a.gif")
+    assert code == 0, err
+    assert len(frames_of(tmp_path / "a.gif")) == 3
+    again = ("--from", tmp_path / "a.gif", "-m", from_image, "-q", "-o", tmp_path / "b.gif")
+    code, _, err = call(capsys, "generate", *again)
+    assert code == 0, err
+    assert np.array_equal(frames_of(tmp_path / "a.gif"), frames_of(tmp_path / "b.gif"))
+    code, _, err = call(capsys, *given, "-o", tmp_path / "c.gif")
+    assert code == 2 and "there is no prompt" in err and err.count("\n") == 1
+    code, _, err = call(capsys, *given, "red", "--image", start, "--strength", 0.5, "-o", tmp_path / "c.gif")
+    assert code == 2 and "does not take" in err and "--strength" in err and err.count("\n") == 1
+
+
+def test_what_does_not_fit(
+    animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = model_folder.write_folder(tmp_path / "still")
+    capsys.readouterr()
+    for model, given, words in (
+        (animated, ("-o", tmp_path / "a.png"), "the model draws videos; use .gif, .webp, .mp4"),
+        (animated, ("-o", f"{tmp_path}/folder/"), "the model draws videos; use .gif, .webp, .mp4"),
+        (animated, ("-o", tmp_path / "a.gif", "--compare", "--reuse", "hold:2"), "--compare compares images"),
+        (animated, ("-o", tmp_path / "a.gif", "--preview-steps", 1), "--preview-steps is not possible"),
+        (animated, ("-o", tmp_path / "a.gif", "--fps", 0), "--fps must be at least 1"),
+        (animated, ("-o", tmp_path / "a.avi"), "unknown image type .avi"),
+    ):
+        code, _, err = call(capsys, "generate", "red", "-m", model, *SMALL, *given)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+    some = ("generate", "red", "-m", still, "--steps", 2)
+    code, _, err = call(capsys, *some, "-o", tmp_path / "a.gif")
+    assert code == 2 and "the model draws images; use .png, .webp or .jpg" in err and err.count("\n") == 1, err
+    code, _, err = call(capsys, *some, "--frames", 2, "-o", tmp_path / "a.png")
+    assert code == 2 and "does not take --frames" in err, err
+    monkeypatch.setattr("diffusion_accel.generation.clips.find_spec", lambda name: None)
+    code, _, err = call(capsys, *some, "-o", tmp_path / "a.mp4")
+    assert code == 2 and "pip install 'diffusion-accel[video]'" in err and err.count("\n") == 1
+
+
+def test_a_clip_that_cannot_be_written(tmp_path: Path) -> None:
+    clip = Clip((Image.new("RGB", (20_000, 8)),))
+    with pytest.raises(OutputError, match="cannot write"):
+        save_clip(clip, tmp_path / "a.webp", 8)
+    assert not [*tmp_path.iterdir()]
