@@ -96,11 +96,11 @@ def not_a_unet(module: nn.Module) -> str | None:
     return None
 
 
-def layers_per_block(pipeline: DiffusionPipeline) -> int:
-    """Residual blocks in a down block of the pipeline's U-Net; 2, the usual number, for other denoisers."""
+def layers_per_block(pipeline: DiffusionPipeline) -> int | None:
+    """Residual blocks in a down block of the pipeline's U-Net; None if its denoiser is something else."""
     denoiser = find_denoiser(pipeline)
     if denoiser is None or not_a_unet(denoiser):
-        return 2
+        return None
     return len(_list(unet_stages(denoiser).down[0], "resnets")) or 2
 
 

@@ -93,7 +93,7 @@ class ReuseAttachment(Attachment[AnyReuse]):
         return CacheRun(cache, self.pipeline, self._counters, clock)
 
     def _plan_run(self, clock: StepClock) -> Run:
-        feature, source = self.feature, self.feature.source.for_unet(layers_per_block(self.pipeline))
+        feature, source = self.feature, self.feature.source.for_model(layers_per_block(self.pipeline))
         if isinstance(source, Auto):
             source = self._auto = AutoCall(source, self.pipeline, clock, self._own)
         return ReuseRun(

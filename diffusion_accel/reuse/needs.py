@@ -30,7 +30,7 @@ def supports(source: PlanSource, pipe: DiffusionPipeline) -> str | None:
     """Why a pipeline cannot follow the plans of a source; None if it can."""
     if reason := unfollowable(pipe):
         return reason
-    kinds = source.for_unet(layers_per_block(pipe)).kinds()
+    kinds = source.for_model(layers_per_block(pipe)).kinds()
     if kinds.parts_branches and (reason := no_branches(pipe)):
         return reason if kinds.leaves_branches_out else f"the plan's fits need both branches of guidance, and {reason}"
     if kinds.leaves_branches_out and (reason := uneven_streams(pipe, kinds)):

@@ -42,8 +42,9 @@ class PlanSource(ABC):
     def parse(cls, text: str) -> PlanSource:
         """The inverse of `str`. Raises `ConfigurationError`."""
 
-    def for_unet(self, _layers: int) -> PlanSource:
-        """The same for a U-Net with so many layers in a block, where the plans depend on it (DeepCache's branches)."""
+    def for_model(self, _layers: int | None) -> PlanSource:
+        """The same for a U-Net with so many layers in a block, or for a model that is no U-Net (None), where the plans
+        depend on it."""
         return self
 
     @property

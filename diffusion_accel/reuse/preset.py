@@ -34,7 +34,9 @@ _ARGUMENTS: dict[str, tuple[int, int, int | None]] = {
     "hold": (1, 1, None),
 }
 _NAMES = (*_ARGUMENTS, "deepcache-pow")
-FINE = 12  # a forecast is better than plain reuse where full steps divide the trajectory into so many parts (measured)
+# a forecast is better than plain reuse where full steps divide the trajectory into so many parts, of U-Nets and of
+# transformers (measured)
+FINE, FINE_ELSEWHERE = 12, 6
 
 
 def looks_like_a_preset(text: str) -> bool:
@@ -54,6 +56,7 @@ class Preset(PlanSource):
         space: of hold.
         center, power: of deepcache-pow.
         layers: in a block of the U-Net, which DeepCache's branches count by; 2 is usual.
+        fine: into how many parts full steps have to divide the trajectory for order 1.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Preset(PlanSource):
     center: int = 0
     power: float = 0.0
     layers: int = field(default=2, compare=False)
+    fine: int = field(default=FINE, compare=False)
 
     def __post_init__(self) -> None:
         if self.name not in _NAMES or self.interval < 1 or (self.name == "shallow" and self.argument < 1):
@@ -96,7 +100,8 @@ class Preset(PlanSource):
         - `hold:n`: every n-th step, the prediction is reused at the others, or the noise or the clean sample that it
           means.
 
-        If `shallow` and `hold` are given no order, it is 1 where n is at most a 12th of the steps, and 0 elsewhere.
+        If `shallow` and `hold` are given no order, it is 1 where n is at most a 12th of the steps (of a model that is
+        no U-Net, a 6th), and 0 elsewhere.
 
         Raises:
             ConfigurationError: it is none of these.
@@ -120,15 +125,15 @@ class Preset(PlanSource):
             f"(0 to {MAX_ORDER}) if wanted; {shipped_texts()}; or the JSON file of a tuned plan or family"
         )
 
-    def for_unet(self, layers: int) -> Preset:
-        """The same for a U-Net with so many layers in a block."""
-        return replace(self, layers=layers)
+    def for_model(self, layers: int | None) -> Preset:
+        """The same for a U-Net with so many layers in a block, or for a model that is no U-Net."""
+        return replace(self, fine=FINE_ELSEWHERE) if layers is None else replace(self, layers=layers)
 
     def for_steps(self, total: int) -> Plan:
         """The plan for `total` steps."""
         if self.name == "full":
             return Plan((FULL,) * total)
-        order = int(self.interval * FINE <= total) if self.order is None else self.order
+        order = int(self.interval * self.fine <= total) if self.order is None else self.order
         if self.name == "faster-diffusion":
             full, other = key_steps("paper", total), Step("decoder", order=order)
         else:
@@ -141,7 +146,7 @@ class Preset(PlanSource):
         """Every kind of step, of the highest order, that plans of any length have."""
         if self.name == "deepcache-pow":  # which cannot be placed in any number of steps
             return Kinds((FULL, self._other(self.order or 0)))
-        return self.for_steps(FINE * self.interval + 6).kinds()
+        return self.for_steps(self.fine * self.interval + 6).kinds()
 
     def _other(self, order: int) -> Step:
         if self.name == "uniform":

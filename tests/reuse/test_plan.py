@@ -131,6 +131,10 @@ def test_presets_and_guidance_make_the_plans_that_they_name() -> None:
     assert str(Preset.parse("hold:3@2").for_steps(7)) == "full hold@2 hold@2 full hold@2 hold@2 full"
     assert str(Preset.parse("hold:3").for_steps(35)).startswith("full hold hold full")
     assert str(Preset.parse("hold:3").for_steps(36)).startswith("full hold@1 hold@1 full")
+    elsewhere = Preset.parse("hold:3").for_model(None)  # no U-Net
+    assert str(elsewhere) == "hold:3" and str(elsewhere.for_steps(17)).startswith("full hold hold full")
+    assert str(elsewhere.for_steps(18)).startswith("full hold@1 hold@1 full") and elsewhere.kinds().orders("hold") == 1
+    assert Preset.parse("hold:3").for_model(1).for_steps(18) == Preset.parse("hold:3").for_steps(18)
     assert Preset.parse("shallow:2,1").kinds().highest_order == 1
     assert str(Preset.parse("hold:2,epsilon@0").for_steps(3)) == "full hold:epsilon full"
     assert str(Preset.parse("deepcache:2,4@1").for_steps(3)) == "full shallow:5@1 full"
