@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -112,12 +112,39 @@ def install(model: nn.Module, spec: ModelSpec) -> Buckets:
         if "timestep" not in forward_parameters(model):
             raise ConfigurationError(f"{type(model).__name__} takes no timestep, so inputs cannot be quantized by it")
         SelectBucket.install(model, buckets)
+    model._register_state_dict_hook(_with_shapes)
     return buckets
+
+
+class StateDict(OrderedDict[str, torch.Tensor]):
+    """What `state_dict()` of a quantized model returns: its tensors and nothing else. Asked for the weight of a
+    quantized layer, which is none of them, it answers with zeros of that shape and no memory: diffusers looks there
+    for the shapes of Flux's layers when it loads a LoRA."""
+
+    def __init__(self, tensors: Any = (), likes: Mapping[str, torch.Tensor] | None = None) -> None:
+        super().__init__(tensors)
+        self.likes = likes or {}
+
+    def __missing__(self, key: str) -> torch.Tensor:
+        return self.likes[key]
+
+
+def _with_shapes(model: nn.Module, tensors: Any, prefix: str, _metadata: object) -> StateDict:
+    """The hook on `state_dict()`."""
+    likes = {}
+    for name, layer in quantized_layers(model).items():
+        like = layer.weight_codes.new_zeros(()).expand(layer.weight_shape)
+        likes |= dict.fromkeys((f"{prefix}{name}.weight", f"{prefix}{name.removesuffix('.base_layer')}.weight"), like)
+    made = StateDict(tensors, likes)
+    vars(made).update({key: value for key, value in vars(tensors).items() if key != "likes"})
+    return made
 
 
 def uninstall(model: nn.Module) -> None:
     """Take off what `install` put on a model besides its layers."""
     SelectBucket.uninstall(model)
+    for key in [key for key, hook in model._state_dict_hooks.items() if hook is _with_shapes]:
+        del model._state_dict_hooks[key]
     for module in model.modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedSoftmax):

@@ -21,7 +21,7 @@ ALLOWED = {
     "torch: modules and what is compiled": {
         "_apply", "_buffers", "_compiled_call_impl", "_conv_forward", "_forward_hooks", "_forward_hooks_with_kwargs",
         "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_from_state_dict", "_modules", "_orig_mod",
-        "_parameters", "_torchdynamo_orig_callable",
+        "_parameters", "_register_state_dict_hook", "_state_dict_hooks", "_torchdynamo_orig_callable",
     },
     "torch: tensors and operators": {
         "_C", "_cdata", "_foreach_lerp_", "_int_mm", "_is_amx_tile_supported", "_python_dispatch",

@@ -10,6 +10,7 @@ import zoo
 from diffusers import UNet2DConditionModel
 from quantized import TINY, Prompted
 
+from diffusion_accel import quantize_files
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.quant.layers import QuantizedLayer
 from diffusion_accel.quant.model import set_runtime
@@ -89,3 +90,36 @@ def test_a_model_with_adapters_is_not_quantized(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedPipelineError, match="has adapters"):
         quantize_denoiser(Prompted(pipe, call), TINY, tmp_path / "work")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_flux_loads_loras_beside_quantized_layers(tmp_path: Path) -> None:
+    """Its loader looks for the shapes of weights among the tensors of the model, where a quantized layer has codes."""
+    pipe, call = zoo.flux()
+    pipe.save_pretrained(tmp_path / "plain")
+    quantize_files(tmp_path / "plain", tmp_path / "made", weight_bits=8, group=0)
+    pipe.transformer = model = type(pipe.transformer).from_pretrained(tmp_path / "made" / "transformer")
+    before, tensors = zoo.run(pipe, call), {name: value.clone() for name, value in model.state_dict().items()}
+    assert not any(name.endswith("to_v.weight") for name in tensors)
+    weights = {}
+    for layer in ("transformer_blocks.0.attn.to_v", "single_transformer_blocks.1.attn.to_q"):
+        weights[f"transformer.{layer}.lora_A.weight"] = zoo.rand(2, 32, seed=1)
+        weights[f"transformer.{layer}.lora_B.weight"] = zoo.rand(32, 2, seed=2)
+    images = []
+    for names in (["one"], ["one", "two"]):
+        pipe.load_lora_weights(dict(weights), adapter_name=names[-1])
+        pipe.set_adapters(names)
+        images.append(zoo.run(pipe, call))
+    assert not torch.equal(images[0], before) and not torch.equal(*images)
+    attention, x = model.transformer_blocks[0].attn, torch.randn(3, 32)
+    added = 2 * torch.nn.functional.linear(x, zoo.rand(32, 2, seed=2) @ zoo.rand(2, 32, seed=1))
+    assert torch.allclose(attention.to_v(x), attention.to_v.base_layer(x) + added, atol=1e-4)
+    pipe.unload_lora_weights()
+    assert torch.equal(zoo.run(pipe, call), before)
+    assert model.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    with pytest.raises(KeyError):
+        model.state_dict()["transformer_blocks.9.attn.to_v.weight"]
+    model.save_pretrained(tmp_path / "again")
+    pipe.transformer = type(model).from_pretrained(tmp_path / "again")
+    assert torch.equal(zoo.run(pipe, call), before)
