@@ -9,7 +9,7 @@ import importlib
 import operator
 import typing
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
@@ -45,7 +45,8 @@ class Feature:
     summary: ClassVar[str]
     paper: ClassVar[str]
     order: ClassVar[int] = 100
-    conflicts: ClassVar[frozenset[str]] = frozenset()
+    #: features that it cannot be combined with, and why: name -> reason; or only their names
+    conflicts: ClassVar[Collection[str]] = frozenset()
     shorthand: ClassVar[str | None] = None
     #: it changes what is drawn, not how fast: comparisons keep it on both sides
     changes_output: ClassVar[bool] = False

@@ -410,10 +410,12 @@ def _trained_in(pipeline: DiffusionPipeline, there: set[str]) -> list[Feature]:
 def _check_conflicts(features: list[Feature], pipeline: DiffusionPipeline) -> None:
     names = {f.name for f in features}
     for feature in features:
-        clash = sorted(feature.conflicts & names)
+        clash = sorted(names.intersection(feature.conflicts))
         if clash:
+            given = feature.conflicts if isinstance(feature.conflicts, Mapping) else {}
+            why = "; ".join(filter(None, map(given.get, clash)))
             raise FeatureConflictError(
-                f"{feature.name} cannot be combined with {', '.join(clash)}; remove one of them first"
+                f"{feature.name} cannot be combined with {', '.join(clash)}{why and ': '}{why}; remove one of them first"
             )
         for other in features:
             if reason := feature.clash(other):

@@ -63,8 +63,12 @@ class PatchParallel(Feature):
     summary: ClassVar[str] = "one image on several processes, exactly or with activations of the step before"
     paper: ClassVar[str] = "DistriFusion (Li et al., CVPR 2024); PCPP (Zhang et al., 2024)"
     order: ClassVar[int] = 10
-    conflicts: ClassVar[frozenset[str]] = frozenset({"controlnet_parallel"})  # messages are in one order
+    conflicts: ClassVar[dict[str, str]] = {
+        "controlnet_parallel": "the ControlNet's messages would go out at any time between those of the U-Net, "
+        "and all processes must send theirs in one order"
+    }
     shorthand: ClassVar[str | None] = "ranks"
+    served: ClassVar[bool] = False  # several processes draw one image together, request by request
     runtime: ClassVar[str] = "diffusion_accel.parallel.attachment"
     old_names: ClassVar[dict[str, str]] = {"p": "neighbour_fraction"}
 

@@ -40,7 +40,10 @@ class ControlNetParallel(Feature):
     summary: ClassVar[str] = "the ControlNet at the same time as the U-Net's encoder"
     paper: ClassVar[str] = "SwiftDiffusion (Li et al., 2024)"
     order: ClassVar[int] = 15
-    conflicts: ClassVar[frozenset[str]] = frozenset({"patch_parallel"})
+    conflicts: ClassVar[dict[str, str]] = {
+        "patch_parallel": "the ControlNet's messages would go out at any time between those of the U-Net, "
+        "and all processes must send theirs in one order"
+    }
     served: ClassVar[bool] = False
     runtime: ClassVar[str] = "diffusion_accel.controlnet.attachment"
 

@@ -45,7 +45,7 @@ class EncoderReuse(Feature):
     summary: ClassVar[str] = "run the U-Net encoder at key steps only and reuse its features in between"
     paper: ClassVar[str] = "Faster Diffusion (Li et al., NeurIPS 2024)"
     order: ClassVar[int] = 50
-    conflicts: ClassVar[frozenset[str]] = frozenset({"reuse"})
+    conflicts: ClassVar[dict[str, str]] = {"reuse": "both have a plan for the parts of the same steps"}
     runtime: ClassVar[str] = "diffusion_accel.reuse.encoder_attachment"
 
     schedule: tuple[int, ...] | str | KeySteps = option(

@@ -63,7 +63,7 @@ class Reuse(Feature):
     summary: ClassVar[str] = "compute some steps only and forecast the others, by a plan"
     paper: ClassVar[str] = "Faster Diffusion, DeepCache, TaylorSeer; plans tuned by this project"
     order: ClassVar[int] = 50
-    conflicts: ClassVar[frozenset[str]] = frozenset({"encoder_reuse"})
+    conflicts: ClassVar[dict[str, str]] = {"encoder_reuse": "both have a plan for the parts of the same steps"}
     shorthand: ClassVar[str] = "plan"
     runtime: ClassVar[str] = "diffusion_accel.reuse.attachment"
 

@@ -9,18 +9,26 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 import typing
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws import APART, Stop, built, default, stop_at, traces
 from zoo import ZOO, ddim, rand, run, sd, unet
 
-from diffusion_accel import AccelerationError, ConfigurationError, UnsupportedPipelineError, accelerate
+from diffusion_accel import (
+    AccelerationError,
+    ConfigurationError,
+    FeatureConflictError,
+    UnsupportedPipelineError,
+    accelerate,
+)
 from diffusion_accel.registry import all_features
 
 FEATURES = all_features()
@@ -310,6 +318,10 @@ def test_configuration_survives_json_and_text(feature: Any) -> None:
 def test_conflicts_are_symmetric_and_known(pair: tuple[Any, Any]) -> None:
     a, b = pair
     assert (a.name in b.conflicts) == (b.name in a.conflicts)
+    if a.name in b.conflicts:
+        assert a.conflicts[b.name] == b.conflicts[a.name]
+        with pytest.raises(FeatureConflictError, match=f"{b.name}: {re.escape(a.conflicts[b.name])}; remove one"):
+            accelerate(zoo.controlnet()[0], a(), b())
 
 
 # ---------------------------------------------------------------------- settings
