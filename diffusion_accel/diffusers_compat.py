@@ -69,6 +69,31 @@ def hook_names(registry: HookRegistry | None) -> list[str]:
     return list(getattr(registry, "_hook_order", ()))
 
 
+def sink(registry: HookRegistry) -> None:
+    """Move the hook that was added last below all others, next to the module's own function; it has a `new_forward`.
+
+    diffusers puts every hook around those that are there, so the links (`_hook_order`, `_fn_refs`) are changed here.
+    """
+    *others, last = registry._fn_refs
+    place = lowest_function(registry)
+    if not others or place is None:
+        return
+    module, (lowest, name) = registry._module_ref, place
+    own, chain, ours = getattr(lowest, name), last.original_forward, module.forward
+    order = list(registry._hook_order)
+    try:
+        ours.__wrapped__ = own  # it was that of the chain, which now holds it
+        last.original_forward = own
+        setattr(lowest, name, ours)
+        module.forward = chain
+        registry._fn_refs[:], registry._hook_order[:] = [last, *others], [order[-1], *order[:-1]]
+    except BaseException:  # an interrupt in the middle: as it was, so that it can be removed
+        last.original_forward, module.forward = chain, ours
+        setattr(lowest, name, own)
+        registry._fn_refs[:], registry._hook_order[:] = [*others, last], order
+        raise
+
+
 def unchain(registry: HookRegistry, name: str) -> None:
     """Remove a hook, also from between others; nothing if it is not there.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
-from .diffusers_compat import drop_registry, hook_names, lowest_function, registry_of, set_registry, unchain
+from .diffusers_compat import drop_registry, hook_names, lowest_function, registry_of, set_registry, sink, unchain
 from .errors import CallStateError
 
 if TYPE_CHECKING:
@@ -85,8 +85,12 @@ class HookSet:
         changes.add(hooks.remove)
         return hooks
 
-    def add(self, module: torch.nn.Module, hook: ModelHook) -> None:
+    def add(self, module: torch.nn.Module, hook: ModelHook, innermost: bool = False) -> None:
         """Install `hook` on `module` under this set's name.
+
+        Args:
+            innermost: below the hooks that are there: what it sees is what the module itself is given. It has a
+                `new_forward`.
 
         Raises:
             CallStateError: there is one of this name, so of a call in another thread, which goes on.
@@ -97,6 +101,8 @@ class HookSet:
             )
         self._modules.append(module)
         registry.register_hook(hook, self.name)
+        if innermost:
+            sink(registry)
 
     def __len__(self) -> int:
         return len(self._modules)

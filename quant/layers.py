@@ -241,6 +241,13 @@ class QuantizedLayer(nn.Module):
         return self
 
     # ------------------------------------------------------------------ inputs
+    @property
+    def reads_whole_input(self) -> bool:
+        """Whether what it computes at one position hangs on all of the image: on the grid that a convolution finds over
+        it at every call."""
+        per_image = self.spec.dynamic and not self.spec.input_group and self.channel_dim == 1
+        return per_image and self.runtime.name not in ("dequantize", "bfloat16")
+
     def store_grids(self, what: str, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         """Take the grids of the "input" or the "output": scales and zero points, (buckets, K), whole numbers."""
         if what == "input" and self.spec.compact_grids:
@@ -293,8 +300,9 @@ class QuantizedLayer(nn.Module):
         """The layer's own arithmetic with other weights."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the runtime computes; a gradient goes through the weights as numbers (straight through)."""
+        x = input  # torch's name for it, by which AnimateDiff gives it
         if not (x.requires_grad and torch.is_grad_enabled()) or self.runtime.name == Dequantize.name:
             return self.runtime(self, x)
         with torch.no_grad():
@@ -379,12 +387,12 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[override
         made._prepare(layer, spec, buckets)
         return made
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows of the table, (…) numbers to (…, dim)."""
-        rows = x.reshape(-1)
+        rows = input.reshape(-1)
         codes = unpack(self.weight_codes[rows], self.spec.weight_bits, self.embedding_dim)
         found = self._as_floats(codes, self.weight_scale[:, rows], self.weight_zero_point[:, rows])
-        return found.to(self._like.dtype).view(*x.shape, -1)
+        return found.to(self._like.dtype).view(*input.shape, -1)
 
 
 def quantizable(module: nn.Module) -> bool:

@@ -131,7 +131,7 @@ class StateDict(OrderedDict[str, torch.Tensor]):
 
 def _with_shapes(model: nn.Module, tensors: Any, prefix: str, _metadata: object) -> StateDict:
     """The hook on `state_dict()`."""
-    likes = {}
+    likes: dict[str, torch.Tensor] = {}
     for name, layer in quantized_layers(model).items():
         like = layer.weight_codes.new_zeros(()).expand(layer.weight_shape)
         likes |= dict.fromkeys((f"{prefix}{name}.weight", f"{prefix}{name.removesuffix('.base_layer')}.weight"), like)

@@ -82,6 +82,11 @@ def not_splittable(module: nn.Module) -> str | None:
             layer.padding_mode != "zeros" or isinstance(layer.padding, str)
         ):
             return f"{name} has a convolution that pads in another way than with zeros"
+        if getattr(layer, "reads_whole_input", False):
+            return (
+                f"{name} has quantized convolutions that find the grid of their input over the whole image; quantize "
+                "with static inputs or weights alone, or use the runtime dequantize, which leaves inputs as they are"
+            )
     return None
 
 

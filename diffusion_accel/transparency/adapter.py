@@ -212,7 +212,7 @@ class Adapter:
                         "use model offload instead of sequential offload"
                     )
             for module, changes in hooked.values():
-                self._hooks.add(module, _Added(module, changes, strength))
+                self._hooks.add(module, _Added(module, changes, strength), innermost=True)  # it is the layer's own
         except BaseException:
             self.restore()
             raise
@@ -267,28 +267,25 @@ class _Added(ModelHook):
         self.weight: Change | None = changes.get("weight")
         self.bias: Change | None = changes.get("bias")
         self.strength = strength
-        kernel = getattr(module, "kernel_size", None)
-        self.geometry = (
-            None
-            if kernel is None
-            else {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
-        )
+        self.convolution = hasattr(module, "kernel_size")
         self._factors: tuple[Any, tuple[Any, Any, Any]] | None = None
 
-    def new_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["input"]
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        x = next(iter((*args, *kwargs.values())))
         made = self.fn_ref.original_forward(*args, **kwargs)
         if self._factors is None or self._factors[0] != (made.device, made.dtype):
             self._factors = (made.device, made.dtype), self._prepared(made)
         down, up, bias = self._factors[1]
         if up is None:
-            return made + bias.view(-1, *(1,) * (made.dim() - 2)) if self.geometry else made + bias
+            return made + bias.view(-1, *(1,) * (made.dim() - 2)) if self.convolution else made + bias
         x = x.to(made.dtype)
-        if self.geometry is None:
+        if not self.convolution:
             return made + F.linear(x if down is None else F.linear(x, down), up, bias)
+        # as it is now: a part of an image is padded on fewer sides
+        geometry = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
         if down is None:
-            return made + F.conv2d(x, up, bias, **self.geometry)
-        return made + F.conv2d(F.conv2d(x, down, **self.geometry), up, bias)
+            return made + F.conv2d(x, up, bias, **geometry)
+        return made + F.conv2d(F.conv2d(x, down, **geometry), up, bias)
 
     def _prepared(self, like: torch.Tensor) -> tuple[Any, Any, Any]:
         """The factors of the weight's change, the second alone if it is a whole one, and the bias's; all scaled."""
@@ -301,5 +298,5 @@ class _Added(ModelHook):
         elif change is not None:
             assert change.down is not None and change.up is not None
             down, up = change.down.to(like), change.up.to(like).flatten(1) * (change.scale * self.strength)
-            down, up = (down.flatten(1), up) if self.geometry is None else (down, up[..., None, None])
+            down, up = (down, up[..., None, None]) if self.convolution else (down.flatten(1), up)
         return down, up, bias

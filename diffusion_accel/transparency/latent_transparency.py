@@ -118,6 +118,12 @@ class LatentTransparency(Feature):
         """Nothing is adapted and nothing decoded."""
         return cls(views=0, strength=0.0)
 
+    def clash(self, other: Feature) -> str | None:
+        """Refuses layers that are drawn by each other on several processes: they are put beside whole images."""
+        if other.name == "patch_parallel" and self.variant not in ("fg", "fg-conv"):
+            return "given layers, and layers that attend to each other, are for whole images; use variant=fg or fg-conv"
+        return None
+
     @property
     def idle(self) -> bool:
         """Whether nothing is adapted and nothing decoded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -46,17 +47,45 @@ def test_of_two_calls_the_first_keeps_its_hook() -> None:
 
 
 @pytest.mark.parametrize("kinds", list(itertools.product((Times, Around), repeat=3)))
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_hooks_are_removed_in_any_order(kinds: Any, order: tuple[int, ...]) -> None:
     module, x = torch.nn.Identity(), torch.ones(1)
-    sets = [HookSet(f"test.{i}") for i in range(3)]
-    factors = [2.0, 3.0, 5.0]
-    for hooks, kind, factor in zip(sets, kinds, factors, strict=True):
+    sets = [HookSet(f"test.{i}") for i in range(4)]
+    factors = [2.0, 3.0, 5.0, 7.0]
+    for hooks, kind, factor in zip(sets, kinds, factors, strict=False):
         hooks.add(module, kind(factor))
-    left = set(range(3))
+    sets[3].add(module, Around(factors[3]), innermost=True)
+    left = set(range(4))
     for i in order:
         sets[i].remove()
         sets[i].remove()
         left -= {i}
         assert float(module(x)) == float(torch.tensor([factors[k] for k in left]).prod() if left else 1)
     assert "_diffusers_hook" not in vars(module) and "forward" not in vars(module)
+
+
+class Notes(ModelHook):
+    def __init__(self, name: str, order: list[str]) -> None:
+        super().__init__()
+        self.name, self.order = name, order
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self.order.append(self.name)
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the class's forward", "one on the instance"])
+def test_the_innermost_hook_runs_last(own: bool) -> None:
+    module, order = torch.nn.Identity(), list[str]()
+    if own:
+        module.forward = lambda input: order.append("own") or input  # type: ignore[method-assign,assignment]
+    before = dict(vars(module))
+    hooks = {name: HookSet(f"test.{name}") for name in ("first", "inside", "last")}
+    for name, one in hooks.items():
+        one.add(module, Notes(name, order), innermost=name == "inside")
+    module(torch.ones(1))
+    assert order == ["last", "first", "inside"] + ["own"] * own
+    assert list(inspect.signature(module.forward).parameters) == ["input"]
+    for one in hooks.values():
+        one.remove()
+    assert vars(module) == before

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+import zoo
 from quantized_layers import LAYERS, TIMES, conv, inputs, linear, made, on_grid
 from torch import nn
 
+from diffusion_accel import PatchParallel, UnsupportedPipelineError, accelerate
 from diffusion_accel.quant.affine import fake_quantize
 from diffusion_accel.quant.kernels import IntMatmul, make_runtime
 from diffusion_accel.quant.layers import Buckets
@@ -28,6 +30,32 @@ def test_simulation_is_the_plain_layer_with_rounded_parts(kind: str) -> None:
     y = twin(fake_quantize(x, scale, zero, 8))
     y = fake_quantize(y, layer.output_scale[2, 0], layer.output_zero_point[2, 0].float(), 8)
     assert torch.equal(layer(x), y)
+
+
+def test_inputs_are_called_as_in_torch() -> None:
+    """AnimateDiff's motion modules give theirs by name."""
+    layer = made(LAYERS["linear"]())
+    x = inputs(layer)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("runtime", ["simulated", "dequantize"])
+def test_patch_parallelism_needs_grids_that_do_not_hang_on_the_whole_image(runtime: str) -> None:
+    pipe, call = zoo.sd()
+    dynamic = {"activation_bits": 8, "dynamic": True}
+    pipe.unet.conv_out = layer = made(pipe.unet.conv_out, weight_bits=8, **dynamic)
+    layer.runtime = make_runtime(runtime, layer)
+    whole = layer.reads_whole_input
+    assert whole == (runtime == "simulated")
+    # a part of the image has another grid where one is found at all
+    x = torch.cat([torch.ones(1, 16, 2, 8), torch.full((1, 16, 6, 8), 0.013)], 2)
+    assert torch.equal(layer(x)[..., 4:, :], layer(x[..., 2:, :])[..., 2:, :]) != whole
+    if whole:
+        with pytest.raises(UnsupportedPipelineError, match="grid of their input over the whole image"):
+            accelerate(pipe, PatchParallel())
+        assert not hasattr(pipe, "acceleration")
+    else:
+        zoo.run(accelerate(pipe, PatchParallel()), call, 2)
 
 
 def test_split_with_equal_grids_is_not_split() -> None:

@@ -24,7 +24,13 @@ from zoo import (
     vae,
 )
 
-from diffusion_accel import ConfigurationError, LatentTransparency, UnsupportedPipelineError, accelerate
+from diffusion_accel import (
+    ConfigurationError,
+    LatentTransparency,
+    PatchParallel,
+    UnsupportedPipelineError,
+    accelerate,
+)
 
 
 def with_vae(model: Any) -> Case:
@@ -105,3 +111,11 @@ def test_an_image_with_alpha_needs_an_encoder(tmp_path: Path) -> None:
     opaque = rgba()
     opaque.putalpha(255)
     assert draw(pipe, call, image=opaque)[0].mode == "RGBA"
+
+
+def test_layers_drawn_by_each_other_are_for_one_process() -> None:
+    """What is given is put beside the latents of a whole image, of which a process has a part."""
+    given = LatentTransparency(variant="fg2bg", foreground="a.png")
+    assert LatentTransparency().clash(PatchParallel()) is None
+    for one in (given, LatentTransparency(variant="joint")):
+        assert "use variant=fg" in str(one.clash(PatchParallel()))
