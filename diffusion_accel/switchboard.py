@@ -413,9 +413,9 @@ def _check_conflicts(features: list[Feature], pipeline: DiffusionPipeline) -> No
         clash = sorted(names.intersection(feature.conflicts))
         if clash:
             given = feature.conflicts if isinstance(feature.conflicts, Mapping) else {}
-            why = "; ".join(filter(None, map(given.get, clash)))
+            why = "; ".join([given[name] for name in clash if name in given] + ["remove one of them first"])
             raise FeatureConflictError(
-                f"{feature.name} cannot be combined with {', '.join(clash)}{why and ': '}{why}; remove one of them first"
+                f"{feature.name} cannot be combined with {', '.join(clash)}{': ' if given else '; '}{why}"
             )
         for other in features:
             if reason := feature.clash(other):

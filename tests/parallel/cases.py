@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import exact_cases
 import failure_cases
+import pair_cases
 import pipeline_cases
 import stale_cases
 import token_cases
@@ -36,6 +37,7 @@ def zoo_case(kind: str, wide: bool) -> Case:
 
 
 ZOO_CASES = {f"sync_{kind}": zoo_case(kind, wide=True) for kind in SUPPORTED}
+ZOO_CASES |= pair_cases.PAIR_CASES
 ZOO_CASES |= {
     f"sync_float32_{kind}": zoo_case(kind, wide=False) for kind in ("sd", "sdxl", "svd", "controlnet", "sd_batch")
 }

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import forks
+import pair_cases
+import pairs
 import pytest
 import world
 from filelock import FileLock
@@ -45,7 +47,7 @@ PLAN = {
         images_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
         quantized_layers noise_without_a_generator tokens_that_cannot_be_shared_are_refused tokens_with_reuse
         tokens_of_branches diffusers_shares_what_it_can
-        different_arguments_are_named an_exception_leaves_nothing
+        different_arguments_are_named an_exception_leaves_nothing stack_controlnet
     """.split(),
 }
 PLAN = {
@@ -71,6 +73,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
 def test_on_processes(size: int, case: str, outcomes: dict[tuple[int, str], list[str]]) -> None:
     for rank, error in enumerate(outcomes[size, case]):
         assert not error, f"rank {rank} of {size}: {error}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", pairs.KINDS)
+def test_beside_everything_else(kind: str, tmp_path: Path) -> None:
+    plan = {2: [case for case in pair_cases.PAIR_CASES if f"_{kind}_" in f"{case}_" and case not in PLAN[2]]}
+    world.run(tmp_path, 2, plan)
+    for case, errors in world.read(tmp_path, plan).items():
+        assert not any(errors), (case, errors)
 
 
 @pytest.mark.parametrize(
