@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve test test-slow lint docs bench fuzz clean
+.PHONY: demo serve test test-slow lint docs bench report fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py -o demo
@@ -43,7 +43,11 @@ BENCH ?= family:tuned:ddim $(addprefix reuse:,hold:2 hold:3 deepcache:3 faster-d
 bench: $(STAMP)
 	$(if $(PEERS),$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps tomesd tgate)
 	mkdir -p runs
-	$(BIN)/diffusion-accel bench $(BENCH) --scheduler ddim --steps 50 --count 24 --seed 1000 --html runs/bench.html --overwrite
+	$(BIN)/diffusion-accel bench $(BENCH) --scheduler ddim --steps 50 --count 24 --seed 1000 --html runs/bench.html -o runs/bench.json --overwrite
+
+# one page of all numbers in docs/data and of those measured here (runs/*.json): runs/report.html
+report: $(STAMP)
+	$(BIN)/python scripts/report.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

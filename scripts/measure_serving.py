@@ -21,12 +21,12 @@ what the lock draws when it has no pause; latencies are from arriving to having.
 
 The images of all ways are compared with those of the lock. Run it on an idle machine: threads compete for its cores.
 
-`http` measures the same through HTTP: each way is in turn a server process, with the very application that
-`diffusion-accel serve` has, and clients in this process ask it over 127.0.0.1 for PNG files. First --clients are in
+`http` measures the same through HTTP: each way is a server process, with the very application that `diffusion-accel
+serve` has, and clients in this process ask one after the other over 127.0.0.1 for PNG files. First --clients are in
 flight, each with one request after the other; then --arrivals requests arrive by chance at shares (--load) of the most
-images a second that this way has answered. Behind the name of a way, `+plan` lets its requests ask for a tuned plan
-(--plan; without it `"quality": "medium"`). With the usual options it takes 5 to 8 minutes, and no more than --minutes
-and what is being measured then. Of so few requests p99 is the slowest one.
+images a second that the first way has answered, the same for all. Behind the name of a way, `+compiled` serves a
+compiled model, and `+plan` lets its requests ask for a tuned plan (--plan; without it `"quality": "medium"`). It takes
+no more than --minutes and what is being measured then. Of so few requests p99 is the slowest one.
 
 `faults` measures what a server does that is used badly, or for long (--parts):
 
@@ -193,9 +193,11 @@ def main() -> None:
     parser.add_argument("--warm-up", action="store_true", help="measure first how many rows are worth it")
     parser.add_argument("--json", type=Path)
     through = parser.add_argument_group("http and faults")
-    through.add_argument("--ways", nargs="*", default=["lock", "static", "engine", "engine+plan"])
+    through.add_argument(
+        "--ways", nargs="*", default=["lock", "static", "engine", "engine+compiled", "engine+compiled+plan"]
+    )
     through.add_argument("--arrivals", type=int, default=16, help="requests of each load")
-    through.add_argument("--minutes", type=float, default=8, help="after which nothing more is begun")
+    through.add_argument("--minutes", type=float, default=20, help="after which nothing more is begun")
     through.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     through.add_argument("--requests", type=int, default=2000)
     through.add_argument("--settings", type=int, default=300)

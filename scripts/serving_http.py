@@ -30,7 +30,7 @@ from measuring import MOST, head, line, quiet
 from rivals import Rival, workload
 from safetensors.torch import save_file
 
-from diffusion_accel import accelerate
+from diffusion_accel import Compiled, accelerate
 from diffusion_accel.generation.request import Request
 from diffusion_accel.images import open_image
 from diffusion_accel.measure.fidelity import psnr
@@ -39,7 +39,7 @@ from diffusion_accel.serving.engine import Engine
 
 DRAW = "/v1/images/generations"
 PATIENCE = 300.0  # seconds after which a client gives up
-PLAN = "+plan"  # behind the name of a way: requests ask for a tuned plan
+PLAN, COMPILED = "+plan", "+compiled"  # behind the name of a way: requests ask for a tuned plan; its model is compiled
 COMPARED = 4  # images of each way
 
 
@@ -67,13 +67,14 @@ def running(way: str, options: argparse.Namespace, **more: Any) -> Iterator[Serv
     """A server process, as long as it is needed.
 
     Args:
-        way: "lock", "static" or "engine".
+        way: "lock", "static" or "engine", with what may stand behind.
         options: of the program.
         more: options of this one.
     """
     given = {"model": options.model, "scheduler": options.scheduler, "most_rows": options.most_rows} | more
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in ("", None)]
-    command = [sys.executable, __file__, way, *flags]
+    flags += ["--compiled"] if COMPILED in way else []
+    command = [sys.executable, __file__, way.partition("+")[0], *flags]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     try:
@@ -93,6 +94,7 @@ def serve() -> None:
     parser.add_argument("way", choices=["lock", "static", "engine"])
     parser.add_argument("--model", default="sticker")
     parser.add_argument("--scheduler", default="")
+    parser.add_argument("--compiled", action="store_true", help="the denoiser and the VAE, by OpenVINO in float32")
     parser.add_argument("--most-rows", type=int, default=32)
     parser.add_argument("--running", type=int, default=32)
     parser.add_argument("--queue", type=int, default=10_000)
@@ -104,7 +106,7 @@ def serve() -> None:
     from diffusion_accel.serving.http.run import bound, serve
     from diffusion_accel.serving.http.settings import ServerSettings
 
-    pipe = accelerate(quiet(options.model))
+    pipe = accelerate(quiet(options.model), *[Compiled()] * options.compiled)
     if options.scheduler:
         set_scheduler(pipe, options.scheduler)
     with tempfile.TemporaryDirectory() as folder:
@@ -262,28 +264,29 @@ def worst(wanted: dict[int, bytes], images: dict[int, bytes]) -> float:
 
 # ---------------------------------------------------------------------- the measurement
 def through_http(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every way, one after the other: so many clients, then requests that arrive by chance at shares of the most that
-    this way has answered. Cells for which no time is left are left out, and said."""
-    table = _Table(time.monotonic() + 60 * options.minutes)
-    for way in options.ways:
-        plan = {} if PLAN not in way else {"reuse": options.plan} if options.plan else {"quality": "medium"}
-        requests = workload(
-            options.workload, max(options.arrivals, options.count, 2 * max(options.clients)), options.steps
-        )
-        bodies = [body_of(request, plan) for request in requests]
-        with running(way.removesuffix(PLAN), options, warm_up=options.steps * options.warm_up) as server:
-            first = asked(server, bodies[:COMPARED], COMPARED, None)  # what first calls make
-            table.compare(first)
-            speeds = []
-            for clients in options.clients:
-                count = max(options.count, math.ceil(1.5 * clients))
-                make = functools.partial(asked, server, bodies[:count], clients, None)
-                speeds.append(table.cell(way, str(clients), make))
-            for load in options.load if max(speeds) else []:
-                rate = load * max(speeds)
-                times = np.cumsum(np.random.default_rng(0).exponential(1 / rate, options.arrivals)).tolist()
-                make = functools.partial(asked, server, bodies[: len(times)], 0, times)
-                table.cell(way, f"{load:g}: {rate:.2f} a second", make)
+    """All ways in turn: so many clients, then requests that arrive by chance at shares of the most that the first way
+    has answered, the same for all. Cells for which no time is left are left out, and said."""
+    table, most = _Table(time.monotonic() + 60 * options.minutes), 0.0
+    count = max(options.arrivals, options.count, 2 * max(options.clients))
+    requests = workload(options.workload, count, options.steps)
+    with contextlib.ExitStack() as stack:
+        ways = []
+        for way in options.ways:
+            plan = {} if PLAN not in way else {"reuse": options.plan} if options.plan else {"quality": "medium"}
+            bodies = [body_of(request, plan) for request in requests]
+            server = stack.enter_context(running(way, options, warm_up=options.steps * options.warm_up))
+            table.compare(way, asked(server, bodies[:COMPARED], COMPARED, None))  # what first calls make
+            ways.append((way, server, bodies))
+        for clients in options.clients:
+            for way, server, bodies in ways:
+                some = bodies[: max(options.count, math.ceil(1.5 * clients))]
+                speed = table.cell(way, str(clients), functools.partial(asked, server, some, clients, None))
+                most = max(most, speed) if way == options.ways[0] else most
+        for load in options.load if most else []:
+            gaps = np.random.default_rng(0).exponential(1 / (load * most), options.arrivals)
+            for way, server, bodies in ways:
+                make = functools.partial(asked, server, bodies[: len(gaps)], 0, np.cumsum(gaps).tolist())
+                table.cell(way, f"{load:g}: {load * most:.2f} a second", make)
     return table.rows
 
 
@@ -296,7 +299,7 @@ class _Table:
 
     def __init__(self, end: float) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._end, self._wanted, self._near = end, dict[int, bytes](), math.nan
+        self._end, self._wanted, self._near = end, dict[int, bytes](), dict[str, float]()
         head(
             "way",
             "in flight, or load",
@@ -309,20 +312,20 @@ class _Table:
             "worst PSNR dB",
         )
 
-    def compare(self, found: Found) -> None:
+    def compare(self, way: str, found: Found) -> None:
         """Compare the images of a way with those of the first one."""
         self._wanted = self._wanted or found.images
-        self._near = worst(self._wanted, found.images)
+        self._near[way] = worst(self._wanted, found.images)
 
     def cell(self, way: str, what: str, make: Callable[[], Found]) -> float:
         """Measure: images a second; 0 where no time was left."""
         if time.monotonic() > self._end:
             line(way, what, "no time left", *[""] * 6)
             return 0.0
-        row = {"way": way, "cell": what, **make().row(), "psnr": self._near}
+        row = {"way": way, "cell": what, **make().row(), "psnr": self._near[way]}
         self.rows.append(row)
         numbers = [f"{row[name]:.2f}" for name in ("images_a_second", "p50", "p95", "p99")]
-        line(way, what, row["requests"], *numbers, row["failed"], f"{self._near:.1f}")
+        line(way, what, row["requests"], *numbers, row["failed"], f"{self._near[way]:.1f}")
         return float(row["images_a_second"])
 
 

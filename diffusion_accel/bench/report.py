@@ -143,7 +143,7 @@ def plot(result: Benchmark, key: str, label: str) -> str:
     if not shown:
         return ""
     places = {row.name: (x, y) for row, x, y in shown}
-    axes = _Axes([x for _, x, _ in shown], [y for *_, y in shown], label)
+    axes = Axes([x for _, x, _ in shown], [y for *_, y in shown], label)
     if key == "psnr":
         front = [axes.at(row.time_ratio or 1, (row.psnr or [0])[0]) for row in pareto(result.rows)]
         axes.svg.add("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in front), class_="front")
@@ -161,30 +161,43 @@ def plot(result: Benchmark, key: str, label: str) -> str:
     return str(axes.svg)
 
 
-class _Axes:
-    """The frame of a plot: times as fast, on a logarithmic scale, against decibels."""
+TIMES, FASTER = "times as fast", (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20)
+
+
+class Axes:
+    """The frame of a plot: times as fast, or whatever `across` says, on a logarithmic scale, against decibels.
+
+    Args:
+        xs: of the points, above 0.
+        ys: of the points.
+        label: of the upright axis.
+        across: what is on the other one.
+        ticks: of it; with "x" behind them where they are times.
+    """
 
     edge, margin = 56, 20
 
-    def __init__(self, xs: list[float], ys: list[float], label: str) -> None:
+    def __init__(
+        self, xs: list[float], ys: list[float], label: str, across: str = TIMES, ticks: tuple[float, ...] = FASTER
+    ) -> None:
         self.svg = html.Svg(640, 400, label, SVG_STYLE)
         logs = [math.log(x) for x in xs]
-        self.x = min(0.0, *logs), max(logs) + 0.05
+        self.x = min(*([0.0] if across == TIMES else []), *logs, max(logs)), max(logs) + 0.05
         self.y = min(ys) - 1, max(ys) + 1
         left, right = self.edge, self.svg.width - self.margin
         top, bottom = self.margin, self.svg.height - self.edge
-        for tick in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20):
+        for tick in ticks:
             if self.x[0] <= math.log(tick) <= self.x[1]:
                 x, _ = self.at(tick, self.y[0])
                 self.svg.add("line", x1=x, y1=top, x2=x, y2=bottom, class_="grid")
-                self.svg.text(x, bottom + 16, f"{tick:g}x", "middle")
+                self.svg.text(x, bottom + 16, f"{tick:g}x" if across == TIMES else f"{tick:g}", "middle")
         step = 5 if self.y[1] - self.y[0] > 12 else 1
         for tick in range(math.ceil(self.y[0] / step) * step, math.floor(self.y[1]) + 1, step):
             _, y = self.at(1, tick)
             self.svg.add("line", x1=left, y1=y, x2=right, y2=y, class_="grid")
             self.svg.text(left - 6, y + 4, str(tick), "end")
         middle = self.svg.height / 2
-        self.svg.text(self.svg.width / 2, self.svg.height - 12, "times as fast", "middle")
+        self.svg.text(self.svg.width / 2, self.svg.height - 12, across, "middle")
         self.svg.text(14, middle, label, "middle", transform=f"rotate(-90 14 {middle:g})")
 
     def at(self, x: float, y: float) -> tuple[float, float]:

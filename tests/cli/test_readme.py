@@ -15,7 +15,7 @@ from snippets import ROOT, STICKER, blocks, commands, prepare, understood, witho
 BLOCKS = blocks(ROOT / "README.md")
 PYTHON = [block.text for block in BLOCKS if block.kind == "python"]
 COMMANDS = commands(BLOCKS)
-ELSEWHERE = {"make": ".ci/run, and by hand", "curl": "tests/serving/http/test_docs.py"}
+ELSEWHERE = {"pip": ".ci/run", "make": ".ci/run, and by hand", "curl": "tests/serving/http/test_docs.py"}
 
 
 def test_the_first_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +54,7 @@ def test_the_commands_are_understood(
     assert len(COMMANDS) >= 12
     first, *others = COMMANDS
     small = ["--device", "cpu", "--quiet", "--steps", "2"]
-    assert call(capsys, *shlex.split(first), *small)[0] == 0 and Path("apple.png").is_file()
+    assert call(capsys, *shlex.split(first, comments=True), *small)[0] == 0 and Path("apple.png").is_file()
     without_models(monkeypatch)
     for line in others:
         understood(line, capsys)
