@@ -105,7 +105,7 @@ def test_what_passes_plainly_runs_accelerated(
     assert neutral[computed]["outcome"] == "passed"
     assert real[again]["outcome"] == "passed" and real[computed]["outcome"] == "failed"
     printed = capsys.readouterr().out
-    assert code == 0 and "| ddpm | 2 | 1 | 1 | 1 | 1 | 2 | 3 of 3 | – | – | 1 | 0 of 3 |" in printed
+    assert code == 0 and "| ddpm | 1 | 2 | 1 | 1 | 1 | 1 | 2 of 2 | 3 of 3 | – | – | 1 of 2 | 0 of 3 |" in printed
     assert f"real: {computed}: " in printed
 
     monkeypatch.setattr(upstream, "start", None)  # all is there: nothing runs again
@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_goes_on(program: Any, tmp_path: Path, monkeypatc
 
 
 def test_what_is_refused(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="ddpm did not run plainly: add plain to --settings"):
+    with pytest.raises(SystemExit, match="test_fake.py did not run plainly: add plain to --settings"):
         program("--settings", "neutral")
     (tmp_path / "results.json").write_text(json.dumps({"versions": {"diffusers": "0.1"}}))
     with pytest.raises(SystemExit) as refused:
@@ -139,6 +139,18 @@ def test_what_is_refused(program: Any, tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as refused:
         program("--tests", str(tmp_path / "results.json"))
     assert refused.value.code == 2 and "no tests/ folder of diffusers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "code"), [("test_draws", 1), ("test_faster_cache_state", 0)])
+def test_a_failure_counts_if_it_is_not_explained(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = {setting: {f"a.py::{name}": ended(end)} for setting, end in (("plain", "passed"), ("neutral", "failed"))}
+    place = tmp_path / "results.json"
+    place.write_text(json.dumps({"versions": {"diffusers": "1"}, "done": [], "results": {"flux": tests}}))
+    monkeypatch.setattr(sys, "argv", ["upstream_tests.py", "--json", str(place), "--show"])
+    assert upstream.main() == code
+    assert ("(no fault: " in capsys.readouterr().out) == (not code)
 
 
 def test_a_neutral_setting_that_changes_something_is_told() -> None:
@@ -153,4 +165,4 @@ def test_a_neutral_setting_that_changes_something_is_told() -> None:
         ("neutral", "b", "AssertionError: 3 != 4"),
         ("neutral", "c", "1 of 2 calls return other bits"),
     ]
-    assert upstream.row("sd", results["sd"])[6:] == ["2", "3 of 4", "–", "–", "1", "0 of 1"]
+    assert upstream.row("sd", results["sd"])[7:] == ["2 of 3", "3 of 4", "–", "–", "1 of 1", "0 of 1"]
