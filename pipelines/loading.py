@@ -10,16 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoPipelineForImage2Image,
-    AutoPipelineForInpainting,
-    AutoPipelineForText2Image,
-    ControlNetModel,
-    DiffusionPipeline,
-    ModelMixin,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline, ModelMixin
 
 from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.denoisers import DENOISERS
@@ -38,11 +29,6 @@ from .quantizers import check_quantize, foreign_config, load_quantized
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
 _CONTROLNET_TENSORS = 5000  # more than any ControlNet has; SDXL's has 800
-_AUTO = {
-    "text-to-image": AutoPipelineForText2Image,
-    "image-to-image": AutoPipelineForImage2Image,
-    "inpainting": AutoPipelineForInpainting,
-}
 
 
 def load_pipeline(
@@ -157,6 +143,8 @@ def _folder(source: ModelSource, cls: type[DiffusionPipeline], allow_pickle: boo
 
 def _single_file(source: ModelSource, cls: type[DiffusionPipeline] | None, options: dict[str, Any]) -> Any:
     keys = safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # of models of authors only
+
     if cls is None:
         cls = StableDiffusionXLPipeline if any(k.startswith("conditioner.") for k in keys) else StableDiffusionPipeline
     with bounded(len(keys) or 5000, source.location):
@@ -193,9 +181,20 @@ def as_task(
             f"this model cannot do inpainting: diffusers inpaints with 4 latent channels (or a 9-channel inpainting "
             f"U-Net), and its U-Net takes {channels}"
         )
+    from diffusers import (  # 300 modules of other pipelines, for other tasks only
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
+    )
+
+    auto: Any = {
+        "text-to-image": AutoPipelineForText2Image,
+        "image-to-image": AutoPipelineForImage2Image,
+        "inpainting": AutoPipelineForInpainting,
+    }
     more = {} if net is None and not without_controlnet else {"controlnet": net}
     try:
-        return _AUTO[task].from_pipe(pipe, **more)
+        return auto[task].from_pipe(pipe, **more)
     except ValueError as error:
         if task == "image-to-image" and net is None and "image" in inspect.signature(type(pipe).__call__).parameters:
             return pipe  # it starts from an image by itself
@@ -205,6 +204,8 @@ def as_task(
 
 def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
     """Load a `ControlNetModel` from a folder or a hub id."""
+    from diffusers import ControlNetModel  # with models that nothing else needs
+
     path = at_home(name)
     if is_there(path, "dir"):
         check_component(path, allow_pickle)

@@ -17,6 +17,7 @@ from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.parallel.place import place
 
 from . import processes
+from .heavy import large_imports
 from .prompts import Job, plan_jobs, request_of
 from .settings import Settings
 from .terminal import say
@@ -67,7 +68,8 @@ def draw(
         lambda: f"{share.done()} of {len(share.plans)} prompts are there; the same command draws the others"
     )
 
-    from . import session  # heavy: torch, diffusers
+    with large_imports():
+        from . import session  # heavy: torch, diffusers
 
     session.check_takes(source, classes)
     settings = processes.share(settings, _TOGETHER)  # from here on all know what each of them does

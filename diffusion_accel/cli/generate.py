@@ -25,6 +25,7 @@ from .common_options import (
 )
 from .feature_flags import with_feature_flags
 from .from_image import read_again
+from .heavy import large_imports
 from .prompts import Job, plan_jobs, read_jobs, request_of
 from .settings import ATTENTION, OFFLOAD, PREVIEW_STEPS, RUNTIMES, Settings, merge, read_config
 from .terminal import note
@@ -196,7 +197,8 @@ def generate(
     if starts:  # they check the rest: this one need not import torch
         return processes.start(settings)
 
-    from . import session  # heavy: torch, diffusers
+    with large_imports():
+        from . import session  # heavy: torch, diffusers
 
     session.check_takes(source, classes or [])
     device_name = session.check_machine(settings)

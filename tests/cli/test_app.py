@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import typer
@@ -66,6 +67,21 @@ def test_every_option_has_its_default_in_the_help(
     if len(options) > 12:
         plain = [flag for flag, param in options.items() if not getattr(param, "rich_help_panel", None)]
         assert {*plain} <= {"--debug", "--model", "--bits", "--budget", "--json"}, plain
+
+
+def test_drawing_imports_no_pipelines_for_other_tasks() -> None:
+    """What is imported for nothing is time before the first step."""
+    script = (
+        "import sys, gc; from diffusion_accel.cli.main import main\n"
+        "try: main(['generate', 'red apple', '--steps', '1', '-q', '-o', sys.argv[1]])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "needless = {'diffusers.pipelines.auto_pipeline', 'diffusers.models.controlnets', "
+        "'diffusion_accel.bench.run', 'diffusion_accel.serving.engine', 'diffusion_accel.training.loop'}\n"
+        "assert not needless & set(sys.modules), needless & set(sys.modules)\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", script, f"{folder}/a.png"], check=True)
 
 
 def test_the_help_says_defaults_and_bounds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
