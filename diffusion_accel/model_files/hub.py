@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from .names import HUB_ID
+
 _OFFLINE = "offline mode is on (HF_HUB_OFFLINE); download it once without that, or name a local folder"
 _UNREACHABLE = "the hub cannot be reached; check the connection, or name a local folder"
 #: class names in an error's chain of causes, the first that is found decides -> what it means; {} is the id
