@@ -121,6 +121,11 @@ def explanation() -> str:
     return names() if _explain is None else _explain()
 
 
+def how_to_go_on(work: Path, kept: bool) -> str:
+    """What is said at the end of something that goes on when it is called again, if its state was `kept` in `work`."""
+    return f"call it again to go on from here ({work})" if kept else names()
+
+
 def names() -> str:
     """What was written, by name."""
     files = [str(path) for path in dict.fromkeys(_written)]

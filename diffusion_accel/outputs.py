@@ -72,6 +72,11 @@ def check_writable(folder: Path) -> None:
         raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
+def work_folder(folder: Path) -> Path:
+    """Where the state of what makes a folder lies until it is done, so that it goes on when it is called again."""
+    return folder.with_name(f"{folder.name}.work")
+
+
 def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Raise `OutputError` unless a pipeline folder of this name can be written (and, with `overwrite`, replaced)."""
     if folder.is_file():

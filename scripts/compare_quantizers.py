@@ -208,7 +208,7 @@ def main() -> None:
             set_runtime(model, "simulated")
             recipe = model.config["quantization_config"].spec.recipe
             wanted.append(recipe["bits"])
-            size = sum(file.stat().st_size for file in Path(checkpoint).rglob("*.safetensors"))
+            size = sum(file.stat().st_size for file in Path(checkpoint, part).glob("*.safetensors"))
             note(f"ours: {Path(checkpoint).name}", model, size)
         for bits in dict.fromkeys(wanted if args.plain else []):
             try:

@@ -13,7 +13,7 @@ from diffusion_accel import interrupts
 from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.making.wish import LEAST_PROMPTS, check_wish
-from diffusion_accel.outputs import check_free_folder, output_path
+from diffusion_accel.outputs import check_free_folder, output_path, work_folder
 
 from .common_options import (
     SECONDS,
@@ -84,8 +84,8 @@ def accelerate(
     check_wish(min_psnr, max_size, budget, steps)
     folder = output_path(output)
     check_free_folder(folder, overwrite)
-    work = folder.with_name(f"{folder.name}.work")
-    interrupts.explain(lambda: f"call it again to go on from here ({work})" if work.is_dir() else interrupts.names())
+    work = work_folder(folder)
+    interrupts.explain(lambda: interrupts.how_to_go_on(work, work.is_dir()))
     settings, source = settings_of(options)
     texts = texts_of(prompts_file, count, source)
     if texts and len(texts) < LEAST_PROMPTS:

@@ -15,7 +15,7 @@ from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
 from diffusion_accel.model_files.names import find_model
-from diffusion_accel.outputs import check_free_folder, output_path
+from diffusion_accel.outputs import check_free_folder, output_path, work_folder
 from diffusion_accel.quant.ptq.settings import ALLOCATIONS, INPUTS, FinetuneSettings, RoundingSettings, parse_bits
 from diffusion_accel.quant.ptq.settings import settings_of as quantize_settings
 
@@ -293,13 +293,8 @@ def _without_data(
 
 def _say_how_to_go_on(folder: Path) -> None:
     """What an interrupt says from now on."""
-    work = Path(f"{folder}.work")
-
-    def how_to_go_on() -> str:
-        kept = work.is_dir() and folder not in interrupts.finished()
-        return f"call it again to go on from here ({work})" if kept else interrupts.names()
-
-    interrupts.explain(how_to_go_on)
+    work = work_folder(folder)
+    interrupts.explain(lambda: interrupts.how_to_go_on(work, work.is_dir() and folder not in interrupts.finished()))
 
 
 def _rounding(iterations: int | None) -> RoundingSettings:

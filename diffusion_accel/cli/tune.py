@@ -220,7 +220,7 @@ class _Wish:
     def how_to_go_on(self) -> str:
         """What an interrupt says."""
         kept = self.begun and self.path not in interrupts.finished() and bool(search_files(self.state))
-        return f"call it again to go on from here ({self.state})" if kept else interrupts.names()
+        return interrupts.how_to_go_on(self.state, kept)
 
 
 def _wish(options: dict[str, Any]) -> _Wish:

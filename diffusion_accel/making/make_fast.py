@@ -27,7 +27,7 @@ from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.mixin import plain_twin
 from diffusion_accel.model_files.folders import INDEX, LIBRARY
 from diffusion_accel.model_files.names import ModelSource
-from diffusion_accel.outputs import check_free_folder
+from diffusion_accel.outputs import check_free_folder, work_folder
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.quant.ptq.export import put, quantize, save
@@ -125,7 +125,7 @@ def make_fast(
     whole("seed", seed, 0, MAX_SEED - 2 * max(_SEEDS.values()))
     folder = Path(output)
     check_free_folder(folder, overwrite)
-    work = folder.with_name(f"{folder.name}.work")
+    work = work_folder(folder)
     run = _Run(
         Sampler(pipe, texts, count, seed, whole("batch", batch), options),
         work, min_psnr, max_size, seconds, source, load, progress,

@@ -26,7 +26,7 @@ from diffusion_accel.measure.memory import process_peak
 from diffusion_accel.measure.request import options_of, texts_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import PICKLE_SUFFIXES, TRANSPARENCY, ModelSource
-from diffusion_accel.outputs import check_free_folder
+from diffusion_accel.outputs import check_free_folder, work_folder
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.quant.model import set_runtime
 
@@ -126,7 +126,7 @@ def quantize(
             return _measured_in_place(quantize_denoiser(sampler, chosen, work, minutes, progress), minutes, len(texts))
     folder = Path(output)
     check_free_folder(folder, overwrite)
-    work = folder.with_name(f"{folder.name}.work")
+    work = work_folder(folder)
     with held(work), writing(folder):
         if restart:
             clear(work)
