@@ -14,6 +14,7 @@ from laws import traces
 from pairs import DATA, KINDS, PAGE, PAIRS, PARTS, Case, page, reasons, refused
 
 from diffusion_accel.compiled import engines
+from diffusion_accel.registry import FEATURES
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,10 @@ def test_pair(kind: str, a: str, b: str) -> None:
 @pytest.mark.parametrize("kind", [slow(kind, always=kind == "controlnet") for kind in KINDS])
 def test_what_is_refused_is_what_the_page_says(kind: str) -> None:
     assert reasons(kind) == json.loads(DATA.read_text(encoding="utf-8"))[kind]
+
+
+def test_every_feature_is_among_the_parts() -> None:
+    assert {part.setting("controlnet").name for part in PARTS.values() if part.setting} == {*FEATURES}
 
 
 def test_the_page_is_current() -> None:
