@@ -200,7 +200,7 @@ def generate(
     with large_imports():
         from . import session  # heavy: torch, diffusers
 
-    session.check_takes(source, classes or [])
+    session.check_takes(source, classes or [], [path for plan in plans for path in plan.paths])
     device_name = session.check_machine(settings)
     writes = processes.writes(settings)
     quiet, json_lines = quiet or not writes, json_lines and writes

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from diffusion_accel.conditioning import PROMPT, condition_of
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
-from diffusion_accel.generation.clips import check_suffix, draws_clips
+from diffusion_accel.generation.clips import asks_for_frames, check_suffix, draws_clips
 from diffusion_accel.generation.drawing import Drawn, check_drawable, check_requests, prepare, takes_neither
 from diffusion_accel.generation.loading import best_device, model_hash, open_pipeline
 from diffusion_accel.generation.outputs import OutputPlan
@@ -63,9 +63,9 @@ def check_machine(settings: Settings) -> str:
     return name
 
 
-def check_takes(source: ModelSource, classes: list[str]) -> None:
-    """Refuse a pipeline that is called with neither a prompt nor a class, and classes for one that takes prompts; as
-    far as a local folder tells before it is loaded."""
+def check_takes(source: ModelSource, classes: list[str], files: Iterable[Path] = ()) -> None:
+    """Refuse a pipeline that is called with neither a prompt nor a class, and classes for one that takes prompts,
+    and files that cannot hold what is drawn; as far as a local folder tells before it is loaded."""
     cls = getattr(diffusers, pipeline_name(source) or "", None)
     if cls is None:
         return
@@ -74,6 +74,8 @@ def check_takes(source: ModelSource, classes: list[str]) -> None:
         raise ModelLoadError(takes_neither(cls))
     if classes and "class_labels" not in parameters:
         raise ConfigurationError(f"--class is for models of classes; {cls.__name__} takes a prompt")
+    for file in files:
+        check_suffix(file, asks_for_frames(parameters))
 
 
 def open_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,16 +38,21 @@ class Clip:
 
 
 def draws_clips(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline draws videos: it is asked for a number of frames."""
-    return not {"num_frames", "video_length"}.isdisjoint(call_parameters(pipe))
+    """Whether a pipeline draws videos."""
+    return asks_for_frames(call_parameters(pipe))
 
 
-def check_suffix(path: Path, clip: bool | None = None) -> None:
+def asks_for_frames(parameters: Iterable[str]) -> bool:
+    """Whether a call with these parameters draws videos: it is asked for a number of frames."""
+    return not {"num_frames", "video_length"}.isdisjoint(parameters)
+
+
+def check_suffix(path: Path, clip: bool) -> None:
     """Refuse a file that cannot hold what is drawn.
 
     Args:
         path: that is to be written.
-        clip: whether that is a clip; None: it is not known yet.
+        clip: whether that is a clip.
 
     Raises:
         ConfigurationError: it cannot, or the package that writes it is not installed.
@@ -54,8 +60,8 @@ def check_suffix(path: Path, clip: bool | None = None) -> None:
     suffix = path.suffix.lower()
     if clip and suffix not in SUFFIXES:
         raise ConfigurationError(f"{path}: the model draws videos; use {', '.join(SUFFIXES)}")
-    if clip is False and suffix in (".gif", ".mp4"):
-        raise ConfigurationError(f"{path}: the model draws images; use .png, .webp or .jpg")
+    if not clip and suffix in (".gif", ".mp4"):
+        raise ConfigurationError(f"{path}: the model draws images; allowed: .png, .webp, .jpg, .jpeg, or a folder")
     if suffix == ".mp4" and (find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None):
         raise ConfigurationError(f"{path}: .mp4 needs imageio: pip install 'diffusion-accel[video]'; .gif does not")
 

@@ -14,7 +14,7 @@ from diffusion_accel.image_files import SUFFIXES, check_fits, check_holds_alpha,
 from diffusion_accel.io import is_there, printable
 from diffusion_accel.outputs import check_distinct, check_free, check_writable, output_path
 
-from .clips import FPS, Clip, check_suffix, save_clip
+from .clips import FPS, Clip, save_clip
 from .clips import SUFFIXES as CLIP_SUFFIXES
 from .layers import by_image
 from .request import Request
@@ -116,9 +116,7 @@ class OutputPlan:
         for path in self.paths:
             if self.layers != ("",):
                 check_holds_alpha(path)
-            if path.suffix.lower() in (".gif", ".mp4"):
-                check_suffix(path)
-            else:
+            if path.suffix.lower() in SUFFIXES:
                 check_fits(path, self.request.width, self.request.height)
 
     def write(self, drawn: Drawn, describe: Describe | None = None) -> Iterator[Written]:

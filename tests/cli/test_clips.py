@@ -125,11 +125,11 @@ def test_what_does_not_fit(
         assert code == 2 and words in err and err.count("\n") == 1, err
     some = ("generate", "red", "-m", still, "--steps", 2)
     code, _, err = call(capsys, *some, "-o", tmp_path / "a.gif")
-    assert code == 2 and "the model draws images; use .png, .webp or .jpg" in err and err.count("\n") == 1, err
+    assert code == 2 and "the model draws images; allowed: .png" in err and err.count("\n") == 1, err
     code, _, err = call(capsys, *some, "--frames", 2, "-o", tmp_path / "a.png")
     assert code == 2 and "does not take --frames" in err, err
     monkeypatch.setattr("diffusion_accel.generation.clips.find_spec", lambda name: None)
-    code, _, err = call(capsys, *some, "-o", tmp_path / "a.mp4")
+    code, _, err = call(capsys, "generate", "red", "-m", animated, "-o", tmp_path / "a.mp4")
     assert code == 2 and "pip install 'diffusion-accel[video]'" in err and err.count("\n") == 1
 
 
