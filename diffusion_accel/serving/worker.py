@@ -47,8 +47,7 @@ class Worker:
     def __init__(self, pipe: Any, pattern: Any, collector: Collector) -> None:
         self.pipe, self._pattern, self._collector = pipe, pattern, collector
         self._denoising = [n for n in (*denoiser_names(pipe), "controlnet") if getattr(pipe, n, None) is not None]
-        models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self._devices = {name: model_of(model).device.type for name, model in models.items()}
+        self._devices: dict[str, str] = {}  # kinds of them, by the name of a model: asking takes milliseconds
         self._twins: Twins | None = None
         self._made: dict[str, Snapshot] = {}  # the twins of denoisers, as they were made
         self._changed = False  # a twin was found changed in this request
@@ -157,6 +156,8 @@ class Worker:
         handle, twins = self._handle, self._twins
         assert handle is not None and twins is not None
         shared = handle.features.models.get(name, getattr(self.pipe, name))
+        if name not in self._devices:
+            self._devices[name] = model_of(shared).device.type
         if self._inside(name) or torch.is_grad_enabled() or torch.is_autocast_enabled(self._devices[name]):
             with self._collector.turn(handle.ticket, name):
                 return twins.own(name, method)(*args, **kwargs)
