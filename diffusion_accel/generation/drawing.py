@@ -102,7 +102,8 @@ class Call:
         if clips:  # one by one: AnimateDiff makes no several, and one is large enough
             made = [pipe(**arguments, **given, generator=one, output_type="pil").frames[0] for one in generators]
             return [Clip(tuple(frames)) for frames in made]
-        return list(pipe(**arguments, **given, generator=generators).images)
+        images: list[Any] = pipe(**arguments, **given, generator=generators).images  # or one array or tensor, as asked
+        return images
 
     def draw(
         self,
