@@ -52,10 +52,11 @@ def t5() -> Any:
 
 
 def t5_config() -> T5Config:
-    """A T5 of 32 channels and two layers."""
+    """A T5 of 32 channels and two layers; without dropout, because some tests never leave the mode of training."""
     return T5Config(
         vocab_size=1103, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, architectures=["T5ForConditionalGeneration"],
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=0.0,
+        architectures=["T5ForConditionalGeneration"],
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from diffusion_accel.inside import CallInside, call_inside, making_a_graph
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _HALF = (torch.bfloat16, torch.float16)
+_WRITTEN = "feat_cache"  # a list of features of the frames before, which coders of videos read and write in every call
 
 
 class OpaqueError(Exception):
@@ -80,6 +81,8 @@ class Call:
         Raises:
             OpaqueError: no graph can be compiled for it.
         """
+        if named.get(_WRITTEN) is not None:
+            raise OpaqueError("a cache that it writes into")
         name, tensors = time_argument(named), list[torch.Tensor]()
         if name and type(named[name]) in (int, float):
             named = {**named, name: torch.tensor(named[name])}

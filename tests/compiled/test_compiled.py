@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from zoo import sd, unet
+from zoo import sd, unet, wan
 
 from diffusion_accel import Compiled, ConfigurationError, accelerate
 from diffusion_accel.compiled.attachment import modules_of
@@ -58,6 +58,16 @@ def test_parts() -> None:
     pipe = accelerate(sd()[0], Compiled(engine="eager"))
     assert modules_of(pipe, frozenset({"denoiser", "vae"})) == [pipe.unet, pipe.vae.encoder, pipe.vae.decoder]
     assert modules_of(pipe, frozenset({"text", "controlnet"})) == []
+
+
+def test_a_decoder_that_writes_into_its_cache_runs_uncompiled() -> None:
+    """Wan's keeps features of each frame for the next one in a list that it is given."""
+    pipe, call = wan(two=False)
+    call = {**call, "num_frames": 9, "num_inference_steps": 2, "output_type": "pt"}
+    plain = pipe(**call, generator=torch.manual_seed(0)).frames
+    accelerate(pipe, Compiled(engine="eager"))
+    compiled = pipe(**call, generator=torch.manual_seed(0)).frames
+    assert plain.shape[1] == 9 and torch.equal(plain, compiled)
 
 
 def test_signatures_tell_calls_apart() -> None:
