@@ -50,7 +50,7 @@ def route(denoiser: nn.Module, recipe: Recipe, hooks: HookSet | None = None) -> 
     for block, module in enumerate(residual_branches(denoiser)):
         hooks.add(module, BranchHook(state, block))
     for block, module in enumerate(residual_stream_blocks(denoiser)):
-        hooks.add(module, StreamHook(state, block))
+        hooks.add(module, StreamHook(state, block), innermost=True)  # where a process has its part of the tokens
     hooks.add(denoiser, TimestepHook(state))
     return hooks
 

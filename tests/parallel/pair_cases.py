@@ -44,7 +44,7 @@ def check(kind: str, names: tuple[str, ...]) -> None:
     accelerate(case.pipe, parallel())
     found = case.draw()
     close(found, alone, 1e-3)
-    assert case.pipe.acceleration.report().counters["patch_parallel"]["bytes_sent"] > 0
+    assert case.pipe.acceleration.report().counters["patch_parallel"]["exact_steps"] > 0
     accelerate(case.pipe, parallel(mode="displaced", warmup=1))
     first = case.draw()
     assert torch.equal(case.draw(), first), "second call"

@@ -47,7 +47,7 @@ PLAN = {
         images_are_decoded_and_encoded_in_parts video_is_decoded_in_parts reuse_keeps_its_parts lora_and_slicing
         quantized_layers noise_without_a_generator tokens_that_cannot_be_shared_are_refused tokens_with_reuse
         tokens_of_branches diffusers_shares_what_it_can
-        different_arguments_are_named an_exception_leaves_nothing stack_controlnet
+        different_arguments_are_named an_exception_leaves_nothing stack_controlnet pair_flux_task_routing
     """.split(),
 }
 PLAN = {
