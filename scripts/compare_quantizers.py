@@ -276,8 +276,16 @@ def plot(rows: list[dict[str, Any]]) -> str:
     for x, y, name in points:
         across, down = axes.at(x, y)
         axes.svg.add("circle", cx=across, cy=down, r="5", fill="#c33" if name.startswith("ours") else "#47c", tip=name)
-        left = across > axes.svg.width * 0.7
-        axes.svg.text(across - 8 if left else across + 8, down + 4, name, "end" if left else "start", class_="name")
+    taken: list[tuple[float, float, float]] = []  # where names are: from, to, how far down
+    for x, y, name in points:
+        across, down = axes.at(x, y)
+        left, width = across > axes.svg.width * 0.7, 5.2 * len(name)
+        start = across - 8 - width if left else across + 8
+        for lower in (4, -9, 17, -22, 30):
+            if all(start > to or start + width < at or abs(down + lower - there) > 11 for at, to, there in taken):
+                break
+        taken.append((start, start + width, down + lower))
+        axes.svg.text(across - 8 if left else across + 8, down + lower, name, "end" if left else "start", class_="name")
     return str(axes.svg)
 
 
