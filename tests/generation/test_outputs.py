@@ -56,7 +56,7 @@ def test_a_plan_knows_every_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("output", "names", "options", "words"),
     [
-        ("x.gif", (), {}, "output x.gif: unknown image type .gif"),
+        ("x.bmp", (), {}, "output x.bmp: unknown image type .bmp"),
         ("x.png", ("a.png", None), {}, "output 'a.png' of the prompts file needs output to be a folder"),
         ("out", ("a.png", "a.png"), {}, "two images would be written to the same file"),
         ("out", ("../a.png", None), {}, "must be a plain file name; the folder is set by output"),
