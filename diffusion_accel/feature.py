@@ -179,6 +179,16 @@ class Feature:
         return cls(**values)
 
     @classmethod
+    def file_test(cls, key: str) -> Callable[[str], bool] | None:
+        """What says whether a field's text names a file or folder of this machine; None: it never does.
+
+        Args:
+            key: the field's name, or an old one.
+        """
+        field = cls.__dataclass_fields__.get(cls.old_names.get(key) or key)
+        return None if field is None else field.metadata.get("names_file")
+
+    @classmethod
     def parse(cls, text: str) -> Self:
         """Build from the CLI's `key=value,key=value` (empty text: the defaults). Tuples are written `a+b+c`.
 

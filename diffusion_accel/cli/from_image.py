@@ -7,7 +7,6 @@ asks for is no larger than itself.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -193,10 +192,9 @@ class _Reading:
         if not isinstance(fields, dict):
             raise ConfigurationError(f"{self.where}{name}: settings must be a table, got {shown(fields)}")
         cls = feature_class(name)
-        names_file = {f.name: f.metadata.get("names_file") for f in dataclasses.fields(cls)}
         made = {}
         for key, value in fields.items():
-            test = names_file.get(key)
+            test = cls.file_test(key)
             if isinstance(value, str) and value and test is not None:
                 if test(value):
                     value = self._of_feature(value, cls.flag(), key)

@@ -6,7 +6,6 @@ lies in its own folder.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -169,10 +168,9 @@ def _features(values: dict[str, Any], where: str, folder: Path) -> dict[str, Fea
         if not isinstance(settings, dict):
             raise ConfigurationError(f"{where}: {name}: settings must be a table, got {shown(settings)}")
         cls = feature_class(name)
-        tests = {f.name: f.metadata.get("names_file") for f in dataclasses.fields(cls)}
         given = {}
         for key, value in settings.items():
-            names_file = tests.get(cls.old_names.get(key) or key)
+            names_file = cls.file_test(key)
             if isinstance(value, dict):
                 if names_file is None or [*value] != ["file"]:
                     raise ConfigurationError(f"{where}: {name}: {key} must be no table, got {shown(value)}")
