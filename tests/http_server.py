@@ -68,6 +68,13 @@ class Server:
             assert time.monotonic() < end, f"{name} stays below {value}"
             time.sleep(0.02)
 
+    def until_idle(self) -> None:
+        """Wait until no request runs or waits."""
+        end = time.monotonic() + TIMEOUT
+        while any(self.metric("requests", state=state) for state in ("queued", "running")):
+            assert time.monotonic() < end, "requests of another test do not end"
+            time.sleep(0.02)
+
     def raw(self, text: bytes) -> socket.socket:
         """A connection over which these bytes were sent; it is closed with the server, if not before."""
         connection = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)

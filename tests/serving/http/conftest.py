@@ -17,9 +17,16 @@ LIMITS = "--max-running 4 --max-queue 4 --max-pixels 16384 --max-steps 1000 --ma
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(tmp_path_factory.mktemp("server"), *LIMITS) as made:
         yield made
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    """It draws nothing: what the test before left there has ended."""
+    shared_server.until_idle()
+    return shared_server
 
 
 @pytest.fixture(scope="session")
