@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,13 +57,21 @@ def steps_of(count: int, steps: int) -> list[int]:
     return sorted({round(steps * (k + 1) / (count + 1)) for k in range(count)} & set(range(1, steps)))
 
 
-def clean(scheduler: Any, named: dict[str, Any]) -> torch.Tensor:
+def steps_in_all(pipe: Any) -> int:
+    """How many steps the call of a pipeline has that runs: as many as it announced, else its scheduler's timesteps."""
+    announced = announced_steps(pipe)
+    return announced if isinstance(announced, int) else len(pipe.scheduler.timesteps)
+
+
+def clean(scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """What the prediction says of the latents without noise.
 
     Args:
         scheduler: before its step.
-        named: the arguments of the step: `model_output`, `timestep`, `sample` (B, C, H, W) or (B, S, C).
+        step: the step, which has arguments `model_output`, `timestep` and `sample` (B, C, H, W) or (B, S, C).
+        args, kwargs: what it is called with.
     """
+    named = inspect.signature(step).bind(*args, **kwargs).arguments
     x = model_input(scheduler, named["sample"], named["timestep"])
     value = Conversion(scheduler).to("sample", named["model_output"], x, float(named["timestep"]))
     return value if value.dim() != 4 else value[:, : named["sample"].shape[1]]
@@ -85,13 +93,11 @@ def shown_on_the_way(
 
     def around(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal done, failed
-        announced = announced_steps(pipe)
-        steps = announced if isinstance(announced, int) else len(pipe.scheduler.timesteps)
+        steps = steps_in_all(pipe)
         done += 1
         latents = None
         if not failed and done % every == 0 and done < steps:
-            named = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
-            latents = clean(pipe.scheduler, named)
+            latents = clean(pipe.scheduler, step, args, kwargs)
         output = step(*args, **kwargs)
         if latents is not None:
             try:

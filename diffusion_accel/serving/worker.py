@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 import time
 import traceback
@@ -15,7 +14,6 @@ import torch
 
 from diffusion_accel.denoisers import denoiser_names, family_of
 from diffusion_accel.denoisers.find import DECODERS
-from diffusion_accel.diffusers_compat import announced_steps
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation import partial
 from diffusion_accel.generation.drawing import prepare
@@ -172,12 +170,11 @@ class Worker:
     ) -> Any:
         """A step of the request's scheduler."""
         self._collector.check(handle.ticket)
-        announced = announced_steps(pipe)
-        handle.steps = announced if isinstance(announced, int) else len(pipe.scheduler.timesteps)
+        handle.steps = partial.steps_in_all(pipe)
         due = partial.steps_of(handle.partial_images, handle.steps)
         latents: torch.Tensor | None = None
         if handle.on_partial is not None and handle.step + 1 in due:
-            latents = partial.clean(pipe.scheduler, dict(inspect.signature(step).bind(*args, **kwargs).arguments))
+            latents = partial.clean(pipe.scheduler, step, args, kwargs)
         output = step(*args, **kwargs)
         handle.step += 1
         self._let_loras_act(handle)
