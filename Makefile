@@ -22,7 +22,7 @@ test: $(STAMP)
 # what `make test` leaves out; Ray is installed for it
 test-slow: $(STAMP)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,ray]"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy diffusion_accel pipelines quant parallel \

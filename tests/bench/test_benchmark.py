@@ -47,6 +47,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
         benchmark("sticker", **options)
 
 
+@pytest.mark.slow
 def test_a_loaded_pipeline_is_afterwards_as_it_was() -> None:
     pipe = load_pipeline("sticker")
     pipe.set_progress_bar_config(disable=True)

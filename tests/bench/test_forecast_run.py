@@ -74,6 +74,7 @@ def test_a_straight_line_is_the_same_in_steps_and_in_even_timesteps() -> None:
     torch.testing.assert_close(forecast(pipe, call, "taylor@1,2", 10), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rule", RULES)
 def test_left_out_steps_do_not_call_the_denoiser_and_nothing_stays(rule: str) -> None:
     pipe, call = ZOO["controlnet"]()

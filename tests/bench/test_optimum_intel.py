@@ -33,6 +33,7 @@ class OVDiffusionPipeline:
 """
 
 
+@pytest.mark.slow
 def test_it_runs_by_the_interpreter_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ENTRY.is_peer and "set DIFFUSION_ACCEL_PEER_PYTHON" in str(ENTRY.refusal(4, ""))
     (tmp_path / "optimum" / "intel").mkdir(parents=True)

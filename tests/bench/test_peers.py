@@ -143,6 +143,7 @@ def test_neutral_settings_are_plain_diffusers(build: Any, text: str) -> None:
     assert torch.equal(runner.images(entry), build(prompts=("3",)).images(BASE))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("build", "text"), pairs(SKIPPING, "first-block:0.5 taylorseer:3 sea:10"))
 def test_work_is_left_out_and_nothing_stays_from_one_image_to_the_next(build: Any, text: str) -> None:
     runner, entry = with_peer(build, text)

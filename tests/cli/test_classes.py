@@ -99,6 +99,7 @@ def test_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "no.png").exists()
 
 
+@pytest.mark.slow
 def test_every_other_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan, low = tmp_path / "plan.json", tmp_path / "low"
     common = ["--model", folder, "--steps", "4"]

@@ -40,6 +40,7 @@ def written(path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
 def test_the_same_pixels_again(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, again, other = (tmp_path / f"{name}{suffix}" for name in ("first", "again", "other"))

@@ -85,6 +85,7 @@ def test_an_image_to_start_from(shipped: None, tmp_path: Path, capsys: pytest.Ca
     assert not np.array_equal(pixels(tmp_path / "0.5.png"), pixels(tmp_path / "1.png"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("arguments", "rows"),
     [

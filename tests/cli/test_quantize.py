@@ -38,6 +38,7 @@ def sticker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_embedded_model(sticker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(p.name for p in sticker.parent.iterdir()) == ["w4a8"]  # nothing is left beside it
     report = json.loads((sticker / "report.json").read_text())
@@ -239,6 +240,7 @@ def test_a_single_file_without_data(tiny: Path, tmp_path: Path, capsys: pytest.C
 WHOLE = "--bits w4a8 --count 6 --buckets 2 --steps 4 --iterations 12 --epochs 2 --time-epochs 4".split()
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_goes_on_and_ends_the_same(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

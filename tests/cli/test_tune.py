@@ -52,6 +52,7 @@ def test_a_solver_is_learnt_and_drawn_with(tmp_path: Path, capsys: Any) -> None:
     assert (folder / "scheduler_config.json").read_bytes() == written[0]
 
 
+@pytest.mark.slow
 def test_plans_and_solvers_in_one_file(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "all.json"
     scales = ["--guidance-scale", "2", "--guidance-scale", "4"]

@@ -64,6 +64,7 @@ STEPS = st.tuples(
 )
 
 
+@pytest.mark.sampled(2)
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(steps=st.lists(STEPS, min_size=2, max_size=5))
 @pytest.mark.parametrize("name", ["frozen"])
@@ -71,6 +72,7 @@ def test_no_graph_is_stale(name: str, steps: list[Any]) -> None:
     agrees_after_changes(Compiled(engine=name), steps, 1e-4)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("change", [c for c in CHANGES if c not in ("nothing", "no lora")])
 def test_each_change_is_noticed(change: str) -> None:
     """Also by itself, between two calls of one shape."""
@@ -138,6 +140,7 @@ def test_a_model_with_hooks_inside_runs_uncompiled() -> None:
     assert of(pipe)["graph_calls"] == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_all_the_time_runs_uncompiled(caplog: Any) -> None:
     pipe, call = sd()
     accelerate(pipe, Compiled(engine="frozen", parts="denoiser", cache=False))

@@ -29,6 +29,7 @@ def graphs(monkeypatch: Any) -> CountingBackend:
 INDUCTOR = Compiled(engine="inductor")
 
 
+@pytest.mark.slow
 def test_one_graph_a_signature(graphs: CountingBackend) -> None:
     pipe, call = sd()
     base = run(pipe, call, 4)
@@ -60,6 +61,7 @@ def test_lower_precision() -> None:
     assert not torch.equal(near, base)
 
 
+@pytest.mark.slow
 def test_what_is_not_one_graph_is_several(graphs: CountingBackend, caplog: Any) -> None:
     pipe, call = sd()
     forward = pipe.unet.conv_in.forward

@@ -64,17 +64,20 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("kind", "feature"), CASES, ids=lambda case: str(case))
 def test_every_kind_of_step_is_a_graph(kind: str, feature: Any) -> None:
     agrees(*getattr(zoo, kind)(), feature, compiled(), 1e-5)
 
 
+@pytest.mark.slow
 def test_openvino() -> None:
     pytest.importorskip("openvino")
     feature = Reuse(plan="steps:full decoder shallow:1/reuse full shallow:1/reuse hold")
     agrees(*sd(), feature, Compiled(cache=False, parts="denoiser"), 1e-4, 6)
 
 
+@pytest.mark.slow
 def test_inductor(monkeypatch: Any) -> None:
     """Dynamo sees a trace, not hooks that are other objects in every call; other weights are other graphs."""
     graphs, whole = CountingBackend(), torch.compile
@@ -106,6 +109,7 @@ MODES = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(rest=st.lists(MODES, min_size=3, max_size=6))
 def test_any_plan(rest: list[Step]) -> None:
@@ -117,6 +121,7 @@ def test_any_plan(rest: list[Step]) -> None:
     assert of(pipe)["graph_calls"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("change", ["another", "freeu"])
 def test_no_graph_is_stale(change: str) -> None:
     images = []

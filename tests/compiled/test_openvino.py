@@ -26,6 +26,7 @@ def capabilities() -> list[str]:
     return openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["sd_batch", "img2img", "sdxl", "deepfloyd_if", "controlnets", "unet2d_skip", "svd"])
 def test_the_images_are_those_of_torch(kind: str) -> None:
     """Each kind of conditioning, of outputs and of VAE; twice the same bits; off, and removed, as before."""
@@ -101,12 +102,14 @@ def test_with_held_steps_the_images_are_those_of_the_plan() -> None:
     assert of(pipe)["graph_calls"] == 3
 
 
+@pytest.mark.slow
 def test_no_graph_is_stale() -> None:
     shape = ((1, 8), torch.float32)
     changes = ("in place", "lora", "scale", "no lora", "state")
     agrees_after_changes(FLOAT32, [(change, *shape) for change in changes], 1e-4)
 
 
+@pytest.mark.slow
 def test_a_stored_graph_is_used_by_the_next_start(tmp_path: Any, monkeypatch: Any) -> None:
     """Of the same weights and settings only; what is damaged is compiled again."""
     monkeypatch.setenv(store.VARIABLE, str(tmp_path))

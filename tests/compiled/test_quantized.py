@@ -57,6 +57,7 @@ def tiny(tmp_path_factory: Any) -> Any:
     return load_pipeline(str(made(Path(tmp_path_factory.mktemp("quantized")), TINY))).unet
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("runtime", ["integer", "dequantize"])
 def test_openvino_follows_the_timestep_and_notices_other_codes(tiny: Any, runtime: str) -> None:
     pytest.importorskip("openvino")

@@ -11,6 +11,7 @@ from diffusion_accel import Compiled, ConfigurationError, accelerate
 from diffusion_accel.compiled import warm_up
 
 
+@pytest.mark.slow
 def test_no_call_of_what_was_warmed_up_compiles() -> None:
     pytest.importorskip("openvino")
     pipe, call = sd()

@@ -95,6 +95,7 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("controlnet")]
 
 
+@pytest.mark.sampled(4)
 @each_kind
 def test_the_same_bits_on_every_kind_of_pipeline(build: Callable[[], Built]) -> None:
     pipe, call = build()

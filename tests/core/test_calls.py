@@ -45,6 +45,7 @@ def set_for(build: Any, feature: Any) -> Any:
     return Reuse(plan="first-block") if build is flux else default(feature)
 
 
+@pytest.mark.sampled(3)
 @each_kind
 def test_what_the_user_put_on_an_instance_stays(build: Callable[[], Any], feature: Any) -> None:
     pipe, call = build()
@@ -146,6 +147,7 @@ def test_a_feature_that_raises_leaves_nothing(
     assert torch.equal(run(pipe, call, 2), base)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("twice", [False, True], ids=["", "twice"])
 def test_every_after_call_raises_in_turn(twice: bool, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:

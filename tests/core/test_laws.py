@@ -48,6 +48,7 @@ def supported(features: tuple[Any, ...], pipe: Any) -> bool:
     return all(default(f).supports(pipe) is None for f in features)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("kind", "features"),
     [
@@ -81,6 +82,7 @@ def test_off_is_bit_identical_and_neutral_is_exact(kind: str, features: tuple[An
     assert not traces(pipe)
 
 
+@pytest.mark.sampled(6)
 @each_set
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 def test_an_exception_leaves_nothing_behind(features: tuple[Any, ...], error: type[BaseException]) -> None:
@@ -111,6 +113,7 @@ CALLS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.sampled(5)
 @each_set
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(calls=st.lists(CALLS, min_size=2, max_size=3))
@@ -134,6 +137,7 @@ def test_no_state_leaks_between_calls(features: tuple[Any, ...], calls: list[dic
         assert torch.equal(one(pipe, call, step), one(reference, reference_call, {**step, "interrupt": False}))
 
 
+@pytest.mark.sampled(5)
 @each_set
 def test_copies_are_independent(features: tuple[Any, ...]) -> None:
     pipe, call = fresh(features)
@@ -145,6 +149,7 @@ def test_copies_are_independent(features: tuple[Any, ...]) -> None:
         assert torch.equal(run(pipe, call), first)
 
 
+@pytest.mark.sampled(5)
 @each_set
 def test_saving_and_loading_is_plain_diffusers(features: tuple[Any, ...], tmp_path: Any) -> None:
     from diffusers import UNet2DConditionModel, UNet2DModel
@@ -166,6 +171,7 @@ def test_saving_and_loading_is_plain_diffusers(features: tuple[Any, ...], tmp_pa
     assert torch.equal(run(sd_pipe, sd_call), first)
 
 
+@pytest.mark.sampled(4)
 @each_set
 def test_other_pipelines_can_be_made_from_an_accelerated_one(features: tuple[Any, ...]) -> None:
     from diffusers import (
@@ -185,6 +191,7 @@ def test_other_pipelines_can_be_made_from_an_accelerated_one(features: tuple[Any
     assert torch.equal(run(other, call, image=image), run(plain, call, image=image))
 
 
+@pytest.mark.sampled(5)
 @each_set
 def test_lora_weights_load_act_and_unload(features: tuple[Any, ...], tmp_path: Any) -> None:
     from peft import LoraConfig
@@ -210,6 +217,7 @@ def test_lora_weights_load_act_and_unload(features: tuple[Any, ...], tmp_path: A
     assert torch.equal(run(pipe, call), base)
 
 
+@pytest.mark.sampled(6)
 @each_set
 @pytest.mark.parametrize("order", ["offload-first", "accelerate-first"])
 def test_cpu_offload_keeps_working(features: tuple[Any, ...], order: str) -> None:
@@ -251,6 +259,7 @@ def test_cpu_offload_keeps_working(features: tuple[Any, ...], order: str) -> Non
     assert torch.equal(run(pipe, call), base)
 
 
+@pytest.mark.sampled(5)
 @each_set
 def test_attention_slicing_and_dtype_changes_keep_working(features: tuple[Any, ...]) -> None:
     neutral = [f.neutral() for f in features]

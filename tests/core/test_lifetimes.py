@@ -27,6 +27,7 @@ def set_for(build: Any, feature: Any) -> Any:
     return Reuse(plan="first-block") if build is flux else default(feature)
 
 
+@pytest.mark.sampled(4)
 @each_kind
 @pytest.mark.parametrize("fails", [False, True], ids=["", "failed"])
 def test_a_pipeline_is_freed_with_its_last_user(build: Callable[[], Any], feature: Any, fails: bool) -> None:

@@ -106,6 +106,7 @@ def slow(*values: str, always: bool) -> Any:
 CELLS = [slow(kind, a, b, always=(kind, a, b) in ALWAYS) for kind in KINDS for a, b in PAIRS]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "a", "b"), CELLS)
 def test_pair(kind: str, a: str, b: str) -> None:
     one = drawn(kind)

@@ -31,6 +31,7 @@ def compiled(pipe: Any, names: tuple[str, ...], how: str) -> CountingBackend:
     return graphs
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("build", "how"), [(sd, "wrapped"), (wan, "in-place"), (sd, "forward")])
 def test_a_denoiser_that_is_compiled_as_a_whole(build: Any, how: str) -> None:
     """What acts around its calls works, on the same graph; what works inside of it is refused with the way out."""
@@ -121,6 +122,7 @@ def test_hooks_inside_of_what_is_compiled_are_not_compiled(caplog: Any) -> None:
     assert (block._compiled_call_impl, vars(mid)["forward"]) == before
 
 
+@pytest.mark.slow
 def test_a_compiled_controlnet_and_vae() -> None:
     plain, call = controlnet()
     call = {**call, "output_type": "np"}

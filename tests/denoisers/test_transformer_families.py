@@ -46,6 +46,7 @@ def drawn(pipe: Any, call: dict[str, Any], steps: int = STEPS) -> torch.Tensor:
     return kept[-1].float() if kept else image
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_held_is_not_computed(name: str) -> None:
     pipe, call = several(name)
@@ -79,6 +80,7 @@ def test_what_is_held_is_not_computed(name: str) -> None:
     assert torch.equal(drawn(pipe, call), plain)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", GUIDED)
 def test_the_branch_that_is_left_out_is_the_conditional_one_and_the_last_difference(name: str) -> None:
     """Against a denoiser that computes both and, at every other step, returns something else for the other one."""

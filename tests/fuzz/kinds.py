@@ -418,17 +418,17 @@ def read_lora(folder: Path) -> Any:
 
 
 KINDS: dict[str, Kind] = {
-    "checkpoint": Kind(make_checkpoint, read_checkpoint, exact=True, count=60),
-    "plan": Kind(make_plan, read_plan, judge=finite_or_said, count=150),
-    "family": Kind(make_family, functools.partial(read_plan, speedup=2.5), judge=finite_or_said, count=100),
-    "recipe": Kind(make_recipe, read_recipe, judge=finite_or_said, count=100),
-    "solver": Kind(make_solver, read_solver, judge=finite_or_said, count=100),
+    "checkpoint": Kind(make_checkpoint, read_checkpoint, exact=True, count=30),
+    "plan": Kind(make_plan, read_plan, judge=finite_or_said, count=75),
+    "family": Kind(make_family, functools.partial(read_plan, speedup=2.5), judge=finite_or_said, count=50),
+    "recipe": Kind(make_recipe, read_recipe, judge=finite_or_said, count=50),
+    "solver": Kind(make_solver, read_solver, judge=finite_or_said, count=50),
     "prompts": Kind(make_prompts, read_prompts),
     "config": Kind(make_config, read_settings),
     "metadata": Kind(make_images, read_images, mutant=image_mutant, judge=nothing_unprintable),
-    "transparency": Kind(make_transparency, read_transparency, judge=finite_or_said, count=100),
+    "transparency": Kind(make_transparency, read_transparency, judge=finite_or_said, count=50),
     "training": Kind(make_training, read_training, judge=all_finite),
-    "folder": Kind(write_folder, read_folder, judge=finite_or_said, count=60),
-    "controlnet": Kind(make_controlnet, read_controlnet, judge=all_finite, count=60),
-    "lora": Kind(make_lora, read_lora, judge=all_finite, count=100),
+    "folder": Kind(write_folder, read_folder, judge=finite_or_said, count=30),
+    "controlnet": Kind(make_controlnet, read_controlnet, judge=all_finite, count=30),
+    "lora": Kind(make_lora, read_lora, judge=all_finite, count=50),
 }

@@ -81,6 +81,7 @@ def test_the_fastest_that_keeps_it_is_taken_and_draws_so(made: tuple[Path, Any])
     assert torch.equal(draw(pipe, **options), draw(wanted, **options)) and image.isfinite().all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stage", ["plans", "writing"])
 def test_an_interrupted_call_goes_on(stage: str, model: Path, made: tuple[Path, Any], tmp_path: Path) -> None:
     def stop(reached: str) -> None:
@@ -98,6 +99,7 @@ def test_an_interrupted_call_goes_on(stage: str, model: Path, made: tuple[Path, 
     assert os.listdir(tmp_path) == ["fast"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_is_needed_to_go_on(model: Path, made: tuple[Path, Any], tmp_path: Path) -> None:
     process = forks.start(making_tools.stay, model, tmp_path / "fast", "solvers")
     try:
@@ -115,6 +117,7 @@ def test_a_killed_process_leaves_what_is_needed_to_go_on(model: Path, made: tupl
     assert contents(tmp_path / "fast") == contents(made[0])
 
 
+@pytest.mark.slow
 def test_another_fidelity_only_chooses_anew(model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"min_psnr 80 dB cannot be kept at max_size 0.3: .* it keeps \d+\.\d dB"
@@ -131,6 +134,7 @@ def test_another_fidelity_only_chooses_anew(model: Path, tmp_path: Path) -> None
     assert run(model, tmp_path / "fast", max_size=0.5, restart=True).asked["max_size"] == 0.5
 
 
+@pytest.mark.slow
 def test_without_a_size_nothing_is_quantized(model: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     report = run(model, tmp_path / "fast", stages.append, max_size=None, min_psnr=5.0, seconds=10.0)
@@ -194,6 +198,7 @@ def test_bad_wishes_are_refused(model: Path, tmp_path: Path, wish: dict[str, Any
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_keeps_less_on_other_prompts_is_passed_by(model: Path, tmp_path: Path) -> None:
     judged = module.Judge.of
 

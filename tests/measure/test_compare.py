@@ -18,6 +18,7 @@ def pipe() -> Any:
     return pipe
 
 
+@pytest.mark.slow
 def test_every_prompt_has_its_image_and_its_seed(pipe: Any) -> None:
     accelerate(pipe, EncoderReuse(schedule=(0, 3), batch_decoder=False))
     told: list[tuple[str, float]] = []

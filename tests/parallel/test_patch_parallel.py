@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import forks
 import pair_cases
@@ -58,17 +59,28 @@ PLAN = {5: ["sync_any_size", "sync_sd"], **PLAN}  # the largest first: all wait
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[str]]:
-    """Of one run, also where several workers share these tests: one of them starts it, the others wait for it."""
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], list[str]]:
+    """Of one run of the cases that are tested, also where several workers share them: one of them starts it, the others
+    wait for it."""
+    tested = {tuple(item.callspec.params.values()) for item in request.session.items if _on_processes(item)}
+    plan = {size: [name for name in names if (size, name) in tested] for size, names in PLAN.items()}
+    plan = {size: names for size, names in plan.items() if names}
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "world"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            world.run(folder, max(PLAN), PLAN)
-    return world.read(folder, PLAN)
+            world.run(folder, max(plan), plan)
+    return world.read(folder, plan)
 
 
+def _on_processes(item: Any) -> bool:
+    return getattr(item, "function", None) is test_on_processes
+
+
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("size", "case"), [(size, name) for size, names in PLAN.items() for name in names])
 def test_on_processes(size: int, case: str, outcomes: dict[tuple[int, str], list[str]]) -> None:
     for rank, error in enumerate(outcomes[size, case]):
@@ -84,6 +96,7 @@ def test_beside_everything_else(kind: str, tmp_path: Path) -> None:
         assert not any(errors), (case, errors)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "how", "mode"),
     [("sd", "killed", "sync"), ("sd", "killed", "displaced"), ("sd", "hangs", "sync"), ("flux", "killed", "sync")],
@@ -175,6 +188,7 @@ def test_settings_are_checked() -> None:
 
 def test_transformers_that_cannot_be_shared_are_refused() -> None:
     import diffusers
+    from diffusers.models.attention_dispatch import attention_backend
     from transformers_zoo import CASES
 
     from diffusion_accel.errors import ConfigurationError
@@ -199,7 +213,8 @@ def test_transformers_that_cannot_be_shared_are_refused() -> None:
     replaced = said("hunyuan_video", "sync", image_condition_type="token_replace") or ""
     assert "blocks that are not known to this toolkit: HunyuanVideoTokenReplace" in replaced
     assert "mode=partial is for U-Nets, and FluxTransformer2DModel" in (said("flux", "partial") or "")
-    assert "attention backend flex of FluxTransformer2DModel" in (said("flux", "flex") or "")
+    with attention_backend():  # a model that is told one changes that of all models
+        assert "attention backend flex of FluxTransformer2DModel" in (said("flux", "flex") or "")
     with pytest.raises(ConfigurationError, match="2 tokens are too few for 3 processes"):
         split_tokens(2, 3, 0)
 

@@ -74,6 +74,7 @@ def test_the_parts_are_the_whole() -> None:
     assert whole < sum(parts) < 1.06 * whole and max(parts) < 1.5 * whole / devices
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cfg_parallel", [False, True])
 def test_the_largest_part_is_recorded(cfg_parallel: bool) -> None:
     """32 rows in units of 4 on five devices: 4, 8, 4, 8, 8."""
@@ -144,6 +145,7 @@ def recordings() -> list[Recording]:
     return record_busiest(subject, PatchParallel(comm_checkpoint=7), 4)
 
 
+@pytest.mark.slow
 @given(st.floats(1e6, 1e12), st.floats(0, 1e-2), st.floats(1, 100))
 def test_a_better_link_is_never_slower(
     recordings: list[Recording], bandwidth: float, latency: float, factor: float
@@ -156,6 +158,7 @@ def test_a_better_link_is_never_slower(
     assert slow.exact.seconds == pytest.approx(slow.exact.computing + slow.exact.waiting)
 
 
+@pytest.mark.slow
 def test_modes_differ_as_they_should() -> None:
     """On a slow link displaced beats sync; partial sends less than displaced, naive least."""
     subject = on_meta(zoo.unet(), float_inputs(2, 64, 32))

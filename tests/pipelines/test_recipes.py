@@ -76,6 +76,7 @@ PLANS = ("full hold full full full", "full hold full hold full", "full hold hold
 
 
 # ---------------------------------------------------------------------- the same bits again
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("feature", all_features(), ids=lambda f: f.name)
 def test_every_feature_comes_back(feature: Any, whole: Path, tmp_path: Path, caplog: Any) -> None:
     pipe, drawn = whole_for(feature, whole)
@@ -161,6 +162,7 @@ def test_a_learned_solver_comes_back(whole: Path, tmp_path: Path) -> None:
     assert type(made.scheduler) is DDIMScheduler and made.acceleration.features
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("runtime", [name for name in RUNTIMES if name != "auto"])
 def test_every_runtime_comes_back(whole: Path, tmp_path: Path, runtime: Any) -> None:
     quantize_files(whole, tmp_path / "w8", group=0)

@@ -27,6 +27,7 @@ def test_the_table_is_what_diffusers_has(name: str) -> None:
     assert set(TAKES[name]) == {s for s in SPACINGS if _SWITCHES.get(s, "timestep_spacing") in known}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("name", "spacing"), PAIRS)
 def test_a_spacing_is_the_only_one(pipe: Any, name: str, spacing: str) -> None:
     check_scheduler(f"{name},{spacing}")
@@ -87,6 +88,7 @@ def test_classes_without_a_short_name_are_asked_when_they_are_made(pipe: Any) ->
         spacing_changes("cm", diffusers.VQDiffusionScheduler, "karras")
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "before", ["dpm++-sde", "dpm++-karras", "dpm++,lu", "deis,exponential", "euler,exponential", "ddim,trailing"]
 )

@@ -65,6 +65,7 @@ def test_guidance_and_words_matter(dit: Any) -> None:
     assert not any(torch.equal(images[0], other) for other in images[1:])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("plan", ["full", "hold:1", "shallow:1,1"])
 def test_neutral_plans_change_nothing(dit: Any, plan: str) -> None:
     before = draw(dit)
@@ -74,6 +75,7 @@ def test_neutral_plans_change_nothing(dit: Any, plan: str) -> None:
     assert torch.equal(draw(dit), before)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("plan", "computed"), [("hold:2", 3), ("hold:3@1", 2), ("shallow:2,1", 3), ("taylorseer:2,1", 3)]
 )
@@ -87,6 +89,7 @@ def test_plans_skip_work_and_repeat(dit: Any, plan: str, computed: int) -> None:
     assert torch.equal(draw(dit, 5), before)
 
 
+@pytest.mark.slow
 def test_what_ships_for_it_is_for_it(dit: Any) -> None:
     family = PlanFamily.load(SHIPPED / "flow.json")
     assert {plan.name for plan in family.members} >= {"fast", "balanced", "quality"}

@@ -132,6 +132,7 @@ def test_a_branch_where_there_can_be_none_is_refused() -> None:
 
 
 # ---------------------------------------------------------------------- making it
+@pytest.mark.slow
 def test_rounding_and_finetuning_learn_around_a_branch(tmp_path: Path) -> None:
     asked = replace(SHORT, rank=2, activation_bits=4)
     run = quantize_denoiser(sampler(), asked, tmp_path)

@@ -134,6 +134,7 @@ def test_what_a_model_cannot_have_is_refused() -> None:
 
 
 # ---------------------------------------------------------------------- making it
+@pytest.mark.slow
 def test_rounding_and_finetuning_learn_with_rotations(tmp_path: Path) -> None:
     run = quantize_denoiser(sampler(), replace(SHORT, rotate=True, rank=1), tmp_path)
     assert run.validation["learnt rounding, weights only"] <= run.validation["nearest, weights only"]

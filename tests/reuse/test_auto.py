@@ -118,6 +118,7 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_stays(
     assert file.read_text() == text
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("entry", [3, [[1]], [["a", "full hold"]], [[40, "hold full"]], [[40, 3]], [[1e400, "full"]]])
 def test_a_damaged_entry_is_ignored(file: Path, entry: Any, caplog: pytest.LogCaptureFixture) -> None:
     pipe, given = sd()

@@ -22,6 +22,7 @@ def counters(pipe: Any) -> dict[str, float]:
 SCHEDULERS = sorted(ddim().compatibles, key=lambda c: c.__name__)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda c: c.__name__)
 def test_every_compatible_scheduler(scheduler: Any) -> None:
     if scheduler.__name__ == "DPMSolverSDEScheduler":

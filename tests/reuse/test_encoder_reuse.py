@@ -25,6 +25,7 @@ def counters(pipe: Any) -> dict[str, float]:
 VIDEO_AND_IMAGE = pytest.mark.parametrize("kind", ZOO)
 
 
+@pytest.mark.sampled(4)
 @VIDEO_AND_IMAGE
 def test_sequential_and_batched_decoders_agree(kind: str) -> None:
     pipe, call = ZOO[kind]()
@@ -36,6 +37,7 @@ def test_sequential_and_batched_decoders_agree(kind: str) -> None:
     assert counters(pipe)["decoder_runs"] < counters(pipe)["decoder_steps"]
 
 
+@pytest.mark.sampled(4)
 @VIDEO_AND_IMAGE
 @pytest.mark.parametrize("batched", [False, True], ids=["sequential", "batched"])
 def test_work_is_really_skipped(kind: str, batched: bool) -> None:
@@ -55,6 +57,7 @@ def test_work_is_really_skipped(kind: str, batched: bool) -> None:
     assert counters(pipe)["peak_cache_bytes"] > 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("build", [sd, sdxl], ids=["sd", "sdxl"])
 @pytest.mark.parametrize("batched", [False, True], ids=["sequential", "batched"])
 @pytest.mark.parametrize("keys", [(0,), (0, 1, 2, 5), (0, 4), tuple(range(8))], ids=str)

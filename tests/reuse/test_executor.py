@@ -18,6 +18,7 @@ from zoo import ZOO, ddim, run, sd
 from diffusion_accel import Reuse, accelerate
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [k for k in ZOO if k != "unet2d_skip"])
 @pytest.mark.parametrize("plan", ["hold:2", "shallow:2,1", "shallow:3,2@2", "uniform:3@1"])
 def test_every_mode_runs_everywhere_and_skips_what_it_says(kind: str, plan: str) -> None:
@@ -35,6 +36,7 @@ def test_every_mode_runs_everywhere_and_skips_what_it_says(kind: str, plan: str)
     assert torch.equal(run(pipe, call, steps=7), first)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scheduler", sorted(ddim().compatibles, key=lambda c: c.__name__), ids=lambda c: c.__name__)
 def test_every_compatible_scheduler_with_every_mode(scheduler: Any) -> None:
     if scheduler.__name__ == "DPMSolverSDEScheduler":
@@ -146,6 +148,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12,
     deadline=None,

@@ -188,6 +188,7 @@ def neutral(pipe: Any, call: dict[str, Any], steps: int, space: str = ":sample",
     assert torch.equal(run(pipe, call, steps=steps), run(pipe, call, steps=steps))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -207,6 +208,7 @@ def test_a_fit_of_one_prediction_is_order_0(name: str, options: dict[str, Any]) 
     neutral(pipe, call, 4 if name in ("HeunDiscrete", "KDPM2Discrete") else 7)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("build", "space", "channels", "steps"),
     [

@@ -16,6 +16,7 @@ from diffusion_accel import AccelerationError, EncoderReuse, accelerate
 from diffusion_accel.reuse.plan import Plan
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("build", [sd, sdxl], ids=["sd", "sdxl"])
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
 @pytest.mark.parametrize(("interval", "branch"), [(3, 0), (2, 1), (5, 2), (2, 3), (1, 0)])
@@ -31,6 +32,7 @@ def test_deepcache_equals_the_deepcache_package(build: Any, scheduler: str, inte
     assert torch.equal(reused(pipe, call, f"deepcache:{interval},{branch}", steps=8), want)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["sd", "controlnet", "ip_adapter", "unet2d", "svd"])
 @pytest.mark.parametrize("plan", ["faster-diffusion", "uniform:3", "full"])
 def test_its_presets_equal_encoder_reuse_bit_for_bit(kind: str, plan: str) -> None:

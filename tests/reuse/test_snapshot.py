@@ -83,6 +83,7 @@ def _hook_removed(pipe: Any, values: dict[str, Any]) -> None:
     pipe.unet.up_blocks[0].resnets[0]._forward_pre_hooks.clear()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "change",
     [

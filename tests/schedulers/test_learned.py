@@ -256,6 +256,7 @@ def test_what_does_not_fit_is_said() -> None:
     assert "1000 training timesteps" in str(scheduler.unfit_for(DDIMScheduler(num_train_timesteps=500)))
 
 
+@pytest.mark.slow
 def test_importing_the_package_alone_makes_it_known_to_diffusers() -> None:
     code = (
         "import sys, diffusion_accel; assert not {'torch', 'diffusers'} & set(sys.modules)\n"

@@ -93,6 +93,7 @@ def test_an_image_to_start_from(strength: float) -> None:
     assert first.isfinite().all() and torch.equal(run(pipe, call, 6, strength=strength), first)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("count", [1, 5, 11])
 def test_with_any_strength_it_begins_at_a_timestep_of_its_own(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, call = img2img()

@@ -57,6 +57,7 @@ def pipe() -> Any:
     return sticker()
 
 
+@pytest.mark.slow
 def test_each_with_its_own(pipe: Any, folder: Path, wanted: Any) -> None:
     chosen: list[dict[str, float]] = [{"a": 1.0}, {}, {"a": 1.0}, {"b": 0.5, "a": -1.0}]
     with Engine(pipe, running=4, wait=FOREVER, loras=folder) as engine:
@@ -142,6 +143,7 @@ def until_waiting(engine: Engine, handle: Any, step: int) -> None:
     assert not handle.future.done()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("arrives", "deadline", "acts"), [(0, 2, 0), (1, 3, 2), (3, 2, 2), (9, 3, 3), (9, 9, None)])
 def test_a_lora_that_comes_late(
     pipe: Any, folder: Path, reader: Reader, arrives: int, deadline: int, acts: int | None

@@ -76,6 +76,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_mixtures(pipe: Any, engine: Engine, kind: str) -> None:
     asked = [(request(seed, **changes), more) for seed, (changes, more) in enumerate(MIXTURES[kind])]

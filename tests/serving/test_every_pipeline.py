@@ -42,6 +42,7 @@ KINDS: dict[Any, set[str]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("build", KINDS, ids=lambda build: build.__name__)
 def test_as_drawn_alone(build: Any) -> None:
     pipe, call = build()

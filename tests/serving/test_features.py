@@ -84,6 +84,7 @@ CASES: dict[str, tuple[Callable[[], Any], list[Any], bool]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES)
 def test_features(case: str) -> None:
     build, features, inside = CASES[case]

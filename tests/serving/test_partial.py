@@ -21,6 +21,7 @@ def test_behind_which_steps() -> None:
     assert steps_of(3, 2) == [1] and steps_of(16, 1) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scheduler", ["euler", "learned"])
 def test_nearer_towards_the_end(scheduler: str) -> None:
     pipe = sticker(features=[LatentTransparency(views=1)], scheduler=scheduler)

@@ -32,6 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("features", [(), (Reuse(plan="hold:2"),)], ids=["", "held"])
 def test_tasks(tmp_path: Path, features: Any) -> None:
     folder = str(write_folder(tmp_path))

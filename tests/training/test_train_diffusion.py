@@ -23,6 +23,7 @@ from diffusion_accel.routing.hooks import trained_recipe
 ENDLESS = ["--steps", "100000"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("model", "more", "saved"),
     [
@@ -94,6 +95,7 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> 
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_with_every_weighting(data: Path, tmp_path: Path) -> None:
     for kind in ("uw", "pcgrad", "nash"):
         switches = ["--task-clusters", "3", "--task-loss", kind, "--steps", "4"]

@@ -49,6 +49,7 @@ def test_what_is_drawn_is_opaque_and_what_is_not_is_not(pipe: Any) -> None:
 ACCELERATIONS = [EncoderReuse(schedule="uniform:2"), Reuse(plan="tuned:quality"), Reuse(plan="tuned:balanced")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("feature", ACCELERATIONS)
 def test_acceleration_keeps_alpha(pipe: Any, feature: Any) -> None:
     reference = as_tensor(draw(pipe, LatentTransparency(views=1)))

@@ -31,6 +31,7 @@ from diffusion_accel.transparency import outputs
 from diffusion_accel.transparency.images import given
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("build", [img2img, inpaint, controlnet_inpaint, pix2pix, xl_inpaint, upscaled, flux_img2img])
 def test_rgba_goes_in_in_every_kind(build: Any, tmp_path: Path) -> None:
     pipe, call = build()

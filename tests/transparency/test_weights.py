@@ -91,6 +91,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_published_files_for_sd15(published: Path, tmp_path: Path) -> None:
     pipe, call = family(768)
     base = draw(pipe, call, "latent").images
@@ -143,6 +144,7 @@ def test_published_files_for_sdxl(published: Path, tmp_path: Path) -> None:
     assert set(ENCODERS) == set(ADAPTERS)
 
 
+@pytest.mark.slow
 def test_an_sdxl_layer_is_drawn_for_a_given_one(tmp_path: Path) -> None:
     pipe, call = family(
         2048, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64

@@ -114,6 +114,7 @@ def two_calls() -> Any:
     return pipe, {"height": call["height"], "width": call["width"], "guidance_scale": 3.0}
 
 
+@pytest.mark.slow
 def test_branches_are_left_out_where_each_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it is worth: here a rollout is the nearer the more steps it has."""
     pipe, call = two_calls()
@@ -133,6 +134,7 @@ def test_branches_are_left_out_where_each_is_a_call(monkeypatch: pytest.MonkeyPa
     assert alone.search["guidance_reuse"] == "not searched: these calls have no two branches of guidance"
 
 
+@pytest.mark.slow
 def test_a_plan_that_the_pipeline_has_does_not_count() -> None:
     pipe = dit()
     call: dict[str, Any] = {"steps": 6, "speedup": 1.5, "seconds": 0, **CALL}
@@ -147,6 +149,7 @@ def test_a_plan_that_the_pipeline_has_does_not_count() -> None:
     assert pipe.acceleration.features["reuse"] == Reuse(plan="hold:3") and pipe.acceleration.enabled("reuse")
 
 
+@pytest.mark.slow
 def test_the_fastest_plan_of_a_fidelity() -> None:
     pipe = dit()
     plan = tune(pipe, PROMPTS, steps=6, min_psnr=30, seconds=1, **CALL)
@@ -243,6 +246,7 @@ def test_work_is_counted() -> None:
     assert work.spent == work.total(ALONE) == {"a": 2.5, "b": 2}
 
 
+@pytest.mark.slow
 def test_a_family_takes_96_images_of_work_for_24_prompts() -> None:
     """By counted rows of the denoiser, in the whole call, whatever time there is."""
     pipe, prompts = dit(), [str(n % 10) for n in range(24)]

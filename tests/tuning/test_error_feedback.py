@@ -99,6 +99,7 @@ CASES: dict[str, Callable[[], zoo.Built]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_pipeline_draws_what_was_rolled_out(name: str) -> None:
     _, plan, rollout, drawn = rolled(CASES[name](), some)

@@ -25,6 +25,7 @@ def sampler_of(solver: Any, steps: int) -> Sampler:
     return Sampler(pipe, ("red apple, 3d style", "panda, flat style"), steps, 0, 2, call)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_the_influence_predicts_the_error_of_one_held_step(solver: Any) -> None:
     sampler = sampler_of(solver, 6)

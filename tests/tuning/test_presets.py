@@ -40,6 +40,7 @@ def brute_force(tuner: Any, most: int) -> list[float]:
     return [nearness(tuner, plan) for plan in plans if computed(plan) <= most]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("poor", [False, True])
 def test_no_preset_of_as_few_computed_steps_is_nearer(poor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():

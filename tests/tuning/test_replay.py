@@ -97,6 +97,7 @@ PIPELINES: dict[str, Callable[[], zoo.Built]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_is_repeated_is_what_was_recorded(name: str) -> None:
     built = PIPELINES[name]()

@@ -89,6 +89,7 @@ def test_half_precision_changes_little() -> None:
     assert torch.allclose(exact, halved, atol=0.2) and not torch.equal(exact, halved)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads how large a process is from /proc")
 def test_a_search_of_the_size_of_sdxl_stays_below_two_gigabytes(tmp_path: Path) -> None:
     process = forks.start(tuning_job.large_search, tmp_path / "found.json")

@@ -65,6 +65,7 @@ def assert_alike(found: Any, alone: Any) -> None:
         assert found == alone
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert job(tuning_job.tune_together, 2, tmp_path) == [0, 0], logs(tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

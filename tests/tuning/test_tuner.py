@@ -37,6 +37,7 @@ CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
 SMALL = CALL | {"height": 48, "width": 48}  # where it does not matter what the images look like
 
 
+@pytest.mark.slow
 def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any) -> None:
     from diffusion_accel.measure.fidelity import psnr
 
@@ -59,6 +60,7 @@ def test_a_tuned_plan_is_nearer_than_the_uniform_one_of_equal_work(sticker: Any)
     assert torch.isinf(psnr(again, trials.reference.images)).all()
 
 
+@pytest.mark.slow
 def test_a_machine_that_slows_down_changes_no_cost(sticker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every turn measures the baseline and the plans; turns may differ, as on a machine with other work."""
     sampler = Sampler(sticker, tuple(PROMPTS[:1]), 4, 0, 1, SMALL)
@@ -73,6 +75,7 @@ def test_a_machine_that_slows_down_changes_no_cost(sticker: Any, monkeypatch: py
     assert costs.steps["full"] > costs.steps["full/reuse"] > costs.steps["hold"] == 0
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on(sticker: Any, tmp_path: Path) -> None:
     state, drawn = tmp_path / "search", []
 

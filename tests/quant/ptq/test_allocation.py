@@ -47,6 +47,7 @@ def test_what_a_checkpoint_will_take_is_what_it_takes(settings: QuantizeSettings
     assert stored_bytes(run.denoiser, specs, timesteps) == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [TINY, DYNAMIC])
 def test_a_size_ratio_is_kept_and_used(settings: QuantizeSettings, tmp_path: Path) -> None:
     errors = []
@@ -89,6 +90,7 @@ def test_wishes_that_do_not_go_together(given: dict[str, Any], says: str) -> Non
 SEARCH = replace(DYNAMIC, min_psnr=40.0, validation=2)
 
 
+@pytest.mark.slow
 def test_a_psnr_that_is_asked_for_is_searched(tmp_path: Path) -> None:
     run = quantize_denoiser(sampler(), SEARCH, tmp_path / "work")
     tried = {float(size): psnr for size, psnr in run.search["tried"].items()}
@@ -103,6 +105,7 @@ def test_a_psnr_that_is_asked_for_is_searched(tmp_path: Path) -> None:
     assert run.spec.recipe is not None and run.spec.recipe["search"] == run.search
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     once = quantize_denoiser(sampler(), SEARCH, tmp_path / "once")
 
@@ -127,6 +130,7 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path: Path) -> None
     assert all(torch.equal(v, once.model.state_dict()[k]) for k, v in again.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_psnr_that_cannot_be_kept_says_what_can(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"min_psnr 99 dB cannot be kept: the largest checkpoint \(.* keeps \d"

@@ -33,6 +33,7 @@ def test_minutes_cut_the_work_down(tmp_path: Path) -> None:
     assert run.plan["iterations"] < 20_000 and run.plan["epochs"] < 20
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_over_leaves_the_least_to_measure(tmp_path: Path) -> None:
     """Counted in rows that the model sees, not in seconds."""
     seen: dict[float | None, int] = {}

@@ -76,6 +76,7 @@ def moved_scales(calibration: CalibrationSet, moments: str, visits: tuple[int, .
     return [d.input_scale.detach().clone() for d in layers.values()]
 
 
+@pytest.mark.slow
 def test_every_timestep_has_moments_of_its_own(calibration: CalibrationSet) -> None:
     """The error at a timestep depends on its own scales alone: their order of turns must not matter, unless moments are
     shared."""
@@ -89,6 +90,7 @@ def test_every_timestep_has_moments_of_its_own(calibration: CalibrationSet) -> N
     assert any(not torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("moments", ["visit", "timestep", "shared"])
 def test_a_stage_goes_on_from_its_state(calibration: CalibrationSet, moments: str) -> None:
     def tuned(model: Any, layers: TrainableLayers) -> Finetuner:

@@ -16,6 +16,7 @@ from diffusion_accel.quant.ptq.folder import held
 from diffusion_accel.quant.ptq.run import quantize_denoiser
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     work = tmp_path / "work"
     code = (

@@ -20,6 +20,7 @@ from diffusion_accel.quant.ptq.run import quantize_denoiser
 KINDS = ("sd", "sdxl", "deepfloyd_if", "controlnet", "ip_adapter", "unet2d_skip", "unet3d", "svd", "dit", "flux")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_denoiser(kind: str, tmp_path: Path) -> None:
     pipe, call = getattr(zoo, kind)()

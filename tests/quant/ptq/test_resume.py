@@ -28,6 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return made
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("seed", "bits"), [(0, 8), (3, 4)])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, bits: int

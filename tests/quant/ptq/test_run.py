@@ -53,6 +53,7 @@ def test_what_is_measured_is_what_the_checkpoint_computes(tmp_path: Path) -> Non
         assert error(again) == run.validation[name]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     s = sampler(4)
     s.pipe.unet.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import zoo
 from quantized import TINY, Prompted
@@ -13,6 +14,7 @@ from diffusion_accel.quant.model import set_runtime, tables
 from diffusion_accel.quant.ptq.run import quantize_denoiser
 
 
+@pytest.mark.slow
 def test_softmax_and_attention_grids(tmp_path: Path) -> None:
     answers: dict[int | None, torch.Tensor] = {}
     for bits in (None, 16, 4):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from sticker import data as sticker_data
 from sticker.tasks import Captioned
 
 
+@pytest.mark.slow
 def test_images_around_the_list_are_drawn_a_third_as_often_and_not_watched(work: Path) -> None:
     captioned = Captioned.load(work)
     styles = [row["style"] for row in captioned.rows]
@@ -18,6 +20,7 @@ def test_images_around_the_list_are_drawn_a_third_as_often_and_not_watched(work:
     assert all(counts[i] == 1 for i in range(18) if styles[i] == "blob")
 
 
+@pytest.mark.slow
 def test_tokenizer_round_trip(work: Path) -> None:
     tokenizer = sticker_data.load_tokenizer(work)
     ids = tokenizer("a red disc, 3d style").input_ids

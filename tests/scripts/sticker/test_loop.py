@@ -27,6 +27,7 @@ def test_learning_rate_depends_on_the_step_alone() -> None:
     assert cosine.rate(50) == pytest.approx(1e-3 * 0.5 * (1 - math.cos(math.pi / 2)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", [DecoderTask, TextTask, denoiser_task])
 def test_resumed_run_equals_an_uninterrupted_one(make: Any, work: Path, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)

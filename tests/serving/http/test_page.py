@@ -50,9 +50,9 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def functions(server: Server) -> dict[str, dict[str, Any]]:
+def functions(shared_server: Server) -> dict[str, dict[str, Any]]:
     """What the page may call, by name."""
-    status, _, found = server.ask("GET", "/config")
+    status, _, found = shared_server.ask("GET", "/config")
     assert status == 200
     return {one["api_name"]: one for one in found["dependencies"]}
 

@@ -30,6 +30,7 @@ def pipe(transparent: Path) -> StableDiffusionPipeline:
     return pipe
 
 
+@pytest.mark.slow
 def test_a_run_and_a_folder_that_are_there_are_not_replaced(transparent: Path) -> None:
     steps = [f"--{stage}-steps=3" for stage in ("encoder", "decoder", "joint", "unet", "refine")]
     common = ["--work", str(transparent), "--model", str(transparent / "pipeline")]
@@ -38,6 +39,7 @@ def test_a_run_and_a_folder_that_are_there_are_not_replaced(transparent: Path) -
     assert transparency.main(["export", *common]) == 2, "the folder exists"
 
 
+@pytest.mark.slow
 def test_each_stage_trains_its_part_around_the_frozen_pipeline(
     transparent: Path, pipe: StableDiffusionPipeline
 ) -> None:
