@@ -252,6 +252,18 @@ def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return named
 
 
+def bind_bound(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of what an object has, by name: a method, perhaps with something in its place that wraps
+    it; raises `TypeError` as the call would."""
+    inner = inspect.unwrap(call)
+    method = getattr(inner, "__func__", None)
+    if method is not None:
+        return bind_method(method, args, kwargs)
+    named = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
+    named.update(named.pop("kwargs", {}))
+    return named
+
+
 def call_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a method is called with, by name and with its defaults; empty if it does not take that."""
     try:

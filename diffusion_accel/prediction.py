@@ -35,7 +35,7 @@ class Conversion:
         self.kind = "flow" if self.flow else config.get("prediction_type", "epsilon")
         self.training = float(config.get("num_train_timesteps", 1000))
         table = getattr(scheduler, "alphas_cumprod", None)
-        self.table: list[float] = [] if table is None or self.flow else [float(value) for value in table]
+        self.table: list[float] = [] if table is None or self.flow else torch.as_tensor(table).tolist()
         self.inverted = bool(config.get("invert_sigmas"))
         self.by_sigma = counts_by_sigma(scheduler)
         self._sigmas: tuple[Any, dict[float, float]] = (None, {})
@@ -80,10 +80,8 @@ class Conversion:
     def slope(self, space: str, timestep: float) -> float:
         """How much the value in another space changes with the prediction, at given latents."""
         alpha, sigma = self.coefficients(timestep)
-        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        return float(
-            converted(space, self.kind, one, zero, alpha, sigma) - converted(space, self.kind, zero, zero, alpha, sigma)
-        )
+        one, zero = (converted(space, self.kind, value, 0.0, alpha, sigma) for value in (1.0, 0.0))
+        return one - zero
 
     def _map(self, value: torch.Tensor, x: torch.Tensor, timestep: float, fn: Any) -> torch.Tensor:
         alpha, sigma = self.coefficients(timestep)
@@ -107,16 +105,14 @@ def _scaled(ratio: float) -> tuple[float, float]:
     return max(_LEAST, alpha), max(_LEAST, ratio * alpha)
 
 
-def converted(
-    space: str, kind: str, v: torch.Tensor, x: torch.Tensor, a: float | torch.Tensor, s: float | torch.Tensor
-) -> torch.Tensor:
+def converted(space: str, kind: str, v: Any, x: Any, a: Any, s: Any) -> Any:
     """A prediction in another space.
 
     Args:
         space: "epsilon" (the noise) or "sample" (what is clean).
         kind: what `v` is: one of these, "v_prediction" (a·ε − s·x0) or "flow" (ε − x0).
-        v: the prediction.
-        x: the noisy sample, a·x0 + s·ε.
+        v: the prediction, tensor or number.
+        x: the noisy sample, a·x0 + s·ε, of the same kind.
         a, s: α and σ, numbers or of a shape that broadcasts.
     """
     if kind == space:

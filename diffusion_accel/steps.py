@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import threading
 import types
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from .denoisers.families import UNITS, Unit, family_of
 from .denoisers.timestep import time_argument, told
 from .diffusers_compat import announced_steps
 from .errors import CallStateError
-from .hooks import HookSet, bind_forward, model_of, version_of
+from .hooks import HookSet, bind_bound, bind_forward, model_of, version_of
 from .noise_level import noise_levels
 
 if TYPE_CHECKING:
@@ -218,8 +217,7 @@ class StepClock:
         self._stepped = self._counted = True
         if not self._before and not self._after:
             return step(*args, **kwargs)
-        named = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
-        named.update(named.pop("kwargs", {}))
+        named = bind_bound(step, args, kwargs)
         for before in self._before:
             before(named)
         output = step(**named)

@@ -103,21 +103,35 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else layer
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """A short hash of the weights and shapes of models: 16 numbers of every parameter, rounded to bfloat16.
+def fingerprint(*modules: nn.Module) -> str | None:
+    """A short hash of the weights and shapes of models: 16 numbers of every parameter, rounded to bfloat16; None where
+    some are elsewhere (offloaded).
 
     The same for a model in float32 and in half precision, except where rounding twice differs from rounding once, and
     for one whose LoRAs were deleted again, which leaves their wrappers around its layers.
     """
     digest = hashlib.sha256()
     named = [pair for module in modules for pair in _named(module)]
-    taken = [_sampled(parameter.detach()) for _, parameter in named]
-    together = torch.cat([part.to(taken[0].device) for part in taken]).cpu() if taken else torch.empty(0)
-    parts = together.split([part.numel() for part in taken])
-    for (name, parameter), part in zip(named, parts, strict=True):
+    if any(parameter.is_meta for _, parameter in named):
+        return None
+    with torch.no_grad():
+        taken = [_sampled(parameter) for _, parameter in named]
+    together = _in_bfloat16(taken)
+    end = 0
+    for (name, parameter), part in zip(named, taken, strict=True):
+        begin, end = end, end + 2 * len(part)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(part.view(torch.int16).numpy().tobytes())
+        digest.update(together[begin:end])
     return digest.hexdigest()[:16]
+
+
+def _in_bfloat16(parts: list[torch.Tensor]) -> bytes:
+    """Numbers of several tensors one after the other."""
+    if not parts:
+        return b""
+    if len({(part.dtype, part.device) for part in parts}) > 1:
+        parts = [part.to(parts[0].device, torch.bfloat16) for part in parts]
+    return torch.cat(parts).to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
 def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -127,9 +141,10 @@ def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """At most 16 numbers of a tensor, evenly spaced in the order of its elements, in bfloat16."""
-    step = max(1, tensor.numel() // 16)
+    """At most 16 numbers of a tensor, evenly spaced in the order of its elements."""
+    count = tensor.numel()
+    step = max(1, count // 16)
     if tensor.is_contiguous():
-        return tensor.flatten()[::step][:16].to(torch.bfloat16)
-    places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:16]
-    return tensor[torch.unravel_index(places, tensor.shape)].to(torch.bfloat16)
+        return tensor.view(-1)[: 16 * step : step]
+    places = torch.arange(0, count, step, device=tensor.device)[:16]
+    return tensor[torch.unravel_index(places, tensor.shape)]

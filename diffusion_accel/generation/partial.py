@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from diffusion_accel.changes import Changes
 from diffusion_accel.diffusers_compat import announced_steps, unpacked_latents
+from diffusion_accel.hooks import bind_bound
 from diffusion_accel.io import first_line
 from diffusion_accel.prediction import Conversion, model_input
 from diffusion_accel.sizes import side_to_ask_for
@@ -71,7 +71,7 @@ def clean(scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwarg
         step: the step, which has arguments `model_output`, `timestep` and `sample` (B, C, H, W) or (B, S, C).
         args, kwargs: what it is called with.
     """
-    named = inspect.signature(step).bind(*args, **kwargs).arguments
+    named = bind_bound(step, args, dict(kwargs))
     x = model_input(scheduler, named["sample"], named["timestep"])
     value = Conversion(scheduler).to("sample", named["model_output"], x, float(named["timestep"]))
     return value if value.dim() != 4 else value[:, : named["sample"].shape[1]]

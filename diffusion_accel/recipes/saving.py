@@ -145,8 +145,7 @@ def _described(part: nn.Module) -> dict[str, Any]:
 
 def weights_of(part: nn.Module) -> str | None:
     """A model's fingerprint; None where its weights are elsewhere, or another package's."""
-    elsewhere = any(parameter.is_meta for parameter in part.parameters())
-    return None if elsewhere or method_of(part) not in (None, METHOD) else fingerprint(part)
+    return None if method_of(part) not in (None, METHOD) else fingerprint(part)
 
 
 def method_of(part: Any) -> str | None:

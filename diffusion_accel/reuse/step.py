@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -156,7 +157,7 @@ FULL = Step()
 class Kinds(frozenset[Step]):
     """A step of every kind that the plans of one source have: what must be hooked and kept for them follows from it."""
 
-    @property
+    @functools.cached_property
     def depths(self) -> frozenset[int]:
         """The depths of the shallow steps."""
         return frozenset(step.depth for step in self if step.mode == "shallow")
@@ -165,56 +166,56 @@ class Kinds(frozenset[Step]):
         """The highest order of the steps of this mode (and depth); −1 if there is none."""
         return max((s.order for s in self if s.mode == mode and s.depth == depth), default=-1)
 
-    @property
+    @functools.cached_property
     def spaces(self) -> dict[str, int]:
         """The spaces in which the denoiser's predictions are kept for held steps, with the highest order in each."""
         held = [(step.space, step.order) for step in self if step.mode == "hold"]
         held += [("", 0) for step in self if step.mode == "hold" and step.fit is not None]
         return {space: max(order for s, order in held if s == space) for space, _ in held}
 
-    @property
+    @functools.cached_property
     def fitted(self) -> bool:
         """Whether a step has a fit."""
         return any(step.fit is not None for step in self)
 
-    @property
+    @functools.cached_property
     def fitted_spaces(self) -> frozenset[str]:
         """The spaces of the steps that have one."""
         return frozenset(step.space for step in self if step.fit is not None)
 
-    @property
+    @functools.cached_property
     def looks_back(self) -> int:
         """Of how many full steps before them the steps with a fit need predictions or latents."""
         own = {"full": 1, "hold": 0}  # its own prediction
         fits = [(s.fit, own[s.mode]) for s in self if s.fit is not None]
         return max((max(max(f.count, f.count_additions) - n, f.count_latents - 1) for f, n in fits), default=0)
 
-    @property
+    @functools.cached_property
     def needs_additions(self) -> bool:
         """Whether a fit needs what guidance adds."""
         return any(step.fit is not None and step.fit.count_additions for step in self)
 
-    @property
+    @functools.cached_property
     def highest_order(self) -> int:
         """The highest order of a forecast; 0 if nothing is forecast."""
         return max(step.order for step in self)
 
-    @property
+    @functools.cached_property
     def reuses_guidance(self) -> bool:
         """Whether a step adds the difference of the branches of guidance that earlier steps left."""
         return any(step.guidance == "reuse" for step in self)
 
-    @property
+    @functools.cached_property
     def leaves_branches_out(self) -> bool:
         """Whether a step computes one branch of guidance only."""
         return any(step.guidance != "both" for step in self)
 
-    @property
+    @functools.cached_property
     def parts_branches(self) -> bool:
         """Whether the branches of guidance must be told apart."""
         return self.leaves_branches_out or self.needs_additions
 
-    @property
+    @functools.cached_property
     def inside(self) -> bool:
         """Whether a step needs hooks inside of the denoiser: it runs some of its parts only."""
         return any(step.mode in ("decoder", "shallow") for step in self)

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 def describe(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What a solver is made for: the class of the denoisers, and their weights (None where they are elsewhere)."""
     denoisers = find_denoisers(pipe)
-    elsewhere = any(parameter.is_meta for denoiser in denoisers for parameter in denoiser.parameters())
     return {
         "denoiser": "+".join(type(denoiser).__name__ for denoiser in denoisers),
-        "weights": None if elsewhere else fingerprint(*denoisers),
+        "weights": fingerprint(*denoisers),
     }
 
 

@@ -11,7 +11,8 @@ import torch
 from diffusers.hooks import ModelHook
 
 from diffusion_accel.errors import CallStateError
-from diffusion_accel.hooks import HookSet
+from diffusion_accel.hooks import HookSet, bind_bound
+from diffusion_accel.steps import WatchedStep
 
 
 class Times(ModelHook):
@@ -89,3 +90,22 @@ def test_the_innermost_hook_runs_last(own: bool) -> None:
     for one in hooks.values():
         one.remove()
     assert vars(module) == before
+
+
+def test_arguments_of_what_an_object_has_are_found_by_name() -> None:
+    """Of a method, of what stands in its place and wraps it, and of a function; as Python binds them."""
+
+    class Scheduler:
+        def step(self, model_output: int, timestep: int, sample: int = 3, **more: int) -> int:
+            return model_output
+
+    def function(model_output: int, timestep: int, sample: int = 3, **kwargs: int) -> int:
+        return model_output
+
+    scheduler = Scheduler()
+    around = WatchedStep(scheduler, scheduler.step, lambda step, args, kwargs: step(*args, **kwargs))
+    for call in (scheduler.step, around, WatchedStep(scheduler, around, around.around), function):
+        assert bind_bound(call, (1, 2), {}) == {"model_output": 1, "timestep": 2}
+        assert bind_bound(call, (1,), {"timestep": 2, "eta": 4}) == {"model_output": 1, "timestep": 2, "eta": 4}
+        with pytest.raises(TypeError, match="timestep"):
+            bind_bound(call, (1,), {})

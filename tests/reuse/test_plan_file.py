@@ -63,6 +63,17 @@ def test_the_fingerprint_follows_the_weights_not_the_dtype() -> None:
     assert fingerprint(pipe.unet) != first
 
 
+def test_the_fingerprint_of_what_is_laid_out_or_placed_otherwise() -> None:
+    """The layout in memory does not count, several dtypes are read as one, and what is elsewhere has none."""
+    unet = sd()[0].unet
+    first = fingerprint(unet)
+    assert fingerprint(unet.to(memory_format=torch.channels_last)) == first
+    unet.mid_block.to(torch.bfloat16)
+    assert fingerprint(unet) == first
+    unet.mid_block.to("meta")
+    assert fingerprint(unet) is None
+
+
 def test_the_fingerprint_is_as_it_was_once_a_lora_is_deleted() -> None:
     from peft import LoraConfig
 
