@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusion_accel.errors import AccelerationError, OutputError
-from diffusion_accel.io import is_there, parse_json
+from diffusion_accel.io import at_home, is_there, parse_json
 
 CHUNK = "diffusion_accel"
 _USER_COMMENT, _MAKER_NOTE, _EXIF_IFD = 0x9286, 0x927C, 0x8769
@@ -74,6 +74,17 @@ def names_only(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [names_only(v) for v in value]
     return _name(value) if isinstance(value, str) else value
+
+
+def whole_path(text: str) -> str:
+    """What names a local file or folder, maybe between a prefix and a scale or member (tuned:FILE:NAME), with its whole
+    path; other texts stay as they are."""
+    before = "tuned:" if text.startswith("tuned:") else ""
+    name = text.removeprefix(before)
+    for path in (name, name.rpartition(":")[0]):
+        if path and is_there(path):
+            return f"{before}{at_home(path).absolute()}{name[len(path) :]}"
+    return text
 
 
 def _name(text: str) -> str:

@@ -64,7 +64,8 @@ def finish(temporary: Path, path: Path) -> None:
     """Give a file that is complete its name."""
     with _lock:
         os.replace(temporary, path)  # noqa: PTH105 - paths of either kind
-        _written.append(path)
+        if path not in _unfinished:
+            _written.append(path)
 
 
 def finished() -> set[Path]:

@@ -181,6 +181,11 @@ def as_task(
             f"this model cannot do inpainting: diffusers inpaints with 4 latent channels (or a 9-channel inpainting "
             f"U-Net), and its U-Net takes {channels}"
         )
+    latents = getattr(getattr(getattr(pipe, "vae", None), "config", None), "latent_channels", None)
+    if task != "inpainting" and latents is not None and channels == 2 * latents + 1:
+        raise ModelLoadError(
+            "this model only inpaints: its U-Net takes an image and a mask beside the latents; give both"
+        )
     from diffusers import (  # 300 modules of other pipelines, for other tasks only
         AutoPipelineForImage2Image,
         AutoPipelineForInpainting,

@@ -71,16 +71,15 @@ def draw(
     with large_imports():
         from . import session  # heavy: torch, diffusers
 
-    session.check_takes(source, classes)
+    session.check_takes(source, classes, [path for plan in share.plans for path in plan.paths])
     settings = processes.share(settings, _TOGETHER)  # from here on all know what each of them does
     device = session.check_machine(settings)
     drawing = None
     for number, one in share.turns():
-        drawing = drawing or session.open_drawing(
-            settings, source, device, [each.request for each in share.plans], quiet=quiet or here.size > 1
-        )
+        drawing = drawing or session.open_drawing(settings, source, device, share.plans, quiet=quiet or here.size > 1)
         try:
-            drawing.write(one, drawing.draw(one), quiet=quiet, json_lines=json_lines)
+            with one.showing():
+                drawing.write(one, drawing.draw(one), quiet=quiet, json_lines=json_lines)
         except OutputError:  # a full disk is full for all of them
             raise
         except Exception as error:

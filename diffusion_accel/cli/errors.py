@@ -46,9 +46,12 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     def flag(match: re.Match[str]) -> str:
         return flags[match["name"]]
 
+    def listed(match: re.Match[str]) -> str:
+        return ", ".join(flags.get(name, name) for name in match[0].split(", "))
+
     message = re.sub(rf"^(?P<name>{names})(?= must | needs? | is needed|: )", flag, message)
     message = re.sub(rf"(?<![\w-])(?P<name>{names})=True\b", flag, message)
     message = re.sub(rf"(?:^|(?<=use )|(?<=or )|(?<=with ))(?P<name>{names})(?= [\d.]+ )", flag, message)
     message = re.sub(r"^(?P<name>(?:control_|mask_)?image)(?= \S+ (?:is|has) )", flag, message)
-    taken = re.compile(r"(?<= does not take )[\w, ]+$")
-    return taken.sub(lambda match: ", ".join(flags.get(name, name) for name in match[0].split(", ")), message)
+    message = re.sub(rf"(?<= needs )(?:(?:{names})(?:, |$))+$", listed, message)
+    return re.sub(r"(?<= does not take )[\w, ]+$", listed, message)

@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from diffusion_accel.generation.loading import best_device, model_hash, open_pip
 from diffusion_accel.generation.outputs import OutputPlan
 from diffusion_accel.generation.partial import impossible
 from diffusion_accel.generation.records import Origin, how_quantized, record, versions
-from diffusion_accel.generation.request import Request
+from diffusion_accel.image_metadata import whole_path
 from diffusion_accel.model_files.names import ModelSource, pipeline_name
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.pipelines.recipes import quantize_of
@@ -182,20 +182,23 @@ class Drawing:
 
 
 def open_drawing(
-    settings: Settings, source: ModelSource, device: str, requests: Iterable[Request], *, quiet: bool = False
+    settings: Settings, source: ModelSource, device: str, plans: Sequence[OutputPlan], *, quiet: bool = False
 ) -> Drawing:
-    """The pipeline that the settings ask for, to draw requests, of which none is one that it cannot draw.
+    """The pipeline that the settings ask for, to draw requests: none that it cannot draw, none into a file that cannot
+    hold what it draws.
 
     Args:
         settings, source: of the command.
         device: from `check_machine`.
-        requests: all that are to be drawn.
+        plans: all that is to be drawn.
         quiet: show no progress of sampling, and no notes.
     """
     pipe = open_for(settings, source, device, quiet=quiet)
     plain = open_plain(settings, source, device)
-    requests = list(requests)
+    requests = [plan.request for plan in plans]
     check_requests(pipe, requests)
+    for path in (path for plan in plans for path in plan.paths):
+        check_suffix(path, draws_clips(pipe))
     if condition_of(pipe) == PROMPT and any(not request.prompt for request in requests):
         raise ConfigurationError("there is no prompt; give one, or --prompts-file")
     if draws_clips(pipe) and settings.compare:
@@ -204,7 +207,7 @@ def open_drawing(
         raise ConfigurationError(f"--preview-steps is not possible with {type(pipe).__name__}: {reason}")
     origin = Origin(
         pipe=pipe,
-        model=source.location if settings.paths and source.kind != "embedded" else source.name,
+        model=whole_path(source.location) if settings.paths and source.kind != "embedded" else source.name,
         model_hash=model_hash(source),
         features=settings.features,
         settings=_kept(settings, source),
@@ -252,15 +255,14 @@ def draw_all(
         quiet: print nothing but JSON lines.
         json_lines: print a JSON line for each image.
     """
-    drawing = open_drawing(settings, source, device, [plan.request for plan in plans], quiet=quiet)
-    for path in (path for plan in plans for path in plan.paths):
-        check_suffix(path, draws_clips(drawing.pipe))
+    drawing = open_drawing(settings, source, device, plans, quiet=quiet)
     for plan in plans:
-        drawn = drawing.draw(plan, writes=writes)
-        if writes:
-            drawing.write(plan, drawn, quiet=quiet, json_lines=json_lines)
-            if not json_lines and not quiet:
-                print_summary(drawing.pipe, drawn, plan.compared)
+        with plan.showing():
+            drawn = drawing.draw(plan, writes=writes)
+            if writes:
+                drawing.write(plan, drawn, quiet=quiet, json_lines=json_lines)
+        if writes and not json_lines and not quiet:
+            print_summary(drawing.pipe, drawn, plan.compared)
 
 
 def print_summary(pipe: DiffusionPipeline, drawn: Drawn, compared: Path | None) -> None:

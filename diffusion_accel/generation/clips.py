@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
+MOST_PIXELS = 10**9  # of all frames, that are decoded to see how long each is shown
 SUFFIXES = (".gif", ".webp", ".mp4")
 FPS = 8.0  # frames a second where nobody says
+GIF_FPS = 50  # the most that a GIF can say: it counts hundredths, and viewers take one of them for ten
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,33 @@ def check_suffix(path: Path, clip: bool) -> None:
         raise ConfigurationError(f"{path}: .mp4 needs imageio: pip install 'diffusion-accel[video]'; .gif does not")
 
 
+def check_fps(path: Path, fps: float | None) -> None:
+    """Raise `ConfigurationError` for a file that cannot be played as fast."""
+    if path.suffix.lower() == ".gif" and fps is not None and fps > GIF_FPS:
+        raise ConfigurationError(
+            f"{path}: a GIF plays at most {GIF_FPS} frames a second; use a lower fps, .webp or .mp4"
+        )
+
+
+def durations(count: int, fps: float, unit: int) -> list[int]:
+    """The milliseconds of each frame, multiples of a `unit`, that together are as long as all of them should be."""
+    ends = [round(1000 * (k + 1) / (fps * unit)) * unit for k in range(count)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def frames_shown(image: Image.Image, fps: float) -> int:
+    """How many frames an opened clip shows at `fps`: a file holds one for several that are alike."""
+    count = getattr(image, "n_frames", 1)
+    if count == 1 or count * image.width * image.height > MOST_PIXELS:
+        return count
+    time = 0.0
+    for k in range(count):
+        image.seek(k)
+        image.load()
+        time += image.info.get("duration", 0)
+    return max(count, round(time * fps / 1000))
+
+
 def save_clip(clip: Clip, path: Path, fps: float, text: str | None = None, data: dict[str, Any] | None = None) -> None:
     """Write beside and rename; `text` and `data` go into GIF and WebP as metadata, see `image_files.save_image`.
 
@@ -89,9 +118,7 @@ def save_clip(clip: Clip, path: Path, fps: float, text: str | None = None, data:
             options: dict[str, Any] = {} if text is None else save_options(kind, text, data or {})
             if kind == "WEBP":
                 options["quality"] = 95
-            duration = max(1, round(1000 / fps))
-            first.save(
-                temporary, format=kind, save_all=True, append_images=others, duration=duration, loop=0, **options
-            )
+            options |= {"duration": durations(len(clip.frames), fps, 10 if kind == "GIF" else 1), "loop": 0}
+            first.save(temporary, format=kind, save_all=True, append_images=others, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(f"cannot write {path}: {first_line(error)}") from error

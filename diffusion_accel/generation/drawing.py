@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+_ALWAYS = ("self", "prompt", "class_labels")  # what a call is given in any case
 _USUAL = {"steps": "num_inference_steps", "strength": "strength"}  # fields whose defaults a pipeline's call names
 
 
@@ -196,11 +197,28 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     given = {k: v for k, v in wanted.items() if v is not None}
     resized = ("width", "height") if request.image else ()  # to them, before the pipeline gets it
     unknown = [k for k in given if k not in parameters and k not in resized]
+    unknown += ["fps"] if request.fps is not None and not draws_clips(pipe) else []
+    ours = {call: name for name, call in CALLED.items()}
     if unknown:
-        ours = {call: name for name, call in CALLED.items()}
         names = ", ".join(ours.get(name, name) for name in unknown)
         raise ConfigurationError(f"{type(pipe).__name__} does not take {names}")
+    if missing := [name for name in _needed(pipe) if name not in given]:
+        names = ", ".join(ours.get(name, name) for name in missing)
+        raise ConfigurationError(f"{type(pipe).__name__} needs {names}")
     return {k: v for k, v in given.items() if k in parameters}
+
+
+def _needed(pipe: DiffusionPipeline) -> list[str]:
+    """The arguments, beside the prompt or class, without which a pipeline's call cannot be: those without a default,
+    and the images of inpainting, whose defaults are None in most classes."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    of_mask = ("image", "mask_image") if "mask_image" in parameters else ()
+    return [
+        name
+        for name, one in parameters.items()
+        if name in of_mask
+        or (one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD and name not in _ALWAYS)
+    ]
 
 
 def _open(file: str | Path | Image.Image, mode: str, request: Request, what: str) -> Image.Image:

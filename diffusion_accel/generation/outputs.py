@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_accel import interrupts
 from diffusion_accel.compositing import background_of, checkerboard, over, premultiplied
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.image_files import SUFFIXES, check_fits, check_holds_alpha, is_image_file, save_image
 from diffusion_accel.io import is_there, printable
 from diffusion_accel.outputs import check_distinct, check_free, check_writable, output_path
 
-from .clips import FPS, Clip, save_clip
+from .clips import FPS, Clip, check_fps, save_clip
 from .clips import SUFFIXES as CLIP_SUFFIXES
 from .layers import by_image
 from .request import Request
@@ -100,6 +102,14 @@ class OutputPlan:
         """Where images are shown before they are finished."""
         return [path.with_name(f"{path.stem}.preview.png") for path in self.paths] if self.shown else []
 
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """While images are drawn and written: what is shown of them is gone at the end, also a sudden one."""
+        with ExitStack() as all_of_them:
+            for file in self.shown_files():
+                all_of_them.enter_context(interrupts.unfinished(file))
+            yield
+
     def show(self, images: Sequence[Image.Image]) -> None:
         """Write images that are not finished, the first layer of each."""
         for file, image in zip(self.shown_files(), images[:: len(self.layers)], strict=True):
@@ -116,6 +126,7 @@ class OutputPlan:
         for path in self.paths:
             if self.layers != ("",):
                 check_holds_alpha(path)
+            check_fps(path, self.request.fps)
             if path.suffix.lower() in SUFFIXES:
                 check_fits(path, self.request.width, self.request.height)
 
@@ -144,8 +155,6 @@ class OutputPlan:
                 save_image(image, file, text, data)
                 yield Written(file, seed)
             yield from self._previews(path, layers)
-        for file in self.shown_files():
-            file.unlink(missing_ok=True)
 
     def _stays(self, file: Path) -> bool:
         return self.resuming and is_there(file)

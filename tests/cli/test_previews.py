@@ -11,6 +11,8 @@ from command import call
 from model_folder import write_folder
 from PIL import Image
 
+from diffusion_accel import interrupts
+from diffusion_accel.errors import OutputError
 from diffusion_accel.generation import outputs
 
 SMALL = ("--width", 16, "--height", 16, "--seed", 1)
@@ -75,3 +77,22 @@ def test_previews_that_cannot_be(
         code, _, err = call(capsys, "generate", "red", "-m", folder, *given, "-o", tmp_path / "a.png")
         assert code == status and words in err and err.count("\n") == 1, err
     assert (tmp_path / "a.preview.png").read_bytes() == b"mine"
+
+
+def test_what_was_shown_is_gone_after_a_failure(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def full(image: Image.Image, path: Path, *more: Any) -> None:
+        if not path.name.endswith(".preview.png"):
+            seen.append(path.with_name("a.preview.png").exists())
+            raise OutputError(f"cannot write {path}: No space left on device")
+        save(image, path, *more)
+
+    save = outputs.save_image
+    monkeypatch.setattr(outputs, "save_image", full)
+    given = ("-m", folder, *SMALL, "--steps", 4, "--preview-steps", 1, "-o", tmp_path / "a.png", "-q")
+    code, _, err = call(capsys, "generate", "red", *given)
+    assert code == 1 and "No space left" in err and seen == [True]
+    assert not [*tmp_path.iterdir()] and interrupts.names() == "nothing was written"

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import model_folder
 import numpy as np
 import pytest
 import torch
+import zoo
+from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
-from diffusion_accel import EncoderReuse
-from diffusion_accel.errors import ConfigurationError
+from diffusion_accel import EncoderReuse, accelerate
+from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.generation.drawing import check_requests, draw, prepare
 from diffusion_accel.generation.loading import open_pipeline
 from diffusion_accel.generation.request import Request
+from diffusion_accel.pipelines.loading import as_task
 
 REQUEST = Request(prompt="red apple, 3d style", seed=3, count=2, steps=2, guidance_scale=3.0)
 
@@ -54,3 +59,21 @@ def test_what_the_pipeline_does_not_take(pipe: object, tmp_path: Path) -> None:
     for check in (lambda: check_requests(pipe, [REQUEST, with_image]), lambda: draw(pipe, with_image)):
         with pytest.raises(ConfigurationError, match="StableDiffusionPipeline does not take strength, image"):
             check()
+
+
+def test_what_the_pipeline_needs(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    parts: dict[str, Any] = dict(zoo.inpaint()[0].components)
+    parts |= {"text_encoder": model_folder.text_encoder(), "tokenizer": model_folder.tokenizer()}
+    made: Any = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    pipe = accelerate(made)
+    for request, names in (
+        (Request(prompt="red", steps=2), "image, mask_image"),
+        (Request(prompt="red", steps=2, image=tmp_path / "a.png"), "mask_image"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"StableDiffusionInpaintPipeline needs {names}$"):
+            check_requests(pipe, [request])
+    check_requests(pipe, [Request(prompt="red", steps=2, image=tmp_path / "a.png", mask_image=tmp_path / "a.png")])
+    with pytest.raises(ModelLoadError, match="this model only inpaints"):
+        as_task(made, "image-to-image")
