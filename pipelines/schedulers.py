@@ -64,6 +64,11 @@ def check_scheduler(name: str) -> None:
     )
 
 
+def is_file(name: str) -> bool:
+    """Whether the name of a scheduler is the file or folder of a saved one."""
+    return name.partition(",")[0] not in SCHEDULERS and name != LEARNED and is_learned(name)
+
+
 def check_steps(name: str | None, source: ModelSource, steps: int | None) -> None:
     """Raise `ConfigurationError` if a scheduler cannot do so many steps of a model, before that is loaded.
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, OutputError
-from diffusion_accel.generation.request import check_numbers, check_text
+from diffusion_accel.generation.clips import FPS, frames_shown
+from diffusion_accel.generation.request import LIMITS, MAX_IMAGES, check_numbers, check_text
 from diffusion_accel.image_metadata import read_embedded
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, plain, shown
@@ -35,6 +36,8 @@ _PLAIN = (
     *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
     *("device", "dtype", "attention", "runtime", "low_memory", "premultiplied", "prompt_weights", "frames", "fps"),
 )
+#: settings that belong to another one, or to a feature
+_BELONGING = {"transparent": ("premultiplied",), "quantize": ("runtime", "low_memory")}
 _KNOWN = (*_FILES, *_PLAIN, "scheduler", "lora", "quantize", "of_recipe")
 
 
@@ -79,13 +82,14 @@ class Again:
         return found
 
 
-def read_again(file: str, given: Collection[str], whole_paths: bool = False) -> Again:
+def read_again(file: str, given: Collection[str], whole_paths: bool = False, off: Collection[str] = ()) -> Again:
     """How the image in a file was drawn.
 
     Args:
         file: an image that `generate` or the server's page has written.
         given: the flags, by name, that the user has given: what the image says of them does not count.
         whole_paths: follow whole paths of local files.
+        off: of those that are given, what is switched off, with all that belongs to it.
 
     Raises:
         OutputError: the file cannot be read, or has no settings of ours.
@@ -94,6 +98,8 @@ def read_again(file: str, given: Collection[str], whole_paths: bool = False) -> 
     with loaded(file, what="--from", error=OutputError) as image:
         _, data = read_embedded(image, file)
         size, frames = image.size, getattr(image, "n_frames", 1)
+        if frames > 1:
+            frames = frames_shown(image, _fps(data))
     if data is None or not {"prompt", "seed", "model", "settings"} <= data.keys():
         raise OutputError(f"--from {file}: it has no settings that diffusion-accel has written")
     reading = _Reading(Path(file), f"--from {file}: ", whole_paths)
@@ -103,10 +109,12 @@ def read_again(file: str, given: Collection[str], whole_paths: bool = False) -> 
         raise ConfigurationError(f"{reading.where}{shown(unknown[0])} is a setting that generate does not know")
     asked = {"prompt": data["prompt"], "seed": data["seed"], "model": data["model"], **settings}
     values = {key: reading.value(key, asked[key]) for key in asked if key not in given and key != "of_recipe"}
-    brought = of_recipe if "recipe" not in given and isinstance(of_recipe, list) else []
+    brought = of_recipe if isinstance(of_recipe, list) else []  # by a recipe: the one that is given has its own
     for name, fields in features.items():
         if name not in given and name not in brought:
             values[name] = reading.feature(name, _as_chosen(fields, data, name))
+    for key in (key for switch in off for key in _BELONGING.get(switch, ())):
+        values.pop(key, None)
     reading.check(values, size, frames)
     return Again(file, values, _table(data, "versions", reading), _hash(data), _together(data))
 
@@ -257,14 +265,20 @@ def _as_chosen(fields: Any, data: dict[str, Any], name: str) -> Any:
     return {key: value for key, value in fields.items() if key not in ("speedup", "min_psnr")} | {"plan": found}
 
 
+def _fps(data: dict[str, Any] | None) -> float:
+    settings = (data or {}).get("settings")
+    fps = settings.get("fps") if isinstance(settings, dict) else None
+    return float(fps) if isinstance(fps, int | float) and fps in LIMITS["fps"] else FPS
+
+
 def _hash(data: dict[str, Any]) -> str | None:
     value = data.get("model_hash")
     return value if isinstance(value, str) else None
 
 
 def _together(data: dict[str, Any]) -> tuple[int, int] | None:
-    found = data.get("together")
-    if not isinstance(found, list) or len(found) != 2 or not all(type(number) is int for number in found):
+    found, seed = data.get("together"), data["seed"]
+    if not isinstance(found, list) or len(found) != 2 or not all(type(number) is int for number in (*found, seed)):
         return None
     index, count = found
-    return (index, count) if 0 <= index < count <= 10_000 else None
+    return (index, count) if 0 <= index < count <= MAX_IMAGES and index <= seed else None

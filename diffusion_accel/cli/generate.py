@@ -182,9 +182,10 @@ def generate(
     values = {} if config is None else read_config(config)
     again = None
     if from_ is not None:
-        named = {key for key, value in {**flags, "prompt": prompt or classes or prompts_file}.items() if value}
-        named |= {*values} | ({"prompt"} if "prompts_file" in values else set())
-        again = read_again(from_, named, bool(paths_ or values.get("paths")))
+        chosen = {**values, **{key: value for key, value in flags.items() if value is not None}}
+        named = {*chosen} | ({"prompt"} if prompt or classes or prompts_file or "prompts_file" in values else set())
+        off = [key for key, value in chosen.items() if value is False or value == "off"]
+        again = read_again(from_, named, bool(paths_ or values.get("paths")), off)
         values = {**again.values, **values}
     jobs = _jobs(prompt or [], classes or [], prompts_file, values, bool(image or values.get("image")))
     settings, source = merge(flags, values, restoring=True)

@@ -201,7 +201,7 @@ def typed(key: str, value: Any, where: str = "") -> Any:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise ConfigurationError(f"{flag} must be {words[kind]}, got {shown(value)}")
     if value == "" and key not in _MAY_BE_EMPTY:
-        raise ConfigurationError(f"{flag.replace('_', '-')} is empty")
+        raise ConfigurationError(f"{where}{key.replace('_', '-')} is empty")
     return _text(str(value), flag) if kind is str else value
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from diffusion_accel import __version__
 from diffusion_accel.denoisers import find_denoisers
-from diffusion_accel.image_metadata import names_only, parameters_text
+from diffusion_accel.image_metadata import names_only, parameters_text, whole_path
+from diffusion_accel.pipelines.schedulers import is_file
 from diffusion_accel.quant.model import computed_with
 
 from .clips import Clip
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from diffusion_accel.feature import Feature
+
+
+_FILES = ("image", "mask_image", "control_image", "controlnet", "quantize", "recipe")  # settings that may name one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +76,20 @@ class Origin:
         }
         return parameters_text(request.prompt, request.negative_prompt, pairs)
 
+    def _whole_of(self, name: str, key: str, value: Any) -> Any:
+        names_file = self.features[name].file_test(key)
+        return whole_path(value) if names_file and isinstance(value, str) and names_file(value) else value
+
     def data(self, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
         """Everything about one image, as JSON values."""
         own = ("image", "mask_image", "control_image", "prompt_weights", "fps")
         values = {key: getattr(request, key) for key in (*CALLED, *own)}
         values |= self.settings
         settings = {k: _named(v) for k, v in values.items() if v is not None and v != () and v is not False}
+        features = {n: f.to_dict() for n, f in self.features.items()}
+        if self.whole_paths:
+            settings = {k: _whole(k, v) for k, v in settings.items()}
+            features = {n: {k: self._whole_of(n, k, v) for k, v in each.items()} for n, each in features.items()}
         data = {
             "prompt": request.prompt,
             "seed": seed,
@@ -86,7 +98,7 @@ class Origin:
             "pipeline": type(self.pipe).__name__,
             "scheduler": self._sampler,
             "settings": settings,
-            "features": {n: f.to_dict() for n, f in self.features.items()},
+            "features": features,
             "report": drawn.report.to_dict(),
             "versions": versions(),
         }
@@ -95,6 +107,14 @@ class Origin:
         if (ways := low_bit_ways(self.pipe)) is not None:
             data["quantized"] = ways
         return data if self.whole_paths else names_only(data)
+
+
+def _whole(key: str, value: Any) -> Any:
+    """A setting with whole paths of local files."""
+    if key == "lora":
+        return [whole_path(entry) for entry in value]
+    named = (key in _FILES and value not in ("on", "off")) or (key == "scheduler" and is_file(value))
+    return whole_path(value) if named and isinstance(value, str) else value
 
 
 def record(path: Path, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:

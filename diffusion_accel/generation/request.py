@@ -206,8 +206,10 @@ def check_numbers(values: Mapping[str, Any], before: str = "", dash: str = "_") 
             raise ConfigurationError(f"{name} must be {bounds.allowed(value)}, got {shown(value)}")
     first, last = (values.get(f"control_guidance_{one}") for one in ("start", "end"))
     if (first or 0) >= (1 if last is None else last):
-        one, other = (f"{before}control_guidance_{one}".replace("_", dash) for one in ("start", "end"))
-        raise ConfigurationError(f"{one} must be below {other}, got {first or 0:g} and {1 if last is None else last:g}")
+        one, other = (f"control_guidance_{one}".replace("_", dash) for one in ("start", "end"))
+        other = f"--{other}" if before == "--" else other
+        got = f"{first or 0:g} and {1 if last is None else last:g}"
+        raise ConfigurationError(f"{before}{one} must be below {other}, got {got}")
 
 
 def check_text(text: str | None, what: str) -> None:

@@ -14,8 +14,9 @@ from diffusers import AnimateDiffPipeline, StableVideoDiffusionPipeline
 from PIL import Image, ImageSequence
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusion_accel.errors import OutputError
-from diffusion_accel.generation.clips import Clip, save_clip
+from diffusion_accel.cli.from_image import read_again
+from diffusion_accel.errors import ConfigurationError, OutputError
+from diffusion_accel.generation.clips import Clip, durations, frames_shown, save_clip
 from diffusion_accel.image_files import read_metadata
 
 SMALL = ("--steps", 2, "--width", 16, "--height", 16, "--frames", 4, "--seed", 1, "-q")
@@ -81,6 +82,36 @@ def test_a_video_and_the_same_again(
     assert np.array_equal(one, frames) and not np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_frames_that_are_alike_count_and_take_their_time(suffix: str, tmp_path: Path) -> None:
+    path, colours = tmp_path / f"a{suffix}", ["red", "red", "blue", "blue", "blue", "red", "red"]
+    data = {"prompt": "red", "seed": 1, "model": "sticker", "settings": {"frames": 7, "fps": 24}, "features": {}}
+    save_clip(Clip(tuple(Image.new("RGB", (16, 16), colour) for colour in colours)), path, 24, "text", data)
+    with Image.open(path) as image:
+        assert image.n_frames == 3 and frames_shown(image, 24) == 7
+    assert read_again(str(path), ()).values["frames"] == 7
+    data["settings"] = {"frames": 9, "fps": 24}
+    save_clip(Clip((Image.new("RGB", (16, 16)),) * 7), path, 24, "text", data)
+    with pytest.raises(ConfigurationError, match="asks for 9 frames"):
+        read_again(str(path), ())
+
+
+def test_a_clip_takes_its_time() -> None:
+    for fps in (1, 7.5, 8, 24, 30, 50):
+        times = durations(60, fps, 10)
+        assert abs(sum(times) - 60_000 / fps) <= 5 and min(times) >= 20 and not any(time % 10 for time in times)
+    assert durations(3, 8, 1) == [125, 125, 125]
+
+
+def test_of_many_prompts_a_folder_holds_no_clips(
+    animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = ("--distribute", "prompts", "-o", tmp_path / "many")
+    code, _, err = call(capsys, "generate", "red", "-m", animated, *SMALL, *many)
+    assert code == 2 and "the model draws videos; use .gif" in err and err.count("\n") == 1, err
+    assert not [*tmp_path.rglob("*.png")]
+
+
 def test_mp4(animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     imageio = pytest.importorskip("imageio")
     pytest.importorskip("imageio_ffmpeg")
@@ -104,6 +135,8 @@ def test_from_an_image_alone(from_image: Path, tmp_path: Path, capsys: pytest.Ca
     assert np.array_equal(frames_of(tmp_path / "a.gif"), frames_of(tmp_path / "b.gif"))
     code, _, err = call(capsys, *given, "-o", tmp_path / "c.gif")
     assert code == 2 and "there is no prompt" in err and err.count("\n") == 1
+    code, _, err = call(capsys, *given, "red", "-o", tmp_path / "c.gif")
+    assert code == 2 and err == "error: StableVideoDiffusionPipeline needs --image\n"
     code, _, err = call(capsys, *given, "red", "--image", start, "--strength", 0.5, "-o", tmp_path / "c.gif")
     assert code == 2 and "does not take" in err and "--strength" in err and err.count("\n") == 1
 
@@ -119,6 +152,7 @@ def test_what_does_not_fit(
         (animated, ("-o", tmp_path / "a.gif", "--compare", "--reuse", "hold:2"), "--compare compares images"),
         (animated, ("-o", tmp_path / "a.gif", "--preview-steps", 1), "--preview-steps is not possible"),
         (animated, ("-o", tmp_path / "a.gif", "--fps", 0), "--fps must be at least 1"),
+        (animated, ("-o", tmp_path / "a.gif", "--fps", 51), "a GIF plays at most 50 frames a second"),
         (animated, ("-o", tmp_path / "a.avi"), "unknown image type .avi"),
     ):
         code, _, err = call(capsys, "generate", "red", "-m", model, *SMALL, *given)
@@ -128,6 +162,8 @@ def test_what_does_not_fit(
     assert code == 2 and "the model draws images; allowed: .png" in err and err.count("\n") == 1, err
     code, _, err = call(capsys, *some, "--frames", 2, "-o", tmp_path / "a.png")
     assert code == 2 and "does not take --frames" in err, err
+    code, _, err = call(capsys, *some, "--fps", 2, "-o", tmp_path / "a.png")
+    assert code == 2 and "does not take --fps" in err, err
     monkeypatch.setattr("diffusion_accel.generation.clips.find_spec", lambda name: None)
     code, _, err = call(capsys, "generate", "red", "-m", animated, "-o", tmp_path / "a.mp4")
     assert code == 2 and "pip install 'diffusion-accel[video]'" in err and err.count("\n") == 1

@@ -94,7 +94,7 @@ def test_what_a_recipe_brought_comes_with_the_recipe(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, plain = tmp_path / "first.png", tmp_path / "plain.png"
-    fast = ("-m", folder / "fast")
+    fast = ("-m", folder / "fast", "--seed", 5)
     assert call(capsys, "generate", "red", *fast, *SMALL, "-q", "-o", first)[0] == 0
     assert call(capsys, "generate", "red", *fast, *SMALL, "--recipe", "off", "-q", "-o", plain)[0] == 0
     assert pixels(first) != pixels(plain)
@@ -102,6 +102,12 @@ def test_what_a_recipe_brought_comes_with_the_recipe(
         again = image.with_stem("again")
         code, _, err = call(capsys, "generate", "--from", image, *fast, "--overwrite", "-o", again)
         assert (code, err) == (0, "") and pixels(image) == pixels(again)
+    named = ("-m", folder / "plain", "--seed", 5, "--recipe", folder / "fast")
+    code, _, err = call(capsys, "generate", "--from", first, *named, "--overwrite", "-o", again)
+    assert (code, err) == (0, "") and pixels(first) == pixels(again)
+    off = (*fast, "--recipe", "off")
+    code, _, err = call(capsys, "generate", "--from", first, *off, "--overwrite", "-o", again)
+    assert (code, err) == (0, "") and pixels(plain) == pixels(again), "nothing of the recipe"
 
 
 def test_what_auto_chose_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,3 +227,57 @@ def test_what_is_given_is_not_asked_of_the_image(tmp_path: Path) -> None:
     assert again.values == {"prompt": "red apple", "seed": 1}
     with pytest.raises(AccelerationError):
         read_again(str(file), ("steps", "image", "width", "reuse"))
+
+
+def test_a_number_of_zero_is_given_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path / "a.png", seed=-1, settings={"steps": 2, "guidance_scale": -1})
+    given = ("--seed", 0, "--guidance-scale", 0, "-q")
+    code, _, err = call(capsys, "generate", "--from", file, *given, "-o", tmp_path / "b.png")
+    assert (code, err) == (0, "")
+    data = json.loads(call(capsys, "metadata", tmp_path / "b.png", "--json")[1])["diffusion_accel"]
+    assert (data["seed"], data["settings"]["guidance_scale"]) == (0, 0)
+
+
+def test_what_belongs_to_a_feature_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"steps": 2, "premultiplied": True, "quantize": "x", "runtime": "integer", "low_memory": True}
+    file = written(tmp_path / "a.png", settings=settings, features={"transparent": {}})
+    off = ("--transparent", "off", "--quantize", "off")
+    code, _, err = call(capsys, "generate", "--from", file, *off, "-q", "-o", tmp_path / "b.png")
+    assert (code, err) == (0, "")
+    kept = read_again(str(file), {"quantize"}).values
+    assert kept["premultiplied"] is kept["low_memory"] is True
+
+
+def test_a_name_with_underscores_is_said_as_it_is(tmp_path: Path) -> None:
+    file = written(tmp_path / "my_red_apple.png", settings={"scheduler": ""})
+    with pytest.raises(AccelerationError, match=r"my_red_apple\.png: scheduler is empty"):
+        read_again(str(file), ())
+    file = written(tmp_path / "my_red_apple.png", settings={"control_guidance_start": 1.0})
+    with pytest.raises(AccelerationError, match=r"my_red_apple\.png: control-guidance-start must be below control-gui"):
+        read_again(str(file), ())
+
+
+def test_a_call_that_cannot_have_been_is_not_told(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.png", seed=1, together=[3, 5])
+    assert read_again(str(file), ()).together is None
+    assert read_again(str(written(file, seed=3, together=[3, 5])), ()).together == (3, 5)
+
+
+def test_relative_paths_are_written_as_whole_ones(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    Image.linear_gradient("L").convert("RGB").resize((16, 16)).save(tmp_path / "in" / "start.png")
+    (tmp_path / "plain").symlink_to(folder / "plain")
+    (tmp_path / "ddim").mkdir()  # not what the scheduler means
+    monkeypatch.chdir(tmp_path)
+    given = ("-m", "./plain", "--image", "in/start.png", "--scheduler", "ddim", "--paths", "-q")
+    assert call(capsys, "generate", "red", *given, *SMALL, "-o", "first.png")[0] == 0
+    data = json.loads(call(capsys, "metadata", "first.png", "--json")[1])["diffusion_accel"]
+    assert data["model"] == str(tmp_path / "plain")
+    assert data["settings"]["image"] == str(tmp_path / "in" / "start.png")
+    assert data["settings"]["scheduler"] == "ddim"
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    code, _, err = call(capsys, "generate", "--from", "../first.png", "--paths", "-q", "-o", "again.png")
+    assert (code, err) == (0, "") and pixels(tmp_path / "first.png") == pixels(tmp_path / "out" / "again.png")
