@@ -25,8 +25,9 @@ The images of all ways are compared with those of the lock. Run it on an idle ma
 serve` has, and clients in this process ask one after the other over 127.0.0.1 for PNG files. First --clients are in
 flight, each with one request after the other; then --arrivals requests arrive by chance at shares (--load) of the most
 images a second that the first way has answered, the same for all. Behind the name of a way, `+compiled` serves a
-compiled model, and `+plan` lets its requests ask for a tuned plan (--plan; without it `"quality": "medium"`). It takes
-no more than --minutes and what is being measured then. Of so few requests p99 is the slowest one.
+compiled model, `+bf16` one that computes in bfloat16, and `+plan` lets its requests ask for a tuned plan (--plan;
+without it `"quality": "medium"`). It takes no more than --minutes and what is being measured then. Of so few requests
+p99 is the slowest one.
 
 `faults` measures what a server does that is used badly, or for long (--parts):
 

@@ -39,7 +39,8 @@ from diffusion_accel.serving.engine import Engine
 
 DRAW = "/v1/images/generations"
 PATIENCE = 300.0  # seconds after which a client gives up
-PLAN, COMPILED = "+plan", "+compiled"  # behind the name of a way: requests ask for a tuned plan; its model is compiled
+# Behind the name of a way: requests ask for a tuned plan; the model is compiled, in float32 or bfloat16.
+PLAN, COMPILED, BFLOAT16 = "+plan", "+compiled", "+bf16"
 COMPARED = 4  # images of each way
 
 
@@ -73,7 +74,8 @@ def running(way: str, options: argparse.Namespace, **more: Any) -> Iterator[Serv
     """
     given = {"model": options.model, "scheduler": options.scheduler, "most_rows": options.most_rows} | more
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in ("", None)]
-    flags += ["--compiled"] if COMPILED in way else []
+    precision = "bfloat16" if BFLOAT16 in way else "float32" if COMPILED in way else ""
+    flags += [f"--compiled={precision}"] if precision else []
     command = [sys.executable, __file__, way.partition("+")[0], *flags]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
@@ -94,7 +96,7 @@ def serve() -> None:
     parser.add_argument("way", choices=["lock", "static", "engine"])
     parser.add_argument("--model", default="sticker")
     parser.add_argument("--scheduler", default="")
-    parser.add_argument("--compiled", action="store_true", help="the denoiser and the VAE, by OpenVINO in float32")
+    parser.add_argument("--compiled", default="", help="the denoiser and the VAE, by OpenVINO in this precision")
     parser.add_argument("--most-rows", type=int, default=32)
     parser.add_argument("--running", type=int, default=32)
     parser.add_argument("--queue", type=int, default=10_000)
@@ -106,7 +108,7 @@ def serve() -> None:
     from diffusion_accel.serving.http.run import bound, serve
     from diffusion_accel.serving.http.settings import ServerSettings
 
-    pipe = accelerate(quiet(options.model), *[Compiled()] * options.compiled)
+    pipe = accelerate(quiet(options.model), *([Compiled(precision=options.compiled)] if options.compiled else []))
     if options.scheduler:
         set_scheduler(pipe, options.scheduler)
     with tempfile.TemporaryDirectory() as folder:
