@@ -7,6 +7,7 @@ sequences, marks that reverse the direction of reading, or rich's markup. Everyt
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LIMIT = 1500  # characters of an error message
+EVERY = 30.0  # seconds between two lines of progress, where stderr is no terminal
 
 
 def say(text: Any, *, lines: bool = False, err: bool = False) -> None:
@@ -46,7 +48,8 @@ def console(err: bool = False, quiet: bool = False) -> Console:
 
 
 class Bar:
-    """A progress bar on stderr, where that is a terminal; a `Progress`, in parts of the whole work."""
+    """A progress bar on stderr; a line every half minute where that is no terminal, so that a log says how far a search
+    of an hour is. A `Progress`, in parts of the whole work."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # 60 ms, for long commands only
@@ -60,6 +63,8 @@ class Bar:
             transient=True,
             disable=quiet or not shown.is_terminal,
         )
+        self._lines = not (quiet or shown.is_terminal)
+        self._told = time.monotonic()
         self._task = self._progress.add_task("", total=1.0)
         self._progress.start()
 
@@ -67,6 +72,9 @@ class Bar:
         """Show what is done now, how much of all is done, and the seconds that are left."""
         text = what if left is None or left != left else f"{what}, {_clock(left)} left"
         self._progress.update(self._task, description=printable(text), completed=share)
+        if self._lines and time.monotonic() - self._told >= EVERY:
+            self._told = time.monotonic()
+            say(f"{share:.0%} {text}", err=True)
 
     def close(self) -> None:
         """Take the bar off the terminal."""
