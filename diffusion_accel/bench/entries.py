@@ -88,7 +88,8 @@ class Entry:
             return cls._together(text)
         kind, _, settings = text.partition(":")
         if kind not in KINDS:
-            near = nearest(kind[:100], KINDS)
+            owners = (name for name in FEATURES if feature_class(name).accepts_bare(text))
+            near = next((f"{owner}:{text}" for owner in owners), None) or nearest(kind[:100], KINDS)
             hint = f"; did you mean {near!r}?" if near else ""
             raise ConfigurationError(f"unknown entry {shown(text)}; the kinds are: {', '.join(KINDS)}{hint}")
         entry = cls(kind, settings)

@@ -10,7 +10,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import shown
 
 from .plan import FULL, MAX_DEPTH, MAX_ORDER, MAX_STEPS, Kinds, Plan, PlanSource, Step
-from .plan_names import shipped_texts
+from .plan_names import shipped, shipped_texts
 from .schedule import around_center, key_steps
 
 PRESETS = (
@@ -120,8 +120,9 @@ class Preset(PlanSource):
             if least <= len(numbers) <= most and (not numbers or numbers[0] >= 1) and depth_is_right:
                 interval, argument = (*numbers, 1, 0)[:2] if not numbers else (*numbers, 0)[:2]
                 return cls(name, interval, argument, order if match[5] is None else int(match[5]), match[4] or "")
+        meant = f"did you mean tuned:{text}? " if text in shipped() else ""
         raise ConfigurationError(
-            f"unknown reuse plan {shown(text)}; allowed: auto, {', '.join(PRESETS)}, each with @ORDER "
+            f"unknown reuse plan {shown(text)}; {meant}allowed: auto, {', '.join(PRESETS)}, each with @ORDER "
             f"(0 to {MAX_ORDER}) if wanted; {shipped_texts()}; or the JSON file of a tuned plan or family"
         )
 

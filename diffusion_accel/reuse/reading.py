@@ -12,7 +12,7 @@ from .diffusers_cache import DiffusersCache, is_cache
 from .plan import Plan, PlanSource
 from .plan_family import PlanFamily, load_tuned
 from .plan_file import TunedPlan
-from .plan_names import is_tuned
+from .plan_names import is_tuned, shipped
 from .preset import Preset, looks_like_a_preset
 
 _SETTINGS = re.compile(r"(?:,[A-Za-z_]\w*=[^,]*)+$")  # of the feature, behind the plan
@@ -47,8 +47,9 @@ def read_plan_option(given: str | PlanSource) -> tuple[str, PlanSource]:
 
 
 def accepts_bare(text: str) -> bool:
-    """Whether a text is a plan, with settings behind it or without; also one that is mistyped (name:value) or lacks its
-    level (tuned), which no prompt looks like."""
+    """Whether a text is a plan, with settings behind it or without; also one that is mistyped (name:value), lacks its
+    level (tuned) or what stands before it (balanced), which no prompt looks like."""
     text = _SETTINGS.sub("", text)
-    known = is_tuned(text) or text == "tuned" or looks_like_a_preset(text) or is_cache(text) or is_auto(text)
+    tuned = is_tuned(text) or text == "tuned" or text in shipped()
+    known = tuned or looks_like_a_preset(text) or is_cache(text) or is_auto(text)
     return known or re.fullmatch(r"[\w-]+:\S+", text) is not None

@@ -13,7 +13,7 @@ from .auto import Auto
 from .diffusers_cache import FIRST_BLOCK_CACHES, DiffusersCache
 from .guidance import GuidanceRule, read_guidance
 from .plan import Plan, PlanSource
-from .plan_family import PlanFamily, called, chosen
+from .plan_family import PlanFamily, called, chosen, load_shipped
 from .plan_file import TunedPlan
 from .plan_names import names_file
 from .preset import Preset
@@ -164,7 +164,10 @@ class Reuse(Feature):
         more = not scheduler or scheduler.lower().startswith(MORE_TIMESTEPS)
         if made_for is None or self.stretch or made_for == steps or more:
             return None
+        shipped = load_shipped().values() if isinstance(source, TunedPlan) else ()
+        fitting = [f"{family} with {family.conditions['scheduler']}" for family in shipped if family.made_for == steps]
+        there = f"; plans for {steps} steps are {', '.join(fitting)}" if fitting else ""
         return (
             f"the plan {printable(str(self.plan)[:60])} is for {made_for} steps, this call has {steps}; "
-            f"use {made_for} steps, or stretch=true"
+            f"use {made_for} steps, or stretch=true{there}"
         )

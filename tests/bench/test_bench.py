@@ -42,6 +42,8 @@ def test_entries_are_read(text: str) -> None:
     ("text", "words"),
     [
         ("nothing", "the kinds are"),
+        ("hold:2", "did you mean 'reuse:hold:2'?"),
+        ("tuned:fast", "did you mean 'reuse:tuned:fast'?"),
         ("resue:hold:2", "the kinds are: .*; did you mean 'reuse'?"),
         ("fewer-steps", "STEPS"),
         ("deepcache:3+reuse:hold:2", "only features and fewer-steps can be joined by .*, got 'deepcache'"),

@@ -30,6 +30,8 @@ def test_bare_feature_flags() -> None:
     assert join_bare_flags(["--", "--encoder-reuse"]) == ["--", "--encoder-reuse"]
     assert join_bare_flags(["--reuse", "deepcach:3", "x"]) == ["--reuse=deepcach:3", "x"]  # mistyped, but no prompt
     assert join_bare_flags(["--reuse", "tuned", "x"]) == ["--reuse=tuned", "x"]  # refused later: which level?
+    for level in ("balanced", "ddim-fast", "flow"):  # refused later: tuned:balanced is meant
+        assert join_bare_flags(["--reuse", level, "x"]) == [f"--reuse={level}", "x"]
     assert join_bare_flags(["--reuse", "a cat: red", "x"]) == ["--reuse=on", "a cat: red", "x"]
     assert join_bare_flags(["--encoder-reuse", "--", "x"]) == ["--encoder-reuse=on", "--", "x"]
 

@@ -71,6 +71,11 @@ USAGE: dict[str, tuple[list[str], str]] = {
         [PROMPT, "--reuse", "tuned:fast", "--steps", "12"],
         "for 20 steps, this call has 12; use 20",
     ),
+    "plan of another model": (
+        [PROMPT, "--model", "sticker-dit", "--reuse", "tuned:fast"],
+        "plans for 28 steps are tuned:flow with FlowMatchEulerDiscreteScheduler",
+    ),
+    "plan without tuned": ([PROMPT, "--reuse", "balanced"], "did you mean tuned:balanced?"),
     "steps of other steps": ([PROMPT, "--reuse", "steps:full hold"], "for 2 steps, this call has 20; use 2"),
     "endless plan": ([PROMPT, "--reuse", "steps:full hold=" + "9" * 400], "at most 10000"),
     "key step beyond": ([PROMPT, "--steps", "4", "--encoder-reuse", "schedule=0+9"], "key step 9 lies beyond"),

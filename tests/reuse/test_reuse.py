@@ -44,6 +44,7 @@ from diffusion_accel.reuse.plan import Plan
         ({"guidance": "reuse:0"}, "reuse:n"),
         ({"guidance": "interval:0.8-0.2"}, "interval:low-high"),
         ({"max_group_mb": 0}, "max_group_mb"),
+        ({"plan": "balanced"}, "'balanced'; did you mean tuned:balanced\\? allowed"),
         ({"plan": "nowhere.json"}, "nowhere.json"),
         ({"plan": "tuned:nothing"}, "nothing"),
     ],
