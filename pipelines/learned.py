@@ -44,24 +44,38 @@ def check_learned(name: str, source: ModelSource | None = None, steps: int | Non
     Raises:
         ConfigurationError: with the numbers that it was learnt for, or what is wrong with its file.
     """
-    if name == LEARNED:
-        if source is None:
-            return
-        file = _shipped(source.name if source.kind == "embedded" else "", source.name)
-    else:
-        file = Path(name)
-    if (reason := not_learnt(evaluations_in(file), steps)) and steps is not None:
+    if name == LEARNED and source is None:
+        return
+    if (reason := not_learnt(learnt_evaluations(name, source), steps)) and steps is not None:
         raise ConfigurationError(f"scheduler {printable(name)} with steps {steps}: {reason}")
 
 
 def check_own(source: ModelSource, steps: int) -> None:
     """The same for a pipeline folder that was saved with a learned solver."""
+    file = _own_file(source)
+    if file is not None:
+        check_learned(str(file), source, steps)
+
+
+def own_evaluations(source: ModelSource) -> list[int]:
+    """The numbers of evaluations of a learned solver that a pipeline folder was saved with; none without one."""
+    file = _own_file(source)
+    return [] if file is None else evaluations_in(file)
+
+
+def learnt_evaluations(name: str, source: ModelSource | None) -> list[int]:
+    """The numbers of evaluations of a solver by name (`is_learned`), for a model. Raises as `check_learned`."""
+    if name == LEARNED and source is not None:
+        return evaluations_in(_shipped(source.name if source.kind == "embedded" else "", source.name))
+    return evaluations_in(Path(name))
+
+
+def _own_file(source: ModelSource) -> Path | None:
     file = Path(source.location) / "scheduler" / FILE
     if source.kind not in ("embedded", "folder") or not is_there(file, "file"):
-        return
+        return None
     values = read_json(file, limit=SIZE_LIMIT, nonfinite=True)
-    if isinstance(values, dict) and values.get("_class_name") == CLASS:
-        check_learned(str(file), source, steps)
+    return file if isinstance(values, dict) and values.get("_class_name") == CLASS else None
 
 
 def learned_for(pipe: DiffusionPipeline, name: str) -> Any:

@@ -11,7 +11,15 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import first_line
 from diffusion_accel.schedulers.solver import not_learnt
 
-from .learned import LEARNED, check_learned, check_own, is_learned, learned_for
+from .learned import (
+    LEARNED,
+    check_learned,
+    check_own,
+    is_learned,
+    learned_for,
+    learnt_evaluations,
+    own_evaluations,
+)
 from .spacings import check_spacing, spacing_changes
 
 if TYPE_CHECKING:
@@ -81,6 +89,22 @@ def check_steps(name: str | None, source: ModelSource, steps: int | None) -> Non
         check_learned(name, source, steps)
     elif name is None and steps is not None:
         check_own(source, steps)
+
+
+def most_steps(name: str | None, source: ModelSource) -> int | None:
+    """The most steps that a scheduler was learnt for, which are those of a call that names none; None: any number.
+
+    Args:
+        name: of the scheduler; None: the model's own.
+        source: the model.
+
+    Raises:
+        ConfigurationError: there is no such learned solver.
+    """
+    if name is None:
+        return max(own_evaluations(source), default=None)
+    learned = name not in SCHEDULERS and is_learned(name)
+    return max(learnt_evaluations(name, source), default=None) if learned else None
 
 
 def not_learnt_here(pipe: DiffusionPipeline, steps: int) -> str | None:

@@ -23,7 +23,7 @@ from diffusion_accel.model_files.names import ModelSource, check_weights, find_m
 from diffusion_accel.model_files.quantized import RUNTIMES
 from diffusion_accel.pipelines.quantizers import check_quantize
 from diffusion_accel.pipelines.recipes import features_over, quantize_of, recipe_of
-from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
+from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps, most_steps
 from diffusion_accel.recipes.recipe import Recipe
 from diffusion_accel.registry import FEATURES
 from diffusion_accel.schedulers.solver import not_learnt
@@ -157,9 +157,10 @@ def merge(flags: dict[str, Any], config: dict[str, Any], *, restoring: bool = Fa
     found = features_over({} if recipe is None else recipe.features, named, recipe)
     off = () if recipe is None else recipe.off
     features = {n: found[n] for n in FEATURES if n in found and (n in named or n not in off)}
-    settings = Settings(
-        **{**source.defaults, **_of_recipe(recipe, source), **given}, features=features, restored=recipe
-    )
+    usual = {**source.defaults, **_of_recipe(recipe, source)}
+    if "steps" not in given and (most := _most_steps(given.get("scheduler"), recipe, "steps" in usual, source)):
+        usual["steps"] = most
+    settings = Settings(**{**usual, **given}, features=features, restored=recipe)
     if settings.quantize == "off":
         settings = dataclasses.replace(settings, quantize=None)
     check(settings)
@@ -263,6 +264,13 @@ def check(settings: Settings) -> None:
         raise ConfigurationError(
             "--compare needs a feature to compare with plain diffusers, for example --encoder-reuse, or --quantize"
         )
+
+
+def _most_steps(scheduler: str | None, recipe: Recipe | None, known: bool, source: ModelSource) -> int | None:
+    """The most steps of the learned solver that draws; None if none does, or if steps that it can do are `known`."""
+    if scheduler is None and recipe is not None and recipe.scheduler is not None:
+        return None if "steps" in recipe.call else max(recipe.evaluations or (), default=None)
+    return None if scheduler is None and known else most_steps(scheduler, source)
 
 
 def check_features(settings: Settings, steps: int | None, source: ModelSource) -> None:

@@ -64,6 +64,33 @@ def test_drawn_recorded_and_the_same_by_name_folder_and_configuration(
     assert (data["scheduler"], data["settings"]["steps"]) == ("LearnedMultistepScheduler", 4)
 
 
+def test_without_steps_it_makes_as_many_evaluations_as_it_can(
+    shipped: None, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusion_accel import AcceleratedPipeline, load_pipeline
+
+    pipe: Any = load_pipeline("sticker")
+    pipe.scheduler = LearnedMultistepScheduler.from_pretrained(saved)
+    pipe.save_pretrained(tmp_path / "own")
+    pipe = AcceleratedPipeline.from_pretrained("sticker", scheduler="learned")
+    pipe.acceleration.save(tmp_path / "recipe.json")
+    ways: tuple[list[Any], ...] = (
+        ["--scheduler", "learned"],
+        ["--scheduler", saved],
+        ["--model", tmp_path / "own"],
+        ["--recipe", tmp_path / "recipe.json"],
+        ["--recipe", tmp_path / "recipe.json", "--scheduler", "learned"],
+    )
+    for way in ways:
+        code, out, err = call(capsys, "generate", PROMPT, *way, "--json", "--seed", "1", "-q", "-o", tmp_path / "a.png")
+        assert code == 0, (way, err)
+        assert json.loads(out)["report"]["steps"] == 4, way
+        (tmp_path / "a.png").unlink()
+    code, _, err = call(capsys, "generate", PROMPT, "--model", tmp_path / "own", "--scheduler", "ddim", "--steps", "3",
+                        "-q", "-o", tmp_path / "a.png")  # fmt: skip
+    assert code == 0, err
+
+
 def test_a_call_that_was_not_measured_is_said_and_features_act_on_top(
     shipped: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +135,6 @@ def test_bench_compares_with_it(
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "steps": (["generate", PROMPT, "--scheduler", "learned", "--steps", "3"], "nearest to 3 is 2 or 4"),
-    "recommended steps": (["generate", PROMPT, "--scheduler", "learned"], "learnt for 2 and 4 evaluations"),
     "steps of a line": (["generate", "--prompts-file", "JOBS", "--scheduler", "learned", "--steps", "4"], "to 9 is 4"),
     "evaluate": (["evaluate", "--scheduler", "learned", "--steps", "3"], "nearest to 3 is 2 or 4"),
     "bench": (["bench", "fewer-steps:3,learned"], "nearest to 3 is 2 or 4"),
