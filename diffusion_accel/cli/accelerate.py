@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -35,7 +36,7 @@ from .common_options import (
     settings_of,
     time_option,
 )
-from .prompts import texts_of
+from .prompts import prompts_needed, texts_of
 from .terminal import Bar, say
 
 _PANELS = {
@@ -97,7 +98,7 @@ def accelerate(
 
     pipe = open_for(settings, source, check_machine(settings), promptless=True)
     if not texts and condition_of(pipe) == PROMPT:
-        raise ConfigurationError("--prompts-file is needed: what is kept depends on the kind of prompts")
+        raise prompts_needed("what is kept depends on the kind of prompts", LEAST_PROMPTS)
     with closing(Bar(quiet)) as bar:
         found = api.make_fast(
             pipe, texts or usual_texts(pipe, count), folder, min_psnr=min_psnr, max_size=max_size, seconds=budget,
@@ -109,3 +110,5 @@ def accelerate(
         typer.echo(json.dumps(found.to_dict()))
     else:
         say(found.text(), lines=True)
+        say(f"draw with it: diffusion-accel generate … --model {quote(str(output))}")
+        say(f"what was tried, with images: {folder / 'report.html'}")

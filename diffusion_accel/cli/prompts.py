@@ -61,6 +61,13 @@ def texts_of(file: str | None, count: int, source: ModelSource) -> list[str]:
     return embedded_prompts(count)
 
 
+def prompts_needed(why: str, least: int) -> ConfigurationError:
+    """That a model which is not embedded needs a file of prompts, and what that is."""
+    return ConfigurationError(
+        f"--prompts-file is needed, a text file with a prompt a line, at least {least} of them: {why}"
+    )
+
+
 def _json_job(line: str, where: str) -> Job:
     try:
         values = parse_json(line, where, nonfinite=True)

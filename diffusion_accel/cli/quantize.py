@@ -41,7 +41,7 @@ from .common_options import (
     settings_of,
     time_option,
 )
-from .prompts import texts_of
+from .prompts import prompts_needed, texts_of
 from .terminal import Bar, say
 
 BUCKETS, IMAGES, REPEATED = at_least(1, 1000), at_least(0, 10_000), at_least(0, 1_000_000)
@@ -49,6 +49,7 @@ BUDGET = Bounds(math.ulp(0), 60_000_000, "a time above 0 and at most 60000000 se
 RATE = Bounds(math.ulp(0), 1, "a number above 0 and at most 1")
 CALIBRATIONS = ("prompts", "none")
 _METHOD = "the method's"  # or what a budget allows
+LEAST_PROMPTS = 2  # one to calibrate, one to validate
 _PANELS = {
     "Output": "output report overwrite restart as_json quiet",
     "Machine": "device allow_pickle",
@@ -153,7 +154,7 @@ def quantize(
         ),
     ] = None,
     prompts_file: PromptsFile = None,
-    count: Annotated[int, count_option(2)] = 64,
+    count: Annotated[int, count_option(LEAST_PROMPTS)] = 64,
     buckets: Annotated[
         int | None,
         number("Timesteps with grids of their own.", BUCKETS, show_default="25, or 16 with inputs below 6 bits"),
@@ -219,9 +220,7 @@ def quantize(
 
     pipe = open_for(settings, source, check_machine(settings), promptless=True)
     if not texts and condition_of(pipe) == PROMPT:
-        raise ConfigurationError(
-            "--prompts-file is needed: grids are measured on the kind of prompts the model is used with"
-        )
+        raise prompts_needed("grids are measured on the kind of prompts the model is used with", LEAST_PROMPTS)
     bar = Bar(quiet)
     try:
         found = api.quantize(

@@ -50,12 +50,13 @@ from .common_options import (
     settings_of,
 )
 from .plan_table import show_plans, show_solver
-from .prompts import texts_of
+from .prompts import prompts_needed, texts_of
 from .terminal import Bar, say
 
 if TYPE_CHECKING:
     from diffusion_accel import LearnedMultistepScheduler
 
+LEAST_PROMPTS = 6  # the search needs some, and others to test what it found
 _PANELS = {
     "Output": "output overwrite as_json quiet",
     "Target (one of them, or none)": "speedup min_psnr",
@@ -91,7 +92,7 @@ def tune(
         ),
     ] = None,
     prompts_file: PromptsFile = None,
-    count: Annotated[int, count_option(6)] = 24,  # the search needs some, and others to test what it found
+    count: Annotated[int, count_option(LEAST_PROMPTS)] = 24,
     seed: Seed = 0,
     steps: StepsOr50 = None,
     guidance_scale: Annotated[
@@ -151,7 +152,7 @@ def tune(
     settings = processes.share(settings, TIMEOUT)
     pipe: Any = open_for(settings, source, check_machine(settings), promptless=True)
     if not texts and condition_of(pipe) == PROMPT:
-        raise ConfigurationError("--prompts-file is needed: a plan is tuned on the kind of prompts it is used with")
+        raise prompts_needed("a plan is tuned on the kind of prompts it is used with", LEAST_PROMPTS)
     others = tuple(scheduler_for(pipe, name) for name in try_scheduler or [])
     together = Together.joined(pipe.device)
     wish.begun = together.first
@@ -209,8 +210,10 @@ class _Wish:
         least = 2 if self.alone else 4
         if steps < least:
             raise ConfigurationError(f"--steps must be at least {least}, got {steps}")
-        if 0 < prompts < 6:
-            raise ConfigurationError(f"tuning needs at least 6 prompts (24 or more are recommended), got {prompts}")
+        if 0 < prompts < LEAST_PROMPTS:
+            raise ConfigurationError(
+                f"tuning needs at least {LEAST_PROMPTS} prompts (24 or more are recommended), got {prompts}"
+            )
         if self.towards == "baseline" and max(self.evaluations) > steps:
             raise ConfigurationError(
                 f"--towards baseline takes its timesteps from the baseline's {steps} steps, so --evaluations must be "

@@ -33,8 +33,22 @@ def test_a_folder_is_made_and_draws_as_it_was_checked(model: Path, tmp_path: Pat
     report = json.loads(out)["report"]
     assert report["steps"] == 4, "the recipe's number"
     assert ("reuse" in report["features"]) == (found["taken"] != "every step")
+    code, out, err = call(capsys, *words, "--overwrite")
+    assert code == 0 and f"draw with it: diffusion-accel generate … --model {tmp_path / 'fast'}\n" in out, err
+    assert out.endswith(f"what was tried, with images: {tmp_path / 'fast' / 'report.html'}\n")
     code, _, err = call(capsys, *words)
     assert code == 1 and "exists; choose another name or pass --overwrite" in err
+
+
+def test_prompts_that_are_missing_are_asked_for_with_their_form(model: Path, tmp_path: Path, capsys: Any) -> None:
+    for *command, least in (
+        ("accelerate", model, "-o", tmp_path / "fast", 12),
+        ("tune", "-m", model, "-o", tmp_path / "plan.json", 6),
+        ("quantize", "-m", model, "-o", tmp_path / "small", 2),
+    ):
+        code, _, err = call(capsys, *command)
+        says = f"--prompts-file is needed, a text file with a prompt a line, at least {least} of them: "
+        assert code == 2 and says in err and err.count("\n") == 1, err
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(
