@@ -52,6 +52,7 @@ report: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "diffusion-accel needs Python 3.11 or newer; $(PYTHON) is" $$($(PYTHON) -V 2>&1) "- set PYTHON=…" >&2; exit 2; }
+	@echo "installing into $(VENV), once: it takes some minutes, most of them for torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: without a pin another package would draw in a larger build of it
 	$(BIN)/python -m pip install -qq --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"

@@ -87,7 +87,10 @@ def compare(drawn: Drawn, rounds: int) -> list[Comparison]:
     accelerate(pipe, Reuse(plan=drawn.plan))
     options = own_arguments(pipe, {"guidance_scale": 3.0, "height": 96, "width": 96})
     results: list[Comparison] = []
-    told = track(PROMPTS, description=f"drawing with {drawn.model}", console=Console(stderr=True), transient=True)
+    console, what = Console(stderr=True), f"drawing with {drawn.model}, plain and accelerated"
+    if not console.is_terminal:  # a log: one line, as there is no bar
+        print(f"{what}: {len(PROMPTS)} prompts", file=sys.stderr)
+    told = track(PROMPTS, description=what, console=console, transient=True, disable=not console.is_terminal)
     for prompt, seed in told:
 
         def call(pipe: Any, prompt: str = prompt, seed: int = seed) -> list[Image.Image]:
@@ -131,7 +134,7 @@ def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
-    parser.add_argument("--rounds", type=int, default=2, help="timed pairs for each prompt")
+    parser.add_argument("--rounds", type=int, default=1, help="timed pairs for each prompt")
     args = parser.parse_args()
     try:
         run(args.output, args.rounds)
