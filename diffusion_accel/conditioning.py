@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from . import denoisers, sizes  # names of denoisers are loaded when they are used: this module needs no torch
-from .errors import ConfigurationError
+from .errors import ConfigurationError, UnsupportedPipelineError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PROMPT, CLASS, NOTHING = "prompt", "class", "nothing"
+_ALWAYS = ("self", "prompt", "class_labels")  # parameters of a call that it is given in any case
 
 
 def condition_of(pipeline: DiffusionPipeline) -> str:
@@ -29,6 +31,26 @@ def condition_of(pipeline: DiffusionPipeline) -> str:
 def call_parameters(pipeline: DiffusionPipeline) -> tuple[str, ...]:
     """The parameter names of the pipeline's call."""
     return tuple(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def missing_arguments(pipeline: DiffusionPipeline, given: Collection[str]) -> list[str]:
+    """What a pipeline's call cannot do without, beside the prompt or class, and is not among the names that are given:
+    arguments without a default, and the images of inpainting, whose defaults are None in most classes."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    needed = {"image", "mask_image"} if "mask_image" in parameters else set()
+    for name, one in parameters.items():
+        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD and name not in _ALWAYS:
+            needed.add(name)
+    return [name for name in parameters if name in needed and name not in given]
+
+
+def check_prompts_do(pipeline: DiffusionPipeline, options: Collection[str] = ()) -> None:
+    """Raise `UnsupportedPipelineError` for a pipeline that needs more than prompts and these arguments to be called."""
+    if missing := missing_arguments(pipeline, options):
+        raise UnsupportedPipelineError(
+            f"{type(pipeline).__name__} needs {' and '.join(missing)}, and here it is called with prompts or classes "
+            "alone"
+        )
 
 
 def class_count(pipeline: DiffusionPipeline) -> int:

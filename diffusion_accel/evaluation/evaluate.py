@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_accel.arguments import nearest, public
-from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, class_names, condition_of
+from diffusion_accel.conditioning import CLASS, NOTHING, call_arguments, check_prompts_do, class_names, condition_of
 from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.io import is_there, shown
@@ -115,6 +115,7 @@ def evaluate(
     condition = condition_of(pipe)
     if condition == NOTHING:
         raise UnsupportedPipelineError(f"{type(pipe).__name__} takes neither a prompt nor a class")
+    check_prompts_do(pipe)
     classifier, load = load_classifier(), None
     if data is None:
         asked, real = embedded_reference()

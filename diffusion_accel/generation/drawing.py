@@ -19,6 +19,7 @@ from diffusion_accel.conditioning import (
     call_arguments,
     call_parameters,
     condition_of,
+    missing_arguments,
     own_arguments,
 )
 from diffusion_accel.errors import ConfigurationError, ModelLoadError, UnsupportedPipelineError
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
-_ALWAYS = ("self", "prompt", "class_labels")  # what a call is given in any case
 _USUAL = {"steps": "num_inference_steps", "strength": "strength"}  # fields whose defaults a pipeline's call names
 
 
@@ -202,23 +202,10 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     if unknown:
         names = ", ".join(ours.get(name, name) for name in unknown)
         raise ConfigurationError(f"{type(pipe).__name__} does not take {names}")
-    if missing := [name for name in _needed(pipe) if name not in given]:
+    if missing := missing_arguments(pipe, given):
         names = ", ".join(ours.get(name, name) for name in missing)
         raise ConfigurationError(f"{type(pipe).__name__} needs {names}")
     return {k: v for k, v in given.items() if k in parameters}
-
-
-def _needed(pipe: DiffusionPipeline) -> list[str]:
-    """The arguments, beside the prompt or class, without which a pipeline's call cannot be: those without a default,
-    and the images of inpainting, whose defaults are None in most classes."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    of_mask = ("image", "mask_image") if "mask_image" in parameters else ()
-    return [
-        name
-        for name, one in parameters.items()
-        if name in of_mask
-        or (one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD and name not in _ALWAYS)
-    ]
 
 
 def _open(file: str | Path | Image.Image, mode: str, request: Request, what: str) -> Image.Image:

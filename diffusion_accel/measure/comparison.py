@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusion_accel.arguments import public
 from diffusion_accel.changes import Changes
-from diffusion_accel.conditioning import call_arguments
+from diffusion_accel.conditioning import call_arguments, check_prompts_do
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.report import Report
@@ -110,6 +110,7 @@ def compare(
     texts, size = texts_of(pipe, prompts), whole("batch", batch)
     whole("seed", seed, 0, MAX_SEED)
     options = options_of(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    check_prompts_do(pipe)
 
     def draw(current: DiffusionPipeline) -> list[Image.Image]:
         images: list[Image.Image] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffusion_accel.conditioning import call_arguments, call_parameters, own_arguments
+from diffusion_accel.conditioning import call_arguments, call_parameters, check_prompts_do, own_arguments
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +31,9 @@ class Sampler:
         stride: image i starts from the noise of seed + i · stride.
         scales: the guidance scale of each image; empty: what `options` say, or the pipeline's own default. A call is
             of one scale.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline needs an image, or something else that `options` do not have.
     """
 
     pipe: DiffusionPipeline
@@ -42,6 +45,9 @@ class Sampler:
     caller: Any = None
     stride: int = 1
     scales: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_prompts_do(self.pipe, self.options)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Where each call's images begin and end."""
