@@ -182,7 +182,7 @@ def serve(
 
         from . import session  # heavy: torch, diffusers
 
-        session.check_takes(source, [])
+        session.check_serves(source)
         least = min_replicas or 1
         replicas = ray_app.Replicas(least=least, most=max_replicas or least, gpus=replica_gpus, drain_seconds=drain)
         opening = session.opening(settings, source)
@@ -195,7 +195,7 @@ def serve(
     from . import session  # heavy: torch, diffusers
 
     listening = run.bound(host, port)  # first: loading takes a while
-    session.check_takes(source, [])
+    session.check_serves(source)
     pipe = session.open_for(settings, source, session.check_machine(settings))
     log.set_up(log_format)
     with Engine(pipe, **engine_options) as engine:

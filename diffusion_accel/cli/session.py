@@ -19,7 +19,7 @@ from rich.table import Table
 
 from diffusion_accel.conditioning import PROMPT, condition_of
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
-from diffusion_accel.generation.clips import asks_for_frames, check_suffix, draws_clips
+from diffusion_accel.generation.clips import asks_for_frames, check_images, check_suffix, draws_clips
 from diffusion_accel.generation.drawing import Drawn, check_drawable, check_requests, prepare, takes_neither
 from diffusion_accel.generation.loading import best_device, model_hash, open_pipeline
 from diffusion_accel.generation.outputs import OutputPlan
@@ -76,6 +76,13 @@ def check_takes(source: ModelSource, classes: list[str], files: Iterable[Path] =
         raise ConfigurationError(f"--class is for models of classes; {cls.__name__} takes a prompt")
     for file in files:
         check_suffix(file, asks_for_frames(parameters))
+
+
+def check_serves(source: ModelSource) -> None:
+    """Refuse what a server cannot send, as far as a local folder tells before it is loaded."""
+    check_takes(source, [])
+    if (cls := getattr(diffusers, pipeline_name(source) or "", None)) is not None:
+        check_images(cls)
 
 
 def open_for(

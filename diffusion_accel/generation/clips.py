@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.conditioning import call_parameters
-from diffusion_accel.errors import ConfigurationError, OutputError
+from diffusion_accel.errors import ConfigurationError, OutputError, UnsupportedPipelineError
 from diffusion_accel.image_metadata import save_options
 from diffusion_accel.io import first_line, replacing
 
@@ -47,6 +48,14 @@ def draws_clips(pipe: DiffusionPipeline) -> bool:
 def asks_for_frames(parameters: Iterable[str]) -> bool:
     """Whether a call with these parameters draws videos: it is asked for a number of frames."""
     return not {"num_frames", "video_length"}.isdisjoint(parameters)
+
+
+def check_images(cls: type) -> None:
+    """Raise `UnsupportedPipelineError` for a class of pipelines that draw videos, where images are sent."""
+    if asks_for_frames(inspect.signature(cls.__call__).parameters):
+        raise UnsupportedPipelineError(
+            f"{cls.__name__} draws videos, and a server sends images; generate writes videos"
+        )
 
 
 def check_suffix(path: Path, clip: bool) -> None:

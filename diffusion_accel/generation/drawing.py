@@ -164,7 +164,7 @@ def check_drawable(pipe: DiffusionPipeline) -> None:
 
 def takes_neither(cls: type) -> str:
     """The error about a pipeline class that is called with neither a prompt nor a class."""
-    return f"{cls.__name__} takes neither a prompt nor a class; generate and evaluate need a pipeline that does"
+    return f"{cls.__name__} takes neither a prompt nor a class, and nothing else says what to draw"
 
 
 def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
+from pathlib import Path
 
 import pytest
 from command import call
@@ -29,6 +31,22 @@ def test_refused(capsys: pytest.CaptureFixture[str], no_model: None, options: li
     code, out, err = call(capsys, "serve", "--port", "0", *options)
     assert code == 2 and message in err and not out
     assert "with a space" not in err and "short" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("AnimateDiffPipeline", 2, "AnimateDiffPipeline draws videos, and a server sends images"),
+        ("StableVideoDiffusionPipeline", 2, "StableVideoDiffusionPipeline draws videos"),
+        ("DDPMPipeline", 1, "DDPMPipeline takes neither a prompt nor a class"),
+    ],
+)
+def test_models_that_cannot_be_served(
+    name: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    found, out, err = call(capsys, "serve", "--port", 0, "--model", tmp_path)
+    assert found == code and message in err and err.count("\n") == 1 and not out
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], no_model: None) -> None:

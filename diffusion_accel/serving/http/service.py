@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.errors import AccelerationError
+from diffusion_accel.generation.clips import check_images
 
 from .asked import Asked, Reader
 from .jobs import Jobs
@@ -41,9 +42,13 @@ class Service:
     Args:
         engine: draws.
         settings: of the server.
+
+    Raises:
+        UnsupportedPipelineError: the engine draws videos.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        check_images(type(engine.pipe))
         self.engine, self.settings = engine, settings
         self.reader = Reader(settings, engine.pipe, engine.features)
         self.metrics = Metrics(engine.stats)
