@@ -175,6 +175,5 @@ def own_arguments(pipeline: DiffusionPipeline, given: dict[str, Any]) -> dict[st
 
 def takes_true_guidance(pipeline: DiffusionPipeline) -> bool:
     """Whether classifier-free guidance is the pipeline's `true_cfg_scale`: its model is not guidance-distilled."""
-    if "true_cfg_scale" not in call_parameters(pipeline):
-        return False
-    return not getattr(denoisers.find_denoiser(pipeline), "config", {}).get("guidance_embeds", False)
+    known = call_parameters(pipeline)
+    return "true_cfg_scale" in known and denoisers.scale_argument(pipeline, known) == "true_cfg_scale"

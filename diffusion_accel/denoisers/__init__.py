@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         guided,
         no_branches,
         not_followed,
+        scale_argument,
         unlike_halves,
     )
     from .layers import (
@@ -177,6 +178,7 @@ __all__ = [
     "residual_branches",
     "residual_stream_blocks",
     "rows_are_independent",
+    "scale_argument",
     "spatial_attentions",
     "stream_blocks",
     "text_norms",

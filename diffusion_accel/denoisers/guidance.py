@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -57,6 +58,13 @@ def unlike_halves(pipeline: DiffusionPipeline) -> str | None:
     if family.branches == HALVES or family.calls or family.reason == DISTILLED:
         return None
     return "the conditional half of its batch comes first" if family.branches else family.reason
+
+
+def scale_argument(pipeline: DiffusionPipeline, known: Container[str]) -> str:
+    """By which of its arguments, `known`, a pipeline is told the scale of guidance: `true_cfg_scale` where it has that
+    and its model is not guidance-distilled (Flux schnell, Qwen-Image), else `guidance_scale`."""
+    distilled = getattr(find_denoiser(pipeline), "config", {}).get("guidance_embeds", False)
+    return "true_cfg_scale" if "true_cfg_scale" in known and not distilled else "guidance_scale"
 
 
 def guided(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from diffusion_accel.denoisers import find_denoisers, fingerprint
+from diffusion_accel.denoisers import find_denoisers, fingerprint, scale_argument
 from diffusion_accel.io import printable, shown
 
 from . import needs
@@ -55,11 +55,11 @@ def for_another_denoiser(tuned: TunedPlan, denoisers: Sequence[nn.Module]) -> st
 def check(tuned: TunedPlan, pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> None:
     """Log how a pipeline, or a call with `arguments`, differs from what a plan was tuned for, and what fits it."""
     _check_pipeline(tuned, pipe)
-    if said := _of_another_call(tuned.conditions.get("call"), arguments):
+    if said := _of_another_call(pipe, tuned.conditions.get("call"), arguments):
         logger.warning("the plan was tuned with %s: what it was measured to keep does not hold here", said)
 
 
-def _of_another_call(made_for: object, arguments: Mapping[str, Any]) -> str | None:
+def _of_another_call(pipe: DiffusionPipeline, made_for: object, arguments: Mapping[str, Any]) -> str | None:
     """Which arguments of a call are too far from those of the calibration; None if none is.
 
     `eta` is the share of fresh noise in a step of DDIM (Song et al. 2021, equation 16): weights that were fitted
@@ -70,11 +70,11 @@ def _of_another_call(made_for: object, arguments: Mapping[str, Any]) -> str | No
     noise, tuned_noise = arguments.get("eta"), made_for.get("eta", 0.0)
     if isinstance(noise, (int, float)) and noise != tuned_noise:
         return f"eta {shown(tuned_noise)} (here {noise:g})"
-    scale = arguments.get("true_cfg_scale", arguments.get("guidance_scale"))  # the first where both branches are run
-    scales = made_for.get("guidance_scale")
+    name = scale_argument(pipe, arguments)
+    scale, scales = arguments.get(name), made_for.get("guidance_scale")
     known = [one for one in (scales if isinstance(scales, list) else [scales]) if isinstance(one, (int, float))]
     if known and isinstance(scale, (int, float)) and scale > max(1.0, _NEAR * max(known)):
-        return f"guidance_scale {max(known):g} (here {scale:g})"
+        return f"{name} {max(known):g} (here {scale:g})"
     return None
 
 

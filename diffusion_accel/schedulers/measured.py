@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusion_accel.denoisers import find_denoisers, fingerprint
+from diffusion_accel.denoisers import find_denoisers, fingerprint, scale_argument
 from diffusion_accel.io import plain
 
 from .solver import CLASS
@@ -39,7 +39,9 @@ def unmeasured(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> str | N
     if not isinstance(made_for, dict) or not made_for:
         return None
     found = [_other_model(pipe, made_for)]
-    found += [_outside(name, arguments.get(name), made_for.get(name)) for name in ("guidance_scale", "strength")]
+    name = scale_argument(pipe, arguments)
+    found.append(_outside(name, arguments.get(name), made_for.get("guidance_scale")))
+    found.append(_outside("strength", arguments.get("strength"), made_for.get("strength")))
     found.append(_other_size(arguments, made_for.get("height_width")))
     said = [text for text in found if text]
     return f"the learned solver was not measured with {', nor with '.join(said)}" if said else None

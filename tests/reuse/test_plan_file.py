@@ -197,7 +197,7 @@ def test_the_warning_names_the_plans_that_fit(sticker: Any, caplog: Any) -> None
         ({"guidance_scale": 1.0, "eta": 0}, None),
         ({"guidance_scale": 5}, "guidance_scale 3 (here 5)"),
         ({"guidance_scale": 3.0, "eta": 0.5}, "eta 0.0 (here 0.5)"),
-        ({"true_cfg_scale": 5.0}, "guidance_scale 3 (here 5)"),
+        ({"true_cfg_scale": 5.0}, "true_cfg_scale 3 (here 5)"),
     ],
 )
 def test_the_warning_says_which_argument_of_a_call_was_not_measured(
@@ -208,6 +208,15 @@ def test_the_warning_says_which_argument_of_a_call_was_not_measured(
         caplog.clear()
         plan.check(sticker, arguments)
         assert (said in caplog.text) if said else not caplog.text
+
+
+def test_guidance_that_is_distilled_is_compared_by_its_own_argument(
+    sticker: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sticker.scheduler = DDIMScheduler.from_config(sticker.scheduler.config)
+    monkeypatch.setattr(sticker.unet, "_internal_dict", {**sticker.unet.config, "guidance_embeds": True})
+    TunedPlan.load("tuned:ddim-balanced").check(sticker, {"guidance_scale": 7.0, "true_cfg_scale": 1.0})
+    assert "guidance_scale 3 (here 7)" in caplog.text
 
 
 def test_a_call_is_warned(sticker: Any, caplog: Any) -> None:

@@ -240,6 +240,17 @@ def test_calls_unlike_those_it_was_measured_for_are_said(caplog: pytest.LogCaptu
     assert unmeasured(pipe, {"guidance_scale": 90.0}) is None
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_of_two_scales_the_one_that_guides_is_compared(distilled: bool) -> None:
+    pipe, _ = flux()
+    pipe.transformer.register_to_config(guidance_embeds=distilled)
+    made_for = {**describe(pipe), "guidance_scale": [3.0, 3.0]}
+    pipe.scheduler = LearnedMultistepScheduler.like(pipe.scheduler, odd(pipe.scheduler, 4).config.solvers, made_for)
+    guides, other = ("guidance_scale", "true_cfg_scale") if distilled else ("true_cfg_scale", "guidance_scale")
+    assert unmeasured(pipe, {guides: 3.0, other: 1.5}) is None
+    assert f"{guides} 4 (from 3 to 3 it was)" in str(unmeasured(pipe, {guides: 4.0, other: 3.0}))
+
+
 def test_transparency_takes_it() -> None:
     pipe: Any = load_pipeline("sticker")
     base = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
