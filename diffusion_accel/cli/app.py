@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _flowing(text: str) -> str:
+    """Paragraphs without the line ends of the source: the help would break there, too, beside its own width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in cleandoc(text).split("\n\n"))
+
+
 for _command in (
     generate.generate,
     serve.serve,
@@ -52,7 +60,7 @@ for _command in (
     features.features,
     info.info,
 ):
-    app.command()(with_defaults(with_debug(_command)))
+    app.command(help=_flowing(_command.__doc__ or ""))(with_defaults(with_debug(_command)))
 
 
 def _print_version(wanted: bool) -> None:

@@ -176,7 +176,8 @@ def quantize(
 ) -> None:
     """Quantize a pipeline's U-Net or transformer: fewer bits, calibrated and finetuned (QuEST).
 
-    Writes a pipeline folder that `generate --model DIR` and diffusers' from_pretrained load, with report.html in it. An
+    Writes a pipeline folder that `generate --model DIR` and, once diffusion_accel is imported, diffusers'
+    from_pretrained load, with report.html in it. An
     interrupted run goes on from where it was when it is called again; what lies between is kept in DIR.work. With
     --calibration none no image is drawn, and a model of any size is quantized in minutes, from a folder or from a
     single file.

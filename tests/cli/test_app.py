@@ -97,6 +97,20 @@ def test_the_help_says_defaults_and_bounds(capsys: pytest.CaptureFixture[str], m
         assert words in text
 
 
+def test_the_help_breaks_lines_at_its_own_width_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    for command, last in (
+        ("accelerate", "is made anew."),
+        ("tune", "share the work."),
+        ("bench", "optimum-intel:PRECISION."),
+    ):
+        text = call(capsys, command, "--help")[1].partition("╭")[0]
+        usage, _, *paragraphs = [line.strip() for line in text.strip().splitlines()]
+        assert usage.startswith("Usage:") and len(paragraphs) == 3 and paragraphs[2].endswith(last), text
+
+
 def test_what_is_printed_holds_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "generate", PROMPT, "--model", "\x1b]0;title\x07\u202e/x\r/y")
     assert code == 1 and err == "error: no such model file or folder: \\x1b]0;title\\x07\\u202e/x /y\n"
