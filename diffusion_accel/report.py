@@ -57,7 +57,12 @@ class Report:
             numbers = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in counters.items())
             lines.append(f"  {name}: {numbers}")
         for name, choice in self.choices.items():
-            values = ", ".join(f"{k.replace('_', ' ')} {plain(v, 300)}" for k, v in choice.items() if v is not None)
+            limit, outcome = 300, choice.get("outcome")
+            if outcome:  # says in words what the rest is; a plan that is written out is as long as it has steps
+                lines.append(f"  {name}: {plain(outcome, limit)}")
+                limit = 80
+            known = {k: v for k, v in choice.items() if v is not None and k != "outcome"}
+            values = ", ".join(f"{k.replace('_', ' ')} {plain(v, limit)}" for k, v in known.items())
             lines.append(f"  {name} chose {values}")
         if not self.features:
             lines.append("  no feature enabled")

@@ -17,6 +17,7 @@ from zoo import run, sd
 
 from diffusion_accel import AccelerationError, ConfigurationError, PlanFamily, Reuse, TunedPlan, accelerate
 from diffusion_accel.model_files.names import EMBEDDED
+from diffusion_accel.report import Report
 from diffusion_accel.reuse.conditions import conditions
 from diffusion_accel.reuse.plan import Plan
 from diffusion_accel.reuse.plan_family import USUAL_FLOOR, in_words, load_shipped
@@ -204,6 +205,17 @@ def test_reports_and_texts_say_which_plan_was_chosen(tmp_path: Path) -> None:
     accelerate(pipe, Reuse(plan=f"{file}:slow"))
     run(pipe, call, steps=4)
     assert pipe.acceleration.report().choices == {}
+
+
+def test_what_was_learned_is_said_in_words_and_a_long_plan_in_part() -> None:
+    plan = "steps:full" + " hold@2" * 49
+    lines = str(
+        Report(50, 1.0, choices={"reuse": {"outcome": "learned before: 1 of 50 steps", "plan": plan}})
+    ).splitlines()
+    assert lines[1] == "  reuse: learned before: 1 of 50 steps"
+    assert (
+        lines[2].startswith("  reuse chose plan steps:full hold@2 ") and lines[2].endswith("…") and len(lines[2]) < 100
+    )
 
 
 def test_a_plan_and_its_wish_may_stand_behind_a_bare_flag() -> None:
