@@ -35,7 +35,7 @@ def load_pipeline(
     model: str | ModelSource,
     *,
     task: str | None = None,
-    controlnet: str | Path | ModelMixin | Sequence[ModelMixin] | None = None,
+    controlnet: str | Path | ModelMixin | Sequence[str | Path] | Sequence[ModelMixin] | None = None,
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
     pipeline_class: type[DiffusionPipeline] | None = None,
@@ -49,8 +49,8 @@ def load_pipeline(
     Args:
         model: what to load; see `find_model`.
         task: one of `TASKS`, to convert the pipeline to that task; None keeps the model's own.
-        controlnet: folder or hub id of a ControlNet to run beside the U-Net; or a loaded one, which is a component like
-            `vae=` or `scheduler=` of a pipeline class that has it.
+        controlnet: folder or hub id of a ControlNet to run beside the U-Net, or a list of several; or loaded ones,
+            which are a component like `vae=` or `scheduler=` of a pipeline class that has it.
         dtype: of the weights in memory.
         allow_pickle: also load weights that are pickles.
         pipeline_class: the diffusers class to load as; by default the model's own.
@@ -73,10 +73,12 @@ def load_pipeline(
             raise ConfigurationError(f"{name} must be True or False, got {shown(value)}")
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle)
     kind = check_quantize(quantize) if quantize else None
-    if controlnet is not None and not isinstance(controlnet, (str, Path)):
-        options["controlnet"], controlnet = controlnet, None
+    names = _names(controlnet)
+    if controlnet is not None and not names:
+        options["controlnet"] = controlnet
     _load(source.location, lambda: check_options(source, pipeline_class, options))
-    net = load_controlnet(str(controlnet), dtype, allow_pickle) if controlnet else None
+    nets = [load_controlnet(name, dtype, allow_pickle) for name in names]
+    net = nets if len(nets) > 1 else nets[0] if nets else None
     options = {"dtype": dtype, **options}
     if quantize and kind != "checkpoint":
         if source.kind == "file":
@@ -94,12 +96,24 @@ def load_pipeline(
     return pipe
 
 
+def _names(controlnet: object) -> list[str]:
+    """The folders and hub ids of ControlNets to load; of loaded ones none."""
+    named = controlnet if isinstance(controlnet, (list, tuple)) else [controlnet]
+    return [str(one) for one in named if isinstance(one, (str, Path)) and str(one)]
+
+
 def _check_values(task: object, controlnet: object, dtype: object, pipeline_class: object, quantize: object) -> None:
     """Raise `ConfigurationError` for a value that no pipeline could be loaded with: what is allowed, what was given."""
     if task is not None and task not in TASKS:
         raise ConfigurationError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
     if not isinstance(controlnet, (str, Path, torch.nn.Module, list, tuple, types.NoneType)):
         raise ConfigurationError(f"controlnet must be a folder, a hub id or loaded ones, got {shown(controlnet)}")
+    if isinstance(controlnet, (list, tuple)):
+        named, loaded = (sum(isinstance(one, kind) for one in controlnet) for kind in ((str, Path), torch.nn.Module))
+        if not controlnet or len(controlnet) not in (named, loaded) or "" in controlnet:
+            raise ConfigurationError(
+                f"controlnet must be a list of folders and hub ids, or of loaded ones, got {shown(controlnet)}"
+            )
     kinds = list(dtype.values()) if isinstance(dtype, dict) else [dtype]  # diffusers takes one for each component
     if not all(isinstance(one, torch.dtype) and one.is_floating_point for one in kinds):
         raise ConfigurationError(f"dtype must be a floating-point type such as torch.float16, got {shown(dtype)}")
@@ -162,14 +176,18 @@ def _denoiser_parts(source: ModelSource) -> list[str]:
 
 
 def as_task(
-    pipe: DiffusionPipeline, task: str, net: ModelMixin | None = None, *, without_controlnet: bool = False
+    pipe: DiffusionPipeline,
+    task: str,
+    net: ModelMixin | Sequence[ModelMixin] | None = None,
+    *,
+    without_controlnet: bool = False,
 ) -> Any:
     """A pipeline for a task with the parts of another one.
 
     Args:
         pipe: with what the task needs, too.
         task: one of `TASKS`.
-        net: a ControlNet that it is to have as well.
+        net: a ControlNet, or several, that it is to have as well.
         without_controlnet: leave out that which `pipe` has.
 
     Raises:

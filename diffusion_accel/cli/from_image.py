@@ -28,7 +28,7 @@ from diffusion_accel.registry import FEATURES, feature_class
 from .settings import typed
 
 MOST_STEPS = 1000
-MOST_LORAS = 64
+MOST_LORAS = MOST_NETS = 64
 _ROUNDED = 64  # pixels by which pipelines round a size
 _FILES = ("image", "mask_image", "control_image", "controlnet", "recipe")
 _PLAIN = (
@@ -149,6 +149,12 @@ class _Reading:
                     f"{self.where}{len(value)} LoRAs; at most {MOST_LORAS} are taken from an image"
                 )
             return tuple(self._lora(entry) for entry in value)
+        if isinstance(value, tuple):
+            if len(value) > MOST_NETS:
+                raise ConfigurationError(
+                    f"{self.where}{len(value)} of {key}; at most {MOST_NETS} are taken from an image"
+                )
+            return tuple(self.path(one, key) for one in value) if key in _FILES else value
         if key == "scheduler":
             short = value.partition(",")[0]
             known = short in SCHEDULERS or value == LEARNED or (short.endswith("Scheduler") and short.isidentifier())

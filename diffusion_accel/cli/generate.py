@@ -27,7 +27,7 @@ from .feature_flags import with_feature_flags
 from .from_image import read_again
 from .heavy import large_imports
 from .prompts import Job, plan_jobs, read_jobs, request_of
-from .settings import ATTENTION, OFFLOAD, PREVIEW_STEPS, RUNTIMES, Settings, merge, read_config
+from .settings import ATTENTION, LISTS, OFFLOAD, PREVIEW_STEPS, RUNTIMES, Settings, merge, read_config
 from .terminal import note
 
 _OWN = ("features", "prompt", "classes", "prompts_file", "json_lines", "quiet", "config", "from_")  # not settings
@@ -81,18 +81,26 @@ def generate(
             show_default="the pipeline's, mostly 0.8",
         ),
     ] = None,
-    controlnet: Annotated[str | None, typer.Option(help="Folder or hub id of a ControlNet.")] = None,
-    control_image: Annotated[str | None, typer.Option(metavar="FILE", help="Input of the ControlNet.")] = None,
+    controlnet: Annotated[
+        list[str] | None, typer.Option(help="Folder or hub id of a ControlNet; may be repeated.")
+    ] = None,
+    control_image: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Input of the ControlNet; one for each, in their order.")
+    ] = None,
     controlnet_conditioning_scale: Annotated[
-        float | None,
-        number("How much the ControlNet counts.", LIMITS["controlnet_conditioning_scale"], show_default="1"),
+        list[float] | None,
+        number(
+            "How much the ControlNet counts; of several one for all, or one for each. The next two likewise.",
+            LIMITS["controlnet_conditioning_scale"],
+            show_default="1",
+        ),
     ] = None,
     control_guidance_start: Annotated[
-        float | None,
+        list[float] | None,
         number("The share of the steps before it counts.", LIMITS["control_guidance_start"], show_default="0"),
     ] = None,
     control_guidance_end: Annotated[
-        float | None,
+        list[float] | None,
         number("The share of the steps after which it ends.", LIMITS["control_guidance_end"], show_default="1"),
     ] = None,
     lora: Annotated[
@@ -177,8 +185,7 @@ def generate(
     for key in _OWN:
         flags.pop(key)
     flags["layers"], flags["paths"] = flags.pop("layers_"), flags.pop("paths_")
-    if lora is not None:
-        flags["lora"] = tuple(lora)
+    flags |= {key: tuple(flags[key]) for key in LISTS if flags[key] is not None}
     values = {} if config is None else read_config(config)
     again = None
     if from_ is not None:

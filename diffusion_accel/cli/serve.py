@@ -82,7 +82,7 @@ def serve(
     max_images: Annotated[int, number("Images of a request.", BOUNDS["images"])] = _LIMITS.images,
     max_body_mb: Annotated[int, number("MiB of a request, its images included.", BOUNDS["body_mb"])] = _LIMITS.body_mb,
     controlnet: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a ControlNet, for requests with a control_image.")
+        list[str] | None, typer.Option(help="Folder or hub id of one ControlNet, for requests with a control_image.")
     ] = None,
     lora_folder: Annotated[
         str | None,
@@ -145,9 +145,12 @@ def serve(
         raise ConfigurationError("--patch-parallel is for one image on several devices; run a server on each of them")
     if refused := [feature.flag() for feature in settings.features.values() if not feature.served]:
         raise ConfigurationError(f"{refused[0]} is not for a server, which orders all computing; leave it out")
-    if controlnet == "":
+    nets = controlnet or []
+    if len(nets) > 1:
+        raise ConfigurationError(f"--controlnet must be given once for a server, which has one, got {len(nets)}")
+    if "" in nets:
         raise ConfigurationError("--controlnet is empty")
-    settings = dataclasses.replace(settings, controlnet=controlnet)  # the image for it comes with requests
+    settings = dataclasses.replace(settings, controlnet=nets[0] if nets else None)  # requests bring the image for it
     if lora_folder is not None and not is_there(lora_folder, "dir"):
         raise ConfigurationError(f"--lora-folder {lora_folder}: there is no such folder")
     check_features(settings, settings.steps, source)

@@ -16,7 +16,18 @@ from diffusion_accel.compositing import background_of
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.feature import Feature
 from diffusion_accel.generation.layers import drawn_layers
-from diffusion_accel.generation.request import MAX_SEED, MAX_TEXT, Options, at_least, check_numbers, check_text
+from diffusion_accel.generation.request import (
+    MAX_SEED,
+    MAX_TEXT,
+    SEVERAL,
+    Options,
+    at_least,
+    check_counts,
+    check_numbers,
+    check_text,
+    listed,
+    one_or_several,
+)
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
@@ -36,6 +47,8 @@ OLD_KEYS = {"num_images": "count"}  # keys of files that go by another name now
 _MAY_BE_EMPTY = ("prompt", "negative_prompt", "output")  # or are refused with words of their own
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOAD = ("none", "model", "sequential")
+_PER_NET = ("controlnet", *SEVERAL)  # one, or one for each ControlNet
+LISTS = ("lora", *_PER_NET)  # what may be given several times
 ATTENTION = ("sdpa", "xformers")
 
 
@@ -46,7 +59,7 @@ class Settings(Options):
     model: str = "sticker"
     scheduler: str | None = None
     seed: int | None = None
-    controlnet: str | None = None
+    controlnet: str | tuple[str, ...] | None = None
     lora: tuple[str, ...] = ()
     device: str | None = None
     dtype: str = "float32"
@@ -195,7 +208,13 @@ def typed(key: str, value: Any, where: str = "") -> Any:
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
             raise ConfigurationError(f"{flag} must be a list of texts PATH[:SCALE], got {shown(value)}")
         return tuple(_text(v, flag) for v in value)
-    kind = _TYPES.get(key, str)
+    if key in _PER_NET and isinstance(value, (list, tuple)):
+        return one_or_several([_single(key, one, where) for one in value], flag.replace("_", "-"))
+    return _single(key, value, where)
+
+
+def _single(key: str, value: Any, where: str) -> Any:
+    flag, kind = f"{where}{key}", _TYPES.get(key, str)
     if kind is float and type(value) is int and value.bit_length() < 1000:
         value = float(value)
     if type(value) is not kind:
@@ -237,10 +256,15 @@ def check(settings: Settings) -> None:
     for one, other in needs:
         if getattr(s, one) is not None and getattr(s, other) is None:
             raise ConfigurationError(f"--{one.replace('_', '-')} needs --{other.replace('_', '-')}")
-    for name in ("image", "mask_image", "control_image"):
-        file = getattr(s, name)
-        if file is not None and not is_there(Path(file), "file"):
-            raise ConfigurationError(f"--{name.replace('_', '-')}: no such file: {file}")
+    nets, images = len(listed(s.controlnet)), len(listed(s.control_image))
+    if nets != images:
+        raise ConfigurationError(
+            f"--control-image must be given once for each --controlnet, in their order: {nets}, got {images}"
+        )
+    check_counts(vars(s), "--", "-")
+    for flag, file in _images(s):
+        if not is_there(Path(file), "file"):
+            raise ConfigurationError(f"{flag}: no such file: {file}")
     for entry in s.lora:
         file, _ = split_lora(entry)
         if not is_there(Path(file), "file"):
@@ -287,10 +311,15 @@ def check_features(settings: Settings, steps: int | None, source: ModelSource) -
 
 def check_images(s: Settings) -> None:
     """Refuse files that hold no image that can be read: opened here, so that it is said before a model is loaded."""
-    for name in ("image", "mask_image", "control_image"):
-        if getattr(s, name) is not None:
-            with loaded(getattr(s, name), what=f"--{name.replace('_', '-')}"):
-                pass
+    for flag, file in _images(s):
+        with loaded(file, what=flag):
+            pass
+
+
+def _images(s: Settings) -> list[tuple[str, str]]:
+    """The image files that are given, each with its flag."""
+    names = ("image", "mask_image", "control_image")
+    return [(f"--{name.replace('_', '-')}", file) for name in names for file in listed(getattr(s, name))]
 
 
 def check_transparency(s: Settings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from diffusion_accel.conditioning import (
     missing_arguments,
     own_arguments,
 )
+from diffusion_accel.denoisers import find_controlnet
 from diffusion_accel.errors import ConfigurationError, ModelLoadError, UnsupportedPipelineError
+from diffusion_accel.hooks import model_of
 from diffusion_accel.images import open_image
 from diffusion_accel.measure.comparison import Comparison, compare_calls
 from diffusion_accel.report import Report
@@ -31,7 +33,7 @@ from diffusion_accel.sizes import far_from_trained
 from .clips import Clip, draws_clips
 from .layers import drawn_layers
 from .partial import Partial, shown_on_the_way
-from .request import CALLED, Request
+from .request import CALLED, Request, listed
 from .texts import cut_text, weighted, why_no_weights
 
 if TYPE_CHECKING:
@@ -72,9 +74,7 @@ class Call:
 
     def notes(self) -> list[str]:
         """What is worth knowing before it is drawn: a size far from the trained one, a prompt that is cut."""
-        start = self.arguments.get("image")
-        size = start.size if isinstance(start, Image.Image) else (self.request.width, self.request.height)
-        found = [far_from_trained(self.pipe, *size)]
+        found = [far_from_trained(self.pipe, *(self._start or (self.request.width, self.request.height)))]
         if not self.request.prompt_weights and condition_of(self.pipe) == PROMPT:
             found.append(cut_text(self.pipe, self.request.prompt))
             found.append(cut_text(self.pipe, self.request.negative_prompt or "", "negative prompt"))
@@ -121,15 +121,17 @@ class Call:
             return Drawn(comparison.accelerated, comparison.report, comparison)
         with ExitStack() as around:
             if every is not None and on_partial is not None:
-                start = self.arguments.get("image")
-                width, height = start.size if isinstance(start, Image.Image) else self._size
+                width, height = self._start or (self.arguments.get("width"), self.arguments.get("height"))
                 around.enter_context(shown_on_the_way(self.pipe, every, (height, width), on_partial))
             images = self.images()
         return Drawn(images, self.pipe.acceleration.report())
 
     @property
-    def _size(self) -> tuple[int | None, int | None]:
-        return self.arguments.get("width"), self.arguments.get("height")
+    def _start(self) -> tuple[int, int] | None:
+        """The size of the image that it starts from, or of what a ControlNet is given; None: neither says it."""
+        start = self.arguments.get("image")
+        start = start[0] if isinstance(start, list) else start
+        return start.size if isinstance(start, Image.Image) else None
 
 
 def draw(
@@ -186,15 +188,17 @@ def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None
 def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     wanted: dict[str, Any] = {call: getattr(request, name) for name, call in CALLED.items()}
-    images = {
+    images: dict[str, tuple[str, Any, str]] = {
         "image": ("image", request.image, "RGBA" if "transparent" in pipe.acceleration.features else "RGB"),
         "mask_image": ("mask_image", request.mask_image, "L"),
         "control_image" if request.image else "image": ("control_image", request.control_image, "RGB"),
     }
     for name, (what, file, mode) in images.items():
-        if file:
+        if isinstance(file, tuple):
+            wanted[name] = _open_all(file, mode, request, what) if opening else list(file)
+        elif file:
             wanted[name] = _open(file, mode, request, what) if opening else file
-    given = {k: v for k, v in wanted.items() if v is not None}
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items() if v is not None}
     resized = ("width", "height") if request.image else ()  # to them, before the pipeline gets it
     unknown = [k for k in given if k not in parameters and k not in resized]
     unknown += ["fps"] if request.fps is not None and not draws_clips(pipe) else []
@@ -205,13 +209,35 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     if missing := missing_arguments(pipe, given):
         names = ", ".join(ours.get(name, name) for name in missing)
         raise ConfigurationError(f"{type(pipe).__name__} needs {names}")
+    if request.control_image:
+        _check_control(pipe, request)
     return {k: v for k, v in given.items() if k in parameters}
 
 
-def _open(file: str | Path | Image.Image, mode: str, request: Request, what: str) -> Image.Image:
+def _check_control(pipe: DiffusionPipeline, request: Request) -> None:
+    """Refuse a number of images that is not that of the ControlNets."""
+    net = find_controlnet(pipe)
+    nets = getattr(None if net is None else model_of(net), "nets", None)
+    count, images = 1 if nets is None else len(nets), len(listed(request.control_image))
+    if net is not None and count != images:
+        raise ConfigurationError(
+            f"control_image must be one for each of the pipeline's ControlNets, in their order: {count}, got {images}"
+        )
+
+
+def _open_all(files: Sequence[str | Path | Image.Image], mode: str, request: Request, what: str) -> list[Image.Image]:
+    """Several images in the size that is drawn; where the request does not say it, in that of the first."""
+    first, *others = files
+    found = [_open(first, mode, request, what)]
+    return found + [_open(file, mode, request, what, found[0].size) for file in others]
+
+
+def _open(
+    file: str | Path | Image.Image, mode: str, request: Request, what: str, size: tuple[int, int] | None = None
+) -> Image.Image:
     """An image in the size that is drawn: transparency over white, of a mask over black."""
     opened = open_image(file, mode, what=what, background=_BLACK if mode == "L" else _WHITE)
-    size = (request.width or opened.width // 8 * 8, request.height or opened.height // 8 * 8)
+    size = size or (request.width or opened.width // 8 * 8, request.height or opened.height // 8 * 8)
     if min(size) < 8:
         name = "" if isinstance(file, Image.Image) else f"{file} "
         raise ConfigurationError(f"{what} {name}is too small: {opened.width}x{opened.height} pixels")

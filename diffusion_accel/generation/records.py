@@ -111,8 +111,8 @@ class Origin:
 
 def _whole(key: str, value: Any) -> Any:
     """A setting with whole paths of local files."""
-    if key == "lora":
-        return [whole_path(entry) for entry in value]
+    if isinstance(value, list | tuple):
+        return [whole_path(one) for one in value] if key in ("lora", *_FILES) else value
     named = (key in _FILES and value not in ("on", "off")) or (key == "scheduler" and is_file(value))
     return whole_path(value) if named and isinstance(value, str) else value
 
@@ -144,6 +144,8 @@ def how_quantized(pipe: Any) -> str | None:
 
 def _named(value: Any) -> Any:
     """A setting as a JSON value: of an image that is no file its size."""
+    if isinstance(value, tuple):
+        return [_named(one) for one in value]
     if isinstance(value, Image.Image):
         return f"{value.width}x{value.height} pixels"
     return str(value) if isinstance(value, Path) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,16 @@ LIMITS: dict[str, Bounds] = {
 }
 
 
-def _asked(default: Any = None, call: str = "", each: bool = False) -> Any:
+def _asked(default: Any = None, call: str = "", each: bool = False, several: bool = False) -> Any:
     """A field of `Options`.
 
     Args:
         default: its value where nothing is asked for.
         call: the argument of a pipeline's call that takes it as it is.
         each: whether a line of a prompts file may have its own.
+        several: whether it may be a tuple with one for each ControlNet.
     """
-    return field(default=default, metadata={"call": call, "each": each})
+    return field(default=default, metadata={"call": call, "each": each, "several": several})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,11 @@ class Options:
             inpainting one.
         mask_image: file or image that is white where `image` is replaced.
         strength: how much of `image` is replaced, above 0 to 1.
-        control_image: file or image for a ControlNet.
-        controlnet_conditioning_scale: how much what the ControlNet gives counts, 0 to 10.
-        control_guidance_start, control_guidance_end: from which share of the steps to which it counts, 0 to 1.
+        control_image: file or image for a ControlNet; for several a tuple with one for each, in their order.
+        controlnet_conditioning_scale: how much what the ControlNet gives counts, 0 to 10; of several one for all, or a
+            tuple with one for each.
+        control_guidance_start, control_guidance_end: from which share of the steps to which it counts, 0 to 1; of
+            several likewise.
     """
 
     negative_prompt: str | None = _asked(call="negative_prompt", each=True)
@@ -125,16 +128,22 @@ class Options:
     image: str | Path | Image.Image | None = None
     mask_image: str | Path | Image.Image | None = None
     strength: float | None = _asked(call="strength")
-    control_image: str | Path | Image.Image | None = None
-    controlnet_conditioning_scale: float | None = _asked(call="controlnet_conditioning_scale")
-    control_guidance_start: float | None = _asked(call="control_guidance_start")
-    control_guidance_end: float | None = _asked(call="control_guidance_end")
+    control_image: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = field(
+        default=None, metadata={"several": True}
+    )
+    controlnet_conditioning_scale: float | Sequence[float] | None = _asked(
+        call="controlnet_conditioning_scale", several=True
+    )
+    control_guidance_start: float | Sequence[float] | None = _asked(call="control_guidance_start", several=True)
+    control_guidance_end: float | Sequence[float] | None = _asked(call="control_guidance_end", several=True)
 
 
 #: the options that a pipeline's call takes as they are -> the call's own name
 CALLED = {f.name: call for f in fields(Options) if (call := f.metadata.get("call"))}
 #: the options that each prompt of a file may have
 EACH = tuple(f.name for f in fields(Options) if f.metadata.get("each"))
+#: the options that may have one for each ControlNet
+SEVERAL = tuple(f.name for f in fields(Options) if f.metadata.get("several"))
 
 
 @by_name
@@ -158,11 +167,13 @@ class Request(Options):
         for name in ("seed", "count"):
             if getattr(self, name) is None:
                 raise ConfigurationError(f"{name} must be {LIMITS[name].words}, got None")
+        for name in SEVERAL:
+            object.__setattr__(self, name, one_or_several(getattr(self, name), name))
         for name in ("image", "mask_image", "control_image"):
-            if not isinstance(getattr(self, name), str | Path | Image.Image | None):
-                raise ConfigurationError(
-                    f"{name} must be the path of a file or an image, got {shown(getattr(self, name))}"
-                )
+            for one in listed(getattr(self, name)) if name in SEVERAL else [getattr(self, name)]:
+                if not isinstance(one, str | Path | Image.Image | None):
+                    raise ConfigurationError(f"{name} must be the path of a file or an image, got {shown(one)}")
+        check_counts(vars(self))
         check_numbers({key: getattr(self, key) for key in LIMITS})
         if self.seed > MAX_SEED - self.count + 1:
             raise ConfigurationError(f"seed {self.seed} with count {self.count} goes beyond {MAX_SEED}")
@@ -191,6 +202,36 @@ class Request(Options):
             )
 
 
+def listed(value: Any) -> tuple[Any, ...]:
+    """The values of an option that may have several: of one that is not given none."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+def one_or_several(value: Any, what: str) -> Any:
+    """A list of one as that one, of several as a tuple, anything else as it is. An empty one is refused."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    if not value or None in value:
+        raise ConfigurationError(f"{what} must be one, or one for each ControlNet, got {shown(value)}")
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+def check_counts(values: Mapping[str, Any], before: str = "", dash: str = "_") -> None:
+    """Raise `ConfigurationError` for numbers that are neither one for all ControlNets nor one for each.
+
+    Args:
+        values: of `SEVERAL`, by name; there is a `control_image` for each ControlNet.
+        before, dash: see `check_numbers`.
+    """
+    count = len(listed(values["control_image"]))
+    for name in SEVERAL:
+        if len(listed(values[name])) not in (0, 1, count):
+            raise ConfigurationError(
+                f"{before}{name.replace('_', dash)} has {len(listed(values[name]))} values, and there "
+                f"{'is 1 ControlNet' if count == 1 else f'are {count} ControlNets'}; give one for all, or one for each"
+            )
+
+
 def check_numbers(values: Mapping[str, Any], before: str = "", dash: str = "_") -> None:
     """Raise `ConfigurationError` for a number outside of its `LIMITS`.
 
@@ -200,16 +241,18 @@ def check_numbers(values: Mapping[str, Any], before: str = "", dash: str = "_") 
         dash: what stands in names in place of an underscore.
     """
     for key, bounds in LIMITS.items():
-        value = values.get(key)
-        if value is not None and value not in bounds:
-            name = before + key.replace("_", dash)
-            raise ConfigurationError(f"{name} must be {bounds.allowed(value)}, got {shown(value)}")
-    first, last = (values.get(f"control_guidance_{one}") for one in ("start", "end"))
-    if (first or 0) >= (1 if last is None else last):
-        one, other = (f"control_guidance_{one}".replace("_", dash) for one in ("start", "end"))
-        other = f"--{other}" if before == "--" else other
-        got = f"{first or 0:g} and {1 if last is None else last:g}"
-        raise ConfigurationError(f"{before}{one} must be below {other}, got {got}")
+        for value in listed(values.get(key)) if key in SEVERAL else [values.get(key)]:
+            if value is not None and value not in bounds:
+                name = before + key.replace("_", dash)
+                raise ConfigurationError(f"{name} must be {bounds.allowed(value)}, got {shown(value)}")
+    starts, ends = (listed(values.get(f"control_guidance_{one}")) for one in ("start", "end"))
+    starts, ends = starts or (0,), ends or (1,)
+    count = max(len(starts), len(ends))
+    for first, last in zip(*(each * count if len(each) == 1 else each for each in (starts, ends)), strict=False):
+        if first >= last:
+            one, other = (f"control_guidance_{one}".replace("_", dash) for one in ("start", "end"))
+            other = f"--{other}" if before == "--" else other
+            raise ConfigurationError(f"{before}{one} must be below {other}, got {first:g} and {last:g}")
 
 
 def check_text(text: str | None, what: str) -> None:

@@ -23,6 +23,10 @@ from command import call
         (["--patch-parallel", "2"], "run a server on each of them"),
         (["--controlnet-parallel"], "--controlnet-parallel is not for a server"),
         (["--controlnet", ""], "--controlnet is empty"),
+        (
+            ["--controlnet", "a", "--controlnet", "b"],
+            "--controlnet must be given once for a server, which has one, got 2",
+        ),
         (["--reuse", "tuned:fast", "--steps", "30"], "20 steps"),
         (["--model", "stickr"], "did you mean 'sticker'"),
     ],

@@ -12,7 +12,9 @@ import pytest
 import torch
 import zoo
 from diffusers import StableDiffusionInpaintPipeline
+from model_folder import write_folder
 from PIL import Image
+from zoo import controlnet_model
 
 from diffusion_accel import EncoderReuse, accelerate
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
@@ -77,3 +79,21 @@ def test_what_the_pipeline_needs(tmp_path: Path) -> None:
     check_requests(pipe, [Request(prompt="red", steps=2, image=tmp_path / "a.png", mask_image=tmp_path / "a.png")])
     with pytest.raises(ModelLoadError, match="this model only inpaints"):
         as_task(made, "image-to-image")
+
+
+def test_as_many_control_images_as_controlnets(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model")
+    for number in range(2):
+        controlnet_model(number).save_pretrained(tmp_path / f"net{number}")
+    nets = [tmp_path / "net0", tmp_path / "net1"]
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    one = Request(prompt="red", seed=1, steps=2, control_image=images[0])
+    two = dataclasses.replace(one, control_image=images)
+    for count, fits, other in ((1, one, two), (2, two, one)):
+        made = open_pipeline(str(tmp_path / "model"), controlnet=nets[:count], device="cpu")
+        made.set_progress_bar_config(disable=True)
+        assert draw(made, fits).images[0].size == (16, 16)
+        words = f"one for each of the pipeline's ControlNets, in their order: {count}, got {3 - count}"
+        for check in (lambda: check_requests(made, [other]), lambda: draw(made, other)):  # noqa: B023
+            with pytest.raises(ConfigurationError, match=words):
+                check()

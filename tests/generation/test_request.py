@@ -36,6 +36,19 @@ def test_seeds() -> None:
             "must be below control_guidance_end, got 0.5 and",
         ),
         ({"control_guidance_end": 0}, "control_guidance_start must be below control_guidance_end, got 0 and 0"),
+        (
+            {"control_guidance_start": [0.1, 0.5], "control_guidance_end": 0.5, "control_image": ["a.png", "b.png"]},
+            "control_guidance_start must be below control_guidance_end, got 0.5 and 0.5",
+        ),
+        (
+            {"controlnet_conditioning_scale": [1, 1], "control_image": ["a.png", "b.png", "c.png"]},
+            "scale has 2 values, and there are 3 ControlNets; give one for all, or one for each",
+        ),
+        ({"controlnet_conditioning_scale": [1, 11], "control_image": ["a.png", "b.png"]}, "at most 10, got 11"),
+        ({"control_image": []}, r"control_image must be one, or one for each ControlNet, got \[\]"),
+        ({"control_image": ["a.png", 5]}, "control_image must be the path of a file or an image, got 5"),
+        ({"image": ["a.png", "b.png"]}, r"image must be the path of a file or an image, got \["),
+        ({"steps": (3, 4)}, "steps must be"),
         ({"prompt": 5}, "the prompt must be a text, got 5"),
         ({"negative_prompt": 5}, "the negative prompt must be a text, got 5"),
         ({"image": 5}, "image must be the path of a file or an image, got 5"),
@@ -64,3 +77,11 @@ def test_a_strength_is_checked_with_what_the_pipeline_takes() -> None:
     Request(prompt="x", image="x.png", strength=0.3).check_strength(steps=50, strength=0.8)
     with pytest.raises(ConfigurationError, match="strength 0.3 of 2 steps leaves no step to run; use strength 0.5"):
         Request(prompt="x", image="x.png", strength=0.3).check_strength(steps=2)
+
+
+def test_several_of_one_are_that_one() -> None:
+    one = Request(prompt="x", seed=1, control_image=["a.png"], controlnet_conditioning_scale=[0.5])
+    assert one == Request(prompt="x", seed=1, control_image="a.png", controlnet_conditioning_scale=0.5)
+    two = Request(prompt="x", seed=1, control_image=["a.png", "b.png"], control_guidance_end=[0.5, 1])
+    assert two.control_image == ("a.png", "b.png") and two.control_guidance_end == (0.5, 1)
+    assert copy.deepcopy(two) == two == pickle.loads(pickle.dumps(two))

@@ -40,6 +40,11 @@ def sticker() -> Any:
         ({"pipeline_class": "StableDiffusionPipeline"}, "pipeline_class must be a pipeline class of diffusers"),
         ({"pipeline_class": str}, "pipeline_class must be a pipeline class of diffusers"),
         ({"controlnet": 3}, "controlnet must be a folder, a hub id or loaded ones, got 3"),
+        ({"controlnet": []}, r"controlnet must be a list of folders and hub ids, or of loaded ones, got \[\]"),
+        (
+            {"controlnet": ["net", torch.nn.Identity()]},
+            "controlnet must be a list of folders and hub ids, or of loaded",
+        ),
         ({"controlnet": torch.nn.Identity()}, "StableDiffusionPipeline has no ControlNet: give its folder or hub id"),
         ({"allow_pickle": "no"}, "allow_pickle must be True or False, got 'no'"),
         ({"low_memory": 1}, "low_memory must be True or False, got 1"),

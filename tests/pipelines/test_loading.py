@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from model_folder import write_folder
 from safetensors.torch import save_file
+from zoo import controlnet_model, rand
 
 import diffusion_accel
 from diffusion_accel import (
@@ -127,11 +134,28 @@ def test_failures_are_one_line(tmp_path: Path) -> None:
 
 
 def test_a_controlnet_from_a_folder(sticker: Any, tmp_path: Path) -> None:
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
     ControlNetModel.from_unet(sticker.unet, conditioning_channels=3).save_pretrained(tmp_path)
     pipe = load_pipeline("sticker", controlnet=str(tmp_path))
     assert type(pipe) is StableDiffusionControlNetPipeline
+
+
+def test_several_controlnets_from_folders_saved_and_loaded(tmp_path: Path) -> None:
+    model = str(write_folder(tmp_path / "model"))
+    nets = [controlnet_model(number) for number in range(2)]
+    for number, net in enumerate(nets):
+        net.save_pretrained(tmp_path / f"net{number}")
+    pipe: Any = AcceleratedPipeline.from_pretrained(model, controlnet=[tmp_path / "net0", str(tmp_path / "net1")])
+    parts = load_pipeline(model).components
+    plain = StableDiffusionControlNetPipeline(**parts, controlnet=nets, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "both")
+    call = {"image": [rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)], "controlnet_conditioning_scale": [1.0, 0.5]}
+    wanted = draw(plain, **call)
+    assert torch.equal(draw(pipe, **call), wanted)
+    assert torch.equal(draw(AcceleratedPipeline.from_pretrained(str(tmp_path / "both")), **call), wanted)
+    one = load_pipeline(model, controlnet=[tmp_path / "net0"])
+    assert type(one.controlnet) is ControlNetModel, "as without a list"
+    with pytest.raises(ModelLoadError, match="no such ControlNet folder: ./missing"):
+        load_pipeline(model, controlnet=[tmp_path / "net0", "./missing"])
 
 
 def lora_file(folder: Path, width: int = 128, prefix: str = "unet.down_blocks.1.attentions.0") -> Path:
