@@ -41,6 +41,10 @@ class ModelLoadError(AccelerationError):
     """A model, adapter or checkpoint cannot be loaded."""
 
 
+class DamagedStateError(ConfigurationError):
+    """What an interrupted run left, to go on from, is damaged."""
+
+
 class QueueFullError(AccelerationError):
     """A request is refused because as many wait as may; it may be made again later."""
 

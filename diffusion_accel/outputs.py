@@ -81,6 +81,8 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Raise `OutputError` unless a pipeline folder of this name can be written (and, with `overwrite`, replaced)."""
     if folder.is_file():
         raise OutputError(f"{folder} is a file; name a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError(f"{folder} is a link to what is not there; remove it, or name another folder")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise OutputError(f"{folder} exists; choose another name or pass overwrite=True")
@@ -103,4 +105,4 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.rename(old)
             interrupts.finish(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)

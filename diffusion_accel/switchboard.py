@@ -219,6 +219,7 @@ class Acceleration:
             The file.
 
         Raises:
+            ConfigurationError: `place` is no path, or `call` or `measured` hold what no recipe can.
             OutputError: it exists, or cannot be written.
         """
         return self._save(place, overwrite=overwrite, call=call, measured=measured)

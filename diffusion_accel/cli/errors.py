@@ -53,5 +53,6 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     message = re.sub(rf"(?<![\w-])(?P<name>{names})=True\b", flag, message)
     message = re.sub(rf"(?:^|(?<=use )|(?<=or )|(?<=with ))(?P<name>{names})(?= [\d.]+ )", flag, message)
     message = re.sub(r"^(?P<name>(?:control_|mask_)?image)(?= \S+ (?:is|has) )", flag, message)
+    message = re.sub(r"(?<=\()(?P<name>restart)(?=\))", lambda match: flags.get("restart", match[0]), message)
     message = re.sub(rf"(?<= needs )(?:(?:{names})(?:, |$))+$", listed, message)
     return re.sub(r"(?<= does not take )[\w, ]+$", listed, message)

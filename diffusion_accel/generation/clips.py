@@ -122,6 +122,7 @@ def save_clip(clip: Clip, path: Path, fps: float, text: str | None = None, data:
                 from diffusers.utils import export_to_video  # heavy: diffusers
 
                 export_to_video([*clip.frames], str(temporary), fps=fps)
+                _check_whole(temporary, len(clip.frames))
                 return
             kind = "GIF" if path.suffix.lower() == ".gif" else "WEBP"
             options: dict[str, Any] = {} if text is None else save_options(kind, text, data or {})
@@ -130,4 +131,17 @@ def save_clip(clip: Clip, path: Path, fps: float, text: str | None = None, data:
             options |= {"duration": durations(len(clip.frames), fps, 10 if kind == "GIF" else 1), "loop": 0}
             first.save(temporary, format=kind, save_all=True, append_images=others, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise OutputError(f"cannot write {path}: {first_line(error)}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OutputError(f"cannot write {path}: {reason}") from error
+
+
+def _check_whole(path: Path, count: int) -> None:
+    """Raise `RuntimeError` for an .mp4 that does not hold all frames: ffmpeg ends, and nobody is told how."""
+    from imageio_ffmpeg import count_frames_and_secs  # an extra
+
+    try:
+        found, _ = count_frames_and_secs(str(path))
+    except RuntimeError as error:
+        raise RuntimeError("ffmpeg did not finish the file; is the disk full?") from error
+    if found < count:
+        raise RuntimeError(f"ffmpeg wrote {found} of {count} frames; is the disk full?")

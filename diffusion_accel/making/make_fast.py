@@ -20,7 +20,7 @@ from diffusion_accel import interrupts, schedulers
 from diffusion_accel._version import __version__
 from diffusion_accel.arguments import public
 from diffusion_accel.denoisers import denoiser_names
-from diffusion_accel.errors import AccelerationError, ConfigurationError
+from diffusion_accel.errors import AccelerationError, ConfigurationError, DamagedStateError, OutputError
 from diffusion_accel.io import writing
 from diffusion_accel.measure.request import MAX_SEED, options_of, texts_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
@@ -48,6 +48,7 @@ from .wish import BITS, LEAST_PROMPTS, check_wish
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_STOPPING = (OutputError, DamagedStateError)  # of a search: nothing that says of the model what it cannot be
 Load = Callable[[ModelSource], Any]
 MOST_TO_JUDGE = 16  # prompts that choose, and as many that check
 TUNED_ON = 24  # prompts; more make searches longer, not better
@@ -293,6 +294,8 @@ class _Run:
                 self.tune(every, **call)
             if not every.is_file() and not one.is_file():
                 self.tune(one, min_psnr=min(80.0, left_for_plans(self.min_psnr, kept)), **call)
+        except _STOPPING:
+            raise
         except AccelerationError as error:
             self.report.notes.append(f"no plan: {error}")
             return []
@@ -306,7 +309,7 @@ class _Run:
         try:
             tune(self.pipe, self.prompts("fit")[:TUNED_ON], **call).save(file)
         except ConfigurationError as error:
-            if "min_psnr" in call:
+            if "min_psnr" in call or isinstance(error, _STOPPING):
                 raise
             self.report.notes.append(f"no family of plans: {error}")
 
@@ -323,6 +326,8 @@ class _Run:
                     seed=s.seed, batch=s.batch, seconds=self.share("solver"), progress=told,
                     state=self.work / "solver.search", **s.options,
                 )  # fmt: skip
+            except _STOPPING:
+                raise
             except AccelerationError as error:
                 self.report.notes.append(f"no solver: {error}")
                 return []

@@ -124,7 +124,7 @@ def read_recipe(place: Path | str) -> Recipe:
         low_memory=bool(_one_of(values.get("low_memory", False), (False, True), f"{where}: low_memory")),
         pipeline=_text(values.get("pipeline", ""), f"{where}: pipeline"),
         models=_models(_table(values, "models", where), where),
-        call=_call(_table(values, "call", where), where),
+        call=check_call(_table(values, "call", where), f"{where}: call"),
         measured=_table(values, "measured", where),
         made_by={k: _text(v, f"{where}: made_by: {k}") for k, v in _table(values, "made_by", where).items()},
         path=path,
@@ -237,13 +237,14 @@ def _models(values: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     return values
 
 
-def _call(values: dict[str, Any], where: str) -> dict[str, Any]:
-    _only(values, CALL, f"{where}: call")
+def check_call(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The recommended arguments of a call, checked; `where` stands before an error."""
+    _only(values, CALL, where)
     for key, value in values.items():
         low, high = _LIMITS[key]
         kinds = (int, float) if CALL[key] is float else (int,)
         if type(value) not in kinds or not low <= value <= high:
-            raise ConfigurationError(f"{where}: call: {key} must be from {low} to {high}, got {shown(value)}")
+            raise ConfigurationError(f"{where}: {key} must be from {low} to {high}, got {shown(value)}")
     return {key: CALL[key](value) for key, value in values.items()}
 
 

@@ -16,13 +16,14 @@ from torch import nn
 from diffusion_accel import interrupts, schedulers
 from diffusion_accel._version import __version__
 from diffusion_accel.denoisers import denoiser_names, fingerprint
+from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.feature import Feature
 from diffusion_accel.hooks import model_of
-from diffusion_accel.io import replacing, writing
+from diffusion_accel.io import first_line, is_there, replacing, shown, writing
 from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.outputs import check_free, output_path, replacing_folder
 
-from .recipe import FILE, FILES, FORMAT, VERSION
+from .recipe import FILE, FILES, FORMAT, VERSION, check_call
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,11 +57,15 @@ def save_recipe(
         The file.
 
     Raises:
+        ConfigurationError: `place` is no path, or `call` or `measured` hold what no recipe can.
         OutputError: it exists, or cannot be written.
     """
     file = recipe_path(place)
-    check_free([file], overwrite)
     beside = file.with_name(f"{file.stem}{FILES}")
+    check_free([file], overwrite)
+    if not overwrite and is_there(beside):
+        raise OutputError(f"{beside} exists; choose another name or pass overwrite=True")
+    recommended, numbers = check_call(dict(call or {}), "call"), _as_json(measured or {})
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(beside) as folder, replacing(file) as temporary:
@@ -74,8 +79,8 @@ def save_recipe(
                 "off": [name for name in features if name in off],
                 "scheduler": _scheduler(pipe, with_model),
                 **_quantized(pipe, names, with_model),
-                "call": dict(call or {}),
-                "measured": dict(measured or {}),
+                "call": recommended,
+                "measured": numbers,
                 "made_by": {
                     "diffusion-accel": __version__,
                     "diffusers": diffusers.__version__,
@@ -98,8 +103,17 @@ def forget_recipe(folder: Path) -> None:
 
 def recipe_path(place: str | Path) -> Path:
     """The file that is written for a .json file or a folder. Raises `ConfigurationError` for what can be neither."""
+    if not isinstance(place, str | Path):
+        raise ConfigurationError(f"recipe must be the path of a .json file or of a folder, got {shown(place)}")
     path = output_path(str(place), "recipe")
-    return path if path.suffix == ".json" and not path.is_dir() else path / FILE
+    return path if path.suffix == ".json" and not is_there(path, "dir") else path / FILE
+
+
+def _as_json(measured: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return {**json.loads(json.dumps(dict(measured)))}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"measured must be a table of JSON values: {first_line(error)}") from error
 
 
 class _Beside:

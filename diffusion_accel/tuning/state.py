@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.errors import ConfigurationError, DamagedStateError
 from diffusion_accel.io import parse_json, read_text, replacing, split_lines
 
 
@@ -17,7 +17,7 @@ def read_search(path: Path) -> tuple[Any, dict[str, list[float]]]:
     """What a search is about, and the PSNR of every image by plan. A last line that was cut off does not count.
 
     Raises:
-        ConfigurationError: it is no file of a search, or damaged in another place.
+        DamagedStateError: it is no file of a search, or damaged in another place.
     """
     text = read_text(path, "the search")
     lines = split_lines(text)
@@ -27,13 +27,16 @@ def read_search(path: Path) -> tuple[Any, dict[str, list[float]]]:
     head: Any = None
     for number, line in enumerate(lines, 1):
         where = f"line {number} of the search {path}"
-        value = parse_json(line, where)
+        try:
+            value = parse_json(line, where)
+        except ConfigurationError as error:
+            raise DamagedStateError(f"{error}; remove the file to begin again") from error
         if number == 1:
             head = value
         elif _is_score(value):
             known[value["plan"]] = [float(score) for score in value["psnr"]]
         else:
-            raise ConfigurationError(f"{where} is not the scores of a plan; remove the file to begin again")
+            raise DamagedStateError(f"{where} is not the scores of a plan; remove the file to begin again")
     return head, known
 
 

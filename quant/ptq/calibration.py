@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_accel.denoisers import find_denoiser, prediction
-from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
+from diffusion_accel.errors import ConfigurationError, DamagedStateError, UnsupportedPipelineError
 from diffusion_accel.hooks import bind_forward, map_tensors
 from diffusion_accel.io import replacing
 from diffusion_accel.measure.sampler import Sampler
@@ -77,7 +77,7 @@ class CalibrationSet:
             self.chunks: list[str] = [str(name) for name in index["chunks"]]
             self.plain: dict[str, Any] = dict(index["plain"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f"{folder} is damaged; forget the run (restart)") from error
+            raise DamagedStateError(f"{folder} is damaged; forget the run (restart)") from error
         self.rows = self.counts[0]
 
     def bucket(self, number: int) -> Rows:
@@ -198,7 +198,7 @@ def _rows(file: Path) -> int:
         with safe_open(str(file), framework="pt") as stored:
             return stored.get_slice(_OUTPUT).get_shape()[0]
     except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"{file} is damaged; forget the run (restart)") from error
+        raise DamagedStateError(f"{file} is damaged; forget the run (restart)") from error
 
 
 def _joined(key: str, parts: list[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -263,7 +263,7 @@ def put(made: Path, folder: Path, overwrite: bool) -> None:
             except BaseException:
                 aside.replace(folder)
                 raise
-            shutil.rmtree(aside)
+            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
             return
         folder.rmdir()  # empty, or this fails
     interrupts.finish(made, folder)

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusion_accel.errors import ConfigurationError, OutputError
+from diffusion_accel.errors import ConfigurationError, DamagedStateError, OutputError
 from diffusion_accel.io import plain, read_json, replacing
 
 _LOCK, _SETTINGS, _LOG = "lock", "settings.json", "log.jsonl"
@@ -93,7 +93,8 @@ def _holder(file: Path) -> str:
 
 
 def clear(work: Path) -> None:
-    """Forget everything in a folder that one holds."""
+    """Forget everything in a folder that one holds. Raises `OutputError` where it is no run's."""
+    _check_ours(work)
     for entry in work.iterdir():
         if entry.name == _LOCK:
             continue
@@ -107,11 +108,13 @@ def agree(work: Path, wanted: dict[str, Any]) -> None:
     """Note what a run is asked for, or check that it is what the folder's run was asked for.
 
     Raises:
+        OutputError: the folder holds something else than a run: at the end of one it is removed.
         ConfigurationError: it is not, with the settings that differ.
     """
     file = work / _SETTINGS
     wanted = json.loads(json.dumps(wanted))
     if not file.is_file():
+        _check_ours(work)
         write(file, wanted)
         return
     before, now = _flat(read(file)), _flat(wanted)
@@ -124,6 +127,11 @@ def agree(work: Path, wanted: dict[str, Any]) -> None:
             f"{work} holds a run with other settings or another model: {', '.join(told)}{more}; forget it (restart), "
             "or name another output"
         )
+
+
+def _check_ours(work: Path) -> None:
+    if not (work / _SETTINGS).exists() and (others := sorted({entry.name for entry in work.iterdir()} - {_LOCK, _LOG})):
+        raise OutputError(f"{work} holds {plain(others[0])}, which is of no run; move it away, or name another output")
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:
@@ -160,7 +168,7 @@ def load(file: Path) -> dict[str, Any]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigurationError(f"{file} is damaged; forget the run (restart)") from error
+        raise DamagedStateError(f"{file} is damaged; forget the run (restart)") from error
 
 
 def read_values(file: Path) -> dict[str, Any]:

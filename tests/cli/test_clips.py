@@ -122,6 +122,24 @@ def test_mp4(animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert sum(1 for _ in reader) == 4 and reader.get_meta_data()["fps"] == 8
 
 
+def test_an_mp4_that_was_cut_off_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    import diffusers.utils
+
+    write = diffusers.utils.export_to_video
+
+    def full(frames: list[Any], path: str, fps: float) -> None:
+        write(frames, path, fps=fps)
+        Path(path).write_bytes(Path(path).read_bytes()[:400])  # as ffmpeg leaves it on a full disk, and says nothing
+
+    clip = Clip(tuple(Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "red")))
+    save_clip(clip, tmp_path / "a.mp4", 8)
+    monkeypatch.setattr(diffusers.utils, "export_to_video", full)
+    with pytest.raises(OutputError, match=r"b\.mp4: ffmpeg did not finish the file"):
+        save_clip(clip, tmp_path / "b.mp4", 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 def test_from_an_image_alone(from_image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = tmp_path / "start.png"
     Image.new("RGB", (16, 16), "red").save(start)

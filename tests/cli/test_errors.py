@@ -45,6 +45,8 @@ def test_every_error_has_an_exit_code() -> None:
         ),
         ("seed 9 with count 2 goes beyond 10", "--seed 9 with --count 2 goes beyond 10"),
         ("XPipeline does not take negative_prompt, width", "XPipeline does not take --negative-prompt, --width"),
+        ("InpaintPipeline needs image, mask_image", "InpaintPipeline needs --image, --mask-image"),
+        ("the entry needs image, sound", "the entry needs image, sound"),
         ("model.safetensors cannot be loaded: steps", "model.safetensors cannot be loaded: steps"),
         ("reuse: unknown key 'plam'", "reuse: unknown key 'plam'"),
         ("the plan is for 20 steps, this call has 12; use 20", "the plan is for 20 steps, this call has 12; use 20"),
@@ -52,6 +54,12 @@ def test_every_error_has_an_exit_code() -> None:
 )
 def test_names_of_arguments_become_flags(message: str, says: str) -> None:
     assert in_flags(message, flags_of(["generate", "x"])) == says
+
+
+def test_a_word_in_brackets_that_says_what_to_do() -> None:
+    message = "a.work is damaged; forget the run (restart)"
+    assert in_flags(message, flags_of(["accelerate"])) == "a.work is damaged; forget the run (--restart)"
+    assert in_flags(message, flags_of(["generate"])) == message
 
 
 def test_only_a_command_has_flags() -> None:

@@ -22,7 +22,7 @@ from model_folder import draw, write_folder
 from transparency_weights import write_weights
 
 from diffusion_accel import AcceleratedPipeline, ConfigurationError, OutputError
-from diffusion_accel.errors import UnsupportedPipelineError
+from diffusion_accel.errors import DamagedStateError, UnsupportedPipelineError
 from diffusion_accel.making import make_fast as module
 from diffusion_accel.making.candidates import in_order, left_for_plans
 from diffusion_accel.pipelines.loading import load_pipeline
@@ -155,6 +155,30 @@ def test_what_cannot_be_tuned_is_said_and_the_rest_is_made(model: Path, tmp_path
     report = run(model, tmp_path / "fast", none)
     assert report.taken == "every step" and report.notes == ["no plan: no plans here", "no solver: no solvers here"]
     assert "no solver: no solvers here" in report.text() and read_recipe(tmp_path / "fast").quantize
+
+
+@pytest.mark.parametrize("error", [DamagedStateError("line 1 of the search is damaged"), OutputError("no space left")])
+@pytest.mark.parametrize("damaged", ["plans", "solvers"])
+def test_what_says_nothing_of_the_model_ends_the_run(
+    damaged: str, error: Exception, model: Path, tmp_path: Path
+) -> None:
+    def broken(stage: str) -> None:
+        if stage == damaged:
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run(model, tmp_path / "fast", broken)
+    assert os.listdir(tmp_path) == ["fast.work"], "what was done before is kept"
+
+
+def test_what_is_beside_it_stays(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "fast.work").mkdir()
+    (tmp_path / "fast.work" / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, words in (("fast", "holds mine, which is of no run"), ("link", "is a link to what is not there")):
+        with pytest.raises(OutputError, match=words):
+            run(model, tmp_path / name, lambda stage: pytest.fail(stage))
+    assert (tmp_path / "fast.work" / "mine").read_text() == "mine"
 
 
 def test_where_no_family_is_to_be_had_one_plan_is_tuned_for_what_is_left(model: Path, tmp_path: Path) -> None:

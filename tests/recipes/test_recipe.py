@@ -110,6 +110,30 @@ def test_a_recipe_that_is_there_is_replaced_when_that_is_wanted(folder: Path) ->
     assert [p.name for p in folder.iterdir()] == [FILE], "nothing of the old one, nothing unfinished"
 
 
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    pipe, _ = sd()
+    save = accelerate(pipe, Reuse(plan="hold:2")).acceleration.save
+    (tmp_path / "notes.files").mkdir()
+    (tmp_path / "notes.files" / "mine").touch()
+    for asked, words in (
+        ({"place": None}, "recipe must be the path of a .json file or of a folder, got None"),
+        ({"place": 3}, "got 3"),
+        ({"place": tmp_path / ("a" * 300 + ".json")}, "too long"),
+        ({"call": {"steps": -1}}, "call: steps must be from 1 to 10000, got -1"),
+        ({"call": {"guidance_scale": float("nan")}}, "call: guidance_scale must be from 0 to 1000"),
+        ({"call": {"step": 3}}, "call: unknown key 'step'; did you mean 'steps'?"),
+        ({"measured": {"psnr": object()}}, "measured must be a table of JSON values"),
+        ({"place": tmp_path / "notes.json"}, "notes.files exists; choose another name or pass overwrite=True"),
+    ):
+        with pytest.raises(AccelerationError) as error:
+            save(**{"place": tmp_path / "a.json", **asked})
+        assert words in str(error.value)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "notes.files",
+        "notes.files/mine",
+    ]
+
+
 # ---------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize(
     ("changes", "words"),

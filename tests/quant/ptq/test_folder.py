@@ -12,7 +12,8 @@ import pytest
 from quantized import SHORT, sampler
 
 from diffusion_accel.errors import OutputError
-from diffusion_accel.quant.ptq.folder import held
+from diffusion_accel.quant.ptq.export import put
+from diffusion_accel.quant.ptq.folder import agree, clear, held
 from diffusion_accel.quant.ptq.run import quantize_denoiser
 
 
@@ -45,3 +46,31 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
         thread.join()
         assert f"process {os.getpid()}" in seen[0]
     assert not work.exists()  # nothing was done
+
+
+def test_what_is_of_no_run_is_not_removed(tmp_path: Path) -> None:
+    work = tmp_path / "a.work"
+    work.mkdir()
+    (work / "mine.txt").write_text("mine")
+    with held(work):
+        for refused in (lambda: agree(work, {"steps": 4}), lambda: clear(work)):
+            with pytest.raises(OutputError, match=r"a\.work holds mine\.txt, which is of no run; move it away"):
+                refused()
+    assert (work / "mine.txt").read_text() == "mine"
+    (work / "mine.txt").rename(work / "settings.json")  # of a run, if not a good one
+    with held(work):
+        clear(work)
+        agree(work, {"steps": 4})
+    assert not work.exists()
+
+
+def test_a_link_is_replaced_as_a_file_would_be(tmp_path: Path) -> None:
+    target, link, made = (tmp_path / name for name in ("target", "link", "made"))
+    for folder in (target, made):
+        folder.mkdir()
+        (folder / "model_index.json").write_text(folder.name)
+    link.symlink_to(target)
+    put(made, link, overwrite=True)
+    assert not link.is_symlink() and (link / "model_index.json").read_text() == "made"
+    assert (target / "model_index.json").read_text() == "target"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
