@@ -93,6 +93,7 @@ class Service:
             BaseException: what the drawing raised.
         """
         ended: asyncio.Future[Any] = asyncio.wrap_future(handle.future)
+        ended.add_done_callback(_seen)
         gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(http))
         try:
             await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -128,6 +129,12 @@ class Service:
         while self.showing and time.monotonic() < end:
             await asyncio.sleep(0.05)
         self.ended.set()
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Look at the error of a future, which is told through its handle: else asyncio says that nobody did."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def _gone(http: HttpRequest) -> None:
