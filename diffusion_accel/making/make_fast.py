@@ -42,7 +42,7 @@ from diffusion_accel.tuning.solver import tune_solver
 from diffusion_accel.tuning.tuner import USUAL_STEPS, tune
 
 from .candidates import Candidate, Judge, in_order, left_for_plans
-from .report import FastReport
+from .report import ALONE, FastReport
 from .wish import BITS, LEAST_PROMPTS, check_wish
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ SHARES = {"quantize": 0.5, "plans": 0.35, "solver": 0.15}  # of the budget
 SOLVER_FROM = 600.0  # seconds of budget from which a solver is learnt as well
 ROUNDS = 5  # of timing
 _SEEDS = {"choose": 300_000, "check": 400_000}  # beyond those that fitted
-ALONE = "every step"
 
 
 @public

@@ -9,6 +9,7 @@ from diffusion_accel.measure import html
 from diffusion_accel.measure.grids import data_url
 
 SHOWN = 16  # images of each row
+ALONE = "every step"  # what is taken where nothing that is faster keeps enough
 
 
 @dataclass
@@ -57,6 +58,13 @@ class FastReport:
         ]
         if found["psnr_median"] < (self.asked["min_psnr"] or 0.0):
             lines.append(f"that is less than the {self.asked['min_psnr']:g} dB that it kept where it was chosen")
+        faster = {name: seen["psnr_median"] for name, seen in self.tried.items() if name != ALONE}
+        if self.taken == ALONE and faster:
+            near = max(faster, key=lambda name: faster[name])
+            lines.append(
+                f"nothing faster was near enough: the nearest, {near}, kept {faster[near]:.1f} dB; a longer budget, "
+                "more prompts or a lower min_psnr may help"
+            )
         took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
         return "\n".join([*lines, *self.notes, f"took {took}"])
 

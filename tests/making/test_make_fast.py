@@ -25,6 +25,7 @@ from diffusion_accel import AcceleratedPipeline, ConfigurationError, OutputError
 from diffusion_accel.errors import DamagedStateError, UnsupportedPipelineError
 from diffusion_accel.making import make_fast as module
 from diffusion_accel.making.candidates import in_order, left_for_plans
+from diffusion_accel.making.report import FastReport
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.recipes.recipe import read_recipe
 
@@ -253,3 +254,11 @@ def test_what_is_left_for_plans_adds_up(together: float, more: float) -> None:
     """Squares of errors of both causes are that of the wish."""
     plan = left_for_plans(together, together + more)
     assert 10 ** (-plan / 10) + 10 ** (-(together + more) / 10) == pytest.approx(10 ** (-together / 10), rel=1e-3)
+
+
+def test_where_nothing_is_near_enough_the_nearest_is_named() -> None:
+    kept = {"time_ratio": 1.0, "flop_ratio": 1.0, "psnr_median": 200.0, "psnr_worst_decile": 200.0, "images": 2}
+    tried = {"every step": kept, "plan 1": {**kept, "psnr_median": 24.2}, "plan 2": {**kept, "psnr_median": 21.0}}
+    report = FastReport("x", {"min_psnr": 30.0}, tried, "every step", kept)
+    assert "nothing faster was near enough: the nearest, plan 1, kept 24.2 dB; a longer budget" in report.text()
+    assert "nothing faster" not in FastReport("x", {"min_psnr": 30.0}, tried, "plan 1", kept).text()
