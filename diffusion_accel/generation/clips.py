@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MOST_PIXELS = 10**9  # of all frames, that are decoded to see how long each is shown
+_BLOCK = 16  # pixels: imageio scales sides of .mp4 to multiples of it
 SUFFIXES = (".gif", ".webp", ".mp4")
 FPS = 8.0  # frames a second where nobody says
 GIF_FPS = 50  # the most that a GIF can say: it counts hundredths, and viewers take one of them for ten
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,8 @@ def save_clip(clip: Clip, path: Path, fps: float, text: str | None = None, data:
     try:
         with replacing(path) as temporary:
             if path.suffix.lower() == ".mp4":
-                from diffusers.utils import export_to_video  # heavy: diffusers
-
-                export_to_video([*clip.frames], str(temporary), fps=fps)
-                _check_whole(temporary, len(clip.frames))
-                return
+                _save_mp4(clip, temporary, fps)
+                return _tell_scaled(clip, path)
             kind = "GIF" if path.suffix.lower() == ".gif" else "WEBP"
             options: dict[str, Any] = {} if text is None else save_options(kind, text, data or {})
             if kind == "WEBP":
@@ -133,6 +135,28 @@ def save_clip(clip: Clip, path: Path, fps: float, text: str | None = None, data:
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"cannot write {path}: {reason}") from error
+
+
+def _save_mp4(clip: Clip, path: Path, fps: float) -> None:
+    from diffusers.utils import export_to_video  # heavy: diffusers
+
+    theirs = logging.getLogger("imageio_ffmpeg")
+    before = theirs.level
+    theirs.setLevel(logging.ERROR)  # it warns of what `_tell_scaled` says, with an advice for programmers
+    try:
+        export_to_video([*clip.frames], str(path), fps=fps)
+    finally:
+        theirs.setLevel(before)
+    _check_whole(path, len(clip.frames))
+
+
+def _tell_scaled(clip: Clip, path: Path) -> None:
+    width, height = (-(-side // _BLOCK) * _BLOCK for side in clip.size)
+    if (width, height) != clip.size:
+        was = "x".join(map(str, clip.size))
+        logger.warning(
+            "%s has %dx%d pixels, scaled from %s: sides of .mp4 are multiples of %d", path, width, height, was, _BLOCK
+        )
 
 
 def _check_whole(path: Path, count: int) -> None:

@@ -122,6 +122,14 @@ def test_mp4(animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert sum(1 for _ in reader) == 4 and reader.get_meta_data()["fps"] == 8
 
 
+def test_an_mp4_that_is_scaled_is_told(animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    for size, says in (("24", "warning: {} has 32x16 pixels, scaled from 24x16: sides of .mp4 are"), ("16", "")):
+        path = tmp_path / f"{size}.mp4"
+        code, _, err = call(capsys, "generate", "red", "-m", animated, *SMALL, "--width", size, "-o", path)
+        assert code == 0 and says.format(path) in err and err.count("\n") == bool(says), err
+
+
 def test_an_mp4_that_was_cut_off_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("imageio_ffmpeg")
     import diffusers.utils
