@@ -30,7 +30,7 @@ _TOGETHER = 600.0  # seconds in which the processes of a launcher have begun
 _NAMED = 10  # prompts that failed and are named in the last line
 #: settings, beside those of each prompt, on which images depend
 _DECIDING = (
-    *("scheduler", "controlnet", "lora", "dtype", "quantize", "runtime"),
+    *("scheduler", "controlnet", "lora", "ip_adapter", "ip_adapter_scale", "dtype", "quantize", "runtime"),
     *("premultiplied", "preview", "layers"),
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.generation.clips import FPS, frames_shown
-from diffusion_accel.generation.request import LIMITS, MAX_IMAGES, check_numbers, check_text
+from diffusion_accel.generation.request import IMAGES, LIMITS, MAX_IMAGES, check_numbers, check_text
 from diffusion_accel.image_metadata import read_embedded
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, plain, shown
@@ -30,10 +30,10 @@ from .settings import typed
 MOST_STEPS = 1000
 MOST_LORAS = MOST_NETS = 64
 _ROUNDED = 64  # pixels by which pipelines round a size
-_FILES = ("image", "mask_image", "control_image", "controlnet", "recipe")
+_FILES = (*IMAGES, "controlnet", "ip_adapter", "recipe")
 _PLAIN = (
     *("negative_prompt", "steps", "guidance_scale", "width", "height", "strength"),
-    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "ip_adapter_scale"),
     *("device", "dtype", "attention", "runtime", "low_memory", "premultiplied", "prompt_weights", "frames", "fps"),
 )
 #: settings that belong to another one, or to a feature

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from diffusion_accel import interrupts
-from diffusion_accel.generation.request import LIMITS
+from diffusion_accel.generation.request import IP_ADAPTER_SCALE, LIMITS
 
 from . import bulk, processes
 from .common_options import (
@@ -35,7 +35,7 @@ _PANELS = {
     "What is drawn": "prompts_file classes negative_prompt prompt_weights from_ config",
     "How it is drawn": "model steps guidance_scale scheduler width height seed count frames fps",
     "Image and control inputs": "image mask_image strength controlnet control_image controlnet_conditioning_scale "
-    "control_guidance_start control_guidance_end lora",
+    "control_guidance_start control_guidance_end ip_adapter ip_adapter_image ip_adapter_scale lora",
     "Machine": "allow_pickle device dtype offload attention quantize runtime low_memory recipe",
     "Output": "output overwrite distribute preview_steps metadata paths_ compare json_lines quiet",
     "Transparency (with --transparent)": "premultiplied preview layers_",
@@ -102,6 +102,15 @@ def generate(
     control_guidance_end: Annotated[
         list[float] | None,
         number("The share of the steps after which it ends.", LIMITS["control_guidance_end"], show_default="1"),
+    ] = None,
+    ip_adapter: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Weights of an IP-Adapter, as .safetensors.")
+    ] = None,
+    ip_adapter_image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What the IP-Adapter is shown beside the prompt.")
+    ] = None,
+    ip_adapter_scale: Annotated[
+        float | None, number("How much that image counts.", IP_ADAPTER_SCALE, show_default="1")
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="PATH[:SCALE]", help="LoRA weights; may be repeated.")

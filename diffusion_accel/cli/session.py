@@ -134,7 +134,7 @@ def _open(settings: Settings, source: ModelSource, device: str, features: list[F
 def opening(settings: Settings, source: ModelSource) -> dict[str, Any]:
     """What `open_pipeline` is given for the settings, as values that another process can have."""
     keys = ("scheduler", "loras", "device", "offload", "attention", "task", "controlnet")
-    more = ("allow_pickle", "quantize", "runtime", "low_memory")
+    more = ("ip_adapter", "ip_adapter_scale", "allow_pickle", "quantize", "runtime", "low_memory")
     return {
         "model": source,
         "features": list(settings.features.values()),
@@ -232,7 +232,8 @@ def _kept(settings: Settings, source: ModelSource) -> dict[str, Any]:
     """The settings of a command that the metadata have beside those of each request; what a recipe brings is named as
     the recipe."""
     keys = ("scheduler", "lora", "device", "dtype", "attention", "quantize", "runtime", "low_memory", "controlnet")
-    kept: dict[str, Any] = {key: getattr(settings, key) for key in (*keys, "premultiplied")}
+    more = ("ip_adapter", "ip_adapter_scale", "premultiplied")
+    kept: dict[str, Any] = {key: getattr(settings, key) for key in keys + more}
     recipe = settings.restored
     kept["recipe"] = settings.recipe if recipe is None else settings.recipe or "on"
     if recipe is not None:

@@ -17,6 +17,8 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.feature import Feature
 from diffusion_accel.generation.layers import drawn_layers
 from diffusion_accel.generation.request import (
+    IMAGES,
+    IP_ADAPTER_SCALE,
     MAX_SEED,
     MAX_TEXT,
     SEVERAL,
@@ -61,6 +63,8 @@ class Settings(Options):
     seed: int | None = None
     controlnet: str | tuple[str, ...] | None = None
     lora: tuple[str, ...] = ()
+    ip_adapter: str | None = None
+    ip_adapter_scale: float | None = None
     device: str | None = None
     dtype: str = "float32"
     offload: str = "none"
@@ -252,6 +256,9 @@ def check(settings: Settings) -> None:
         ("control_guidance_start", "control_image"),
         ("control_guidance_end", "control_image"),
         ("controlnet", "control_image"),
+        ("ip_adapter_image", "ip_adapter"),
+        ("ip_adapter_scale", "ip_adapter"),
+        ("ip_adapter", "ip_adapter_image"),
     )
     for one, other in needs:
         if getattr(s, one) is not None and getattr(s, other) is None:
@@ -270,6 +277,13 @@ def check(settings: Settings) -> None:
         if not is_there(Path(file), "file"):
             raise ModelLoadError(f"--lora: no such file: {file}")
         check_weights(Path(file))
+    if s.ip_adapter is not None:
+        if not is_there(Path(s.ip_adapter), "file"):
+            raise ModelLoadError(f"--ip-adapter: no such file: {s.ip_adapter}")
+        check_weights(Path(s.ip_adapter))
+    if s.ip_adapter_scale is not None and s.ip_adapter_scale not in IP_ADAPTER_SCALE:
+        words = IP_ADAPTER_SCALE.allowed(s.ip_adapter_scale)
+        raise ConfigurationError(f"--ip-adapter-scale must be {words}, got {shown(s.ip_adapter_scale)}")
     if s.prompt_weights and find_spec("compel") is None:
         raise ConfigurationError("--prompt-weights needs compel: pip install 'diffusion-accel[prompts]'")
     if s.quantize is not None:
@@ -318,8 +332,7 @@ def check_images(s: Settings) -> None:
 
 def _images(s: Settings) -> list[tuple[str, str]]:
     """The image files that are given, each with its flag."""
-    names = ("image", "mask_image", "control_image")
-    return [(f"--{name.replace('_', '-')}", file) for name in names for file in listed(getattr(s, name))]
+    return [(f"--{name.replace('_', '-')}", file) for name in IMAGES for file in listed(getattr(s, name))]
 
 
 def check_transparency(s: Settings) -> None:

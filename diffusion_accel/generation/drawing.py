@@ -27,6 +27,7 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError, Unsupport
 from diffusion_accel.hooks import model_of
 from diffusion_accel.images import open_image
 from diffusion_accel.measure.comparison import Comparison, compare_calls
+from diffusion_accel.pipelines.ip_adapter import has_ip_adapter
 from diffusion_accel.report import Report
 from diffusion_accel.sizes import far_from_trained
 
@@ -188,6 +189,11 @@ def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None
 def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     wanted: dict[str, Any] = {call: getattr(request, name) for name, call in CALLED.items()}
+    shown = has_ip_adapter(pipe)
+    if request.ip_adapter_image and not shown:
+        raise ConfigurationError(f"ip_adapter_image is for an IP-Adapter, and this {type(pipe).__name__} has none")
+    if shown and not request.ip_adapter_image:
+        raise ConfigurationError("ip_adapter_image is missing: the pipeline has an IP-Adapter")
     images: dict[str, tuple[str, Any, str]] = {
         "image": ("image", request.image, "RGBA" if "transparent" in pipe.acceleration.features else "RGB"),
         "mask_image": ("mask_image", request.mask_image, "L"),
@@ -198,6 +204,9 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
             wanted[name] = _open_all(file, mode, request, what) if opening else list(file)
         elif file:
             wanted[name] = _open(file, mode, request, what) if opening else file
+    if request.ip_adapter_image:  # as large as it is: the image encoder has a size of its own
+        file = request.ip_adapter_image
+        wanted["ip_adapter_image"] = open_image(file, what="ip_adapter_image", background=_WHITE) if opening else file
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items() if v is not None}
     resized = ("width", "height") if request.image else ()  # to them, before the pipeline gets it
     unknown = [k for k in given if k not in parameters and k not in resized]

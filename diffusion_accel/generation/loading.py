@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Feature
+from diffusion_accel.io import shown
 from diffusion_accel.model_files.names import ModelSource, find_model
+from diffusion_accel.pipelines.ip_adapter import load_ip_adapter
 from diffusion_accel.pipelines.loading import load_lora, load_pipeline
 from diffusion_accel.pipelines.recipes import restore
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.switchboard import accelerate
+
+from .request import IP_ADAPTER_SCALE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,6 +42,8 @@ def open_pipeline(
     features: Sequence[Feature] = (),
     scheduler: str | None = None,
     loras: Sequence[tuple[str, float]] = (),
+    ip_adapter: str | Path | None = None,
+    ip_adapter_scale: float | None = None,
     device: str | None = None,
     offload: str = "none",
     attention: str = "sdpa",
@@ -50,6 +57,9 @@ def open_pipeline(
         features: what `accelerate` is given.
         scheduler: a short name or a diffusers class; None: the model's own.
         loras: files with their scales.
+        ip_adapter: the `.safetensors` file of an IP-Adapter; the image encoder is the pipeline's, or in the folder
+            `image_encoder` beside the file. Requests need an `ip_adapter_image`.
+        ip_adapter_scale: how much that image counts, 0 to 2; None: 1.
         device: where it runs; None: the best one here.
         offload: "none", or "model" or "sequential": parts are on an accelerator only while they compute.
         attention: "sdpa", or "xformers" on CUDA.
@@ -60,6 +70,12 @@ def open_pipeline(
     Raises:
         ConfigurationError, ModelLoadError, UnsupportedPipelineError, FeatureConflictError: with one line that says why.
     """
+    if ip_adapter_scale is not None:
+        if ip_adapter is None:
+            raise ConfigurationError("ip_adapter_scale needs ip_adapter")
+        if ip_adapter_scale not in IP_ADAPTER_SCALE:
+            words = IP_ADAPTER_SCALE.allowed(ip_adapter_scale)
+            raise ConfigurationError(f"ip_adapter_scale must be {words}, got {shown(ip_adapter_scale)}")
     source = model if isinstance(model, ModelSource) else find_model(model, bool(options.get("allow_pickle", False)))
     pipe: Any = load_pipeline(source, **options)
     if recipe is not None:
@@ -71,6 +87,8 @@ def open_pipeline(
         load_lora(pipe, file, name)
     if names:
         pipe.set_adapters(names, [scale for _, scale in loras])
+    if ip_adapter is not None:
+        load_ip_adapter(pipe, str(ip_adapter), 1.0 if ip_adapter_scale is None else ip_adapter_scale)
     device = device or best_device()
     if offload == "none":
         pipe.to(device)

@@ -21,7 +21,7 @@ from diffusion_accel.quant.model import computed_with
 
 from .clips import Clip
 from .drawing import Drawn
-from .request import CALLED, Request
+from .request import CALLED, IMAGES, Request
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffusion_accel.feature import Feature
 
 
-_FILES = ("image", "mask_image", "control_image", "controlnet", "quantize", "recipe")  # settings that may name one
+_FILES = (*IMAGES, "controlnet", "ip_adapter", "quantize", "recipe")  # settings that may name one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Origin:
 
     def data(self, request: Request, seed: int, drawn: Drawn) -> dict[str, Any]:
         """Everything about one image, as JSON values."""
-        own = ("image", "mask_image", "control_image", "prompt_weights", "fps")
+        own = (*IMAGES, "prompt_weights", "fps")
         values = {key: getattr(request, key) for key in (*CALLED, *own)}
         values |= self.settings
         settings = {k: _named(v) for k, v in values.items() if v is not None and v != () and v is not False}

@@ -61,6 +61,7 @@ def at_least(low: int, high: int) -> Bounds:
 
 
 _SIZE = Bounds(8, 32_768, "a positive multiple of 8 and at most 32768", 8, whole=True)
+IP_ADAPTER_SCALE = Bounds(0, 2, "at least 0 and at most 2")
 _SHARE = Bounds(0, 1, "at least 0 and at most 1")
 LIMITS: dict[str, Bounds] = {
     "width": _SIZE,
@@ -109,6 +110,7 @@ class Options:
             inpainting one.
         mask_image: file or image that is white where `image` is replaced.
         strength: how much of `image` is replaced, above 0 to 1.
+        ip_adapter_image: file or image that the pipeline's IP-Adapter is shown beside the prompt.
         control_image: file or image for a ControlNet; for several a tuple with one for each, in their order.
         controlnet_conditioning_scale: how much what the ControlNet gives counts, 0 to 10; of several one for all, or a
             tuple with one for each.
@@ -128,6 +130,7 @@ class Options:
     image: str | Path | Image.Image | None = None
     mask_image: str | Path | Image.Image | None = None
     strength: float | None = _asked(call="strength")
+    ip_adapter_image: str | Path | Image.Image | None = None
     control_image: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = field(
         default=None, metadata={"several": True}
     )
@@ -142,6 +145,8 @@ class Options:
 CALLED = {f.name: call for f in fields(Options) if (call := f.metadata.get("call"))}
 #: the options that each prompt of a file may have
 EACH = tuple(f.name for f in fields(Options) if f.metadata.get("each"))
+#: the options that are files, or images that are open
+IMAGES = ("image", "mask_image", "ip_adapter_image", "control_image")
 #: the options that may have one for each ControlNet
 SEVERAL = tuple(f.name for f in fields(Options) if f.metadata.get("several"))
 
@@ -169,7 +174,7 @@ class Request(Options):
                 raise ConfigurationError(f"{name} must be {LIMITS[name].words}, got None")
         for name in SEVERAL:
             object.__setattr__(self, name, one_or_several(getattr(self, name), name))
-        for name in ("image", "mask_image", "control_image"):
+        for name in IMAGES:
             for one in listed(getattr(self, name)) if name in SEVERAL else [getattr(self, name)]:
                 if not isinstance(one, str | Path | Image.Image | None):
                     raise ConfigurationError(f"{name} must be the path of a file or an image, got {shown(one)}")
