@@ -79,7 +79,7 @@ class Prompted(Sampler):
     """A sampler for pipelines of the zoo, which have embeddings instead of prompts."""
 
     def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
-        super().__init__(pipe, ("",) * 4, 4, batch=1)
+        super().__init__(pipe, ("",) * 4, 4, batch=1, options=call)
         object.__setattr__(self, "given", call)
         pipe.set_progress_bar_config(disable=True)
 

@@ -63,6 +63,8 @@ def change(chance: random.Random, one: Case) -> None:
             name = chance.choice(others)
             first = {"lora": (), "learned": ()}.get(name, ("quantized", "inputs", "lora"))  # one at a time
             if name in one.others:
+                if name in ("quantized", "inputs") and "lora" in one.others:  # which stays on the model otherwise
+                    one.off("lora")
                 one.off(name)
             elif not set(first) & set(one.others):
                 one.on(name)
