@@ -245,11 +245,7 @@ def bind_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a class's `method` by name, without self; raises `TypeError` as the call would."""
-    named = dict(_signature(method).bind(*args, **kwargs).arguments)
-    for parameter in _signature(method).parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-    return named
+    return _bound(_signature(method), args, kwargs)
 
 
 def bind_bound(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -257,10 +253,15 @@ def bind_bound(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     it; raises `TypeError` as the call would."""
     inner = inspect.unwrap(call)
     method = getattr(inner, "__func__", None)
-    if method is not None:
-        return bind_method(method, args, kwargs)
-    named = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
-    named.update(named.pop("kwargs", {}))
+    return _bound(inspect.signature(inner) if method is None else _signature(method), args, kwargs)
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with those that `**kwargs` takes among them."""
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
     return named
 
 

@@ -77,6 +77,11 @@ def work_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.work")
 
 
+def remove_folder(folder: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder with what is in it; of a link to one the link."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=ignore_errors)
+
+
 def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Raise `OutputError` unless a pipeline folder of this name can be written (and, with `overwrite`, replaced)."""
     if folder.is_file():
@@ -105,4 +110,4 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.rename(old)
             interrupts.finish(temporary, path)
-            old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old, ignore_errors=True)

@@ -36,8 +36,8 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 # ---------------------------------------------------------------------- what an option allows
 def check_range(flag: str, value: float | None, bounds: Bounds) -> None:
     """Raise `ConfigurationError` for a number outside of its bounds."""
-    if value is not None and value not in bounds:
-        raise ConfigurationError(f"{flag} must be {bounds.allowed(value)}, got {shown(value)}")
+    if value is not None:
+        bounds.check(value, flag)
 
 
 def number(text: str, bounds: Bounds, *declarations: str, **options: Any) -> Any:

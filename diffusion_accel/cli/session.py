@@ -66,7 +66,7 @@ def check_machine(settings: Settings) -> str:
 def check_takes(source: ModelSource, classes: list[str], files: Iterable[Path] = ()) -> None:
     """Refuse a pipeline that is called with neither a prompt nor a class, and classes for one that takes prompts,
     and files that cannot hold what is drawn; as far as a local folder tells before it is loaded."""
-    cls = getattr(diffusers, pipeline_name(source) or "", None)
+    cls = _class_of(source)
     if cls is None:
         return
     parameters = inspect.signature(cls.__call__).parameters
@@ -81,8 +81,13 @@ def check_takes(source: ModelSource, classes: list[str], files: Iterable[Path] =
 def check_serves(source: ModelSource) -> None:
     """Refuse what a server cannot send, as far as a local folder tells before it is loaded."""
     check_takes(source, [])
-    if (cls := getattr(diffusers, pipeline_name(source) or "", None)) is not None:
+    if (cls := _class_of(source)) is not None:
         check_images(cls)
+
+
+def _class_of(source: ModelSource) -> Any:
+    """The class of diffusers of a pipeline, as far as a local folder tells; None where it does not."""
+    return getattr(diffusers, pipeline_name(source) or "", None)
 
 
 def open_for(

@@ -281,9 +281,8 @@ def check(settings: Settings) -> None:
         if not is_there(Path(s.ip_adapter), "file"):
             raise ModelLoadError(f"--ip-adapter: no such file: {s.ip_adapter}")
         check_weights(Path(s.ip_adapter))
-    if s.ip_adapter_scale is not None and s.ip_adapter_scale not in IP_ADAPTER_SCALE:
-        words = IP_ADAPTER_SCALE.allowed(s.ip_adapter_scale)
-        raise ConfigurationError(f"--ip-adapter-scale must be {words}, got {shown(s.ip_adapter_scale)}")
+    if s.ip_adapter_scale is not None:
+        IP_ADAPTER_SCALE.check(s.ip_adapter_scale, "--ip-adapter-scale")
     if s.prompt_weights and find_spec("compel") is None:
         raise ConfigurationError("--prompt-weights needs compel: pip install 'diffusion-accel[prompts]'")
     if s.quantize is not None:
@@ -291,10 +290,8 @@ def check(settings: Settings) -> None:
     if s.runtime is not None and s.runtime not in RUNTIMES:
         raise ConfigurationError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {s.runtime!r}")
     check_transparency(s)
-    if s.preview_steps is not None and s.preview_steps not in PREVIEW_STEPS:
-        raise ConfigurationError(
-            f"--preview-steps must be {PREVIEW_STEPS.allowed(s.preview_steps)}, got {shown(s.preview_steps)}"
-        )
+    if s.preview_steps is not None:
+        PREVIEW_STEPS.check(s.preview_steps, "--preview-steps")
     for flag, given in (("--compare", s.compare), ("--patch-parallel", "patch_parallel" in s.features)):
         if s.preview_steps is not None and given:
             raise ConfigurationError(f"--preview-steps cannot be combined with {flag}")

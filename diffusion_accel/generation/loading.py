@@ -11,7 +11,6 @@ import torch
 
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Feature
-from diffusion_accel.io import shown
 from diffusion_accel.model_files.names import ModelSource, find_model
 from diffusion_accel.pipelines.ip_adapter import load_ip_adapter
 from diffusion_accel.pipelines.loading import load_lora, load_pipeline
@@ -73,9 +72,7 @@ def open_pipeline(
     if ip_adapter_scale is not None:
         if ip_adapter is None:
             raise ConfigurationError("ip_adapter_scale needs ip_adapter")
-        if ip_adapter_scale not in IP_ADAPTER_SCALE:
-            words = IP_ADAPTER_SCALE.allowed(ip_adapter_scale)
-            raise ConfigurationError(f"ip_adapter_scale must be {words}, got {shown(ip_adapter_scale)}")
+        IP_ADAPTER_SCALE.check(ip_adapter_scale, "ip_adapter_scale")
     source = model if isinstance(model, ModelSource) else find_model(model, bool(options.get("allow_pickle", False)))
     pipe: Any = load_pipeline(source, **options)
     if recipe is not None:

@@ -49,6 +49,11 @@ class Bounds:
         low = isinstance(value, (int, float)) and not self.step and value < self.low
         return self.words.partition(" and at most ")[0] if low else self.words
 
+    def check(self, value: Any, name: str) -> None:
+        """Raise `ConfigurationError` for a value of that name that is none of these."""
+        if value not in self:
+            raise ConfigurationError(f"{name} must be {self.allowed(value)}, got {shown(value)}")
+
     @property
     def short(self) -> str:
         """For the help: `1 to 100`."""
@@ -247,9 +252,8 @@ def check_numbers(values: Mapping[str, Any], before: str = "", dash: str = "_") 
     """
     for key, bounds in LIMITS.items():
         for value in listed(values.get(key)) if key in SEVERAL else [values.get(key)]:
-            if value is not None and value not in bounds:
-                name = before + key.replace("_", dash)
-                raise ConfigurationError(f"{name} must be {bounds.allowed(value)}, got {shown(value)}")
+            if value is not None:
+                bounds.check(value, before + key.replace("_", dash))
     starts, ends = (listed(values.get(f"control_guidance_{one}")) for one in ("start", "end"))
     starts, ends = starts or (0,), ends or (1,)
     count = max(len(starts), len(ends))

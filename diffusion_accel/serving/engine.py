@@ -188,9 +188,7 @@ class Engine:
         if refused := [feature.name for feature in wanted if feature.of_the_model]:
             raise ConfigurationError(f"{', '.join(refused)} belongs to the model: give it to the engine's pipeline")
         adapters = self._adapters.chosen(loras or {})
-        if lora_deadline not in _DEADLINES:
-            allowed = _DEADLINES.allowed(lora_deadline)
-            raise ConfigurationError(f"lora_deadline must be {allowed}, got {shown(lora_deadline)}")
+        _DEADLINES.check(lora_deadline, "lora_deadline")
         chosen = self._sets.of(self._pattern_for(request), wanted, alone=bool(adapters))
         if isinstance(partial_images, bool) or not isinstance(partial_images, int) or not 0 <= partial_images <= MOST:
             raise ConfigurationError(f"partial_images must be 0 to {MOST}, got {shown(partial_images)}")

@@ -26,7 +26,7 @@ from diffusion_accel.measure.memory import process_peak
 from diffusion_accel.measure.request import options_of, texts_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.model_files.names import PICKLE_SUFFIXES, TRANSPARENCY, ModelSource
-from diffusion_accel.outputs import check_free_folder, work_folder
+from diffusion_accel.outputs import check_free_folder, remove_folder, work_folder
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.quant.model import set_runtime
 
@@ -263,7 +263,7 @@ def put(made: Path, folder: Path, overwrite: bool) -> None:
             except BaseException:
                 aside.replace(folder)
                 raise
-            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+            remove_folder(aside)
             return
         folder.rmdir()  # empty, or this fails
     interrupts.finish(made, folder)
