@@ -28,15 +28,25 @@ def condition_of(pipeline: DiffusionPipeline) -> str:
     return CLASS if "class_labels" in parameters and class_count(pipeline) else NOTHING
 
 
-def call_parameters(pipeline: DiffusionPipeline) -> tuple[str, ...]:
-    """The parameter names of the pipeline's call."""
-    return tuple(inspect.signature(type(pipeline).__call__).parameters)
+def takes_prompt(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+    """Whether a pipeline, or any of its class, is called with a prompt."""
+    return "prompt" in call_parameters(pipeline)
 
 
-def missing_arguments(pipeline: DiffusionPipeline, given: Collection[str]) -> list[str]:
-    """What a pipeline's call cannot do without, beside the prompt or class, and is not among the names that are given:
-    arguments without a default, and the images of inpainting, whose defaults are None in most classes."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+def call_parameters(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> tuple[str, ...]:
+    """The parameter names of the call of a pipeline, or of its class."""
+    return tuple(inspect.signature(_class(pipeline).__call__).parameters)
+
+
+def _class(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    return pipeline if isinstance(pipeline, type) else type(pipeline)
+
+
+def missing_arguments(pipeline: DiffusionPipeline | type[DiffusionPipeline], given: Collection[str]) -> list[str]:
+    """What the call of a pipeline, or of its class, cannot do without, beside the prompt or class, and is not among the
+    names that are given: arguments without a default, and the images of inpainting, whose defaults are None in most
+    classes."""
+    parameters = inspect.signature(_class(pipeline).__call__).parameters
     needed = {"image", "mask_image"} if "mask_image" in parameters else set()
     for name, one in parameters.items():
         if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD and name not in _ALWAYS:
@@ -44,11 +54,12 @@ def missing_arguments(pipeline: DiffusionPipeline, given: Collection[str]) -> li
     return [name for name in parameters if name in needed and name not in given]
 
 
-def check_prompts_do(pipeline: DiffusionPipeline, options: Collection[str] = ()) -> None:
-    """Raise `UnsupportedPipelineError` for a pipeline that needs more than prompts and these arguments to be called."""
+def check_prompts_do(pipeline: DiffusionPipeline | type[DiffusionPipeline], options: Collection[str] = ()) -> None:
+    """Raise `UnsupportedPipelineError` for a pipeline, or a class of them, that needs more than prompts and these
+    arguments to be called."""
     if missing := missing_arguments(pipeline, options):
         raise UnsupportedPipelineError(
-            f"{type(pipeline).__name__} needs {' and '.join(missing)}, and here it is called with prompts or classes "
+            f"{_class(pipeline).__name__} needs {' and '.join(missing)}, and here it is called with prompts or classes "
             "alone"
         )
 

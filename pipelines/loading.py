@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
@@ -16,10 +17,10 @@ from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.diffusers_compat import set_origin
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
-from diffusion_accel.io import at_home, first_line, is_there, shown
-from diffusion_accel.model_files.folders import check_component, check_config, check_folder
+from diffusion_accel.io import at_home, first_line, is_there, read_json, shown
+from diffusion_accel.model_files.folders import INDEX, check_component, check_config, check_folder
 from diffusion_accel.model_files.hub import hub_reason
-from diffusion_accel.model_files.names import HUB_ID, ModelSource, find_model, safetensors_header
+from diffusion_accel.model_files.names import HUB_ID, ModelSource, find_model, pipeline_name, safetensors_header
 from diffusion_accel.quant.model import set_runtime
 
 from .components import bounded, check_components, check_keys
@@ -96,6 +97,29 @@ def load_pipeline(
     return pipe
 
 
+def class_of(source: ModelSource, *, ask_hub: bool = False) -> type[DiffusionPipeline] | None:
+    """The class of a pipeline before it is loaded; None where its files do not tell, or only code of their own does.
+
+    Args:
+        source: the model.
+        ask_hub: of a hub id, read the index, which is downloaded if it is not here; otherwise the answer is None.
+
+    Raises:
+        ModelLoadError: the hub does not give the index.
+    """
+    if source.kind == "file":
+        return _class_of_file(source)
+    if source.kind == "hub":
+        name = _load(source.location, lambda: _hub_index(source)).get("_class_name") if ask_hub else None
+    else:
+        name = pipeline_name(source)
+    try:
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    except (ImportError, RuntimeError):  # a package that the class needs is missing, or broken; loading says which
+        return None
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+
 def _names(controlnet: object) -> list[str]:
     """The folders and hub ids of ControlNets to load; of loaded ones none."""
     named = controlnet if isinstance(controlnet, (list, tuple)) else [controlnet]
@@ -156,19 +180,35 @@ def _folder(source: ModelSource, cls: type[DiffusionPipeline], allow_pickle: boo
 
 
 def _single_file(source: ModelSource, cls: type[DiffusionPipeline] | None, options: dict[str, Any]) -> Any:
-    keys = safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
+    cls = _class_of_file(source) if cls is None else cls
+    with bounded(len(_header(source)) or 5000, source.location):
+        return cls.from_single_file(source.location, **options)
+
+
+def _class_of_file(source: ModelSource) -> type[DiffusionPipeline]:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # of models of authors only
 
-    if cls is None:
-        cls = StableDiffusionXLPipeline if any(k.startswith("conditioner.") for k in keys) else StableDiffusionPipeline
-    with bounded(len(keys) or 5000, source.location):
-        return cls.from_single_file(source.location, **options)
+    is_xl = any(key.startswith("conditioner.") for key in _header(source))
+    return StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+
+
+def _header(source: ModelSource) -> dict[str, Any]:
+    """What a single file has of tensors; nothing of a pickle, which only loading reads."""
+    return safetensors_header(Path(source.location)) if source.location.endswith(".safetensors") else {}
+
+
+def _hub_index(source: ModelSource) -> dict[str, Any]:
+    """The model_index.json of a hub id, downloaded if it is not here."""
+    from huggingface_hub import hf_hub_download  # of models of the hub only
+
+    values = read_json(Path(hf_hub_download(source.location, INDEX)), error=ModelLoadError, nonfinite=True)
+    return values if isinstance(values, dict) else {}
 
 
 def _denoiser_parts(source: ModelSource) -> list[str]:
     """The components that denoise: those of a local pipeline folder, or of a hub id's index."""
     if source.kind == "hub":
-        index = DiffusionPipeline.load_config(source.location)
+        index = _hub_index(source)
         there = [name for name in DENOISERS if any(index.get(name) or ())]
     else:
         there = [name for name in DENOISERS if (Path(source.location) / name).is_dir()]

@@ -16,15 +16,16 @@ from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.io import shown
-from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, options_of, texts_of, usual_steps, whole
+from diffusion_accel.measure.request import MAX_SEED, MOST_STEPS, listed, options_of, texts_of, usual_steps, whole
 from diffusion_accel.model_files.names import find_model
+from diffusion_accel.pipelines.loading import class_of
 from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps
 from diffusion_accel.progress import Progress, silent
 
 from .entries import USUAL, Entry, check_entries, read_entries
 from .result import Benchmark
 from .run import bench
-from .runner import Job, Runner
+from .runner import Job, Runner, check_asked
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -119,9 +120,11 @@ def benchmark(
     check_steps(named or None, source, steps)
     if prompts is None:
         prompts = embedded_prompts(count, UNSEEN) if source.kind == "embedded" else [""] * count
+    texts = tuple(listed(prompts))
+    check_asked(texts, class_of(source, ask_hub=not any(texts)))
     job = Job(
         model=os.fspath(pipe),
-        prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+        prompts=texts,
         steps=steps,
         device=device or "cpu",
         dtype=dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -12,7 +12,7 @@ import diffusers
 import torch
 import transformers
 
-from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
+from diffusion_accel.conditioning import check_prompts_do, takes_prompt, usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.flops import count_flops
 from diffusion_accel.measure.memory import peak_mib, reset_peak
@@ -62,6 +62,18 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def check_asked(prompts: Sequence[str], cls: type[DiffusionPipeline] | None) -> None:
+    """Raise `ConfigurationError` for no prompts, and `UnsupportedPipelineError` for nothing but prompts, where a class
+    of pipelines needs them, or more; None: it is not known yet."""
+    if cls is None:
+        return
+    check_prompts_do(cls, ("height", "width", "guidance_scale"))
+    if takes_prompt(cls) and not any(prompt.strip() for prompt in prompts):
+        raise ConfigurationError(
+            "prompts must be given (one a line in a prompts file): fidelity depends on what is drawn"
+        )
+
+
 class Runner:
     """One pipeline, loaded as the job says, or one that is there already."""
 
@@ -77,11 +89,8 @@ class Runner:
         else:
             self.scheduler = job.scheduler or ""
         self.pipe = pipe
+        check_asked(job.prompts, type(self.pipe))
         if not any(job.prompts):
-            if condition_of(self.pipe) == PROMPT:
-                raise ConfigurationError(
-                    "prompts must be given (one a line in a prompts file): fidelity depends on what is drawn"
-                )
             job = replace(job, prompts=tuple(usual_texts(self.pipe, len(job.prompts))))
         if self.scheduler:
             set_scheduler(self.pipe, self.scheduler)

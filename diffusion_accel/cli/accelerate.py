@@ -11,8 +11,7 @@ import typer
 
 import diffusion_accel as api
 from diffusion_accel import interrupts
-from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
-from diffusion_accel.errors import ConfigurationError
+from diffusion_accel.conditioning import usual_texts
 from diffusion_accel.making.wish import LEAST_PROMPTS, check_wish
 from diffusion_accel.outputs import check_free_folder, output_path, work_folder
 
@@ -36,7 +35,7 @@ from .common_options import (
     settings_of,
     time_option,
 )
-from .prompts import prompts_needed, texts_of
+from .prompts import texts_of
 from .terminal import Bar, say
 
 _PANELS = {
@@ -88,17 +87,14 @@ def accelerate(
     work = work_folder(folder)
     interrupts.explain(lambda: interrupts.how_to_go_on(work, work.is_dir()))
     settings, source = settings_of(options)
-    texts = texts_of(prompts_file, count, source)
-    if texts and len(texts) < LEAST_PROMPTS:
-        raise ConfigurationError(f"--prompts-file must have at least {LEAST_PROMPTS} prompts, got {len(texts)}")
+    texts = texts_of(prompts_file, count, source, LEAST_PROMPTS)
 
     from diffusion_accel.pipelines.loading import load_pipeline  # heavy: torch, diffusers
 
-    from .session import check_machine, open_for  # heavy: torch, diffusers
+    from .session import check_machine, check_texts, open_for  # heavy: torch, diffusers
 
+    check_texts(source, texts, "what is kept depends on the kind of prompts", LEAST_PROMPTS)
     pipe = open_for(settings, source, check_machine(settings), promptless=True)
-    if not texts and condition_of(pipe) == PROMPT:
-        raise prompts_needed("what is kept depends on the kind of prompts", LEAST_PROMPTS)
     with closing(Bar(quiet)) as bar:
         found = api.make_fast(
             pipe, texts or usual_texts(pipe, count), folder, min_psnr=min_psnr, max_size=max_size, seconds=budget,

@@ -100,8 +100,10 @@ def bench(
 
     from diffusion_accel.bench import report  # heavy: torch
 
-    from .session import check_machine  # heavy: torch, diffusers
+    from .session import check_machine, check_texts  # heavy: torch, diffusers
 
+    if source.kind != "embedded":
+        check_texts(source, prompts, "fidelity depends on what is drawn", 1)
     with closing(Bar(quiet)) as bar:
         result = api.benchmark(
             settings.model,

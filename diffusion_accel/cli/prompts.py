@@ -50,10 +50,17 @@ def read_jobs(prompts: list[str], file: str | None, flag: str = "--prompts-file"
     return jobs
 
 
-def texts_of(file: str | None, count: int, source: ModelSource) -> list[str]:
-    """The first prompts of a file; without one, of those that the embedded model was trained with; else none."""
+def texts_of(file: str | None, count: int, source: ModelSource, least: int) -> list[str]:
+    """The first prompts of a file; without one, of those that the embedded model was trained with; else none.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or has less than `least` of them.
+    """
     if file is not None:
-        return [job.prompt for job in read_jobs([], file)][:count]
+        texts = [job.prompt for job in read_jobs([], file)][:count]
+        if len(texts) < least:
+            raise ConfigurationError(f"--prompts-file must have at least {least} prompts, got {len(texts)}")
+        return texts
     if source.kind != "embedded":
         return []
     from diffusion_accel.evaluation.prompts import embedded_prompts  # heavy: torch

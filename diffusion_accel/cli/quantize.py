@@ -11,7 +11,7 @@ import typer
 
 import diffusion_accel as api
 from diffusion_accel import interrupts
-from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
+from diffusion_accel.conditioning import usual_texts
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.generation.request import LIMITS, Bounds, at_least
 from diffusion_accel.model_files.names import find_model
@@ -41,7 +41,7 @@ from .common_options import (
     settings_of,
     time_option,
 )
-from .prompts import prompts_needed, texts_of
+from .prompts import texts_of
 from .terminal import Bar, say
 
 BUCKETS, IMAGES, REPEATED = at_least(1, 1000), at_least(0, 10_000), at_least(0, 1_000_000)
@@ -213,15 +213,14 @@ def quantize(
     check_free_folder(folder, overwrite)
     _say_how_to_go_on(folder)
     settings, source = settings_of(options)
-    texts = texts_of(prompts_file, count, source)
+    texts = texts_of(prompts_file, count, source, LEAST_PROMPTS)
 
     from diffusion_accel.pipelines.loading import load_pipeline  # heavy: torch
 
-    from .session import check_machine, open_for  # heavy: torch
+    from .session import check_machine, check_texts, open_for  # heavy: torch
 
+    check_texts(source, texts, "grids are measured on the kind of prompts the model is used with", LEAST_PROMPTS)
     pipe = open_for(settings, source, check_machine(settings), promptless=True)
-    if not texts and condition_of(pipe) == PROMPT:
-        raise prompts_needed("grids are measured on the kind of prompts the model is used with", LEAST_PROMPTS)
     bar = Bar(quiet)
     try:
         found = api.quantize(

@@ -17,7 +17,7 @@ import transformers
 import typer
 from rich.table import Table
 
-from diffusion_accel.conditioning import PROMPT, condition_of
+from diffusion_accel.conditioning import PROMPT, check_prompts_do, condition_of, takes_prompt
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.generation.clips import asks_for_frames, check_images, check_suffix, draws_clips
 from diffusion_accel.generation.drawing import Drawn, check_drawable, check_requests, prepare, takes_neither
@@ -26,10 +26,11 @@ from diffusion_accel.generation.outputs import OutputPlan
 from diffusion_accel.generation.partial import impossible
 from diffusion_accel.generation.records import Origin, how_quantized, record, versions
 from diffusion_accel.image_metadata import whole_path
-from diffusion_accel.model_files.names import ModelSource, pipeline_name
-from diffusion_accel.pipelines.loading import load_pipeline
+from diffusion_accel.model_files.names import ModelSource
+from diffusion_accel.pipelines.loading import class_of, load_pipeline
 from diffusion_accel.pipelines.recipes import quantize_of
 
+from .prompts import prompts_needed
 from .settings import Settings
 from .terminal import console, note, say
 
@@ -66,7 +67,7 @@ def check_machine(settings: Settings) -> str:
 def check_takes(source: ModelSource, classes: list[str], files: Iterable[Path] = ()) -> None:
     """Refuse a pipeline that is called with neither a prompt nor a class, and classes for one that takes prompts,
     and files that cannot hold what is drawn; as far as a local folder tells before it is loaded."""
-    cls = _class_of(source)
+    cls = class_of(source)
     if cls is None:
         return
     parameters = inspect.signature(cls.__call__).parameters
@@ -81,13 +82,19 @@ def check_takes(source: ModelSource, classes: list[str], files: Iterable[Path] =
 def check_serves(source: ModelSource) -> None:
     """Refuse what a server cannot send, as far as a local folder tells before it is loaded."""
     check_takes(source, [])
-    if (cls := _class_of(source)) is not None:
+    if (cls := class_of(source)) is not None:
         check_images(cls)
 
 
-def _class_of(source: ModelSource) -> Any:
-    """The class of diffusers of a pipeline, as far as a local folder tells; None where it does not."""
-    return getattr(diffusers, pipeline_name(source) or "", None)
+def check_texts(source: ModelSource, texts: Sequence[str] | None, why: str, least: int) -> None:
+    """Refuse a model that is to draw prompts and has none, and one that needs more than prompts, before it is loaded
+    (or, from the hub, downloaded); see `prompts_needed`."""
+    cls = class_of(source, ask_hub=not texts)
+    if cls is None:
+        return
+    check_prompts_do(cls, ("height", "width", "guidance_scale"))
+    if not texts and takes_prompt(cls):
+        raise prompts_needed(why, least)
 
 
 def open_for(
@@ -101,6 +108,8 @@ def open_for(
         quiet: show no progress of sampling, and no notes.
         promptless: a pipeline that is called with neither a prompt nor a class will do.
     """
+    if not promptless:
+        check_takes(source, [])
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     compiling = logging.getLogger("diffusion_accel.compiled")  # which takes a while, so it is said

@@ -13,7 +13,7 @@ import typer
 
 import diffusion_accel as api
 from diffusion_accel import interrupts
-from diffusion_accel.conditioning import PROMPT, condition_of, usual_texts
+from diffusion_accel.conditioning import usual_texts
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.generation.request import LIMITS, Bounds
 from diffusion_accel.io import is_there, replacing
@@ -50,7 +50,7 @@ from .common_options import (
     settings_of,
 )
 from .plan_table import show_plans, show_solver
-from .prompts import prompts_needed, texts_of
+from .prompts import texts_of
 from .terminal import Bar, say
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def tune(
     scales = options.pop("guidance_scale")
     interrupts.explain(wish.how_to_go_on)
     settings, source = settings_of(options | ({"guidance_scale": scales[0]} if scales else {}))
-    texts = texts_of(prompts_file, count, source)
-    wish.check(settings.steps or 50, len(texts or ()))
+    texts = texts_of(prompts_file, count, source, LEAST_PROMPTS)
+    wish.check(settings.steps or 50)
     check_steps(settings.scheduler, source, settings.steps or 50)
     for name in try_scheduler or []:
         check_scheduler(name)
@@ -147,12 +147,11 @@ def tune(
 
     from diffusion_accel.tuning.together import TIMEOUT, FirstFailedError, Together  # heavy: torch
 
-    from .session import check_machine, open_for  # heavy: torch, diffusers
+    from .session import check_machine, check_texts, open_for  # heavy: torch, diffusers
 
+    check_texts(source, texts, "a plan is tuned on the kind of prompts it is used with", LEAST_PROMPTS)
     settings = processes.share(settings, TIMEOUT)
     pipe: Any = open_for(settings, source, check_machine(settings), promptless=True)
-    if not texts and condition_of(pipe) == PROMPT:
-        raise prompts_needed("a plan is tuned on the kind of prompts it is used with", LEAST_PROMPTS)
     others = tuple(scheduler_for(pipe, name) for name in try_scheduler or [])
     together = Together.joined(pipe.device)
     wish.begun = together.first
@@ -205,15 +204,11 @@ class _Wish:
     state: Path
     begun: bool
 
-    def check(self, steps: int, prompts: int) -> None:
-        """Refuse numbers of steps, and of prompts (0: they are not known yet), from which it cannot be made."""
+    def check(self, steps: int) -> None:
+        """Refuse a number of steps from which it cannot be made."""
         least = 2 if self.alone else 4
         if steps < least:
             raise ConfigurationError(f"--steps must be at least {least}, got {steps}")
-        if 0 < prompts < LEAST_PROMPTS:
-            raise ConfigurationError(
-                f"tuning needs at least {LEAST_PROMPTS} prompts (24 or more are recommended), got {prompts}"
-            )
         if self.towards == "baseline" and max(self.evaluations) > steps:
             raise ConfigurationError(
                 f"--towards baseline takes its timesteps from the baseline's {steps} steps, so --evaluations must be "

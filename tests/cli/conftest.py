@@ -10,9 +10,11 @@ import pytest
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model fails the test."""
+    import diffusion_accel.bench.runner as bench
     import diffusion_accel.generation.loading as run
 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "load_pipeline", load)
+    for module in (run, bench):
+        monkeypatch.setattr(module, "load_pipeline", load)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import torch
 from command import call
-from model_folder import write_folder
+from model_folder import edit_json, write_folder
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +44,65 @@ def test_a_folder_is_made_and_draws_as_it_was_checked(model: Path, tmp_path: Pat
     assert code == 1 and "exists; choose another name or pass --overwrite" in err
 
 
-def test_prompts_that_are_missing_are_asked_for_with_their_form(model: Path, tmp_path: Path, capsys: Any) -> None:
-    for *command, least in (
-        ("accelerate", model, "-o", tmp_path / "fast", 12),
-        ("tune", "-m", model, "-o", tmp_path / "plan.json", 6),
-        ("quantize", "-m", model, "-o", tmp_path / "small", 2),
-    ):
+def _without_prompts(model: Path, place: Path) -> tuple[tuple[Any, ...], ...]:
+    """Commands that draw prompts and have none, and how many they need."""
+    return (
+        ("accelerate", model, "-o", place / "fast", 12),
+        ("tune", "-m", model, "-o", place / "plan.json", 6),
+        ("quantize", "-m", model, "-o", place / "small", 2),
+        ("bench", "fewer-steps:2", "-m", model, "-o", place / "found.json", 1),
+    )
+
+
+def test_prompts_that_are_missing_are_asked_for_with_their_form(
+    model: Path, tmp_path: Path, no_model: None, capsys: Any
+) -> None:
+    single = tmp_path / "single.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, single)
+    (few := tmp_path / "none.jsonl").write_text("")
+    for file in (model, single):
+        for *command, least in _without_prompts(file, tmp_path):
+            code, _, err = call(capsys, *command)
+            says = f"--prompts-file is needed, a text file with a prompt a line, at least {least} of them: "
+            assert code == 2 and says in err and err.count("\n") == 1, err
+            code, _, err = call(capsys, *command, "--prompts-file", few)
+            assert code == 2 and "there is no prompt in --prompts-file" in err, err
+    few.write_text('{"prompt": "red apple"}\n')
+    for *command, least in _without_prompts(model, tmp_path)[:3]:
+        code, _, err = call(capsys, *command, "--prompts-file", few)
+        assert code == 2 and f"--prompts-file must have at least {least} prompts, got 1" in err, err
+
+
+def test_the_index_of_a_hub_id_says_first_that_prompts_are_missing(
+    tmp_path: Path, no_model: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    asked: list[str] = []
+
+    def download(name: str, file: str) -> str:
+        asked.append(f"{name}/{file}")
+        (tmp_path / file).write_text('{"_class_name": "FluxPipeline"}')
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    commands = _without_prompts(Path("some/model"), tmp_path)
+    for *command, _ in commands:
         code, _, err = call(capsys, *command)
-        says = f"--prompts-file is needed, a text file with a prompt a line, at least {least} of them: "
-        assert code == 2 and says in err and err.count("\n") == 1, err
+        assert code == 2 and "--prompts-file is needed" in err, err
+    assert asked == ["some/model/model_index.json"] * len(commands)
+
+
+def test_a_pipeline_that_needs_an_image_is_refused_before_it_is_loaded(
+    model: Path, tmp_path: Path, no_model: None, capsys: Any
+) -> None:
+    shutil.copytree(model, starts := tmp_path / "starts")
+    edit_json(starts / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    prompts = ("--prompts-file", model.parent / "prompts.txt")
+    for *command, _ in _without_prompts(starts, tmp_path):
+        code, _, err = call(capsys, *command, *prompts)
+        assert code == 2 and "StableDiffusionInpaintPipeline needs image and mask_image, and here" in err
+    edit_json(starts / "model_index.json", _class_name="DDPMPipeline")
+    code, _, err = call(capsys, "evaluate", "-m", starts)
+    assert code == 1 and "DDPMPipeline takes neither a prompt nor a class" in err
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(

@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from model_folder import write_folder
+from model_folder import edit_json, write_folder
 from safetensors.torch import save_file
 from zoo import controlnet_model, rand
 
@@ -27,8 +27,8 @@ from diffusion_accel import (
     UnsupportedPipelineError,
 )
 from diffusion_accel.model_files.hub import hub_reason
-from diffusion_accel.model_files.names import EMBEDDED
-from diffusion_accel.pipelines.loading import load_lora, load_pipeline
+from diffusion_accel.model_files.names import EMBEDDED, find_model
+from diffusion_accel.pipelines.loading import class_of, load_lora, load_pipeline
 from diffusion_accel.pipelines.schedulers import SCHEDULERS, check_scheduler, set_scheduler
 
 STICKER = EMBEDDED["sticker"].path
@@ -246,3 +246,18 @@ def test_why_a_model_of_the_hub_is_not_there(monkeypatch: pytest.MonkeyPatch) ->
     ):
         assert says in (hub_reason("a/b", caused(kind)) or "")
     assert hub_reason("a/b", ValueError("shapes")) is None and hub_reason("./a/b", caused(ConnectionError)) is None
+
+
+def test_the_class_of_a_model_before_it_is_loaded(tmp_path: Path) -> None:
+    assert class_of(find_model("sticker")) is StableDiffusionPipeline and class_of(find_model("nobody/nothing")) is None
+    with pytest.raises(ModelLoadError, match="it is not on this machine"):
+        class_of(find_model("nobody/nothing"), ask_hub=True)
+    folder = write_folder(tmp_path / "m")
+    for name in ("utils", "UNet2DModel", "NoPipeline", "DiffusionPipeline.x", ["pipeline", "Mine"]):
+        edit_json(folder / "model_index.json", _class_name=name)
+        assert class_of(find_model(str(folder))) is None, name
+    edit_json(folder / "model_index.json", _class_name="FluxPipeline")
+    assert getattr(class_of(find_model(str(folder))), "__name__", "") == "FluxPipeline"
+    for key, kind in (("conditioner.a", "StableDiffusionXLPipeline"), ("cond.a", "StableDiffusionPipeline")):
+        save_file({key: torch.zeros(1)}, tmp_path / "one.safetensors")
+        assert getattr(class_of(find_model(str(tmp_path / "one.safetensors"))), "__name__", "") == kind
