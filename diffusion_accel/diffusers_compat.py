@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -198,6 +199,18 @@ def origin_of(component: object) -> str | None:
 def set_origin(pipe: DiffusionPipeline, location: str) -> None:
     """Note where a pipeline comes from (`_name_or_path` of its config), as diffusers does when it loads one itself."""
     pipe.register_to_config(_name_or_path=location)
+
+
+@contextmanager
+def configured(pipe: Any, **values: Any) -> Iterator[None]:
+    """While the block runs, the configuration of a pipeline has these values, too."""
+    before = pipe._internal_dict
+    if values:
+        pipe.register_to_config(**values)
+    try:
+        yield
+    finally:
+        pipe._internal_dict = before
 
 
 def whole_config(scheduler: Any) -> dict[str, Any]:

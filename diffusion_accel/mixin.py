@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from .switchboard import Acceleration
 
+from .diffusers_compat import configured
+from .model_files.index_notes import KEY, RECIPE
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,8 +42,10 @@ class AcceleratedMixin:
 
         `AcceleratedPipeline.from_pretrained` restores them; diffusers' own `from_pretrained` loads the plain pipeline.
         """
-        self.acceleration.save_with_model(save_directory)  # first: diffusers may upload the folder
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        has_recipe = self.acceleration.save_with_model(save_directory)  # first: diffusers may upload the folder
+        known = super().config.get(KEY) or {}  # type: ignore[misc]
+        with configured(self, **({KEY: {**known, RECIPE: True}} if has_recipe else {})):
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: object) -> Any:

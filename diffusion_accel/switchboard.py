@@ -24,7 +24,7 @@ from .finite import finite_call
 from .flops import count_flops
 from .hooks import bind_method, call_arguments, run_uncompiled
 from .mixin import AcceleratedMixin
-from .recipes.saving import forget_recipe, save_recipe
+from .recipes.saving import check_replaceable, copy_beside, forget_recipe, save_recipe
 from .registry import FEATURES, feature_class
 from .report import Report
 from .schedulers.measured import unmeasured
@@ -227,12 +227,23 @@ class Acceleration:
     def _save(self, place: str | Path, **options: Any) -> Path:
         return save_recipe(alive(self._pipeline), self.features, self._disabled, place, **options)
 
-    def save_with_model(self, folder: str | Path) -> None:
-        """Write the recipe into the folder of the model; without features, one that is there is removed."""
+    def save_with_model(self, folder: str | Path) -> bool:
+        """Write the recipe into the folder of the model, and what lies beside the model; without features, a recipe
+        that is there is removed.
+
+        Returns:
+            Whether there is one now, which the folder's index is to say.
+
+        Raises:
+            OutputError: it cannot be written, or an acceleration.json that is no recipe is there.
+        """
         if self.features:
+            check_replaceable(Path(folder))
             self._save(folder, overwrite=True, with_model=True)
         else:
             forget_recipe(Path(folder))
+        copy_beside(alive(self._pipeline), Path(folder))
+        return bool(self.features)
 
     # ------------------------------------------------------------------ switching
     def disable(self, *names: str) -> None:

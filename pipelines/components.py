@@ -26,8 +26,9 @@ from diffusion_accel import schedulers
 from diffusion_accel.diffusers_compat import expendable_names, with_present_names
 from diffusion_accel.errors import AccelerationError, ModelLoadError
 from diffusion_accel.io import printable, read_json
-from diffusion_accel.model_files.folders import CONFIGS, INDEX, LIBRARY, TABLES, is_pair
+from diffusion_accel.model_files.folders import CONFIGS, LIBRARY, TABLES, is_pair
 from diffusion_accel.model_files.headers import PICKLE_SUFFIXES, safetensors_header
+from diffusion_accel.model_files.index_notes import INDEX
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.diffusers_compat import set_origin
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, first_line, is_there, read_json, shown
-from diffusion_accel.model_files.folders import INDEX, check_component, check_config, check_folder
+from diffusion_accel.model_files.folders import check_component, check_config, check_folder
 from diffusion_accel.model_files.hub import hub_reason
+from diffusion_accel.model_files.index_notes import INDEX, KEY, RECIPE, notes_of
 from diffusion_accel.model_files.names import HUB_ID, ModelSource, find_model, pipeline_name, safetensors_header
 from diffusion_accel.quant.model import set_runtime
 
@@ -167,7 +168,8 @@ def _plain(
 def _folder(source: ModelSource, cls: type[DiffusionPipeline], allow_pickle: bool, options: dict[str, Any]) -> Any:
     """A pipeline from a folder, or from the hub's: first everything is downloaded and checked, then loaded."""
     if source.kind == "embedded":
-        return cls.from_pretrained(source.location, **{"local_files_only": True, **options})
+        pipe = cls.from_pretrained(source.location, **{"local_files_only": True, **options})
+        return _noted(pipe, source.location)
     folder = source.location
     if source.kind == "hub":
         folder = str(DiffusionPipeline.download(source.location, **options))
@@ -176,6 +178,14 @@ def _folder(source: ModelSource, cls: type[DiffusionPipeline], allow_pickle: boo
     check_components(Path(folder), variant if isinstance(variant, str) else None, options, allow_pickle)
     pipe = cls.from_pretrained(folder, **{"local_files_only": source.kind != "hub", **options})
     set_origin(pipe, source.location)
+    return _noted(pipe, folder)
+
+
+def _noted(pipe: Any, folder: str) -> Any:
+    """The pipeline with the recommended settings of its folder in its configuration, so that they are saved with it."""
+    notes = {key: value for key, value in notes_of(folder).items() if key != RECIPE}
+    if notes:
+        pipe.register_to_config(**{KEY: notes})
     return pipe
 
 

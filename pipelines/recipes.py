@@ -11,6 +11,7 @@ from diffusion_accel import schedulers
 from diffusion_accel.errors import ConfigurationError, UnsupportedPipelineError
 from diffusion_accel.feature import Feature
 from diffusion_accel.io import first_line, is_there, plain, shown
+from diffusion_accel.model_files.index_notes import RECIPE, notes_of
 from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.recipes.recipe import FILE, Recipe, read_recipe
@@ -43,15 +44,31 @@ def recipe_of(source: ModelSource, given: object = None) -> Recipe | None:
         here = source.kind in ("embedded", "folder") and is_there(Path(source.location) / FILE)
         if not here and given:
             raise ConfigurationError(f"recipe: {plain(source.name)} has no {FILE}; name a file or folder, or leave it")
-        given = source.location if here else None
-        if given is None:
+        if not here:
             return None
+        return _own(source, required=given is True)
     if not isinstance(given, (str, Path)):
         raise ConfigurationError(f"recipe must be a file, a folder, True or False, got {shown(given)}")
-    recipe = read_recipe(given)
+    return _read(given)
+
+
+def _read(place: str | Path) -> Recipe:
+    recipe = read_recipe(place)
     if recipe.quantize is not None:
         check_quantize(recipe.quantize)
     return recipe
+
+
+def _own(source: ModelSource, required: bool) -> Recipe | None:
+    """The recipe in a model's folder; none if the model was saved there again without it, which leaves the file."""
+    recipe = _read(source.location)
+    if not recipe.with_model or RECIPE in notes_of(source.location):
+        return recipe
+    left = f"{recipe.path} is left from an earlier save: the model was saved there again without features"
+    if required:
+        raise ConfigurationError(f"recipe: {left}; name the file to use it all the same")
+    logger.warning("%s; it is not used", left)
+    return None
 
 
 def features_over(

@@ -20,8 +20,9 @@ from diffusion_accel.diffusers_compat import converted_names, original_repositor
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.finite import finite
 from diffusion_accel.io import at_home, first_line, is_there, plain, printable, read_json, shown
-from diffusion_accel.model_files.folders import INDEX, check_folder
+from diffusion_accel.model_files.folders import check_folder
 from diffusion_accel.model_files.hub import HUB_ID, hub_reason
+from diffusion_accel.model_files.index_notes import INDEX
 
 from .stored import Tensor
 

@@ -17,8 +17,9 @@ from torch import nn
 from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, plain, printable, read_json, writing
-from diffusion_accel.model_files.folders import INDEX, check_folder
+from diffusion_accel.model_files.folders import check_folder
 from diffusion_accel.model_files.headers import check_weights
+from diffusion_accel.model_files.index_notes import INDEX
 from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.outputs import check_free_folder, replacing_folder
 from diffusion_accel.progress import Progress, silent

@@ -17,7 +17,12 @@ def models(as_json: AsJson = False) -> None:
     """List the embedded models; any hub id, folder or .safetensors file works as well."""
     if as_json:
         typer.echo(
-            json.dumps([{**dataclasses.asdict(m), "path": str(m.path), "bytes": m.size} for m in EMBEDDED.values()])
+            json.dumps(
+                [
+                    {**dataclasses.asdict(m), "settings": m.settings, "path": str(m.path), "bytes": m.size}
+                    for m in EMBEDDED.values()
+                ]
+            )
         )
         return
     for m in EMBEDDED.values():

@@ -25,7 +25,8 @@ from diffusion_accel.io import writing
 from diffusion_accel.measure.request import MAX_SEED, options_of, texts_of, usual_steps, whole
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.mixin import plain_twin
-from diffusion_accel.model_files.folders import INDEX, LIBRARY
+from diffusion_accel.model_files.folders import LIBRARY
+from diffusion_accel.model_files.index_notes import INDEX, KEY, RECIPE
 from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.outputs import check_free_folder, work_folder
 from diffusion_accel.pipelines.loading import load_pipeline
@@ -362,6 +363,8 @@ class _Run:
                 call=self.report.call,
                 measured={**self.report.measured, "size": self.report.size},
             )
+        index = read(made / INDEX)
+        write(made / INDEX, {**index, KEY: {**index.get(KEY, {}), RECIPE: True}})
         if (self.work / "plans.json").is_file():
             shutil.copy(self.work / "plans.json", made)
         write(made / "report.json", self.report.to_dict())

@@ -15,8 +15,8 @@ from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.io import is_there, printable, read_json
 
 from .headers import PICKLE_SUFFIXES, check_regular, check_weights
+from .index_notes import INDEX, notes_in
 
-INDEX = "model_index.json"
 LIBRARY = "diffusion_accel.schedulers"  # of this package's own scheduler, in an index
 CONFIGS = ("config.json", "scheduler_config.json")
 # JSON files that are tables; the others of a folder (vocabularies) may be large and are only opened by their own reader
@@ -59,6 +59,7 @@ def check_folder(folder: Path, allow_pickle: bool = False, trusted: bool = False
     kind = values.get("_class_name") if isinstance(values, dict) else None
     if not isinstance(kind, str) and not is_pair(kind):
         raise ModelLoadError(f"{index} names no pipeline class (_class_name)")
+    notes_in(values, index)
     for name, value in values.items():
         if not name.isidentifier() or len(name) > 100:
             continue  # no component can be called that, so diffusers leaves it out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffusion_accel.io import at_home, is_there, read_json, shown
 
 from .folders import check_folder
 from .headers import PICKLE_SUFFIXES, check_regular, check_weights, safetensors_header
+from .index_notes import recommended_by
 
 __all__ = ["EMBEDDED", "EmbeddedModel", "ModelSource", "check_weights", "find_model", "safetensors_header"]
 
@@ -31,14 +33,17 @@ class EmbeddedModel:
         summary: what it draws.
         licence: of the weights, with the attributions in the model card.
         example: a prompt in the form of its training captions.
-        settings: the recommended settings, by the names of the CLI.
     """
 
     name: str
     summary: str
     licence: str
     example: str
-    settings: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The recommended settings, by the names of the CLI."""
+        return recommended_by(self.path)
 
     @property
     def path(self) -> Path:
@@ -57,14 +62,12 @@ EMBEDDED: dict[str, EmbeddedModel] = {
         summary="369 emoji-like concepts in the styles 3d, flat, noto and twemoji, 96x96 pixels on white",
         licence="Apache-2.0, MIT and CC-BY-4.0 artwork, see the model card",
         example="red apple, 3d style",
-        settings={"width": 96, "height": 96, "steps": 20, "guidance_scale": 3.0, "scheduler": "dpm++"},
     ),
     "sticker-dit": EmbeddedModel(
         name="sticker-dit",
         summary="the same concepts and styles by a transformer: flow matching, a FluxPipeline",
         licence="Apache-2.0, MIT and CC-BY-4.0 artwork, see the model card",
         example="red apple, 3d style",
-        settings={"width": 96, "height": 96, "steps": 28, "guidance_scale": 3.0},
     ),
 }
 
@@ -79,8 +82,8 @@ class ModelSource:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Recommended settings; empty where diffusers' own defaults apply."""
-        return dict(EMBEDDED[self.name].settings) if self.kind == "embedded" else {}
+        """Recommended settings, of a local pipeline; empty where diffusers' own defaults apply."""
+        return recommended_by(self.location) if self.kind in ("embedded", "folder") else {}
 
 
 def find_model(model: str, allow_pickle: bool = False) -> ModelSource:

@@ -17,6 +17,7 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.feature import Feature
 from diffusion_accel.io import at_home, is_there, parse_json, read_text, shown
 from diffusion_accel.model_files.folders import check_config, leaves
+from diffusion_accel.model_files.index_notes import NUMBERS, check_numbers
 from diffusion_accel.model_files.quantized import RUNTIMES
 from diffusion_accel.registry import FEATURES, feature_class
 from diffusion_accel.schedulers.solver import CLASS, read_solvers
@@ -28,9 +29,7 @@ FILES = ".files"  # behind a recipe's name without its suffix: the folder of wha
 SIZE_LIMIT = 16 * 2**20  # bytes of a recipe; a learned solver in it is the most of them
 MOST_FILES = 10_000  # in a folder that a recipe names
 KEYS = ("format", "version", "pipeline", "models", "features", "off", "scheduler", "quantize", "runtime", "low_memory")
-CALL = {"steps": int, "guidance_scale": float, "width": int, "height": int}
-_KEYS = (*KEYS, "call", "measured", "made_by")
-_LIMITS = {"steps": (1, 10_000), "guidance_scale": (0, 1000), "width": (8, 32_768), "height": (8, 32_768)}
+_KEYS = (*KEYS, "with_model", "call", "measured", "made_by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,7 @@ class Recipe:
         quantize: a checkpoint's folder, or another package's quantizer; None: the model is taken as it is.
         runtime, low_memory: how a quantized model computes, see `quant.model.set_runtime`; None: as it is loaded.
         pipeline: the class that it was made for.
+        with_model: it was saved with the model into its folder, whose index then says so, too.
         models: of that pipeline, by component: {"class": …, "weights": a fingerprint, or None where it is not known}.
         call: recommended arguments of a call, of which there are steps, guidance_scale, width and height.
         measured: numbers of whoever made it, for the record.
@@ -58,6 +58,7 @@ class Recipe:
     runtime: str | None = None
     low_memory: bool = False
     pipeline: str = ""
+    with_model: bool = False
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +124,7 @@ def read_recipe(place: Path | str) -> Recipe:
         runtime=_one_of(values.get("runtime"), RUNTIMES, f"{where}: runtime"),
         low_memory=bool(_one_of(values.get("low_memory", False), (False, True), f"{where}: low_memory")),
         pipeline=_text(values.get("pipeline", ""), f"{where}: pipeline"),
+        with_model=bool(_one_of(values.get("with_model", False), (False, True), f"{where}: with_model")),
         models=_models(_table(values, "models", where), where),
         call=check_call(_table(values, "call", where), f"{where}: call"),
         measured=_table(values, "measured", where),
@@ -239,13 +241,8 @@ def _models(values: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
 
 def check_call(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The recommended arguments of a call, checked; `where` stands before an error."""
-    _only(values, CALL, where)
-    for key, value in values.items():
-        low, high = _LIMITS[key]
-        kinds = (int, float) if CALL[key] is float else (int,)
-        if type(value) not in kinds or not low <= value <= high:
-            raise ConfigurationError(f"{where}: {key} must be from {low} to {high}, got {shown(value)}")
-    return {key: CALL[key](value) for key, value in values.items()}
+    _only(values, NUMBERS, where)
+    return check_numbers(values, where)
 
 
 def _table(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:

@@ -15,15 +15,17 @@ from torch import nn
 
 from diffusion_accel import interrupts, schedulers
 from diffusion_accel._version import __version__
-from diffusion_accel.denoisers import denoiser_names, fingerprint
+from diffusion_accel.denoisers import denoiser_names, find_denoiser, fingerprint
+from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.feature import Feature
 from diffusion_accel.hooks import model_of
-from diffusion_accel.io import first_line, is_there, replacing, shown, writing
+from diffusion_accel.io import first_line, is_there, read_json, replacing, shown, writing
+from diffusion_accel.model_files.names import TRANSPARENCY
 from diffusion_accel.model_files.quantized import METHOD
 from diffusion_accel.outputs import check_free, output_path, replacing_folder
 
-from .recipe import FILE, FILES, FORMAT, VERSION, check_call
+from .recipe import FILE, FILES, FORMAT, SIZE_LIMIT, VERSION, check_call
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,7 +52,8 @@ def save_recipe(
         off: those of them that are switched off.
         place: a .json file, or a folder for an acceleration.json.
         overwrite: replace a recipe that is there.
-        with_model: the folder is that of the model, which has the quantized denoiser.
+        with_model: the folder is that of the model, which has the quantized denoiser; its index is to say that the
+            recipe is its own.
         call, measured: see `Recipe`.
 
     Returns:
@@ -79,6 +82,7 @@ def save_recipe(
                 "off": [name for name in features if name in off],
                 "scheduler": _scheduler(pipe, with_model),
                 **_quantized(pipe, names, with_model),
+                "with_model": with_model or None,
                 "call": recommended,
                 "measured": numbers,
                 "made_by": {
@@ -93,12 +97,47 @@ def save_recipe(
     return file
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise `OutputError` for a folder with an acceleration.json that is none of ours."""
+    if is_there(file := folder / FILE) and not _is_ours(file):
+        raise OutputError(f"{file} exists, and is no recipe; move it, or choose another folder")
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        values = read_json(file, limit=SIZE_LIMIT, nonfinite=True)
+    except ConfigurationError:
+        return False
+    return isinstance(values, dict) and values.get("format") == FORMAT
+
+
 def forget_recipe(folder: Path) -> None:
-    """Remove the recipe of a folder, if it has one."""
+    """Remove the recipe of a folder, if it has one; a file of that name that is none stays."""
     file = folder / FILE
+    if not is_there(file) or not _is_ours(file):
+        return
     with interrupts.undivided():
         file.unlink(missing_ok=True)
         shutil.rmtree(file.with_name(f"{file.stem}{FILES}"), ignore_errors=True)
+
+
+def copy_beside(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Copy the weights of transparency that lie beside a pipeline's model into the folder it is saved in."""
+    there, place = folder_beside(pipe, TRANSPARENCY), folder / TRANSPARENCY
+    if there is None or there.resolve() == place.resolve():
+        return
+    with writing(place), replacing_folder(place) as made:
+        shutil.copytree(there, made, dirs_exist_ok=True)
+
+
+def folder_beside(pipe: DiffusionPipeline, name: str) -> Path | None:
+    """The folder of this name beside the parts of the model that a pipeline was loaded from; None: there is none."""
+    for owner in (pipe, find_denoiser(pipe), getattr(pipe, "vae", None)):
+        origin = origin_of(owner)
+        for folder in (Path(origin), Path(origin).parent) if origin else ():
+            if (folder / name).is_dir():
+                return folder / name
+    return None
 
 
 def recipe_path(place: str | Path) -> Path:

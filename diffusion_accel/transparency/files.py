@@ -12,12 +12,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from torch import nn
 
 from diffusion_accel.denoisers import find_denoiser
-from diffusion_accel.diffusers_compat import origin_of
 from diffusion_accel.errors import ModelLoadError
 from diffusion_accel.io import at_home, first_line
 from diffusion_accel.model_files.hub import hub_reason
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.model_files.names import TRANSPARENCY as FOLDER
+from diffusion_accel.recipes.saving import folder_beside
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -149,12 +149,7 @@ def local_folder(pipeline: DiffusionPipeline, weights: str) -> Path | None:
         if path.exists() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
             raise ModelLoadError(f"transparent: no such folder of weights: {weights}")
         return None
-    for owner in (pipeline, find_denoiser(pipeline), getattr(pipeline, "vae", None)):
-        name = origin_of(owner)
-        for folder in (Path(name), Path(name).parent) if name else ():
-            if (folder / FOLDER).is_dir():
-                return folder / FOLDER
-    return None
+    return folder_beside(pipeline, FOLDER)
 
 
 def _from_hub(repository: str, name: str) -> Path | None:

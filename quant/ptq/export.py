@@ -29,6 +29,7 @@ from diffusion_accel.model_files.names import PICKLE_SUFFIXES, TRANSPARENCY, Mod
 from diffusion_accel.outputs import check_free_folder, remove_folder, work_folder
 from diffusion_accel.progress import Progress, silent
 from diffusion_accel.quant.model import set_runtime
+from diffusion_accel.recipes.saving import copy_beside
 
 from .budget import plan_report
 from .folder import clear, held
@@ -250,6 +251,7 @@ def save(pipe: DiffusionPipeline, source: ModelSource | None, folder: Path) -> N
         getattr(pipe, part).save_pretrained(folder / part)
     else:
         pipe.save_pretrained(folder)
+        copy_beside(pipe, folder)
 
 
 def put(made: Path, folder: Path, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from diffusion_accel.evaluation.distribution import hit_shares
 from diffusion_accel.io import first_line
+from diffusion_accel.model_files.index_notes import KEY, notes_of
 from diffusion_accel.model_files.names import EMBEDDED
 from diffusion_accel.outputs import replacing_folder
 from diffusion_accel.routing.hooks import CONFIG_KEY
@@ -122,6 +123,8 @@ def export(work: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
         pipeline = build_flux_pipeline(vae, denoiser, tokenizer, data.load_states_tokenizer(work))
     else:
         pipeline = build_pipeline(vae, denoiser.text, tokenizer, denoiser.core)
+    if out.exists() and (notes := notes_of(out)):  # what the model recommends
+        pipeline.register_to_config(**{KEY: notes})
     pipeline.to(dtype=torch.float16)
     with replacing_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)

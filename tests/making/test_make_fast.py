@@ -26,6 +26,7 @@ from diffusion_accel.errors import DamagedStateError, UnsupportedPipelineError
 from diffusion_accel.making import make_fast as module
 from diffusion_accel.making.candidates import in_order, left_for_plans
 from diffusion_accel.making.report import FastReport
+from diffusion_accel.model_files.index_notes import notes_of
 from diffusion_accel.pipelines.loading import load_pipeline
 from diffusion_accel.recipes.recipe import read_recipe
 
@@ -72,6 +73,7 @@ def test_the_fastest_that_keeps_it_is_taken_and_draws_so(made: tuple[Path, Any])
     page = (folder / "report.html").read_text()
     assert all(name in page for name in report.tried) and "<img" in page
     pipe: Any = AcceleratedPipeline.from_pretrained(str(folder))
+    assert recipe.with_model and notes_of(folder)["recipe"], "it is the folder's own"
     options = {**CALL, "num_inference_steps": recipe.call["steps"], "steps": None}
     options.pop("steps")
     wanted = load_pipeline(str(folder))

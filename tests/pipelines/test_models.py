@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
-from diffusion_accel import ConfigurationError, ModelLoadError
+from diffusion_accel import AcceleratedPipeline, ConfigurationError, ModelLoadError
 from diffusion_accel.model_files.names import EMBEDDED, check_weights, find_model, safetensors_header
+from diffusion_accel.pipelines.loading import load_pipeline
 
 
 def test_embedded_models_are_whole_and_small() -> None:
@@ -23,6 +25,52 @@ def test_embedded_models_are_whole_and_small() -> None:
         assert (model.path / "README.md").is_file(), "the model card ships with the model"
         for file in model.path.rglob("*.safetensors"):
             check_weights(file)
+
+
+RECOMMENDED = {
+    "sticker": {"width": 96, "height": 96, "steps": 20, "guidance_scale": 3.0, "scheduler": "dpm++"},
+    "sticker-dit": {"width": 96, "height": 96, "steps": 28, "guidance_scale": 3.0},
+}
+
+
+def test_a_saved_model_recommends_what_the_embedded_one_does(tmp_path: Path, capfd: Any) -> None:
+    for name, settings in RECOMMENDED.items():
+        assert EMBEDDED[name].settings == settings == find_model(name).defaults
+    load_pipeline("sticker").save_pretrained(tmp_path / "plain")  # diffusers' own, which knows nothing of it
+    pipe: Any = AcceleratedPipeline.from_pretrained("sticker", scheduler="euler")
+    AcceleratedPipeline.from_pipe(pipe, task="image-to-image").save_pretrained(tmp_path / "start")
+    load_pipeline(str(tmp_path / "plain")).save_pretrained(tmp_path / "again")
+    for folder in ("plain", "again"):
+        assert find_model(str(tmp_path / folder)).defaults == RECOMMENDED["sticker"]
+    chosen = {key: value for key, value in RECOMMENDED["sticker"].items() if key != "scheduler"}
+    assert find_model(str(tmp_path / "start")).defaults == chosen, "somebody set another scheduler"
+    assert (tmp_path / "start" / "transparency" / "adapter.safetensors").is_file()
+    capfd.readouterr()
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "start", local_files_only=True)
+    assert type(loaded.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert "_diffusion_accel" not in capfd.readouterr().err, "plain diffusers passes over it"
+
+
+@pytest.mark.parametrize(
+    ("notes", "says"),
+    [
+        (5, "must be a table"),
+        ({"recommended": 5}, "must be a table"),
+        ({"recommended": {"steps": 0}}, "steps must be from 1 to 10000, got 0"),
+        ({"recommended": {"steps": True}}, "steps must be from 1"),
+        ({"recommended": {"width": 96.5}}, "width must be from 8"),
+        ({"recommended": {"scheduler": "../solver.json"}}, "scheduler must be the name of one"),
+        ({"recommended": {"scheduler": 3}}, "scheduler must be the name of one"),
+    ],
+)
+def test_recommendations_that_nobody_can_follow(notes: Any, says: str, tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusion_accel": notes}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError, match=says):
+        find_model(str(tmp_path))
+    index["_diffusion_accel"] = {"recommended": {"of_tomorrow": 5, "steps": 8, "guidance_scale": 2}, "new": []}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert find_model(str(tmp_path)).defaults == {"steps": 8, "guidance_scale": 2.0}
 
 
 def test_kinds(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from diffusion_accel import (
     ConfigurationError,
     ControlNetParallel,
     LatentTransparency,
+    OutputError,
     PlanFamily,
     Reuse,
     TunedPlan,
@@ -132,6 +133,37 @@ def test_plans_come_back_with_what_is_known_of_them(whole: Path, tmp_path: Path,
         assert kept["format"] == kind
     again = load(tmp_path / "0", reuse=Reuse(plan=str(tmp_path / "0/acceleration.files/reuse-plan.json"), speedup=2))
     assert str(again.acceleration.features["reuse"].source.plan) == str(family.members[0].plan)
+
+
+def test_a_recipe_that_the_model_was_saved_without_is_not_its_own(whole: Path, tmp_path: Path, caplog: Any) -> None:
+    pipe, folder = load(whole, reuse="hold:2"), tmp_path / "m"
+    pipe.save_pretrained(folder)
+    assert "recipe" not in pipe.config.get("_diffusion_accel", {}), "only what is saved says so"
+    assert [*load(folder).acceleration.features] == ["reuse"]
+    pipe.acceleration.remove()
+    pipe.save_pretrained(folder)  # diffusers' own, which leaves the file
+    loaded, told = said(caplog, lambda: load(folder))
+    assert not loaded.acceleration.features and len(told) == 1 and "left from an earlier save" in told[0]
+    with pytest.raises(ConfigurationError, match="left from an earlier save: .* name the file to use it all the same"):
+        load(folder, recipe=True)
+    assert [*load(folder, recipe=folder / FILE).acceleration.features] == ["reuse"]
+    accelerate(pipe, Reuse(plan="hold:3")).save_pretrained(folder)
+    assert load(folder).acceleration.features["reuse"].plan == "hold:3"
+    accelerate(loaded).save_pretrained(folder)
+    assert not (folder / FILE).exists()
+    pipe.acceleration.save(folder)  # into the folder of a model that was there: nothing was saved since
+    assert [*load(folder).acceleration.features] == ["reuse"]
+
+
+def test_a_file_of_that_name_that_is_none_of_ours_stays(whole: Path, tmp_path: Path) -> None:
+    pipe, folder = load(whole), tmp_path / "m"
+    folder.mkdir()
+    for text in ('{"of": "somebody"}', "[]", "{{"):
+        (folder / FILE).write_text(text)
+        pipe.save_pretrained(folder)
+        with pytest.raises(OutputError, match="exists, and is no recipe; move it"):
+            accelerate(load(whole), Reuse(plan="hold:2")).save_pretrained(folder)
+        assert (folder / FILE).read_text() == text
 
 
 def test_what_is_switched_off_stays_so(whole: Path, tmp_path: Path) -> None:
