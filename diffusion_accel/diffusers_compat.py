@@ -203,7 +203,8 @@ def set_origin(pipe: DiffusionPipeline, location: str) -> None:
 
 @contextmanager
 def configured(pipe: Any, **values: Any) -> Iterator[None]:
-    """While the block runs, the configuration of a pipeline has these values, too."""
+    """While the block runs, the configuration of a pipeline (`_internal_dict`) has these values, too: nothing of
+    diffusers takes one out again."""
     before = pipe._internal_dict
     if values:
         pipe.register_to_config(**values)

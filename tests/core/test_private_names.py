@@ -74,7 +74,15 @@ def ours() -> set[str]:
     return (
         names
         | modules
-        | {*texts, *suffixes, "_task_routing", "_diffusion_accel_call", "_diffusion_accel_calls", "_own_forward"}
+        | {
+            *texts,
+            *suffixes,
+            "_diffusion_accel",
+            "_task_routing",
+            "_diffusion_accel_call",
+            "_diffusion_accel_calls",
+            "_own_forward",
+        }
     )
 
 
