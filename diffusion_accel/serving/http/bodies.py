@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from diffusion_accel.generation.request import LIMITS, MAX_SEED
 from diffusion_accel.serving.adapters import SCALES
@@ -20,12 +21,29 @@ LoraName = Annotated[str, Field(min_length=1, max_length=100)]
 LoraScale = Annotated[float, Field(ge=SCALES[0], le=SCALES[1], allow_inf_nan=False)]
 
 
+def _said(prompt: str) -> str:
+    if not prompt.strip():
+        raise PydanticCustomError("blank", "the prompt is empty; say what to draw")
+    return prompt
+
+
+Prompt = Annotated[
+    str,
+    Field(
+        min_length=1,
+        description="What is drawn, more than blanks; for a model of classes, a class.",
+        json_schema_extra={"pattern": r"\S"},
+    ),
+    AfterValidator(_said),
+]
+
+
 class Drawing(BaseModel):
     """What generations, edits and jobs have in common. What is null or missing is up to the server and its model."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[str, Field(min_length=1, description="What is drawn; for a model of classes, a class.")]
+    prompt: Prompt
     model: Annotated[Name | None, Field(description="The model that is served, as /v1/models names it.")] = None
     n: Annotated[int | None, Field(ge=1, le=100, description="Images; image k has the seed + k.")] = None
     size: Size | None = None

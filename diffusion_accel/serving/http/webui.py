@@ -71,6 +71,12 @@ _Text = Annotated[str, Field(max_length=1_000_000)]
 _MODEL_OPTION = "sd_model_checkpoint"
 
 
+class _Drawing(Drawing):
+    """What the other routes read, from clients for which an empty prompt is one: the web UI draws without."""
+
+    prompt: _Text = ""
+
+
 class TextToImage(BaseModel):
     """The fields that are read; others are left aside, or refused where they would change the picture."""
 
@@ -216,7 +222,7 @@ def _drawing(body: TextToImage, model: str, unit: Unit | None = None) -> Drawing
         raise Problem(422, "give width and height, or neither", "width")
     prompt, loras = _loras(body.prompt)
     values = {
-        "prompt": prompt or " ",
+        "prompt": prompt,
         "size": None if body.width is None else f"{body.width}x{body.height}",
         "negative_prompt": body.negative_prompt or None,
         "n": (body.batch_size or 1) * (body.n_iter or 1),
@@ -228,7 +234,7 @@ def _drawing(body: TextToImage, model: str, unit: Unit | None = None) -> Drawing
         **({} if unit is None else unit.fields()),
     }
     try:
-        return Drawing.model_validate(values)
+        return _Drawing.model_validate(values)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
 

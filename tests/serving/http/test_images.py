@@ -80,6 +80,7 @@ REFUSED = {
     "unknown field": ({"negativ_prompt": "x"}, 422, "negativ_prompt"),
     "no prompt": ({"prompt": None}, 422, "prompt"),
     "an empty prompt": ({"prompt": ""}, 422, "prompt"),
+    "a prompt of blanks": ({"prompt": " \u3000\n"}, 422, "prompt"),
     "a number as text": ({"n": "1"}, 422, "n"),
     "true as a number": ({"n": True}, 422, "n"),
     "too many images": ({"n": 5}, 422, "n"),

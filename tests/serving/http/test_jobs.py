@@ -50,6 +50,7 @@ def test_no_such_job(server: Server, name: str) -> None:
 def test_refused(server: Server) -> None:
     assert server.ask("POST", "/jobs", SMALL | {"stream": True})[0] == 422
     assert server.ask("POST", "/jobs", SMALL | {"n": 5})[0] == 422
+    assert server.ask("POST", "/jobs", SMALL | {"prompt": " "})[0] == 422
     assert server.ask("POST", "/jobs/edits", SMALL)[0] == 400
 
 

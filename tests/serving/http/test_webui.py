@@ -36,6 +36,14 @@ def test_from_a_prompt(api: webuiapi.WebUIApi) -> None:
     assert (prompt, negative, values["Seed"], values["Sampler"]) == ("panda", "blue", "8", "Euler a")
 
 
+@pytest.mark.parametrize("prompt", ["", " "])
+def test_an_empty_prompt_is_one_for_these_clients(prompt: str, api: webuiapi.WebUIApi) -> None:
+    found = api.txt2img(prompt=prompt, cfg_scale=3.0, **TINY)
+    asked = {"guidance_scale": 3.0, "steps": 3, "width": 48, "height": 48, "seed": 7}
+    assert near(found.image, draw(sticker(scheduler="euler-a"), Request(prompt="", **asked)).images[0])
+    assert found.info["prompt"] == prompt
+
+
 def test_from_an_image(api: webuiapi.WebUIApi) -> None:
     found = api.img2img(images=[picture(mode="RGB")], prompt="panda", denoising_strength=0.5, cfg_scale=3.0, **TINY)
     pipe = sticker(scheduler="euler-a", task="image-to-image")
