@@ -78,8 +78,9 @@ def draw(
     for number, one in share.turns():
         drawing = drawing or session.open_drawing(settings, source, device, share.plans, quiet=quiet or here.size > 1)
         try:
-            with one.showing():
-                drawing.write(one, drawing.draw(one), quiet=quiet, json_lines=json_lines)
+            for part in drawing.parts(one):
+                with part.showing():
+                    drawing.write(part, drawing.draw(part), quiet=quiet, json_lines=json_lines)
         except OutputError:  # a full disk is full for all of them
             raise
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import logging
 import sys
@@ -167,23 +168,28 @@ class Drawing:
         plain: what it is compared with; None: itself without features.
         origin: for metadata.
         settings: of the command.
-        noted: what was said once.
+        noted: what was said once, a prompt's own notes with the prompt.
     """
 
     pipe: Any
     plain: DiffusionPipeline | None
     origin: Origin
     settings: Settings
-    noted: set[str] = dataclasses.field(default_factory=set)
+    noted: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+
+    def parts(self, plan: OutputPlan) -> list[OutputPlan]:
+        """What is drawn at a time, and then written: the images of a request together, each clip by itself."""
+        return plan.each() if draws_clips(self.pipe) else [plan]
 
     def draw(self, plan: OutputPlan, *, writes: bool = True) -> Drawn:
         """Draw a request, and say first what is worth knowing of it; where it is asked for and this process `writes`,
         show it before it is finished."""
         call = prepare(self.pipe, plan.request)
         for text in call.notes():
-            if text not in self.noted or " tokens; " in text:
+            said = (text, plan.request.prompt if " tokens; " in text else "")
+            if said not in self.noted:
                 note(text)
-            self.noted.add(text)
+            self.noted.add(said)
         every = self.settings.preview_steps if writes else None
         return call.draw(
             comparing=self.settings.compare, plain=self.plain, every=every, on_partial=lambda one: plan.show(one.images)
@@ -278,7 +284,7 @@ def draw_all(
         json_lines: print a JSON line for each image.
     """
     drawing = open_drawing(settings, source, device, plans, quiet=quiet)
-    for plan in plans:
+    for plan in itertools.chain.from_iterable(map(drawing.parts, plans)):
         with plan.showing():
             drawn = drawing.draw(plan, writes=writes)
             if writes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,11 @@ class OutputPlan:
     compared: Path | None = None
     resuming: bool = False
     shown: bool = False
+
+    def each(self) -> list[OutputPlan]:
+        """A plan for each image by itself, as it is one of this one."""
+        pairs = zip(self.request.seeds, self.paths, strict=True)
+        return [replace(self, request=replace(self.request, seed=s, count=1), paths=(path,)) for s, path in pairs]
 
     def layer_path(self, path: Path, layer: str) -> Path | None:
         """Where a layer of the image `path` is written; None: it is not asked for."""

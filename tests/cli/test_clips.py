@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from diffusers import AnimateDiffPipeline, StableVideoDiffusionPipeline
 from PIL import Image, ImageSequence
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from diffusion_accel import switchboard
 from diffusion_accel.cli.from_image import read_again
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.generation.clips import Clip, durations, frames_shown, save_clip
@@ -80,6 +83,29 @@ def test_a_video_and_the_same_again(
     assert code == 0, err
     one, other = (frames_of(tmp_path / f"two-{k}{suffix}") for k in (1, 2))
     assert np.array_equal(one, frames) and not np.array_equal(one, other)
+
+
+def test_each_clip_is_written_when_it_is_there(
+    animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[list[str]] = []
+    draw = AnimateDiffPipeline.__call__
+
+    @functools.wraps(draw)
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        there.append(sorted(path.name for path in tmp_path.iterdir()))
+        if len(there) == 3:
+            raise RuntimeError("no memory is left")
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(AnimateDiffPipeline, "__call__", failing)
+    monkeypatch.setattr(switchboard, "_classes", {})
+    options = (*SMALL, "--count", 3, "--json", "-o", tmp_path / "a.gif")
+    code, out, err = call(capsys, "generate", "red", "-m", animated, *options)
+    assert code == 1 and "no memory is left" in err, err
+    assert there == [[], ["a-1.gif"], ["a-1.gif", "a-2.gif"]]
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["seed"] for line in lines] == [1, 2] and lines[0]["seconds"] != lines[1]["seconds"], "each its own"
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
