@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .module_tree import parts_of
+
 if TYPE_CHECKING:
     import torch
     from diffusers import ContextParallelConfig, DiffusionPipeline, ModelMixin
@@ -150,7 +152,18 @@ def offloads_models(pipe: DiffusionPipeline) -> bool:
 
 # ---------------------------------------------------------------------- pipelines
 def execution_device(pipe: DiffusionPipeline) -> torch.device:
-    """Where a pipeline computes, also with its models offloaded (`_execution_device`); `device` says where they are."""
+    """Where a pipeline computes, also with its models offloaded (`_execution_device`); `device` says where they are.
+
+    Where no hook of anybody is on its models, which are all in one place, that is it: diffusers' property looks through
+    all parts of all models several times.
+    """
+    models = [value for value in vars(pipe).values() if hasattr(value, "named_parameters")]
+    first = [next(model.parameters(), None) for model in models]
+    places = {None if parameter is None else parameter.device for parameter in first}
+    if len(places) == 1 and not any(LEFT_BY_HOOKS & vars(part).keys() for model in models for part in parts_of(model)):
+        place = places.pop()
+        if place is not None:
+            return place
     return pipe._execution_device
 
 

@@ -14,6 +14,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from .diffusers_compat import drop_registry, hook_names, lowest_function, registry_of, set_registry, sink, unchain
 from .errors import CallStateError
+from .module_tree import parts_above, parts_of
 
 if TYPE_CHECKING:
     from .changes import Changes
@@ -125,7 +126,7 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
     were compiled each by itself), a ControlNet, a VAE and its methods; hooks around a compiled part do it no harm.
     """
     parts: dict[str, int] = {}
-    for module in [part for model in models for part in _above_hooks(model)]:
+    for module in [part for model in models for part in parts_above(model, _is_hooked)]:
         compiled, inside = _compiled_functions(module), model_of(module)
         if compiled:
             parts[type(inside).__name__] = parts.get(type(inside).__name__, 0) + 1
@@ -136,25 +137,17 @@ def run_uncompiled(changes: Changes, models: list[Any]) -> None:
         logger.warning("%s: run uncompiled in this call, because a feature has hooks inside", which)
 
 
-def _above_hooks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The model and its parts that have hooks inside, each once."""
-    named = dict(model.named_modules(remove_duplicate=False))
-    above: dict[str, torch.nn.Module] = {}
-    for name in [name for name, part in named.items() if name and _is_hooked(part)]:
-        while name:
-            name = name.rpartition(".")[0]
-            above[name] = named[name]
-    return list({id(part): part for part in above.values()}.values())
-
-
 def _compiled_functions(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
     """Compiled functions on one module in the place of its forward, its call or other methods: where, name, function.
 
     Below hooks it is in their chain.
     """
-    functions = (name for name, value in vars(module).items() if isinstance(value, types.FunctionType))
+    functions = [name for name, value in vars(module).items() if type(value) is types.FunctionType]
+    registries = _registries(module)
+    if not functions and registries == (None, None):
+        return []
     places = [(module, name) for name in functions if name not in _CALLED]
-    for name, registry in zip(_CALLED, reversed(_registries(module)), strict=True):
+    for name, registry in zip(_CALLED, reversed(registries), strict=True):
         places.append(lowest_function(registry) or (module, name))
     found = [(owner, name, vars(owner).get(name)) for owner, name in places]
     return [(owner, name, function) for owner, name, function in found if is_compiled(function)]
@@ -168,11 +161,12 @@ def is_compiled(function: object) -> bool:
 
 def compiled_anywhere(model: torch.nn.Module) -> bool:
     """Whether a model, one of its parts or one of their methods is compiled."""
-    return any(_compiled_functions(part) for part in model.modules())
+    return any(map(_compiled_functions, parts_of(model)))
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:
-    return any(name.startswith(_OWN) for registry in _registries(module) for name in getattr(registry, "hooks", ()))
+    registries = (registry for registry in _registries(module) if registry is not None)
+    return any(name.startswith(_OWN) for registry in registries for name in registry.hooks)
 
 
 def _registries(module: torch.nn.Module) -> tuple[Any, Any]:
@@ -204,7 +198,7 @@ def own_forward(module: torch.nn.Module) -> Any:
 
 def remove_hooks(model: torch.nn.Module, prefix: str) -> None:
     """Remove all hooks whose name begins with `prefix` from the layers of a model, whoever installed them."""
-    for module in model.modules():
+    for module in parts_of(model):
         registry: Any = registry_of(module)
         for name in [n for n in hook_names(registry) if n.startswith(prefix)]:
             unchain(registry, name)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from diffusion_accel.hooks import model_of
+from diffusion_accel.module_tree import parts_of
 
 from .families import model_family
 from .find import getattr_path
@@ -120,14 +121,18 @@ def asymmetric_convolutions(module: nn.Module) -> set[int]:
 
 def rows_are_independent(module: nn.Module) -> bool:
     """Whether every attention layer of a U-Net treats each row of the batch by itself (see above)."""
-    processors = getattr(module, "attn_processors", {})
-    return all(usual_attention(p) for p in processors.values())
+    return all(map(usual_attention, _processors(module)))
 
 
 def mixes_rows(module: nn.Module) -> bool:
     """Whether an attention processor of a U-Net is neither one that treats each row by itself nor made from one."""
-    processors = getattr(module, "attn_processors", {}).values()
-    return any(not {c.__name__ for c in type(p).__mro__} & _ROW_INDEPENDENT_PROCESSORS for p in processors)
+    return any(not {c.__name__ for c in type(p).__mro__} & _ROW_INDEPENDENT_PROCESSORS for p in _processors(module))
+
+
+def _processors(module: nn.Module) -> list[object]:
+    """What computes attention in a U-Net; asked in every call, for which its own `attn_processors` is slow."""
+    places = (vars(part).get("processor") or part._modules.get("processor") for part in parts_of(module))
+    return [processor for processor in places if processor is not None]
 
 
 def usual_attention(processor: object) -> bool:
