@@ -18,6 +18,7 @@ from .changes import Changes
 from .errors import CallStateError, ConfigurationError
 from .field_values import check_limits, from_json, from_text, objects_of
 from .io import shown
+from .report import by_name
 
 if TYPE_CHECKING:
     import torch
@@ -361,6 +362,10 @@ class Attachment(Generic[FeatureT]):
     def counters(self) -> dict[str, float]:
         """What the last call did, as numbers: work done, work skipped, bytes held or sent."""
         return {}
+
+    def words(self) -> str:
+        """The counters for people, in plain words and with units; the default has their names."""
+        return by_name(self.counters())
 
     def details(self) -> dict[str, float]:
         """The same by layer, where that is known."""

@@ -322,6 +322,7 @@ class Acceleration:
             calls=None if clock is None else clock.calls,
             features={a.feature.name: a.feature.to_dict() for a in active},
             counters={a.feature.name: a.counters() for a in active},
+            words={a.feature.name: a.words() for a in active},
             details={a.feature.name: found for a in active if (found := a.details())},
             choices={a.feature.name: chosen for a in active if (chosen := a.choices())},
         )

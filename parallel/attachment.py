@@ -15,6 +15,7 @@ from diffusion_accel.denoisers import (
 from diffusion_accel.diffusers_compat import execution_device
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment
+from diffusion_accel.report import several, size
 
 from .agreement import Agreement, share_random_state
 from .communicator import Communicator
@@ -108,9 +109,23 @@ class PatchAttachment(Attachment[PatchParallel]):
         """Steps, and bytes by kind, of the last call; see `PatchParallel`."""
         return dict(self._counters)
 
+    def words(self) -> str:
+        """The counters for people."""
+        count = self._counters
+        if "exact_steps" not in count:
+            return several(count["ranks"], "process", "processes")
+        kinds = {"halo": "edges", "norm": "statistics", "attention": "attention", "output": "outputs"}
+        sent = ", ".join(f"{what} {size(count[f'{kind}_bytes'])}" for kind, what in kinds.items())
+        return (
+            f"{several(count['ranks'], 'process', 'processes')}, {several(count['exact_steps'], 'step')} with the "
+            f"others' values of that step, {count['stale_steps']:g} with those of the one before; "
+            f"{size(count['bytes_sent'])} sent by this process ({sent}), {size(count['bytes_per_exact_step'])} and "
+            f"{size(count['bytes_per_stale_step'])} a step; {size(count['buffer_bytes'])} of buffers"
+        )
+
     def details(self) -> dict[str, float]:
         """Bytes that this process sent in the last call, by layer."""
         found: dict[str, float] = {}
-        for (_, layer), size in self._traffic.items():
-            found[layer] = found.get(layer, 0) + size
+        for (_, layer), count in self._traffic.items():
+            found[layer] = found.get(layer, 0) + count
         return found

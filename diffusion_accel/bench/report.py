@@ -56,11 +56,22 @@ def heading(result: Benchmark) -> str:
     )
 
 
+def legend(result: Benchmark) -> str:
+    """What the columns mean, in two sentences."""
+    goal = any(row.psnr_converged is not None for row in result.rows)
+    more = "; to converged: PSNR to what many steps of a good solver draw" if goal else ""
+    return (
+        "Ratios are the baseline's time and work (FLOPs) over the entry's: 2.00 is twice as fast, half of the work. "
+        "PSNR (median and worst decile, dB) and SSIM compare with the images of the baseline: more is nearer, equal is "
+        f"the same image{more}."
+    )
+
+
 def markdown(result: Benchmark) -> str:
-    """The table, below its heading."""
+    """The table, between its heading and what its columns mean."""
     lines = [heading(result), "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     shown = [[printable(cell).replace("|", "\\|") for cell in cells(row)] for row in result.rows]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in shown]) + "\n"
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in shown), "", legend(result)]) + "\n"
 
 
 def pareto(rows: list[Row]) -> list[Row]:
@@ -98,6 +109,7 @@ def page(result: Benchmark) -> str:
         f"diffusion-accel: {result.job.model}",
         PAGE,
         heading=heading(result),
+        legend=legend(result),
         families=families_of(result.rows),
         plots=[Markup(svg) for svg in plots if svg],
         columns=COLUMNS,
@@ -223,5 +235,6 @@ PAGE = """<p>{{ heading }}</p>
 {%- for cell in cells[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>
+<p>{{ legend }}</p>
 {{ images }}
 """

@@ -15,6 +15,7 @@ from diffusion_accel.diffusers_compat import execution_device, has_offload_hook,
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment
 from diffusion_accel.hooks import HookSet, model_of
+from diffusion_accel.report import several
 
 from .compiled import Compiled
 from .engine import Target
@@ -131,6 +132,16 @@ class CompiledAttachment(Attachment[Compiled]):
     def counters(self) -> Counters:
         """What the last call did."""
         return {**self._counters, "compile_seconds": round(self._counters.get("compile_seconds", 0), 3)}
+
+    def words(self) -> str:
+        """The counters for people."""
+        if self.feature.blocks:
+            return "repeated blocks compiled; their calls are not counted"
+        count = {**dict.fromkeys(COUNTERS, 0.0), **self._counters}
+        said = f"{several(count['graph_calls'], 'call')} by compiled graphs, {count['eager_calls']:g} by torch"
+        made = {"compiled": count["graphs_compiled"], "read from the cache": count["graphs_loaded"]}
+        graphs = [f"{several(number, 'graph')} {how}" for how, number in made.items() if number]
+        return f"{said}; {' and '.join(graphs)} in {count['compile_seconds']:.1f} s" if graphs else said
 
 
 class GraphHook(ModelHook):

@@ -16,6 +16,7 @@ from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment
 from diffusion_accel.flops import counting
 from diffusion_accel.hooks import HookSet, bind_forward, model_of
+from diffusion_accel.report import several
 
 from .beside import Beside, Job
 from .controlnet_parallel import ControlNetParallel
@@ -88,6 +89,11 @@ class ControlNetParallelAttachment(Attachment[ControlNetParallel]):
     def counters(self) -> dict[str, float]:
         """What the last call did."""
         return dict(self._counters)
+
+    def words(self) -> str:
+        """The counters for people."""
+        beside, in_turn = (self._counters[f"runs_{how}"] for how in ("beside", "in_turn"))
+        return f"the ControlNet called {several(beside, 'time')} beside the denoiser, {in_turn:g} before it"
 
 
 class _BesideHook(ModelHook):

@@ -51,10 +51,10 @@ class FastReport:
         """A few lines for the terminal."""
         found = self.measured
         lines = [
-            f"{self.folder}: {self.taken}, {self.size:.3f} of float32",
-            f"on {found['images']} other prompts: {found['time_ratio']:.2f}x as fast (FLOPs "
-            f"{found['flop_ratio']:.2f}x), PSNR {found['psnr_median']:.1f} dB, worst decile "
-            f"{found['psnr_worst_decile']:.1f} dB",
+            f"{self.folder}: {self.taken}; the denoiser takes {self.size:.3f} of its size in float32",
+            f"on {found['images']} other prompts: {found['time_ratio']:.2f} times as fast, {found['flop_ratio']:.2f} "
+            f"times less work (FLOPs); PSNR to the model as it was {found['psnr_median']:.1f} dB (median), "
+            f"{found['psnr_worst_decile']:.1f} dB (worst decile)",
         ]
         if found["psnr_median"] < (self.asked["min_psnr"] or 0.0):
             lines.append(f"that is less than the {self.asked['min_psnr']:g} dB that it kept where it was chosen")

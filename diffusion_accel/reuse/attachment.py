@@ -23,6 +23,7 @@ from .plan import Plan, PlanSource
 from .plan_family import numbers_of
 from .plan_file import TunedPlan
 from .reuse import Reuse
+from .words import in_words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -121,6 +122,10 @@ class ReuseAttachment(Attachment[AnyReuse]):
     def counters(self) -> dict[str, float]:
         """What the last call did."""
         return dict(self._counters)
+
+    def words(self) -> str:
+        """The counters for people."""
+        return in_words(self._counters)
 
     def choices(self) -> dict[str, Any]:
         """The plan that was chosen from a family, or the one that was learned."""

@@ -11,6 +11,7 @@ from diffusion_accel.denoisers import find_denoisers, timestep_kind
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Attachment
 from diffusion_accel.hooks import HookSet
+from diffusion_accel.report import several
 
 from .hooks import not_routable, route, trained_recipe
 from .recipe import Recipe
@@ -105,3 +106,8 @@ class TaskRoutingAttachment(Attachment[TaskRouting]):
     def counters(self) -> dict[str, float]:
         """How many blocks are routed, and the share of their channels that is active."""
         return dict(self._counters)
+
+    def words(self) -> str:
+        """The counters for people."""
+        blocks, share = self._counters["routed_blocks"], self._counters["active_share"]
+        return f"{several(blocks, 'block')} routed, with {share:.0%} of their channels active"

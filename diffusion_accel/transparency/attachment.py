@@ -18,6 +18,7 @@ from diffusion_accel.feature import Attachment
 from diffusion_accel.hooks import HookSet
 from diffusion_accel.io import at_home
 from diffusion_accel.model_files.names import EMBEDDED
+from diffusion_accel.report import several
 
 from .codec import decode_rgba, offset_of, refine_latents
 from .conditions import Concatenated, StopAdapterHook, condition_latents, open_layer
@@ -286,3 +287,10 @@ class TransparencyAttachment(Attachment[LatentTransparency]):
     def counters(self) -> dict[str, float]:
         """Sides that the decoder looks from, images that it decoded, parameters of the base model that were changed."""
         return dict(self._counters)
+
+    def words(self) -> str:
+        """The counters for people."""
+        count = {"views": 0.0, "changed": 0.0, "decoded": 0.0} | self._counters
+        said = f"{several(count['decoded'], 'image')} decoded from {several(count['views'], 'side')}"
+        changed = several(count["changed"], "weight tensor")
+        return f"{said}, {changed} of the model changed during the call" if count["changed"] else said

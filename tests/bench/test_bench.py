@@ -17,7 +17,7 @@ from diffusion_accel import Compiled, ConfigurationError, PlanFamily, Reuse
 from diffusion_accel.bench import run
 from diffusion_accel.bench.entries import Entry, read_entries
 from diffusion_accel.bench.peers import PEERS
-from diffusion_accel.bench.report import markdown, page, pareto, plot
+from diffusion_accel.bench.report import legend, markdown, page, pareto, plot
 from diffusion_accel.bench.result import Benchmark, Row
 from diffusion_accel.bench.run import bench
 from diffusion_accel.bench.runner import Job, Runner
@@ -164,8 +164,9 @@ def test_a_peer_that_fails_is_a_row_that_says_why(result: Benchmark) -> None:
 
 def test_reports_hold_everything_and_need_no_other_file(result: Benchmark) -> None:
     table = markdown(result)
-    assert table.count("\n") == len(result.rows) + 4
+    assert table.count("\n") == len(result.rows) + 6 and legend(result) in table
     text = page(result)
+    assert "2.00 is twice as fast, half of the work" in text
     assert "https://" not in text and set(re.findall(r"http://[^\"]*", text)) == {"http://www.w3.org/2000/svg"}
     assert text.count("data:image/webp") >= 8
     for key in ("psnr", "psnr_converged"):
