@@ -24,11 +24,12 @@ from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simula
 
 # Weights of a layer from which on a way is the faster one on a CPU, measured with inputs of 2 to 8,000 rows by
 # scripts/measure_quantization.py. Integers against float32: with products in 32 bits; with those in 16 bits; of dynamic
-# inputs of linear layers, whose grids are found by row
+# inputs of linear layers, whose grids are found by row, and of convolutions as well where the other way is bfloat16
 _ENOUGH, _ENOUGH_16_BITS, _ENOUGH_BY_ROW = 2**15, 2**17, 2**18
-# beside AMX, which multiplies bfloat16 as well: bfloat16 against float32; integers against the runtime `bfloat16`; and
+# where bfloat16 is multiplied as well, bfloat16 against float32; beside AMX integers against the runtime `bfloat16`; and
 # against a model in bfloat16, or with dynamic inputs of convolutions
 _ENOUGH_BFLOAT16, _ENOUGH_BESIDE_BFLOAT16, _ENOUGH_BESIDE_AMX = 2**15, 3 * 2**15, 2**19
+AMX, VNNI_BFLOAT16 = "AMX", "32 bits, bfloat16"
 # dB: what bfloat16 rounds (weights, input, output) is kept to 51, so where the weights of a layer keep at most this, it
 # adds at most half of the error that they have
 _BFLOAT16_UP_TO = 48.0
@@ -398,23 +399,28 @@ def fastest(layer: QuantizedLayer, dtype: torch.dtype, device: str) -> str:
     spec, machine, size = layer.spec, products(device), layer.weight_shape.numel()
     by_row = spec.dynamic and not isinstance(layer, nn.Conv2d)
     coarser = (spec.activation_bits or 16) <= 8 or (spec.sqnr is not None and spec.sqnr <= _BFLOAT16_UP_TO)
-    half = machine == "AMX" and coarser and size >= _ENOUGH_BFLOAT16 and dtype == torch.float32
+    half = machine in (AMX, VNNI_BFLOAT16) and coarser and size >= _ENOUGH_BFLOAT16 and dtype == torch.float32
     if why_not_integer(layer) is not None or machine == "none" or (machine == "16 bits" and spec.weight_bits == 8):
         integers = False  # 8-bit weights are split where products are added in 16 bits: twice the work
-    elif half or (machine == "AMX" and dtype != torch.float32):
+    elif machine == AMX and (half or dtype != torch.float32):
         enough = _ENOUGH_BESIDE_BFLOAT16 if half and not spec.dynamic else _ENOUGH_BESIDE_AMX
         integers = size >= enough and not by_row
+    elif by_row or (half and spec.dynamic):
+        integers = size >= _ENOUGH_BY_ROW
     else:
-        integers = size >= (_ENOUGH_BY_ROW if by_row else _ENOUGH_16_BITS if machine == "16 bits" else _ENOUGH)
+        integers = size >= (_ENOUGH_16_BITS if machine == "16 bits" else _ENOUGH)
     return "integer" if integers else "bfloat16" if half else "dequantize"
 
 
 @functools.cache
 def products(device: str) -> str:
-    """What a machine has for 8-bit products: "AMX", "32 bits" or "16 bits" (to add them in) on a CPU, else "none"."""
+    """What a machine has for 8-bit products: on a CPU "AMX", "32 bits" (to add them in), the same with products of
+    bfloat16, or "16 bits"; else "none"."""
     if device != "cpu" or not hasattr(torch.ops.onednn, "qlinear_prepack"):
         return "none"
     if saturates():
         return "16 bits"
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "AMX" if amx() else "32 bits"
+    for kind, asked in ((AMX, "_is_amx_tile_supported"), (VNNI_BFLOAT16, "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, asked, bool)():
+            return kind
+    return "32 bits"

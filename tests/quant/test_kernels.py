@@ -157,6 +157,8 @@ STATIC: list[tuple[str, int, torch.dtype, dict[int, str]]] = [
     ("AMX", 8, torch.bfloat16, {256: "dequantize", 768: "integer"}),
     ("32 bits", 8, torch.float32, {128: "dequantize", 256: "integer"}),
     ("32 bits", 8, torch.bfloat16, {128: "dequantize", 256: "integer"}),
+    ("32 bits, bfloat16", 8, torch.float32, {128: "dequantize", 256: "integer"}),
+    ("32 bits, bfloat16", 8, torch.bfloat16, {128: "dequantize", 256: "integer"}),
     ("16 bits", 8, torch.float32, {768: "dequantize"}),
     ("16 bits", 7, torch.float32, {256: "dequantize", 768: "integer"}),
     ("none", 4, torch.float32, {768: "dequantize"}),
@@ -182,8 +184,11 @@ def test_auto_goes_by_the_layer_and_the_machine_alone(
             assert layer.runtime.name == name
 
 
-def test_auto_takes_bfloat16_only_within_the_error_that_a_layer_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "products", lambda device: "AMX")
+@pytest.mark.parametrize("machine", ["AMX", "32 bits, bfloat16"])
+def test_auto_takes_bfloat16_only_within_the_error_that_a_layer_has(
+    monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    monkeypatch.setattr(kernels, "products", lambda device: machine)
     layer = made(conv(in_channels=128, out_channels=128), weight_bits=8, activation_bits=None)
     for sqnr, name in ((40.0, "bfloat16"), (48.1, "dequantize"), (None, "dequantize")):
         layer.spec = dataclasses.replace(layer.spec, sqnr=sqnr)
@@ -196,13 +201,15 @@ def test_auto_takes_bfloat16_only_within_the_error_that_a_layer_has(monkeypatch:
 def test_dynamic_rows_need_larger_layers_than_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding a grid for each row costs as much as a small product."""
     found = {}
-    for machine in ("AMX", "32 bits"):
+    for machine in ("AMX", "32 bits", "32 bits, bfloat16"):
         monkeypatch.setattr(kernels, "products", lambda device, machine=machine: machine)
-        for kind, layer in (("rows", nn.Linear(384, 384)), ("more rows", nn.Linear(640, 640)), ("image", conv())):
-            if kind == "image":
-                layer = conv(in_channels=256, out_channels=256)
+        small, large = conv(in_channels=64, out_channels=64), conv(in_channels=256, out_channels=256)
+        layers = {"rows": nn.Linear(384, 384), "more rows": nn.Linear(640, 640), "small image": small, "image": large}
+        for kind, layer in layers.items():
             quantized = made(layer, weight_bits=8, dynamic=True)
             found[machine, kind] = fastest(quantized, torch.float32, "cpu")
     assert found["AMX", "rows"] == found["AMX", "more rows"] == "bfloat16" and found["AMX", "image"] == "integer"
     assert found["32 bits", "rows"] == "dequantize"
-    assert found["32 bits", "more rows"] == found["32 bits", "image"] == "integer"
+    assert found["32 bits", "more rows"] == found["32 bits", "image"] == found["32 bits", "small image"] == "integer"
+    assert found["32 bits, bfloat16", "rows"] == found["32 bits, bfloat16", "small image"] == "bfloat16"
+    assert found["32 bits, bfloat16", "more rows"] == found["32 bits, bfloat16", "image"] == "integer"
