@@ -226,10 +226,39 @@ def _is_own(forward: Any, module: torch.nn.Module) -> bool:
     return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
 
+class _Parameters:
+    """What a function takes, to bind its arguments by name."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.signature, several = signature, list(signature.parameters.values())
+        self.names = tuple(signature.parameters)
+        self._known = frozenset(self.names)
+        self._required = frozenset(p.name for p in several if p.default is p.empty)
+        self._plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in several)
+        self._others = next((p.name for p in several if p.kind is p.VAR_KEYWORD), None)
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, in the order of the parameters, with those that `**kwargs` takes among them.
+
+        A hook does so in every step, and `Signature.bind` takes 30 microseconds, so where nothing is left to it to
+        decide or to refuse it is not asked.
+        """
+        if self._plain and len(args) <= len(self.names):
+            given = dict(zip(self.names, args, strict=False))
+            keys = given.keys() | kwargs.keys()
+            if len(keys) == len(given) + len(kwargs) and self._required <= keys <= self._known:
+                given |= kwargs
+                return {name: given[name] for name in self.names if name in given}
+        named = dict(self.signature.bind(*args, **kwargs).arguments)
+        if self._others is not None:
+            named.update(named.pop(self._others, {}))
+        return named
+
+
 @functools.lru_cache(maxsize=256)
-def _signature(method: Callable[..., Any]) -> inspect.Signature:
+def _parameters(method: Callable[..., Any]) -> _Parameters:
     signature = inspect.signature(method)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+    return _Parameters(signature.replace(parameters=list(signature.parameters.values())[1:]))  # without self
 
 
 def bind_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +268,7 @@ def bind_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 def bind_method(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a class's `method` by name, without self; raises `TypeError` as the call would."""
-    return _bound(_signature(method), args, kwargs)
+    return _parameters(method).bound(args, kwargs)
 
 
 def bind_bound(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -247,16 +276,8 @@ def bind_bound(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     it; raises `TypeError` as the call would."""
     inner = inspect.unwrap(call)
     method = getattr(inner, "__func__", None)
-    return _bound(inspect.signature(inner) if method is None else _signature(method), args, kwargs)
-
-
-def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, with those that `**kwargs` takes among them."""
-    named = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-    return named
+    parameters = _Parameters(inspect.signature(inner)) if method is None else _parameters(method)
+    return parameters.bound(args, kwargs)
 
 
 def call_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +301,7 @@ def as_given(
 
 def forward_parameters(module: torch.nn.Module) -> tuple[str, ...]:
     """The parameter names of `module`'s own `forward`, in order."""
-    return tuple(_signature(type(model_of(module)).forward).parameters)
+    return _parameters(type(model_of(module)).forward).names
 
 
 def first_argument(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

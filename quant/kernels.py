@@ -26,7 +26,7 @@ from .layers import Dequantize, QuantizedConv2d, QuantizedLayer, Runtime, Simula
 # scripts/measure_quantization.py. Integers against float32: with products in 32 bits; with those in 16 bits; of dynamic
 # inputs of linear layers, whose grids are found by row, and of convolutions as well where the other way is bfloat16
 _ENOUGH, _ENOUGH_16_BITS, _ENOUGH_BY_ROW = 2**15, 2**17, 2**18
-# where bfloat16 is multiplied as well, bfloat16 against float32; beside AMX integers against the runtime `bfloat16`; and
+# where bfloat16 is multiplied as well, it against float32; beside AMX integers against the runtime `bfloat16`, and
 # against a model in bfloat16, or with dynamic inputs of convolutions
 _ENOUGH_BFLOAT16, _ENOUGH_BESIDE_BFLOAT16, _ENOUGH_BESIDE_AMX = 2**15, 3 * 2**15, 2**19
 AMX, VNNI_BFLOAT16 = "AMX", "32 bits, bfloat16"

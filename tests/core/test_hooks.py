@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import ModelHook
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusion_accel.errors import CallStateError
-from diffusion_accel.hooks import HookSet, bind_bound
+from diffusion_accel.hooks import HookSet, bind_bound, bind_method
 from diffusion_accel.steps import WatchedStep
 
 
@@ -109,3 +111,43 @@ def test_arguments_of_what_an_object_has_are_found_by_name() -> None:
         assert bind_bound(call, (1,), {"timestep": 2, "eta": 4}) == {"model_output": 1, "timestep": 2, "eta": 4}
         with pytest.raises(TypeError, match="timestep"):
             bind_bound(call, (1,), {})
+
+
+class _Forwards:
+    """Methods with parameters of every kind."""
+
+    def plain(self, a: Any, b: Any, c: Any = 3, d: Any = None) -> None: ...
+
+    def none(self) -> None: ...
+
+    def only_named(self, a: Any, *, b: Any, c: Any = 3) -> None: ...
+
+    def only_placed(self, a: Any, b: Any = 2, /, c: Any = 3) -> None: ...
+
+    def many(self, a: Any, *args: Any, b: Any = 2) -> None: ...
+
+    def others(self, a: Any, b: Any = 2, **kwargs: Any) -> None: ...
+
+
+METHODS = [value for value in vars(_Forwards).values() if inspect.isfunction(value)]
+
+
+@given(
+    st.sampled_from(METHODS),
+    st.lists(st.integers(), max_size=5),
+    st.dictionaries(st.sampled_from("abcdef"), st.integers()),
+)
+def test_arguments_are_bound_as_python_binds_them(method: Any, args: list[int], kwargs: dict[str, int]) -> None:
+    signature = inspect.signature(method)
+    try:
+        expected = dict(signature.bind(None, *args, **kwargs).arguments)
+    except TypeError:
+        with pytest.raises(TypeError):
+            bind_method(method, tuple(args), kwargs)
+        return
+    expected.pop("self")
+    expected.update(expected.pop("kwargs", {}))
+    given_before = dict(kwargs)
+    found = bind_method(method, tuple(args), kwargs)
+    assert list(found.items()) == list(expected.items())
+    assert kwargs == given_before

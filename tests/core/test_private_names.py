@@ -24,7 +24,8 @@ ALLOWED = {
         "_parameters", "_register_state_dict_hook", "_state_dict_hooks", "_torchdynamo_orig_callable",
     },
     "torch: tensors and operators": {
-        "_C", "_cdata", "_foreach_lerp_", "_int_mm", "_is_amx_tile_supported", "_python_dispatch",
+        "_C", "_cdata", "_foreach_lerp_", "_int_mm", "_is_amx_tile_supported", "_is_avx512_bf16_supported",
+        "_python_dispatch",
         "_scaled_dot_product_flash_attention_for_cpu", "_schema", "_version",
     },
     "ends of texts": {"_cpu_offload", "_top1", "_top5"},
