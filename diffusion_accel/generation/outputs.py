@@ -16,6 +16,7 @@ from diffusion_accel.image_files import SUFFIXES, check_fits, check_holds_alpha,
 from diffusion_accel.io import is_there, printable
 from diffusion_accel.outputs import check_distinct, check_free, check_writable, output_path
 
+from . import unfinished
 from .clips import FPS, Clip, check_fps, save_clip
 from .clips import SUFFIXES as CLIP_SUFFIXES
 from .layers import by_image
@@ -105,11 +106,14 @@ class OutputPlan:
 
     def shown_files(self) -> list[Path]:
         """Where images are shown before they are finished."""
-        return [path.with_name(f"{path.stem}.preview.png") for path in self.paths] if self.shown else []
+        return [unfinished.file_for(path) for path in self.paths] if self.shown else []
 
     @contextmanager
     def showing(self) -> Iterator[None]:
-        """While images are drawn and written: what is shown of them is gone at the end, also a sudden one."""
+        """While images are drawn and written: what is shown of them is gone at the end, also a sudden one, and so is
+        what a killed process has left."""
+        for path in self.paths:
+            unfinished.forget_left(path)
         with ExitStack() as all_of_them:
             for file in self.shown_files():
                 all_of_them.enter_context(interrupts.unfinished(file))
@@ -117,8 +121,8 @@ class OutputPlan:
 
     def show(self, images: Sequence[Image.Image]) -> None:
         """Write images that are not finished, the first layer of each."""
-        for file, image in zip(self.shown_files(), images[:: len(self.layers)], strict=True):
-            save_image(image, file)
+        for path, image in zip(self.paths, images[:: len(self.layers)], strict=True):
+            unfinished.save(image, path)
 
     def check(self, overwrite: bool) -> None:
         """Refuse files that exist, cannot be written, or cannot hold what is drawn.
@@ -127,7 +131,8 @@ class OutputPlan:
             OutputError: a file exists, and neither `overwrite` nor `resuming` is true, or its name is too long.
             ConfigurationError: its type holds no alpha, or no image as large as the request's.
         """
-        check_free([*self.paths, *self.files(), *self.shown_files()], overwrite or self.resuming)
+        shown = [unfinished.file_for(path) for path in self.paths if self.shown and not unfinished.is_left(path)]
+        check_free([*self.paths, *self.files(), *shown], overwrite or self.resuming)
         for path in self.paths:
             if self.layers != ("",):
                 check_holds_alpha(path)

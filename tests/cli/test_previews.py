@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from PIL import Image
 
 from diffusion_accel import interrupts
 from diffusion_accel.errors import OutputError
-from diffusion_accel.generation import outputs
+from diffusion_accel.generation import outputs, unfinished
 
 SMALL = ("--width", 16, "--height", 16, "--seed", 1)
 
@@ -34,6 +37,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         seen.append((path.name, np.asarray(Image.open(path), dtype=float)))
 
     monkeypatch.setattr(outputs, "save_image", watched)
+    monkeypatch.setattr(unfinished, "save_image", watched)
     return seen
 
 
@@ -92,7 +96,63 @@ def test_what_was_shown_is_gone_after_a_failure(
 
     save = outputs.save_image
     monkeypatch.setattr(outputs, "save_image", full)
+    monkeypatch.setattr(unfinished, "save_image", full)
     given = ("-m", folder, *SMALL, "--steps", 4, "--preview-steps", 1, "-o", tmp_path / "a.png", "-q")
     code, _, err = call(capsys, "generate", "red", *given)
     assert code == 1 and "No space left" in err and seen == [True]
     assert not [*tmp_path.iterdir()] and interrupts.names() == "nothing was written"
+
+
+def killed_in_the_middle(image: Path, show: Any) -> None:
+    """Show an image in a process that is then killed."""
+    child = os.fork()
+    if child == 0:
+        unfinished.save(show, image)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_what_a_killed_process_has_left_goes_with_the_next_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, left = tmp_path / "a.png", tmp_path / "a.preview.png"
+    given = ("generate", "red", "-m", folder, *SMALL, "--steps", 2, "--overwrite", "-q", "-o", path)
+    for more in ((), ("--preview-steps", 1)):
+        killed_in_the_middle(path, Image.new("RGB", (8, 8)))
+        assert left.exists() and unfinished.is_left(path)
+        assert call(capsys, *(word for word in given if more == () or word != "--overwrite"), *more)[0] == 0
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png"]
+        path.unlink()
+
+
+def test_anything_else_of_that_name_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = tmp_path / "a.png", tmp_path / "a.preview.png"
+    image = Image.new("RGB", (8, 8))
+
+    def stays() -> None:
+        before = file.read_bytes()
+        assert not unfinished.is_left(path)
+        assert call(capsys, "generate", "red", "-m", folder, *SMALL, "--steps", 2, "-q", "-o", path)[0] == 0
+        assert file.read_bytes() == before
+        path.unlink()
+        code, _, err = call(capsys, "generate", "red", "-m", folder, *SMALL, "--preview-steps", 1, "-o", path)
+        assert code == 1 and "a.preview.png exists" in err and file.read_bytes() == before
+
+    image.save(file)
+    stays()
+    killed_in_the_middle(tmp_path / "b.png", image)
+    (tmp_path / "b.preview.png").rename(file)  # of another image
+    stays()
+    parent = os.getppid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: parent)  # a process that runs
+        unfinished.save(image, path)
+    stays()
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "node", lambda: "elsewhere")
+        killed_in_the_middle(path, image)
+    stays()
+    file.write_bytes(b"\x89PNG")
+    stays()
