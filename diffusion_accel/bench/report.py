@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from diffusion_accel.io import printable, replacing
 from diffusion_accel.measure import html
-from diffusion_accel.measure.fidelity import EQUAL
+from diffusion_accel.measure.fidelity import EQUAL, decibels
 from diffusion_accel.measure.grids import data_url
 
 from .result import Benchmark, Row
@@ -26,8 +26,8 @@ def cells(row: Row) -> list[str]:
     def number(value: float | None, form: str = ".2f") -> str:
         return "–" if value is None else format(value, form)
 
-    def decibels(value: float | None) -> str:
-        return "–" if value is None else "equal" if value >= EQUAL else f"{value:.1f}"
+    def psnr(value: float | None) -> str:
+        return "–" if value is None else decibels(value, "")
 
     if row.failed:
         return [row.name, f"failed: {row.failed}", *[""] * (len(COLUMNS) - 2)]
@@ -37,10 +37,10 @@ def cells(row: Row) -> list[str]:
         number(row.time_ratio),
         number(row.flop_ratio),
         number(row.peak_mib, ".0f"),
-        decibels(median),
-        decibels(worst),
+        psnr(median),
+        psnr(worst),
         number(row.ssim[0] if row.ssim else None, ".4f"),
-        decibels(row.psnr_converged),
+        psnr(row.psnr_converged),
     ]
 
 

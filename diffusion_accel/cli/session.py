@@ -27,6 +27,7 @@ from diffusion_accel.generation.outputs import OutputPlan
 from diffusion_accel.generation.partial import impossible
 from diffusion_accel.generation.records import Origin, how_quantized, record, versions
 from diffusion_accel.image_metadata import whole_path
+from diffusion_accel.measure.fidelity import decibels
 from diffusion_accel.model_files.names import ModelSource
 from diffusion_accel.pipelines.loading import class_of, load_pipeline
 from diffusion_accel.pipelines.recipes import quantize_of
@@ -302,9 +303,9 @@ def print_summary(pipe: DiffusionPipeline, drawn: Drawn, compared: Path | None) 
     c = drawn.comparison
     if c is None:
         return
-    title = "against plain diffusers (ratio 2.00: twice as fast, half of the work)"
+    title = "against plain diffusers (2.00: twice as fast)"
     table = Table("time ratio", "FLOP ratio", "PSNR dB", "SSIM", title=title)
     psnr, ssim = sorted(c.psnr)[len(c.psnr) // 2], sorted(c.ssim)[len(c.ssim) // 2]
-    table.add_row(f"{c.time_ratio:.2f}", f"{c.flop_ratio:.2f}", f"{psnr:.1f}", f"{ssim:.3f}")
+    table.add_row(f"{c.time_ratio:.2f}", f"{c.flop_ratio:.2f}", decibels(psnr, ""), f"{ssim:.3f}")
     console().print(table)
     say(f"side by side: {compared}")

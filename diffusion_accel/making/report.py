@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusion_accel.measure import html
+from diffusion_accel.measure.fidelity import decibels
 from diffusion_accel.measure.grids import data_url
 
 SHOWN = 16  # images of each row
@@ -53,8 +54,8 @@ class FastReport:
         lines = [
             f"{self.folder}: {self.taken}; the denoiser takes {self.size:.3f} of its size in float32",
             f"on {found['images']} other prompts: {found['time_ratio']:.2f} times as fast, {found['flop_ratio']:.2f} "
-            f"times less work (FLOPs); PSNR to the model as it was {found['psnr_median']:.1f} dB (median), "
-            f"{found['psnr_worst_decile']:.1f} dB (worst decile)",
+            f"times less work (FLOPs); PSNR to the model as it was {decibels(found['psnr_median'])} (median), "
+            f"{decibels(found['psnr_worst_decile'])} (worst decile)",
         ]
         if found["psnr_median"] < (self.asked["min_psnr"] or 0.0):
             lines.append(f"that is less than the {self.asked['min_psnr']:g} dB that it kept where it was chosen")
@@ -71,7 +72,7 @@ class FastReport:
     def page(self) -> str:
         """The whole report as one HTML page."""
         columns = ("flop_ratio", "psnr_median", "psnr_worst_decile", "ssim_median")
-        rows = [(name, *(numbers.get(key, "–") for key in columns)) for name, numbers in self.tried.items()]
+        rows = [(name, *(_cell(key, numbers.get(key)) for key in columns)) for name, numbers in self.tried.items()]
         images = [
             (label, [data_url(image) for image in batch[:SHOWN]])
             for label, batch in zip(("as it was", self.taken), self.images or ((), ()), strict=True)
@@ -88,9 +89,14 @@ class FastReport:
             call=", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in self.call.items()),
             prompts=", ".join(f"{count} {what}" for what, count in self.prompts.items()),
             images=html.image_table(images),
-            rows=sorted(rows, key=lambda row: -row[1]),
+            rows=sorted(rows, key=lambda row: -row[1]),  # by work
             taken=self.taken,
         )
+
+
+def _cell(key: str, value: float | None) -> Any:
+    """A number as the page has it."""
+    return "–" if value is None else decibels(value, "") if key.startswith("psnr") else value
 
 
 _PAGE = """<p>{% for line in summary %}{{ line }}<br>{% endfor %}</p>

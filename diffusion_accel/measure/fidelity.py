@@ -79,6 +79,11 @@ def fidelity(reference: torch.Tensor | Sequence[Image.Image], images: torch.Tens
     return Fidelity(tuple(values), tuple(ssim(a, b).tolist()) if min(a.shape[-2:]) >= WINDOW else ())
 
 
+def decibels(value: float, unit: str = " dB") -> str:
+    """A PSNR for people: "46.1 dB", or "equal" of images that are the same."""
+    return "equal" if value >= EQUAL else f"{value:.1f}{unit}"
+
+
 def spread(values: Sequence[float] | torch.Tensor, most: float = EQUAL) -> tuple[float, float]:
     """Median and worst decile (the value that nine of ten reach); none of the values counts as more than `most`."""
     finite = torch.as_tensor(values, dtype=torch.float64).clamp(max=most)

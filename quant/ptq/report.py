@@ -15,7 +15,7 @@ import torch
 
 from diffusion_accel.denoisers import find_denoiser
 from diffusion_accel.measure import html
-from diffusion_accel.measure.fidelity import EQUAL, fidelity
+from diffusion_accel.measure.fidelity import EQUAL, decibels, fidelity
 from diffusion_accel.measure.grids import data_url
 from diffusion_accel.measure.sampler import Sampler
 from diffusion_accel.measure.timing import interleaved, ratios
@@ -88,7 +88,7 @@ class QuantizationReport:
         if self.psnr:
             middle = statistics.median(self.psnr), statistics.median(self.ssim or [0.0])
             lines.append(
-                f"PSNR to full precision {middle[0]:.1f} dB, SSIM {middle[1]:.3f} "
+                f"PSNR to full precision {decibels(middle[0])}, SSIM {middle[1]:.3f} "
                 f"(medians of {len(self.psnr)} images, held-out prompts)"
             )
         if self.search:

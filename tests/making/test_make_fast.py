@@ -263,4 +263,8 @@ def test_where_nothing_is_near_enough_the_nearest_is_named() -> None:
     tried = {"every step": kept, "plan 1": {**kept, "psnr_median": 24.2}, "plan 2": {**kept, "psnr_median": 21.0}}
     report = FastReport("x", {"min_psnr": 30.0}, tried, "every step", kept)
     assert "nothing faster was near enough: the nearest, plan 1, kept 24.2 dB; a longer budget" in report.text()
+    assert (
+        "1.00 times as fast" in report.text() and "PSNR to the model as it was equal (median), equal (" in report.text()
+    )
+    assert "<td>equal</td>" in report.page() and "<td>24.2</td>" in report.page() and "200.0" not in report.page()
     assert "nothing faster" not in FastReport("x", {"min_psnr": 30.0}, tried, "plan 1", kept).text()

@@ -12,7 +12,7 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from diffusion_accel import ConfigurationError
-from diffusion_accel.measure.fidelity import EQUAL, Fidelity, conformal_floor, fidelity, psnr, ssim
+from diffusion_accel.measure.fidelity import EQUAL, Fidelity, conformal_floor, decibels, fidelity, psnr, ssim
 
 
 def images(seed: int, n: int = 3, size: tuple[int, int] = (24, 31)) -> torch.Tensor:
@@ -64,6 +64,11 @@ def test_the_record_of_a_batch() -> None:
     assert found.ssim_worst_decile == float(ssim(a, b).quantile(0.1))
     assert found.psnr_worst_decile <= found.psnr_median
     assert found.to_dict()["psnr"] == [round(value, 2) for value in found.psnr]
+
+
+def test_decibels_for_people() -> None:
+    assert decibels(46.06) == "46.1 dB" and decibels(46.06, "") == "46.1"
+    assert decibels(EQUAL) == decibels(math.inf, "") == "equal"
 
 
 def test_equal_and_small_images_have_a_record_too() -> None:
