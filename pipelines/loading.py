@@ -19,6 +19,7 @@ from diffusion_accel.diffusers_compat import set_origin
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, first_line, is_there, read_json, shown
 from diffusion_accel.model_files.folders import check_component, check_config, check_folder
+from diffusion_accel.model_files.headers import lora_file
 from diffusion_accel.model_files.hub import hub_reason
 from diffusion_accel.model_files.index_notes import INDEX, KEY, RECIPE, notes_of
 from diffusion_accel.model_files.names import HUB_ID, ModelSource, find_model, pipeline_name, safetensors_header
@@ -303,17 +304,23 @@ def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -
 def load_lora(pipe: DiffusionPipeline, file: str, name: str) -> None:
     """Load one LoRA beside those already loaded; call `pipe.set_adapters` with all names and scales afterwards.
 
+    Args:
+        pipe: the pipeline.
+        file: safetensors, or a folder with it.
+        name: of the adapter.
+
     Raises:
         ModelLoadError: the file is broken, a pickle, or does not fit the model.
     """
-    check_lora(at_home(file))
+    weights = lora_file(file)
+    check_lora(weights)
     loader = getattr(pipe, "load_lora_weights", None)
     if loader is None:
         raise ModelLoadError(f"{type(pipe).__name__} takes no LoRA")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loader(str(at_home(file)), adapter_name=name, use_safetensors=True)
+            loader(str(weights), adapter_name=name, use_safetensors=True)
     except ImportError as error:
         raise ModelLoadError("loading a LoRA needs peft: pip install 'diffusion-accel[lora]'") from error
     except Exception as error:  # peft and diffusers raise many kinds for weights that do not fit

@@ -113,7 +113,8 @@ def generate(
         float | None, number("How much that image counts.", IP_ADAPTER_SCALE, show_default="1")
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(metavar="PATH[:SCALE]", help="LoRA weights; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="PATH[:SCALE]", help="LoRA: a .safetensors file, or a folder with one; may be repeated."),
     ] = None,
     allow_pickle: AllowPickle = None,
     device: Device = None,

@@ -32,6 +32,7 @@ from diffusion_accel.generation.request import (
 )
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
+from diffusion_accel.model_files.headers import lora_file
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
 from diffusion_accel.model_files.quantized import RUNTIMES
 from diffusion_accel.pipelines.quantizers import check_quantize
@@ -274,9 +275,9 @@ def check(settings: Settings) -> None:
             raise ConfigurationError(f"{flag}: no such file: {file}")
     for entry in s.lora:
         file, _ = split_lora(entry)
-        if not is_there(Path(file), "file"):
+        if not is_there(Path(file)):
             raise ModelLoadError(f"--lora: no such file: {file}")
-        check_weights(Path(file))
+        check_weights(lora_file(file))
     if s.ip_adapter is not None:
         if not is_there(Path(s.ip_adapter), "file"):
             raise ModelLoadError(f"--ip-adapter: no such file: {s.ip_adapter}")
@@ -352,7 +353,7 @@ def check_transparency(s: Settings) -> None:
 def split_lora(entry: str) -> tuple[str, float]:
     """`PATH[:SCALE]` as path and scale (1 if none is given)."""
     path, colon, scale = entry.rpartition(":")
-    if not colon or is_there(Path(entry), "file"):
+    if not colon or is_there(Path(entry)):
         return entry, 1.0
     try:
         value = float(scale)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_accel.errors import ModelLoadError
-from diffusion_accel.io import printable
+from diffusion_accel.io import at_home, printable
 
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 HEADER_LIMIT = 32 * 2**20  # bytes; a model of 10,000 tensors has 2 MB
 NAME_LIMIT = 1000  # characters of a tensor's name
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as `save_lora_weights` of diffusers' pipelines calls it
 
 # bits of one value
 BITS = {
@@ -42,6 +43,26 @@ def check_weights(file: Path, allow_pickle: bool = False) -> None:
     if file.suffix != ".safetensors":
         raise ModelLoadError(f"{file} is not a model: expected a .safetensors file or a diffusers pipeline folder")
     safetensors_header(file)
+
+
+def lora_file(place: Path | str) -> Path:
+    """The weights of a LoRA: a file, or that of a folder which `save_lora_weights` wrote, or its only safetensors file.
+
+    Raises:
+        ModelLoadError: there is neither, or several may be meant.
+    """
+    place = at_home(place)
+    if not place.is_dir():
+        return place
+    if (place / LORA_FILE).is_file():
+        return place / LORA_FILE
+    others = sorted(place.glob("*.safetensors"))
+    if len(others) != 1:
+        raise ModelLoadError(
+            f"the LoRA {place} is a folder with {len(others) or 'no'} .safetensors files, none of them {LORA_FILE}; "
+            "name the file"
+        )
+    return others[0]
 
 
 def check_regular(file: Path) -> int:

@@ -203,7 +203,8 @@ def test_controlnet_lora_and_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixt
     ControlNetModel.from_unet(unet, conditioning_channels=3).save_pretrained(tmp_path / "net")
     key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     lora = {f"{key}.lora_A.weight": torch.randn(4, 128), f"{key}.lora_B.weight": torch.randn(128, 4)}
-    save_file(lora, tmp_path / "lora.safetensors")
+    (tmp_path / "lora").mkdir()
+    save_file(lora, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     save_file({"other": torch.zeros(1)}, tmp_path / "odd.safetensors")
     Image.new("RGB", (96, 96)).save(tmp_path / "c.png")
     control = ["--controlnet", tmp_path / "net", "--control-image", tmp_path / "c.png", "--encoder-reuse"]
@@ -215,7 +216,7 @@ def test_controlnet_lora_and_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixt
         PROMPT,
         *FEW,
         "--lora",
-        f"{tmp_path / 'lora.safetensors'}:0.5",
+        f"{tmp_path / 'lora'}:0.5",
         "-q",
         "-o",
         tmp_path / "b.png",

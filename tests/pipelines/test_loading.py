@@ -26,6 +26,7 @@ from diffusion_accel import (
     ModelLoadError,
     UnsupportedPipelineError,
 )
+from diffusion_accel.model_files.headers import lora_file
 from diffusion_accel.model_files.hub import hub_reason
 from diffusion_accel.model_files.names import EMBEDDED, find_model
 from diffusion_accel.pipelines.loading import class_of, load_lora, load_pipeline
@@ -158,7 +159,7 @@ def test_several_controlnets_from_folders_saved_and_loaded(tmp_path: Path) -> No
         load_pipeline(model, controlnet=[tmp_path / "net0", "./missing"])
 
 
-def lora_file(folder: Path, width: int = 128, prefix: str = "unet.down_blocks.1.attentions.0") -> Path:
+def made_lora(folder: Path, width: int = 128, prefix: str = "unet.down_blocks.1.attentions.0") -> Path:
     key = f"{prefix}.transformer_blocks.0.attn1.to_q"
     path = folder / "lora.safetensors"
     save_file({f"{key}.lora_A.weight": torch.randn(4, width), f"{key}.lora_B.weight": torch.randn(width, 4)}, path)
@@ -168,11 +169,28 @@ def lora_file(folder: Path, width: int = 128, prefix: str = "unet.down_blocks.1.
 def test_lora(tmp_path: Path, sticker: Any) -> None:
     pipe = load_pipeline("sticker")
     pipe.set_progress_bar_config(disable=True)
-    load_lora(pipe, str(lora_file(tmp_path)), "one")
+    load_lora(pipe, str(made_lora(tmp_path)), "one")
     pipe.set_adapters(["one"], [1.0])
     assert not torch.equal(draw(pipe), draw(sticker))
     pipe.set_adapters(["one"], [0.0])
     assert torch.allclose(draw(pipe), draw(sticker), atol=1e-5)
+
+
+def test_a_folder_with_a_lora(tmp_path: Path) -> None:
+    """What `save_lora_weights` writes is a folder; diffusers takes it as well."""
+    with pytest.raises(ModelLoadError, match="a folder with no .safetensors files.*name the file"):
+        lora_file(tmp_path)
+    only = made_lora(tmp_path)
+    assert lora_file(tmp_path) == lora_file(only) == only
+    other = only.rename(tmp_path / "a.safetensors")
+    only = made_lora(tmp_path)
+    with pytest.raises(ModelLoadError, match="a folder with 2 .safetensors files.*name the file"):
+        lora_file(tmp_path)
+    saved = other.rename(tmp_path / "pytorch_lora_weights.safetensors")
+    assert lora_file(tmp_path) == saved
+    pipe = load_pipeline("sticker")
+    load_lora(pipe, str(tmp_path), "one")
+    assert "one" in pipe.get_list_adapters()["unet"]
 
 
 @pytest.mark.parametrize("case", ["width", "names", "empty", "pickle", "broken"])
@@ -180,9 +198,9 @@ def test_a_lora_that_does_not_fit(tmp_path: Path, case: str) -> None:
     pipe = load_pipeline("sticker")
     path = tmp_path / "lora.safetensors"
     if case == "width":
-        path = lora_file(tmp_path, width=96)
+        path = made_lora(tmp_path, width=96)
     elif case == "names":
-        path = lora_file(tmp_path, prefix="unet.down_blocks.9.attentions.7")
+        path = made_lora(tmp_path, prefix="unet.down_blocks.9.attentions.7")
     elif case == "empty":
         save_file({"something.else": torch.zeros(2)}, path)
     elif case == "pickle":
