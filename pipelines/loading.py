@@ -26,6 +26,7 @@ from diffusion_accel.model_files.names import HUB_ID, ModelSource, find_model, p
 from diffusion_accel.quant.model import set_runtime
 
 from .components import bounded, check_components, check_keys
+from .controlnets import check_before, check_own
 from .keywords import check_options
 from .loaded import check_loaded, check_lora, check_tokenizers
 from .quantizers import check_quantize, foreign_config, load_quantized
@@ -81,6 +82,8 @@ def load_pipeline(
         options["controlnet"] = controlnet
     _load(source.location, lambda: check_options(source, pipeline_class, options))
     nets = [load_controlnet(name, dtype, allow_pickle) for name in names]
+    named = dict(zip(names, nets, strict=True))
+    _load(source.location, lambda: check_before(source, pipeline_class or class_of(source), named))
     net = nets if len(nets) > 1 else nets[0] if nets else None
     options = {"dtype": dtype, **options}
     if quantize and kind != "checkpoint":
@@ -95,6 +98,7 @@ def load_pipeline(
         set_runtime(pipe, runtime or "auto", low_memory)
     if net is not None or (task is not None and task != "text-to-image"):
         pipe = as_task(pipe, task or "text-to-image", net)
+    check_own(pipe, ", ".join(names) or source.location)
     keep_class_names(pipe)
     return pipe
 
