@@ -15,7 +15,7 @@ from diffusion_accel.generation.request import EACH, MAX_IMAGES, Request, check_
 from diffusion_accel.io import first_line, parse_json, read_text, shown, split_lines
 from diffusion_accel.model_files.names import ModelSource
 
-from .settings import OLD_KEYS, Settings, check_features, check_images, renamed, typed
+from .settings import OLD_KEYS, Settings, check_controlled, check_features, check_images, renamed, typed
 
 
 @dataclass(frozen=True)
@@ -137,5 +137,6 @@ def plan_jobs(
         shown=settings.preview_steps is not None,
         multiplied=settings.premultiplied,
     )
+    check_controlled(settings, source)
     check_images(settings)
     return plans

@@ -33,13 +33,14 @@ from diffusion_accel.generation.request import (
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.headers import lora_file
-from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
+from diffusion_accel.model_files.names import ModelSource, check_weights, controlnets_in, find_model
 from diffusion_accel.model_files.quantized import RUNTIMES
 from diffusion_accel.pipelines.quantizers import check_quantize
 from diffusion_accel.pipelines.recipes import features_over, quantize_of, recipe_of
 from diffusion_accel.pipelines.schedulers import check_scheduler, check_steps, most_steps
 from diffusion_accel.recipes.recipe import Recipe
 from diffusion_accel.registry import FEATURES
+from diffusion_accel.report import several
 from diffusion_accel.schedulers.solver import not_learnt
 
 from .feature_flags import parse_feature
@@ -181,7 +182,7 @@ def merge(flags: dict[str, Any], config: dict[str, Any], *, restoring: bool = Fa
     settings = Settings(**{**usual, **given}, features=features, restored=recipe)
     if settings.quantize == "off":
         settings = dataclasses.replace(settings, quantize=None)
-    check(settings)
+    check(settings, source)
     check_steps(settings.scheduler, source, None)
     return settings, source
 
@@ -237,9 +238,9 @@ def _text(value: str, flag: str) -> str:
     return value
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, source: ModelSource) -> None:
     """Refuse what cannot work."""
-    s = settings
+    s, own = settings, own_controlnets(settings, source)
     check_numbers({f.name: getattr(s, f.name) for f in dataclasses.fields(s)}, "--", "-")
     if s.seed is not None and s.seed > MAX_SEED - s.count + 1:
         raise ConfigurationError(f"--seed {s.seed} with --count {s.count} goes beyond {MAX_SEED}")
@@ -252,7 +253,7 @@ def check(settings: Settings) -> None:
     needs = (
         ("mask_image", "image"),
         ("strength", "image"),
-        ("control_image", "controlnet"),
+        *((("control_image", "controlnet"),) if not own else ()),
         ("controlnet_conditioning_scale", "control_image"),
         ("control_guidance_start", "control_image"),
         ("control_guidance_end", "control_image"),
@@ -264,10 +265,11 @@ def check(settings: Settings) -> None:
     for one, other in needs:
         if getattr(s, one) is not None and getattr(s, other) is None:
             raise ConfigurationError(f"--{one.replace('_', '-')} needs --{other.replace('_', '-')}")
-    nets, images = len(listed(s.controlnet)), len(listed(s.control_image))
-    if nets != images:
+    nets, images = len(listed(s.controlnet)) or len(own), len(listed(s.control_image))
+    if nets != images and (images or not own):  # of one that the model has it is asked for where something is drawn
+        which = f"ControlNet of {source.name}" if own else "--controlnet"
         raise ConfigurationError(
-            f"--control-image must be given once for each --controlnet, in their order: {nets}, got {images}"
+            f"--control-image must be given once for each {which}, in their order: {nets}, got {images}"
         )
     check_counts(vars(s), "--", "-")
     for flag, file in _images(s):
@@ -319,6 +321,18 @@ def check_features(settings: Settings, steps: int | None, source: ModelSource) -
     for feature in settings.features.values():
         if steps is not None and (reason := feature.unfit_for(steps, scheduler or "")):
             raise ConfigurationError(f"{feature.flag()} with --steps {steps}: {reason}")
+
+
+def own_controlnets(settings: Settings, source: ModelSource) -> list[str]:
+    """The ControlNets in the model's own folder that are used: with --controlnet none of them."""
+    local = settings.controlnet is None and source.kind in ("embedded", "folder")
+    return controlnets_in(Path(source.location)) if local else []
+
+
+def check_controlled(settings: Settings, source: ModelSource) -> None:
+    """Refuse to draw without an image for the ControlNets that the model has."""
+    if settings.control_image is None and (own := own_controlnets(settings, source)):
+        raise ConfigurationError(f"--control-image is needed: {source.name} has {several(len(own), 'ControlNet')}")
 
 
 def check_images(s: Settings) -> None:

@@ -130,7 +130,7 @@ class Call:
     @property
     def _start(self) -> tuple[int, int] | None:
         """The size of the image that it starts from, or of what a ControlNet is given; None: neither says it."""
-        start = self.arguments.get("image")
+        start = self.arguments.get("image", self.arguments.get("control_image"))
         start = start[0] if isinstance(start, list) else start
         return start.size if isinstance(start, Image.Image) else None
 
@@ -197,7 +197,11 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     images: dict[str, tuple[str, Any, str]] = {
         "image": ("image", request.image, "RGBA" if "transparent" in pipe.acceleration.features else "RGB"),
         "mask_image": ("mask_image", request.mask_image, "L"),
-        "control_image" if request.image else "image": ("control_image", request.control_image, "RGB"),
+        "control_image" if request.image or "control_image" in parameters else "image": (
+            "control_image",
+            request.control_image,
+            "RGB",
+        ),
     }
     for name, (what, file, mode) in images.items():
         if isinstance(file, tuple):
@@ -218,17 +222,23 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     if missing := missing_arguments(pipe, given):
         names = ", ".join(ours.get(name, name) for name in missing)
         raise ConfigurationError(f"{type(pipe).__name__} needs {names}")
-    if request.control_image:
+    if request.control_image or {"image", "control_image"} & parameters.keys():
         _check_control(pipe, request)
     return {k: v for k, v in given.items() if k in parameters}
 
 
 def _check_control(pipe: DiffusionPipeline, request: Request) -> None:
-    """Refuse a number of images that is not that of the ControlNets."""
-    net = find_controlnet(pipe)
-    nets = getattr(None if net is None else model_of(net), "nets", None)
-    count, images = 1 if nets is None else len(nets), len(listed(request.control_image))
-    if net is not None and count != images:
+    """Refuse a number of images that is not that of the ControlNets, and ControlNets that read no colours."""
+    if (net := find_controlnet(pipe)) is None:
+        return
+    nets = list(getattr(model_of(net), "nets", [model_of(net)]))
+    count, images = len(nets), len(listed(request.control_image))
+    if not images:
+        raise ConfigurationError("control_image is needed: the pipeline has a ControlNet")
+    for channels in (getattr(getattr(one, "config", None), "conditioning_channels", 3) for one in nets):
+        if channels != 3:
+            raise ConfigurationError(f"control_image has 3 channels, and a ControlNet of the pipeline takes {channels}")
+    if count != images:
         raise ConfigurationError(
             f"control_image must be one for each of the pipeline's ControlNets, in their order: {count}, got {images}"
         )

@@ -178,7 +178,9 @@ class Request(Options):
             if getattr(self, name) is None:
                 raise ConfigurationError(f"{name} must be {LIMITS[name].words}, got None")
         for name in SEVERAL:
-            object.__setattr__(self, name, one_or_several(getattr(self, name), name))
+            value = one_or_several(getattr(self, name), name)
+            each = tuple(map(_as_float, value)) if isinstance(value, tuple) else _as_float(value)
+            object.__setattr__(self, name, each)
         for name in IMAGES:
             for one in listed(getattr(self, name)) if name in SEVERAL else [getattr(self, name)]:
                 if not isinstance(one, str | Path | Image.Image | None):
@@ -224,6 +226,11 @@ def one_or_several(value: Any, what: str) -> Any:
     if not value or None in value:
         raise ConfigurationError(f"{what} must be one, or one for each ControlNet, got {shown(value)}")
     return value[0] if len(value) == 1 else tuple(value)
+
+
+def _as_float(value: Any) -> Any:
+    """A whole number as the float that pipelines with a ControlNet ask for; anything else as it is."""
+    return float(value) if type(value) is int and value.bit_length() < 1000 else value
 
 
 def check_counts(values: Mapping[str, Any], before: str = "", dash: str = "_") -> None:

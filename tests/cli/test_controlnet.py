@@ -152,6 +152,34 @@ def test_one_stays_as_it_was(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert "control_guidance_start" not in kept
 
 
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_folder_that_has_them(
+    names: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """Images are for its own ControlNets where no others are given; without any it is refused before it is loaded."""
+    nets = [folder / name for name in names]
+    load_pipeline(str(folder / "model"), controlnet=nets).save_pretrained(tmp_path / "own")
+    own = ("generate", "red", "-m", tmp_path / "own", *SMALL)
+    images = [word for name in names for word in ("--control-image", folder / f"{name}.png")]
+    code, _, err = call(capsys, *own, *images, "-o", tmp_path / "a.png")
+    assert (code, err) == (0, "")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), by_hand(folder, names))
+    other = ("--controlnet", folder / "c", "--control-image", folder / "c.png")
+    code, _, err = call(capsys, *own, *other, "-o", tmp_path / "c.png")
+    assert (code, err) == (0, "")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "c.png")), by_hand(folder, "c"))
+    request.getfixturevalue("no_model")
+    more = ("--control-image", folder / "c.png")
+    has = "1 ControlNet" if names == "a" else "2 ControlNets"
+    for given, words in (
+        ((), f"--control-image is needed: own has {has}"),
+        ([*images, *more], f"must be given once for each ControlNet of own, in their order: {len(names)}, got "),
+        (("--distribute", "prompts"), f"--control-image is needed: own has {has}"),
+    ):
+        code, out, err = call(capsys, *own, *given, "-o", tmp_path / "new")
+        assert code == 2 and words in err and err.count("\n") == 1 and not out, err
+
+
 def test_whole_paths_of_several(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from diffusers import StableDiffusionInpaintPipeline
+from diffusers import ControlNetModel, StableDiffusionInpaintPipeline
 from model_folder import write_folder
 from PIL import Image
 from zoo import controlnet_model
@@ -93,7 +93,16 @@ def test_as_many_control_images_as_controlnets(tmp_path: Path) -> None:
         made = open_pipeline(str(tmp_path / "model"), controlnet=nets[:count], device="cpu")
         made.set_progress_bar_config(disable=True)
         assert draw(made, fits).images[0].size == (16, 16)
+        whole = dataclasses.replace(fits, controlnet_conditioning_scale=1)
+        assert np.array_equal(draw(made, whole).images[0], draw(made, fits).images[0])
         words = f"one for each of the pipeline's ControlNets, in their order: {count}, got {3 - count}"
-        for check in (lambda: check_requests(made, [other]), lambda: draw(made, other)):  # noqa: B023
-            with pytest.raises(ConfigurationError, match=words):
-                check()
+        missing = "control_image is needed: the pipeline has a ControlNet"
+        for asked, why in ((other, words), (dataclasses.replace(one, control_image=None), missing)):
+            for check in (lambda: check_requests(made, [asked]), lambda: draw(made, asked)):  # noqa: B023
+                with pytest.raises(ConfigurationError, match=why):
+                    check()
+    made.register_modules(controlnet=ControlNetModel.from_unet(made.unet, conditioning_channels=1))
+    with pytest.raises(
+        ConfigurationError, match="control_image has 3 channels, and a ControlNet of the pipeline takes 1"
+    ):
+        draw(made, one)

@@ -84,4 +84,8 @@ def test_several_of_one_are_that_one() -> None:
     assert one == Request(prompt="x", seed=1, control_image="a.png", controlnet_conditioning_scale=0.5)
     two = Request(prompt="x", seed=1, control_image=["a.png", "b.png"], control_guidance_end=[0.5, 1])
     assert two.control_image == ("a.png", "b.png") and two.control_guidance_end == (0.5, 1)
+    whole = Request(prompt="x", control_image=["a.png", "b.png"], controlnet_conditioning_scale=[1, 0])
+    assert str(whole.controlnet_conditioning_scale) == "(1.0, 0.0)", "pipelines ask for floats"
+    with pytest.raises(ConfigurationError, match="at most 10, got a number of about 401 digits"):
+        Request(prompt="x", control_image="a.png", controlnet_conditioning_scale=10**400)
     assert copy.deepcopy(two) == two == pickle.loads(pickle.dumps(two))
