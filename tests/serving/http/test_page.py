@@ -154,6 +154,54 @@ def test_no_file_is_named(server: Server, functions: dict[str, Any], path: str, 
     assert status == 422 and answer["error"]["param"] == "data"
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fn_index": 10**9}, "fn_index must be the number of a function of the page, got 1000000000"),
+        ({"fn_index": -1}, "fn_index must be the number of a function"),
+        ({"fn_index": True}, "fn_index must be the number of a function"),
+        ({"fn_index": None}, "fn_index must be the number of a function"),
+        ({"session_hash": None}, "session_hash must have 1 to 64 letters and digits"),
+        ({"session_hash": "x\n{}"}, "session_hash must have 1 to 64 letters and digits"),
+        ({"data": ["a secret"]}, "data must have 16 values, got 1"),
+        ({"position": None}, "data.2 must be a number, got a value of another kind"),
+        ({"position": "x"}, "data.2 must be a number"),
+        ({"transparent": "x"}, "data.3 must be true or false"),
+        ({"steps": "nan"}, "data.6 must be a number or null"),
+        ({"width": True}, "data.9 must be a number or null"),
+        ({"prompt": 5}, "data.0 must be a text or null"),
+    ],
+)
+def test_what_no_browser_sends(server: Server, functions: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    asked = {"data": [*FIELDS.values(), None], "fn_index": functions["draw"]["id"], "session_hash": "x"}
+    fields = FIELDS | {name: value for name, value in changes.items() if name not in asked}
+    asked |= {"data": [*fields.values(), None], **{name: changes[name] for name in asked if name in changes}}
+    status, _, answer = server.ask("POST", "/gradio_api/queue/join", asked)
+    assert status == 422 and words in answer["error"]["message"]
+
+
+def test_the_log_keeps_its_form_whatever_comes(server: Server, functions: dict[str, Any]) -> None:
+    """Neither tracebacks of Gradio nor what was entered are among its lines."""
+    odd = [
+        ("draw", [*(FIELDS | {"prompt": "a secret", "position": 99}).values(), None], {}),
+        ("draw", [*(FIELDS | {"prompt": "a secret", "scheduler": "<b>\n{}"}).values(), None], {}),
+        ("again", [None], {"event_data": {"index": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}}),
+        ("again", [None], {"event_data": 5}),
+        ("again", [None], {}),
+    ]
+    before = len(server.log())
+    for name, data, more in odd:
+        asked = {"data": data, "fn_index": functions[name]["id"], "session_hash": uuid.uuid4().hex, **more}
+        assert server.ask("POST", "/gradio_api/queue/join", asked)[0] == 200
+        _, _, stream = server.ask("GET", f"/gradio_api/queue/data?session_hash={asked['session_hash']}")
+        last = [message for message in events(stream) if message["msg"] == "process_completed"][-1]
+        error = last["output"].get("error") or ""
+        assert last["success"] == (name == "again") and "<b>" not in error, last
+        assert name == "again" or "Value" in error, "it says what is wrong"
+    assert "a secret" not in (server.folder / "err").read_text()
+    assert not any("exception" in line for line in server.log()[before:])
+
+
 def test_other_routes_are_as_without_it(server: Server) -> None:
     assert server.ask("GET", "/v1/images/generations")[0] == 405
     assert server.ask("GET", "/docs")[0] == 200

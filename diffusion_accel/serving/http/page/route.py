@@ -8,6 +8,8 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import HTMLResponse
@@ -15,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import BaseRoute, Match, NoMatchFound
 
 from diffusion_accel.errors import ConfigurationError
-from diffusion_accel.io import decode_text, parse_json
+from diffusion_accel.io import decode_text, parse_json, shown
 from diffusion_accel.serving.http.problems import Problem
 
 from .files import Files
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from diffusion_accel.serving.http.guard import Message, Receive, Send
     from diffusion_accel.serving.http.service import Service
 
+_PAGE = r"\w{1,64}"  # what a page calls itself
 # what logs and metrics call them -> methods, addresses. Gradio has more, which read files, fetch addresses or upload
 _PARTS = {
     "/": ("GET HEAD", r"/"),
@@ -31,11 +34,19 @@ _PARTS = {
     "/config": ("GET", r"/config/?|/gradio_api/(app_id|info|startup-events)/?"),
     "/gradio_api/queue/join": ("POST", r"/gradio_api/queue/join"),
     "/gradio_api/queue/data": ("GET", r"/gradio_api/queue/data"),
-    "/gradio_api/heartbeat": ("GET", r"/gradio_api/heartbeat/\w{1,64}"),
+    "/gradio_api/heartbeat": ("GET", rf"/gradio_api/heartbeat/{_PAGE}"),
     "/gradio_api/cancel": ("POST", r"/gradio_api/(cancel|reset)/?"),
     "/gradio_api/file": ("GET HEAD", r"/gradio_api/file=(?P<file>/[\w./-]+)"),
 }
 _CALLS = "/gradio_api/queue/join"
+#: kinds of values that functions of the page are given -> in words, types
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "number": ("a number", (int, float)),
+    "maybe a number": ("a number or null", (int, float, NoneType)),
+    "switch": ("true or false", (bool,)),
+    "text": ("a text or null", (str, NoneType)),
+    "state": ("null", (NoneType,)),
+}
 _STREAMS = ("/gradio_api/queue/data", "/gradio_api/heartbeat")  # which a browser keeps open
 _HEADERS = {
     # nothing comes from another site, and no other site shows the page
@@ -96,7 +107,7 @@ class PageRoute(BaseRoute):
         app = await self._made()
         inner = {**scope, "state": {}}  # Gradio writes into it
         if name == _CALLS:
-            receive = await _checked(receive)
+            receive = await _checked(receive, app.state.calls)
         answer = _with_headers(send, _kept(name))
         if name not in _STREAMS:
             return await app(inner, receive, answer)
@@ -148,8 +159,15 @@ class _Named:
         self.path = path
 
 
-async def _checked(receive: Receive) -> Receive:
-    """A call whose values are texts and numbers: of anything else Gradio takes parts for files and addresses to fetch.
+async def _checked(receive: Receive, calls: Mapping[int, Sequence[str]]) -> Receive:
+    """A call of one of the page's functions, with values as a browser sends them.
+
+    Of anything but texts and numbers Gradio takes parts for files and addresses to fetch; of values that it does not
+    expect it writes a traceback, prompts included, among the lines of the log.
+
+    Args:
+        receive: gives the body.
+        calls: kinds of values (see `KINDS`) by the number of a function.
 
     Raises:
         Problem: it is none.
@@ -163,10 +181,27 @@ async def _checked(receive: Receive) -> Receive:
         values = parse_json(decode_text(bytes(body), "the body"), "the body")
     except ConfigurationError as error:
         raise Problem(400, "the body is not valid JSON") from error
-    data = values.get("data") if isinstance(values, dict) else None
+    values = values if isinstance(values, dict) else {}
+    data, number, page = (values.get(name) for name in ("data", "fn_index", "session_hash"))
     if not isinstance(data, list) or any(isinstance(value, dict | list) for value in data):
         raise Problem(422, "data must be a list of texts and numbers", "data")
-    whole = [{"type": "http.request", "body": json.dumps(values).encode(), "more_body": False}]
+    if type(number) is not int or number not in calls:
+        raise Problem(422, f"fn_index must be the number of a function of the page, got {shown(number)}", "fn_index")
+    if not isinstance(page, str) or not re.fullmatch(_PAGE, page, re.ASCII):
+        raise Problem(422, "session_hash must have 1 to 64 letters and digits", "session_hash")
+    if len(data) != len(calls[number]):
+        raise Problem(422, f"data must have {len(calls[number])} values, got {len(data)}", "data")
+    for place, (value, kind) in enumerate(zip(data, calls[number], strict=True)):
+        words, types = KINDS[kind]
+        if type(value) not in types:
+            raise Problem(422, f"data.{place} must be {words}, got a value of another kind", "data")
+    event = values.get("event_data")
+    index = event.get("index") if isinstance(event, dict) else None
+    chosen = {"index": index if type(index) is int else None, "value": None}  # nothing else of it is read
+    clean = {"data": data, "fn_index": number, "session_hash": page, "event_data": chosen}
+    if type(values.get("trigger_id")) is int:
+        clean["trigger_id"] = values["trigger_id"]
+    whole = [{"type": "http.request", "body": json.dumps(clean).encode(), "more_body": False}]
 
     async def again() -> Message:
         return whole.pop() if whole else await receive()

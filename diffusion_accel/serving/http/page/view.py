@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Awaitable, Callable
 from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from fastapi import FastAPI
 
 from diffusion_accel.pipelines.learned import LEARNED
 from diffusion_accel.pipelines.schedulers import SCHEDULERS
+from diffusion_accel.serving.http.log import event
 from diffusion_accel.transparency.latent_transparency import LatentTransparency
 
 from .choices import Choices
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .files import Files
 
 _SESSIONS = 1000  # open pages whose history is kept
+_WORDS = 500  # characters of an error of Gradio
 _DROP = """<label><input type="file" accept="image/png,image/webp,image/jpeg"><span>Drop an image here, or choose one,
 to take over the settings it was drawn with.</span></label>"""
 _START = """<label><input type="file" accept="image/png,image/webp,image/jpeg"><img alt="" hidden><span>Drop an image
@@ -39,10 +42,11 @@ def application(service: Service, files: Files) -> FastAPI:
         files: where images lie.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(files.folder)  # what it may serve, and writes itself
-    page = _page(service, Handlers(service, files))
+    page: Any = _page(service, Handlers(service, files))
+    page.process_api = _quietly(page.process_api)
     page.has_launched = True  # only then it checks the paths of files
     page.state_session_capacity = _SESSIONS
-    return gr.mount_gradio_app(
+    made = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page,
         path="/",
@@ -57,6 +61,30 @@ def application(service: Service, files: Files) -> FastAPI:
         theme=_theme(),
         css=_file("style.css"),
     )
+    made.state.calls = {number: [_kind(one) for one in call.inputs] for number, call in page.fns.items()}
+    return made
+
+
+def _kind(part: Any) -> str:
+    """What a browser sends of a part of the page: one of `route.KINDS`."""
+    kinds = {gr.Slider: "number", gr.Number: "maybe a number", gr.Checkbox: "switch", gr.State: "state"}
+    return next((kind for cls, kind in kinds.items() if isinstance(part, cls)), "text")
+
+
+def _quietly(process: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Gradio's call of a function without the traceback that it writes between the lines of the log."""
+
+    @functools.wraps(process)
+    async def call(*given: Any, **named: Any) -> Any:
+        try:
+            return await process(*given, **named)
+        except Exception as error:
+            if not isinstance(error, gr.Error):  # such as a value that is not on the page
+                event("error", 40, error)
+            words = error.message if isinstance(error, gr.Error) else "the server failed; its log has more"
+            raise gr.Error(escape(str(words))[:_WORDS], print_exception=False) from error
+
+    return call
 
 
 def _page(service: Service, handlers: Handlers) -> gr.Blocks:
