@@ -90,7 +90,7 @@ def has_ip_adapter(pipe: Any) -> bool:
 
 def _check_file(path: Path) -> dict[str, Any]:
     """The header of a file that is an IP-Adapter for images, whole and finite."""
-    check_weights(path)
+    check_weights(path, allow_pickle=None)
     names = {name: entry for name, entry in safetensors_header(path).items() if name != "__metadata__"}
     if not all(any(name.startswith(part) for name in names) for part in _PARTS):
         raise ModelLoadError(f"{path} is no IP-Adapter: it has no {' and '.join(part[:-1] for part in _PARTS)}")

@@ -79,7 +79,7 @@ def check_lora(file: Path) -> None:
     Raises:
         ModelLoadError: with the name of the tensor.
     """
-    check_weights(file)
+    check_weights(file, allow_pickle=None)
     names = [name for name in safetensors_header(file) if name != "__metadata__"]
     known = set(names)
     for name in names:

@@ -279,11 +279,11 @@ def check(settings: Settings, source: ModelSource) -> None:
         file, _ = split_lora(entry)
         if not is_there(Path(file)):
             raise ModelLoadError(f"--lora: no such file: {file}")
-        check_weights(lora_file(file))
+        check_weights(lora_file(file), allow_pickle=None)
     if s.ip_adapter is not None:
         if not is_there(Path(s.ip_adapter), "file"):
             raise ModelLoadError(f"--ip-adapter: no such file: {s.ip_adapter}")
-        check_weights(Path(s.ip_adapter))
+        check_weights(Path(s.ip_adapter), allow_pickle=None)
     if s.ip_adapter_scale is not None:
         IP_ADAPTER_SCALE.check(s.ip_adapter_scale, "--ip-adapter-scale")
     if s.prompt_weights and find_spec("compel") is None:

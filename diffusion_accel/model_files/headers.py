@@ -30,18 +30,23 @@ BITS = {
 }
 
 
-def check_weights(file: Path, allow_pickle: bool = False) -> None:
-    """Check one weights file: safetensors whose header and length agree, or a pickle that was allowed."""
+def check_weights(file: Path, allow_pickle: bool | None = False) -> None:
+    """Check one weights file: safetensors whose header and length agree, or a pickle that was allowed.
+
+    Args:
+        file: the weights.
+        allow_pickle: whether they may be a pickle; None: of what they are for never.
+    """
     if file.suffix in PICKLE_SUFFIXES:
         if allow_pickle:
             check_regular(file)
             return
-        raise ModelLoadError(
-            f"{file} is a pickle, which can run code when loaded; convert it to safetensors, "
-            "or allow it with allow_pickle=True if you trust its source"
-        )
+        allowed = "" if allow_pickle is None else ", or allow it with allow_pickle=True if you trust its source"
+        raise ModelLoadError(f"{file} is a pickle, which can run code when loaded; convert it to safetensors{allowed}")
     if file.suffix != ".safetensors":
-        raise ModelLoadError(f"{file} is not a model: expected a .safetensors file or a diffusers pipeline folder")
+        what = "a model" if allow_pickle is not None else "a file of weights"
+        folder = " or a diffusers pipeline folder" if allow_pickle is not None else ""
+        raise ModelLoadError(f"{file} is not {what}: expected a .safetensors file{folder}")
     safetensors_header(file)
 
 
