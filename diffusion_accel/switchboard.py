@@ -342,7 +342,7 @@ class Acceleration:
             changes.add(attachment.changes.undo)  # also where after_call fails
             changes.add(attachment.after_call)
             attachment.before_call(clock)
-            run_uncompiled(attachment.changes, [m for m in models if isinstance(m, torch.nn.Module)])
+        run_uncompiled(changes, [m for m in models if isinstance(m, torch.nn.Module)])
         changes.add(clock.changes.undo)
         changes.add(clock.stop)
         controlnet = find_controlnet(pipeline)
