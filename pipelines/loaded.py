@@ -71,6 +71,11 @@ def check_tokenizers(parts: dict[str, Any], where: str) -> None:
             )
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of an error about weights, without diffusers' advice of how to load them all the same."""
+    return first_line(first_line(error, 10_000).partition(". If you want to instead overwrite")[0])
+
+
 def check_lora(file: Path) -> None:
     """Check a LoRA file: whole, finite, and both halves of every product there.
 

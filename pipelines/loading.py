@@ -17,7 +17,7 @@ from diffusion_accel.conditioning import keep_class_names
 from diffusion_accel.denoisers import DENOISERS
 from diffusion_accel.diffusers_compat import set_origin
 from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelLoadError
-from diffusion_accel.io import at_home, first_line, is_there, read_json, shown
+from diffusion_accel.io import at_home, is_there, read_json, shown
 from diffusion_accel.model_files.folders import check_component, check_config, check_folder
 from diffusion_accel.model_files.headers import lora_file
 from diffusion_accel.model_files.hub import hub_reason
@@ -28,7 +28,7 @@ from diffusion_accel.quant.model import set_runtime
 from .components import bounded, check_components, check_keys
 from .controlnets import check_before, check_own
 from .keywords import check_options
-from .loaded import check_loaded, check_lora, check_tokenizers
+from .loaded import check_loaded, check_lora, check_tokenizers, reason_of
 from .quantizers import check_quantize, foreign_config, load_quantized
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
@@ -328,7 +328,7 @@ def load_lora(pipe: DiffusionPipeline, file: str, name: str) -> None:
     except ImportError as error:
         raise ModelLoadError("loading a LoRA needs peft: pip install 'diffusion-accel[lora]'") from error
     except Exception as error:  # peft and diffusers raise many kinds for weights that do not fit
-        raise ModelLoadError(f"the LoRA {file} does not fit this model: {first_line(error)}") from error
+        raise ModelLoadError(f"the LoRA {file} does not fit this model: {reason_of(error)}") from error
     if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
         raise ModelLoadError(f"the LoRA {file} does not fit this model: none of its layers has a counterpart there")
 
@@ -339,4 +339,4 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
     except (KeyboardInterrupt, AccelerationError):
         raise
     except Exception as error:  # diffusers, transformers and the hub raise many kinds
-        raise ModelLoadError(f"{name} cannot be loaded: {hub_reason(name, error) or first_line(error)}") from error
+        raise ModelLoadError(f"{name} cannot be loaded: {hub_reason(name, error) or reason_of(error)}") from error

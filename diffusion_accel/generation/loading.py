@@ -12,8 +12,8 @@ import torch
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.feature import Feature
 from diffusion_accel.model_files.names import ModelSource, find_model
-from diffusion_accel.pipelines.ip_adapter import load_ip_adapter
-from diffusion_accel.pipelines.loading import load_lora, load_pipeline
+from diffusion_accel.pipelines import ip_adapter as ip_adapters
+from diffusion_accel.pipelines.loading import class_of, load_lora, load_pipeline
 from diffusion_accel.pipelines.recipes import restore
 from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.switchboard import accelerate
@@ -74,6 +74,8 @@ def open_pipeline(
             raise ConfigurationError("ip_adapter_scale needs ip_adapter")
         IP_ADAPTER_SCALE.check(ip_adapter_scale, "ip_adapter_scale")
     source = model if isinstance(model, ModelSource) else find_model(model, bool(options.get("allow_pickle", False)))
+    if ip_adapter is not None:
+        ip_adapters.check_before(source, options.get("pipeline_class") or class_of(source), ip_adapter)
     pipe: Any = load_pipeline(source, **options)
     if recipe is not None:
         restore(pipe, recipe, source, quantize=options.get("quantize"), scheduler=scheduler is None)
@@ -85,7 +87,7 @@ def open_pipeline(
     if names:
         pipe.set_adapters(names, [scale for _, scale in loras])
     if ip_adapter is not None:
-        load_ip_adapter(pipe, str(ip_adapter), 1.0 if ip_adapter_scale is None else ip_adapter_scale)
+        ip_adapters.load_ip_adapter(pipe, ip_adapter, 1.0 if ip_adapter_scale is None else ip_adapter_scale)
     device = device or best_device()
     if offload == "none":
         pipe.to(device)

@@ -10,6 +10,8 @@ import ip_adapters
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from model_folder import draw as draw_plain
 from model_folder import edit_json, edit_tensors, write_folder
 from PIL import Image
 
@@ -104,6 +106,27 @@ def _face(tensors: dict[str, Any]) -> None:
             lambda tensors: tensors.update({"image_proj.proj.weight": torch.zeros(32, 7)}),
             "does not fit the image encoder: it reads 7 numbers, and gets 12",
         ),
+        (
+            lambda tensors: tensors.update({"image_proj.proj.weight": torch.zeros(())}),
+            r"is damaged: image_proj.proj.weight is F32 of the shape \[\], which weights are not",
+        ),
+        (
+            lambda tensors: tensors.update({FIRST: torch.zeros(16, 8, dtype=torch.int8)}),
+            r"is damaged: ip_adapter.1.to_k_ip.weight is I8 of the shape \[16, 8\], which weights are not",
+        ),
+        (
+            lambda tensors: tensors.update({"ip_adapter.1.to_k_ip.bias": torch.zeros(3)}),
+            "it has ip_adapter.1.to_k_ip.bi",
+        ),
+        (lambda tensors: tensors.update({"other": torch.zeros(3)}), "is no IP-Adapter that is known: it has other"),
+        (
+            lambda tensors: tensors.update({"image_proj.layers.9.0.to_q.weight": torch.zeros(8, 8)}),
+            r"is of a kind that diffusers does not know: its image_proj has \d+ numbers, of which \d+ would be used",
+        ),
+        (
+            lambda tensors: tensors.update({"image_proj.norm.weight": torch.zeros(99)}),
+            r"norm.weight expected shape torch.Size\(\[\d+\]\), but got torch.Size\(\[99\]\)$",
+        ),
         (_face, "reads features of faces; only those that read an image are taken"),
         (_without("image_proj.proj.weight", "image_proj.norm.weight"), "its image_proj has no proj and no proj_in"),
     ],
@@ -112,9 +135,52 @@ def test_files_that_do_not_fit(change: Callable[[Any], Any], words: str, model: 
     pipe = load_pipeline(model)
     file = ip_adapters.write(tmp_path, pipe.unet)
     edit_tensors(file, change)
+    before = draw_plain(pipe)
     with pytest.raises(ModelLoadError, match=words) as error:
         load_ip_adapter(pipe, str(file))
     assert "\n" not in str(error.value)
+    assert pipe.image_encoder is None and not has_ip_adapter(pipe), "it stays as it was"
+    assert torch.equal(draw_plain(pipe), before)
+
+
+def test_one_that_fails_leaves_the_one_before(model: str, tmp_path: Path) -> None:
+    pipe = load_pipeline(model)
+    load_ip_adapter(pipe, ip_adapters.write(tmp_path / "whole", pipe.unet), 0.5)
+    image = Image.new("RGB", (16, 16), "red")
+    before = draw_plain(pipe, ip_adapter_image=image)
+    file = ip_adapters.write(tmp_path / "broken", pipe.unet)
+    edit_tensors(file, _without(FIRST))
+    with pytest.raises(ModelLoadError, match="it has no 1.to_k_ip.weight"):
+        load_ip_adapter(pipe, file)
+    assert torch.equal(draw_plain(pipe, ip_adapter_image=image), before)
+
+
+def test_refused_before_the_model_is_loaded(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = load_pipeline(model).unet
+    bare, full = (ip_adapters.write(tmp_path / name, unet, encoder=name == "full") for name in ("bare", "full"))
+    face = ip_adapters.write(tmp_path / "face", unet)
+    edit_tensors(face, _face)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
+    for name, file, error, words in (
+        (model, bare, ModelLoadError, "needs an image encoder: the model has none, and there is no folder image_en"),
+        ("sticker", bare, ModelLoadError, "needs an image encoder: the model has none"),
+        ("sticker-dit", full, ModelLoadError, "FluxPipeline takes no IP-Adapter; pipelines with a U-Net"),
+        (model, face, ModelLoadError, "reads features of faces"),
+        (model, tmp_path / "none.safetensors", ModelLoadError, "cannot be read: No such file"),
+        (model, 5, ConfigurationError, "ip_adapter must be the path of a file, got 5"),
+        (model, "", ConfigurationError, "ip_adapter must be the path of a file, got ''"),
+        (model, [full, full], ConfigurationError, r"ip_adapter must be the path of a file, got \["),
+    ):
+        with pytest.raises(error, match=words):
+            open_pipeline(name, device="cpu", ip_adapter=file)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [True, "1", None, float("nan"), -1, 3])
+def test_scales_of_a_loaded_pipeline(scale: Any, model: str, tmp_path: Path) -> None:
+    pipe = load_pipeline(model)
+    file = ip_adapters.write(tmp_path, pipe.unet)
+    with pytest.raises(ConfigurationError, match=f"scale must be at least 0 and at most 2, got {scale!r}"):
+        load_ip_adapter(pipe, file, scale)
 
 
 def test_image_encoders_are_checked(model: str, tmp_path: Path) -> None:
