@@ -26,7 +26,7 @@ from diffusion_accel import schedulers
 from diffusion_accel.diffusers_compat import expendable_names, with_present_names
 from diffusion_accel.errors import AccelerationError, ModelLoadError
 from diffusion_accel.io import printable, read_json
-from diffusion_accel.model_files.folders import CONFIGS, LIBRARY, TABLES, is_pair
+from diffusion_accel.model_files.folders import CONFIGS, LIBRARY, MULTI, TABLES, controlnets_in, is_pair
 from diffusion_accel.model_files.headers import PICKLE_SUFFIXES, safetensors_header
 from diffusion_accel.model_files.index_notes import INDEX
 
@@ -63,11 +63,13 @@ def check_components(
             if not any((folder / file).is_file() for file in (*TABLES, "tokenizer.json")):
                 raise ModelLoadError(f"{folder} has no folder {name}, which its {INDEX} names")
             continue
-        cls = _class_of(*value)
-        if isinstance(cls, type) and issubclass(cls, ConfigMixin):
-            _check_types(cls, folder / name)
-        if _is_plain_model(cls):
-            check_keys(folder / name, cls, variant, allow_pickle)
+        several = name == "controlnet" and str(value[1]).startswith(MULTI)
+        cls = _class_of(value[0], str(value[1]).removeprefix(MULTI) if several else value[1])
+        for part in controlnets_in(folder) if several else [name]:
+            if isinstance(cls, type) and issubclass(cls, ConfigMixin):
+                _check_types(cls, folder / part)
+            if _is_plain_model(cls):
+                check_keys(folder / part, cls, variant, allow_pickle)
 
 
 def check_keys(

@@ -32,8 +32,9 @@ from diffusion_accel.generation.request import (
 )
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, read_json, read_toml, shown
+from diffusion_accel.model_files.folders import controlnets_in
 from diffusion_accel.model_files.headers import lora_file
-from diffusion_accel.model_files.names import ModelSource, check_weights, controlnets_in, find_model
+from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
 from diffusion_accel.model_files.quantized import RUNTIMES
 from diffusion_accel.pipelines.quantizers import check_quantize
 from diffusion_accel.pipelines.recipes import features_over, quantize_of, recipe_of

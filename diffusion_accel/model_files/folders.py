@@ -17,6 +17,7 @@ from diffusion_accel.io import is_there, printable, read_json
 from .headers import PICKLE_SUFFIXES, check_regular, check_weights
 from .index_notes import INDEX, notes_in
 
+MULTI = "Multi"  # how the class of several ControlNets begins, which lie in folders of their own
 LIBRARY = "diffusion_accel.schedulers"  # of this package's own scheduler, in an index
 CONFIGS = ("config.json", "scheduler_config.json")
 # JSON files that are tables; the others of a folder (vocabularies) may be large and are only opened by their own reader
@@ -71,6 +72,8 @@ def check_folder(folder: Path, allow_pickle: bool = False, trusted: bool = False
         if not is_pair(value):
             raise ModelLoadError(f"{index}: {name} must name a library and a class, got {printable(value)[:60]}")
         check_component(part, allow_pickle, folder)
+        for other in controlnets_in(folder, values)[1:] if name == "controlnet" else ():
+            check_component(folder / other, allow_pickle, folder)
         if value[1] and "Tokenizer" in value[1] and "ByT5" not in value[1]:
             _check_tokenizer(part, folder / name.replace("tokenizer", "text_encoder"), value[1].startswith("CLIP"))
 
@@ -137,6 +140,23 @@ def _table(file: Path) -> dict[str, Any]:
 def is_pair(value: object) -> bool:
     """Whether a value of a model_index.json names a library and a class (or neither)."""
     return isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
+
+
+def controlnets_in(folder: Path, values: Any = None) -> list[str]:
+    """The folders of the ControlNets that a pipeline folder has of its own: those of several are numbered.
+
+    Args:
+        folder: the pipeline folder.
+        values: its index; None: it is read.
+    """
+    values = read_json(folder / INDEX, error=ModelLoadError, nonfinite=True) if values is None else values
+    value: Any = values.get("controlnet") if isinstance(values, dict) else None
+    if not is_pair(value) or value[1] is None:
+        return []
+    found = ["controlnet"]
+    while value[1].startswith(MULTI) and (folder / (name := f"controlnet_{len(found)}")).is_dir():
+        found.append(name)
+    return found
 
 
 def _check_library(index: Path, name: str, library: str, part: Path) -> None:

@@ -14,7 +14,7 @@ from diffusion_accel.arguments import nearest
 from diffusion_accel.errors import ConfigurationError, ModelLoadError
 from diffusion_accel.io import at_home, is_there, read_json, shown
 
-from .folders import check_folder, is_pair
+from .folders import check_folder
 from .headers import PICKLE_SUFFIXES, check_regular, check_weights, safetensors_header
 from .index_notes import INDEX, recommended_by
 
@@ -125,15 +125,3 @@ def pipeline_name(source: ModelSource) -> str | None:
     values = read_json(Path(source.location) / INDEX, error=ModelLoadError, nonfinite=True)
     name = values.get("_class_name") if isinstance(values, dict) else None
     return name if isinstance(name, str) else None
-
-
-def controlnets_in(folder: Path) -> list[str]:
-    """The folders of the ControlNets that a pipeline folder has of its own: those of several are numbered."""
-    values = read_json(folder / INDEX, error=ModelLoadError, nonfinite=True)
-    value: Any = values.get("controlnet") if isinstance(values, dict) else None
-    if not is_pair(value) or value[1] is None:
-        return []
-    found = ["controlnet"]
-    while value[1].startswith("Multi") and (folder / (name := f"controlnet_{len(found)}")).is_dir():
-        found.append(name)
-    return found

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from model_folder import TEXT, UNET, VAE, draw, edit_json, edit_tensors, refused
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
-from zoo import unet
+from zoo import controlnet_model, unet
 
 from diffusion_accel import ModelLoadError
 from diffusion_accel.model_files.headers import safetensors_header
@@ -138,6 +138,35 @@ def test_controlnets(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ModelLoadError, match="config.json"):
         load_controlnet(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize("part", ["controlnet", "controlnet_1"])
+def test_several_controlnets_in_a_folder(part: str, whole: Path, tmp_path: Path) -> None:
+    """Each is checked as one alone is: a damaged one is refused before memory is taken for it."""
+    nets = [controlnet_model(number) for number in range(2)]
+    parts = load_pipeline(str(whole)).components
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=nets, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "m")
+    load_pipeline(str(tmp_path / "m"))
+    place = tmp_path / "m" / part
+    weights, config = place / "diffusion_pytorch_model.safetensors", place / "config.json"
+    good = weights.read_bytes(), config.read_bytes()
+    key = "controlnet_mid_block.bias"
+    for change, words in (
+        (lambda: edit_tensors(weights, lambda t: t.pop(key)), (f"{place} does not fit", "have no " + key)),
+        (lambda: edit_tensors(weights, lambda t: t.update({key: torch.zeros(1)})), (str(place), key, "[1]")),
+        (lambda: weights.write_bytes(good[0][:-5]), (str(weights), "is cut off")),
+        (lambda: weights.rename(weights.with_suffix(".bin")), (part, "is a pickle, which can run code")),
+        (lambda: config.write_text("[1]"), (str(config), "is not a table of settings")),
+        (lambda: edit_json(config, block_out_channels=[10**7, 10**7]), (str(place), "does not fit", "[16] instead")),
+        (lambda: edit_json(config, layers_per_block=10**5), (str(config), "layers_per_block must be at most")),
+    ):
+        change()
+        refused(tmp_path / "m", *words)
+        weights.with_suffix(".bin").unlink(missing_ok=True)
+        weights.write_bytes(good[0])
+        config.write_bytes(good[1])
+    load_pipeline(str(tmp_path / "m"))
 
 
 def test_classes_that_are_built_in_their_own_way_are_left_to_their_loader(tmp_path: Path) -> None:
