@@ -33,7 +33,7 @@ from .common_options import (
     time_option,
 )
 from .feature_flags import with_feature_flags
-from .settings import ATTENTION, RUNTIMES, Settings, check_features, merge
+from .settings import ATTENTION, RUNTIMES, Settings, check_features, merge, own_controlnets
 from .terminal import note, say
 
 TOKEN = "DIFFUSION_ACCEL_TOKEN"  # environment variable
@@ -151,6 +151,8 @@ def serve(
     if "" in nets:
         raise ConfigurationError("--controlnet is empty")
     settings = dataclasses.replace(settings, controlnet=nets[0] if nets else None)  # requests bring the image for it
+    if len(own := own_controlnets(settings, source)) > 1:
+        raise ConfigurationError(f"{source.name} has {len(own)} ControlNets, and a server has one: give --controlnet")
     if lora_folder is not None and not is_there(lora_folder, "dir"):
         raise ConfigurationError(f"--lora-folder {lora_folder}: there is no such folder")
     check_features(settings, settings.steps, source)

@@ -53,6 +53,16 @@ def test_models_that_cannot_be_served(
     assert found == code and message in err and err.count("\n") == 1 and not out
 
 
+def test_a_model_with_several_controlnets(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None) -> None:
+    index = {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "MultiControlNetModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for name in ("controlnet", "controlnet_1"):
+        (tmp_path / name).mkdir()
+    code, out, err = call(capsys, "serve", "--port", 0, "--model", tmp_path)
+    words = f"{tmp_path.name} has 2 ControlNets, and a server has one: give --controlnet"
+    assert code == 2 and words in err and err.count("\n") == 1 and not out
+
+
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], no_model: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, _, err = call(capsys, "serve", "--port", taken.getsockname()[1])

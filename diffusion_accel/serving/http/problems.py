@@ -80,6 +80,14 @@ class ErrorBody(BaseModel):
     error: Detail
 
 
+_UNKNOWN = "there is no such field; /docs lists those that there are"
+#: what unknown fields begin with -> what is said of them
+_ABSENT = {
+    "ip_adapter": "this server draws without IP-Adapters; leave it out",
+    "controlnet": "the ControlNet is the one that the server was started with; leave it out",
+    "control_images": "one control_image is read, for the one ControlNet of this server",
+}
+
 #: answers of routes for the OpenAPI page
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -157,4 +165,8 @@ def _of_validation(error: RequestValidationError) -> tuple[int, str, str | None]
         return 400, "the body is not valid JSON", None
     name = ".".join(where)[:100]
     message = str(jsonable_encoder(first["msg"]))
+    if first["type"] == "extra_forbidden":
+        message = next((words for start, words in _ABSENT.items() if name.startswith(start)), _UNKNOWN)
+    elif name.startswith("control") and isinstance(first.get("input"), list):
+        message = "one is taken, for the one ControlNet of this server, got a list"
     return 422, f"{name}: {message}" if name else message, name or None

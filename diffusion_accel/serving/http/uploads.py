@@ -130,6 +130,8 @@ def _put(values: dict[str, Any], key: str, value: str) -> None:
 
 
 def _images(files: dict[str, list[bytes]], limit: int) -> dict[str, Image.Image]:
+    if "ip_adapter_image" in files:
+        raise Problem(422, "ip_adapter_image: this server draws without IP-Adapters; leave it out", "ip_adapter_image")
     if unknown := sorted(set(files) - {*_FILES}):
         raise Problem(422, f"the form has a file {unknown[0][:50]!r}; {', '.join(_FILES)} are read", unknown[0][:50])
     for name in _FILES:

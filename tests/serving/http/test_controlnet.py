@@ -99,6 +99,38 @@ def test_refused(painter: Server, kind: str) -> None:
         assert "\n" not in body["error"]["message"] and "control" in str(body["error"]["param"])
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"ip_adapter_image": "x"}, "ip_adapter_image: this server draws without IP-Adapters; leave it out"),
+        ({"ip_adapter": "x", "control_image": "x"}, "ip_adapter: this server draws without IP-Adapters; leave it out"),
+        ({"control_image": ["x", "y"]}, "control_image: one is taken, for the one ControlNet of this server, got a l"),
+        ({"controlnet_conditioning_scale": [1, 0.5]}, "controlnet_conditioning_scale: one is taken, for the one Contr"),
+        ({"control_guidance_end": [1]}, "control_guidance_end: one is taken, for the one ControlNet"),
+        ({"control_images": ["x"]}, "control_images: one control_image is read, for the one ControlNet"),
+        (
+            {"controlnet": ["a", "b"]},
+            "controlnet: the ControlNet is the one that the server was started with; leave it ",
+        ),
+        ({"clip_skip": 2}, "clip_skip: there is no such field; /docs lists those that there are"),
+    ],
+)
+def test_what_is_not_on_a_server(painter: Server, more: dict[str, Any], words: str) -> None:
+    for path in ("/v1/images/generations", "/jobs"):
+        status, _, body = painter.ask("POST", path, ASKED | more)
+        assert status == 422 and words in body["error"]["message"]
+        assert body["error"]["param"] == next(iter(more))
+    if all(isinstance(value, str) for value in more.values()):
+        status, body = form(painter, "/v1/images/edits", {"image": file(picture())}, **more)
+        assert status == 422 and words in body["error"]["message"]
+
+
+def test_an_image_for_an_ip_adapter(painter: Server) -> None:
+    files = {"image": file(picture()), "ip_adapter_image": file(CONTROL)}
+    status, body = form(painter, "/v1/images/edits", files)
+    assert status == 422 and "this server draws without IP-Adapters; leave it out" in body["error"]["message"]
+
+
 def test_one_is_read(painter: Server) -> None:
     files = {"image": file(picture()), "control_image": file(CONTROL)}
     status, body = form(painter, "/v1/images/edits", files, control_image=as_text(CONTROL))
