@@ -15,7 +15,7 @@ from typing import Any
 
 from diffusion_accel.errors import ConfigurationError, OutputError
 from diffusion_accel.generation.clips import FPS, frames_shown
-from diffusion_accel.generation.request import IMAGES, LIMITS, MAX_IMAGES, check_numbers, check_text
+from diffusion_accel.generation.request import FILES, LIMITS, MAX_IMAGES, check_numbers, check_text
 from diffusion_accel.image_metadata import read_embedded
 from diffusion_accel.images import loaded
 from diffusion_accel.io import is_there, plain, shown
@@ -30,7 +30,6 @@ from .settings import typed
 MOST_STEPS = 1000
 MOST_LORAS = MOST_NETS = 64
 _ROUNDED = 64  # pixels by which pipelines round a size
-_FILES = (*IMAGES, "controlnet", "ip_adapter", "recipe")
 _PLAIN = (
     *("negative_prompt", "steps", "guidance_scale", "width", "height", "strength"),
     *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "ip_adapter_scale"),
@@ -38,7 +37,7 @@ _PLAIN = (
 )
 #: settings that belong to another one, or to a feature
 _BELONGING = {"transparent": ("premultiplied",), "quantize": ("runtime", "low_memory")}
-_KNOWN = (*_FILES, *_PLAIN, "scheduler", "lora", "quantize", "of_recipe")
+_KNOWN = (*FILES, *_PLAIN, "scheduler", "lora", "quantize", "of_recipe")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class _Reading:
                 raise ConfigurationError(
                     f"{self.where}{len(value)} of {key}; at most {MOST_NETS} are taken from an image"
                 )
-            return tuple(self.path(one, key) for one in value) if key in _FILES else value
+            return tuple(self.path(one, key) for one in value) if key in FILES else value
         if key == "scheduler":
             short = value.partition(",")[0]
             known = short in SCHEDULERS or value == LEARNED or (short.endswith("Scheduler") and short.isidentifier())
@@ -163,7 +162,7 @@ class _Reading:
             return value if value == "off" or self._foreign(value) else self.path(value, key)
         if key == "recipe":
             return value if value in ("on", "off") else self.path(value, key)
-        return self.path(value, key) if key in _FILES else value
+        return self.path(value, key) if key in FILES else value
 
     def path(self, text: str, key: str) -> str:
         """Where a file or folder lies that the image names."""

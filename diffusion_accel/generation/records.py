@@ -21,7 +21,7 @@ from diffusion_accel.quant.model import computed_with
 
 from .clips import Clip
 from .drawing import Drawn
-from .request import CALLED, IMAGES, Request
+from .request import CALLED, FILES, IMAGES, Request
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffusion_accel.feature import Feature
 
 
-_FILES = (*IMAGES, "controlnet", "ip_adapter", "quantize", "recipe")  # settings that may name one
+_FILES = (*FILES, "quantize")  # settings that may name one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,6 +152,8 @@ CALLED = {f.name: call for f in fields(Options) if (call := f.metadata.get("call
 EACH = tuple(f.name for f in fields(Options) if f.metadata.get("each"))
 #: the options that are files, or images that are open
 IMAGES = ("image", "mask_image", "ip_adapter_image", "control_image")
+#: settings of an image that name a file or a folder
+FILES = (*IMAGES, "controlnet", "ip_adapter", "recipe")
 #: the options that may have one for each ControlNet
 SEVERAL = tuple(f.name for f in fields(Options) if f.metadata.get("several"))
 
