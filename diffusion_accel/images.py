@@ -83,6 +83,8 @@ def loaded(
     """Pillow's image of a file, loaded and as it is stored, with all that belongs to it; see `open_image`."""
     name = _name(source, what)
     if isinstance(source, Image.Image):
+        if not all(source.size):
+            raise error(f"{name} has no pixels")
         yield source
         return
     with ExitStack() as stack:

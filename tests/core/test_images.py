@@ -48,6 +48,13 @@ def test_transparency_of_palettes_and_colours_becomes_alpha() -> None:
         assert np.asarray(open_image(file_of(image, transparency=clear)))[0, 0].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("mode", ["RGB", "I"])
+def test_an_image_without_pixels(size: tuple[int, int], mode: str) -> None:
+    with pytest.raises(ConfigurationError, match="the image has no pixels"):
+        open_image(Image.new(mode, size), what="the image")
+
+
 def test_of_an_animation_the_first_frame_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
     opened = open_image(file_of(frames[0], "GIF", save_all=True, append_images=frames[1:]))
