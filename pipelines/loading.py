@@ -79,7 +79,7 @@ def load_pipeline(
     kind = check_quantize(quantize) if quantize else None
     names = _names(controlnet)
     if controlnet is not None and not names:
-        options["controlnet"] = controlnet
+        options["controlnet"] = _together(controlnet)
     _load(source.location, lambda: check_options(source, pipeline_class, options))
     nets = [load_controlnet(name, dtype, allow_pickle) for name in names]
     named = dict(zip(names, nets, strict=True))
@@ -130,6 +130,16 @@ def _names(controlnet: object) -> list[str]:
     """The folders and hub ids of ControlNets to load; of loaded ones none."""
     named = controlnet if isinstance(controlnet, (list, tuple)) else [controlnet]
     return [str(one) for one in named if isinstance(one, (str, Path)) and str(one)]
+
+
+def _together(controlnet: Any) -> Any:
+    """Loaded ControlNets as one component: diffusers takes a list of them only for a folder that has none."""
+    several = controlnet if isinstance(controlnet, (list, tuple)) else [None]
+    if any(type(one).__name__ != "ControlNetModel" for one in several):
+        return controlnet
+    from diffusers import MultiControlNetModel  # with models that nothing else needs
+
+    return MultiControlNetModel(list(controlnet)) if len(controlnet) > 1 else controlnet[0]
 
 
 def _check_values(task: object, controlnet: object, dtype: object, pipeline_class: object, quantize: object) -> None:

@@ -153,6 +153,11 @@ def test_several_controlnets_from_folders_saved_and_loaded(tmp_path: Path) -> No
     wanted = draw(plain, **call)
     assert torch.equal(draw(pipe, **call), wanted)
     assert torch.equal(draw(AcceleratedPipeline.from_pretrained(str(tmp_path / "both")), **call), wanted)
+    for place in ("both", "single"):  # loaded ones take the place of those in the folder
+        if place == "single":
+            load_pipeline(model, controlnet=tmp_path / "net0").save_pretrained(tmp_path / place)
+        assert torch.equal(draw(load_pipeline(str(tmp_path / place), controlnet=nets), **call), wanted)
+        assert load_pipeline(str(tmp_path / place), controlnet=nets[:1]).controlnet is nets[0]
     one = load_pipeline(model, controlnet=[tmp_path / "net0"])
     assert type(one.controlnet) is ControlNetModel, "as without a list"
     with pytest.raises(ModelLoadError, match="no such ControlNet folder: ./missing"):
