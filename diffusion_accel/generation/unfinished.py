@@ -34,13 +34,13 @@ def is_left(path: Path) -> bool:
     file = file_for(path)
     if sys.platform == "win32" or not is_there(file, "file"):  # where nothing says whether a process runs
         return False
-    from PIL import Image  # late: hardly ever is there such a file
+    from diffusion_accel.images import loaded  # late: hardly ever is there such a file
 
     try:
-        with Image.open(file) as image:
+        with loaded(file) as image:
             values = json.loads(image.info.get(CHUNK, "null"))
         node, process = values["by"] if values["unfinished"] == path.name else (None, 0)
-    except Exception:  # Pillow raises many kinds: it is none of ours
+    except Exception:  # an image that cannot be read, or other settings: it is none of ours
         return False
     return node == platform.node() and isinstance(process, int) and process > 0 and not _runs(process)
 
