@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PROMPT, CLASS, NOTHING = "prompt", "class", "nothing"
+_BESIDE = {"controlnet", "adapter"}  # components that read an image of their own
+_CONTROLS = ("control_image", "conditioning_frames", "image")  # what a call names it
 _ALWAYS = ("self", "prompt", "class_labels")  # parameters of a call that it is given in any case
 
 
@@ -44,10 +46,12 @@ def _class(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> type[Diffus
 
 def missing_arguments(pipeline: DiffusionPipeline | type[DiffusionPipeline], given: Collection[str]) -> list[str]:
     """What the call of a pipeline, or of its class, cannot do without, beside the prompt or class, and is not among the
-    names that are given: arguments without a default, and the images of inpainting, whose defaults are None in most
-    classes."""
+    names that are given: arguments without a default, the images of inpainting, and what a ControlNet or T2I-Adapter
+    is given, whose defaults are None in most classes."""
     parameters = inspect.signature(_class(pipeline).__call__).parameters
     needed = {"image", "mask_image"} if "mask_image" in parameters else set()
+    if _BESIDE & inspect.signature(_class(pipeline).__init__).parameters.keys():
+        needed |= {next((name for name in _CONTROLS if name in parameters), "")}
     for name, one in parameters.items():
         if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD and name not in _ALWAYS:
             needed.add(name)

@@ -219,11 +219,11 @@ def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) 
     if unknown:
         names = ", ".join(ours.get(name, name) for name in unknown)
         raise ConfigurationError(f"{type(pipe).__name__} does not take {names}")
+    if request.control_image or {"image", "control_image"} & parameters.keys():
+        _check_control(pipe, request)
     if missing := missing_arguments(pipe, given):
         names = ", ".join(ours.get(name, name) for name in missing)
         raise ConfigurationError(f"{type(pipe).__name__} needs {names}")
-    if request.control_image or {"image", "control_image"} & parameters.keys():
-        _check_control(pipe, request)
     return {k: v for k, v in given.items() if k in parameters}
 
 

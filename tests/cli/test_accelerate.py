@@ -95,11 +95,12 @@ def test_a_pipeline_that_needs_an_image_is_refused_before_it_is_loaded(
     model: Path, tmp_path: Path, no_model: None, capsys: Any
 ) -> None:
     shutil.copytree(model, starts := tmp_path / "starts")
-    edit_json(starts / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
     prompts = ("--prompts-file", model.parent / "prompts.txt")
-    for *command, _ in _without_prompts(starts, tmp_path):
-        code, _, err = call(capsys, *command, *prompts)
-        assert code == 2 and "StableDiffusionInpaintPipeline needs image and mask_image, and here" in err
+    for name, needed in (("Inpaint", "image and mask_image"), ("ControlNet", "image")):
+        edit_json(starts / "model_index.json", _class_name=f"StableDiffusion{name}Pipeline")
+        for *command, _ in _without_prompts(starts, tmp_path):
+            code, _, err = call(capsys, *command, *prompts)
+            assert code == 2 and f"StableDiffusion{name}Pipeline needs {needed}, and here" in err
     edit_json(starts / "model_index.json", _class_name="DDPMPipeline")
     code, _, err = call(capsys, "evaluate", "-m", starts)
     assert code == 1 and "DDPMPipeline takes neither a prompt nor a class" in err

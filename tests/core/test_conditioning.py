@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import zoo
 from diffusers import DiffusionPipeline
 
-from diffusion_accel.conditioning import own_arguments
+from diffusion_accel.conditioning import check_prompts_do, missing_arguments, own_arguments
+from diffusion_accel.errors import UnsupportedPipelineError
 
 
 @pytest.fixture
@@ -49,3 +51,26 @@ def test_the_size_is_the_trained_one_where_the_pipeline_has_a_constant(flux: Dif
     assert own_arguments(flux, {"image": object()}).keys() == {"image", *more}
     flux.vae.register_to_config(sample_size=flux.default_sample_size * flux.vae_scale_factor)
     assert own_arguments(flux, {}) == more
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (diffusers.StableDiffusionControlNetPipeline, "image"),
+        (diffusers.StableDiffusionControlNetImg2ImgPipeline, "control_image"),
+        (diffusers.StableDiffusionXLControlNetUnionPipeline, "control_image"),
+        (diffusers.FluxControlNetPipeline, "control_image"),
+        (diffusers.AnimateDiffControlNetPipeline, "conditioning_frames"),
+        (diffusers.StableDiffusionAdapterPipeline, "image"),
+    ],
+)
+def test_a_controlnet_is_given_an_image(cls: type, name: str) -> None:
+    """Their calls say None where one leaves it out, and fail."""
+    assert missing_arguments(cls, ()) == [name] and not missing_arguments(cls, (name,))
+    with pytest.raises(UnsupportedPipelineError, match=f"{cls.__name__} needs {name}, and here it is called with prom"):
+        check_prompts_do(cls)
+
+
+def test_what_needs_prompts_alone() -> None:
+    for cls in (diffusers.StableDiffusionPipeline, diffusers.AnimateDiffPipeline, diffusers.FluxPipeline):
+        check_prompts_do(cls)
