@@ -209,7 +209,12 @@ Scheduler = Annotated[
 Pixels = Annotated[int | None, number("Pixels.", LIMITS["width"], show_default=recommended("width"))]
 Seed = Annotated[int, bounded(LIMITS["seed"], help="Image k uses seed + k.")]
 Batch = Annotated[int, number("Images in a call.", BATCH)]
-Budget = Annotated[float, time_option("Time for the search", SECONDS, show_default="5m")]
+Budget = Annotated[
+    float | None,
+    time_option(
+        "Time for the search", SECONDS, show_default="5m; a family also ends after the work of 4 images a prompt"
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …", show_default="the best one here")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from diffusion_accel import LearnedMultistepScheduler
 
 LEAST_PROMPTS = 6  # the search needs some, and others to test what it found
+SECONDS_OF_A_SEARCH = 300.0
 _PANELS = {
     "Output": "output overwrite as_json quiet",
     "Target (one of them, or none)": "speedup min_psnr",
@@ -114,7 +116,7 @@ def tune(
         list[str] | None, typer.Option(help="A scheduler that the plan may use instead; repeatable.")
     ] = None,
     batch: Batch = 8,
-    budget: Budget = 300.0,
+    budget: Budget = None,
     restart: Restart = False,
     overwrite: Overwrite = False,
     device: Device = None,
@@ -251,11 +253,19 @@ def _wish(options: dict[str, Any]) -> _Wish:
 
 
 def _searched(
-    wish: _Wish, bar: Bar, pipe: Any, texts: Sequence[str], budget: float, call: dict[str, Any], others: tuple[Any, ...]
+    wish: _Wish,
+    bar: Bar,
+    pipe: Any,
+    texts: Sequence[str],
+    budget: float | None,
+    call: dict[str, Any],
+    others: tuple[Any, ...],
 ) -> TunedPlan | PlanFamily | LearnedMultistepScheduler:
-    """The plan, the family or the solver; of a family with solvers each has half of the time."""
+    """The plan, the family or the solver; of a family with solvers each has half of the time. Whoever names a time gets
+    it whole; otherwise the search of a family ends with its work, too."""
     both = bool(wish.evaluations) and not wish.alone
     share = 0.5 if both else 1.0
+    seconds = share * (SECONDS_OF_A_SEARCH if budget is None else budget)
     solver = None
     if wish.evaluations:
         solver = api.tune_solver(
@@ -263,7 +273,7 @@ def _searched(
             texts,
             wish.evaluations,
             towards=wish.towards,
-            seconds=budget * share,
+            seconds=seconds,
             state=Path(f"{wish.state}.1") if both else wish.state,
             progress=lambda what, done=0.0, left=None: bar(what, share * done, left),
             **call,
@@ -275,7 +285,8 @@ def _searched(
         texts,
         speedup=wish.target.speedup,
         min_psnr=wish.target.min_psnr,
-        seconds=budget * share,
+        seconds=seconds,
+        images=None if budget is None else math.inf,
         state=wish.state,
         progress=lambda what, done=0.0, left=None: bar(what, 1 - share + share * done, left),
         try_steps=wish.try_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from command import call
 from PIL import Image
 
-from diffusion_accel import LearnedMultistepScheduler, PlanFamily
+import diffusion_accel
+from diffusion_accel import ConfigurationError, LearnedMultistepScheduler, PlanFamily
 from diffusion_accel.reuse.plan_family import load_tuned
 from diffusion_accel.schedulers.solver import evaluations_in, read_file
 
@@ -118,3 +120,20 @@ def test_a_file_where_a_folder_is_needed(no_model: None, tmp_path: Path, capsys:
     (tmp_path / "s").touch()
     code, _, err = call(capsys, "tune", "-o", tmp_path / "s", "--evaluations", "6")
     assert code == 1 and "is a file; a solver needs a folder" in err
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], (300.0, None)), (["--budget", "20m"], (1200.0, math.inf))])
+def test_a_time_that_is_named_is_used_whole(
+    given: list[str], expected: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself the search of a family ends with its work, long before so much time."""
+    asked: list[Any] = []
+
+    def tune(*_: Any, seconds: float, images: float | None, **__: Any) -> None:
+        asked.append((seconds, images))
+        raise ConfigurationError("no more of it")
+
+    monkeypatch.setattr(diffusion_accel, "tune", tune)
+    code, _, err = call(capsys, "tune", "-o", tmp_path / "a.json", "--count", "6", "--device", "cpu", *given, "-q")
+    assert code == 2 and "no more of it" in err
+    assert asked == [expected]
