@@ -154,9 +154,14 @@ def _only_new_modules_cast(unet: Any) -> Iterator[None]:
 
 def has_ip_adapter(pipe: Any) -> bool:
     """Whether a pipeline's calls need an `ip_adapter_image`."""
+    return ip_adapters_of(pipe) > 0
+
+
+def ip_adapters_of(pipe: Any) -> int:
+    """How many IP-Adapters a pipeline has; diffusers loads several."""
     unet = getattr(pipe, "unet", None)
     projection = None if unet is None else getattr(model_of(unet), "encoder_hid_proj", None)
-    return isinstance(projection, MultiIPAdapterImageProjection)
+    return len(projection.image_projection_layers) if isinstance(projection, MultiIPAdapterImageProjection) else 0
 
 
 def _check_names(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from diffusion_accel.errors import ConfigurationError, ModelLoadError, Unsupport
 from diffusion_accel.hooks import model_of
 from diffusion_accel.images import open_image
 from diffusion_accel.measure.comparison import Comparison, compare_calls
-from diffusion_accel.pipelines.ip_adapter import has_ip_adapter
+from diffusion_accel.pipelines.ip_adapter import ip_adapters_of
 from diffusion_accel.report import Report
 from diffusion_accel.sizes import far_from_trained
 
@@ -189,11 +189,15 @@ def check_requests(pipe: DiffusionPipeline, requests: Iterable[Request]) -> None
 def _arguments(pipe: DiffusionPipeline, request: Request, opening: bool = True) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     wanted: dict[str, Any] = {call: getattr(request, name) for name, call in CALLED.items()}
-    shown = has_ip_adapter(pipe)
+    shown = ip_adapters_of(pipe)
     if request.ip_adapter_image and not shown:
         raise ConfigurationError(f"ip_adapter_image is for an IP-Adapter, and this {type(pipe).__name__} has none")
     if shown and not request.ip_adapter_image:
         raise ConfigurationError("ip_adapter_image is missing: the pipeline has an IP-Adapter")
+    if shown > 1:
+        raise ConfigurationError(
+            f"ip_adapter_image is for one IP-Adapter, and the pipeline has {shown}: call it itself"
+        )
     images: dict[str, tuple[str, Any, str]] = {
         "image": ("image", request.image, "RGBA" if "transparent" in pipe.acceleration.features else "RGB"),
         "mask_image": ("mask_image", request.mask_image, "L"),

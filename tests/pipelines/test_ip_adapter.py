@@ -57,6 +57,16 @@ def test_requests_are_shown_an_image(model: str, tmp_path: Path) -> None:
                 check()
 
 
+def test_several_are_left_to_the_pipelines_own_call(model: str, tmp_path: Path) -> None:
+    pipe = open_pipeline(model, device="cpu")
+    file = ip_adapters.write(tmp_path, pipe.unet)
+    load_ip_adapter(pipe, file)
+    pipe.load_ip_adapter([str(tmp_path)] * 2, subfolder=["", ""], weight_name=[file.name] * 2)
+    request = Request(prompt="red", steps=2, ip_adapter_image=Image.new("RGB", (8, 8)))
+    with pytest.raises(ConfigurationError, match="is for one IP-Adapter, and the pipeline has 2: call it itself"):
+        draw(pipe, request)
+
+
 def test_scales(model: str) -> None:
     for options, words in (
         ({"ip_adapter_scale": 1}, "ip_adapter_scale needs ip_adapter"),
