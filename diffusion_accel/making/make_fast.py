@@ -6,6 +6,7 @@ interrupted run goes on behind the last stage that was done, and within it where
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -286,8 +287,8 @@ class _Run:
         s = self.sampler
         every, one = self.work / "plans.json", self.work / f"plan-{self.min_psnr:g}.json"
         call = {
-            "steps": s.steps, "seed": s.seed, "batch": s.batch, "seconds": self.share("plans"), "progress": told,
-            "state": self.work / "plans.search", **s.options,
+            "steps": s.steps, "seed": s.seed, "batch": s.batch, "seconds": self.share("plans"), "images": math.inf,
+            "progress": told, "state": self.work / "plans.search", **s.options,
         }  # fmt: skip
         try:
             if not every.is_file() and not one.is_file():
