@@ -308,7 +308,7 @@ def load_controlnet(name: str, dtype: torch.dtype, allow_pickle: bool = False) -
         if not path.is_dir():
             check_config(ControlNetModel.load_config(name), name)
         with bounded(_CONTROLNET_TENSORS, name):
-            return ControlNetModel.from_pretrained(name, dtype=dtype, **options)
+            return ControlNetModel.from_pretrained(str(path) if path.is_dir() else name, dtype=dtype, **options)
 
     net = _load(name, load)
     check_loaded({"ControlNet": net}, name)

@@ -12,6 +12,8 @@ import sys
 from diffusion_accel import interrupts
 from diffusion_accel.errors import AccelerationError
 
+_TEXTS = ("--negative-prompt", "--class", "--token")  # options whose values are no places
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -46,7 +48,7 @@ def run(arguments: list[str] | None = None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted (128 + signal). `--debug` shows
     tracebacks."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = at_home(list(sys.argv[1:] if arguments is None else arguments))
     from . import processes, terminal  # after signals are heard
 
     processes.begin(arguments)
@@ -87,6 +89,19 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def at_home(arguments: list[str]) -> list[str]:
+    """`--output=~/x` in the home folder, as `--output ~/x` is: a shell leaves a ~ behind "=" as it is, and a folder of
+    that name would be made."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+
+    def expanded(argument: str) -> str:
+        name, _, value = argument.partition("=")
+        is_place = name.startswith("--") and name not in _TEXTS and (value == "~" or value.startswith("~/"))
+        return f"{name}={os.path.expanduser(value)}" if is_place else argument  # noqa: PTH111 (an end "/" stays)
+
+    return [expanded(argument) for argument in arguments[:end]] + arguments[end:]
 
 
 def _fail(message: str, code: int, consequence: bool = False) -> int:

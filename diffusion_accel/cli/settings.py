@@ -6,6 +6,7 @@ Everything here is checked before torch or a model is loaded.
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ from diffusion_accel.generation.request import (
     one_or_several,
 )
 from diffusion_accel.images import loaded
-from diffusion_accel.io import is_there, read_json, read_toml, shown
+from diffusion_accel.io import at_home, is_there, read_json, read_toml, shown
 from diffusion_accel.model_files.folders import controlnets_in
 from diffusion_accel.model_files.headers import lora_file
 from diffusion_accel.model_files.names import ModelSource, check_weights, find_model
@@ -172,6 +173,9 @@ def merge(flags: dict[str, Any], config: dict[str, Any], *, restoring: bool = Fa
     named = {n: parse_feature(n, chosen.pop(n)) for n in FEATURES if chosen.get(n) is not None}
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     given = {k: typed(k, v) for k, v in chosen.items() if k in fields}
+    for key in ("output", "quantize"):  # what reads other files knows ~ by itself
+        if key in given:
+            given[key] = os.path.expanduser(given[key])  # noqa: PTH111 (the end "/" of a folder stays)
     source = find_model(given.get("model", Settings.model), given.get("allow_pickle", False))
     recipe = recipe_of(source, _READ.get(str(given.get("recipe")), given.get("recipe"))) if restoring else None
     found = features_over({} if recipe is None else recipe.features, named, recipe)
@@ -284,7 +288,7 @@ def check(settings: Settings, source: ModelSource) -> None:
     if s.ip_adapter is not None:
         if not is_there(Path(s.ip_adapter), "file"):
             raise ModelLoadError(f"--ip-adapter: no such file: {s.ip_adapter}")
-        check_weights(Path(s.ip_adapter), allow_pickle=None)
+        check_weights(at_home(s.ip_adapter), allow_pickle=None)
     if s.ip_adapter_scale is not None:
         IP_ADAPTER_SCALE.check(s.ip_adapter_scale, "--ip-adapter-scale")
     if s.prompt_weights and find_spec("compel") is None:

@@ -13,8 +13,26 @@ from command import call
 
 from diffusion_accel.cli.app import app
 from diffusion_accel.cli.feature_flags import join_bare_flags
+from diffusion_accel.cli.main import at_home
 
 PROMPT = "red apple, 3d style"
+
+
+def test_a_place_at_home_behind_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it as it is, and a folder of that name would be made."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = [
+        "generate",
+        "--output=~/out/",
+        "--lora=~",
+        "--quantize=~other",
+        "--negative-prompt=~/x",
+        "~/x",
+        "--steps=4",
+    ]
+    home = "/home/somebody"
+    wanted = ["generate", f"--output={home}/out/", f"--lora={home}", *given[3:]]
+    assert at_home(given) == wanted and at_home([*given, "--", "--output=~/x"]) == [*wanted, "--", "--output=~/x"]
 
 
 def test_bare_feature_flags() -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from command import call
+from safetensors.torch import save_file
 
 from diffusion_accel import Compiled, ConfigurationError, EncoderReuse
 from diffusion_accel.cli.settings import merge, read_config, split_lora
@@ -72,6 +74,16 @@ def test_bad_configuration_files(
     file.write_text(text)
     code, _, err = call(capsys, "generate", PROMPT, "--config", str(file))
     assert code == 2 and message in err and err.count("\n") == 1 and len(err) < 1600
+
+
+def test_places_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a configuration file, where no shell makes anything of ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("ip.safetensors", "a.png"):
+        save_file({"x": torch.zeros(1)}, tmp_path / name)
+    given = {"output": "~/out/", "ip_adapter": "~/ip.safetensors", "ip_adapter_image": "~/a.png"}
+    settings, _ = merge({}, {**given, "quantize": "torchao:int8wo"})
+    assert settings.output == f"{tmp_path}/out/" and settings.quantize == "torchao:int8wo"
 
 
 def test_lora_scales(tmp_path: Path) -> None:

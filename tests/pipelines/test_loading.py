@@ -134,10 +134,12 @@ def test_failures_are_one_line(tmp_path: Path) -> None:
         load_pipeline("sticker", controlnet="./missing")
 
 
-def test_a_controlnet_from_a_folder(sticker: Any, tmp_path: Path) -> None:
-    ControlNetModel.from_unet(sticker.unet, conditioning_channels=3).save_pretrained(tmp_path)
-    pipe = load_pipeline("sticker", controlnet=str(tmp_path))
+def test_a_controlnet_from_a_folder(sticker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ControlNetModel.from_unet(sticker.unet, conditioning_channels=3).save_pretrained(tmp_path / "net")
+    pipe = load_pipeline("sticker", controlnet=str(tmp_path / "net"))
     assert type(pipe) is StableDiffusionControlNetPipeline
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert type(load_pipeline("sticker", controlnet="~/net").controlnet) is ControlNetModel
 
 
 def test_several_controlnets_from_folders_saved_and_loaded(tmp_path: Path) -> None:
