@@ -12,6 +12,7 @@ from diffusion_accel.errors import AccelerationError, ConfigurationError, ModelL
 from diffusion_accel.io import read_json, shown
 
 INDEX = "model_index.json"
+LEARNED = "LearnedMultistepScheduler"  # the class of this package's own scheduler
 KEY = "_diffusion_accel"
 RECIPE = "recipe"  # true: the folder was saved with its acceleration.json, which is then the model's own
 NUMBERS = {"steps": int, "guidance_scale": float, "width": int, "height": int}
@@ -69,13 +70,16 @@ def notes_of(folder: Path | str) -> dict[str, Any]:
 
 def recommended_by(folder: Path | str) -> dict[str, Any]:
     """The settings that a pipeline folder recommends, by the names of the command line. The scheduler is among them
-    only while the folder has the one that it is recommended in place of: another was chosen by whoever saved it."""
+    only while the folder has the one that it is recommended in place of: another was chosen by whoever saved it. A
+    learned one has numbers of steps of its own."""
     values = _values(folder)
     notes = notes_in(values, Path(folder) / INDEX)
     found = dict(notes.get("recommended", {}))
     own = values.get("scheduler") if found else None
     if notes.get("instead_of") not in (None, own[-1] if isinstance(own, list) and own else None):
         found.pop("scheduler", None)
+    if isinstance(own, list) and own[-1:] == [LEARNED]:
+        found.pop("steps", None)
     return found
 
 

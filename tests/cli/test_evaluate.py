@@ -85,7 +85,7 @@ def test_a_routed_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
     common = ["generate", "red apple", "--model", model, "--steps", 2, "--seed", 1, "--width", 96, "--height", 96]
     code, out, err = call(capsys, *common, "-o", image)
     assert code == 0 and "task routing is on: the model was trained with it" in err
-    assert "task_routing: routed blocks" in out
+    assert "task_routing: 11 blocks routed" in out
     data = json.loads(call(capsys, "metadata", image, "--json")[1])["diffusion_accel"]
     assert "task_routing" in data["report"]["features"]
     code, _, err = call(capsys, *common, "-o", tmp_path / "b.png", "--task-routing", "beta=0.5")

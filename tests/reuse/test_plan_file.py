@@ -150,7 +150,8 @@ def test_deep_and_huge_plan_files_are_refused(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigurationError) as refused:
             Reuse(plan=str(file))
-        assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+        said = str(refused.value).replace(str(file), "plan.json")  # however long the name of the folder is
+        assert "\n" not in said and len(said) < 450
 
 
 def test_weights_that_were_changed_in_place_are_noticed(tmp_path: Path, caplog: Any) -> None:
