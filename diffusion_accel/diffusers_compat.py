@@ -160,11 +160,9 @@ def execution_device(pipe: DiffusionPipeline) -> torch.device:
     models = [value for value in vars(pipe).values() if hasattr(value, "named_parameters")]
     first = [next(model.parameters(), None) for model in models]
     places = {None if parameter is None else parameter.device for parameter in first}
-    if len(places) == 1 and not any(LEFT_BY_HOOKS & vars(part).keys() for model in models for part in parts_of(model)):
-        place = places.pop()
-        if place is not None:
-            return place
-    return pipe._execution_device
+    place = places.pop() if len(places) == 1 else None
+    hooked = any(LEFT_BY_HOOKS & vars(part).keys() for model in models for part in parts_of(model))
+    return pipe._execution_device if place is None or hooked else place
 
 
 def announced_steps(pipe: DiffusionPipeline) -> Any:

@@ -16,11 +16,12 @@ from typing import Any
 from diffusion_accel.combination import Combination
 from diffusion_accel.errors import ConfigurationError
 from diffusion_accel.io import at_home, is_there, printable, read_json, shown
+from diffusion_accel.model_files.index_notes import LEARNED
 from diffusion_accel.model_files.names import EMBEDDED
 
 from .in_family import is_family, together
 
-CLASS = "LearnedMultistepScheduler"
+CLASS = LEARNED
 FILE = "scheduler_config.json"
 SHIPPED = Path(str(resources.files("diffusion_accel.assets"))) / "solvers"  # a folder for each embedded model
 MOST_EVALUATIONS = 1000
