@@ -92,16 +92,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def at_home(arguments: list[str]) -> list[str]:
-    """`--output=~/x` in the home folder, as `--output ~/x` is: a shell leaves a ~ behind "=" as it is, and a folder of
-    that name would be made."""
+    """`--output=~/x` and `--output "~/x"` in the home folder, as `--output ~/x` is: a shell leaves a ~ behind "=" or in
+    quotes as it is, and a folder of that name would be made."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
 
-    def expanded(argument: str) -> str:
-        name, _, value = argument.partition("=")
-        is_place = name.startswith("--") and name not in _TEXTS and (value == "~" or value.startswith("~/"))
-        return f"{name}={os.path.expanduser(value)}" if is_place else argument  # noqa: PTH111 (an end "/" stays)
+    def expanded(before: str, argument: str) -> str:
+        name, equals, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        is_option = name.startswith("-") and "=" not in name and name not in _TEXTS
+        if not is_option or not (value == "~" or value.startswith("~/")):
+            return argument
+        place = os.path.expanduser(value)  # noqa: PTH111 (an end "/" stays)
+        return f"{name}={place}" if equals else place
 
-    return [expanded(argument) for argument in arguments[:end]] + arguments[end:]
+    return [expanded(*pair) for pair in zip(["", *arguments], arguments[:end], strict=False)] + arguments[end:]
 
 
 def _fail(message: str, code: int, consequence: bool = False) -> int:

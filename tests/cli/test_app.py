@@ -18,7 +18,7 @@ from diffusion_accel.cli.main import at_home
 PROMPT = "red apple, 3d style"
 
 
-def test_a_place_at_home_behind_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_at_home_behind_an_equals_sign_or_in_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell leaves it as it is, and a folder of that name would be made."""
     monkeypatch.setenv("HOME", "/home/somebody")
     given = [
@@ -29,9 +29,13 @@ def test_a_place_at_home_behind_an_equals_sign(monkeypatch: pytest.MonkeyPatch) 
         "--negative-prompt=~/x",
         "~/x",
         "--steps=4",
+        "--negative-prompt",
+        "~/x",
+        "-o",
+        "~/out/",
     ]
     home = "/home/somebody"
-    wanted = ["generate", f"--output={home}/out/", f"--lora={home}", *given[3:]]
+    wanted = ["generate", f"--output={home}/out/", f"--lora={home}", *given[3:-1], f"{home}/out/"]
     assert at_home(given) == wanted and at_home([*given, "--", "--output=~/x"]) == [*wanted, "--", "--output=~/x"]
 
 
