@@ -1,8 +1,8 @@
 """How far plans and learned solvers hold: other guidance scales, sizes, weights, starting images, and words.
 
-A plan is compared with its baseline, DDIM with 50 steps; a solver with the converged images, beside stock solvers of 20
-evaluations. With a starting image a solver begins at the timestep of its own that the strength says, and is compared
-with the converged image from that timestep.
+A plan, or fewer steps, is compared with its baseline, DDIM with 50 steps; a solver with the converged images, beside
+stock solvers of 20 evaluations. With a starting image a solver begins at the timestep of its own that the strength
+says, and is compared with the converged image from that timestep.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.tuning.measure import scheduling
 
 OF = ("plans", "solver")
-WORDS = Path(__file__).parent / "data" / "unfamiliar_prompts.txt"
+DATA = Path(__file__).parent / "data"
+WORDS = {"known things in other words": "rephrased_prompts.txt", "unfamiliar things": "unfamiliar_prompts.txt"}
+FEWER = "fewer-steps:"  # before a number of steps of the baseline's scheduler, in the place of a plan
 FRESH = 1000  # of the tuner's kind of captions: where those begin that the words are compared with
 EVALUATIONS = (8, 5)
 STOCK = ("deis,exponential", "dpm++")
@@ -60,9 +62,10 @@ def settings(count: int) -> Iterator[Setting]:
     yield Setting("lora", "a LoRA of small random weights", prompts, STICKER, lora=LORA)
     for strength in (0.3, 0.5, 0.7, 0.9):
         yield Setting("strength", f"from an image, strength {strength}", prompts, STICKER, strength=strength)
-    typed = tuple(WORDS.read_text(encoding="utf-8").splitlines())
-    yield Setting("words", "other captions of the tuner's kind", tuple(embedded_prompts(len(typed), FRESH)), STICKER)
-    yield Setting("words", "unfamiliar words", typed, STICKER)
+    yield Setting("words", "captions of the tuner's kind", tuple(embedded_prompts(count, FRESH)), STICKER)
+    for name, file in WORDS.items():
+        typed = (DATA / file).read_text(encoding="utf-8").splitlines()
+        yield Setting("words", name, tuple(typed[:count]), STICKER)
 
 
 @contextmanager
@@ -145,8 +148,12 @@ def of_plans(sampler: Sampler, options: argparse.Namespace) -> list[dict[str, An
     set_scheduler(pipe, "ddim")
     plain, found = sampler.images(), []
     for plan in options.plans:
+        cell = {"what": plan.rpartition("/")[2]}
+        if plan.startswith(FEWER):
+            found.append(cell | numbers(plain, replace(sampler, steps=int(plan.removeprefix(FEWER))).images()))
+            continue
         accelerate(pipe, Reuse(plan=plan))
-        found.append({"what": plan.rpartition("/")[2]} | numbers(plain, sampler.images()))
+        found.append(cell | numbers(plain, sampler.images()))
         pipe.acceleration.remove()
     pipe.scheduler = own
     return found

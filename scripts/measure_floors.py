@@ -10,17 +10,15 @@ import argparse
 import sys
 
 import torch
+from tune_embedded import CALL, FAMILIES, opened
 
-from diffusion_accel import Reuse, accelerate, load_pipeline
+from diffusion_accel import Reuse, accelerate
 from diffusion_accel.evaluation.prompts import embedded_prompts
 from diffusion_accel.measure.fidelity import psnr, spread
 from diffusion_accel.measure.sampler import Sampler
-from diffusion_accel.pipelines.schedulers import set_scheduler
 from diffusion_accel.reuse.plan_family import load_shipped
 
-SCHEDULERS = {"ddim": "ddim", "dpm": "dpm++"}
 UNSEEN, MEASURED = 200, 24  # of the prompts: where those begin that no plan was tuned on, and how many gave the floors
-CALL = {"guidance_scale": 3.0, "height": 96, "width": 96}
 
 
 def fresh_prompts(count: int) -> tuple[str, ...]:
@@ -36,13 +34,11 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=96, help="fresh images")
     parser.add_argument("--seed", type=int, default=5000, help="of the first image")
     options = parser.parse_args()
-    pipe = load_pipeline("sticker")
-    pipe.set_progress_bar_config(disable=True)
     print(
         "| family | plan | floor dB | below it | median dB | worst decile dB |\n| --- | --- | --- | --- | --- | --- |"
     )
     for name, family in load_shipped().items():
-        set_scheduler(pipe, SCHEDULERS[name])
+        pipe = opened(FAMILIES[name].model, FAMILIES[name].scheduler)
         prompts = fresh_prompts(options.count)
         sampler = Sampler(pipe, prompts, family.made_for, options.seed, options=CALL)
         with torch.inference_mode():

@@ -9,13 +9,15 @@
     python scripts/tune_embedded.py merge runs/eight runs/ten    # their solvers take the place of those that ship
     python scripts/tune_embedded.py retime     # the speed-ups of all families once more, in CPU time of one thread
 
-The steps that are computed are chosen by captions of the kind the models were trained on; fits see what people type,
-too (`data/varied_prompts.txt`). Measured on other captions. Writes into `diffusion_accel/assets`, or into --out.
+Calibrated on captions of the kind the models were trained on and on what people type (`data/varied_prompts.txt`): a
+third of the images by which computed steps are chosen, half of the others that fits see. Measured on other captions.
+Writes into `diffusion_accel/assets`, or into --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -71,13 +73,16 @@ def opened(model: str, scheduler: str | None = None) -> Any:
 
 
 def prompts(count: int) -> list[str]:
-    """Captions, of which rollouts are compared; captions and what people type in turn, which fits see as well; other
-    captions, on which the result is measured. So many of each: the last third is held out, as `tune` has it.
+    """Captions, with what people type for every third, of which rollouts are compared; captions with that for half of
+    them, which fits see as well; other captions, on which the result is measured. So many of each: the last third is
+    held out, as `tune` has it.
     """
-    varied = VARIED.read_text(encoding="utf-8").splitlines()
-    captions = embedded_prompts(2 * count)
-    second = [varied[i // 2 % len(varied)] if i % 2 else text for i, text in enumerate(captions[count:])]
-    return captions[:count] + second + embedded_prompts(count, UNSEEN)
+    typed = itertools.cycle(VARIED.read_text(encoding="utf-8").splitlines())
+    mixed = embedded_prompts(2 * count)
+    for i in range(2 * count):
+        if i % 3 == 2 if i < count else i // 2 % 2:  # fits are judged by even and odd images: both kinds in each
+            mixed[i] = next(typed)
+    return mixed + embedded_prompts(count, UNSEEN)
 
 
 def retime(folder: Path, rounds: int = 9) -> None:

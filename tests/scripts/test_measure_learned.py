@@ -76,7 +76,13 @@ def test_each_part_adds_what_it_says(recording: Recording) -> None:
 
 def test_settings_are_what_was_promised() -> None:
     found = list(robustness.settings(3))
-    assert len({setting.name for setting in found}) == len(found) == 16
+    assert len({setting.name for setting in found}) == len(found) == 17
     assert sum(setting.strength is not None for setting in found) == 4
     words, known = found[-1].prompts, found[-2].prompts
-    assert len(words) == len(known) == 24 and not {*words} & {*known}
+    assert len(words) == len(known) == 3 and not {*words} & {*known}
+
+
+def test_no_prompt_that_calibrates_is_measured() -> None:
+    measured = {p for name in robustness.WORDS.values() for p in (robustness.DATA / name).read_text().splitlines()}
+    assert len(measured) == 48
+    assert not measured & set((robustness.DATA / "varied_prompts.txt").read_text().splitlines())
