@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusion_accel.reuse.plan_names import is_tuned, shipped, shipped_families
 from diffusion_accel.reuse.reuse import Reuse
 
 EVERY_STEP = "max"
+REMEMBERED = 64  # what requests asked for last: reading a plan takes as long as drawing a tenth of an image
 QUALITIES = {"low": "fast", "medium": "balanced", "high": "quality"}  # -> a plan of a family by name
 
 
@@ -36,6 +38,7 @@ class Plans:
             if isinstance(found := load_tuned(f"tuned:{name}"), PlanFamily):
                 self.families.append(found)
         self.names = [f"tuned:{name}" for name in shipped()] if embedded else []
+        self._read = functools.lru_cache(REMEMBERED)(self._feature)
 
     def feature(
         self,
@@ -45,7 +48,7 @@ class Plans:
         min_psnr: float | None,
         scheduler: str | None,
     ) -> Reuse | None:
-        """The feature that a request asks for; None for every step.
+        """The feature that a request asks for; None for every step. The same wish is answered by the same feature.
 
         Args:
             quality: low, medium, high or max.
@@ -56,6 +59,16 @@ class Plans:
         Raises:
             ConfigurationError: there is no such plan, or several things are asked for.
         """
+        return self._read(quality, text, speedup, min_psnr, scheduler)
+
+    def _feature(
+        self,
+        quality: str | None,
+        text: str | None,
+        speedup: float | None,
+        min_psnr: float | None,
+        scheduler: str | None,
+    ) -> Reuse | None:
         asked = [name for name, value in (("quality", quality), ("reuse", text)) if value is not None]
         chosen = [name for name, value in (("speedup", speedup), ("min_psnr", min_psnr)) if value is not None]
         if len(asked) > 1 or (quality and chosen):

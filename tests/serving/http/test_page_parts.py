@@ -31,6 +31,16 @@ Negative prompt: dogs
 Steps: 30, Sampler: Euler a, CFG scale: 7.5, Seed: 9007199254740993, Size: 512x768, Model: other"""
 
 
+def test_the_same_wish_reads_its_plan_once() -> None:
+    first = PLANS.feature("medium", None, None, None, None)
+    assert first is not None and PLANS.feature("medium", None, None, None, None) is first
+    assert PLANS.feature("high", None, None, None, None) not in (None, first)
+    assert PLANS.feature(None, "hold:2", None, None, None) is PLANS.feature(None, "hold:2", None, None, None)
+    for _ in range(2):  # and a refusal is one each time
+        with pytest.raises(ConfigurationError, match="no such|knows by name"):
+            PLANS.feature(None, "tuned:nothing", None, None, None)
+
+
 def image(text: str, data: dict[str, Any] | None = None, kind: str = "PNG") -> str:
     """An image with settings, as base64."""
     options = save_options(kind, text, data or {})
