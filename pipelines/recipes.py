@@ -43,7 +43,9 @@ def recipe_of(source: ModelSource, given: object = None) -> Recipe | None:
     if given is None or given is True:
         here = source.kind in ("embedded", "folder") and is_there(Path(source.location) / FILE)
         if not here and given:
-            raise ConfigurationError(f"recipe: {plain(source.name)} has no {FILE}; name a file or folder, or leave it")
+            raise ConfigurationError(
+                f"recipe: {plain(source.name)} has no {FILE}; name a file or folder, or switch it off"
+            )
         if not here:
             return None
         return _own(source, required=given is True)
