@@ -10,6 +10,7 @@ from diffusion_accel.measure.fidelity import decibels
 from diffusion_accel.measure.grids import data_url
 
 SHOWN = 16  # images of each row
+LEAST = 0.5  # seconds of a stage that is worth a word
 ALONE = "every step"  # what is taken where nothing that is faster keeps enough
 
 
@@ -66,7 +67,7 @@ class FastReport:
                 f"nothing faster was near enough: the nearest, {near}, kept {faster[near]:.1f} dB; a longer budget, "
                 "more prompts or a lower min_psnr may help"
             )
-        took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
+        took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in self.seconds.items() if spent >= LEAST)
         return "\n".join([*lines, *self.notes, f"took {took}"])
 
     def page(self) -> str:
