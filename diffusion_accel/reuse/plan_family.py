@@ -277,11 +277,12 @@ def numbers_of(plan: TunedPlan) -> dict[str, float | None]:
 
 def in_words(plan: TunedPlan) -> str:
     """What was measured of a plan, shortly and rounded down: "3.14x 62.4 dB" reaches a speed-up of 3.14."""
+    return f"{down(plan.speedup, 2)}x {down(plan.psnr_median, 1)} dB"
 
-    def down(value: float | None, unit: int) -> str:
-        return "?" if value is None else f"{math.floor(value * unit + 1e-6) / unit:g}"
 
-    return f"{down(plan.speedup, 100)}x {down(plan.psnr_median, 10)} dB"
+def down(value: float | None, digits: int = 0) -> str:
+    """A number that is promised, with at most so many digits behind the point: never more than was measured."""
+    return "?" if value is None else f"{math.floor(value * 10**digits + 1e-6) / 10**digits:g}"
 
 
 @functools.cache

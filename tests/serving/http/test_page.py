@@ -7,6 +7,7 @@ import base64
 import contextlib
 import html
 import json
+import math
 import uuid
 from collections.abc import Iterator
 from io import BytesIO
@@ -21,6 +22,7 @@ from PIL import Image
 from starlette.routing import Match
 
 from diffusion_accel.image_metadata import read_embedded
+from diffusion_accel.reuse.plan_family import down, load_shipped
 from diffusion_accel.serving.http.page import route
 
 from .test_controlnet import as_text
@@ -215,7 +217,7 @@ def test_drawing(server: Server, functions: dict[str, Any]) -> None:
     assert "Seed 7: 4 steps" in stands and "not computed in full" in stands
     drawn = fetched(server, image)
     asked = {"prompt": FIELDS["prompt"], "seed": 7, "num_inference_steps": 4, "size": "48x48"}
-    options = {"guidance_scale": 3.0, "speedup": 3, "background": "transparent"}
+    options = {"guidance_scale": 3.0, "quality": "low", "background": "transparent"}
     status, _, content = server.ask("POST", "/v1/images/generations", asked | options, Accept="image/png")
     assert status == 200 and Image.open(BytesIO(content)).tobytes() == drawn.tobytes() and drawn.mode == "RGBA"
     assert not pair["visible"] and not layers["visible"]
@@ -327,7 +329,9 @@ def test_loras(painter: Server) -> None:
 
 
 def test_the_slider_says_what_was_measured(server: Server, functions: dict[str, Any]) -> None:
-    assert "46 dB" in call(server, functions, "promise", [4, "", 20])[0]
+    fast = next(plan for plan in load_shipped()["dpm"].members if plan.name == "fast")
+    words = call(server, functions, "promise", [4, "", 20])[0]
+    assert f"{down(fast.speedup, 1)} times" in words and f" {math.floor(fast.psnr_median or 0)} dB" in words
     assert "with 30 it may be less" in call(server, functions, "promise", [4, "", 30])[0]
     assert "Every step" in call(server, functions, "promise", [0, "", 20])[0]
     slider, words = call(server, functions, "choices", ["ddim", 50])

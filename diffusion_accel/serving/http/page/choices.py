@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusion_accel.image_metadata import names_only
+from diffusion_accel.reuse.plan_family import down
 from diffusion_accel.reuse.plan_file import TunedPlan
 from diffusion_accel.serving.http.plans import EVERY_STEP
 
@@ -72,10 +73,10 @@ class Choices:
             return "Every step", "Nothing is skipped. It is the image that the plans are compared with."
         plan = self.plans[position - 1]
         name = (plan.name or f"plan {position}").capitalize()
-        words = f"{plan.speedup:.1f} times as fast"
+        words = f"{down(plan.speedup, 1)} times as fast"
         if plan.psnr_median is not None:
-            words += f", {plan.psnr_median:.0f} dB to the image of every step"
+            words += f", {down(plan.psnr_median)} dB to the image of every step"
         if plan.psnr_worst_decile is not None:
-            words += f" (nine of ten images: {plan.psnr_worst_decile:.0f} dB or more)"
+            words += f" (nine of ten images: {down(plan.psnr_worst_decile)} dB or more)"
         words += f". Measured with {plan.made_for} steps"
         return name, words + ("." if steps in (None, plan.made_for) else f"; with {steps:g} it may be less.")
