@@ -77,11 +77,12 @@ def prompts(count: int) -> list[str]:
     them, which fits see as well; other captions, on which the result is measured. So many of each: the last third is
     held out, as `tune` has it.
     """
+    compared = range(2, count, 3)
+    fitted = [i for i in range(count, 2 * count) if i // 2 % 2]  # fits are judged by even and odd images: some of each
     typed = itertools.cycle(VARIED.read_text(encoding="utf-8").splitlines())
     mixed = embedded_prompts(2 * count)
-    for i in range(2 * count):
-        if i % 3 == 2 if i < count else i // 2 % 2:  # fits are judged by even and odd images: both kinds in each
-            mixed[i] = next(typed)
+    for i, text in zip([*compared, *fitted], typed, strict=False):
+        mixed[i] = text
     return mixed + embedded_prompts(count, UNSEEN)
 
 

@@ -68,7 +68,7 @@ class FastReport:
                 "more prompts or a lower min_psnr may help"
             )
         took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in self.seconds.items() if spent >= LEAST)
-        return "\n".join([*lines, *self.notes, f"took {took}"])
+        return "\n".join([*lines, *self.notes, *([f"took {took}"] if took else [])])
 
     def page(self) -> str:
         """The whole report as one HTML page."""

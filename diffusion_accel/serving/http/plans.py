@@ -27,6 +27,11 @@ class Plans:
         pipe: the pipeline that is served.
         own: the feature that the server was started with, if any.
         embedded: whether the plans that ship are for this model.
+
+    Attributes:
+        families: the tuned plans that there are.
+        names: of the plans that ship, as requests have them.
+        feature: `_feature`, which answers the same wish with the same feature.
     """
 
     def __init__(self, pipe: Any, own: Any = None, embedded: bool = False) -> None:
@@ -38,9 +43,9 @@ class Plans:
             if isinstance(found := load_tuned(f"tuned:{name}"), PlanFamily):
                 self.families.append(found)
         self.names = [f"tuned:{name}" for name in shipped()] if embedded else []
-        self._read = functools.lru_cache(REMEMBERED)(self._feature)
+        self.feature = functools.lru_cache(REMEMBERED)(self._feature)
 
-    def feature(
+    def _feature(
         self,
         quality: str | None,
         text: str | None,
@@ -48,7 +53,7 @@ class Plans:
         min_psnr: float | None,
         scheduler: str | None,
     ) -> Reuse | None:
-        """The feature that a request asks for; None for every step. The same wish is answered by the same feature.
+        """The feature that a request asks for; None for every step.
 
         Args:
             quality: low, medium, high or max.
@@ -59,16 +64,6 @@ class Plans:
         Raises:
             ConfigurationError: there is no such plan, or several things are asked for.
         """
-        return self._read(quality, text, speedup, min_psnr, scheduler)
-
-    def _feature(
-        self,
-        quality: str | None,
-        text: str | None,
-        speedup: float | None,
-        min_psnr: float | None,
-        scheduler: str | None,
-    ) -> Reuse | None:
         asked = [name for name, value in (("quality", quality), ("reuse", text)) if value is not None]
         chosen = [name for name, value in (("speedup", speedup), ("min_psnr", min_psnr)) if value is not None]
         if len(asked) > 1 or (quality and chosen):
