@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_each_clip_is_written_when_it_is_there(
     animated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there: list[list[str]] = []
+    took: list[float] = []
     draw = AnimateDiffPipeline.__call__
 
     @functools.wraps(draw)
@@ -96,16 +98,27 @@ def test_each_clip_is_written_when_it_is_there(
         there.append(sorted(path.name for path in tmp_path.iterdir()))
         if len(there) == 3:
             raise RuntimeError("no memory is left")
-        return draw(self, *args, **kwargs)
+        begun = time.perf_counter()
+        try:
+            return draw(self, *args, **kwargs)
+        finally:
+            took.append(time.perf_counter() - begun)
 
     monkeypatch.setattr(AnimateDiffPipeline, "__call__", failing)
     monkeypatch.setattr(switchboard, "_classes", {})
     options = (*SMALL, "--count", 3, "--json", "-o", tmp_path / "a.gif")
+    begun = time.perf_counter()
     code, out, err = call(capsys, "generate", "red", "-m", animated, *options)
+    whole = time.perf_counter() - begun
     assert code == 1 and "no memory is left" in err, err
     assert there == [[], ["a-1.gif"], ["a-1.gif", "a-2.gif"]]
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["seed"] for line in lines] == [1, 2] and lines[0]["seconds"] != lines[1]["seconds"], "each its own"
+    assert [line["seed"] for line in lines] == [1, 2]
+    seconds = [line["seconds"] for line in lines]
+    assert all(said >= within - 1e-4 for said, within in zip(seconds, took, strict=True)), (
+        "a clip's time holds its call"
+    )
+    assert sum(seconds) <= whole + 1e-3, "and no other's"
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
