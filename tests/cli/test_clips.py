@@ -115,9 +115,7 @@ def test_each_clip_is_written_when_it_is_there(
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["seed"] for line in lines] == [1, 2]
     seconds = [line["seconds"] for line in lines]
-    assert all(said >= within - 1e-4 for said, within in zip(seconds, took, strict=True)), (
-        "a clip's time holds its call"
-    )
+    assert all(said >= within - 1e-4 for said, within in zip(seconds, took, strict=True)), "its own call"
     assert sum(seconds) <= whole + 1e-3, "and no other's"
 
 
