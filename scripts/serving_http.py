@@ -281,6 +281,7 @@ def through_http(options: argparse.Namespace) -> list[dict[str, Any]]:
             ways.append((way, server, bodies))
         for clients in options.clients:
             for way, server, bodies in ways:
+                asked(server, bodies[:clients], clients, None)  # what the first request of a thread makes
                 some = bodies[: max(options.count, math.ceil(1.5 * clients))]
                 speed = table.cell(way, str(clients), functools.partial(asked, server, some, clients, None))
                 most = max(most, speed) if way == options.ways[0] else most

@@ -17,6 +17,7 @@ import torch
 
 from diffusion_accel.measure.timing import timed
 
+from .baton import Baton
 from .calls import Call, near, run_together
 from .curve import Curve
 
@@ -108,6 +109,7 @@ class Collector:
         curves: by kind of call, what rows of it cost.
         calls: what was called -> how many calls were answered.
         batches: (what was called, rows) -> how many batches they were; of no rows: turns of a thread.
+        baton: what a request's thread holds while it runs Python; given away while it waits here.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Collector:
         self._change_cost = self._since_change = 0.0  # seconds
         self._latest = 0.0  # what the request that was served last had spent
         self._stopped: BaseException | None = None
+        self.baton = Baton()
         self._thread = threading.Thread(target=self._loop, name="collector", daemon=True)
         self._thread.start()
 
@@ -167,7 +170,7 @@ class Collector:
         Raises:
             BaseException: why the request is to end.
         """
-        with self._changed:
+        with self.baton.aside(), self._changed:
             self._live.discard(ticket)
             self._changed.notify_all()
             self._changed.wait_for(lambda: ready() or ticket.stopped or self._stopped)
@@ -186,7 +189,9 @@ class Collector:
         Raises:
             BaseException: what the function raises for this call, or why the request is to end.
         """
-        one = self._park(_Waiting(ticket, what, function, call))
+        one = _Waiting(ticket, what, function, call)
+        with self.baton.aside():
+            self._park(one)
         if one.error is not None:
             raise one.error
         return one.result
@@ -195,23 +200,23 @@ class Collector:
     def turn(self, ticket: Ticket, what: str) -> Iterator[None]:
         """While nothing else is computed: for calls that cannot share a batch, in the request's own thread."""
         one = _Waiting(ticket, what)
-        try:
-            self._park(one)
-            if one.error is not None:
-                raise one.error
-            yield
-        finally:
-            ticket.away = time.monotonic()
-            one.over.set()
+        with self.baton.aside():
+            try:
+                self._park(one)
+                if one.error is not None:
+                    raise one.error
+                yield
+            finally:
+                ticket.away = time.monotonic()
+                one.over.set()
 
-    def _park(self, one: _Waiting) -> _Waiting:
+    def _park(self, one: _Waiting) -> None:
         with self._changed:
             self.check(one.ticket)
             self._waiting.append(one)
             self._changed.notify_all()
         one.wake.wait()
         self.check(one.ticket)
-        return one
 
     @property
     def works(self) -> bool:

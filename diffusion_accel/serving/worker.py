@@ -60,7 +60,8 @@ class Worker:
         answer: Any
         settle: Callable[[Any], None] = handle.future.set_result
         try:
-            answer = self._drawn(handle)
+            with self._collector.baton.held():
+                answer = self._drawn(handle)
         except BaseException as error:
             answer, settle = error, handle.future.set_exception
             traceback.clear_frames(error.__traceback__)  # they hold tensors, and whoever asked may keep the future
@@ -180,9 +181,11 @@ class Worker:
         self._let_loras_act(handle)
         if latents is not None and handle.on_partial is not None:
             images = self._shown(handle, pipe, latents)
-            handle.on_partial(partial.Partial(due.index(handle.step), handle.step, handle.steps, images))
+            with self._collector.baton.aside():  # whatever it does may take long
+                handle.on_partial(partial.Partial(due.index(handle.step), handle.step, handle.steps, images))
         if handle.on_progress is not None:
-            handle.on_progress(handle.progress)
+            with self._collector.baton.aside():
+                handle.on_progress(handle.progress)
         return output
 
     def _shown(self, handle: Handle, pipe: Any, latents: torch.Tensor) -> list[Any]:
