@@ -9,6 +9,7 @@ only by rounding. The learning rate is a function of the step and of the budget 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from diffusion_accel import interrupts
 
-from .files import RunExistsError, UsageError
+from .files import RunExistsError, TrainingError, UsageError
 from .log import Log
 from .settings import Outcome, Settings
 from .state import STATE, load_state, read_counters, save_state
@@ -52,6 +53,7 @@ def train(task: Task, folder: Path, settings: Settings, accelerator: Accelerator
     Raises:
         RunExistsError: there is a state and `resume` is false.
         UsageError: the batch cannot be divided, or the state was made with another seed or batch.
+        TrainingError: a loss or a gradient is not finite; the last state saved stays.
     """
     parts = settings.accumulation * accelerator.num_processes
     if settings.batch % parts:
@@ -113,6 +115,7 @@ class _Run:
         with tqdm(**steps, desc=self.folder.name, unit="step", disable=not main or None) as bar:
             while counters["step"] < settings.steps:
                 mean = self.update.step(counters["step"])
+                self._check(mean)
                 self._average(counters["step"])
                 counters["step"] += 1
                 counters["loss_sum"] += mean
@@ -128,6 +131,22 @@ class _Run:
             self._save()
         if self.log is not None:
             self.log.close()
+
+    def _check(self, loss: float) -> None:
+        """Raise `TrainingError` where numbers ran away: what such a step leaves is neither averaged nor saved."""
+        broken = [] if math.isfinite(loss) else [f"a loss of {loss}"]
+        norm = float(self.update.norm)
+        if self.accelerator.scaler is None and not math.isfinite(
+            norm
+        ):  # in float16 a step is skipped, and that is usual
+            broken.append(f"a gradient norm of {norm}")
+        if broken:
+            step, there = self.counters["step"] + 1, (self.folder / STATE).exists()
+            kept = f"the state of step {read_counters(self.folder)['step']} is kept" if there else "no state was saved"
+            raise TrainingError(
+                f"{self.folder.name}: {' and '.join(broken)} at step {step}; {kept}. Train with a lower learning rate, "
+                "in float32, or without compiling"
+            )
 
     def _average(self, step: int) -> None:
         """Move the averaged weights; only the main process has them."""
