@@ -339,11 +339,13 @@ def steps(latents: list[int], rounds: int, rates: dict[str, float]) -> dict[str,
     static = quantized_model(full, W8A8, ends)
     dynamic = quantized_model(full, replace(W8A8, dynamic=True), ends)
     half = copy.deepcopy(full).bfloat16()
+    static_in_half = quantized_model(half, W8A8, ends)
     models: dict[str, tuple[nn.Module, str]] = {
         "float32": (full, ""),
         "bfloat16, whole model": (half, ""),
         "bfloat16": (static, "bfloat16"),
         "integer": (static, "integer"),
+        "integer, the rest in bfloat16": (static_in_half, "integer"),
         "auto": (static, "auto"),
         "integer, dynamic": (dynamic, "integer"),
         "auto, dynamic": (dynamic, "auto"),

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from training_options import report, routing_from
 from training_setup import make_accelerator, objective_from, train_stage
 
+from diffusion_accel.quant.kernels import AMX, products
 from diffusion_accel.training import archives
 from diffusion_accel.training.diffusion_task import DenoisingTask
 from diffusion_accel.training.files import UsageError, replacing, write_json
@@ -170,6 +171,8 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
         routing = replace(routing, time="unit")  # Flux is told s, not 1000 s
     task = DenoisingTask(denoiser, captioned, objective, routing)
     if options.compile:
+        if options.mixed_precision == "bf16" and products("cpu") == AMX and not torch.cuda.is_available():
+            raise UsageError("torch.compile gives wrong gradients in bf16 on a CPU with AMX; leave --compile out")
         denoiser.core.compile_repeated_blocks(dynamic=False)  # texts of two lengths: a graph each
     return task
 
