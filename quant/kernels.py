@@ -148,6 +148,8 @@ class OneDnn:
         assert self.weights is not None and layer.spec.activation_bits is not None
         dim, total = layer.channel_dim, None
         parts = x.split(layer.spec.part_sizes(x.shape[dim]), dim)
+        alone = len(parts) == 1 and len(self.weights[0]) == 1  # nothing is added to the product: it is rounded at once
+        kind = x.dtype if alone and products("cpu") in (AMX, VNNI_BFLOAT16) else torch.float32
         for part, terms, scale, zero, weight_scale in zip(
             parts, self.weights, scales, zeros, layer.weight_scale, strict=True
         ):
@@ -155,7 +157,7 @@ class OneDnn:
             for weight in terms:
                 bias = layer.bias.float() if layer.bias is not None and total is None else None
                 with uncounted() if weight is not terms[0] else nullcontext():
-                    y = self._product(layer, codes, scale, zero, weight, weight_scale, bias)
+                    y = self._product(layer, codes, scale, zero, weight, weight_scale, bias, kind=kind)
                 total = y if total is None else total.add_(y)
         assert total is not None
         return total
@@ -201,10 +203,12 @@ class OneDnn:
             )
         return torch.ops.onednn.qlinear_prepack(weight, None)
 
-    def _product(self, layer: Any, codes: torch.Tensor, scale: float, zero: int, *more: Any) -> torch.Tensor:
+    def _product(
+        self, layer: Any, codes: torch.Tensor, scale: float, zero: int, *more: Any, kind: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         weight, weight_scale, bias = more
         head = (scale, zero, weight, weight_scale, self.no_zeros, bias)
-        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+        tail: tuple[Any, ...] = (1.0, 0, kind if kind == torch.bfloat16 else torch.float32, "none", [], "")
         if isinstance(layer, nn.Conv2d):
             codes = codes.contiguous(memory_format=torch.channels_last)
             shape = (layer.stride, layer.padding, layer.dilation, 1)

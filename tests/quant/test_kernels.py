@@ -15,6 +15,8 @@ from torch import nn
 
 from diffusion_accel.quant import kernels
 from diffusion_accel.quant.kernels import (
+    AMX,
+    VNNI_BFLOAT16,
     Auto,
     Bfloat16,
     Integer,
@@ -22,6 +24,7 @@ from diffusion_accel.quant.kernels import (
     OneDnn,
     fastest,
     make_runtime,
+    products,
     unsaturated,
     why_not_integer,
 )
@@ -95,6 +98,17 @@ def test_integers_differ_by_no_more_than_ties_of_rounding(kind: str) -> None:
             bound = bound - (layer.bias.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else layer.bias)
         wrong = (Integer()(layer, x) - Simulated()(layer, x)).abs()
     assert (wrong <= bound + 1e-4).all()
+
+
+@pytest.mark.skipif(products("cpu") not in (AMX, VNNI_BFLOAT16), reason="this CPU multiplies no bfloat16")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_products_are_rounded_to_bfloat16_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = made(LAYERS[kind]())
+    layer.buckets.select(500)
+    x = inputs(layer, 4).bfloat16()
+    at_once = Integer()(layer, x)
+    monkeypatch.setattr(kernels, "products", lambda device: "32 bits")
+    assert at_once.dtype == torch.bfloat16 and torch.equal(at_once, Integer()(layer, x))
 
 
 def test_what_integers_cannot_do_is_simulated() -> None:
