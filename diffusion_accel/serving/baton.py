@@ -13,8 +13,9 @@ class Baton:
     """What the thread of a request holds while it runs Python, and gives away while it waits for what others compute.
 
     Threads that run at once take the interpreter from each other at every operation of torch, which gives it back while
-    it computes: without a baton, 16 requests in flight cost 1.6 times the CPU time on two cores. It orders threads and protects
-    nothing: whoever has waited for long (somebody's callback may be waiting for another request) goes on without.
+    it computes: without a baton, 16 requests in flight cost 1.6 times the CPU time on two cores. It orders threads and
+    protects nothing: whoever has waited for long (somebody's callback may be waiting for another request) goes on
+    without.
 
     Args:
         patience: seconds after which a thread takes it from another.
@@ -24,7 +25,7 @@ class Baton:
         self._patience = patience
         self._free = threading.Condition(threading.Lock())
         self._holder: int | None = None
-        self._runners: set[int] = set()  # threads that are within `held`
+        self._runners: set[int] = set()  # threads that are within `held`, and not aside
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -40,15 +41,18 @@ class Baton:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within this context other threads have it; nothing happens in a thread that is not within `held`."""
+        """Within this context other threads have it; nothing happens in a thread that is not within `held`, or is aside
+        already."""
         me = threading.get_ident()
         if me not in self._runners:
             yield
             return
+        self._runners.discard(me)
         self._give(me)
         try:
             yield
         finally:
+            self._runners.add(me)
             self._take(me)
 
     def _take(self, me: int) -> None:

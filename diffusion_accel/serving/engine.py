@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _SCHEDULERS_KEPT = 32
 _DEADLINES = at_least(0, 10_000)
+_LONGEST_WAIT = 10**9  # milliseconds
 
 
 class Engine:
@@ -100,8 +102,8 @@ class Engine:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigurationError(f"{name} must be a whole number of {low} to {high}, got {shown(value)}")
-        if wait is not None and not wait >= 0:
-            raise ConfigurationError(f"wait must be milliseconds of at least 0, got {shown(wait)}")
+        if wait is not None and not (0 <= wait <= _LONGEST_WAIT or wait == math.inf):
+            raise ConfigurationError(f"wait must be 0 to {_LONGEST_WAIT:,} milliseconds, got {shown(wait)}")
         self.pipe: Any = open_pipeline(pipe) if isinstance(pipe, str) else pipe
         if reason := _unservable(self.pipe):
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} cannot be served: {reason}")
@@ -328,7 +330,12 @@ class Engine:
         Args:
             drain: finish all requests that were submitted; otherwise they are cancelled.
             timeout: seconds after which those that are left are cancelled; None: as long as it takes.
+
+        Raises:
+            ConfigurationError: it is called by a callback of a request, which would wait for itself.
         """
+        if threading.current_thread() in self._threads:
+            raise ConfigurationError("close waits for all requests, so no callback of a request may call it")
         with self._changed:
             self._closing = True
             self._changed.notify_all()

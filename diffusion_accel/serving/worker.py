@@ -7,6 +7,7 @@ import functools
 import logging
 import time
 import traceback
+import types
 from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from .handle import Handle, Served
 from .twins import Twins
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Worker:
         self._changed = False  # a twin was found changed in this request
         self._adapters: Adapters = ()  # that the twins of denoisers have
         self._handle: Handle | None = None
+        self._in_turn = False  # nothing else is computed, so calls of other parts run here as well
 
     def serve(self, handle: Handle) -> None:
         """Draw a request; whatever happens, its future is done afterwards."""
@@ -80,9 +82,9 @@ class Worker:
         pipe = self._pipeline(handle)
         request = handle.request
         if isinstance(request, Request):
-            images = prepare(pipe, request).images(**handle.arguments)
+            images = prepare(pipe, request).images(**self._arguments(handle.arguments))
         else:
-            output = pipe(**request, **handle.arguments)
+            output = pipe(**self._arguments({**request, **handle.arguments}))
             images = getattr(output, "images", output)
         return Served(
             images,
@@ -92,6 +94,19 @@ class Worker:
             waited=(handle.began or handle.submitted) - handle.submitted,
             lora_step=handle.lora_step,
         )
+
+    def _arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Arguments of the pipeline's call; a function of the caller's runs while others do, whatever it waits for."""
+        function = given.get("callback_on_step_end")
+        if not isinstance(function, types.FunctionType | types.MethodType | functools.partial):
+            return given
+
+        @functools.wraps(function)
+        def aside(*args: Any, **kwargs: Any) -> Any:
+            with self._collector.baton.aside():
+                return function(*args, **kwargs)
+
+        return {**given, "callback_on_step_end": aside}
 
     def _let_loras_act(self, handle: Handle) -> None:
         """Let the LoRAs of a request act from its next call on, if their files are there; wait for them at the step at
@@ -154,17 +169,29 @@ class Worker:
         """What a method of a shared model returns for a call of its twin."""
         handle, twins = self._handle, self._twins
         assert handle is not None and twins is not None
+        if self._in_turn:
+            return twins.own(name, method)(*args, **kwargs)
         shared = handle.features.models.get(name, getattr(self.pipe, name))
         if name not in self._devices:
             self._devices[name] = model_of(shared).device.type
         if self._inside(name) or torch.is_grad_enabled() or torch.is_autocast_enabled(self._devices[name]):
-            with self._collector.turn(handle.ticket, name):
+            with self._turn(handle, name):
                 return twins.own(name, method)(*args, **kwargs)
         if name in DECODERS:  # a VAE that is kept in float32 gets latents of half precision
             args = map_tensors(lambda t: t.to(shared.dtype) if t.is_floating_point() else t, args)
         function = shared if method == "forward" else getattr(shared, method)
         what = name if method == "forward" else f"{name}.{method}"
         return self._collector.compute(handle.ticket, what, function, Call.of(model_of(shared), method, args, kwargs))
+
+    @contextlib.contextmanager
+    def _turn(self, handle: Handle, name: str) -> Iterator[None]:
+        """While nothing else is computed; see `Collector.turn`."""
+        with self._collector.turn(handle.ticket, name):
+            self._in_turn = True
+            try:
+                yield
+            finally:
+                self._in_turn = False
 
     def _stepped(
         self, handle: Handle, pipe: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

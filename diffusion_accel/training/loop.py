@@ -141,12 +141,15 @@ class _Run:
         ):  # in float16 a step is skipped, and that is usual
             broken.append(f"a gradient norm of {norm}")
         if broken:
-            step, there = self.counters["step"] + 1, (self.folder / STATE).exists()
-            kept = f"the state of step {read_counters(self.folder)['step']} is kept" if there else "no state was saved"
-            raise TrainingError(
-                f"{self.folder.name}: {' and '.join(broken)} at step {step}; {kept}. Train with a lower learning rate, "
-                "in float32, or without compiling"
-            )
+            raise self._ran_away(" and ".join(broken), self.counters["step"] + 1)
+
+    def _ran_away(self, what: str, step: int) -> TrainingError:
+        there = (self.folder / STATE).exists()
+        kept = f"the state of step {read_counters(self.folder)['step']} is kept" if there else "no state was saved"
+        return TrainingError(
+            f"{self.folder.name}: {what} at step {step}; {kept}. "
+            "Train with a lower learning rate, in float32, or without compiling"
+        )
 
     def _average(self, step: int) -> None:
         """Move the averaged weights; only the main process has them."""
@@ -156,6 +159,8 @@ class _Run:
 
     def _save(self) -> None:
         if self.log is not None:
+            if not all(bool(torch.isfinite(values).all()) for values in self.average):
+                raise self._ran_away("weights that are no numbers", self.counters["step"])
             self.counters["seconds"] = self.seconds
             update = self.update
             save_state(self.folder, update.model, self.average, update.optimizer, self.counters, update.weighting)

@@ -66,6 +66,17 @@ def test_a_thread_without_it_waits_for_nobody(pool: ThreadPoolExecutor) -> None:
         assert baton._holder == threading.get_ident()
 
 
+def test_aside_within_aside_waits_for_nobody() -> None:
+    baton, began = Baton(patience=TIMEOUT), time.monotonic()
+    with baton.held():
+        with baton.aside():
+            with baton.aside():
+                pass
+            assert baton._holder is None  # it is still aside
+        assert baton._holder == threading.get_ident()
+    assert time.monotonic() - began < TIMEOUT
+
+
 def test_who_keeps_it_for_long_loses_it_and_gives_away_nothing_of_others(pool: ThreadPoolExecutor) -> None:
     baton, go, entered, leave = Baton(patience=0.01), threading.Event(), threading.Event(), threading.Event()
 

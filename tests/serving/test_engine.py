@@ -298,3 +298,49 @@ def test_a_vae_that_is_cast_for_each_use() -> None:
     with Engine(pipe, running=1) as engine:
         found = engine.submit({**asked, "generator": generator(1)}).result(TIMEOUT).images
     assert np.abs(found - wanted).max() < 1e-3 and pipe.vae.dtype == torch.float16
+
+
+# ---------------------------------------------------------------------- what callbacks may do
+def test_callbacks_run_beside_others(pipe: Any) -> None:
+    """Two callbacks that wait for each other end, so neither holds what the other one's thread needs."""
+    with Engine(pipe, running=2) as made:
+        made._collector.baton._patience = 10 * TIMEOUT
+        both = threading.Barrier(2)
+
+        def meets(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            both.wait(TIMEOUT)
+            return tensors
+
+        arguments = {**LATENTS, "callback_on_step_end": meets}
+        handles = [made.submit(request(seed, steps=3), arguments=arguments) for seed in (1, 2)]
+        for seed, handle in zip((1, 2), handles, strict=True):
+            same(handle.result(TIMEOUT).images, alone(pipe, request(seed, steps=3)))
+
+
+def test_a_call_inside_of_a_turn_is_computed_there(pipe: Any) -> None:
+    with Engine(pipe, running=2) as made:
+
+        def encodes(own: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            with torch.enable_grad():  # its forward calls encode and decode
+                own.vae(torch.zeros(1, own.vae.config.in_channels, 48, 48))
+            return tensors
+
+        arguments = {**LATENTS, "callback_on_step_end": encodes}
+        first = made.submit(request(1, steps=2), arguments=arguments)
+        second = made.submit(request(2, steps=2), arguments=LATENTS)
+        assert first.result(TIMEOUT) and second.result(TIMEOUT)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_no_callback_closes_the_engine(pipe: Any, drain: bool) -> None:
+    with Engine(pipe, running=1) as made:
+        handle = made.submit(request(1, steps=2), on_progress=lambda _: made.close(drain=drain))
+        with pytest.raises(ConfigurationError, match="no callback of a request may call it"):
+            handle.result(TIMEOUT)
+        assert made.submit(request(1, steps=2)).result(TIMEOUT)
+
+
+@pytest.mark.parametrize("wait", [-1.0, float("nan"), 1e13])
+def test_a_wait_that_no_clock_counts_is_refused(pipe: Any, wait: float) -> None:
+    with pytest.raises(ConfigurationError, match="wait must be 0 to 1,000,000,000 milliseconds"):
+        Engine(pipe, wait=wait)

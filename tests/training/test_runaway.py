@@ -76,3 +76,9 @@ def test_a_run_that_ran_away_ends_and_keeps_the_state_before(at: int, what: str,
     kept, right = Line(), Line()
     load_average(folder, kept, "run"), load_average(tmp_path / "other", right, "other")
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), right.parameters(), strict=True))
+
+
+def test_weights_that_overflowed_are_not_saved(tmp_path: Path) -> None:
+    settings = Settings(**{**SETTINGS.__dict__, "steps": 1, "lr": 3e38, "warmup": 0})
+    with pytest.raises(TrainingError, match="weights that are no numbers at step 1; no state was saved"):
+        train(Runaway(100, "loss", 1.0), tmp_path / "run", settings, Accelerator(cpu=True))
