@@ -127,6 +127,7 @@ class Collector:
         self._waiting: list[_Waiting] = []
         self._live: set[Ticket] = set()
         self._trusted: OrderedDict[Any, int] = OrderedDict()  # by kind: one of those above
+        self._least: OrderedDict[Any, float] = OrderedDict()  # seconds of a row, by kind
         self._limits: dict[Any, int] = {}  # rows that were not too many, of kinds of which some were
         self._adapters: Adapters | None = ()
         self._change_cost = self._since_change = 0.0  # seconds
@@ -314,14 +315,28 @@ class Collector:
             for one in group:
                 if not one.wake.is_set():
                     one.finish(error=error)
-        rows = sum(one.rows for one in group)
-        seconds = self._curve(first).at(rows) or time.perf_counter() - began
+        rows, took = sum(one.rows for one in group), time.perf_counter() - began
+        seconds = self._cost(first, rows, took)
         with self._changed:
-            self._since_change += seconds
+            self._since_change += took
             self._latest = first.ticket.spent
             for one in group:
                 one.ticket.spent += seconds * (one.rows / rows if rows else 1)
         return True
+
+    def _cost(self, one: _Waiting, rows: int, took: float) -> float:
+        """Seconds that a batch is charged: what was measured, or the least that so many rows of its kind took so far.
+
+        The first of a kind is charged nothing: it makes memory and graphs, while threads may be making twins, and who
+        came first would wait for all others until they had as much.
+        """
+        if (measured := self._curve(one).at(rows)) or one.call is None:
+            return measured or took
+        least = self._least.get(one.call.key)
+        self._least[one.call.key] = min(took / max(1, rows), math.inf if least is None else least)
+        while len(self._least) > _REMEMBERED:
+            self._least.popitem(last=False)
+        return 0.0 if least is None else self._least[one.call.key] * rows
 
     def _with_adapters(self, adapters: Adapters) -> None:
         if adapters != self._adapters and self._activate is not None:

@@ -187,7 +187,7 @@ def test_who_had_least_is_next(requests: Requests) -> None:
     collector.enter = enter  # type: ignore[method-assign]
     assert [future.result(TIMEOUT).shape[1] for future in futures] == [1, 2, 3]
     assert order == [2, 3, 1]
-    assert tickets[0].spent > 0.3
+    assert tickets[0].spent == 0.3, "the first call of a kind is charged nothing"
 
 
 def test_a_newcomer_has_had_as_much_as_the_others(collector: Collector) -> None:
@@ -196,6 +196,19 @@ def test_a_newcomer_has_had_as_much_as_the_others(collector: Collector) -> None:
     old.spent = 5.0
     collector.enter(new)
     assert new.spent == 5.0
+
+
+def test_a_first_call_that_takes_long_is_not_charged(collector: Collector) -> None:
+    slow = [0.2, 0.0, 0.2]
+    model, ticket = Model(lambda x: time.sleep(slow.pop(0)) or x), Ticket()
+    collector.enter(ticket)
+    spent = []
+    for _ in range(3):
+        collector.compute(ticket, "model", model, Call.of(model, "forward", (torch.ones(1, 2),), {}))
+        with collector.turn(Ticket(), "a test"):  # then what was computed before is charged
+            spent.append(ticket.spent)
+    assert spent[0] == 0 < spent[1] < spent[2] <= 2 * spent[1], "the third took longer than the second"
+    collector.leave(ticket)
 
 
 def test_a_turn_is_alone(collector: Collector) -> None:
