@@ -128,7 +128,8 @@ class Feature:
         return False
 
     def learns(self) -> bool:
-        """Whether a first call may only teach the next ones; what measures this feature calls once before."""
+        """Whether a first call may only teach the next ones, or make what they need; what measures this feature calls
+        once before, without counting operations."""
         return False
 
     def parts_branches(self) -> bool:

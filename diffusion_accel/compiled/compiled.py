@@ -18,6 +18,8 @@ PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"
 _SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 PARTS = ("denoiser", "vae", "text", "controlnet")
 NEW_SHAPES = ("compile", "eager")
+#: engines that are none here: refused by name, and no prompts
+_OTHER_ENGINES = ("tensorrt", "trt", "onnxruntime", "onnx", "ort", "tvm", "coreml", "aot_inductor", "cudagraphs", "xla")
 
 
 def _one_of(what: str, value: Any, allowed: tuple[str, ...]) -> ConfigurationError:
@@ -120,14 +122,19 @@ class Compiled(Feature):
 
     @classmethod
     def accepts_bare(cls, text: str) -> bool:
-        """Whether `text` begins with the name of an engine."""
-        return text.partition(",")[0] in ENGINES
+        """Whether `text` begins with the name of an engine, or with what can only be meant as one."""
+        word = text.partition(",")[0].lower()
+        return word in ENGINES or word in _OTHER_ENGINES
 
     @property
     def compiler(self) -> Engine:
         """The row of the table that `engine` names."""
         engine: Engine = self.object_of("engine")
         return engine
+
+    def learns(self) -> bool:
+        """That a first call compiles; one whose operations are counted does not, torch computes there."""
+        return self.engine != "eager"
 
     def closes_inside(self) -> bool:
         """Whether whole models are graphs of an engine: hooks cannot reach into them."""

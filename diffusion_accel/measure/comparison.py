@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ def compare_calls(
     enabled = [name for name, f in features.items() if pipe.acceleration.enabled(name) and not f.changes_output]
     if handle is None or not (enabled or plain):
         raise ConfigurationError("there is nothing to compare: no feature that accelerates is enabled")
-    images: dict[bool, list[Image.Image]] = {}
+    images: dict[bool, list[Image.Image]] = {}  # of calls whose operations are not counted: what users get
     flops: dict[bool, float] = {}
     sides = {False: pipe if plain is None else plain, True: pipe}
     done = 0
@@ -165,6 +166,9 @@ def compare_calls(
         yield
         done += 1
 
+    def draw(on: bool) -> None:
+        images[on] = call(sides[on])
+
     with Changes() as changes:
         if enabled:
             changes.add(lambda: handle.enable(*enabled))
@@ -176,10 +180,10 @@ def compare_calls(
         for on, current in sides.items():
             with side(on):
                 current.acceleration.count_flops = flop_ratio is None
-                images[on] = call(current)
+                call(current)
                 flops[on] = current.acceleration.report().flops or 0.0
                 current.acceleration.count_flops = False
-        calls = {on: lambda current=current: call(current) for on, current in sides.items()}
+        calls = {on: functools.partial(draw, on) for on in sides}
         seconds = interleaved(calls, rounds, warmup=0, around=side)
         report = handle.report()
     return Comparison(

@@ -23,7 +23,10 @@ def test_texts_and_their_short_forms() -> None:
     assert Compiled.parse("inductor,mode=reduce-overhead").engine == "inductor"
     assert Compiled(parts="vae+denoiser").parts == "denoiser+vae"
     assert Compiled.parse("precision=fp16,cache=off") == Compiled(precision="float16", cache=False)
-    assert Compiled.accepts_bare("inductor,mode=x") and not Compiled.accepts_bare("a cat")
+    for text in ("inductor,mode=x", "tensorrt", "ONNXRuntime,precision=fp16"):
+        assert Compiled.accepts_bare(text), text
+    for text in ("a cat", "eagle", "conductor", "red, inductor"):
+        assert not Compiled.accepts_bare(text), text
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,20 @@ def test_numbers_and_restored_switches() -> None:
     assert known.flop_ratio == 1.25 and known.psnr == result.psnr
 
 
+def test_images_are_those_of_calls_that_are_not_counted() -> None:
+    """While operations are counted, torch computes what an engine computes otherwise."""
+    pipe, call = sd()
+    accelerate(pipe, EncoderReuse(schedule=(0, 3)))
+    draw = drawing(pipe, call)
+
+    def counted_otherwise(current: Any) -> list[Image.Image]:
+        images: list[Image.Image] = draw(current)
+        return [Image.new("RGB", image.size) for image in images] if current.acceleration.count_flops else images
+
+    found, wanted = compare_calls(pipe, counted_otherwise), compare_calls(pipe, draw)
+    assert found.psnr == wanted.psnr and found.accelerated == wanted.accelerated and found.baseline == wanted.baseline
+
+
 def test_the_neutral_setting_is_a_perfect_match() -> None:
     pipe, call = sd()
     accelerate(pipe, EncoderReuse.neutral())
