@@ -149,7 +149,8 @@ class OneDnn:
         dim, total = layer.channel_dim, None
         parts = x.split(layer.spec.part_sizes(x.shape[dim]), dim)
         alone = len(parts) == 1 and len(self.weights[0]) == 1  # nothing is added to the product: it is rounded at once
-        kind = x.dtype if alone and products("cpu") in (AMX, VNNI_BFLOAT16) else torch.float32
+        at_once = alone and x.dtype == torch.bfloat16 and products("cpu") in (AMX, VNNI_BFLOAT16)
+        kind = torch.bfloat16 if at_once else torch.float32
         for part, terms, scale, zero, weight_scale in zip(
             parts, self.weights, scales, zeros, layer.weight_scale, strict=True
         ):
@@ -208,7 +209,7 @@ class OneDnn:
     ) -> torch.Tensor:
         weight, weight_scale, bias = more
         head = (scale, zero, weight, weight_scale, self.no_zeros, bias)
-        tail: tuple[Any, ...] = (1.0, 0, kind if kind == torch.bfloat16 else torch.float32, "none", [], "")
+        tail: tuple[Any, ...] = (1.0, 0, kind, "none", [], "")
         if isinstance(layer, nn.Conv2d):
             codes = codes.contiguous(memory_format=torch.channels_last)
             shape = (layer.stride, layer.padding, layer.dilation, 1)

@@ -14,9 +14,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from diffusion_accel import ControlNetParallel, accelerate
 from diffusion_accel.evaluation.prompts import embedded_prompts
+from diffusion_accel.measure.timing import interleaved, ratios
 from diffusion_accel.pipelines.schedulers import set_scheduler
 
 STEPS = 20
@@ -74,20 +75,14 @@ def deadline(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def acting_from(first: int) -> torch.Tensor:
         def after(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if step + 1 == first:
+            if step + 1 == STEPS and first > 0:
+                pipe.disable_lora()  # for the next image
+            elif step + 1 == first:
                 pipe.enable_lora()
             return tensors
 
-        found = []
-        for seed, prompt in enumerate(prompts):
-            pipe.enable_lora() if first == 0 else pipe.disable_lora()
-            call = {
-                "generator": torch.Generator().manual_seed(seed),
-                "output_type": "pt",
-                "callback_on_step_end": after,
-            }
-            found.append(pipe(prompt, num_inference_steps=STEPS, **call, **STICKER).images)
-        return torch.cat(found)
+        pipe.enable_lora() if first == 0 else pipe.disable_lora()
+        return images_of(pipe, prompts, callback_on_step_end=after)
 
     rows: list[dict[str, Any]] = []
     head("the LoRA acts from step", "PSNR dB to from the beginning: median / worst decile")
@@ -112,20 +107,19 @@ def controlnet(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     accelerate(pipes["beside"], ControlNetParallel())
     image = torch.rand(1, 3, STICKER["height"], STICKER["width"], generator=torch.Generator().manual_seed(1))
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
     made: dict[str, torch.Tensor] = {}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    for _ in range(options.rounds + 1):
-        for name, pipe in pipes.items():
-            began = time.perf_counter()
-            made[name] = images_of(pipe, ["red apple, 3d style"], image=image)
-            seconds[name].append(time.perf_counter() - began)
+
+    def draw(name: str) -> None:
+        made[name] = images_of(pipes[name], ["red apple, 3d style"], image=image)
+
+    seconds = interleaved({name: functools.partial(draw, name) for name in pipes}, options.rounds)
     rows = []
     head("ControlNet", "seconds an image", "ratio", "equal")
     for name, all_of_them in seconds.items():
-        own = statistics.median(all_of_them[1:])
-        ratio = statistics.median(a / b for a, b in zip(seconds["in turn"][1:], all_of_them[1:], strict=True))
+        own = statistics.median(all_of_them)
+        ratio = statistics.median(ratios(seconds["in turn"], all_of_them))
         rows.append({"way": name, "seconds": own, "ratio": ratio, "equal": torch.equal(made[name], made["in turn"])})
         line(name, f"{own:.3f}", f"{ratio:.2f}", rows[-1]["equal"])
     return rows

@@ -31,12 +31,10 @@ class Baton:
     def held(self) -> Iterator[None]:
         """Within this context the thread has it."""
         me = threading.get_ident()
-        self._runners.add(me)
         self._take(me)
         try:
             yield
         finally:
-            self._runners.discard(me)
             self._give(me)
 
     @contextmanager
@@ -47,20 +45,20 @@ class Baton:
         if me not in self._runners:
             yield
             return
-        self._runners.discard(me)
         self._give(me)
         try:
             yield
         finally:
-            self._runners.add(me)
             self._take(me)
 
     def _take(self, me: int) -> None:
+        self._runners.add(me)
         with self._free:
             self._free.wait_for(lambda: self._holder is None, self._patience)
             self._holder = me
 
     def _give(self, me: int) -> None:
+        self._runners.discard(me)
         with self._free:
             if self._holder == me:  # nobody took it meanwhile
                 self._holder = None

@@ -332,11 +332,11 @@ class Collector:
         """
         if (measured := self._curve(one).at(rows)) or one.call is None:
             return measured or took
-        least = self._least.get(one.call.key)
-        self._least[one.call.key] = min(took / max(1, rows), math.inf if least is None else least)
+        known = self._least.get(one.call.key, math.inf)
+        least = self._least[one.call.key] = min(took / max(1, rows), known)
         while len(self._least) > _REMEMBERED:
             self._least.popitem(last=False)
-        return 0.0 if least is None else self._least[one.call.key] * rows
+        return 0.0 if known == math.inf else least * rows
 
     def _with_adapters(self, adapters: Adapters) -> None:
         if adapters != self._adapters and self._activate is not None:

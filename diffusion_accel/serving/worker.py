@@ -84,7 +84,7 @@ class Worker:
         if isinstance(request, Request):
             images = prepare(pipe, request).images(**self._arguments(handle.arguments))
         else:
-            output = pipe(**self._arguments({**request, **handle.arguments}))
+            output = pipe(**self._arguments(request), **self._arguments(handle.arguments))
             images = getattr(output, "images", output)
         return Served(
             images,

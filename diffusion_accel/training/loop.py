@@ -135,19 +135,15 @@ class _Run:
     def _check(self, loss: float) -> None:
         """Raise `TrainingError` where numbers ran away: what such a step leaves is neither averaged nor saved."""
         broken = [] if math.isfinite(loss) else [f"a loss of {loss}"]
-        norm = float(self.update.norm)
-        if self.accelerator.scaler is None and not math.isfinite(
-            norm
-        ):  # in float16 a step is skipped, and that is usual
+        norm, skips = float(self.update.norm), self.accelerator.scaler is not None  # steps, as is usual in float16
+        if not skips and not math.isfinite(norm):
             broken.append(f"a gradient norm of {norm}")
         if broken:
             raise self._ran_away(" and ".join(broken), self.counters["step"] + 1)
 
     def _ran_away(self, what: str, step: int) -> TrainingError:
-        there = (self.folder / STATE).exists()
-        kept = f"the state of step {read_counters(self.folder)['step']} is kept" if there else "no state was saved"
         return TrainingError(
-            f"{self.folder.name}: {what} at step {step}; {kept}. "
+            f"{self.folder.name}: {what} at step {step}; {_how_to_go_on(self.folder)}. "
             "Train with a lower learning rate, in float32, or without compiling"
         )
 

@@ -147,6 +147,13 @@ def text_task(options: argparse.Namespace) -> Task:
 
 def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
     """Trains the denoiser with its text encoders: on all chosen images, or `finishing`, on the list alone."""
+    if (
+        options.compile
+        and options.mixed_precision == "bf16"
+        and products("cpu") == AMX
+        and not torch.cuda.is_available()
+    ):
+        raise UsageError("torch.compile gives wrong gradients in bf16 on a CPU with AMX; leave --compile out")
     captioned = Captioned.load(options.work)
     shape, process = captioned.shape, captioned.shape.process
     torch.manual_seed(0)
@@ -171,8 +178,6 @@ def denoiser_task(options: argparse.Namespace, finishing: bool = False) -> Task:
         routing = replace(routing, time="unit")  # Flux is told s, not 1000 s
     task = DenoisingTask(denoiser, captioned, objective, routing)
     if options.compile:
-        if options.mixed_precision == "bf16" and products("cpu") == AMX and not torch.cuda.is_available():
-            raise UsageError("torch.compile gives wrong gradients in bf16 on a CPU with AMX; leave --compile out")
         denoiser.core.compile_repeated_blocks(dynamic=False)  # texts of two lengths: a graph each
     return task
 

@@ -344,3 +344,10 @@ def test_no_callback_closes_the_engine(pipe: Any, drain: bool) -> None:
 def test_a_wait_that_no_clock_counts_is_refused(pipe: Any, wait: float) -> None:
     with pytest.raises(ConfigurationError, match="wait must be 0 to 1,000,000,000 milliseconds"):
         Engine(pipe, wait=wait)
+
+
+def test_an_argument_that_is_given_twice_is_refused(pipe: Any) -> None:
+    with Engine(pipe, running=1) as made:
+        handle = made.submit({"prompt": "a", "num_inference_steps": 2}, arguments={"num_inference_steps": 3})
+        with pytest.raises(TypeError, match="multiple values for keyword argument 'num_inference_steps'"):
+            handle.result(TIMEOUT)

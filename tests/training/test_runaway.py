@@ -68,7 +68,10 @@ def test_a_run_that_ran_away_ends_and_keeps_the_state_before(at: int, what: str,
     if at == 1:
         assert "no state was saved" in said and not folder.joinpath("state.json").exists()
         return
-    assert f"the state of step {at - 1} is kept" in said and read_counters(folder)["step"] == at - 1
+    assert (
+        f"the state of step {at - 1} is saved, and the run can be resumed from there" in said
+        and read_counters(folder)["step"] == at - 1
+    )
     assert [line["step"] for line in log_lines(folder / "log.jsonl")] == list(range(1, at))
     short = Settings(**{**SETTINGS.__dict__, "steps": at - 1})
     other = Runaway(100, what, value)
